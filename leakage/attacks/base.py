@@ -1,0 +1,500 @@
+"""The loop that every attack shares: admit victims, search for all of them at once, write out the finished."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.func import grad_and_value, vmap
+
+from leakage.datamodules.base import GroundTruth, VictimDataModule
+from leakage.errors import check_choice, check_count, check_positive
+from leakage.metrics import ReconstructionMetrics, VictimScore, score
+from leakage.objectives import squared_distance
+from leakage.optim import LBFGS, STATUS, PerVictimOptimizer, PlainLBFGS
+from leakage.reconstruction import Reconstruction
+from leakage.shared_gradient import SharedGradient
+from leakage.victim import Victim, victim_seed
+
+# Finished victims leave the lanes when they are this share of them: leaving copies all histories.
+_LEAVING_SHARE = 1 / 8
+# The next cohort is admitted when this share of one is still running, so that no cohort waits for stragglers.
+_CARRIED_SHARE = 1 / 4
+# Calls of the published protocol have 20 iterations, one evaluation each.
+_ITERATIONS_PER_CALL = 20
+
+
+@dataclass(frozen=True)
+class SearchProtocol:
+    """How an attack searches; the values of ``protocol="robust"`` and ``protocol="published"``.
+
+    Attributes:
+        start_std: standard deviation of the normal distribution that dummies start from.
+        history_size: pairs that L-BFGS remembers.
+        tolerance: the objective at which a victim has converged.
+        max_evaluations: evaluations of the objective per start.
+        restarts: further starts for a victim that has stalled.
+        relative: whether the objective is divided by the squared norm of the shared gradient.
+        line_search: whether every victim shortens its own steps.
+    """
+
+    start_std: float
+    history_size: int
+    tolerance: float
+    max_evaluations: int
+    restarts: int
+    relative: bool
+    line_search: bool
+
+
+PROTOCOLS = {
+    "robust": SearchProtocol(
+        start_std=0.1,
+        history_size=100,
+        tolerance=1e-8,
+        max_evaluations=5000,
+        restarts=3,
+        relative=True,
+        line_search=True,
+    ),
+    "published": SearchProtocol(
+        start_std=1.0,
+        history_size=100,
+        tolerance=1e-6,
+        max_evaluations=300 * _ITERATIONS_PER_CALL,
+        restarts=0,
+        relative=False,
+        line_search=False,
+    ),
+}
+
+
+class GradientMatchingAttack(LightningModule):
+    r"""Searches for the images whose gradient is the one that was shared, for many victims at once.
+
+    For each victim the dummy images x (and whatever else a subclass searches for) minimise
+
+    .. math:: D(x) = \sum_l \lVert \nabla_{\theta_l} \ell(x) - g^*_l \rVert_2^2
+
+    by L-BFGS with a state of its own. One training step is one evaluation of the objective for
+    every victim in the lanes. A victim that has converged, diverged, stalled or spent its budget
+    leaves with its best iterate by this objective; the next cohort enters as soon as there is room,
+    and training ends when every victim is done: one epoch is all victims.
+
+    Attributes:
+        finished: the victims done so far, in the order they finished.
+        scores: by victim id, how near the truth its reconstruction is. Filled in validation, where
+            the ground truth is; nothing in training reads it.
+
+    Args:
+        protocol: ``"robust"`` (every victim its own line search, restarts) or ``"published"`` (the
+            search of the papers: full steps, N(0, 1) start, 300 calls of 20 iterations).
+        seed: of the starts; victim and restart have their own streams, however victims are grouped.
+        success_threshold: an image counts as reconstructed if its MSE is below this.
+        restart_above: a victim that ends above this objective may start again.
+        start_std, history_size, tolerance, max_evaluations, restarts: replace the protocol's value,
+            see :class:`SearchProtocol`.
+
+    Raises:
+        ValueError: an unknown protocol or a number out of its range; in ``fit``, a DataModule that is
+            no :class:`~leakage.datamodules.VictimDataModule`, or a checkpoint of another configuration.
+    """
+
+    def __init__(
+        self,
+        *,
+        protocol: str = "robust",
+        seed: int = 0,
+        success_threshold: float = 1e-3,
+        restart_above: float = 1e-5,
+        start_std: float | None = None,
+        history_size: int | None = None,
+        tolerance: float | None = None,
+        max_evaluations: int | None = None,
+        restarts: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("protocol", protocol, PROTOCOLS)
+        check_positive(success_threshold=success_threshold, restart_above=restart_above)
+        given = {
+            "start_std": start_std,
+            "history_size": history_size,
+            "tolerance": tolerance,
+            "max_evaluations": max_evaluations,
+            "restarts": restarts,
+        }
+        named = PROTOCOLS[protocol]
+        values = {name: getattr(named, name) if value is None else value for name, value in given.items()}
+        check_positive(start_std=values["start_std"], tolerance=values["tolerance"])
+        check_count(history_size=values["history_size"], max_evaluations=values["max_evaluations"])
+        if not isinstance(values["restarts"], int) or values["restarts"] < 0:
+            raise ValueError(f"Expected `restarts` to be a whole number of at least 0, but got {restarts!r}.")
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        self.search = SearchProtocol(**values, relative=named.relative, line_search=named.line_search)
+        self.dummy_images = nn.Parameter(torch.empty(0, 1, 1, 1, 1))
+        self.scores: dict[int, VictimScore] = {}
+        self.expected_victims = 0
+        self._victim: Victim | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.iteration = 0
+        self._cohorts = 0  # admitted so far
+        self._awaiting = True  # whether a further cohort has been asked for
+        self._shared: SharedGradient | None = None  # of the victims in the lanes
+        self._lanes: dict[str, Tensor] = {}
+        self._finished: list[Reconstruction] = []
+        self._pending: Reconstruction | None = None
+        self.scores = {}
+
+    # What a subclass supplies.
+
+    @property
+    def _unknowns(self) -> list[nn.Parameter]:
+        """The parameters that are searched, the images first; each with a leading lanes' dimension."""
+        return [self.dummy_images]
+
+    def _check_victim(self, victim: Victim, *, labels_revealed: bool) -> None:
+        """Raise a ``ValueError`` if the attack can't be used on such victims."""
+
+    @abstractmethod
+    def _begin(self, shared: SharedGradient) -> Tensor:
+        """What is fixed while new victims are searched for, ``(V, ...)``: class probabilities, or nothing."""
+
+    @abstractmethod
+    def _targets(self, fixed: Tensor, *unknowns: Tensor) -> Tensor:
+        """Class probabilities ``(N, K)`` of one victim from what is fixed and from the unknowns after the images."""
+
+    @abstractmethod
+    def _labels(self, fixed: Tensor, *unknowns: Tensor) -> Tensor:
+        """Recovered labels ``(V, N)``."""
+
+    # What callers and callbacks read.
+
+    @property
+    def victim(self) -> Victim:
+        """The clients' model, loss and protocol, as the attacker knows them."""
+        if self._victim is None:
+            raise RuntimeError("Expected the attack to be inside `Trainer.fit`, but got no victim yet.")
+        return self._victim
+
+    @property
+    def num_running(self) -> int:
+        """Victims in the lanes that are still searched for."""
+        return int(self._optimizer.running.sum()) if self._shared is not None else 0
+
+    @property
+    def num_done(self) -> int:
+        """Victims whose search has ended."""
+        in_lanes = len(self._shared) - self.num_running if self._shared is not None else 0
+        return sum(map(len, self._finished)) + in_lanes
+
+    @property
+    def finished(self) -> Reconstruction:
+        """The victims done so far, in the order they left the lanes."""
+        parts = [*self._finished]
+        if self._shared is not None:
+            parts.append(self._collect(~self._optimizer.running))
+        return Reconstruction.cat(parts) if parts else self._empty()
+
+    def current(self) -> Reconstruction:
+        """The best iterates so far of the victims still running."""
+        return self._collect(self._optimizer.running) if self._shared is not None else self._empty()
+
+    # Lightning's hooks.
+
+    def setup(self, stage: str) -> None:
+        datamodule = self._datamodule
+        self._reset()
+        self._victim = datamodule.victim
+        self.expected_victims = datamodule.victims
+        self._check_victim(self._victim, labels_revealed=datamodule.reveal_labels)
+        protocol = self._victim.protocol
+        self.dummy_images = nn.Parameter(
+            torch.empty(0, protocol.num_images, *protocol.image_shape, dtype=self.dummy_images.dtype)
+        )
+
+    def configure_optimizers(self) -> PerVictimOptimizer:
+        search = self.search
+        if search.line_search:
+            return LBFGS(
+                self._unknowns,
+                history_size=search.history_size,
+                tolerance=search.tolerance,
+                max_evaluations=search.max_evaluations,
+            )
+        return PlainLBFGS(
+            self._unknowns,
+            history_size=search.history_size,
+            tolerance=search.tolerance,
+            max_iterations=_ITERATIONS_PER_CALL,
+            max_calls=-(-search.max_evaluations // _ITERATIONS_PER_CALL),
+        )
+
+    def on_fit_start(self) -> None:
+        # Before the first batch is fetched, and after a checkpoint's lanes are back.
+        self._datamodule.wanted = self._cohorts if self._awaiting else None
+
+    def on_train_start(self) -> None:
+        if self.num_done == self.expected_victims:
+            self.trainer.should_stop = True
+
+    def training_step(self, batch: SharedGradient | tuple[()], batch_idx: int) -> None:
+        if isinstance(batch, SharedGradient):
+            self._admit(batch)
+        if self._shared is None:
+            return
+        optimizer = cast(Any, self.optimizers())
+        optimizer.step(closure=self._evaluate)
+        self.iteration += 1
+        losses = torch.minimum(self._lanes["best_loss"], self._optimizer.best_loss)
+        self.log("train/loss", losses.median(), prog_bar=True, batch_size=len(losses))
+        self._retire()
+        self.log("train/running", float(self.num_running), batch_size=1)
+        self.log("train/done", float(self.num_done), prog_bar=True, batch_size=1)
+
+    def validation_step(self, batch: GroundTruth, batch_idx: int) -> None:
+        self._score(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.scores:
+            metrics = ReconstructionMetrics(prefix="val/").to(self.device)
+            metrics.update(self.scores.values())
+            self.log_dict(metrics.compute())
+        self._pending = None
+
+    def score_finished(self) -> None:
+        """Score, outside of validation, what no validation has scored yet (an interrupt, the end of training)."""
+        self._pending = None
+        for batch in self._datamodule.val_dataloader():
+            self._score(batch)
+        self._pending = None
+
+    def on_train_end(self) -> None:
+        unscored = any(not self._is_final(victim) for victim in self.finished.ids.tolist())
+        if unscored:
+            self.score_finished()
+
+    # The engine.
+
+    @property
+    def _datamodule(self) -> VictimDataModule:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, VictimDataModule):
+            raise ValueError(
+                "Expected `Trainer.fit(attack, datamodule=...)` with a DataModule of `leakage.datamodules` (for your "
+                f"own gradients: `SharedGradientFiles`), but got {type(datamodule).__name__}."
+            )
+        return datamodule
+
+    @property
+    def _optimizer(self) -> PerVictimOptimizer:
+        return cast(PerVictimOptimizer, self.trainer.optimizers[0])
+
+    def _admit(self, shared: SharedGradient) -> None:
+        """Put the victims of a cohort into lanes of their own."""
+        self.victim.check(shared)
+        shared = shared.to(device=self.device, dtype=self.dummy_images.dtype)
+        starts = [self._starts(shared.ids, torch.zeros_like(shared.ids), unknown) for unknown in self._unknowns]
+        norms = sum(tensor.square().flatten(1).sum(1) for tensor in shared.gradients.values())
+        norms = cast(Tensor, norms)
+        scale = 1 / norms if self.search.relative else torch.ones_like(norms)
+        zeros = torch.zeros(len(shared), dtype=torch.long, device=self.device)
+        lanes = {
+            # A gradient of zero leaves nothing to compare with: its distance is taken as it is.
+            "scale": torch.where(torch.isfinite(scale), scale, 1.0),
+            "fixed": self._begin(shared),
+            "restarts": zeros,
+            "iterations": zeros,  # of the earlier starts
+            "evaluations": zeros,
+            "best_loss": torch.full_like(norms, torch.inf),  # of the earlier starts
+            "best_images": starts[0],
+            "best_labels": torch.zeros(starts[0].shape[:2], dtype=torch.long, device=self.device),
+        }
+        self._optimizer.extend(*starts)
+        if self._shared is None:
+            self._shared, self._lanes = shared, lanes
+        else:
+            self._shared = SharedGradient.cat([self._shared, shared])
+            self._lanes = {name: torch.cat([tensor, lanes[name]]) for name, tensor in self._lanes.items()}
+        self._cohorts += 1
+        self._awaiting = False
+
+    def _starts(self, ids: Tensor, restarts: Tensor, unknown: Tensor) -> Tensor:
+        """Normally distributed starts, one stream per victim, restart and unknown."""
+        kind = "images" if unknown is self.dummy_images else "labels"
+        starts = []
+        for victim, restart in zip(ids.tolist(), restarts.tolist(), strict=True):
+            seed = victim_seed(self.hparams["seed"], victim, f"start/{kind}/{restart}")
+            generator = torch.Generator().manual_seed(seed)
+            # Drawn in float32 so that a start does not depend on the Trainer's precision.
+            starts.append(torch.randn(unknown.shape[1:], generator=generator, dtype=torch.float32))
+        return torch.stack(starts).to(unknown) * self.search.start_std
+
+    def _evaluate(self) -> Tensor:
+        """Objectives ``(lanes,)`` at the parameters; their gradients go to ``.grad``."""
+        shared, unknowns = cast(SharedGradient, self._shared), self._unknowns
+
+        def objective(unknowns: tuple[Tensor, ...], fixed: Tensor, scale: Tensor, state: Any, targets: Any) -> Tensor:
+            images, *others = unknowns
+            gradients = self.victim.gradients(state, images, self._targets(fixed, *others))
+            return scale * squared_distance(gradients, targets)
+
+        evaluate = vmap(grad_and_value(objective), in_dims=(0, 0, 0, 0 if shared.own_weights else None, 0))
+        values = tuple(unknown.data for unknown in unknowns)
+        lanes = self._lanes
+        gradients, losses = evaluate(values, lanes["fixed"], lanes["scale"], shared.state, shared.gradients)
+        for unknown, gradient in zip(unknowns, gradients, strict=True):
+            unknown.grad = gradient
+        return cast(Tensor, losses)
+
+    def _retire(self) -> None:
+        """Start stalled victims again within their budget, let finished ones go, ask for the next cohort."""
+        optimizer, lanes = self._optimizer, self._lanes
+        ended = ~optimizer.running
+        poor = torch.minimum(lanes["best_loss"], optimizer.best_loss) > self.hparams["restart_above"]
+        again = (ended & poor & (lanes["restarts"] < self.search.restarts)).nonzero().squeeze(1)
+        if len(again):
+            self._restart(again)
+            ended = ~optimizer.running
+        left = int(ended.sum())
+        if left == len(ended) or left > _LEAVING_SHARE * len(ended):
+            self._finished.append(self._collect(ended))
+            kept = (~ended).nonzero().squeeze(1)
+            optimizer.select(kept)
+            shared = cast(SharedGradient, self._shared)
+            self._shared = shared.select(kept) if len(kept) else None
+            self._lanes = {name: tensor[kept] for name, tensor in lanes.items()} if len(kept) else {}
+        running = len(ended) - left
+        datamodule = self._datamodule
+        if self._cohorts == datamodule.num_cohorts:
+            self.trainer.should_stop = running == 0
+        elif not self._awaiting and running <= _CARRIED_SHARE * datamodule.batch_size:
+            self._awaiting = True
+            datamodule.wanted = self._cohorts
+
+    def _restart(self, again: Tensor) -> None:
+        """Begin lanes anew; what they have found so far is kept if it is the best."""
+        ids = cast(SharedGradient, self._shared).ids[again.cpu()]
+        so_far = self._best()
+        for name in ("iterations", "evaluations"):
+            self._lanes[name][again] = getattr(so_far, name)[again]
+        for name, tensor in (("loss", so_far.loss), ("images", so_far.images), ("labels", so_far.labels)):
+            self._lanes[f"best_{name}"][again] = tensor[again]
+        self._lanes["restarts"][again] += 1
+        restarts = self._lanes["restarts"][again]
+        self._optimizer.restart(again, *(self._starts(ids, restarts, unknown) for unknown in self._unknowns))
+
+    def _best(self) -> Reconstruction:
+        """Best iterate of every lane over all its starts, by the attack's own objective."""
+        optimizer, lanes = self._optimizer, self._lanes
+        images, *others = optimizer.best()
+        labels = self._labels(lanes["fixed"], *others)
+        newer = optimizer.best_loss < lanes["best_loss"]
+        return Reconstruction(
+            ids=cast(SharedGradient, self._shared).ids,
+            images=torch.where(newer[:, None, None, None, None], images, lanes["best_images"]),
+            labels=torch.where(newer[:, None], labels, lanes["best_labels"]),
+            loss=torch.minimum(optimizer.best_loss, lanes["best_loss"]),
+            iterations=lanes["iterations"] + optimizer.iterations,
+            evaluations=lanes["evaluations"] + optimizer.evaluations,
+            restarts=lanes["restarts"],
+            status=optimizer.status,
+        )
+
+    def _collect(self, chosen: Tensor) -> Reconstruction:
+        best = self._best()
+        best.ids = best.ids.to(chosen.device)
+        selected = best.select(chosen)
+        return Reconstruction(**{name: tensor.detach().cpu() for name, tensor in vars(selected).items()})
+
+    def _empty(self) -> Reconstruction:
+        whole, real = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+        shape = self.dummy_images.shape[1:]
+        images, labels = torch.zeros(0, *shape), torch.zeros(0, shape[0], dtype=torch.long)
+        return Reconstruction(whole, images, labels, real, whole, whole, whole, whole)
+
+    # Scoring: the only place that sees the ground truth.
+
+    def _is_final(self, victim: int) -> bool:
+        return victim in self.scores and self.scores[victim].final
+
+    def _score(self, truth: GroundTruth) -> None:
+        if self._pending is None:
+            done, running = self.finished, self.current()
+            self._final_ids = set(done.ids.tolist())
+            self._pending = Reconstruction.cat([done, running])
+        ids = self._pending.ids.tolist()
+        wanted = {victim: row for row, victim in enumerate(ids) if not self._is_final(victim)}
+        pairs = [(row, wanted[victim]) for row, victim in enumerate(truth.ids.tolist()) if victim in wanted]
+        if not pairs:
+            return
+        rows, found = (list(part) for part in zip(*pairs, strict=True))
+        guess = self._pending.select(torch.tensor(found))
+        scores = score(
+            guess.images.to(truth.images), guess.labels.to(truth.labels.device), truth.images[rows], truth.labels[rows]
+        )
+        for victim, result in zip(
+            guess.ids.tolist(),
+            scores.per_victim(threshold=self.hparams["success_threshold"]),
+            strict=True,
+        ):
+            result.final = victim in self._final_ids
+            self.scores[victim] = result
+
+    # Checkpoints: the lanes, their victims and the finished; the optimizer's state is Lightning's to keep.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        shared = self._shared
+        checkpoint["leakage"] = {
+            "attack": type(self).__name__,
+            "iteration": self.iteration,
+            "cohorts": self._cohorts,
+            "awaiting": self._awaiting,
+            "lanes": self._lanes,
+            "finished": [vars(part) for part in self._finished],
+            "shared": None
+            if shared is None
+            else {
+                "gradients": shared.gradients,
+                "state": shared.state,
+                "ids": shared.ids,
+                "own_weights": shared.own_weights,
+                "labels": shared.labels,
+            },
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("leakage")
+        if saved is None or saved["attack"] != type(self).__name__:
+            raise ValueError(
+                f"Expected a checkpoint of {type(self).__name__}, but got one of "
+                f"{saved['attack'] if saved else 'another module'}."
+            )
+        given, stored = dict(self.hparams), checkpoint["hyper_parameters"]
+        differing = {name: (stored.get(name), value) for name, value in given.items() if stored.get(name) != value}
+        if differing:
+            listed = ", ".join(f"{name}={old!r} (now {new!r})" for name, (old, new) in differing.items())
+            raise ValueError(f"Expected the configuration of the checkpoint, but got another: it has {listed}.")
+        self.iteration, self._cohorts, self._awaiting = saved["iteration"], saved["cohorts"], saved["awaiting"]
+        self._lanes = {name: tensor.to(self.device) for name, tensor in saved["lanes"].items()}
+        self._finished = [Reconstruction(**part) for part in saved["finished"]]
+        if saved["shared"] is not None:
+            shared = SharedGradient(**saved["shared"], protocol=self.victim.protocol)
+            self._shared = shared.to(device=self.device)
+        parameters = dict(self.named_parameters())
+        for name, tensor in checkpoint["state_dict"].items():
+            if name in parameters:
+                parameters[name].data = torch.empty_like(tensor, device=self.device)
+
+
+def describe_status(status: Sequence[int]) -> str:
+    """How many victims ended how, as in ``"97 converged, 3 stalled"``."""
+    counts = {name: sum(1 for value in status if value == index) for index, name in enumerate(STATUS)}
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)

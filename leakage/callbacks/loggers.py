@@ -1,0 +1,85 @@
+"""Pictures and tables for the loggers that take them, and W&B when its server is out of reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lightning import Trainer
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+
+# Seconds that W&B waits for its server at the start and at the end of a run; its own defaults are
+# 90 and without limit.
+_START, _FINISH = 20.0, 60.0
+
+
+class OfflineSafeWandbLogger(WandbLogger):
+    """A ``WandbLogger`` that goes on offline where the plain one ends the run.
+
+    Without an account on a machine without a terminal, and when the server can't be reached, the
+    plain logger raises at the start of ``fit``, in the second case after a minute and a half; when
+    the server goes away later, the process waits for it at its end without limit. This one then
+    writes the run to ``save_dir`` (``wandb sync`` uploads it) and gives up after a limit. Where W&B
+    is off line by choice (``offline=True``, ``WANDB_MODE=offline``) the two are the same.
+
+    Args:
+        start_timeout: seconds to wait for the server at the start.
+        finish_timeout: seconds to wait for uploads at the end; what is not uploaded stays on disk.
+        **kwargs: those of ``WandbLogger``.
+
+    Raises:
+        ModuleNotFoundError: ``wandb`` is not installed.
+    """
+
+    def __init__(
+        self, *, start_timeout: float = _START, finish_timeout: float = _FINISH, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        import wandb
+
+        limits: dict[str, Any] = {"init_timeout": start_timeout, "finish_timeout": finish_timeout}
+        # Older versions of wandb know no limit at the end.
+        known = {name: limit for name, limit in limits.items() if name in wandb.Settings.model_fields}
+        self._wandb_init.setdefault("settings", wandb.Settings(**known))
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run, made on first use."""
+        import wandb
+
+        try:
+            return super().experiment
+        except (wandb.errors.CommError, wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            rank_zero_warn(
+                f"W&B can't be used online ({str(error).splitlines()[0]}). The run is logged offline; "
+                "`wandb sync` uploads it later. Set WANDB_MODE=offline to skip the attempt."
+            )
+            self._wandb_init["mode"] = "offline"
+            return super().experiment
+
+
+def log_image(trainer: Trainer, key: str, pixels: NDArray[np.uint8], *, caption: str = "") -> None:
+    """Give a picture ``(height, width, 3)``, 0 to 255, to every logger that takes pictures."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(key, [pixels], step=trainer.global_step, caption=[caption])
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(key, pixels, trainer.global_step, dataformats="HWC")
+
+
+def log_table(trainer: Trainer, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Give a table to W&B, the only logger that takes one; arrays in it are shown as pictures."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            def show(value: Any) -> Any:
+                return wandb.Image(value) if isinstance(value, np.ndarray) else value
+
+            data = [[show(value) for value in row] for row in rows]
+            logger.log_table(key, columns=list(columns), data=data, step=trainer.global_step)

@@ -1,0 +1,127 @@
+"""One bar over the victims of an attack."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
+
+from leakage.optim import STATUS
+
+if TYPE_CHECKING:
+    from leakage.attacks.base import GradientMatchingAttack
+
+# Seconds between two updates: a training step takes a few milliseconds, a line on the screen one.
+_PAUSE = 0.1
+
+
+class AttackProgressBar(TQDMProgressBar):
+    """Victims done of all victims, the success so far, the optimizer's passes and the victims still running.
+
+    ``success`` is the mean success of the finished victims that validation has scored. As long as there
+    are none (before the first validation, or without ground truth) the bar tells instead how many
+    finished victims ``converged`` by the attack's own objective.
+
+    The bars of validation epochs during ``fit`` are off, since they would only flicker.
+
+    Args:
+        refresh_rate: training steps between two updates, which are also at least 0.1 s apart; 0 turns
+            the bar off.
+        process_position: lines to leave free above the bar.
+        leave: keep one bar for each epoch on the screen.
+    """
+
+    def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
+        super().__init__(refresh_rate, process_position, leave)
+        self._converged = (0, 0)
+        self._told = -_PAUSE
+
+    @property
+    def train_description(self) -> str:
+        """What stands before the bar."""
+        return "Victims"
+
+    def init_train_tqdm(self) -> Tqdm:
+        """The bar over victims."""
+        bar = super().init_train_tqdm()
+        bar.unit = " victims"
+        return bar
+
+    def init_sanity_tqdm(self) -> Tqdm:
+        """Off."""
+        return Tqdm(disable=True)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """Off during ``fit``, the usual one in ``trainer.validate``."""
+        return Tqdm(disable=True) if self.trainer.state.fn == "fit" else super().init_validation_tqdm()
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """What is told behind the bar."""
+        attack = cast("GradientMatchingAttack", pl_module)
+        success = [score.success for score in attack.scores.values() if score.final]
+        metrics: dict[str, int | str | float | dict[str, float]] = {}
+        if success:
+            metrics["success"] = f"{100 * sum(success) / len(success):.1f} %"
+        elif attack.num_done:
+            metrics["converged"] = f"{100 * self._count_converged(attack) / attack.num_done:.1f} %"
+        metrics["iterations"] = attack.iteration
+        metrics["running"] = attack.num_running
+        return metrics
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start where the attack stands, which after a resume is not zero."""
+        super().on_train_start()
+        self._restart(pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the same bar, or a new one if each is left on the screen."""
+        if self._leave and trainer.current_epoch:
+            self.train_progress_bar = self.init_train_tqdm()
+            self._restart(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell how far it is, every ``refresh_rate`` steps."""
+        due = self.is_enabled and (batch_idx + 1) % self.refresh_rate == 0
+        if due and time.monotonic() - self._told >= _PAUSE:
+            self._tell(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell how far it is, with the scores of the validation just before."""
+        self._tell(trainer, pl_module)
+        if self._leave:
+            self.train_progress_bar.close()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the new scores."""
+        self.val_progress_bar.close()
+        self.reset_dataloader_idx_tracker()
+        if self._train_progress_bar is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._tell(trainer, pl_module)
+
+    def _restart(self, pl_module: LightningModule) -> None:
+        attack = cast("GradientMatchingAttack", pl_module)
+        bar = self.train_progress_bar
+        bar.reset(total=attack.expected_victims)
+        bar.initial = bar.n = attack.num_done
+
+    def _tell(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        bar = self.train_progress_bar
+        if bar.disable:
+            return
+        bar.n = cast("GradientMatchingAttack", pl_module).num_done
+        bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+        bar.refresh()
+        self._told = time.monotonic()
+
+    def _count_converged(self, attack: GradientMatchingAttack) -> int:
+        # Putting all results together at every step would cost more than the step.
+        if self._converged[0] != attack.num_done:
+            count = int((attack.finished.status == STATUS.index("converged")).sum())
+            self._converged = (attack.num_done, count)
+        return self._converged[1]

@@ -1,0 +1,107 @@
+"""What callbacks that write results have in common: where to, and what happens when the disk refuses."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from leakage.datamodules.base import GroundTruth
+
+
+class ResultsCallback(Callback):
+    """A callback that writes files to a folder, from the process of rank zero alone.
+
+    The folder is tried at ``setup``, before anything is computed. A write that fails later, on a
+    full disk say, does not end the run: it warns, the results stay in memory, every later write
+    tries again, and if files are still missing at the end, ``fit`` raises after everything else
+    is done, so that a script notices. The attack and its results can still be used then.
+
+    Args:
+        output: the folder. By default that of the first logger's run (``save_dir/name/version``,
+            beside Lightning's checkpoints), or the trainer's ``default_root_dir`` without a logger.
+
+    Raises:
+        OSError: at ``setup`` if the folder can't be written, at the end of ``fit`` if files are missing.
+    """
+
+    def __init__(self, output: str | os.PathLike[str] | None = None) -> None:
+        self.output = output
+        self._folder: Path | None = None
+        self._failures: dict[Path, OSError] = {}
+
+    @property
+    def folder(self) -> Path:
+        """Where the files go, known after ``setup``.
+
+        Raises:
+            RuntimeError: before ``setup``.
+        """
+        if self._folder is None:
+            raise RuntimeError("Expected `folder` to be asked for after `setup`, but got no trainer yet.")
+        return self._folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder and try to write there."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        self._folder = Path(self.output) if self.output is not None else _folder_of_run(trainer)
+        self._failures = {}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                file.write(b"x")
+        except OSError as error:
+            raise OSError(
+                f"Expected `output` to be a folder that can be written, but got '{self._folder}': {error}. "
+                f"Give {type(self).__name__} another `output`."
+            ) from error
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell what could not be written.
+
+        Raises:
+            OSError: there is something.
+        """
+        if self._failures:
+            missing = "; ".join(f"'{path}': {error}" for path, error in self._failures.items())
+            raise OSError(
+                f"Expected {type(self).__name__} to write all results, but got {len(self._failures)} files "
+                f"missing ({missing}). The run itself is complete: the attack still holds its results."
+            )
+
+    def _write(self, path: Path, write: Callable[[Path], Any]) -> bool:
+        """Call ``write(path)`` and tell whether it succeeded; remember and warn where it did not."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+        except OSError as error:
+            self._failures[path] = error
+            rank_zero_warn(f"'{path}' could not be written: {error}. The run goes on and tries again later.")
+            return False
+        self._failures.pop(path, None)
+        return True
+
+
+def ground_truth(trainer: Trainer) -> Iterator[GroundTruth]:
+    """Batches of the validation dataloaders, where there is a ground truth."""
+    loaders = trainer.val_dataloaders
+    for loader in loaders if isinstance(loaders, list | tuple) else [] if loaders is None else [loaders]:
+        for batch in loader:
+            if isinstance(batch, GroundTruth):
+                yield batch
+
+
+def _folder_of_run(trainer: Trainer) -> Path:
+    for logger in trainer.loggers[:1]:
+        if logger.save_dir is not None:
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            return Path(
+                logger.save_dir, str(logger.name or ""), version if logger.version is not None else ""
+            )
+    return Path(trainer.default_root_dir)

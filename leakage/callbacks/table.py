@@ -1,0 +1,251 @@
+"""One row per victim, and the reconstructions themselves, on disk as soon as each cohort is done."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+from torch import Tensor, tensor
+
+from leakage.callbacks.loggers import log_table
+from leakage.callbacks.results import ResultsCallback, ground_truth
+from leakage.datamodules.base import GroundTruth
+from leakage.optim import STATUS
+from leakage.plots import to_pixels
+
+if TYPE_CHECKING:
+    from leakage.attacks.base import GradientMatchingAttack
+    from leakage.reconstruction import Reconstruction
+
+COLUMNS = (
+    "victim",
+    "labels_true",
+    "labels_recovered",
+    "label_accuracy",
+    "mse",
+    "psnr",
+    "ssim",
+    "success",
+    "loss",
+    "iterations",
+    "evaluations",
+    "restarts",
+    "status",
+)
+
+# Pictures take about 1 kB each in W&B's table; its viewer gets slow with thousands.
+_ROWS_WITH_IMAGES = 100
+
+
+class VictimTable(ResultsCallback):
+    """Writes what came of each victim, when its cohort is done and when the run ends, however it ends.
+
+    Files in ``output``:
+
+    - ``victims.csv``, one row per finished victim, in the order they finished: ``victim`` (its
+      number), ``labels_true`` and ``labels_recovered`` (in ascending order, with spaces between those
+      of one victim), ``label_accuracy`` (0 to 1), ``mse``, ``psnr`` (dB), ``ssim`` (means over the
+      victim's images), ``success`` (share of its images under the threshold), ``loss`` (the attack's
+      own objective), ``iterations``, ``evaluations``, ``restarts`` and ``status``. Without ground
+      truth the columns that need it are empty.
+    - ``reconstructions/cohort_0000.safetensors`` and so on, each a
+      :class:`~leakage.reconstruction.Reconstruction`: the victims that finished after the cohort of that
+      number began and before the next did.
+
+    They are written before the next cohort begins, after every validation (which brings the scores) and
+    when the run ends. W&B gets the same rows as a table with the key ``victims`` at the end, the first
+    100 of them with the true and the reconstructed images.
+
+    Each file is written whole or not at all, and ``victims.csv`` anew each time: a run that is
+    killed and resumed neither repeats nor loses a row. A run that starts from the beginning
+    replaces the files of an earlier one in the same folder, after a warning.
+
+    Args:
+        output: the folder, see :class:`~leakage.callbacks.ResultsCallback`.
+
+    Raises:
+        OSError: the folder can't be written, or files are missing at the end.
+    """
+
+    def __init__(self, output: str | os.PathLike[str] | None = None) -> None:
+        super().__init__(output)
+        # Victims in the files that are complete, and the number of these files.
+        self._saved: set[int] = set()
+        self._files = 0
+        # What could not be written so far.
+        self._pending: dict[Path, Reconstruction] = {}
+        self._earlier: list[Path] = []
+        self._labels: dict[int, list[int]] = {}
+        self._truth: dict[int, Tensor] = {}
+        self._logged = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which victims are in complete files, so that the file of a resumed cohort gets all the others."""
+        return {"saved": sorted(self._saved), "files": self._files}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was made."""
+        self._saved, self._files = set(state_dict["saved"]), state_dict["files"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of results that this run will replace."""
+        self._logged = 0
+        self._pending = {}
+        if not trainer.is_global_zero or trainer.ckpt_path is not None:
+            return
+        self._saved, self._files, self._labels, self._truth = set(), 0, {}, {}
+        self._earlier = sorted(self.folder.glob("reconstructions/cohort_*.safetensors"))
+        if self._earlier:
+            rank_zero_warn(
+                f"'{self.folder}' holds the results of an earlier run, which this one will replace when its "
+                "first victims are done. Resume the earlier one with `ckpt_path`, or choose another `output`."
+            )
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Write what is done before the cohort in this batch begins."""
+        if len(batch):
+            self._save(trainer, cast("GradientMatchingAttack", pl_module), complete=True)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Note the true labels, and the images that go to W&B."""
+        if trainer.is_global_zero and isinstance(batch, GroundTruth):
+            self._note(batch)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what is done, now with its scores."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save(trainer, cast("GradientMatchingAttack", pl_module))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write everything, what could not be written before included, and log the table."""
+        self._save(trainer, cast("GradientMatchingAttack", pl_module))
+        self._log(trainer, cast("GradientMatchingAttack", pl_module))
+        super().on_fit_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Score, write and log the victims that are done."""
+        # An exception before `setup` leaves neither a folder nor results.
+        if self._folder is None:
+            return
+        attack = cast("GradientMatchingAttack", pl_module)
+        try:
+            attack.score_finished()
+        except (OSError, RuntimeError, ValueError) as error:
+            rank_zero_warn(f"What was done when the run broke off could not be scored: {error}")
+        self._save(trainer, attack)
+        self._log(trainer, attack)
+
+    def _note(self, batch: GroundTruth) -> None:
+        for victim, images, labels in zip(
+            batch.ids.tolist(), batch.images, batch.labels.tolist(), strict=True
+        ):
+            self._labels[victim] = labels
+            if len(self._truth) < _ROWS_WITH_IMAGES and victim not in self._truth:
+                self._truth[victim] = images.detach().cpu()
+
+    def _save(self, trainer: Trainer, attack: GradientMatchingAttack, *, complete: bool = False) -> None:
+        """Write the victims that are done; ``complete`` says that the next go to the next file."""
+        if not trainer.is_global_zero or not attack.num_done:
+            return
+        finished = attack.finished
+        self._look_up_truth(trainer, finished)
+        for path in self._earlier:
+            self._write(path, lambda path: path.unlink(missing_ok=True))
+        self._earlier = []
+        new = [index for index, victim in enumerate(finished.ids.tolist()) if victim not in self._saved]
+        if new:
+            path = self.folder / "reconstructions" / f"cohort_{self._files:04d}.safetensors"
+            self._pending[path] = finished.select(tensor(new))
+        self._pending = {
+            path: part for path, part in self._pending.items() if not self._write(path, part.save)
+        }
+        if new and complete:
+            self._saved.update(finished.ids.tolist())
+            self._files += 1
+        self._write(self.folder / "victims.csv", lambda path: _write_csv(path, self._rows(attack, finished)))
+
+    def _look_up_truth(self, trainer: Trainer, finished: Reconstruction) -> None:
+        """The truth of victims that no validation has shown yet, as when the run is interrupted."""
+        if self._labels.keys() >= set(finished.ids.tolist()):
+            return
+        try:
+            for batch in ground_truth(trainer):
+                self._note(batch)
+        except (OSError, RuntimeError, ValueError) as error:
+            rank_zero_warn(
+                f"The true labels are left out of victims.csv since they could not be read: {error}"
+            )
+
+    def _rows(self, attack: GradientMatchingAttack, finished: Reconstruction) -> list[list[Any]]:
+        rows = []
+        for index, victim in enumerate(finished.ids.tolist()):
+            score = attack.scores.get(victim)
+            scored = (
+                [None] * 5
+                if score is None or not score.final
+                else [score.label_accuracy, score.mse, score.psnr, score.ssim, score.success]
+            )
+            rows.append(
+                [
+                    victim,
+                    _show(self._labels.get(victim)),
+                    _show(finished.labels[index].tolist()),
+                    *scored,
+                    float(finished.loss[index]),
+                    int(finished.iterations[index]),
+                    int(finished.evaluations[index]),
+                    int(finished.restarts[index]),
+                    STATUS[int(finished.status[index])],
+                ]
+            )
+        return rows
+
+    def _log(self, trainer: Trainer, attack: GradientMatchingAttack) -> None:
+        if not trainer.is_global_zero or not trainer.loggers or self._logged == attack.num_done:
+            return
+        finished = attack.finished
+        rows = self._rows(attack, finished)
+        for index, row in enumerate(rows):
+            pictures: list[NDArray[np.uint8] | None] = [None, None]
+            if index < _ROWS_WITH_IMAGES:
+                truth = self._truth.get(row[0])
+                pictures = [None if truth is None else _strip(truth), _strip(finished.images[index])]
+            row.extend(pictures)
+        log_table(trainer, "victims", [*COLUMNS, "truth", "reconstruction"], rows)
+        self._logged = attack.num_done
+
+
+def _write_csv(path: Path, rows: list[list[Any]]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(
+            [f"{value:.8g}" if isinstance(value, float) else value for value in row] for row in rows
+        )
+    partial.replace(path)
+
+
+def _show(labels: list[int] | None) -> str | None:
+    return None if labels is None else " ".join(str(label) for label in sorted(labels))
+
+
+def _strip(images: Tensor) -> NDArray[np.uint8]:
+    """A victim's images ``(N, C, H, W)`` beside one another."""
+    return np.concatenate([to_pixels(image) for image in images], axis=1)

@@ -1,0 +1,142 @@
+"""What every DataModule of victims has in common: cohorts of shared gradients, the truth apart from them."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from leakage.errors import check_count
+from leakage.shared_gradient import SharedGradient
+from leakage.victim import Victim
+
+
+@dataclass
+class GroundTruth:
+    """What only the auditor knows of B victims.
+
+    Attributes:
+        ids: ``(B,)``, the victims' numbers.
+        images: ``(B, N, C, H, W)``, values in [0, 1].
+        labels: ``(B, N)``, class indices.
+    """
+
+    ids: Tensor
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @staticmethod
+    def cat(parts: Sequence[GroundTruth]) -> GroundTruth:
+        """Victims of several parts after one another."""
+        return GroundTruth(
+            ids=torch.cat([part.ids for part in parts]),
+            images=torch.cat([part.images for part in parts]),
+            labels=torch.cat([part.labels for part in parts]),
+        )
+
+
+class VictimDataModule(LightningDataModule, ABC):
+    """Victims in cohorts: what they shared for training, their images for validation.
+
+    Epoch e of training gives the :class:`~leakage.SharedGradient` of cohort e once, then ``()``
+    without end: the attack goes on with the victims it has and ends the epoch itself. Validation
+    gives :class:`GroundTruth` of all victims, where it is known. The two never share a batch.
+
+    A subclass sets :attr:`victim` and :attr:`victims` in ``setup``, and supplies :meth:`share`.
+
+    Attributes:
+        victim: the clients' model and protocol, after ``setup``.
+        victims: the number of victims.
+
+    Args:
+        batch_size: victims that are attacked together, a *cohort*.
+
+    Raises:
+        ValueError: a ``batch_size`` that is no whole number of at least 1.
+    """
+
+    victim: Victim
+    victims: int
+
+    def __init__(self, *, batch_size: int = 256) -> None:
+        super().__init__()
+        check_count(batch_size=batch_size)
+        self.batch_size = batch_size
+
+    @abstractmethod
+    def share(self, first: int, last: int) -> SharedGradient:
+        """What the victims ``first`` to ``last - 1`` shared."""
+
+    @property
+    def num_cohorts(self) -> int:
+        """Cohorts in all, the last possibly smaller; as many epochs attack every victim once."""
+        return math.ceil(self.victims / self.batch_size)
+
+    def train_dataloader(self) -> DataLoader[SharedGradient | tuple[()]]:
+        """The cohort of the trainer's epoch (0 without a trainer), then ``()`` without end."""
+        # Nothing is drawn, but a loader without a generator of its own advances the global one.
+        return DataLoader(_Cohorts(self), batch_size=None, collate_fn=_as_it_is, generator=torch.Generator())
+
+    def val_dataloader(self) -> DataLoader[GroundTruth] | list[Any]:
+        """The ground truth of all victims in order; an empty list where it is not known."""
+        return []
+
+    @cached_property
+    def configuration(self) -> dict[str, Any]:
+        """All that decides which victims there are and what they share, as plain numbers and words."""
+        self.setup("fit")
+        return {
+            "data": type(self).__name__,
+            "victims": self.victims,
+            "batch_size": self.batch_size,
+            "network": self.victim.fingerprint(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The configuration, for a checkpoint."""
+        return dict(self.configuration)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare a checkpoint's configuration with this one.
+
+        Raises:
+            ValueError: they differ; the message names each entry that does.
+        """
+        here = self.configuration
+        differing = [
+            f"{name} {state_dict.get(name)!r} in the checkpoint and {here.get(name)!r} here"
+            for name in {**here, **state_dict}
+            if state_dict.get(name) != here.get(name)
+        ]
+        if differing:
+            raise ValueError(f"Expected a checkpoint of the same victims, but got {'; '.join(differing)}.")
+
+
+class _Cohorts(IterableDataset[SharedGradient | tuple[()]]):
+    def __init__(self, datamodule: VictimDataModule) -> None:
+        self.datamodule = datamodule
+
+    def __iter__(self) -> Iterator[SharedGradient | tuple[()]]:
+        data = self.datamodule
+        epoch = 0 if data.trainer is None else data.trainer.current_epoch
+        if epoch < data.num_cohorts:
+            first = epoch * data.batch_size
+            yield data.share(first, min(first + data.batch_size, data.victims))
+        while True:
+            yield ()
+
+
+def _as_it_is(batch: Any) -> Any:
+    # The default would make a list of the empty tuple.
+    return batch

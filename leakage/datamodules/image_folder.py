@@ -1,0 +1,174 @@
+"""Folders of images, one folder per class."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import to_tensor
+
+from leakage.datamodules.images import ImageVictims, LabelledImages, data_folder
+from leakage.errors import check_count
+
+
+class ImageFolderVictims(ImageVictims):
+    """Victims of any folder in ImageFolder layout, ``root/<class>/<image>``.
+
+    Classes are numbered in the order of their folders' names. The images of all victims are
+    decoded once at ``setup``, so that none of them can fail during the attack.
+
+    Args:
+        root: the folder of the class folders.
+        image_size: height and width in pixels, one number for square images; images are scaled
+            (bilinear, with antialiasing) and cropped around the centre to fit. By default
+            they stay as they are, and must all be of one size.
+        channels: 3 for RGB or 1 for grey, converted where needed.
+        **kwargs: as for :class:`~leakage.datamodules.images.ImageVictims`.
+
+    Raises:
+        ValueError: another ``image_size`` or ``channels``; a corrupt image (the message names the
+            file), images of different sizes, fewer than two classes, and as
+            :class:`~leakage.datamodules.images.ImageVictims`.
+        FileNotFoundError: no such folder, or one without class folders or images.
+
+    Example:
+        >>> data = ImageFolderVictims("photos", image_size=32, victims=10)
+        >>> data.setup("fit")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        channels: int = 3,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if image_size is not None:
+            height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+            check_count(image_height=height, image_width=width)
+            image_size = (height, width)
+        if channels not in (1, 3):
+            raise ValueError(f"Expected `channels` to be 1 or 3, but got {channels!r}.")
+        self.root = Path(root).expanduser()
+        self.image_size = image_size
+        self.channels = channels
+
+    def check_images(self, indices: list[int], image_shape: tuple[int, ...]) -> None:
+        """Decode the images of all victims once, to find the faulty ones before the attack."""
+        for index in indices:
+            shape = tuple(self._images[index][0].shape)
+            if shape != image_shape:
+                raise ValueError(
+                    f"Expected images of one size, but got {image_shape} and {shape} in "
+                    f"'{self._files[index]}'. Set `image_size`."
+                )
+
+    def find_folder(self) -> Path:
+        """The folder of the class folders."""
+        if not self.root.is_dir():
+            raise FileNotFoundError(
+                f"Expected `root` to be a folder of images, but got no folder '{self.root}'."
+            )
+        return self.root
+
+    def open_images(self) -> tuple[LabelledImages, int]:
+        """The images, each decoded when it is asked for, and the number of class folders."""
+        folder = self.find_folder()
+        entries = list(folder.iterdir())
+        if not any(entry.is_dir() for entry in entries):
+            loose = sum(entry.suffix.lower() in IMG_EXTENSIONS for entry in entries)
+            found = f"{loose} images without class folders" if loose else "none"
+            raise FileNotFoundError(
+                f"Expected class folders of images in '{folder}', but got {found}. The layout is "
+                "<folder>/<class>/<image>."
+            )
+        loader = partial(_decode, size=self.image_size, channels=self.channels)
+        try:
+            images = ImageFolder(folder, loader=loader)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"Expected images in every folder of '{folder}', but got: {error}."
+            ) from error
+        if len(images.classes) < 2:
+            raise ValueError(
+                f"Expected at least two class folders in '{folder}', but got only {images.classes}: with one "
+                "class every gradient is zero."
+            )
+        self._files = [path for path, _ in images.samples]
+        return images, len(images.classes)
+
+    @cached_property
+    def configuration(self) -> dict[str, Any]:
+        """As in the base class, with size and channels."""
+        return super().configuration | {"image_size": self.image_size, "channels": self.channels}
+
+
+class LFWVictims(ImageFolderVictims):
+    """Labelled Faces in the Wild: 13,233 photographs of 5,749 persons, scaled to (3, 32, 32).
+
+    The number of classes is the number of persons' folders found. The networks are large (4.4
+    million parameters each with 5,749 persons), so the cohorts are small by default.
+
+    Args:
+        root: the folder of the persons' folders, or one that holds it as ``lfw``,
+            ``lfw_funneled`` or ``lfw-deepfunneled`` (also within ``lfw-py``, as torchvision has
+            it); by default the environment variable ``LEAKAGE_DATA``, else ``~/.cache/leakage``.
+            Nothing is downloaded: the original server is gone.
+        image_size: as for :class:`ImageFolderVictims`.
+        batch_size: victims that are attacked together.
+        **kwargs: as for :class:`ImageFolderVictims`.
+
+    Raises:
+        FileNotFoundError: the faces are not there.
+
+    References:
+        Huang et al., *Labeled Faces in the Wild*, 2007.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | None = None,
+        *,
+        image_size: int | tuple[int, int] | None = 32,
+        batch_size: int = 16,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(data_folder(root), image_size=image_size, batch_size=batch_size, **kwargs)
+        self._root_given = root is not None
+
+    def find_folder(self) -> Path:
+        """The folder of the persons' folders."""
+        archives = ("lfw", "lfw_funneled", "lfw-deepfunneled")
+        for place in (self.root / parent / name for parent in ("", "lfw-py") for name in archives):
+            if place.is_dir():
+                return place
+        if not (self._root_given and self.root.is_dir()):
+            raise FileNotFoundError(
+                f"Expected the LFW faces (one folder per person) in '{self.root}', as one of "
+                f"{list(archives)}, but got none. They can't be downloaded automatically: unpack the archive "
+                "there, or say where it lies with `root` or the environment variable LEAKAGE_DATA."
+            )
+        return self.root
+
+
+def _decode(path: str, *, size: tuple[int, int] | None, channels: int) -> Tensor:
+    """An image file as ``(channels, H, W)`` in [0, 1]."""
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):
+                raise ValueError(f"mode {file.mode}, of more than 8 bits per channel")
+            image = file.convert("RGB" if channels == 3 else "L")
+    except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, ValueError, ...
+        raise ValueError(f"Expected an 8-bit image in '{path}', but got: {error}") from error
+    if size is not None:
+        image = ImageOps.fit(image, (size[1], size[0]), method=Image.Resampling.BILINEAR)
+    tensor: Tensor = to_tensor(image)
+    return tensor

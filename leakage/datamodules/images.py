@@ -1,0 +1,225 @@
+"""Victims made from a data set of labelled images."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import typing
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from leakage.datamodules.base import GroundTruth, VictimDataModule
+from leakage.errors import check_choice, check_count
+from leakage.models import LeNet
+from leakage.objectives import LOSSES
+from leakage.shared_gradient import SharedGradient
+from leakage.victim import Victim, victim_seed
+
+# Victims whose images one worker decodes at a time.
+_DECODED_AT_ONCE = 64
+
+
+class LabelledImages(typing.Protocol):
+    """Items ``(image, label)``: float ``(C, H, W)`` in [0, 1], and a class index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, int]: ...
+
+
+class ImageVictims(VictimDataModule):
+    r"""Clients that each hold ``num_images`` images of a data set, no image twice.
+
+    With :math:`\pi_s` a permutation of the data set drawn from the seed alone, victim i holds the
+    images :math:`\pi_s(iN), \ldots, \pi_s(iN + N - 1)`: the same whatever the number of victims,
+    the cohort size, the workers or the processes. The global random state is left as it was.
+
+    A subclass supplies :meth:`open_images`.
+
+    Args:
+        victims: number of victims.
+        num_images: N, the images behind one gradient.
+        seed: decides images and networks.
+        batch_size: victims that are attacked together, a *cohort*.
+        model: the clients' network, images in [0, 1] to logits; by default a
+            :class:`~leakage.LeNet` that fits images and classes.
+        weights: ``"own"`` gives every victim a freshly drawn network, ``"shared"`` all of them
+            the weights of ``model``. By default own without a ``model``, else shared.
+        loss: the clients' training loss, a key of :data:`leakage.objectives.LOSSES`.
+        reduction: over the N images, ``"mean"`` or ``"sum"``.
+        reveal_labels: tell the attacker the labels.
+        num_workers: processes that decode images.
+
+    Raises:
+        ValueError: at construction, an unknown choice or a count out of range; at ``setup``, more
+            images wanted than there are, or a model that does not fit images and classes.
+    """
+
+    def __init__(
+        self,
+        *,
+        victims: int = 100,
+        num_images: int = 1,
+        seed: int = 0,
+        batch_size: int = 256,
+        model: nn.Module | None = None,
+        weights: str | None = None,
+        loss: str = "cross_entropy",
+        reduction: str = "mean",
+        reveal_labels: bool = False,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size)
+        check_count(victims=victims, num_images=num_images)
+        for name, number in {"seed": seed, "num_workers": num_workers}.items():
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**63:
+                raise ValueError(f"Expected `{name}` to be a whole number of at least 0, but got {number!r}.")
+        if model is not None and not isinstance(model, nn.Module):
+            raise ValueError(f"Expected `model` to be a torch.nn.Module, but got {type(model).__name__}.")
+        if weights is None:
+            weights = "own" if model is None else "shared"
+        check_choice("weights", weights, ("own", "shared"))
+        check_choice("loss", loss, LOSSES)
+        check_choice("reduction", reduction, ("mean", "sum"))
+        self.victims = victims
+        self.num_images = num_images
+        self.seed = seed
+        self.model = model
+        self.weights = weights
+        self.loss = loss
+        self.reduction = reduction
+        self.reveal_labels = reveal_labels
+        self.num_workers = num_workers
+
+    @abstractmethod
+    def open_images(self) -> tuple[LabelledImages, int]:
+        """The images, each decoded when it is asked for, and the number of classes."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draw the victims' images and build their network; later calls do nothing."""
+        if hasattr(self, "victim"):
+            return
+        self._images, num_classes = self.open_images()
+        available, wanted = len(self._images), self.victims * self.num_images
+        if wanted > available:
+            raise ValueError(
+                f"Expected `victims` * `num_images` to be at most the {available} images of the data set, "
+                f"but got {self.victims} * {self.num_images} = {wanted}."
+            )
+        order = torch.randperm(available, generator=torch.Generator().manual_seed(self.seed))
+        self._order = order[:wanted].view(self.victims, self.num_images)
+        channels, height, width = self._images[int(self._order[0, 0])][0].shape
+        model = self.model
+        if model is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(self.seed)
+                model = LeNet(channels=channels, image_size=(height, width), num_classes=num_classes)
+        victim = Victim(
+            model,
+            image_shape=(channels, height, width),
+            num_images=self.num_images,
+            loss=self.loss,
+            reduction=self.reduction,
+        )
+        if victim.protocol.num_classes < num_classes:
+            raise ValueError(
+                f"Expected `model` to have a logit for each of the {num_classes} classes of the data set, "
+                f"but got {victim.protocol.num_classes}."
+            )
+        if self.weights == "own":
+            victim.fresh_states([self.seed])  # a module that can't be drawn anew shall fail now
+        self.check_images(self._order.flatten().tolist(), victim.protocol.image_shape)
+        self.victim = victim
+
+    def check_images(self, indices: list[int], image_shape: tuple[int, ...]) -> None:
+        """Raise an error for an image that can't be used; a data set known to be sound needs no check.
+
+        Args:
+            indices: the images of all victims.
+            image_shape: ``(C, H, W)`` of the first victim's first image.
+        """
+
+    def share(self, first: int, last: int) -> SharedGradient:
+        """The gradients of the victims ``first`` to ``last - 1``, in the precision of their network."""
+        truth = GroundTruth.cat(list(self._load(first, last, _DECODED_AT_ONCE)))
+        states = None
+        if self.weights == "own":
+            seeds = [victim_seed(self.seed, victim, "weights") for victim in range(first, last)]
+            states = self.victim.fresh_states(seeds)
+        return self.victim.share(
+            truth.images.to(next(self.victim.model.parameters()).dtype),
+            truth.labels,
+            states=states,
+            ids=truth.ids,
+            reveal_labels=self.reveal_labels,
+        )
+
+    def val_dataloader(self) -> DataLoader[GroundTruth]:
+        """The ground truth of all victims in order."""
+        return self._load(0, self.victims, self.batch_size)
+
+    def _load(self, first: int, last: int, batch_size: int) -> DataLoader[GroundTruth]:
+        return DataLoader(
+            Subset(_VictimImages(self._images, self._order), range(first, last)),
+            batch_size=batch_size,
+            num_workers=self.num_workers,
+            collate_fn=GroundTruth.cat,
+            generator=torch.Generator(),  # else the loader advances the global one
+        )
+
+    @cached_property
+    def configuration(self) -> dict[str, Any]:
+        """As in the base class, with what the victims' images, networks and losses depend on."""
+        self.setup("fit")
+        first = _VictimImages(self._images, self._order)[0]
+        return super().configuration | {
+            "num_images": self.num_images,
+            "seed": self.seed,
+            "weights": self.weights if self.weights == "own" else digest(self.victim.state),
+            "loss": self.loss,
+            "reduction": self.reduction,
+            "reveal_labels": self.reveal_labels,
+            "first_victim": digest({"images": first.images, "labels": first.labels}),
+        }
+
+
+class _VictimImages(Dataset[GroundTruth]):
+    """The ground truth victim by victim; all that a worker runs."""
+
+    def __init__(self, images: LabelledImages, order: Tensor) -> None:
+        self.images = images
+        self.order = order
+
+    def __getitem__(self, victim: int) -> GroundTruth:
+        images, labels = zip(*(self.images[index] for index in self.order[victim].tolist()), strict=True)
+        return GroundTruth(
+            ids=torch.tensor([victim]),
+            images=torch.stack(images)[None],
+            labels=torch.tensor([int(label) for label in labels])[None],
+        )
+
+
+def data_folder(root: str | os.PathLike[str] | None) -> Path:
+    """``root``, else the environment variable ``LEAKAGE_DATA``, else ``~/.cache/leakage``."""
+    return Path(root or os.environ.get("LEAKAGE_DATA") or "~/.cache/leakage").expanduser()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of tensors, to recognise them.
+
+    Example:
+        >>> digest({"a": torch.zeros(2)}) == digest({"a": torch.zeros(2)}) != digest({"a": torch.ones(2)})
+        True
+    """
+    hashed = hashlib.sha256()
+    for name, tensor in tensors.items():
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return hashed.hexdigest()[:16]

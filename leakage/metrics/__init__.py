@@ -1,0 +1,27 @@
+"""Scores of reconstructions: per image, matched one-to-one, and over victims with confidence intervals."""
+
+from leakage.metrics.collection import ReconstructionMetrics
+from leakage.metrics.estimates import (
+    Estimate,
+    MeanOverVictims,
+    ShareOverVictims,
+    mean_interval,
+    wilson_interval,
+)
+from leakage.metrics.matching import match
+from leakage.metrics.scores import PSNR_LIMIT, SUCCESS_THRESHOLD, Scores, VictimScore, score
+
+__all__ = [
+    "PSNR_LIMIT",
+    "SUCCESS_THRESHOLD",
+    "Estimate",
+    "MeanOverVictims",
+    "ReconstructionMetrics",
+    "Scores",
+    "ShareOverVictims",
+    "VictimScore",
+    "match",
+    "mean_interval",
+    "score",
+    "wilson_interval",
+]

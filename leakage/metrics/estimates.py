@@ -1,0 +1,202 @@
+"""A score over victims as an estimate: its value, a 95 % confidence interval and the number of victims."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from scipy.special import ndtri, stdtrit
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+# Both sides of a 95 % interval leave 2.5 % outside.
+_QUANTILE = 0.975
+
+
+class Estimate(NamedTuple):
+    """A mean over victims with the ends of its 95 % confidence interval; NaN where there is none."""
+
+    value: float
+    low: float
+    high: float
+    victims: int
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    r"""The 95 % confidence interval of a share of n victims, after Wilson.
+
+    .. math::
+        \frac{1}{1 + z^2 / n} \left( p + \frac{z^2}{2 n}
+        \pm z \sqrt{\frac{p (1 - p)}{n} + \frac{z^2}{4 n^2}} \right), \quad z = 1.96
+
+    It keeps within [0, 1] and doesn't shrink to a point at 0 % and 100 %.
+
+    Args:
+        share: p, from 0 to 1.
+        n: the number of victims.
+
+    Returns:
+        The ends, both from 0 to 1; (NaN, NaN) if n is 0.
+
+    Raises:
+        ValueError: ``share`` outside [0, 1] or negative ``n``.
+
+    References:
+        Wilson, *Probable Inference, the Law of Succession, and Statistical Inference*, 1927,
+        https://doi.org/10.1080/01621459.1927.10502953.
+
+    Example:
+        >>> [round(end, 4) for end in wilson_interval(1.0, 1000)]
+        [0.9962, 1.0]
+    """
+    if n < 0:
+        raise ValueError(f"Expected `n` to be at least 0, but got {n}.")
+    if n == 0:
+        return math.nan, math.nan
+    if not 0 <= share <= 1:
+        raise ValueError(f"Expected `share` in [0, 1], but got {share}.")
+    z2 = float(ndtri(_QUANTILE)) ** 2
+    centre = share + z2 / (2 * n)
+    spread = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
+    low, high = ((centre + sign * spread) / (1 + z2 / n) for sign in (-1, 1))
+    # Rounding must not put the share itself outside.
+    return max(0.0, min(low, share)), min(1.0, max(high, share))
+
+
+def mean_interval(values: Tensor) -> tuple[float, float]:
+    r"""The 95 % confidence interval of the mean of V independent values, after Student.
+
+    .. math:: \bar x \pm t_{0.975,\, V - 1} \; s / \sqrt{V}
+
+    with :math:`s` the sample's standard deviation. It is exact for normal values and symmetric
+    whatever the values, so that of an MSE, which is far from normal, can reach below 0.
+
+    Args:
+        values: ``(V,)``, in any units, which are the interval's too.
+
+    Returns:
+        The ends; (NaN, NaN) for fewer than two values, or if one is infinite.
+
+    Raises:
+        ValueError: another shape, or NaN among the values.
+
+    References:
+        Student, *The Probable Error of a Mean*, 1908, https://doi.org/10.1093/biomet/6.1.1.
+
+    Example:
+        >>> [round(end, 3) for end in mean_interval(torch.tensor([1.0, 2.0, 3.0]))]
+        [-0.484, 4.484]
+    """
+    _check_values(values)
+    n = len(values)
+    if n < 2 or not bool(torch.isfinite(values).all()):
+        return math.nan, math.nan
+    values = values.cpu().double()
+    mean, half = values.mean().item(), stdtrit(n - 1, _QUANTILE) * values.std().item() / math.sqrt(n)
+    return float(mean - half), float(mean + half)
+
+
+class _OverVictims(Metric):
+    """Keeps one value per victim: the estimate is the same in whatever batches and processes they came."""
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    values: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("values", default=[], dist_reduce_fx="cat")
+
+    def update(self, values: Tensor) -> None:
+        """Add the values ``(V,)`` of V further victims."""
+        _check_values(values)
+        self.values.append(values.detach().to(self.device, self.dtype))
+
+    def _all(self) -> Tensor:
+        """The values of all victims, in double precision on the CPU (some devices have none)."""
+        # Synchronised over processes the state is one tensor, else a list, empty before any update.
+        values = dim_zero_cat(self.values) if len(self.values) else torch.empty(0)
+        return values.cpu().double()
+
+    def compute(self) -> Estimate:
+        """The estimate over all victims so far, of every process."""
+        values = self._all()
+        value = values.mean().item()
+        return Estimate(value, *self._interval(values), victims=len(values))
+
+    def _interval(self, values: Tensor) -> tuple[float, float]:
+        raise NotImplementedError
+
+
+class MeanOverVictims(_OverVictims):
+    """The mean of a score over victims, with Student's 95 % confidence interval (:func:`mean_interval`).
+
+    ``update`` takes the scores ``(V,)`` of V further victims, each victim once; ``compute`` gives an
+    :class:`Estimate` in the score's units. Without victims its value is NaN, with fewer than two its
+    interval; an infinite score makes the mean infinite and the interval NaN. Values are kept in the
+    metric's precision (``set_dtype``), single by default, and averaged in double.
+
+    Args:
+        kwargs: see :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: at ``update``, another shape or NaN.
+
+    Example:
+        >>> metric = MeanOverVictims()
+        >>> metric.update(torch.tensor([20.0, 30.0, 40.0]))
+        >>> estimate = metric.compute()
+        >>> round(estimate.value, 2), round(estimate.low, 2), round(estimate.high, 2), estimate.victims
+        (30.0, 5.16, 54.84, 3)
+    """
+
+    def _interval(self, values: Tensor) -> tuple[float, float]:
+        return mean_interval(values)
+
+
+class ShareOverVictims(_OverVictims):
+    """A share over victims, such as the success rate, with Wilson's 95 % interval (:func:`wilson_interval`).
+
+    ``update`` takes the shares ``(V,)`` in [0, 1] of V further victims, each victim once: 0 or 1 where
+    a victim has one image. With several images the interval still counts victims, not images. That
+    is conservative: the images of a victim share their fate (one gradient, one network), and at
+    worst all of them. ``compute`` gives an :class:`Estimate`; without victims it is NaN. Values are
+    kept in the metric's precision (``set_dtype``), single by default, and averaged in double.
+
+    Args:
+        kwargs: see :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: at ``update``, another shape, NaN, or a value outside [0, 1].
+
+    Example:
+        >>> metric = ShareOverVictims()
+        >>> metric.update(torch.tensor([1.0, 1.0, 0.0, 1.0]))
+        >>> estimate = metric.compute()
+        >>> round(estimate.value, 3), round(estimate.low, 3), round(estimate.high, 3), estimate.victims
+        (0.75, 0.301, 0.954, 4)
+    """
+
+    def update(self, values: Tensor) -> None:
+        """Add the shares ``(V,)`` of V further victims."""
+        if not bool(((values >= 0) & (values <= 1) | values.isnan()).all()):
+            raise ValueError(
+                f"Expected `values` in [0, 1], but got {values.min().item():g} to {values.max().item():g}."
+            )
+        super().update(values)
+
+    def _interval(self, values: Tensor) -> tuple[float, float]:
+        return wilson_interval(values.mean().item(), len(values))
+
+
+def _check_values(values: Tensor) -> None:
+    if values.ndim != 1:
+        raise ValueError(f"Expected `values` of shape (V,), but got {tuple(values.shape)}.")
+    missing = int(values.isnan().sum())
+    if missing:
+        raise ValueError(
+            f"Expected `values` without NaN, but got NaN for {missing} of {len(values)} victims."
+        )

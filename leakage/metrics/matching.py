@@ -1,0 +1,84 @@
+"""Which reconstruction belongs to which private image of a victim's batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+# The largest MSE that still counts for the pairing.
+_WORST = 10.0
+
+
+@torch.no_grad()
+def match(reconstructed: Tensor, images: Tensor) -> Tensor:
+    r"""Pair every private image of a victim with one reconstruction of its own, at the least total MSE.
+
+    A gradient doesn't tell the order of the images in its batch, so before any score
+
+    .. math:: \pi_v = \arg\min_\pi \sum_n \min(\mathrm{MSE}(\hat x_{v, \pi(n)}, x_{v, n}), 10)
+
+    over all permutations (the Hungarian method). The pairing is made once, on the MSE alone, and every
+    score is taken on it; no reconstruction is used twice.
+
+    An MSE of 10 is the worst cost, and that of NaN and infinity. Normal noise stays below 2, so only a
+    reconstruction that has diverged reaches it, and gets the image that the others leave over; without
+    the limit it would outweigh the others and take the private image of a good one.
+
+    Args:
+        reconstructed: ``(V, N, C, H, W)``, any values.
+        images: ``(V, N, C, H, W)``, the private images.
+
+    Returns:
+        ``(V, N)`` int64 on the device of ``images``: the index of the reconstruction that is paired
+        with image n. With N = 1 there is nothing to pair and nothing is computed.
+
+    Raises:
+        ValueError: shapes that differ or are not (V, N, C, H, W), or whole numbers instead of floats.
+
+    References:
+        Kuhn, *The Hungarian method for the assignment problem*, 1955,
+        https://doi.org/10.1002/nav.3800020109.
+
+    Example:
+        >>> images = torch.rand(1, 3, 1, 8, 8)
+        >>> match(images[:, [2, 0, 1]], images)
+        tensor([[1, 2, 0]])
+    """
+    check_images(reconstructed, images)
+    victims, per_victim = images.shape[:2]
+    if per_victim == 1 or not victims:
+        return torch.zeros(victims, per_victim, dtype=torch.int64, device=images.device)
+    costs = _costs(reconstructed.to(images.device), images).cpu().numpy()
+    order = [linear_sum_assignment(cost)[1] for cost in costs]
+    return torch.from_numpy(np.stack(order)).to(images.device, torch.int64)
+
+
+def _costs(reconstructed: Tensor, images: Tensor) -> Tensor:
+    """``(V, image, reconstruction)`` limited MSE, without (V, N, N, pixels) in memory."""
+    dtype = score_dtype(reconstructed, images)
+    truth, found = images.flatten(2).to(dtype), reconstructed.flatten(2).to(dtype)
+    # The matrix product form of the distance loses the small errors, which are those that matter.
+    distance = torch.cdist(truth, found, compute_mode="donot_use_mm_for_euclid_dist")
+    mse = distance.square() / truth.shape[-1]
+    return mse.nan_to_num(nan=_WORST, posinf=_WORST).clamp(max=_WORST)
+
+
+def score_dtype(reconstructed: Tensor, images: Tensor) -> torch.dtype:
+    """At least single precision: the squared errors of good reconstructions vanish in half."""
+    return torch.promote_types(torch.promote_types(reconstructed.dtype, images.dtype), torch.float32)
+
+
+def check_images(reconstructed: Tensor, images: Tensor) -> None:
+    """Raise a ``ValueError`` unless both are floats of one shape ``(V, N, C, H, W)``."""
+    for name, tensor in (("images", images), ("reconstructed", reconstructed)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"Expected `{name}` as floating-point numbers, but got {tensor.dtype}.")
+        if tensor.ndim != 5 or not all(tensor.shape[1:]):
+            raise ValueError(f"Expected `{name}` of shape (V, N, C, H, W), but got {tuple(tensor.shape)}.")
+    if reconstructed.shape != images.shape:
+        raise ValueError(
+            f"Expected `reconstructed` of the shape of `images` {tuple(images.shape)}, "
+            f"but got {tuple(reconstructed.shape)}."
+        )

@@ -1,0 +1,75 @@
+"""Networks of the papers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from leakage.errors import check_count
+
+
+class LeNet(nn.Module):
+    """The LeNet of DLG and iDLG: small, smooth and easy to invert.
+
+    Three 5x5 convolutions of ``width`` channels (padding 2; strides 2, 2, 1), each followed by a
+    sigmoid, then one linear layer. Every weight and bias is drawn from the uniform distribution
+    on ``[-0.5, 0.5]``. The sigmoid matters: the attacks differentiate the gradient, and a ReLU's
+    second derivative is zero almost everywhere.
+
+    Shapes:
+        - input ``(N, channels, *image_size)``, values in [0, 1]
+        - output ``(N, num_classes)``, logits
+
+    Args:
+        channels: channels of the images.
+        image_size: height and width in pixels; one number for square images.
+        num_classes: number of logits.
+        width: channels of each convolution.
+
+    Raises:
+        ValueError: a size or count that is not a whole number of at least 1.
+
+    References:
+        Zhu et al., *Deep Leakage from Gradients*, NeurIPS 2019, https://arxiv.org/abs/1906.08935;
+        Zhao et al., *iDLG*, 2020, https://arxiv.org/abs/2001.02610.
+
+    Example:
+        >>> LeNet(channels=3, image_size=32)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        image_size: int | tuple[int, int] = 28,
+        num_classes: int = 10,
+        width: int = 12,
+    ) -> None:
+        super().__init__()
+        height, breadth = (image_size, image_size) if isinstance(image_size, int) else image_size
+        check_count(channels=channels, num_classes=num_classes, width=width)
+        check_count(image_size=height)
+        check_count(image_size=breadth)
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, width, 5, stride=2, padding=2),
+            nn.Sigmoid(),
+            nn.Conv2d(width, width, 5, stride=2, padding=2),
+            nn.Sigmoid(),
+            nn.Conv2d(width, width, 5, stride=1, padding=2),
+            nn.Sigmoid(),
+        )
+        self.classifier = nn.Linear(width * math.ceil(height / 4) * math.ceil(breadth / 4), num_classes)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every weight and bias anew from the uniform distribution on [-0.5, 0.5]."""
+        for parameter in self.parameters():
+            parameter.uniform_(-0.5, 0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
+        logits: Tensor = self.classifier(self.features(images).flatten(1))
+        return logits

@@ -1,0 +1,245 @@
+"""Pictures of an audit, drawn off screen: no window, no global state of matplotlib."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from numpy.typing import NDArray
+from torch import Tensor
+
+from leakage.errors import check_positive
+from leakage.metrics import wilson_interval
+
+_INK = "#222222"
+_PALE = "#767676"
+# Told apart also by readers who do not see red and green as different (Okabe and Ito).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Inches.
+_CELL, _GAP, _CAPTION, _LINE = 1.15, 0.08, 0.30, 0.30
+_ROW_LABEL_PER_LETTER, _ROW_LABEL_LEAST = 0.085, 0.3
+
+
+def plot_gallery(
+    images: Sequence[Sequence[Tensor | None]],
+    *,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    captions: Sequence[Sequence[str]] | None = None,
+    title: str = "",
+) -> Figure:
+    """Images in a grid, each pixel as it is (nearest neighbour), values outside [0, 1] clipped.
+
+    Args:
+        images: one sequence per row of ``(C, H, W)`` images in [0, 1], or None for an empty place.
+            One channel is shown in grey, three as RGB, any other number as the grey of their mean.
+        columns: a heading per column.
+        rows: a label per row.
+        captions: a short line under each image, the same layout as ``images``.
+        title: above everything.
+
+    Raises:
+        ValueError: no images, or rows, headings or captions of another number.
+
+    Example:
+        >>> image = torch.rand(1, 28, 28)
+        >>> figure = plot_gallery([[image, None]], columns=["truth", "final"], rows=["victim 0"])
+        >>> len(figure.axes)
+        2
+    """
+    if not images or not columns:
+        raise ValueError(f"Expected `images` and `columns` to hold at least one, but got {len(images)} rows.")
+    if len(rows) != len(images):
+        raise ValueError(f"Expected `rows` with a label for each row of images, but got {len(rows)}.")
+    for name, grid in (("images", images), ("captions", captions)):
+        sizes = None if grid is None else [len(row) for row in grid]
+        if sizes is not None and sizes != [len(columns)] * len(rows):
+            raise ValueError(
+                f"Expected `{name}` in {len(rows)} rows of {len(columns)}, one per column, but got {sizes}."
+            )
+    caption_height = _CAPTION if captions is not None else 0.0
+    left = _ROW_LABEL_LEAST + _ROW_LABEL_PER_LETTER * max(
+        len(line) for label in rows for line in label.split("\n")
+    )
+    top = _LINE * (1 + max(heading.count("\n") for heading in columns)) + (0.45 if title else 0.1)
+    width = left + len(columns) * (_CELL + _GAP) + 0.15
+    # A long title must not be cut by a narrow grid.
+    width = max(width, 0.11 * len(title) + 0.3)
+    height = top + len(images) * (_CELL + _GAP + caption_height) + 0.1
+    figure = _figure(width, height)
+    for i, row in enumerate(images):
+        for j, image in enumerate(row):
+            x = left + j * (_CELL + _GAP)
+            y = height - top - (i + 1) * _CELL - i * (_GAP + caption_height)
+            axes = figure.add_axes((x / width, y / height, _CELL / width, _CELL / height))
+            axes.set_axis_off()
+            if image is not None:
+                pixels = to_pixels(image)
+                axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                if captions is not None and captions[i][j]:
+                    axes.text(0.5, -0.05, captions[i][j], transform=axes.transAxes, fontsize=7.5, color=_PALE,
+                              ha="center", va="top")  # fmt: skip
+            if i == 0:
+                axes.text(0.5, 1.06, columns[j], transform=axes.transAxes, fontsize=10, color=_INK,
+                          ha="center", va="bottom")  # fmt: skip
+        middle = height - top - i * (_CELL + _GAP + caption_height) - _CELL / 2
+        figure.text(
+            (left - 0.12) / width, middle / height, rows[i], fontsize=9, color=_INK, ha="right", va="center"
+        )
+    if title:
+        figure.text(
+            0.5, 1 - 0.12 / height, title, fontsize=12, color=_INK, ha="center", va="top", weight="bold"
+        )
+    return figure
+
+
+def plot_fidelity(curves: Mapping[str, Tensor], *, threshold: float = 1e-3, title: str = "") -> Figure:
+    """Share of victims whose error lies under a threshold, over the threshold, as the iDLG paper plots it.
+
+    The band around each curve is the 95 % Wilson interval of the share. A victim whose error is
+    not a number (its attack diverged) lies under no threshold.
+
+    Args:
+        curves: name to the mean squared error of each victim, ``(V,)``, at least 0.
+        threshold: the one that counts as success, marked by a line; the legend tells the share there.
+        title: above the axes.
+
+    Raises:
+        ValueError: no curves, one without victims or of another shape, or a threshold that is not positive.
+
+    References:
+        Zhao et al., *iDLG*, 2020, figure 3, https://arxiv.org/abs/2001.02610.
+
+    Example:
+        >>> figure = plot_fidelity({"iDLG": torch.tensor([1e-6, 1e-4, 0.1])})
+        >>> figure.axes[0].get_legend().get_texts()[0].get_text()
+        'iDLG: 66.7 % of 3'
+    """
+    check_positive(threshold=threshold)
+    if not curves:
+        raise ValueError("Expected `curves` to hold at least one, but got none.")
+    for name, errors in curves.items():
+        if errors.ndim != 1 or not len(errors):
+            raise ValueError(f"Expected the errors of {name!r} of shape (V,), but got {tuple(errors.shape)}.")
+    figure = _figure(6.4, 4.2)
+    axes = figure.add_axes((0.13, 0.14, 0.83, 0.74 if title else 0.82))
+    thresholds = _thresholds(curves, threshold)
+    for index, (name, errors) in enumerate(curves.items()):
+        errors = errors.detach().double().cpu()
+        shares = (errors[:, None] < torch.from_numpy(thresholds)).double().mean(0)
+        intervals = [wilson_interval(float(share), len(errors)) for share in shares]
+        colour = _COLOURS[index % len(_COLOURS)]
+        share = float((errors < threshold).double().mean())
+        axes.fill_between(
+            thresholds, [low for low, _ in intervals], [high for _, high in intervals],
+            color=colour, alpha=0.18, linewidth=0,
+        )  # fmt: skip
+        style = "-" if index < len(_COLOURS) else "--"
+        axes.plot(thresholds, shares.numpy(), style, color=colour, linewidth=2,
+                  label=f"{name}: {100 * share:.1f} % of {len(errors)}")  # fmt: skip
+    axes.axvline(threshold, color=_PALE, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
+    axes.set_xscale("log")
+    axes.set_xlim(thresholds[0], thresholds[-1])
+    axes.set_ylim(0, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.set_xlabel("threshold of the mean squared error", color=_INK)
+    axes.set_ylabel("victims under the threshold", color=_INK)
+    axes.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9,
+                title=f"share under {_number(threshold)} (dashed)", title_fontsize=9)  # fmt: skip
+    if title:
+        figure.text(0.5, 0.96, title, fontsize=12, color=_INK, ha="center", va="top", weight="bold")
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a picture whole or not at all; the kind of file is that of the path's ending, such as ``.png``.
+
+    Raises:
+        ValueError: an ending that matplotlib doesn't write.
+        OSError: the file can't be written.
+    """
+    path = Path(path)
+    kinds = figure.canvas.get_supported_filetypes()
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in kinds:
+        raise ValueError(f"Expected `path` to end with one of {sorted(kinds)}, but got '{path}'.")
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(partial, format=kind, dpi=150)
+        partial.replace(path)
+    except OSError as error:
+        _remove(partial)
+        raise OSError(f"Expected to write the picture '{path}', but got: {error}") from error
+
+
+def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
+    """The picture as ``(height, width, 3)`` values from 0 to 255."""
+    file = io.BytesIO()
+    figure.savefig(file, format="rgba", dpi=100)
+    width, height = figure.canvas.get_width_height()
+    return np.frombuffer(file.getvalue(), np.uint8).reshape(height, width, 4)[..., :3].copy()
+
+
+def to_pixels(image: Tensor) -> NDArray[np.uint8]:
+    """One image ``(C, H, W)`` in [0, 1] as values from 0 to 255: ``(H, W)`` in grey, ``(H, W, 3)`` in colour.
+
+    What lies outside [0, 1] is clipped, what is not a number black; of channels that are neither one
+    nor three the mean is taken.
+
+    Raises:
+        ValueError: another number of dimensions.
+
+    Example:
+        >>> to_pixels(torch.ones(3, 2, 2)).shape, to_pixels(torch.ones(1, 2, 2)).max()
+        ((2, 2, 3), np.uint8(255))
+    """
+    if image.ndim != 3:
+        raise ValueError(f"Expected an image of shape (C, H, W), but got {tuple(image.shape)}.")
+    image = image.detach().cpu().float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
+    image = image.permute(1, 2, 0) if len(image) == 3 else image.mean(0)
+    pixels: NDArray[np.uint8] = (image * 255).round().to(torch.uint8).numpy()
+    return pixels
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _thresholds(curves: Mapping[str, Tensor], threshold: float) -> NDArray[np.float64]:
+    """Thresholds from the best victims, or two decades below the default, up to 1."""
+    best = min(
+        (float(errors[errors > 0].min()) for errors in curves.values() if bool((errors > 0).any())),
+        default=1.0,
+    )
+    lowest = min(math.log10(threshold) - 2, max(math.log10(best) - 1, -12)) if math.isfinite(best) else -6.0
+    return np.logspace(math.floor(lowest), max(0, math.ceil(math.log10(threshold))), 400)
+
+
+def _number(value: float) -> str:
+    """A threshold as written in the text, such as ``1e-3``."""
+    mantissa, exponent = f"{value:.0e}".split("e")
+    exact = math.isclose(float(f"{value:.0e}"), value)
+    return f"{mantissa}e{int(exponent)}" if exact else f"{value:g}"
+
+
+def _remove(path: Path) -> None:
+    """Delete a file that may not be there, on a disk that may not answer."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return

@@ -1,0 +1,90 @@
+"""What an attack made of each victim."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from leakage.shared_gradient import write_safetensors
+
+_FORMAT = "leakage.Reconstruction"
+
+
+@dataclass
+class Reconstruction:
+    """The images and labels that an attack recovered, with the attack's own account of each victim.
+
+    Attributes:
+        ids: ``(V,)``, the victims' numbers.
+        images: ``(V, N, C, H, W)``; the truth lies in [0, 1], the reconstruction is not clamped.
+        labels: ``(V, N)``, class indices.
+        loss: ``(V,)``, the attack's objective at ``images``.
+        iterations: ``(V,)``, accepted steps, over all restarts.
+        evaluations: ``(V,)``, evaluations of the objective and its gradient, over all restarts.
+        restarts: ``(V,)``, starts after the first.
+        status: ``(V,)``, indices into :data:`leakage.optim.STATUS`.
+    """
+
+    ids: Tensor
+    images: Tensor
+    labels: Tensor
+    loss: Tensor
+    iterations: Tensor
+    evaluations: Tensor
+    restarts: Tensor
+    status: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def select(self, victims: Tensor) -> Reconstruction:
+        """The victims at the given indices (or of a boolean mask), in that order."""
+        return Reconstruction(**{name: tensor[victims] for name, tensor in self._tensors().items()})
+
+    @staticmethod
+    def cat(parts: Iterable[Reconstruction]) -> Reconstruction:
+        """Victims of several parts after one another."""
+        tensors = [part._tensors() for part in parts]
+        return Reconstruction(**{name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file of the attributes.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        write_safetensors(path, self._tensors(), {"format": _FORMAT, "version": "1"})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Reconstruction:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a file of another kind, truncated, or with tensors missing.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"Expected a safetensors file at '{path}', but got no such file.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                kind = (file.metadata() or {}).get("format")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"Expected a whole safetensors file, but got '{path}': {error}") from error
+        names = {field.name for field in dataclasses.fields(cls)}
+        if kind != _FORMAT or tensors.keys() != names:
+            raise ValueError(
+                f"Expected a file of format {_FORMAT!r} with tensors {sorted(names)}, but got '{path}' of "
+                f"format {kind!r} with {sorted(tensors)}."
+            )
+        return cls(**tensors)

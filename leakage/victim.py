@@ -1,0 +1,336 @@
+"""The client: a model, a loss and private images, and the gradient that it shares."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from leakage.errors import check_choice, check_count
+from leakage.objectives import LOSSES
+from leakage.shared_gradient import Protocol, SharedGradient, show_shape
+
+# Victims whose gradients are captured at once; bounds the memory of a capture, not its result.
+_CAPTURED_AT_ONCE = 64
+
+
+class Victim:
+    r"""A client of federated learning: computes the gradients that it would share.
+
+    One victim's gradient over its N images ``x`` with labels ``y`` is
+
+    .. math:: g = \nabla_\theta \; \mathrm{reduce}_n \; \ell(f_\theta(x_n), y_n)
+
+    and is computed for V victims at once, their weights shared (one global model, many clients)
+    or their own (the protocol of the papers: a fresh random network for each). The model is
+    copied: nothing is ever left behind on the one that was given, and only parameters that
+    require gradients share them.
+
+    Args:
+        model: any module that maps images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``. A model
+            trained on normalised images is wrapped:
+            ``nn.Sequential(torchvision.transforms.Normalize(mean, std), model)``.
+        image_shape: ``(C, H, W)``.
+        num_images: N, the images behind one gradient.
+        loss: the training loss, a key of :data:`leakage.objectives.LOSSES`.
+        reduction: over the N images, ``"mean"`` or ``"sum"``.
+
+    Raises:
+        ValueError: an unknown loss or reduction, a model that does not take such images or gives
+            no logits, has no parameter that requires gradients, or whose gradient depends on more
+            than the images and weights (dropout or BatchNorm in training mode).
+
+    Example:
+        >>> from leakage.models import LeNet
+        >>> victim = Victim(LeNet(), image_shape=(1, 28, 28))
+        >>> shared = victim.share(torch.rand(5, 1, 1, 28, 28), torch.randint(10, (5, 1)))
+        >>> len(shared), shared.gradients["classifier.bias"].shape
+        (5, torch.Size([5, 10]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        image_shape: tuple[int, int, int],
+        num_images: int = 1,
+        loss: str = "cross_entropy",
+        reduction: str = "mean",
+    ) -> None:
+        check_count(num_images=num_images)
+        check_choice("loss", loss, LOSSES)
+        check_choice("reduction", reduction, ("mean", "sum"))
+        _check_deterministic(model)
+        self.model = copy.deepcopy(model)
+        self.model.zero_grad(set_to_none=True)
+        self.trainable = [
+            name for name, parameter in self.model.named_parameters() if parameter.requires_grad
+        ]
+        if not self.trainable:
+            raise ValueError(
+                "Expected `model` to have parameters that require gradients, but got none: nothing is shared."
+            )
+        self.classifier, num_classes = _inspect(self.model, tuple(image_shape))
+        self.model.requires_grad_(False)
+        self.protocol = Protocol(
+            image_shape=tuple(image_shape),
+            num_classes=num_classes,
+            num_images=num_images,
+            loss=loss,
+            reduction=reduction,
+        )
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Weights and buffers of the model, by name."""
+        return _state(self.model)
+
+    def fresh_states(self, seeds: list[int]) -> dict[str, Tensor]:
+        """Newly drawn weights, one network per seed: name to ``(len(seeds), *shape)``.
+
+        Every module draws its weights as its ``reset_parameters`` does. The global random state
+        is left as it was.
+
+        Raises:
+            ValueError: a module has weights but no ``reset_parameters``, or there are no seeds.
+        """
+        if not seeds:
+            raise ValueError("Expected `seeds` to hold one seed per victim, but got none.")
+        for name, module in self.model.named_modules():
+            own = [*module.parameters(recurse=False)]
+            if own and not hasattr(module, "reset_parameters") and not _reset_by_parent(self.model, name):
+                raise ValueError(
+                    f"Expected every module with weights to have `reset_parameters()`, but got "
+                    f"{type(module).__name__} {name!r}. Give it one, or use weights='shared'."
+                )
+        network = copy.deepcopy(self.model).cpu()  # the same draws wherever the model is
+        states = []
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            for seed in seeds:
+                torch.default_generator.manual_seed(seed)
+                network.apply(_reset)
+                states.append({name: tensor.clone() for name, tensor in _state(network).items()})
+        return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+
+    def gradients(self, state: Mapping[str, Tensor], images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Gradients of one victim, as a pure and twice differentiable function (made for ``vmap``).
+
+        Args:
+            state: weights and buffers by name.
+            images: ``(N, C, H, W)``.
+            targets: class probabilities ``(N, K)``.
+        """
+        loss_per_image = LOSSES[self.protocol.loss]
+        fixed = {name: tensor for name, tensor in state.items() if name not in self._trainable_set}
+
+        def loss(weights: dict[str, Tensor]) -> Tensor:
+            logits = functional_call(self.model, (weights, fixed), (images,))
+            losses = loss_per_image(logits, targets)
+            return losses.mean() if self.protocol.reduction == "mean" else losses.sum()
+
+        gradients: dict[str, Tensor] = grad(loss)({name: state[name] for name in self.trainable})
+        return gradients
+
+    @property
+    def _trainable_set(self) -> frozenset[str]:
+        return frozenset(self.trainable)
+
+    def share(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        states: Mapping[str, Tensor] | None = None,
+        ids: Tensor | None = None,
+        reveal_labels: bool = False,
+    ) -> SharedGradient:
+        """Capture the gradients of V victims.
+
+        Args:
+            images: ``(V, N, C, H, W)``, values in [0, 1].
+            labels: ``(V, N)``, class indices.
+            states: one network per victim, name to ``(V, *shape)``, as :meth:`fresh_states` gives
+                it. By default all victims share the model's weights.
+            ids: ``(V,)`` whole numbers that name the victims, by default 0 to V - 1.
+            reveal_labels: put the labels into what is shared.
+
+        Raises:
+            ValueError: images or labels of another shape or range, images of another precision than the
+                weights, states that don't fit the model, or gradients that are not finite.
+        """
+        protocol = self.protocol
+        expected = (protocol.num_images, *protocol.image_shape)
+        if images.ndim != 5 or tuple(images.shape[1:]) != expected or not len(images):
+            raise ValueError(
+                f"Expected `images` of shape {show_shape('V', *expected)}, but got {tuple(images.shape)}."
+            )
+        if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
+            raise ValueError(
+                f"Expected `images` as floating-point numbers in [0, 1], but got {images.dtype} from "
+                f"{images.min().item()} to {images.max().item()}."
+            )
+        if tuple(labels.shape) != tuple(images.shape[:2]):
+            raise ValueError(
+                f"Expected `labels` of shape {tuple(images.shape[:2])}, but got {tuple(labels.shape)}."
+            )
+        if labels.is_floating_point() or not bool(((labels >= 0) & (labels < protocol.num_classes)).all()):
+            raise ValueError(
+                f"Expected `labels` as class indices from 0 to {protocol.num_classes - 1}, but got "
+                f"{labels.dtype} from {labels.min().item()} to {labels.max().item()}."
+            )
+        own = states is not None
+        states = dict(states) if states is not None else self.state
+        if own:
+            _check_tensors("state", states, self.state, victims=len(images))
+        states = {name: tensor.to(images.device) for name, tensor in states.items()}
+        precision = states[self.trainable[0]].dtype
+        if images.dtype != precision:
+            raise ValueError(
+                f"Expected `images` in the precision of the weights, {precision}, but got {images.dtype}."
+            )
+        targets = F.one_hot(labels.long(), protocol.num_classes).to(images.dtype)
+        capture = vmap(
+            self.gradients,
+            in_dims=(0 if own else None, 0, 0),
+            chunk_size=_CAPTURED_AT_ONCE,
+        )
+        with torch.no_grad():
+            gradients = capture(states, images, targets)
+        shared = SharedGradient(
+            gradients=gradients,
+            state=states,
+            ids=torch.arange(len(images)) if ids is None else ids.cpu().long(),
+            protocol=protocol,
+            own_weights=own,
+            labels=labels.long() if reveal_labels else None,
+        )
+        shared.check()
+        return shared
+
+    def fingerprint(self) -> str:
+        """A short hash of architecture and protocol (not of the weights), to recognise a configuration."""
+        shapes = [(name, tuple(tensor.shape)) for name, tensor in self.state.items()]
+        return hashlib.sha256(repr((str(self.model), shapes, self.protocol)).encode()).hexdigest()[:16]
+
+    def check(self, shared: SharedGradient) -> None:
+        """Raise a ``ValueError`` unless ``shared`` fits this victim's model and protocol."""
+        shared.check()
+        if shared.protocol != self.protocol:
+            raise ValueError(
+                f"Expected a shared gradient of the protocol {self.protocol}, but got {shared.protocol}."
+            )
+        parameters = dict(self.model.named_parameters())
+        trainable = {name: parameters[name] for name in self.trainable}
+        _check_tensors("gradient", shared.gradients, trainable, victims=len(shared))
+        _check_tensors("state", shared.state, self.state, victims=len(shared) if shared.own_weights else None)
+
+
+def victim_seed(seed: int, victim: int, stream: str) -> int:
+    """A seed of its own for one victim and one purpose, independent of how victims are grouped.
+
+    Example:
+        >>> victim_seed(0, 7, "weights") == victim_seed(0, 7, "weights") != victim_seed(0, 7, "start")
+        True
+    """
+    words = [int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "big"), victim]
+    return int(np.random.SeedSequence(seed, spawn_key=words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _check_deterministic(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"Expected a network without dropout in training mode, but got {name!r}: its gradient "
+                "depends on a random mask that the attacker does not know, so no image reproduces it. Call "
+                "`model.eval()` to audit the network without dropout, or set p=0."
+            )
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            got = "in training mode" if module.training else "without running statistics"
+            raise ValueError(
+                f"Expected BatchNorm in evaluation mode, but got {name!r} {got}: it normalises by the "
+                "statistics of the private batch, which mixes the victim's images in every gradient. Call "
+                "`model.eval()` to audit the gradient at the running statistics, which the attacker knows."
+            )
+
+
+def _inspect(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[str | None, int]:
+    """Name of the linear layer whose output are the logits (None if there is none) and their number."""
+    parameter = next(model.parameters())
+    outputs: list[tuple[str, Tensor]] = []
+
+    def record(name: str) -> Any:
+        return lambda module, inputs, output: outputs.append((name, output))
+
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    hooks = [module.register_forward_hook(record(name)) for name, module in linear.items()]
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(1, *image_shape, dtype=parameter.dtype, device=parameter.device))
+    except Exception as error:
+        raise ValueError(
+            f"Expected `model` to take images of shape {show_shape('N', *image_shape)}, but got: {error}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"Expected `model` to give logits of shape (N, K), but got {got} for one image.")
+    try:
+        with torch.no_grad():
+            vmap(model)(torch.zeros(1, 1, *image_shape, dtype=parameter.dtype, device=parameter.device))
+    except Exception as error:
+        raise ValueError(
+            "Expected `model` to be a function of images and weights alone that `torch.func.vmap` can run "
+            f"(no dropout by `torch.nn.functional`, no statistics updated on the way), but got: {error}"
+        ) from error
+    if outputs and outputs[-1][1] is logits:
+        return outputs[-1][0], logits.shape[1]
+    return None, logits.shape[1]
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers by name; of tied ones only the first, as ``functional_call`` wants it."""
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def _reset(module: nn.Module) -> None:
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset):
+        reset()
+
+
+def _reset_by_parent(model: nn.Module, name: str) -> bool:
+    """Whether a module around ``name`` draws its weights."""
+    parts = name.split(".") if name else []
+    return any(
+        hasattr(model.get_submodule(".".join(parts[:end])), "reset_parameters") for end in range(len(parts))
+    )
+
+
+def _check_tensors(
+    kind: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, victims: int | None
+) -> None:
+    """Names and shapes as in the model, with a leading dimension of ``victims`` unless that is None."""
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"Expected a {kind} for every tensor of the model, but got missing {missing} and unknown "
+            f"{unknown}."
+        )
+    for name, tensor in given.items():
+        shape = (*(() if victims is None else (victims,)), *expected[name].shape)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"Expected the {kind} of {name!r} to have shape {shape}, but got {tuple(tensor.shape)}."
+            )

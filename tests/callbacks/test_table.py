@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from leakage.callbacks import VictimTable, table
+from leakage.reconstruction import Reconstruction
+
+
+def read(folder: Path) -> list[dict[str, str]]:
+    with (folder / "victims.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def reconstructions(folder: Path) -> dict[str, Reconstruction]:
+    return {path.stem: Reconstruction.load(path) for path in sorted(folder.glob("reconstructions/*"))}
+
+
+class At(Callback):
+    """Calls a function after the step that reached an iteration, before other callbacks hear of it."""
+
+    def __init__(self, iteration: int, function) -> None:
+        self.iteration, self.function = iteration, function
+
+    def on_train_batch_end(self, trainer, attack, outputs, batch, batch_idx) -> None:
+        if attack.iteration == self.iteration:
+            self.function(attack)
+
+
+def interrupt(attack) -> None:
+    raise KeyboardInterrupt
+
+
+def test_one_row_per_victim(run) -> None:
+    run.fit(run.attack(), VictimTable(run.folder))
+    rows = read(run.folder)
+    assert tuple(rows[0]) == table.COLUMNS
+    assert sorted(int(row["victim"]) for row in rows) == list(range(6))
+    for row in rows:
+        victim = int(row["victim"])
+        label = str(int(run.labels[victim, 0]))
+        last = 15 + 10 * (victim % 3)
+        assert (row["labels_true"], row["labels_recovered"], row["label_accuracy"]) == (label, label, "1")
+        assert float(row["mse"]) == pytest.approx(4.0**-last, rel=0.2, abs=1e-13)
+        assert float(row["psnr"]) >= 90
+        assert float(row["ssim"]) == pytest.approx(1, abs=1e-5)
+        assert row["success"] == "1"
+        assert float(row["loss"]) == pytest.approx(2.0**-last)
+        assert (row["iterations"], row["evaluations"]) == (str(last), str(last + 1))
+        assert (row["restarts"], row["status"]) == ("0", "converged")
+
+
+def test_several_labels_in_ascending_order(run_of_pairs) -> None:
+    run_of_pairs.fit(run_of_pairs.attack(), VictimTable(run_of_pairs.folder))
+    for row in read(run_of_pairs.folder):
+        labels = " ".join(str(label) for label in sorted(run_of_pairs.labels[int(row["victim"])].tolist()))
+        assert row["labels_true"] == row["labels_recovered"] == labels
+
+
+def test_without_ground_truth_the_columns_that_need_it_are_empty(run) -> None:
+    run.fit(run.attack(), VictimTable(run.folder), truth=False)
+    rows = read(run.folder)
+    assert len(rows) == 6
+    for row in rows:
+        assert {name for name, value in row.items() if value == ""} == {
+            "labels_true",
+            "label_accuracy",
+            "mse",
+            "psnr",
+            "ssim",
+            "success",
+        }
+
+
+def test_every_victim_is_in_one_file_of_reconstructions(run) -> None:
+    attack = run.attack()
+    run.fit(attack, VictimTable(run.folder))
+    files = reconstructions(run.folder)
+    assert list(files) == ["cohort_0000", "cohort_0001"]
+    together = Reconstruction.cat(files.values())
+    assert sorted(together.ids.tolist()) == list(range(6))
+    for victim, images in zip(together.ids.tolist(), together.images, strict=True):
+        of_attack = attack.finished.ids.tolist().index(victim)
+        assert torch.equal(images, attack.finished.images[of_attack])
+
+
+def test_a_cohort_is_on_disk_before_the_next_begins(run) -> None:
+    seen = []
+
+    def look(attack) -> None:
+        seen.append((attack.cohorts, sorted(attack.done), {int(row["victim"]) for row in read(run.folder)}))
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, attack, outputs, batch, batch_idx) -> None:
+            if len(batch) and attack.cohorts == 2:
+                look(attack)
+
+    run.fit(run.attack(), VictimTable(run.folder), Watch())
+    # The second cohort's first step has just been; victim 2 of the first is carried over.
+    assert seen == [(2, [0, 1, 3], {0, 1, 3})]
+    assert sorted(reconstructions(run.folder)["cohort_0000"].ids.tolist()) == [0, 1, 3]
+
+
+def test_ctrl_c_scores_and_writes_what_is_done(run) -> None:
+    with pytest.raises(SystemExit):
+        run.fit(run.attack(), At(25, interrupt), VictimTable(run.folder))
+    rows = read(run.folder)
+    assert sorted(int(row["victim"]) for row in rows) == [0, 1, 3]
+    assert all(row["labels_true"] and float(row["psnr"]) > 80 for row in rows)
+    assert sorted(reconstructions(run.folder)["cohort_0000"].ids.tolist()) == [0, 1, 3]
+
+
+def test_an_exception_before_anything_is_done_leaves_no_file(run) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.fit(run.attack(fail_at=0), VictimTable(run.folder / "results"))
+    assert list((run.folder / "results").iterdir()) == []
+
+
+def test_a_truth_that_cannot_be_read_costs_only_the_truth(run) -> None:
+    attack = run.attack(fail_at=20)
+    attack.score_finished = lambda: (_ for _ in ()).throw(OSError("the data set is gone"))
+    with (
+        pytest.warns(UserWarning, match="could not be scored: the data set is gone"),
+        pytest.raises(RuntimeError, match="out of memory"),
+    ):
+        run.fit(attack, VictimTable(run.folder))
+    assert [row["psnr"] for row in read(run.folder)] == ["", ""]
+
+
+@pytest.mark.parametrize("killed_at", [10, 20, 25, 30, 40, 60])
+def test_a_resume_neither_repeats_nor_loses_a_row(run, killed_at: int) -> None:
+    folder = run.folder / "results"
+    whole = run.folder / "whole"
+    run.fit(run.attack(), VictimTable(whole))
+
+    def saver() -> ModelCheckpoint:
+        return ModelCheckpoint(run.folder / "checkpoints", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+
+    with pytest.raises(SystemExit):
+        run.fit(
+            run.attack(), VictimTable(folder), saver(), At(killed_at, interrupt), enable_checkpointing=True
+        )  # fmt: skip
+    checkpoints = sorted((run.folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    run.fit(
+        run.attack(), VictimTable(folder), saver(), enable_checkpointing=True, resume=checkpoints[-1]
+    )  # fmt: skip
+    assert (folder / "victims.csv").read_bytes() == (whole / "victims.csv").read_bytes()
+    resumed, expected = reconstructions(folder), reconstructions(whole)
+    assert resumed.keys() == expected.keys()
+    for name, part in resumed.items():
+        assert torch.equal(part.ids, expected[name].ids)
+        assert torch.equal(part.images, expected[name].images)
+
+
+def test_a_new_run_replaces_an_earlier_one_after_a_warning(run) -> None:
+    run.fit(run.attack(), VictimTable(run.folder))
+    run.images, run.labels = run.images[:2], run.labels[:2]
+    with pytest.warns(UserWarning, match="holds the results of an earlier run, which this one will replace"):
+        run.fit(run.attack(), VictimTable(run.folder))
+    assert len(read(run.folder)) == 2
+    assert list(reconstructions(run.folder)) == ["cohort_0000"]
+
+
+def test_an_earlier_run_is_kept_until_there_is_something_new(run) -> None:
+    run.fit(run.attack(), VictimTable(run.folder))
+    with (
+        pytest.warns(UserWarning, match="holds the results of an earlier run"),
+        pytest.raises(RuntimeError, match="out of memory"),
+    ):
+        run.fit(run.attack(fail_at=0), VictimTable(run.folder))
+    assert len(read(run.folder)) == 6
+    assert len(reconstructions(run.folder)) == 2

@@ -1,0 +1,142 @@
+import lightning
+import pytest
+import torch
+from torch import nn
+
+from leakage.datamodules import GroundTruth, SampleVictims, SharedGradientFiles
+from leakage.models import LeNet
+from leakage.shared_gradient import SharedGradient
+
+
+class Recorder(lightning.LightningModule):
+    """Three steps an epoch, ended by the module itself as an attack does it, and a record of what came by."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.dummy = nn.Parameter(torch.zeros(1))
+        self.seen = []
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(("train", self.current_epoch, batch if batch == () else batch.ids.tolist()))
+        self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = batch_idx == 2
+
+    def validation_step(self, batch, batch_idx):
+        assert isinstance(batch, GroundTruth)
+        self.seen.append(("val", self.current_epoch, batch.ids.tolist()))
+
+
+def trainer(tmp_path, **kwargs):
+    return lightning.Trainer(
+        logger=False,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_epoch_gives_one_cohort_and_validation_all_victims(tmp_path, num_workers):
+    module = Recorder()
+    data = SampleVictims(victims=5, batch_size=2, num_workers=num_workers)
+    trainer(tmp_path, max_epochs=4, enable_checkpointing=False).fit(module, data)
+    assert data.num_cohorts == 3
+    expected = []
+    for epoch, cohort in enumerate([[0, 1], [2, 3], [4], ()]):
+        expected += [("train", epoch, step) for step in (cohort, (), ())]
+        expected += [("val", epoch, ids) for ids in ([0, 1], [2, 3], [4])]
+    assert module.seen == expected
+
+
+def test_without_ground_truth_there_is_no_validation(tmp_path):
+    data = SampleVictims(victims=3)
+    data.setup("fit")
+    data.share(0, 3).save(tmp_path / "clients.safetensors")
+    module = Recorder()
+    files = SharedGradientFiles(tmp_path / "clients.safetensors", model=LeNet(), batch_size=2)
+    assert files.val_dataloader() == []
+    trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(module, files)
+    assert module.seen == [("train", e, step) for e in (0, 1) for step in ([[0, 1], [2]][e], (), ())]
+
+
+def test_train_loader_without_a_trainer_gives_the_first_cohort_then_nothing():
+    data = SampleVictims(victims=5, batch_size=2)
+    data.setup("fit")
+    batches = iter(data.train_dataloader())
+    first = next(batches)
+    assert isinstance(first, SharedGradient)
+    assert first.ids.tolist() == [0, 1]
+    assert [next(batches) for _ in range(3)] == [(), (), ()]
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.0, True, "8"])
+def test_batch_size_is_a_count(batch_size):
+    with pytest.raises(ValueError, match="Expected `batch_size` to be a whole number of at least 1, but got"):
+        SampleVictims(batch_size=batch_size)
+
+
+def test_checkpoint_of_another_configuration_is_refused(tmp_path):
+    path = tmp_path / "last.ckpt"
+    first = trainer(tmp_path, max_epochs=1)
+    first.fit(Recorder(), SampleVictims(victims=4, batch_size=2))
+    first.save_checkpoint(path)
+
+    resumed = Recorder()
+    trainer(tmp_path, max_epochs=2).fit(resumed, SampleVictims(victims=4, batch_size=2), ckpt_path=path)
+    assert ("train", 1, [2, 3]) in resumed.seen
+
+    with pytest.raises(
+        ValueError,
+        match="Expected a checkpoint of the same victims, but got seed 0 in the checkpoint and 7 here; first",
+    ):
+        trainer(tmp_path, max_epochs=2).fit(
+            Recorder(), SampleVictims(victims=4, batch_size=2, seed=7), ckpt_path=path
+        )
+
+
+def change_bias(model):
+    model = type(model)()
+    with torch.no_grad():
+        model.classifier.bias += 1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"victims": 5}, "victims 4 in the checkpoint and 5 here"),
+        ({"batch_size": 3}, "batch_size 256 in the checkpoint and 3 here"),
+        ({"num_images": 2}, "num_images 1 in the checkpoint and 2 here"),
+        (
+            {"loss": "mean_squared_error"},
+            "loss 'cross_entropy' in the checkpoint and 'mean_squared_error' here",
+        ),
+        ({"reduction": "sum"}, "reduction 'mean' in the checkpoint and 'sum' here"),
+        ({"reveal_labels": True}, "reveal_labels False in the checkpoint and True here"),
+        ({"weights": "shared"}, "weights 'own' in the checkpoint and '[0-9a-f]+' here"),
+        (
+            {"model": LeNet(width=3), "weights": "own"},
+            "network '[0-9a-f]+' in the checkpoint and '[0-9a-f]+' here",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_the_refusal_names_what_differs(change, named):
+    state = SampleVictims(victims=4).state_dict()
+    SampleVictims(victims=4).load_state_dict(state)
+    with pytest.raises(ValueError, match=named):
+        SampleVictims(**({"victims": 4} | change)).load_state_dict(state)
+
+
+def test_shared_weights_belong_to_the_configuration():
+    model = LeNet()
+    state = SampleVictims(victims=4, model=model).state_dict()
+    SampleVictims(victims=4, model=model).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"weights '[0-9a-f]+' in the checkpoint and '[0-9a-f]+' here\.$"):
+        SampleVictims(victims=4, model=LeNet()).load_state_dict(state)

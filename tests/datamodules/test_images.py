@@ -1,0 +1,248 @@
+import pickle
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from leakage.datamodules import GroundTruth, SampleVictims
+from leakage.models import LeNet
+from leakage.victim import victim_seed
+
+
+def ready(**kwargs):
+    data = SampleVictims(**kwargs)
+    data.setup("fit")
+    return data
+
+
+def shared_by_all(data):
+    return [
+        data.share(first, min(first + data.batch_size, data.victims))
+        for first in range(0, data.victims, data.batch_size)
+    ]
+
+
+def truth_of_all(data):
+    return GroundTruth.cat(list(data.val_dataloader()))
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 1}, {"batch_size": 4}, {"num_workers": 2}, {"victims": 900}]
+)
+def test_a_victim_is_the_same_however_victims_are_grouped(change):
+    usual = {"victims": 7, "num_images": 1, "seed": 3}
+    expected, data = ready(**usual), ready(**(usual | change))
+    truth, other = truth_of_all(expected), truth_of_all(data)
+    assert other.ids.tolist() == list(range(data.victims))
+    assert torch.equal(other.images[:7], truth.images)
+    assert torch.equal(other.labels[:7], truth.labels)
+    (shared,), parts = shared_by_all(expected), shared_by_all(data)[:7]
+    assert torch.cat([part.ids for part in parts])[:7].tolist() == shared.ids.tolist()
+    for name, state in shared.state.items():
+        assert torch.equal(torch.cat([part.state[name] for part in parts])[:7], state)
+    for name, gradient in shared.gradients.items():
+        torch.testing.assert_close(torch.cat([part.gradients[name] for part in parts])[:7], gradient)
+
+
+def test_a_victim_is_the_same_in_another_process():
+    data = ready(victims=3, num_images=2, seed=5)
+    code = (
+        "from leakage.datamodules import SampleVictims\n"
+        "print(SampleVictims(victims=3, num_images=2, seed=5).configuration)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(data.configuration)
+
+
+def test_victims_hold_the_permutation_of_their_seed():
+    data = ready(victims=100, num_images=3, seed=11)
+    images, _ = data.open_images()
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(11))
+    truth = truth_of_all(data)
+    assert truth.images.shape == (100, 3, 1, 28, 28)
+    assert truth.images.dtype == torch.float32
+    assert truth.labels.dtype == torch.int64
+    for victim in (0, 1, 99):
+        for number in range(3):
+            image, label = images[int(order[victim * 3 + number])]
+            assert torch.equal(truth.images[victim, number], image)
+            assert truth.labels[victim, number] == label
+
+
+def test_other_seeds_give_other_victims():
+    first, second = ready(victims=20, seed=0), ready(victims=20, seed=1)
+    assert not torch.equal(truth_of_all(first).images, truth_of_all(second).images)
+    name = "classifier.bias"
+    assert not torch.equal(first.share(0, 20).state[name], second.share(0, 20).state[name])
+
+
+@pytest.mark.parametrize("weights", ["own", "shared"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_shared_gradients_are_those_of_autograd(weights, reduction):
+    data = ready(victims=3, num_images=2, weights=weights, reduction=reduction)
+    shared, truth = data.share(0, 3), truth_of_all(data)
+    assert shared.own_weights is (weights == "own")
+    for victim in range(3):
+        model = LeNet()
+        model.load_state_dict({k: v[victim] if shared.own_weights else v for k, v in shared.state.items()})
+        loss = F.cross_entropy(model(truth.images[victim]), truth.labels[victim], reduction=reduction)
+        for (name, _), gradient in zip(
+            model.named_parameters(), torch.autograd.grad(loss, [*model.parameters()]), strict=True
+        ):
+            torch.testing.assert_close(shared.gradients[name][victim], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_own_networks_are_drawn_from_the_seed_of_each_victim():
+    data = ready(victims=4, seed=9)
+    expected = data.victim.fresh_states([victim_seed(9, victim, "weights") for victim in range(4)])
+    state = data.share(0, 4).state
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert not torch.equal(state["classifier.bias"][0], state["classifier.bias"][1])
+
+
+def test_weights_of_a_given_model_are_shared_by_default():
+    model = LeNet(num_classes=12)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    data = ready(victims=4, model=model)
+    shared = data.share(0, 4)
+    assert not shared.own_weights
+    assert shared.protocol.num_classes == 12
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert torch.equal(shared.state[name], tensor)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_default_model_shared_by_all_depends_on_the_seed_alone():
+    states = []
+    for seed in (0, 0, 1):
+        torch.rand(1)
+        states.append(ready(victims=2, weights="shared", seed=seed).share(0, 2).state["classifier.bias"])
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def test_gradients_have_the_precision_of_the_model():
+    shared = ready(victims=2, model=LeNet().double()).share(0, 2)
+    assert {gradient.dtype for gradient in shared.gradients.values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_global_random_state_is_left_alone(num_workers):
+    before = torch.get_rng_state(), random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002
+    data = ready(victims=3, num_workers=num_workers)
+    next(iter(data.train_dataloader()))
+    truth_of_all(data)
+    data.state_dict()
+    after = torch.get_rng_state(), random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002
+    assert torch.equal(after[0], before[0])
+    assert after[1:] == before[1:]
+
+
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif hasattr(value, "__dict__"):
+        yield from tensors_in(vars(value))
+
+
+@pytest.mark.parametrize("reveal_labels", [False, True])
+def test_the_attacker_is_given_no_ground_truth(reveal_labels):
+    data = ready(victims=10, num_images=2, reveal_labels=reveal_labels)
+    truth, batch = truth_of_all(data), next(iter(data.train_dataloader()))
+    given = list(tensors_in(batch))
+    assert len(given) == 2 * 8 + 1 + reveal_labels  # gradients and weights of 4 layers, ids
+    assert not any(tensor.numel() == truth.images.numel() for tensor in given)
+    revealed = [
+        tensor for tensor in given if tensor.shape == truth.labels.shape and torch.equal(tensor, truth.labels)
+    ]
+    assert len(revealed) == reveal_labels
+    if reveal_labels:
+        assert torch.equal(batch.labels, truth.labels)
+    else:
+        assert batch.labels is None
+
+
+def test_what_goes_to_workers_travels_by_pickle():
+    data = ready(victims=3)
+    copy = pickle.loads(pickle.dumps(data.val_dataloader().dataset))
+    assert torch.equal(copy[2].images, data.val_dataloader().dataset[2].images)
+
+
+def test_more_images_than_there_are():
+    ready(victims=500, num_images=2)
+    with pytest.raises(
+        ValueError,
+        match=r"Expected `victims` \* `num_images` to be at most the 1000 images .*, but got 501 \* 2 = 1002",
+    ):
+        ready(victims=501, num_images=2)
+
+
+@pytest.mark.parametrize("name", ["victims", "num_images"])
+@pytest.mark.parametrize("value", [0, -3, 1.5, True])
+def test_counts(name, value):
+    with pytest.raises(
+        ValueError, match=f"Expected `{name}` to be a whole number of at least 1, but got {value}"
+    ):
+        SampleVictims(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["seed", "num_workers"])
+@pytest.mark.parametrize("value", [-1, 0.5, False, "0", 2**63])
+def test_counts_from_zero(name, value):
+    with pytest.raises(
+        ValueError, match=f"Expected `{name}` to be a whole number of at least 0, but got {value!r}"
+    ):
+        SampleVictims(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("weights", r"\['own', 'shared'\]"),
+        ("loss", r"\['cross_entropy', 'mean_squared_error'\]"),
+        ("reduction", r"\['mean', 'sum'\]"),
+    ],
+)
+def test_unknown_choices(name, choices):
+    with pytest.raises(ValueError, match=f"Expected `{name}` to be one of {choices}, but got 'nonsense'"):
+        SampleVictims(**{name: "nonsense"})
+
+
+def test_a_model_with_too_few_classes():
+    with pytest.raises(ValueError, match="a logit for each of the 10 classes of the data set, but got 9"):
+        ready(victims=2, model=LeNet(num_classes=9))
+
+
+def test_a_model_for_other_images():
+    with pytest.raises(ValueError, match=r"Expected `model` to take images of shape \(N, 1, 28, 28\)"):
+        ready(victims=2, model=LeNet(channels=3))
+
+
+def test_what_is_no_model():
+    with pytest.raises(ValueError, match=r"Expected `model` to be a torch\.nn\.Module, but got str"):
+        SampleVictims(model="lenet")
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.classifier = nn.Linear(784, 10)
+
+    def forward(self, images):
+        return self.classifier(self.scale * images.flatten(1))
+
+
+def test_own_networks_of_a_model_that_cannot_be_drawn_anew_fail_at_setup():
+    ready(victims=2, model=Scaled())
+    with pytest.raises(ValueError, match="Expected every module with weights to have `reset_parameters"):
+        ready(victims=2, model=Scaled(), weights="own")

@@ -1,0 +1,39 @@
+"""One form of error, tested once here and by its message wherever it is raised."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from leakage.errors import check_choice, check_count, check_positive
+
+
+def test_what_is_right_passes():
+    check_positive(lr=1e-9, radius=3, limit=math.inf)
+    check_count(victims=1, num_images=10**9)
+    check_choice("loss", "b", ("a", "b"))
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1, -1e-9, math.nan, -math.inf, True])
+def test_not_positive(value):
+    with pytest.raises(ValueError, match=r"^Expected `lr` to be positive, but got "):
+        check_positive(lr=value)
+
+
+@pytest.mark.parametrize("value", [0, -3, 1.0, True, "3", None])
+def test_not_a_count(value):
+    with pytest.raises(ValueError, match=r"^Expected `victims` to be a whole number of at least 1, but got "):
+        check_count(victims=value)
+
+
+def test_first_wrong_value_is_named():
+    with pytest.raises(ValueError, match=r"`b` to be positive, but got -2\.$"):
+        check_positive(a=1, b=-2, c=-3)
+    with pytest.raises(ValueError, match=r"`b` to be a whole number of at least 1, but got 0\.$"):
+        check_count(a=1, b=0, c=-3)
+
+
+def test_unknown_choice_lists_the_choices():
+    with pytest.raises(ValueError, match=r"^Expected `loss` to be one of \['a', 'b'\], but got 'c'\.$"):
+        check_choice("loss", "c", {"b": 1, "a": 2})
