@@ -233,13 +233,16 @@ class VictimTable(ResultsCallback):
 
 def _write_csv(path: Path, rows: list[list[Any]]) -> None:
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(
-            [f"{value:.8g}" if isinstance(value, float) else value for value in row] for row in rows
-        )
-    partial.replace(path)
+    try:
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            for row in rows:
+                writer.writerow([f"{value:.8g}" if isinstance(value, float) else value for value in row])
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _show(labels: list[int] | None) -> str | None:

@@ -49,15 +49,19 @@ class GroundTruth:
 class VictimDataModule(LightningDataModule, ABC):
     """Victims in cohorts: what they shared for training, their images for validation.
 
-    Epoch e of training gives the :class:`~leakage.SharedGradient` of cohort e once, then ``()``
-    without end: the attack goes on with the victims it has and ends the epoch itself. Validation
-    gives :class:`GroundTruth` of all victims, where it is known. The two never share a batch.
+    Training gives the :class:`~leakage.SharedGradient` of the cohort that is :attr:`wanted`, once, and
+    ``()`` as long as none is, without end: the attack goes on with the victims it has, asks for the
+    next cohort when it has room and stops the training itself. So one epoch is all victims.
+    Validation gives :class:`GroundTruth` of all victims, where it is known. The two never share a
+    batch.
 
     A subclass sets :attr:`victim` and :attr:`victims` in ``setup``, and supplies :meth:`share`.
 
     Attributes:
         victim: the clients' model and protocol, after ``setup``.
         victims: the number of victims.
+        reveal_labels: whether what is shared tells the labels.
+        wanted: the number of the cohort that the next training batch shall be, None for none.
 
     Args:
         batch_size: victims that are attacked together, a *cohort*.
@@ -68,11 +72,13 @@ class VictimDataModule(LightningDataModule, ABC):
 
     victim: Victim
     victims: int
+    reveal_labels: bool = False
 
     def __init__(self, *, batch_size: int = 256) -> None:
         super().__init__()
         check_count(batch_size=batch_size)
         self.batch_size = batch_size
+        self.wanted: int | None = 0
 
     @abstractmethod
     def share(self, first: int, last: int) -> SharedGradient:
@@ -80,11 +86,11 @@ class VictimDataModule(LightningDataModule, ABC):
 
     @property
     def num_cohorts(self) -> int:
-        """Cohorts in all, the last possibly smaller; as many epochs attack every victim once."""
+        """Cohorts in all, the last possibly smaller."""
         return math.ceil(self.victims / self.batch_size)
 
     def train_dataloader(self) -> DataLoader[SharedGradient | tuple[()]]:
-        """The cohort of the trainer's epoch (0 without a trainer), then ``()`` without end."""
+        """The cohort that is wanted, once each time; else ``()``, without end."""
         # Nothing is drawn, but a loader without a generator of its own advances the global one.
         return DataLoader(_Cohorts(self), batch_size=None, collate_fn=_as_it_is, generator=torch.Generator())
 
@@ -129,12 +135,13 @@ class _Cohorts(IterableDataset[SharedGradient | tuple[()]]):
 
     def __iter__(self) -> Iterator[SharedGradient | tuple[()]]:
         data = self.datamodule
-        epoch = 0 if data.trainer is None else data.trainer.current_epoch
-        if epoch < data.num_cohorts:
-            first = epoch * data.batch_size
-            yield data.share(first, min(first + data.batch_size, data.victims))
         while True:
-            yield ()
+            cohort, data.wanted = data.wanted, None
+            if cohort is None:
+                yield ()
+            else:
+                first = cohort * data.batch_size
+                yield data.share(first, min(first + data.batch_size, data.victims))
 
 
 def _as_it_is(batch: Any) -> Any:

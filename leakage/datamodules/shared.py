@@ -80,6 +80,7 @@ class SharedGradientFiles(VictimDataModule):
                 ) from error
         self._shared = _join(list(parts.values()))
         self.victims = len(self._shared)
+        self.reveal_labels = self._shared.labels is not None
         self.victim = victim
 
     def share(self, first: int, last: int) -> SharedGradient:

@@ -22,7 +22,7 @@ def match(reconstructed: Tensor, images: Tensor) -> Tensor:
     over all permutations (the Hungarian method). The pairing is made once, on the MSE alone, and every
     score is taken on it; no reconstruction is used twice.
 
-    An MSE of 10 is the worst cost, and that of NaN and infinity. Normal noise stays below 2, so only a
+    An MSE of 10 is the worst cost, and that of NaN and infinity. Normal noise has about 1.3, so only a
     reconstruction that has diverged reaches it, and gets the image that the others leave over; without
     the limit it would outweigh the others and take the private image of a good one.
 
