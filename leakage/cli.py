@@ -10,17 +10,39 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
-from leakage.compare import compare, format_table
+from leakage.callbacks.results import ResultsCallback
+from leakage.compare import FILES, check_output, compare, format_table
 from leakage.datamodules import SampleVictims, VictimDataModule
 
 _DESCRIPTION = """What a shared gradient gives away.
 
   leakage demo               DLG and iDLG on a bundled sample, in under a minute
   leakage fit --config FILE  any attack on any victims, configured by a file or by arguments
+
+`leakage demo --help` and `leakage fit --help` tell their options. For example:
+
+  leakage fit --model IDLGAttack --data SampleVictims --data.victims 8
 """
+_SUBCOMMANDS = ("demo", "fit")
+
+# What `leakage fit` runs with unless `trainer.callbacks` says otherwise.
+_CALLBACKS = [
+    {"class_path": "leakage.callbacks.AttackProgressBar"},
+    {"class_path": "leakage.callbacks.VictimTable"},
+    {"class_path": "leakage.callbacks.Gallery"},
+    {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {
+            "filename": "last",
+            "every_n_train_steps": 200,
+            "save_on_train_epoch_end": False,
+            "enable_version_counter": False,
+        },
+    },
+]
 
 
 class LeakageCLI(LightningCLI):
@@ -31,6 +53,19 @@ class LeakageCLI(LightningCLI):
         """Only ``fit``: an attack has no separate validation, test or prediction."""
         return {"fit": LightningCLI.subcommands()["fit"]}
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give the callbacks as defaults, so that a configuration can replace them."""
+        parser.set_defaults({"trainer.callbacks": _CALLBACKS})
+
+    def after_fit(self) -> None:
+        """Tell where the results are."""
+        if not self.trainer.is_global_zero:
+            return
+        callbacks = getattr(self.trainer, "callbacks", [])
+        folders = [callback.folder for callback in callbacks if isinstance(callback, ResultsCallback)]
+        for folder in dict.fromkeys(folders):
+            print(f"Results: {folder}")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
@@ -39,28 +74,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: what follows ``leakage``; by default those of the process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["demo"]:
-        demo(given[1:])
-        return
-    LeakageCLI(
-        GradientMatchingAttack,
-        VictimDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=False,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={"max_epochs": 1, "num_sanity_val_steps": 0, "enable_model_summary": False},
-        parser_kwargs={
-            "description": _DESCRIPTION,
-            "formatter_class": argparse.RawDescriptionHelpFormatter,
-        },
-        args=given,
+    parser = argparse.ArgumentParser(
+        prog="leakage",
+        usage="leakage [-h] {demo,fit} ...",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    # The rest is for the parser of the subcommand: `fit` has hundreds of options, and takes a while to build.
+    parser.add_argument("command", choices=_SUBCOMMANDS, help="what to do")
+    command = parser.parse_args(given[:1]).command
+    if command == "demo":
+        demo(given[1:])
+    else:
+        fit(given)
+
+
+def fit(arguments: Sequence[str]) -> None:
+    """Run any attack on any victims; ``arguments`` begin with ``fit``."""
+    quiet()
+    try:
+        LeakageCLI(
+            GradientMatchingAttack,
+            VictimDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"max_epochs": 1, "num_sanity_val_steps": 0, "enable_model_summary": False},
+            parser_kwargs={"prog": "leakage"},
+            args=list(arguments),
+        )
+    except (ValueError, OSError) as error:
+        # The library's own words for bad input; all else keeps its traceback.
+        if not str(error).startswith("Expected `"):
+            raise
+        sys.exit(f"leakage fit: error: {error}")
 
 
 def demo(arguments: Sequence[str]) -> None:
     """DLG and iDLG side by side on the bundled sample of FashionMNIST test images."""
-    parser = argparse.ArgumentParser(prog="leakage demo", description=demo.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="leakage demo",
+        description=f"{demo.__doc__} Files of an earlier demo in the same folder are replaced.",
+    )
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for results (default: %(default)s)")
     parser.add_argument("--victims", type=int, default=64, help="number of victims, 1 to 1000 (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
@@ -72,13 +128,18 @@ def demo(arguments: Sequence[str]) -> None:
             "dlg": DLGAttack(seed=given.seed),
             "idlg": IDLGAttack(seed=given.seed),
         }
-        victims = SampleVictims(victims=given.victims, seed=given.seed, batch_size=1000)
-        print(f"DLG and iDLG on {given.victims} FashionMNIST images, a fresh random LeNet for each:")
-        rows = compare(attacks, victims, given.output, dataset="sample", accelerator="cpu")
+        victims = SampleVictims(victims=given.victims, seed=given.seed)
+        victims.setup("fit")
+        check_output(given.output)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    print(f"DLG and iDLG on {given.victims} FashionMNIST images, a fresh random LeNet for each:", flush=True)
+    try:
+        rows = compare(attacks, victims, given.output, dataset="sample", accelerator="cpu")
+    except OSError as error:
+        sys.exit(f"leakage demo: error: {error}")
     print(f"\n{format_table(rows)}\n")
-    for name in ("gallery.png", "fidelity.png", "summary.json", "victims.csv"):
+    for name in FILES:
         print(given.output / name)
     print(f"{time.monotonic() - started:.0f} s")
 
@@ -90,3 +151,5 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="lightning.*")
 
 
+if __name__ == "__main__":
+    main()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import statistics
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,18 +15,24 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger
+from torch import Tensor
 
 from leakage.attacks import GradientMatchingAttack
 from leakage.callbacks import AttackProgressBar, Gallery, VictimTable
-from leakage.datamodules.base import VictimDataModule
-from leakage.metrics import MeanOverVictims, ShareOverVictims
+from leakage.datamodules.base import GroundTruth, VictimDataModule
+from leakage.metrics import MeanOverVictims, ShareOverVictims, score
 from leakage.plots import plot_fidelity, plot_gallery, save_figure
 from leakage.reconstruction import Reconstruction
 
 # Passes between two checkpoints of a running attack.
 _CHECKPOINT_EVERY = 200
+# As the papers write the methods, in pictures and tables; others go by the name they are given.
+_WRITTEN = {"dlg": "DLG", "idlg": "iDLG"}
+FILES = ("summary.json", "victims.csv", "gallery.png", "fidelity.png")
+_GALLERY_ROWS = 8
 
 
 @dataclass
@@ -77,19 +85,23 @@ def compare(
 ) -> list[Row]:
     """Run attacks on the same victims, one after another, and write what came of them.
 
-    Files in ``output``: ``summary.json`` (a list of :class:`Row`), ``victims.csv`` (one row per
-    victim and method), ``gallery.png`` (truth and every method's reconstruction), ``fidelity.png``
-    (share of victims under an MSE threshold, over the threshold), and a folder per method with the
-    files of :class:`~leakage.callbacks.VictimTable` and :class:`~leakage.callbacks.Gallery` and its
-    last checkpoint.
+    Files in ``output``: ``summary.json`` (a list of :class:`Row`; what is not a finite number is null),
+    ``victims.csv`` (one row per victim and method), ``gallery.png`` (truth and every method's
+    reconstruction), ``fidelity.png`` (share of victims under an MSE threshold, over the threshold), and
+    a folder per method with its configuration, its last checkpoint while it runs, and the files of
+    :class:`~leakage.callbacks.VictimTable` and :class:`~leakage.callbacks.Gallery`.
+
+    Without ``resume`` the files of an earlier comparison in ``output`` are replaced. With it, methods that
+    are finished are taken from there, an unfinished one goes on from its last checkpoint, and the rest
+    begins: the results are those of a comparison that was never stopped.
 
     Args:
-        attacks: name to attack.
+        attacks: name to attack; the name is the method's folder and its ``method`` in the files.
         victims: a DataModule with ground truth.
         output: the folder.
         dataset: what to call the data in the summary.
         published: the papers' label accuracy by name of the attack, 0 to 1.
-        resume: take finished methods from ``output`` and go on with an unfinished one.
+        resume: go on with what is in ``output``; where there is nothing, begin.
         logger: as for the Trainer.
         **trainer: further options of the Trainer.
 
@@ -97,27 +109,68 @@ def compare(
         One row per attack.
 
     Raises:
-        ValueError: no attacks; with ``resume``, a checkpoint of another configuration.
-        OSError: a file that can't be written.
+        ValueError: before anything is run, no attacks, victims without ground truth, or with ``resume``
+            results of another configuration; and what the DataModule raises.
+        OSError: before anything is run, a folder that can't be written; later, a file that can't be.
     """
     if not attacks:
         raise ValueError("Expected `attacks` to name at least one attack, but got none.")
     folder = Path(output)
+    check_output(folder)
+    victims.prepare_data()
+    victims.setup("fit")
+    if not len(victims.val_dataloader()):
+        raise ValueError(
+            f"Expected `victims` with a ground truth to compare with, but got {type(victims).__name__}, which has none."
+        )
+    shared = {"data": victims.configuration, "precision": trainer.get("precision")}
+    configurations = {
+        name: {"attack": {"class": type(attack).__name__, **attack.hparams}, **shared}
+        for name, attack in attacks.items()
+    }
+    # What was run before is compared with what is asked for, for all methods before the first is run.
+    finished: dict[str, Row] = {}
+    for name, configuration in configurations.items():
+        row = _read_row(folder / name, configuration) if resume else None
+        if row is not None:
+            finished[name] = row
+    if not resume:
+        for file in FILES:
+            (folder / file).unlink(missing_ok=True)
     rows = []
     for name, attack in attacks.items():
-        row_file = folder / name / "row.json"
-        configuration = {"attack": dict(attack.hparams), "victims": victims.configuration}
-        if resume and row_file.is_file():
-            rows.append(_read_row(row_file, configuration))
-            continue
-        row_file.unlink(missing_ok=True)
-        seconds = _run(attack, victims, folder / name, resume=resume, logger=logger, trainer=trainer)
-        row = _summarise(name, attack, dataset, (published or {}).get(name), seconds)
-        _write_json(row_file, {"configuration": configuration, "row": asdict(row)})
-        rows.append(row)
-    _write_json(folder / "summary.json", [asdict(row) for row in rows])
+        if name not in finished:
+            record = folder / name / "run.json"
+            if not resume:
+                (record.parent / "last.ckpt").unlink(missing_ok=True)
+            _write_json(record, {"configuration": configurations[name], "row": None})
+            seconds = _run(name, attack, victims, record.parent, logger=logger, trainer=trainer)
+            finished[name] = _summarise(name, attack, dataset, (published or {}).get(name), seconds)
+            _write_json(record, {"configuration": configurations[name], "row": asdict(finished[name])})
+            (record.parent / "last.ckpt").unlink(missing_ok=True)
+        rows.append(finished[name])
     _write_together(folder, list(attacks), victims, dataset)
+    _write_json(folder / "summary.json", [asdict(row) for row in rows])
     return rows
+
+
+def check_output(folder: Path) -> None:
+    """Make a folder and try to write there.
+
+    Raises:
+        OSError: it can't be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise OSError(f"Expected `output` to be a folder that can be written, but got '{folder}': {error}.") from error
+
+
+def holds_results(folder: Path) -> bool:
+    """Whether a comparison, finished or not, was written to a folder."""
+    return (folder / "summary.json").exists() or any(folder.glob("*/run.json"))
 
 
 def format_table(rows: list[Row]) -> str:
@@ -127,13 +180,13 @@ def format_table(rows: list[Row]) -> str:
     for row in rows:
         lines.append(
             [
-                row.method,
+                _WRITTEN.get(row.method, row.method),
                 str(row.victims),
                 _percent(row.label_accuracy, row.label_accuracy_ci),
                 "-" if row.published_label_accuracy is None else f"{100 * row.published_label_accuracy:.1f} %",
                 _percent(row.success_rate, row.success_rate_ci),
-                f"{row.mse_median:.1e}",
-                f"{row.psnr_mean:.1f} dB",
+                f"{row.mse_median:.1e}" if math.isfinite(row.mse_median) else "-",
+                f"{row.psnr_mean:.1f} dB" if math.isfinite(row.psnr_mean) else "-",
                 f"{row.evaluations_per_victim:.0f}",
                 f"{row.seconds:.0f} s",
             ]
@@ -144,22 +197,44 @@ def format_table(rows: list[Row]) -> str:
     )
 
 
+class _Bar(AttackProgressBar):
+    """The bar with the method's name before it."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__(leave=True)
+        self._method = _WRITTEN.get(method, method)
+
+    @property
+    def train_description(self) -> str:
+        return self._method
+
+
+class _WholeFiles(TorchCheckpointIO):
+    """A checkpoint is replaced whole or not at all, also where temporary files lie on another disk."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        partial = Path(f"{os.fspath(path)}.partial")
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        partial.replace(path)
+
+
 def _run(
+    name: str,
     attack: GradientMatchingAttack,
     victims: VictimDataModule,
     folder: Path,
     *,
-    resume: bool,
     logger: Logger | bool,
     trainer: dict[str, Any],
 ) -> float:
+    """Run one attack, from its last checkpoint if there is one, and tell the seconds in training."""
     checkpoint = folder / "last.ckpt"
-    if not resume:
-        checkpoint.unlink(missing_ok=True)
     timer = Timer()
     callbacks: list[Callback] = [
         timer,
-        AttackProgressBar(leave=True),
+        _Bar(name),
         VictimTable(folder),
         Gallery(folder),
         ModelCheckpoint(
@@ -170,25 +245,25 @@ def _run(
             enable_version_counter=False,
         ),
     ]
-    options = {"max_epochs": 1, "num_sanity_val_steps": 0, "enable_model_summary": False} | trainer
-    runner = Trainer(logger=logger, callbacks=callbacks, **options)
-    runner.fit(attack, datamodule=victims, ckpt_path=str(checkpoint) if resume and checkpoint.is_file() else None)
-    checkpoint.unlink(missing_ok=True)
+    defaults: dict[str, Any] = {
+        "max_epochs": 1,
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "plugins": [_WholeFiles()],
+    }
+    runner = Trainer(logger=logger, callbacks=callbacks, **(defaults | trainer))
+    runner.fit(attack, datamodule=victims, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
     return timer.time_elapsed("train")
 
 
-def _summarise(
-    name: str, attack: GradientMatchingAttack, dataset: str, published: float | None, seconds: float
-) -> Row:
+def _summarise(name: str, attack: GradientMatchingAttack, dataset: str, published: float | None, seconds: float) -> Row:
     scores = list(attack.scores.values())
-    if not scores:
-        raise ValueError("Expected victims with a ground truth to compare with, but got none that is scored.")
     accuracy, success, psnr, ssim = ShareOverVictims(), ShareOverVictims(), MeanOverVictims(), MeanOverVictims()
     for metric, values in (
-        (accuracy, [score.label_accuracy for score in scores]),
-        (success, [score.success for score in scores]),
-        (psnr, [score.psnr for score in scores]),
-        (ssim, [score.ssim for score in scores]),
+        (accuracy, [victim.label_accuracy for victim in scores]),
+        (success, [victim.success for victim in scores]),
+        (psnr, [victim.psnr for victim in scores]),
+        (ssim, [victim.ssim for victim in scores]),
     ):
         metric.update(torch.tensor(values))
     labels, images = accuracy.compute(), success.compute()
@@ -201,7 +276,8 @@ def _summarise(
         label_accuracy_ci=(labels.low, labels.high),
         success_rate=images.value,
         success_rate_ci=(images.low, images.high),
-        mse_median=statistics.median(score.mse for score in scores),
+        # What is not a number (an image that diverged) is the worst there is.
+        mse_median=statistics.median(math.inf if math.isnan(victim.mse) else victim.mse for victim in scores),
         psnr_mean=psnr.compute().value,
         ssim_mean=ssim.compute().value,
         evaluations_per_victim=attack.finished.evaluations.double().mean().item(),
@@ -210,15 +286,38 @@ def _summarise(
     )
 
 
-def _read_row(path: Path, configuration: dict[str, Any]) -> Row:
-    saved = json.loads(path.read_text())
-    if saved["configuration"] != json.loads(json.dumps(configuration)):
+def _read_row(folder: Path, configuration: dict[str, Any]) -> Row | None:
+    """The row of a finished run, None if the run is not finished or was never begun."""
+    record = folder / "run.json"
+    if not record.is_file():
+        return None
+    saved = json.loads(record.read_text())
+    differing = _differing(saved["configuration"], json.loads(json.dumps(configuration)))
+    if differing:
         raise ValueError(
-            f"Expected '{path.parent}' to hold results of the same configuration, but got another: it has "
-            f"{saved['configuration']}. Choose another output folder, or don't resume."
+            f"Expected '{folder}' to hold a run of the same configuration, but got one that differs in "
+            f"{'; '.join(differing)}. Choose another `output`, or don't resume."
         )
     row = saved["row"]
-    return Row(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+    if row is None:
+        return None
+    for name, value in row.items():
+        if isinstance(value, list):
+            row[name] = tuple(value)
+        elif value is None and name != "published_label_accuracy":
+            row[name] = math.nan
+    return Row(**row)
+
+
+def _differing(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in {**saved, **given}:
+        there, here = saved.get(name), given.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            found += _differing(there, here, f"{prefix}{name}.")
+        elif there != here:
+            found.append(f"`{prefix}{name}`: {there!r} there, {here!r} here")
+    return found
 
 
 def _write_together(folder: Path, names: list[str], victims: VictimDataModule, dataset: str) -> None:
@@ -234,28 +333,52 @@ def _write_together(folder: Path, names: list[str], victims: VictimDataModule, d
         for name, table in tables.items():
             for row in sorted(table, key=lambda row: int(row["victim"])):
                 writer.writerow([name, *(row[column] for column in columns)])
-    curves = {name: torch.tensor([float(row["mse"]) for row in table]) for name, table in tables.items()}
+    curves = {
+        _WRITTEN.get(name, name): torch.tensor([float(row["mse"]) for row in table]) for name, table in tables.items()
+    }
     save_figure(plot_fidelity(curves, title=f"{dataset}: fidelity of the reconstructions"), folder / "fidelity.png")
-    _gallery(folder, tables, victims, dataset)
+    _gallery(folder, names, victims, dataset)
 
 
-def _gallery(folder: Path, tables: dict[str, list[dict[str, str]]], victims: VictimDataModule, dataset: str) -> None:
-    truth = next(iter(victims.val_dataloader()))
-    shown = truth.ids[:8].tolist()
-    columns, rows = ["truth", *tables], [f"victim {victim}" for victim in shown]
-    images = [[truth.images[index, 0]] for index in range(len(shown))]
-    captions = [[f"label {truth.labels[index, 0]}"] for index in range(len(shown))]
-    for name, table in tables.items():
-        by_victim = {int(row["victim"]): row for row in table}
-        parts = [Reconstruction.load(path) for path in sorted((folder / name / "reconstructions").glob("*"))]
-        found = Reconstruction.cat(parts)
+def _gallery(folder: Path, names: list[str], victims: VictimDataModule, dataset: str) -> None:
+    """The truth and every method's reconstruction of the first victims, a row for each image."""
+    truth = _first_victims(victims)
+    rows = [f"victim {victim}" for victim in truth.ids.tolist() for _ in range(victims.victim.protocol.num_images)]
+    images: list[list[Tensor]] = [[image] for image in truth.images.flatten(0, 1)]
+    captions = [[f"label {label}"] for label in truth.labels.flatten().tolist()]
+    for name in names:
+        parts = sorted((folder / name / "reconstructions").glob("cohort_*.safetensors"))
+        found = Reconstruction.cat([Reconstruction.load(path) for path in parts])
         place = {victim: index for index, victim in enumerate(found.ids.tolist())}
-        for index, victim in enumerate(shown):
-            images[index].append(found.images[place[victim], 0])
-            row = by_victim[victim]
-            captions[index].append(f"{float(row['psnr']):.1f} dB, label {found.labels[place[victim], 0]}")
-    figure = plot_gallery(images, columns=columns, rows=rows, captions=captions, title=f"{dataset}: what the gradient gave away")
+        found = found.select(torch.tensor([place[victim] for victim in truth.ids.tolist()]))
+        scores = score(found.images.to(truth.images), found.labels, truth.images, truth.labels)
+        # Each image beside the true one that it was paired with for its scores.
+        victim = torch.arange(len(found))[:, None]
+        paired, labels = found.images[victim, scores.order], found.labels[victim, scores.order]
+        for row, image in enumerate(paired.flatten(0, 1)):
+            images[row].append(image)
+        for row, (psnr, label) in enumerate(
+            zip(scores.psnr.flatten().tolist(), labels.flatten().tolist(), strict=True)
+        ):
+            captions[row].append(f"{psnr:.1f} dB, label {label}")
+    figure = plot_gallery(
+        images[:_GALLERY_ROWS],
+        columns=["truth", *(_WRITTEN.get(name, name) for name in names)],
+        rows=rows[:_GALLERY_ROWS],
+        captions=captions[:_GALLERY_ROWS],
+        title=f"{dataset}: what the gradient gave away",
+    )
     save_figure(figure, folder / "gallery.png")
+
+
+def _first_victims(victims: VictimDataModule) -> GroundTruth:
+    parts: list[GroundTruth] = []
+    for batch in victims.val_dataloader():
+        parts.append(batch)
+        if sum(map(len, parts)) >= _GALLERY_ROWS:
+            break
+    truth = GroundTruth.cat(parts)
+    return GroundTruth(truth.ids[:_GALLERY_ROWS], truth.images[:_GALLERY_ROWS], truth.labels[:_GALLERY_ROWS])
 
 
 def _percent(value: float, interval: tuple[float, float]) -> str:
@@ -265,5 +388,14 @@ def _percent(value: float, interval: tuple[float, float]) -> str:
 def _write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def _finite(content: Any) -> Any:
+    """The same with None for numbers that JSON does not know: infinity and what is not a number."""
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

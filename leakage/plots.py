@@ -66,9 +66,7 @@ def plot_gallery(
                 f"Expected `{name}` in {len(rows)} rows of {len(columns)}, one per column, but got {sizes}."
             )
     caption_height = _CAPTION if captions is not None else 0.0
-    left = _ROW_LABEL_LEAST + _ROW_LABEL_PER_LETTER * max(
-        len(line) for label in rows for line in label.split("\n")
-    )
+    left = _ROW_LABEL_LEAST + _ROW_LABEL_PER_LETTER * max(len(line) for label in rows for line in label.split("\n"))
     top = _LINE * (1 + max(heading.count("\n") for heading in columns)) + (0.45 if title else 0.1)
     width = left + len(columns) * (_CELL + _GAP) + 0.15
     # A long title must not be cut by a narrow grid.
@@ -91,13 +89,9 @@ def plot_gallery(
                 axes.text(0.5, 1.06, columns[j], transform=axes.transAxes, fontsize=10, color=_INK,
                           ha="center", va="bottom")  # fmt: skip
         middle = height - top - i * (_CELL + _GAP + caption_height) - _CELL / 2
-        figure.text(
-            (left - 0.12) / width, middle / height, rows[i], fontsize=9, color=_INK, ha="right", va="center"
-        )
+        figure.text((left - 0.12) / width, middle / height, rows[i], fontsize=9, color=_INK, ha="right", va="center")
     if title:
-        figure.text(
-            0.5, 1 - 0.12 / height, title, fontsize=12, color=_INK, ha="center", va="top", weight="bold"
-        )
+        figure.text(0.5, 1 - 0.12 / height, title, fontsize=12, color=_INK, ha="center", va="top", weight="bold")
     return figure
 
 

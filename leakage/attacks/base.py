@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,9 +56,9 @@ class SearchProtocol:
 PROTOCOLS = {
     "robust": SearchProtocol(
         start_std=0.1,
-        history_size=100,
+        history_size=200,
         tolerance=1e-8,
-        max_evaluations=5000,
+        max_evaluations=6000,
         restarts=3,
         relative=True,
         line_search=True,
@@ -211,6 +212,11 @@ class GradientMatchingAttack(LightningModule):
 
     def setup(self, stage: str) -> None:
         datamodule = self._datamodule
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                "Expected a Trainer with one process (devices=1, num_nodes=1), whose lanes hold many victims, but got "
+                f"{self.trainer.world_size}: each would attack every victim. Run one process per seed instead."
+            )
         self._reset()
         self._victim = datamodule.victim
         self.expected_victims = datamodule.victims
@@ -238,6 +244,9 @@ class GradientMatchingAttack(LightningModule):
         )
 
     def on_fit_start(self) -> None:
+        # A copy of its own: the DataModule's captures further cohorts where its images are.
+        self._victim = copy.deepcopy(self.victim)
+        self._victim.model.to(device=self.device, dtype=self.dummy_images.dtype)
         # Before the first batch is fetched, and after a checkpoint's lanes are back.
         self._datamodule.wanted = self._cohorts if self._awaiting else None
 

@@ -32,8 +32,9 @@ class Gallery(ResultsCallback):
     Writes ``gallery.png`` to ``output`` and gives the picture to the loggers that take pictures, with
     the key ``gallery``, at a validation if one of its victims was finished since the last, and when the
     run ends, however it ends. Under the final image stand its PSNR (dB, images in [0, 1]) and the
-    recovered label. Without ground truth the truth and the PSNR are left out. A victim of several images takes a row for each,
-    paired one-to-one with the truth as for its scores, and there are at most 24 rows.
+    recovered label. Without ground truth the truth and the PSNR are left out. A victim of several
+    images takes a row for each, paired one-to-one with the truth as for its scores, and there are at
+    most 24 rows.
 
     The pictures at the moments are the victim's best iterate so far by the attack's own objective.
     They are looked at only between training steps; where a step has gone past the moment, the
@@ -169,9 +170,7 @@ class Gallery(ResultsCallback):
             return
         if not self._truth.keys() >= results.keys():
             self._look_up_truth(trainer)
-        moments = [
-            moment for moment in self.moments if any(moment in self._snapshots[victim] for victim in results)
-        ]
+        moments = [moment for moment in self.moments if any(moment in self._snapshots[victim] for victim in results)]
         has_truth = any(victim in self._truth for victim in results)
         images: list[list[Tensor | None]] = []
         captions: list[list[str]] = []
@@ -183,9 +182,7 @@ class Gallery(ResultsCallback):
                 rows.append(f"victim {victim}\n{int(result.iterations[0])} iterations")
         figure = plot_gallery(
             images[:_MOST_ROWS],
-            columns=["truth"] * has_truth
-            + [f"{moment}" if moment else "start" for moment in moments]
-            + ["final"],
+            columns=["truth"] * has_truth + [f"{moment}" if moment else "start" for moment in moments] + ["final"],
             rows=rows[:_MOST_ROWS],
             captions=captions[:_MOST_ROWS],
             title=f"{type(attack).__name__.removesuffix('Attack')}: reconstruction over iterations",

@@ -35,9 +35,7 @@ class OfflineSafeWandbLogger(WandbLogger):
         ModuleNotFoundError: ``wandb`` is not installed.
     """
 
-    def __init__(
-        self, *, start_timeout: float = _START, finish_timeout: float = _FINISH, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, start_timeout: float = _START, finish_timeout: float = _FINISH, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         import wandb
 

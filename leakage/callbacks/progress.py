@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 # Seconds between two updates: a training step takes a few milliseconds, a line on the screen one.
 _PAUSE = 0.1
+# The same where the bar goes to a file or a pipe, in which no update replaces the one before.
+_PAUSE_IN_A_FILE = 30.0
 
 
 class AttackProgressBar(TQDMProgressBar):
@@ -28,7 +32,7 @@ class AttackProgressBar(TQDMProgressBar):
 
     Args:
         refresh_rate: training steps between two updates, which are also at least 0.1 s apart; 0 turns
-            the bar off.
+            the bar off. In a file or a pipe they are at least 30 s apart.
         process_position: lines to leave free above the bar.
         leave: keep one bar for each epoch on the screen.
     """
@@ -36,7 +40,7 @@ class AttackProgressBar(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
         super().__init__(refresh_rate, process_position, leave)
         self._converged = (0, 0)
-        self._told = -_PAUSE
+        self._told = -math.inf
 
     @property
     def train_description(self) -> str:
@@ -88,7 +92,9 @@ class AttackProgressBar(TQDMProgressBar):
     ) -> None:
         """Tell how far it is, every ``refresh_rate`` steps."""
         due = self.is_enabled and (batch_idx + 1) % self.refresh_rate == 0
-        if due and time.monotonic() - self._told >= _PAUSE:
+        # The bar goes where Lightning's do, to standard output.
+        pause = _PAUSE if sys.stdout.isatty() else _PAUSE_IN_A_FILE
+        if due and time.monotonic() - self._told >= pause:
             self._tell(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

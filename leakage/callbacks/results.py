@@ -101,7 +101,5 @@ def _folder_of_run(trainer: Trainer) -> Path:
     for logger in trainer.loggers[:1]:
         if logger.save_dir is not None:
             version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-            return Path(
-                logger.save_dir, str(logger.name or ""), version if logger.version is not None else ""
-            )
+            return Path(logger.save_dir, str(logger.name or ""), version if logger.version is not None else "")
     return Path(trainer.default_root_dir)

@@ -107,9 +107,7 @@ class VictimTable(ResultsCallback):
                 "first victims are done. Resume the earlier one with `ckpt_path`, or choose another `output`."
             )
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Write what is done before the cohort in this batch begins."""
         if len(batch):
             self._save(trainer, cast("GradientMatchingAttack", pl_module), complete=True)
@@ -152,9 +150,7 @@ class VictimTable(ResultsCallback):
         self._log(trainer, attack)
 
     def _note(self, batch: GroundTruth) -> None:
-        for victim, images, labels in zip(
-            batch.ids.tolist(), batch.images, batch.labels.tolist(), strict=True
-        ):
+        for victim, images, labels in zip(batch.ids.tolist(), batch.images, batch.labels.tolist(), strict=True):
             self._labels[victim] = labels
             if len(self._truth) < _ROWS_WITH_IMAGES and victim not in self._truth:
                 self._truth[victim] = images.detach().cpu()
@@ -172,9 +168,7 @@ class VictimTable(ResultsCallback):
         if new:
             path = self.folder / "reconstructions" / f"cohort_{self._files:04d}.safetensors"
             self._pending[path] = finished.select(tensor(new))
-        self._pending = {
-            path: part for path, part in self._pending.items() if not self._write(path, part.save)
-        }
+        self._pending = {path: part for path, part in self._pending.items() if not self._write(path, part.save)}
         if new and complete:
             self._saved.update(finished.ids.tolist())
             self._files += 1
@@ -188,9 +182,7 @@ class VictimTable(ResultsCallback):
             for batch in ground_truth(trainer):
                 self._note(batch)
         except (OSError, RuntimeError, ValueError) as error:
-            rank_zero_warn(
-                f"The true labels are left out of victims.csv since they could not be read: {error}"
-            )
+            rank_zero_warn(f"The true labels are left out of victims.csv since they could not be read: {error}")
 
     def _rows(self, attack: GradientMatchingAttack, finished: Reconstruction) -> list[list[Any]]:
         rows = []

@@ -33,8 +33,8 @@ class LBFGS(PerVictimOptimizer):
         history_size: pairs (s, y) each victim remembers.
         tolerance: a victim has converged when its loss is at most this.
         max_evaluations: evaluations per start after which a victim is exhausted.
-        stall_window: a victim has stalled if its loss has not fallen by ``stall_factor`` over this
-            many evaluations.
+        stall_window: a victim has stalled if its loss has not fallen below ``stall_factor`` times what
+            it was this many evaluations, or a third of all its evaluations, ago.
         stall_factor: see ``stall_window``.
 
     Raises:
@@ -99,6 +99,7 @@ class LBFGS(PerVictimOptimizer):
             "slope": like.new_zeros(victims),
             "length": like.new_zeros(victims),
             "window_loss": fresh["best_loss"].clone(),
+            "window_end": torch.full_like(fresh["evaluations"], self._options["stall_window"]),
         }
 
     def _match(self, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -167,6 +168,9 @@ class LBFGS(PerVictimOptimizer):
         self._set_status(self.running & (lanes["loss"] <= options["tolerance"]), CONVERGED)
         self._set_status(self.running & flat, STALLED)
         self._set_status(self.running & (lanes["evaluations"] >= options["max_evaluations"]), EXHAUSTED)
-        due = self.running & (lanes["evaluations"] % options["stall_window"] == 0)
+        due = self.running & (lanes["evaluations"] >= lanes["window_end"])
         self._set_status(due & (lanes["loss"] > options["stall_factor"] * lanes["window_loss"]), STALLED)
+        # The longer a victim has made progress, the longer it may pause.
+        window = torch.clamp(lanes["evaluations"] // 2, min=options["stall_window"])
+        lanes["window_end"] = torch.where(due, lanes["evaluations"] + window, lanes["window_end"])
         lanes["window_loss"] = torch.where(due, lanes["loss"], lanes["window_loss"])

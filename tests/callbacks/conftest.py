@@ -22,7 +22,10 @@ PASSES_PER_STEP = 5
 
 
 class KnownAttack(LightningModule):
-    """Four victims enter when at most one is running. Victim v is done at its iteration 15 + 10 (v mod 3), off by 2 to the power of minus that."""
+    """Four victims enter when at most one is running, and its errors are known.
+
+    Victim v is done at its iteration 15 + 10 (v mod 3); at iteration i every pixel is off by 2 to the power of -i.
+    """
 
     def __init__(self, images: Tensor, labels: Tensor, *, fail_at: int | None = None) -> None:
         super().__init__()
@@ -127,9 +130,7 @@ class KnownAttack(LightningModule):
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["known"] = {
-            name: getattr(self, name) for name in ("iteration", "cohorts", "done", "running")
-        }
+        checkpoint["known"] = {name: getattr(self, name) for name in ("iteration", "cohorts", "done", "running")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name, value in checkpoint["known"].items():

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from leakage.callbacks import Gallery, OfflineSafeWandbLogger, VictimTable, table
+from leakage.callbacks import Gallery, VictimTable, table
 
 
 def records(file: Path) -> Iterator[Record]:
@@ -40,21 +45,57 @@ def records(file: Path) -> Iterator[Record]:
             yield record
 
 
-def history(folder: Path) -> list[dict]:
-    """The rows that were logged to the only run in a folder."""
-    (file,) = folder.glob("wandb/*run-*/*.wandb")
-    rows = []
-    for record in records(file):
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
+def _records_once_closed(file: Path) -> list[Record]:
+    """All records, of a finished run: W&B's service closes the file some time after ``wandb.finish()`` returns."""
+    deadline = time.monotonic() + 60
+    while True:
+        read = list(records(file))
+        if any(record.WhichOneof("record_type") == "exit" for record in read):
+            return read
+        assert time.monotonic() < deadline, f"the run was never closed, and has {len(read)} records"
+        time.sleep(0.1)
+
+
+class OfflineRun:
+    """The only run in a folder, as W&B would upload it."""
+
+    def __init__(self, folder: Path) -> None:
+        (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+        self.files = file.parent / "files"
+        self.history: list[dict[str, Any]] = []
+        # Tables are uploaded as artifacts: the path in the artifact to the file on this machine.
+        self.artifacts: dict[str, dict[str, Path]] = {}
+        for record in _records_once_closed(file):
+            if record.WhichOneof("record_type") == "history":
+                row: dict[str, Any] = {}
+                for item in record.history.item:
+                    *parents, name = [item.key] if item.key else item.nested_key
+                    place = row
+                    for parent in parents:
+                        place = place.setdefault(parent, {})
+                    place[name] = json.loads(item.value_json)
+                self.history.append(row)
+            elif record.WhichOneof("record_type") == "artifact":
+                entries = record.artifact.manifest.contents
+                self.artifacts[record.artifact.type] = {entry.path: Path(entry.local_path) for entry in entries}
+
+    def values(self, key: str) -> list[Any]:
+        return [row[key] for row in self.history if key in row]
+
+    def table(self) -> dict[str, Any]:
+        """The table with its pictures."""
+        return json.loads(self.artifacts["run_table"]["victims.table.json"].read_text())
+
+    def picture(self, cell: dict[str, Any]) -> Image.Image:
+        """The picture in a cell of the table."""
+        return Image.open(self.artifacts["run_table"][cell["path"]])
 
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     yield
     wandb.finish()
 
@@ -68,38 +109,36 @@ def test_an_offline_run_holds_the_pictures_the_table_and_the_curves(run) -> None
         val_check_interval=6,
     )
     wandb.finish()
-    rows = history(run.folder)
-    files = next(run.folder.glob("wandb/offline-run-*/files"))
+    logged = OfflineRun(run.folder)
 
-    curve = {row["trainer/global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    steps = [row for row in logged.history if "train/loss" in row]
+    curve = {row["trainer/global_step"]: row["train/loss"] for row in steps}
     assert curve == pytest.approx({step: 2.0 ** -(5 * (step + 1)) for step in range(13)})
-    assert len([row for row in rows if "val/mse" in row]) == 3, "two on the way and one at the end"
+    assert len(logged.values("val/mse")) == 3, "two on the way and one at the end"
 
-    (gallery,) = [row["gallery"] for row in rows if "gallery" in row][-1:]
+    gallery = logged.values("gallery")[-1]
     assert gallery["_type"] == "images/separated"
-    with Image.open(files / gallery["filenames"][0]) as picture:
+    with Image.open(logged.files / gallery["filenames"][0]) as picture:
         assert picture.size == (gallery["width"], gallery["height"])
         assert len(set(picture.convert("L").tobytes())) > 50, "not an empty page"
 
-    (logged,) = [row["victims"] for row in rows if "victims" in row]
-    assert logged["_type"] == "table-file"
-    content = json.loads((files / logged["path"]).read_text())
+    (victims,) = logged.values("victims")
+    assert victims["_type"] == "table-file"
+    content = logged.table()
     assert content["columns"] == [*table.COLUMNS, "truth", "reconstruction"]
     assert sorted(row[0] for row in content["data"]) == list(range(6))
     for row in content["data"]:
-        with Image.open(files / row[-1]["path"]) as picture:
-            pixels = torch.tensor(list(picture.convert("L").tobytes())).view(12, 12)
-        assert (pixels - 255 * run.images[row[0], 0, 0]).abs().max() <= 1
-        assert row[-2]["_type"] == "image-file"
+        for cell in row[-2:]:
+            with logged.picture(cell) as picture:
+                pixels = torch.tensor(list(picture.convert("L").tobytes())).view(12, 12)
+            assert (pixels - 255 * run.images[row[0], 0, 0]).abs().max() <= 1
 
 
 def test_the_table_has_pictures_of_the_first_victims_only(run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "_ROWS_WITH_IMAGES", 2)
     run.fit(run.attack(), VictimTable(run.folder), logger=WandbLogger(project="leakage", save_dir=run.folder))
     wandb.finish()
-    files = next(run.folder.glob("wandb/offline-run-*/files"))
-    (logged,) = [row["victims"] for row in history(run.folder) if "victims" in row]
-    data = json.loads((files / logged["path"]).read_text())["data"]
+    data = OfflineRun(run.folder).table()["data"]
     assert [row[-1] is not None for row in data] == [True, True, False, False, False, False]
 
 
@@ -112,9 +151,9 @@ def test_a_run_that_breaks_off_is_logged_too(run) -> None:
             logger=WandbLogger(project="leakage", save_dir=run.folder),
         )
     wandb.finish()
-    rows = history(run.folder)
-    assert [row["victims"]["nrows"] for row in rows if "victims" in row] == [2]
-    assert any("gallery" in row for row in rows)
+    logged = OfflineRun(run.folder)
+    assert [victims["nrows"] for victims in logged.values("victims")] == [2]
+    assert len(logged.values("gallery")) == 1
 
 
 def test_output_of_a_wandb_run_is_beside_its_checkpoints(run) -> None:
@@ -143,24 +182,41 @@ def test_loggers_without_pictures_get_the_curves(run) -> None:
     assert "gallery" not in header
 
 
-@pytest.mark.parametrize("why", ["unreachable", "no account"])
-def test_goes_on_offline_when_wandb_cannot_be_used(run, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    monkeypatch.setenv("WANDB_MODE", "online")
-    # Nobody listens on the port of `discard`.
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("NETRC", str(run.folder / "netrc"))
-    if why == "unreachable":
-        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    else:
-        monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    wandb.teardown()
-    logger = OfflineSafeWandbLogger(project="leakage", save_dir=run.folder, start_timeout=2.0)
-    try:
-        with pytest.warns(UserWarning, match=r"W&B can't be used online .* The run is logged offline"):
-            run.fit(run.attack(), Gallery(run.folder, victims=1), logger=logger)
-        assert logger.experiment.offline
-    finally:
-        wandb.teardown()
-    (file,) = run.folder.glob("wandb/offline-run-*/*.wandb")
-    keys = {item.key for record in records(file) for item in record.history.item}
-    assert {"train/loss", "gallery"} <= keys
+_SCRIPT = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+from conftest import Run
+from pathlib import Path
+from leakage.callbacks import Gallery, OfflineSafeWandbLogger
+
+run = Run(Path(sys.argv[2]))
+logger = OfflineSafeWandbLogger(project="leakage", save_dir=run.folder, start_timeout=2.0)
+run.fit(run.attack(), Gallery(run.folder, victims=1), logger=logger)
+assert logger.experiment.offline
+"""
+
+
+@pytest.mark.parametrize("key", ["0" * 40, None], ids=["unreachable", "no account"])
+def test_goes_on_offline_when_wandb_cannot_be_used(tmp_path: Path, key: str | None) -> None:
+    # In a process of its own, so that its end is seen too. Nobody listens on port 9.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_CONFIG_DIR": str(tmp_path),
+        "NETRC": str(tmp_path / "netrc"),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    } | ({"WANDB_API_KEY": key} if key else {})
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, str(Path(__file__).parent), str(tmp_path)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "W&B can't be used online" in done.stderr
+    logged = OfflineRun(tmp_path)
+    assert len(logged.values("train/loss")) == 13
+    assert len(logged.values("gallery")) == 1

@@ -8,6 +8,7 @@ from leakage.callbacks import AttackProgressBar, progress
 @pytest.fixture(autouse=True)
 def _every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_PAUSE", 0.0)
+    monkeypatch.setattr(progress, "_PAUSE_IN_A_FILE", 0.0)
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -53,9 +54,16 @@ def test_off(run, capsys) -> None:
 
 
 def test_is_quick_between_updates(run, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_PAUSE", 1e6)
+    monkeypatch.setattr(progress, "_PAUSE_IN_A_FILE", 1e6)
     run.fit(run.attack(), AttackProgressBar(), enable_progress_bar=True)
     shown = lines(capsys)
     steps = {line.split("iterations=")[1].split(",")[0] for line in shown if "iterations=" in line}
     assert steps == {"5", "65"}, "the first step and the end"
     assert "6/6" in shown[-1]
+
+
+def test_on_a_terminal_it_tells_more_often_than_in_a_file(run, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_PAUSE_IN_A_FILE", 1e6)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    run.fit(run.attack(), AttackProgressBar(), enable_progress_bar=True)
+    assert sum("iterations=" in line for line in lines(capsys)) > 5

@@ -31,7 +31,9 @@ class FullDisk:
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(run, callback) -> None:
     (run.folder / "file").write_text("")
     attack = run.attack()
-    with pytest.raises(OSError, match="Expected `output` to be a folder that can be written, but got '.*file'") as info:
+    with pytest.raises(
+        OSError, match=r"Expected `output` to be a folder that can be written, but got '.*file'"
+    ) as info:
         run.fit(attack, callback(run.folder / "file"))
     assert f"Give {callback.__name__} another `output`" in str(info.value)
     assert attack.iteration == 0
@@ -42,7 +44,7 @@ def test_a_read_only_disk_is_refused(run, monkeypatch: pytest.MonkeyPatch) -> No
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("leakage.callbacks.results.tempfile.TemporaryFile", refuse)
-    with pytest.raises(OSError, match="Expected `output` to be a folder .* Read-only file system"):
+    with pytest.raises(OSError, match=r"Expected `output` to be a folder .* Read-only file system"):
         run.fit(run.attack(), VictimTable(run.folder))
 
 
