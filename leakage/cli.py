@@ -106,9 +106,18 @@ def fit(arguments: Sequence[str]) -> None:
         )
     except (ValueError, OSError) as error:
         # The library's own words for bad input; all else keeps its traceback.
-        if not str(error).startswith("Expected `"):
+        reason = _own_words(error)
+        if reason is None:
             raise
-        sys.exit(f"leakage fit: error: {error}")
+        sys.exit(f"leakage fit: error: {reason}")
+
+
+def _own_words(error: Exception) -> str | None:
+    """The message of an error of this library, also where jsonargparse quotes it in a list of what it tried."""
+    if str(error).startswith("Expected "):
+        return str(error)
+    quoted = [line.strip() for line in str(error).splitlines() if line.strip().startswith("- Expected `")]
+    return quoted[0].removeprefix("- ") if quoted else None
 
 
 def demo(arguments: Sequence[str]) -> None:

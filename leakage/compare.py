@@ -141,8 +141,8 @@ def compare(
     for name, attack in attacks.items():
         if name not in finished:
             record = folder / name / "run.json"
-            if not resume:
-                (record.parent / "last.ckpt").unlink(missing_ok=True)
+            if not resume or not (record.parent / "last.ckpt").is_file():
+                _clear(record.parent)
             _write_json(record, {"configuration": configurations[name], "row": None})
             seconds = _run(name, attack, victims, record.parent, logger=logger, trainer=trainer)
             finished[name] = _summarise(name, attack, dataset, (published or {}).get(name), seconds)
@@ -191,10 +191,20 @@ def format_table(rows: list[Row]) -> str:
                 f"{row.seconds:.0f} s",
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    if all(row.published_label_accuracy is None for row in rows):
+        column = header.index("published")
+        lines = [[*line[:column], *line[column + 1 :]] for line in lines]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run of a method has written, and nothing else."""
+    for pattern in ("run.json", "last.ckpt", "victims.csv", "gallery.png", "reconstructions/cohort_*.safetensors"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 class _Bar(AttackProgressBar):

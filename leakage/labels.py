@@ -34,7 +34,7 @@ def check_label_rule(victim: Victim) -> None:
 
 
 def infer_labels(shared: SharedGradient, victim: Victim) -> Tensor:
-    r"""iDLG's rule: the labels whose logits the shared gradient pushes up.
+    r"""Apply iDLG's rule: the labels whose logits the shared gradient pushes up.
 
     With cross-entropy the gradient of logit k, averaged over the N images, is
     :math:`\bar p_k - n_k / N` with :math:`n_k` the images of class k. It is the gradient of the last

@@ -122,6 +122,8 @@ class GradientMatchingAttack(LightningModule):
         super().__init__()
         check_choice("protocol", protocol, PROTOCOLS)
         check_positive(success_threshold=success_threshold, restart_above=restart_above)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"Expected `seed` to be a whole number of at least 0, but got {seed!r}.")
         given = {
             "start_std": start_std,
             "history_size": history_size,
@@ -130,10 +132,10 @@ class GradientMatchingAttack(LightningModule):
             "restarts": restarts,
         }
         named = PROTOCOLS[protocol]
-        values = {name: getattr(named, name) if value is None else value for name, value in given.items()}
+        values: dict[str, Any] = {name: getattr(named, name) if value is None else value for name, value in given.items()}
         check_positive(start_std=values["start_std"], tolerance=values["tolerance"])
         check_count(history_size=values["history_size"], max_evaluations=values["max_evaluations"])
-        if not isinstance(values["restarts"], int) or values["restarts"] < 0:
+        if isinstance(restarts, bool) or not isinstance(values["restarts"], int) or values["restarts"] < 0:
             raise ValueError(f"Expected `restarts` to be a whole number of at least 0, but got {restarts!r}.")
         self.save_hyperparameters()
         self.automatic_optimization = False
@@ -148,6 +150,7 @@ class GradientMatchingAttack(LightningModule):
         self.iteration = 0
         self._cohorts = 0  # admitted so far
         self._awaiting = True  # whether a further cohort has been asked for
+        self._asked_at = -1  # and after which iteration
         self._shared: SharedGradient | None = None  # of the victims in the lanes
         self._lanes: dict[str, Tensor] = {}
         self._finished: list[Reconstruction] = []
@@ -211,6 +214,7 @@ class GradientMatchingAttack(LightningModule):
     # Lightning's hooks.
 
     def setup(self, stage: str) -> None:
+        """Look at the victims, and make dummies of their shape."""
         datamodule = self._datamodule
         if self.trainer.world_size > 1:
             raise ValueError(
@@ -227,6 +231,7 @@ class GradientMatchingAttack(LightningModule):
         )
 
     def configure_optimizers(self) -> PerVictimOptimizer:
+        """The solver of the protocol."""
         search = self.search
         if search.line_search:
             return LBFGS(
@@ -244,17 +249,24 @@ class GradientMatchingAttack(LightningModule):
         )
 
     def on_fit_start(self) -> None:
+        """Go where the Trainer computes, and ask for the first cohort."""
         # A copy of its own: the DataModule's captures further cohorts where its images are.
         self._victim = copy.deepcopy(self.victim)
         self._victim.model.to(device=self.device, dtype=self.dummy_images.dtype)
-        # Before the first batch is fetched, and after a checkpoint's lanes are back.
-        self._datamodule.wanted = self._cohorts if self._awaiting else None
+        # Before the first batch is fetched, and after a checkpoint's lanes are back. A cohort enters two steps
+        # after it was asked for, as Lightning fetches one batch ahead: also if the run was resumed in between.
+        delayed = self._asked_at == self.iteration
+        self._datamodule.wanted = self._cohorts if self._awaiting and not delayed else None
 
     def on_train_start(self) -> None:
+        """Ask for the cohort whose turn is not the first batch; end at once if nothing is left to do."""
+        if self._awaiting and self._asked_at == self.iteration:
+            self._datamodule.wanted = self._cohorts
         if self.num_done == self.expected_victims:
             self.trainer.should_stop = True
 
     def training_step(self, batch: SharedGradient | tuple[()], batch_idx: int) -> None:
+        """Admit the cohort in the batch, if there is one, and move every victim in the lanes by one evaluation."""
         if isinstance(batch, SharedGradient):
             self._admit(batch)
         if self._shared is None:
@@ -269,9 +281,11 @@ class GradientMatchingAttack(LightningModule):
         self.log("train/done", float(self.num_done), prog_bar=True, batch_size=1)
 
     def validation_step(self, batch: GroundTruth, batch_idx: int) -> None:
+        """Score the victims of the batch."""
         self._score(batch)
 
     def on_validation_epoch_end(self) -> None:
+        """Log the scores of all victims so far."""
         if self.scores:
             metrics = ReconstructionMetrics(prefix="val/").to(self.device)
             metrics.update(self.scores.values())
@@ -286,6 +300,7 @@ class GradientMatchingAttack(LightningModule):
         self._pending = None
 
     def on_train_end(self) -> None:
+        """Score what ended after the last validation."""
         unscored = any(not self._is_final(victim) for victim in self.finished.ids.tolist())
         if unscored:
             self.score_finished()
@@ -320,8 +335,8 @@ class GradientMatchingAttack(LightningModule):
             "scale": torch.where(torch.isfinite(scale), scale, 1.0),
             "fixed": self._begin(shared),
             "restarts": zeros,
-            "iterations": zeros,  # of the earlier starts
-            "evaluations": zeros,
+            "iterations": zeros.clone(),  # of the earlier starts
+            "evaluations": zeros.clone(),
             "best_loss": torch.full_like(norms, torch.inf),  # of the earlier starts
             "best_images": starts[0],
             "best_labels": torch.zeros(starts[0].shape[:2], dtype=torch.long, device=self.device),
@@ -383,9 +398,9 @@ class GradientMatchingAttack(LightningModule):
         running = len(ended) - left
         datamodule = self._datamodule
         if self._cohorts == datamodule.num_cohorts:
-            self.trainer.should_stop = running == 0
+            self.trainer.should_stop |= running == 0
         elif not self._awaiting and running <= _CARRIED_SHARE * datamodule.batch_size:
-            self._awaiting = True
+            self._awaiting, self._asked_at = True, self.iteration
             datamodule.wanted = self._cohorts
 
     def _restart(self, again: Tensor) -> None:
@@ -460,12 +475,14 @@ class GradientMatchingAttack(LightningModule):
     # Checkpoints: the lanes, their victims and the finished; the optimizer's state is Lightning's to keep.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the lanes, their victims and those that are done."""
         shared = self._shared
         checkpoint["leakage"] = {
             "attack": type(self).__name__,
             "iteration": self.iteration,
             "cohorts": self._cohorts,
             "awaiting": self._awaiting,
+            "asked_at": self._asked_at,
             "lanes": self._lanes,
             "finished": [vars(part) for part in self._finished],
             "shared": None
@@ -480,6 +497,11 @@ class GradientMatchingAttack(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore them.
+
+        Raises:
+            ValueError: a checkpoint of another attack or configuration.
+        """
         saved = checkpoint.get("leakage")
         if saved is None or saved["attack"] != type(self).__name__:
             raise ValueError(
@@ -491,7 +513,8 @@ class GradientMatchingAttack(LightningModule):
         if differing:
             listed = ", ".join(f"{name}={old!r} (now {new!r})" for name, (old, new) in differing.items())
             raise ValueError(f"Expected the configuration of the checkpoint, but got another: it has {listed}.")
-        self.iteration, self._cohorts, self._awaiting = saved["iteration"], saved["cohorts"], saved["awaiting"]
+        self.iteration, self._cohorts = saved["iteration"], saved["cohorts"]
+        self._awaiting, self._asked_at = saved["awaiting"], saved["asked_at"]
         self._lanes = {name: tensor.to(self.device) for name, tensor in saved["lanes"].items()}
         self._finished = [Reconstruction(**part) for part in saved["finished"]]
         if saved["shared"] is not None:

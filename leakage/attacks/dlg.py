@@ -39,6 +39,7 @@ class DLGAttack(GradientMatchingAttack):
     """
 
     def setup(self, stage: str) -> None:
+        """Make dummy label logits too."""
         super().setup(stage)
         protocol = self.victim.protocol
         self.dummy_labels = nn.Parameter(

@@ -58,6 +58,9 @@ class VictimTable(ResultsCallback):
       :class:`~leakage.reconstruction.Reconstruction`: the victims that finished after the cohort of that
       number began and before the next did.
 
+    After an interrupt ``victims.csv`` ends with the victims that were still running (status ``running``),
+    and ``reconstructions/unfinished.safetensors`` holds their best iterates so far.
+
     They are written before the next cohort begins, after every validation (which brings the scores) and
     when the run ends. W&B gets the same rows as a table with the key ``victims`` at the end, the first
     100 of them with the true and the reconstructed images.
@@ -132,6 +135,8 @@ class VictimTable(ResultsCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write everything, what could not be written before included, and log the table."""
+        if trainer.is_global_zero:
+            self._write(self._unfinished, lambda path: path.unlink(missing_ok=True))
         self._save(trainer, cast("GradientMatchingAttack", pl_module))
         self._log(trainer, cast("GradientMatchingAttack", pl_module))
         super().on_fit_end(trainer, pl_module)
@@ -147,6 +152,7 @@ class VictimTable(ResultsCallback):
         except (OSError, RuntimeError, ValueError) as error:
             rank_zero_warn(f"What was done when the run broke off could not be scored: {error}")
         self._save(trainer, attack)
+        self._save_unfinished(trainer, attack)
         self._log(trainer, attack)
 
     def _note(self, batch: GroundTruth) -> None:
@@ -174,6 +180,21 @@ class VictimTable(ResultsCallback):
             self._files += 1
         self._write(self.folder / "victims.csv", lambda path: _write_csv(path, self._rows(attack, finished)))
 
+    def _save_unfinished(self, trainer: Trainer, attack: GradientMatchingAttack) -> None:
+        """Write the best iterates so far of the victims that were still running."""
+        running = attack.current()
+        running = running.select(running.iterations > 0)
+        if not trainer.is_global_zero or not len(running):
+            return
+        self._look_up_truth(trainer, running)
+        self._write(self._unfinished, running.save)
+        rows = self._rows(attack, attack.finished) + self._rows(attack, running)
+        self._write(self.folder / "victims.csv", lambda path: _write_csv(path, rows))
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.folder / "reconstructions" / "unfinished.safetensors"
+
     def _look_up_truth(self, trainer: Trainer, finished: Reconstruction) -> None:
         """The truth of victims that no validation has shown yet, as when the run is interrupted."""
         if self._labels.keys() >= set(finished.ids.tolist()):
@@ -188,9 +209,10 @@ class VictimTable(ResultsCallback):
         rows = []
         for index, victim in enumerate(finished.ids.tolist()):
             score = attack.scores.get(victim)
+            unfinished = STATUS[int(finished.status[index])] == "running"
             scored = (
                 [None] * 5
-                if score is None or not score.final
+                if score is None or not (score.final or unfinished)
                 else [score.label_accuracy, score.mse, score.psnr, score.ssim, score.success]
             )
             rows.append(

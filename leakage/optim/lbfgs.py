@@ -125,7 +125,8 @@ class LBFGS(PerVictimOptimizer):
 
         # Too short a step: begin again along the steepest descent, or give up if that was tried.
         too_short = rejected & (
-            (length * lanes["direction"].abs().amax(1) <= torch.finfo(point.dtype).eps * (1 + lanes["point"].abs().amax(1)))
+            length * lanes["direction"].abs().amax(1)
+            <= torch.finfo(point.dtype).eps * (1 + lanes["point"].abs().amax(1))
         )
         hopeless = too_short & (lanes["pairs"] == 0)
         self._set_status(hopeless, STALLED)

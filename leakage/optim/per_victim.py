@@ -76,7 +76,7 @@ class PerVictimOptimizer(Optimizer):
     @property
     def running(self) -> Tensor:
         """``(V,)``, whether each lane is still searching."""
-        return cast(Tensor, self.lanes["status"] == RUNNING)
+        return self.lanes["status"] == RUNNING
 
     def best(self) -> list[Tensor]:
         """The parameters of lowest loss since each lane began, shaped as the parameters."""
@@ -170,7 +170,7 @@ class PerVictimOptimizer(Optimizer):
     def _unflatten(self, flat: Tensor) -> list[Tensor]:
         return [
             part.reshape(len(flat), *parameter.shape[1:])
-            for part, parameter in zip(flat.split(self._sizes, dim=1), self._params, strict=True)
+            for part, parameter in zip(torch.split(flat, self._sizes, dim=1), self._params, strict=True)
         ]
 
     def _unflatten_into_params(self, flat: Tensor) -> None:

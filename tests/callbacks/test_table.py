@@ -107,8 +107,11 @@ def test_ctrl_c_scores_and_writes_what_is_done(run) -> None:
     with pytest.raises(SystemExit):
         run.fit(run.attack(), At(25, interrupt), VictimTable(run.folder))
     rows = read(run.folder)
-    assert sorted(int(row["victim"]) for row in rows) == [0, 1, 3]
-    assert all(row["labels_true"] and float(row["psnr"]) > 80 for row in rows)
+    done = [row for row in rows if row["status"] != "running"]
+    assert sorted(int(row["victim"]) for row in done) == [0, 1, 3]
+    assert all(row["labels_true"] and float(row["psnr"]) > 80 for row in done)
+    running = [int(row["victim"]) for row in rows if row["status"] == "running"]
+    assert running == reconstructions(run.folder)["unfinished"].ids.tolist() == [2]
     assert sorted(reconstructions(run.folder)["cohort_0000"].ids.tolist()) == [0, 1, 3]
 
 
@@ -126,7 +129,9 @@ def test_a_truth_that_cannot_be_read_costs_only_the_truth(run) -> None:
         pytest.raises(RuntimeError, match="out of memory"),
     ):
         run.fit(attack, VictimTable(run.folder))
-    assert [row["psnr"] for row in read(run.folder)] == ["", ""]
+    rows = read(run.folder)
+    assert len(rows) > 1
+    assert all(row["psnr"] == "" for row in rows)
 
 
 @pytest.mark.parametrize("killed_at", [10, 20, 25, 30, 40, 60])

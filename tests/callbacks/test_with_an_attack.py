@@ -76,7 +76,11 @@ def test_ctrl_c_leaves_the_scores_of_what_is_done(tmp_path: Path) -> None:
 
     with pytest.raises(SystemExit):
         fit(tmp_path, Gallery(tmp_path), VictimTable(tmp_path), Interrupt())
-    done = rows(tmp_path)
+    done = [row for row in rows(tmp_path) if row["status"] != "running"]
+    running = [row for row in rows(tmp_path) if row["status"] == "running"]
     assert 1 <= len(done) < 5
+    unfinished = Reconstruction.load(tmp_path / "reconstructions" / "unfinished.safetensors")
+    assert unfinished.ids.tolist() == [int(row["victim"]) for row in running] != []
+    assert all(float(row["mse"]) > 0 for row in running)
     assert all(row["success"] == "1" and row["labels_true"] == row["labels_recovered"] for row in done)
     assert (tmp_path / "gallery.png").is_file()

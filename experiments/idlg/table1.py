@@ -1,0 +1,145 @@
+"""Table 1 of iDLG: how often DLG and iDLG recover the label, and how often the image, per data set.
+
+    python experiments/idlg/table1.py --dataset mnist --victims 1000 --protocol published --output results/mnist
+
+Each victim has one image and a freshly drawn LeNet. The paper took 1,000 victims per data set
+(https://arxiv.org/abs/2001.02610); its figures stand beside ours in the table that is printed. `--protocol
+published` searches as the paper does, `--protocol robust` as this library does by default.
+
+A run that was stopped, however, goes on with the same command and `--resume`, and ends with the results that it
+would have had. Without `--resume` a folder that holds results is refused, so that none are lost by mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
+from leakage.cli import quiet
+from leakage.compare import FILES, check_output, compare, format_table, holds_results
+from leakage.datamodules import (
+    CIFAR10Victims,
+    CIFAR100Victims,
+    FashionMNISTVictims,
+    ImageFolderVictims,
+    LFWVictims,
+    MNISTVictims,
+    SampleVictims,
+    SVHNVictims,
+    VictimDataModule,
+)
+
+DATASETS: dict[str, Callable[..., VictimDataModule]] = {
+    "mnist": MNISTVictims,
+    "fashion_mnist": FashionMNISTVictims,
+    "cifar10": CIFAR10Victims,
+    "cifar100": CIFAR100Victims,
+    "svhn": SVHNVictims,
+    "lfw": LFWVictims,
+    "sample": SampleVictims,
+}
+METHODS: dict[str, Callable[..., GradientMatchingAttack]] = {"dlg": DLGAttack, "idlg": IDLGAttack}
+# Label accuracy in table 1 of the paper.
+PUBLISHED = {
+    "mnist": {"dlg": 0.899, "idlg": 1.0},
+    "cifar100": {"dlg": 0.833, "idlg": 1.0},
+    "lfw": {"dlg": 0.791, "idlg": 1.0},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    quiet()
+    try:
+        dataset, victims = _victims(given)
+        attacks = {name: METHODS[name](protocol=given.protocol, seed=given.seed) for name in given.methods}
+        check_output(given.output)
+        if not given.resume and holds_results(given.output):
+            raise ValueError(
+                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
+                "with them, or choose another folder."
+            )
+        victims.prepare_data()
+        victims.setup("fit")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    written = "/".join(given.methods)
+    print(f"{written} ({given.protocol}) on {victims.victims} victims of {dataset}:", flush=True)
+    try:
+        rows = compare(
+            attacks,
+            victims,
+            given.output,
+            dataset=dataset,
+            published=PUBLISHED.get(given.dataset),
+            resume=given.resume,
+            accelerator=given.accelerator,
+            devices=1,
+        )
+    except (ValueError, OSError) as error:
+        if str(error).startswith("Expected "):
+            sys.exit(f"{parser.prog}: error: {error}")
+        raise
+    print(f"\n{format_table(rows)}\n")
+    for name in FILES:
+        print(given.output / name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="table1.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        help=f"one of {', '.join(DATASETS)}, or a folder of images in ImageFolder layout, <folder>/<class>/<image>",
+    )
+    parser.add_argument("--victims", type=int, default=1000, help="number of victims (default: %(default)s)")
+    parser.add_argument(
+        "--protocol", choices=("published", "robust"), default="robust", help="how to search (default: %(default)s)"
+    )
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="default: all")
+    parser.add_argument("--output", type=Path, required=True, help="folder for results")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    parser.add_argument("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
+    parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
+    parser.add_argument("--batch-size", type=int, help="victims attacked together (default: the data set's)")
+    parser.add_argument("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
+    return parser
+
+
+def _victims(given: argparse.Namespace) -> tuple[str, VictimDataModule]:
+    """What to call the data set, and its victims."""
+    options: dict[str, Any] = {"victims": given.victims, "seed": given.seed}
+    if given.batch_size is not None:
+        options["batch_size"] = given.batch_size
+    folder = Path(given.dataset).expanduser()
+    known = given.dataset in DATASETS
+    if not known and not folder.is_dir():
+        raise ValueError(
+            f"Expected `--dataset` to be one of {list(DATASETS)} or a folder of images, but got {given.dataset!r}."
+        )
+    takes = {
+        "root": known and given.dataset != "sample",
+        "image_size": not known or given.dataset == "lfw",
+    }
+    for name, taken in takes.items():
+        value = getattr(given, name)
+        if value is None:
+            continue
+        if not taken:
+            raise ValueError(f"Expected no `--{name.replace('_', '-')}` with {given.dataset!r}, but got {value}.")
+        options[name] = value
+    if known:
+        return given.dataset, DATASETS[given.dataset](**options)
+    return folder.resolve().name, ImageFolderVictims(folder, **options)
+
+
+if __name__ == "__main__":
+    main()
