@@ -27,6 +27,8 @@ _DESCRIPTION = """What a shared gradient gives away.
   leakage fit --model IDLGAttack --data SampleVictims --data.victims 8
 """
 _SUBCOMMANDS = ("demo", "fit")
+# 128 and the number of the signal, as shells have it.
+_INTERRUPTED = 130
 
 # What `leakage fit` runs with unless `trainer.callbacks` says otherwise.
 _CALLBACKS = [
@@ -83,10 +85,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The rest is for the parser of the subcommand: `fit` has hundreds of options, and takes a while to build.
     parser.add_argument("command", choices=_SUBCOMMANDS, help="what to do")
     command = parser.parse_args(given[:1]).command
-    if command == "demo":
-        demo(given[1:])
-    else:
-        fit(given)
+    try:
+        if command == "demo":
+            demo(given[1:])
+        else:
+            fit(given)
+    except (KeyboardInterrupt, SystemExit) as end:
+        # Lightning turns an interrupt within `fit` into an exit, after the callbacks have written what is done.
+        if not isinstance(end, KeyboardInterrupt) and not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
 
 
 def fit(arguments: Sequence[str]) -> None:

@@ -244,7 +244,6 @@ def _run(
     timer = Timer()
     callbacks: list[Callback] = [
         timer,
-        _Bar(name),
         VictimTable(folder),
         Gallery(folder),
         ModelCheckpoint(
@@ -255,6 +254,8 @@ def _run(
             enable_version_counter=False,
         ),
     ]
+    if trainer.get("enable_progress_bar", True):
+        callbacks.append(_Bar(name))
     defaults: dict[str, Any] = {
         "max_epochs": 1,
         "num_sanity_val_steps": 0,

@@ -132,7 +132,9 @@ class GradientMatchingAttack(LightningModule):
             "restarts": restarts,
         }
         named = PROTOCOLS[protocol]
-        values: dict[str, Any] = {name: getattr(named, name) if value is None else value for name, value in given.items()}
+        values: dict[str, Any] = {
+            name: getattr(named, name) if value is None else value for name, value in given.items()
+        }
         check_positive(start_std=values["start_std"], tolerance=values["tolerance"])
         check_count(history_size=values["history_size"], max_evaluations=values["max_evaluations"])
         if isinstance(restarts, bool) or not isinstance(values["restarts"], int) or values["restarts"] < 0:

@@ -185,7 +185,7 @@ class Gallery(ResultsCallback):
             columns=["truth"] * has_truth + [f"{moment}" if moment else "start" for moment in moments] + ["final"],
             rows=rows[:_MOST_ROWS],
             captions=captions[:_MOST_ROWS],
-            title=f"{type(attack).__name__.removesuffix('Attack')}: reconstruction over iterations",
+            title=f"{type(attack).__name__}: reconstruction over iterations",
         )
         self._write(path, lambda path: save_figure(figure, path))
         if shown != self._drawn:

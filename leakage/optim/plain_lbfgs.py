@@ -121,8 +121,11 @@ class PlainLBFGS(PerVictimOptimizer):
         self._set_status(checked & (losses < options["tolerance"]), CONVERGED)
         self._set_status(lanes["calls"] >= options["max_calls"], EXHAUSTED)
         lanes["evaluations"] += ends & self.running
-        # A call that starts where the gradient vanishes does nothing, and so would all that follow.
-        self._set_status(starts & flat, CONVERGED if options["tolerance"] == 0 else STALLED)
+        # A call that starts where the gradient vanishes does nothing, and so would all that follow, until one
+        # of them is compared.
+        below = losses < options["tolerance"] if options["tolerance"] > 0 else flat
+        self._set_status(starts & flat & below, CONVERGED)
+        self._set_status(starts & flat, STALLED)
 
         first = lanes["iterations"] == 0
         change = gradient - lanes["gradient"]
@@ -134,6 +137,7 @@ class PlainLBFGS(PerVictimOptimizer):
         length = options["lr"] * torch.where(first, torch.clamp(1 / gradient.abs().sum(1), max=1.0), 1.0)
         # Nor does a call that finds no descent: the next one would start from the same state.
         uphill = (direction * gradient).sum(1) > -_TOLERANCE_CHANGE
+        self._set_status(uphill & below, CONVERGED)
         self._set_status(uphill, STALLED)
 
         running = self.running

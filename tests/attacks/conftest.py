@@ -1,0 +1,144 @@
+"""The table of attacks that drives their tests, and small victims: the bundled sample at 12x12 pixels.
+
+Scripts that a test runs in a process of their own import this file as a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
+from leakage.datamodules import SampleVictims
+from leakage.datamodules.images import LabelledImages
+from leakage.reconstruction import Reconstruction
+
+
+@dataclass(frozen=True)
+class Case:
+    """An attack, and what it can do.
+
+    Attributes:
+        attack: the class.
+        infers_labels: whether labels are exact from the start, not found by the search.
+        needs_linear_last_layer: whether it refuses networks whose logits no linear layer gives.
+        needs_cross_entropy: whether it refuses other losses.
+    """
+
+    attack: type[GradientMatchingAttack]
+    infers_labels: bool
+    needs_linear_last_layer: bool
+    needs_cross_entropy: bool
+
+    def __str__(self) -> str:
+        return self.attack.__name__
+
+
+ATTACKS = [
+    Case(DLGAttack, infers_labels=False, needs_linear_last_layer=False, needs_cross_entropy=False),
+    Case(IDLGAttack, infers_labels=True, needs_linear_last_layer=True, needs_cross_entropy=True),
+]
+
+
+@pytest.fixture(params=ATTACKS, ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    chosen: Case = request.param
+    return chosen
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are tiny: more threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class SmallVictims(SampleVictims):
+    """The bundled sample, four ninths of the pixels on each side, so that an attack takes a second."""
+
+    def open_images(self) -> tuple[LabelledImages, int]:
+        sheet, classes = super().open_images()
+        images, labels = sheet.tensors  # type: ignore[attr-defined]
+        return TensorDataset(F.interpolate(images, size=(12, 12), mode="area"), labels), classes
+
+
+def fit(
+    attack: GradientMatchingAttack,
+    victims: Any,
+    *,
+    ckpt_path: str | None = None,
+    **options: Any,
+) -> GradientMatchingAttack:
+    """Run an attack with a plain Trainer."""
+    options = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    } | options
+    Trainer(**options).fit(attack, datamodule=victims, ckpt_path=ckpt_path)
+    return attack
+
+
+def by_id(attack: GradientMatchingAttack) -> Reconstruction:
+    """All victims in the order of their numbers, each exactly once."""
+    finished = attack.finished
+    assert sorted(finished.ids.tolist()) == list(range(attack.expected_victims))
+    return finished.select(finished.ids.argsort())
+
+
+def assert_same(one: GradientMatchingAttack, other: GradientMatchingAttack) -> None:
+    """The same results bit for bit."""
+    first, second = by_id(one), by_id(other)
+    for name in vars(first):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+def assert_successful(attack: GradientMatchingAttack, victims: int) -> None:
+    """Every image found, with its label: what an attack that does nothing can't show."""
+    assert sorted(attack.scores) == list(range(victims))
+    for score in attack.scores.values():
+        assert score.final
+        assert score.success == 1.0
+        assert score.mse < 2e-4
+        assert score.psnr > 35
+        assert score.ssim > 0.95
+        assert score.label_accuracy == 1.0
+
+
+def share_one(victims: SmallVictims, victim: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients and weights of one victim."""
+    victims.setup("fit")
+    shared = victims.share(victim, victim + 1)
+    state = {name: tensor[0] if shared.own_weights else tensor for name, tensor in shared.state.items()}
+    return {name: tensor[0] for name, tensor in shared.gradients.items()}, state
+
+
+@dataclass(frozen=True)
+class Kit:
+    """What the tests of attacks share."""
+
+    victims: type[SmallVictims] = SmallVictims
+    fit: Any = staticmethod(fit)
+    by_id: Any = staticmethod(by_id)
+    assert_same: Any = staticmethod(assert_same)
+    assert_successful: Any = staticmethod(assert_successful)
+    share_one: Any = staticmethod(share_one)
+
+
+@pytest.fixture(scope="session")
+def kit() -> Kit:
+    return Kit()

@@ -1,0 +1,32 @@
+"""The scripts of ``experiments/``, which are not part of the package, as modules."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"experiments_{Path(path).stem}", EXPERIMENTS / path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # where dataclasses look for it
+    spec.loader.exec_module(script)
+    return script
+
+
+@pytest.fixture(scope="session")
+def table1() -> ModuleType:
+    return load("idlg/table1.py")
+
+
+@pytest.fixture(scope="session")
+def speed() -> ModuleType:
+    return load("benchmarks/attack_speed.py")

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from leakage import LeNet, Victim
+from leakage.attacks import IDLGAttack
+from leakage.cli import main
+from leakage.compare import FILES
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path.name for path in (ROOT / "experiments" / "idlg").glob("*.yaml") if path.name != "sweep.yaml")
+FEW = ["--model.max_evaluations", "5", "--model.restarts", "0", "--trainer.accelerator", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
+    """What is said when the arguments are refused."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    if isinstance(end.value.code, str):
+        return end.value.code
+    assert end.value.code == code
+    said = capsys.readouterr()
+    return said.err + said.out
+
+
+def test_help_tells_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "--help", code=0)
+    assert "leakage demo " in said
+    assert "leakage fit " in said
+    said = refused(capsys, "demo", "--help", code=0)
+    assert all(option in said for option in ("--output", "--victims", "--seed"))
+    said = refused(capsys, "fit", "--help", code=0)
+    assert all(option in said for option in ("--config", "--model", "--data", "--trainer.max_epochs", "--ckpt_path"))
+
+
+def test_refuses_another_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "invalid choice: 'fti' (choose from" in refused(capsys, "fti")
+    assert "required: command" in refused(capsys)
+
+
+# The demo.
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["demo", "--output", "out", "--victims", "3", "--seed", "1"])
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith(("DLG  ", "iDLG  "))] == ["3", "3"]
+    for name in FILES:
+        assert (tmp_path / "out" / name).stat().st_size > 0
+        assert str(Path("out") / name) in lines
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [(row["method"], row["dataset"], row["victims"]) for row in rows] == [
+        ("dlg", "sample", 3),
+        ("idlg", "sample", 3),
+    ]
+    assert rows[1]["label_accuracy"] == 1.0
+    assert rows[1]["mse_median"] < 1e-3
+    # No terminal here: no flood of the bar's updates, and no warnings.
+    assert len(said.out) < 5000
+    assert said.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--victims", "0"], "Expected `victims` to be a whole number of at least 1, but got 0"),
+        (["--victims", "1001"], "at most the 1000 images of the data set, but got 1001 * 1 = 1001"),
+        (["--victims", "many"], "invalid int value: 'many'"),
+        (["--seed", "-1"], "Expected `seed` to be a whole number of at least 0, but got -1"),
+        (["--output", "file/demo"], "Expected `output` to be a folder that can be written, but got 'file/demo'"),
+    ],
+)
+def test_demo_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    (tmp_path / "file").touch()
+    said = refused(capsys, "demo", *arguments)
+    assert message in said
+    assert "DLG and iDLG on" not in said, "nothing was begun"
+
+
+@pytest.mark.parametrize("command", ["demo", "fit"])
+def test_an_interrupt_ends_quietly(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    import signal
+
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupt(self: IDLGAttack, batch: object, batch_idx: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("leakage.attacks.GradientMatchingAttack.training_step", interrupt)
+    data = ["--victims", "2"] if command == "demo" else ["--model", "IDLGAttack", "--data", "SampleVictims", *FEW]
+    try:
+        said = refused(capsys, command, *data, code=130)
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning has turned it off
+    assert "Interrupted." in said
+    assert "Traceback" not in said
+
+
+# Fit.
+
+
+def test_fit_needs_no_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--model", "IDLGAttack", "--data", "SampleVictims", "--data.victims", "2", *FEW])
+    folder = tmp_path / "lightning_logs" / "version_0"
+    assert f"Results: {folder}" in capsys.readouterr().out
+    assert len((folder / "victims.csv").read_text().splitlines()) == 3
+    assert (folder / "gallery.png").stat().st_size > 0
+    assert (folder / "reconstructions" / "cohort_0000.safetensors").exists()
+
+
+def test_fit_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    data = ["--data.victims", "3", "--data.batch_size", "2", *FEW]
+    config = str(ROOT / "experiments" / "idlg" / "sample.yaml")
+    every = "--trainer.callbacks.init_args.every_n_train_steps=2"
+    main(["fit", "--config", config, every, *data])
+    folder = tmp_path / "results" / "idlg_sample" / "version_0"
+    table = (folder / "victims.csv").read_text()
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] > 0
+    resumed = ["--trainer.logger.version", "0", "--ckpt_path", str(checkpoint)]
+    main(["fit", "--config", str(folder / "config.yaml"), *resumed])
+    assert (folder / "victims.csv").read_text() == table
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_are_taken(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "fit", "--config", str(ROOT / "experiments" / "idlg" / name), "--print_config", code=0)
+    config = yaml.safe_load(said)
+    assert config["model"]["class_path"] == "leakage.attacks.IDLGAttack"
+    assert config["trainer"]["logger"]["init_args"]["save_dir"] == "results"
+    callbacks = [callback["class_path"].rsplit(".", 1)[-1] for callback in config["trainer"]["callbacks"]]
+    assert callbacks == ["AttackProgressBar", "VictimTable", "Gallery", "ModelCheckpoint"]
+
+
+def test_own_gradients(tmp_path: Path) -> None:
+    """The file runs as it stands, here with a small network in the ResNet's place."""
+    victim = Victim(LeNet(), image_shape=(1, 28, 28))
+    (tmp_path / "clients").mkdir()
+    victim.share(torch.rand(2, 1, 1, 28, 28), torch.tensor([[1], [2]])).save(tmp_path / "clients" / "a.safetensors")
+    config = yaml.safe_load((ROOT / "experiments" / "idlg" / "own_gradients.yaml").read_text())
+    config["data"]["init_args"]["model"] = {"class_path": "leakage.LeNet"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "config.yaml", *FEW])
+    folder = tmp_path / "results" / "idlg_own_gradients" / "version_0"
+    assert [line.split(",")[2] for line in (folder / "victims.csv").read_text().splitlines()[1:]] == ["1", "2"]
+    assert (folder / "gallery.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.victims", "0"], "Expected `victims` to be a whole number of at least 1, but got 0."),
+        (["--data.victims", "2000"], "at most the 1000 images of the data set"),
+        (["--model.protocol", "fast"], "Expected `protocol` to be one of ['published', 'robust'], but got 'fast'."),
+        (["--data", "MNISTVictims", "--data.root", "none", "--data.download", "false"], "the train split of MNIST in"),
+    ],
+)
+def test_fit_refuses_bad_input_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    said = refused(capsys, "fit", "--model", "IDLGAttack", "--data", "SampleVictims", *arguments)
+    assert said.startswith("leakage fit: error: Expected ")
+    assert message in said
+    assert "\n" not in said
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: IDLGAttack, batch: object, batch_idx: int) -> None:
+        raise ValueError("a fault of somebody's own model")
+
+    monkeypatch.setattr(IDLGAttack, "training_step", fail)
+    with pytest.raises(ValueError, match="somebody's own model"):
+        main(["fit", "--model", "IDLGAttack", "--data", "SampleVictims", "--data.victims", "1", *FEW])
