@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch import nn
 
 from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
 from leakage.callbacks.results import ResultsCallback
@@ -58,6 +59,13 @@ class LeakageCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give the callbacks as defaults, so that a configuration can replace them."""
         parser.set_defaults({"trainer.callbacks": _CALLBACKS})
+
+    def instantiate_classes(self) -> None:
+        """Put the clients' network into evaluation mode, which a configuration has no other way to ask for."""
+        super().instantiate_classes()
+        model = getattr(self.datamodule, "model", None)
+        if isinstance(model, nn.Module):
+            model.eval()
 
     def after_fit(self) -> None:
         """Tell where the results are."""

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Trainer
@@ -84,7 +85,7 @@ def attack_plainly(model: nn.Module, gradients: dict[str, Tensor], start: Tensor
         return distance.detach()
 
     for call in range(CALLS):
-        distance = float(optimizer.step(closure))
+        distance = float(optimizer.step(closure))  # type: ignore[no-untyped-call]
         if call % CHECK_EVERY == 0:
             distance = float(closure())
             if distance < TOLERANCE:
@@ -146,7 +147,7 @@ def best_threads(name: str, run: Callable[[], Outcome]) -> int:
     return min(seconds, key=lambda threads: seconds[threads])
 
 
-def rate(outcome: Outcome, victims: ImageVictims) -> dict[str, float | list[float]]:
+def rate(outcome: Outcome, victims: ImageVictims) -> dict[str, Any]:
     """Share of images under the threshold and of labels found, with 95 % intervals."""
     truth = GroundTruth.cat(list(victims.val_dataloader()))
     ids = outcome.ids
@@ -209,7 +210,7 @@ def _measure(given: argparse.Namespace, dataset: str, victims: ImageVictims, pro
     seconds = {name: outcome.seconds_per_victim for name, outcome in outcomes.items()}
     evaluations = {name: float(outcome.evaluations.double().mean()) for name, outcome in outcomes.items()}
     ratio = seconds["plain"] / seconds["leakage"]
-    result = {
+    result: dict[str, Any] = {
         "ratio": ratio,
         "dataset": dataset,
         "seconds_per_victim": seconds,
@@ -225,8 +226,9 @@ def _measure(given: argparse.Namespace, dataset: str, victims: ImageVictims, pro
     partial.replace(given.output)
     print(f"\n{'':8} {'victims':>8} {'threads':>8} {'s / victim':>11} {'evaluations':>12} {'MSE < 1e-3':>22}")
     for name in ("plain", "leakage"):
-        low, high = wilson_interval(rates[name]["success_rate"], len(outcomes[name].ids))
-        success = f"{100 * rates[name]['success_rate']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        share = result["success_rate"][name]
+        low, high = result["success_rate_ci"][name]
+        success = f"{100 * share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
         print(
             f"{name:8} {len(outcomes[name].ids):>8} {threads[name]:>8} {seconds[name]:>11.3f} "
             f"{evaluations[name]:>12.0f} {success:>22}"

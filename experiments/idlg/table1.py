@@ -6,7 +6,7 @@ Each victim has one image and a freshly drawn LeNet. The paper took 1,000 victim
 (https://arxiv.org/abs/2001.02610); its figures stand beside ours in the table that is printed. `--protocol
 published` searches as the paper does, `--protocol robust` as this library does by default.
 
-A run that was stopped, however, goes on with the same command and `--resume`, and ends with the results that it
+A run that was stopped, in whatever way, goes on with the same command and `--resume`, and ends with the results that it
 would have had. Without `--resume` a folder that holds results is refused, so that none are lost by mistake.
 """
 

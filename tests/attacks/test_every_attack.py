@@ -85,7 +85,7 @@ def test_finds_images_of_other_networks(case: Any, kit: Any, model: nn.Module, w
 def test_two_images_per_victim(case: Any, kit: Any) -> None:
     options: dict[str, Any] = {"victims": 3, "num_images": 2, "reveal_labels": case.infers_labels}
     start = kit.fit(case.attack(max_evaluations=1, restarts=0), kit.victims(**options))
-    attack = kit.fit(case.attack(max_evaluations=300, restarts=1), kit.victims(**options))
+    attack = kit.fit(case.attack(max_evaluations=200, restarts=0), kit.victims(**options))
     before, after = kit.by_id(start), kit.by_id(attack)
     assert after.images.shape == (3, 2, 1, 12, 12)
     assert after.labels.shape == (3, 2)
@@ -133,7 +133,10 @@ def test_double_precision(case: Any, kit: Any, protocol: str) -> None:
 @pytest.mark.parametrize("protocol", ["robust", "published"])
 def test_the_same_seed_gives_the_same_bits(case: Any, kit: Any, protocol: str) -> None:
     one, two, other = (
-        kit.fit(case.attack(protocol=protocol, seed=seed, max_evaluations=100), kit.victims(victims=3, batch_size=2))
+        kit.fit(
+            case.attack(protocol=protocol, seed=seed, max_evaluations=40, restarts=1),
+            kit.victims(victims=3, batch_size=2),
+        )
         for seed in (5, 5, 6)
     )
     kit.assert_same(one, two)
@@ -142,22 +145,22 @@ def test_the_same_seed_gives_the_same_bits(case: Any, kit: Any, protocol: str) -
 
 
 def test_cohorts_change_neither_starts_nor_success(case: Any, kit: Any) -> None:
-    watches = {size: Watch() for size in (2, 3, 8)}
+    watches = {size: Watch() for size in (2, 5)}
     attacks = {
-        size: kit.fit(case.attack(), kit.victims(victims=8, batch_size=size), callbacks=[watch])
+        size: kit.fit(case.attack(), kit.victims(victims=5, batch_size=size), callbacks=[watch])
         for size, watch in watches.items()
     }
     for size, attack in attacks.items():
-        kit.assert_successful(attack, 8)  # each victim exactly once
-        assert torch.equal(kit.by_id(attack).labels, kit.by_id(attacks[8]).labels)
+        kit.assert_successful(attack, 5)  # each victim exactly once
+        assert torch.equal(kit.by_id(attack).labels, kit.by_id(attacks[5]).labels)
         assert [ids for _, ids, _ in watches[size].admitted] == [
-            list(range(8))[first : first + size] for first in range(0, 8, size)
+            list(range(5))[first : first + size] for first in range(0, 5, size)
         ]
-        for victim in range(8):
-            assert torch.equal(watches[size].starts[victim], watches[8].starts[victim])
-    generator = torch.Generator().manual_seed(victim_seed(0, 5, "start/images/0"))
+        for victim in range(5):
+            assert torch.equal(watches[size].starts[victim], watches[5].starts[victim])
+    generator = torch.Generator().manual_seed(victim_seed(0, 3, "start/images/0"))
     expected = 0.1 * torch.randn(1, 1, 12, 12, generator=generator)
-    assert torch.equal(watches[2].starts[5], expected)
+    assert torch.equal(watches[2].starts[3], expected)
 
 
 def test_the_next_cohort_enters_while_the_last_of_this_one_are_still_running(case: Any, kit: Any) -> None:
@@ -224,7 +227,7 @@ def test_never_sees_the_truth(case: Any, kit: Any) -> None:
         def val_dataloader(self) -> DataLoader[GroundTruth]:
             honest = GroundTruth.cat(list(super().val_dataloader()))
             wrong = GroundTruth(honest.ids, 1 - honest.images.roll(1, 0), (honest.labels + 1) % 10)
-            return [wrong]  # type: ignore[return-value]
+            return DataLoader([wrong], batch_size=None)  # type: ignore[arg-type]
 
     options: dict[str, Any] = {"victims": 4, "batch_size": 2}
     honest = kit.fit(case.attack(), kit.victims(**options), val_check_interval=7)
