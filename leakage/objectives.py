@@ -32,8 +32,7 @@ def squared_distance(gradients: Gradients, targets: Gradients) -> Tensor:
     """
     if gradients.keys() != targets.keys():
         raise ValueError(
-            f"Expected `gradients` and `targets` of the same names, but got {sorted(gradients)} and "
-            f"{sorted(targets)}."
+            f"Expected `gradients` and `targets` of the same names, but got {sorted(gradients)} and {sorted(targets)}."
         )
     for name, target in targets.items():
         if gradients[name].shape != target.shape:

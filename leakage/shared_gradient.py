@@ -115,8 +115,7 @@ class SharedGradient:
             )
             if kind != expected:
                 raise ValueError(
-                    "Expected parts of the same protocol, own weights and known labels, but got "
-                    f"{expected} and {kind}."
+                    f"Expected parts of the same protocol, own weights and known labels, but got {expected} and {kind}."
                 )
 
         def join(tensors: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -146,8 +145,7 @@ class SharedGradient:
         """Raise a ``ValueError`` unless shapes agree and every number is finite."""
         if self.ids.ndim != 1 or not len(self.ids) or self.ids.is_floating_point():
             raise ValueError(
-                f"Expected `ids` as whole numbers of shape (V,), but got {self.ids.dtype} "
-                f"{tuple(self.ids.shape)}."
+                f"Expected `ids` as whole numbers of shape (V,), but got {self.ids.dtype} {tuple(self.ids.shape)}."
             )
         victims = len(self.ids)
         if not self.gradients:
@@ -163,24 +161,18 @@ class SharedGradient:
                         f"but got {tuple(tensor.shape)}."
                     )
                 if kind == "gradient" and not tensor.is_floating_point():
-                    raise ValueError(
-                        f"Expected the gradient of {name!r} in floating point, but got {tensor.dtype}."
-                    )
+                    raise ValueError(f"Expected the gradient of {name!r} in floating point, but got {tensor.dtype}.")
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     where = ""
                     if leading:
                         finite = torch.isfinite(tensor).reshape(victims, -1).all(1)
                         bad = self.ids[~finite.cpu()].tolist()
                         where = f" (victims {bad[:5]}{', ...' if len(bad) > 5 else ''})"
-                    raise ValueError(
-                        f"Expected finite numbers in the {kind} of {name!r}, but got NaN or inf{where}."
-                    )
+                    raise ValueError(f"Expected finite numbers in the {kind} of {name!r}, but got NaN or inf{where}.")
         if self.labels is not None:
             expected = (victims, self.protocol.num_images)
             if tuple(self.labels.shape) != expected:
-                raise ValueError(
-                    f"Expected `labels` of shape {expected}, but got {tuple(self.labels.shape)}."
-                )
+                raise ValueError(f"Expected `labels` of shape {expected}, but got {tuple(self.labels.shape)}.")
             if self.labels.is_floating_point():
                 raise ValueError(f"Expected `labels` as whole numbers, but got {self.labels.dtype}.")
             if not bool(((self.labels >= 0) & (self.labels < self.protocol.num_classes)).all()):
@@ -247,11 +239,7 @@ class SharedGradient:
             raise ValueError(f"Expected a protocol in the header of '{path}', but got: {error}") from error
 
         def under(prefix: str) -> dict[str, Tensor]:
-            return {
-                name.removeprefix(prefix): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(prefix)
-            }
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
         if "ids" not in tensors:
             raise ValueError(f"Expected a tensor 'ids' in '{path}', but got {sorted(tensors)[:5]}.")
@@ -272,9 +260,7 @@ def show_shape(*sizes: int | str) -> str:
     return f"({', '.join(str(size) for size in sizes)}{',' if len(sizes) == 1 else ''})"
 
 
-def write_safetensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: dict[str, str]
-) -> None:
+def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
     """Write a safetensors file whole or not at all, so that a full disk spoils nothing.
 
     Raises:

@@ -72,9 +72,7 @@ class Victim:
         _check_deterministic(model)
         self.model = copy.deepcopy(model)
         self.model.zero_grad(set_to_none=True)
-        self.trainable = [
-            name for name, parameter in self.model.named_parameters() if parameter.requires_grad
-        ]
+        self.trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         if not self.trainable:
             raise ValueError(
                 "Expected `model` to have parameters that require gradients, but got none: nothing is shared."
@@ -170,18 +168,14 @@ class Victim:
         protocol = self.protocol
         expected = (protocol.num_images, *protocol.image_shape)
         if images.ndim != 5 or tuple(images.shape[1:]) != expected or not len(images):
-            raise ValueError(
-                f"Expected `images` of shape {show_shape('V', *expected)}, but got {tuple(images.shape)}."
-            )
+            raise ValueError(f"Expected `images` of shape {show_shape('V', *expected)}, but got {tuple(images.shape)}.")
         if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
             raise ValueError(
                 f"Expected `images` as floating-point numbers in [0, 1], but got {images.dtype} from "
                 f"{images.min().item()} to {images.max().item()}."
             )
         if tuple(labels.shape) != tuple(images.shape[:2]):
-            raise ValueError(
-                f"Expected `labels` of shape {tuple(images.shape[:2])}, but got {tuple(labels.shape)}."
-            )
+            raise ValueError(f"Expected `labels` of shape {tuple(images.shape[:2])}, but got {tuple(labels.shape)}.")
         if labels.is_floating_point() or not bool(((labels >= 0) & (labels < protocol.num_classes)).all()):
             raise ValueError(
                 f"Expected `labels` as class indices from 0 to {protocol.num_classes - 1}, but got "
@@ -194,9 +188,7 @@ class Victim:
         states = {name: tensor.to(images.device) for name, tensor in states.items()}
         precision = states[self.trainable[0]].dtype
         if images.dtype != precision:
-            raise ValueError(
-                f"Expected `images` in the precision of the weights, {precision}, but got {images.dtype}."
-            )
+            raise ValueError(f"Expected `images` in the precision of the weights, {precision}, but got {images.dtype}.")
         targets = F.one_hot(labels.long(), protocol.num_classes).to(images.dtype)
         capture = vmap(
             self.gradients,
@@ -225,9 +217,7 @@ class Victim:
         """Raise a ``ValueError`` unless ``shared`` fits this victim's model and protocol."""
         shared.check()
         if shared.protocol != self.protocol:
-            raise ValueError(
-                f"Expected a shared gradient of the protocol {self.protocol}, but got {shared.protocol}."
-            )
+            raise ValueError(f"Expected a shared gradient of the protocol {self.protocol}, but got {shared.protocol}.")
         parameters = dict(self.model.named_parameters())
         trainable = {name: parameters[name] for name in self.trainable}
         _check_tensors("gradient", shared.gradients, trainable, victims=len(shared))
@@ -313,9 +303,7 @@ def _reset(module: nn.Module) -> None:
 def _reset_by_parent(model: nn.Module, name: str) -> bool:
     """Whether a module around ``name`` draws its weights."""
     parts = name.split(".") if name else []
-    return any(
-        hasattr(model.get_submodule(".".join(parts[:end])), "reset_parameters") for end in range(len(parts))
-    )
+    return any(hasattr(model.get_submodule(".".join(parts[:end])), "reset_parameters") for end in range(len(parts)))
 
 
 def _check_tensors(
@@ -325,12 +313,9 @@ def _check_tensors(
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(
-            f"Expected a {kind} for every tensor of the model, but got missing {missing} and unknown "
-            f"{unknown}."
+            f"Expected a {kind} for every tensor of the model, but got missing {missing} and unknown {unknown}."
         )
     for name, tensor in given.items():
         shape = (*(() if victims is None else (victims,)), *expected[name].shape)
         if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"Expected the {kind} of {name!r} to have shape {shape}, but got {tuple(tensor.shape)}."
-            )
+            raise ValueError(f"Expected the {kind} of {name!r} to have shape {shape}, but got {tuple(tensor.shape)}.")

@@ -65,7 +65,5 @@ def test_sigmoid_after_each_convolution():
 @pytest.mark.parametrize("name", ["channels", "image_size", "num_classes", "width"])
 @pytest.mark.parametrize("value", [0, -1, 1.5])
 def test_errors(name, value):
-    with pytest.raises(
-        ValueError, match=f"^Expected `{name}` to be a whole number of at least 1, but got {value}"
-    ):
+    with pytest.raises(ValueError, match=f"^Expected `{name}` to be a whole number of at least 1, but got {value}"):
         LeNet(**{name: (4, value) if name == "image_size" and value != 0 else value})

@@ -44,9 +44,7 @@ def test_cross_entropy_of_one_hot_and_of_soft_labels(generator):
     labels = torch.randint(4, (6,), generator=generator)
     soft = torch.randn(6, 4, generator=generator, dtype=torch.float64).softmax(1)
     one_hot = F.one_hot(labels, 4).double()
-    torch.testing.assert_close(
-        cross_entropy(logits, one_hot), F.cross_entropy(logits, labels, reduction="none")
-    )
+    torch.testing.assert_close(cross_entropy(logits, one_hot), F.cross_entropy(logits, labels, reduction="none"))
     torch.testing.assert_close(cross_entropy(logits, soft), F.cross_entropy(logits, soft, reduction="none"))
 
 

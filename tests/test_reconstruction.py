@@ -40,9 +40,7 @@ def test_file_round_trip(tmp_path, generator):
 def test_select_and_cat(generator):
     whole = make(5, generator)
     assert len(whole) == 5
-    assert_equal(
-        Reconstruction.cat([whole.select(torch.tensor([0, 1])), whole.select(torch.arange(2, 5))]), whole
-    )
+    assert_equal(Reconstruction.cat([whole.select(torch.tensor([0, 1])), whole.select(torch.arange(2, 5))]), whole)
     picked = whole.select(torch.tensor([3, 1]))
     assert picked.ids.tolist() == whole.ids[[3, 1]].tolist()
     assert torch.equal(picked.images, whole.images[[3, 1]])
@@ -68,20 +66,14 @@ def test_file_of_another_kind(tmp_path):
     path = tmp_path / "shared.safetensors"
     victim = Victim(LeNet(image_size=4), image_shape=(1, 4, 4))
     victim.share(torch.rand(2, 1, 1, 4, 4), torch.zeros(2, 1, dtype=torch.long)).save(path)
-    with pytest.raises(
-        ValueError, match=r"of format 'leakage\.Reconstruction'.*but got '.*leakage\.SharedGradient'"
-    ):
+    with pytest.raises(ValueError, match=r"of format 'leakage\.Reconstruction'.*but got '.*leakage\.SharedGradient'"):
         Reconstruction.load(path)
 
 
 def test_missing_tensor(tmp_path, generator):
     path = tmp_path / "r.safetensors"
-    tensors = {
-        field.name: getattr(make(3, generator), field.name) for field in dataclasses.fields(Reconstruction)
-    }
+    tensors = {field.name: getattr(make(3, generator), field.name) for field in dataclasses.fields(Reconstruction)}
     del tensors["status"]
     write_safetensors(path, tensors, {"format": "leakage.Reconstruction", "version": "1"})
-    with pytest.raises(
-        ValueError, match=r"with tensors \[.*'status'\], but got '.*with \['evaluations'.*'restarts'\]"
-    ):
+    with pytest.raises(ValueError, match=r"with tensors \[.*'status'\], but got '.*with \['evaluations'.*'restarts'\]"):
         Reconstruction.load(path)

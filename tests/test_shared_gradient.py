@@ -150,9 +150,7 @@ def test_non_finite_gradients_name_the_victims():
     shared = make(4)
     shared.gradients["3.weight"][1, 0, 0] = torch.nan
     shared.gradients["3.weight"][3, 2, 5] = -torch.inf
-    with pytest.raises(
-        ValueError, match=r"finite numbers in the gradient of '3\.weight'.*\(victims \[11, 13\]\)"
-    ):
+    with pytest.raises(ValueError, match=r"finite numbers in the gradient of '3\.weight'.*\(victims \[11, 13\]\)"):
         shared.check()
 
 
@@ -170,9 +168,7 @@ def test_non_finite_weights():
         shared.check()
     shared = make(own=False)
     shared.state["1.running_var"] = torch.tensor([1.0, torch.nan])
-    with pytest.raises(
-        ValueError, match=r"finite numbers in the state of '1\.running_var', but got NaN or inf\.$"
-    ):
+    with pytest.raises(ValueError, match=r"finite numbers in the state of '1\.running_var', but got NaN or inf\.$"):
         shared.check()
 
 
@@ -250,9 +246,7 @@ def test_rewriting_alone_spoils_nothing(path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"Expected a safetensors file at '.*none', but got no such file"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"Expected a safetensors file at '.*none', but got no such file"):
         SharedGradient.load(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="Expected a safetensors file"):
         SharedGradient.load(tmp_path)
@@ -261,9 +255,7 @@ def test_missing_file(tmp_path):
 @pytest.mark.parametrize("kept", [0, 4, 100, -1])
 def test_truncated_file(path, kept):
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(
-        ValueError, match=r"whole safetensors file, but got '.*client.safetensors' .* truncated"
-    ):
+    with pytest.raises(ValueError, match=r"whole safetensors file, but got '.*client.safetensors' .* truncated"):
         SharedGradient.load(path)
 
 
@@ -340,9 +332,7 @@ GOOD = dataclasses.asdict(PROTOCOL)
 )
 def test_wrong_protocol(path, protocol, message):
     rewrite(path, protocol=protocol)
-    with pytest.raises(
-        ValueError, match=f"Expected a protocol in the header of '.*client.*', but got: .*{message}"
-    ):
+    with pytest.raises(ValueError, match=f"Expected a protocol in the header of '.*client.*', but got: .*{message}"):
         SharedGradient.load(path)
 
 
@@ -365,9 +355,7 @@ def test_own_weights_that_are_not(path):
 
 def test_missing_ids(path):
     rewrite(path, without=("ids",))
-    with pytest.raises(
-        ValueError, match=r"Expected a tensor 'ids' in '.*client.*', but got \['gradients/0\.bias'"
-    ):
+    with pytest.raises(ValueError, match=r"Expected a tensor 'ids' in '.*client.*', but got \['gradients/0\.bias'"):
         SharedGradient.load(path)
 
 

@@ -61,9 +61,7 @@ def network(kind: str, *, bias: bool, classes: int = CLASSES) -> nn.Module:
 KINDS = ("linear", "mlp", "conv", "batch_norm", "group_norm")
 
 
-def private(
-    victims: int, num_images: int = 1, seed: int = 0, classes: int = CLASSES
-) -> tuple[Tensor, Tensor]:
+def private(victims: int, num_images: int = 1, seed: int = 0, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
     """Images ``(V, N, *IMAGE_SHAPE)`` in double precision and labels ``(V, N)``."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(victims, num_images, *IMAGE_SHAPE, generator=generator, dtype=torch.float64)
@@ -125,9 +123,7 @@ def test_gradients_are_those_of_one_victim_at_a_time(
         expected = one_at_a_time(model, state, images[index], labels[index], loss, reduction)
         assert shared.gradients.keys() == expected.keys()
         for name, gradient in expected.items():
-            torch.testing.assert_close(
-                shared.gradients[name][index], gradient, msg=lambda text, n=name: f"{n}: {text}"
-            )
+            torch.testing.assert_close(shared.gradients[name][index], gradient, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_gradients_can_be_differentiated_again():
@@ -140,9 +136,7 @@ def test_gradients_can_be_differentiated_again():
         return tuple(victim.gradients(victim.state, image, targets.softmax(-1)).values())
 
     targets = torch.randn(1, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert torch.autograd.gradcheck(
-        gradient, (images[0].requires_grad_(), targets.requires_grad_()), fast_mode=True
-    )
+    assert torch.autograd.gradcheck(gradient, (images[0].requires_grad_(), targets.requires_grad_()), fast_mode=True)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -365,10 +359,7 @@ def test_fresh_states_by_a_parent_that_draws_the_weights():
 
 def test_victim_seed():
     seeds = [
-        victim_seed(seed, victim, stream)
-        for seed in (0, 1)
-        for victim in range(50)
-        for stream in ("weights", "start")
+        victim_seed(seed, victim, stream) for seed in (0, 1) for victim in range(50) for stream in ("weights", "start")
     ]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -440,9 +431,7 @@ def with_dropout(layer: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.AlphaDropout(0.1)], ids=repr)
 def test_dropout_in_training_mode(layer):
-    with pytest.raises(
-        ValueError, match=r"without dropout in training mode, but got '1'.*Call `model\.eval\(\)`"
-    ):
+    with pytest.raises(ValueError, match=r"without dropout in training mode, but got '1'.*Call `model\.eval\(\)`"):
         Victim(with_dropout(layer), image_shape=IMAGE_SHAPE)
     Victim(with_dropout(layer).eval(), image_shape=IMAGE_SHAPE)
     Victim(with_dropout(nn.Dropout(0.0)), image_shape=IMAGE_SHAPE)
@@ -460,18 +449,14 @@ def test_functional_dropout_in_training_mode():
 
 def test_batch_norm_in_training_mode():
     model = nn.Sequential(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(60, 3))
-    with pytest.raises(
-        ValueError, match=r"BatchNorm in evaluation mode, but got '0' in training mode.*`model\.eval"
-    ):
+    with pytest.raises(ValueError, match=r"BatchNorm in evaluation mode, but got '0' in training mode.*`model\.eval"):
         Victim(model, image_shape=IMAGE_SHAPE)
     Victim(model.eval(), image_shape=IMAGE_SHAPE)
 
 
 def test_batch_norm_without_statistics():
     model = nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten(), nn.Linear(60, 3)).eval()
-    with pytest.raises(
-        ValueError, match="BatchNorm in evaluation mode, but got '0' without running statistics"
-    ):
+    with pytest.raises(ValueError, match="BatchNorm in evaluation mode, but got '0' without running statistics"):
         Victim(model, image_shape=IMAGE_SHAPE)
 
 
@@ -484,9 +469,7 @@ def test_statistics_updated_on_the_way():
 
 def test_nothing_to_share():
     for model in (nn.Flatten(), LeNet().requires_grad_(False)):
-        with pytest.raises(
-            ValueError, match="parameters that require gradients, but got none: nothing is shared"
-        ):
+        with pytest.raises(ValueError, match="parameters that require gradients, but got none: nothing is shared"):
             Victim(model, image_shape=(1, 28, 28))
 
 
@@ -507,9 +490,7 @@ def test_images_that_the_model_does_not_take(image_shape):
     ids=["maps", "no batch", "two for one"],
 )
 def test_no_logits(model, got):
-    with pytest.raises(
-        ValueError, match=rf"`model` to give logits of shape \(N, K\), but got {got} for one image"
-    ):
+    with pytest.raises(ValueError, match=rf"`model` to give logits of shape \(N, K\), but got {got} for one image"):
         Victim(model, image_shape=IMAGE_SHAPE)
 
 
@@ -567,18 +548,14 @@ def test_images_of_another_range(value, got):
     victim = Victim(network("mlp", bias=True), image_shape=IMAGE_SHAPE)
     images = torch.zeros(2, 1, *IMAGE_SHAPE, dtype=torch.float64)
     images[1, 0, 1, 2, 3] = value
-    with pytest.raises(
-        ValueError, match=rf"`images` as floating-point numbers in \[0, 1\], but got .* from {got}"
-    ):
+    with pytest.raises(ValueError, match=rf"`images` as floating-point numbers in \[0, 1\], but got .* from {got}"):
         victim.share(images, torch.zeros(2, 1, dtype=torch.long))
 
 
 def test_images_of_another_type():
     victim = Victim(network("mlp", bias=True), image_shape=IMAGE_SHAPE)
     labels = torch.zeros(2, 1, dtype=torch.long)
-    with pytest.raises(
-        ValueError, match=r"`images` as floating-point numbers in \[0, 1\], but got torch.uint8"
-    ):
+    with pytest.raises(ValueError, match=r"`images` as floating-point numbers in \[0, 1\], but got torch.uint8"):
         victim.share(torch.zeros(2, 1, *IMAGE_SHAPE, dtype=torch.uint8), labels)
     with pytest.raises(ValueError, match=r"precision of the weights, torch.float64, but got torch.float32"):
         victim.share(torch.zeros(2, 1, *IMAGE_SHAPE), labels)
@@ -615,9 +592,7 @@ def test_states_that_do_not_fit():
     victim = Victim(network("mlp", bias=True), image_shape=IMAGE_SHAPE)
     images, labels = private(2)
     states = victim.fresh_states([0, 1])
-    with pytest.raises(
-        ValueError, match=r"a state for every tensor of the model, but got missing \['3\.bias'\]"
-    ):
+    with pytest.raises(ValueError, match=r"a state for every tensor of the model, but got missing \['3\.bias'\]"):
         victim.share(images, labels, states={name: states[name] for name in states if name != "3.bias"})
     with pytest.raises(ValueError, match=r"unknown \['4\.weight'\]"):
         victim.share(images, labels, states=states | {"4.weight": torch.zeros(2, 1)})
@@ -637,9 +612,7 @@ def mlp() -> tuple[Victim, SharedGradient]:
 def test_check_of_missing_and_unknown_names(mlp):
     victim, shared = mlp
     shared.gradients["classifier.bias"] = shared.gradients.pop("3.bias")
-    message = (
-        r"a gradient for every tensor of the model, but got missing \['3\.bias'\] and unknown \['classifier"
-    )
+    message = r"a gradient for every tensor of the model, but got missing \['3\.bias'\] and unknown \['classifier"
     with pytest.raises(ValueError, match=message):
         victim.check(shared)
 
@@ -654,9 +627,7 @@ def test_check_of_other_shapes(mlp):
 def test_check_of_the_state(mlp):
     victim, shared = mlp
     weight = shared.state.pop("1.weight")
-    with pytest.raises(
-        ValueError, match=r"a state for every tensor .* missing \['1\.weight'\] and unknown \[\]"
-    ):
+    with pytest.raises(ValueError, match=r"a state for every tensor .* missing \['1\.weight'\] and unknown \[\]"):
         victim.check(shared)
     shared.state["1.weight"] = weight.T
     with pytest.raises(ValueError, match=r"state of '1\.weight' to have shape \(7, 60\), but got \(60, 7\)"):

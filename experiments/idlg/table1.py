@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             resume=given.resume,
             accelerator=given.accelerator,
             devices=1,
+            precision=given.precision,
         )
     except (ValueError, OSError) as error:
         if str(error).startswith("Expected "):
@@ -110,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
     parser.add_argument("--batch-size", type=int, help="victims attacked together (default: the data set's)")
+    parser.add_argument(
+        "--precision",
+        choices=("32-true", "64-true"),
+        default="32-true",
+        help="64 bit for colour images and whatever else stalls in 32 (default: %(default)s)",
+    )
     parser.add_argument("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
     return parser
 

@@ -487,6 +487,8 @@ class GradientMatchingAttack(LightningModule):
             "asked_at": self._asked_at,
             "lanes": self._lanes,
             "finished": [vars(part) for part in self._finished],
+            # A run that is resumed when it is over validates no more.
+            "scores": {victim: vars(result) for victim, result in self.scores.items()},
             "shared": None
             if shared is None
             else {
@@ -519,6 +521,7 @@ class GradientMatchingAttack(LightningModule):
         self._awaiting, self._asked_at = saved["awaiting"], saved["asked_at"]
         self._lanes = {name: tensor.to(self.device) for name, tensor in saved["lanes"].items()}
         self._finished = [Reconstruction(**part) for part in saved["finished"]]
+        self.scores = {victim: VictimScore(**result) for victim, result in saved["scores"].items()}
         if saved["shared"] is not None:
             shared = SharedGradient(**saved["shared"], protocol=self.victim.protocol)
             self._shared = shared.to(device=self.device)

@@ -74,9 +74,7 @@ class ImageFolderVictims(ImageVictims):
     def find_folder(self) -> Path:
         """The folder of the class folders."""
         if not self.root.is_dir():
-            raise FileNotFoundError(
-                f"Expected `root` to be a folder of images, but got no folder '{self.root}'."
-            )
+            raise FileNotFoundError(f"Expected `root` to be a folder of images, but got no folder '{self.root}'.")
         return self.root
 
     def open_images(self) -> tuple[LabelledImages, int]:
@@ -94,9 +92,7 @@ class ImageFolderVictims(ImageVictims):
         try:
             images = ImageFolder(folder, loader=loader)
         except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"Expected images in every folder of '{folder}', but got: {error}."
-            ) from error
+            raise FileNotFoundError(f"Expected images in every folder of '{folder}', but got: {error}.") from error
         if len(images.classes) < 2:
             raise ValueError(
                 f"Expected at least two class folders in '{folder}', but got only {images.classes}: with one "

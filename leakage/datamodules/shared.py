@@ -75,9 +75,7 @@ class SharedGradientFiles(VictimDataModule):
             try:
                 victim.check(part)
             except ValueError as error:
-                raise ValueError(
-                    f"Expected '{path}' to fit the model and the other files, but got: {error}"
-                ) from error
+                raise ValueError(f"Expected '{path}' to fit the model and the other files, but got: {error}") from error
         self._shared = _join(list(parts.values()))
         self.victims = len(self._shared)
         self.reveal_labels = self._shared.labels is not None

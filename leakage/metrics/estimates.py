@@ -197,6 +197,4 @@ def _check_values(values: Tensor) -> None:
         raise ValueError(f"Expected `values` of shape (V,), but got {tuple(values.shape)}.")
     missing = int(values.isnan().sum())
     if missing:
-        raise ValueError(
-            f"Expected `values` without NaN, but got NaN for {missing} of {len(values)} victims."
-        )
+        raise ValueError(f"Expected `values` without NaN, but got NaN for {missing} of {len(values)} victims.")

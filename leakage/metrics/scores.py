@@ -99,9 +99,7 @@ class Scores:
 
 
 @torch.no_grad()
-def score(
-    reconstructed_images: Tensor, reconstructed_labels: Tensor, images: Tensor, labels: Tensor
-) -> Scores:
+def score(reconstructed_images: Tensor, reconstructed_labels: Tensor, images: Tensor, labels: Tensor) -> Scores:
     r"""Score reconstructions against the private images, matched one-to-one first (:func:`match`).
 
     .. math::
@@ -187,8 +185,6 @@ def _ssim(found: Tensor, truth: Tensor) -> Tensor:
 def _check_labels(reconstructed_labels: Tensor, labels: Tensor, expected: tuple[int, ...]) -> None:
     for name, tensor in (("labels", labels), ("reconstructed_labels", reconstructed_labels)):
         if tuple(tensor.shape) != expected:
-            raise ValueError(
-                f"Expected `{name}` of shape (V, N) = {expected}, but got {tuple(tensor.shape)}."
-            )
+            raise ValueError(f"Expected `{name}` of shape (V, N) = {expected}, but got {tuple(tensor.shape)}.")
         if tensor.is_floating_point() or tensor.dtype == torch.bool:
             raise ValueError(f"Expected `{name}` as whole numbers, but got {tensor.dtype}.")

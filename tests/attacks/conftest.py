@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,25 +121,21 @@ def assert_successful(attack: GradientMatchingAttack, victims: int) -> None:
 
 
 def share_one(victims: SmallVictims, victim: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients and weights of one victim."""
+    """Gradients and weights of one victim, captured together with all others as in a run (rounding differs)."""
     victims.setup("fit")
-    shared = victims.share(victim, victim + 1)
+    shared = victims.share(0, victims.victims).select(torch.tensor([victim]))
     state = {name: tensor[0] if shared.own_weights else tensor for name, tensor in shared.state.items()}
     return {name: tensor[0] for name, tensor in shared.gradients.items()}, state
 
 
-@dataclass(frozen=True)
-class Kit:
-    """What the tests of attacks share."""
-
-    victims: type[SmallVictims] = SmallVictims
-    fit: Any = staticmethod(fit)
-    by_id: Any = staticmethod(by_id)
-    assert_same: Any = staticmethod(assert_same)
-    assert_successful: Any = staticmethod(assert_successful)
-    share_one: Any = staticmethod(share_one)
-
-
 @pytest.fixture(scope="session")
-def kit() -> Kit:
-    return Kit()
+def kit() -> SimpleNamespace:
+    """What the tests of attacks share."""
+    return SimpleNamespace(
+        victims=SmallVictims,
+        fit=fit,
+        by_id=by_id,
+        assert_same=assert_same,
+        assert_successful=assert_successful,
+        share_one=share_one,
+    )

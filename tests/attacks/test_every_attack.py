@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,7 @@ def test_a_large_network_of_torchvision_runs(case: Any, kit: Any) -> None:
 
 @pytest.mark.parametrize("protocol", ["robust", "published"])
 def test_double_precision(case: Any, kit: Any, protocol: str) -> None:
-    attack = kit.fit(
-        case.attack(protocol=protocol, max_evaluations=60), kit.victims(victims=2), precision="64-true"
-    )
+    attack = kit.fit(case.attack(protocol=protocol, max_evaluations=60), kit.victims(victims=2), precision="64-true")
     single = kit.fit(case.attack(protocol=protocol, max_evaluations=60), kit.victims(victims=2))
     found, rough = kit.by_id(attack), kit.by_id(single)
     assert found.images.dtype == found.loss.dtype == torch.float64
@@ -134,8 +133,8 @@ def test_double_precision(case: Any, kit: Any, protocol: str) -> None:
 def test_the_same_seed_gives_the_same_bits(case: Any, kit: Any, protocol: str) -> None:
     one, two, other = (
         kit.fit(
-            case.attack(protocol=protocol, seed=seed, max_evaluations=40, restarts=1),
-            kit.victims(victims=3, batch_size=2),
+            case.attack(protocol=protocol, seed=seed, max_evaluations=20, restarts=1),
+            kit.victims(victims=2),
         )
         for seed in (5, 5, 6)
     )
@@ -165,14 +164,14 @@ def test_cohorts_change_neither_starts_nor_success(case: Any, kit: Any) -> None:
 
 def test_the_next_cohort_enters_while_the_last_of_this_one_are_still_running(case: Any, kit: Any) -> None:
     watch = Watch()
-    attack = kit.fit(case.attack(), kit.victims(victims=12, batch_size=6), callbacks=[watch])
-    kit.assert_successful(attack, 12)
+    attack = kit.fit(case.attack(), kit.victims(victims=8, batch_size=4), callbacks=[watch])
+    kit.assert_successful(attack, 8)
     (first, _, before), (second, ids, carried) = watch.admitted
     assert (first, before) == (0, 0)
     assert second > 20
-    assert ids == list(range(6, 12))
+    assert ids == list(range(4, 8))
     assert carried == 1
-    assert max(watch.lanes) == 7
+    assert max(watch.lanes) == 5
 
 
 def test_restarts_stay_within_their_budget_and_the_best_start_is_kept(case: Any, kit: Any) -> None:
@@ -188,7 +187,7 @@ def test_restarts_stay_within_their_budget_and_the_best_start_is_kept(case: Any,
     for restarts, one in enumerate(found):
         assert one.restarts.tolist() == [restarts] * 4
         assert one.evaluations.tolist() == [30 * (restarts + 1)] * 4
-    for fewer, more in zip(found, found[1:], strict=False):
+    for fewer, more in itertools.pairwise(found):
         assert bool((more.loss <= fewer.loss).all())
         # Where a further start was no better, the earlier result is still there.
         kept = more.loss == fewer.loss
@@ -229,11 +228,11 @@ def test_never_sees_the_truth(case: Any, kit: Any) -> None:
             wrong = GroundTruth(honest.ids, 1 - honest.images.roll(1, 0), (honest.labels + 1) % 10)
             return DataLoader([wrong], batch_size=None)  # type: ignore[arg-type]
 
-    options: dict[str, Any] = {"victims": 4, "batch_size": 2}
+    options: dict[str, Any] = {"victims": 3, "batch_size": 2}
     honest = kit.fit(case.attack(), kit.victims(**options), val_check_interval=7)
     lied = kit.fit(case.attack(), Lies(**options), val_check_interval=7)
     kit.assert_same(honest, lied)
-    kit.assert_successful(honest, 4)
+    kit.assert_successful(honest, 3)
     assert all(score.success == 0 and score.label_accuracy == 0 for score in lied.scores.values())
 
 
@@ -251,9 +250,7 @@ def test_validation_scores_on_the_way_and_changes_nothing(case: Any, kit: Any) -
 
     scores = Scores()
     plain = kit.fit(case.attack(), kit.victims(victims=4, batch_size=3))
-    often = kit.fit(
-        case.attack(), kit.victims(victims=4, batch_size=3), val_check_interval=10, callbacks=[scores]
-    )
+    often = kit.fit(case.attack(), kit.victims(victims=4, batch_size=3), val_check_interval=10, callbacks=[scores])
     kit.assert_same(plain, often)
     assert plain.scores == often.scores
     assert len(scores.seen) >= often.iteration // 10
@@ -306,10 +303,11 @@ def test_a_gradient_of_zero_is_no_trouble_for_the_other_victims(case: Any, kit: 
 
 
 def test_can_be_fitted_again(case: Any, kit: Any) -> None:
-    attack = kit.fit(case.attack(), kit.victims(victims=2))
-    kit.fit(attack, kit.victims(victims=3, seed=1))
-    kit.assert_successful(attack, 3)
-    kit.assert_same(attack, kit.fit(case.attack(), kit.victims(victims=3, seed=1)))
+    attack = kit.fit(case.attack(max_evaluations=25, restarts=1), kit.victims(victims=3))
+    kit.fit(attack, kit.victims(victims=2, seed=1))
+    assert sorted(attack.scores) == [0, 1]
+    fresh = case.attack(max_evaluations=25, restarts=1)
+    kit.assert_same(attack, kit.fit(fresh, kit.victims(victims=2, seed=1)))
 
 
 def test_progress_is_told_while_it_runs(case: Any, kit: Any) -> None:

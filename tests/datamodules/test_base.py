@@ -102,9 +102,7 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path):
         ValueError,
         match="Expected a checkpoint of the same victims, but got seed 0 in the checkpoint and 7 here; first",
     ):
-        trainer(tmp_path, max_epochs=2).fit(
-            Recorder(), SampleVictims(victims=4, batch_size=2, seed=7), ckpt_path=path
-        )
+        trainer(tmp_path, max_epochs=2).fit(Recorder(), SampleVictims(victims=4, batch_size=2, seed=7), ckpt_path=path)
 
 
 def change_bias(model):

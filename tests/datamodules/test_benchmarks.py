@@ -60,9 +60,7 @@ def write_cifar(root, num_classes, split):
 
 def write_svhn(root, split):
     images, labels = draw((3, 32, 32), 10, split)
-    labels = np.where(labels == 0, 10, labels)[:, None].astype(
-        np.uint8
-    )  # the files call the digit 0 class 10
+    labels = np.where(labels == 0, 10, labels)[:, None].astype(np.uint8)  # the files call the digit 0 class 10
     scipy.io.savemat(root / f"{split}_32x32.mat", {"X": images.transpose(2, 3, 1, 0), "y": labels})
 
 
@@ -113,9 +111,7 @@ def test_files_in_the_real_format(tmp_path, data_set, split, no_network, no_chec
 @every_data_set
 def test_the_train_split_is_the_default(tmp_path, data_set):
     assert data_set(root=tmp_path).split == "train"
-    with pytest.raises(
-        ValueError, match=r"Expected `split` to be one of \['test', 'train'\], but got 'validation'"
-    ):
+    with pytest.raises(ValueError, match=r"Expected `split` to be one of \['test', 'train'\], but got 'validation'"):
         data_set(root=tmp_path, split="validation")
 
 

@@ -126,16 +126,12 @@ def test_deep_images_are_not_clipped_in_silence(folder):
 
 
 def test_no_such_folder(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=rf"Expected `root` to be a folder .* no folder '{tmp_path}/nowhere'"
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"Expected `root` to be a folder .* no folder '{tmp_path}/nowhere'"):
         ready(tmp_path / "nowhere")
 
 
 def test_an_empty_folder(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=rf"Expected class folders of images in '{tmp_path}', but got none"
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"Expected class folders of images in '{tmp_path}', but got none"):
         ready(tmp_path)
 
 
@@ -157,9 +153,7 @@ def test_a_class_without_images(folder):
 def test_a_single_class(tmp_path):
     (tmp_path / "cat").mkdir()
     picture(0).save(tmp_path / "cat" / "0.png")
-    with pytest.raises(
-        ValueError, match=r"Expected at least two class folders in .*, but got only \['cat'\]"
-    ):
+    with pytest.raises(ValueError, match=r"Expected at least two class folders in .*, but got only \['cat'\]"):
         ready(tmp_path, victims=1)
 
 

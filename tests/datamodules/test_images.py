@@ -31,9 +31,7 @@ def truth_of_all(data):
     return GroundTruth.cat(list(data.val_dataloader()))
 
 
-@pytest.mark.parametrize(
-    "change", [{"batch_size": 1}, {"batch_size": 4}, {"num_workers": 2}, {"victims": 900}]
-)
+@pytest.mark.parametrize("change", [{"batch_size": 1}, {"batch_size": 4}, {"num_workers": 2}, {"victims": 900}])
 def test_a_victim_is_the_same_however_victims_are_grouped(change):
     usual = {"victims": 7, "num_images": 1, "seed": 3}
     expected, data = ready(**usual), ready(**(usual | change))
@@ -161,9 +159,7 @@ def test_the_attacker_is_given_no_ground_truth(reveal_labels):
     given = list(tensors_in(batch))
     assert len(given) == 2 * 8 + 1 + reveal_labels  # gradients and weights of 4 layers, ids
     assert not any(tensor.numel() == truth.images.numel() for tensor in given)
-    revealed = [
-        tensor for tensor in given if tensor.shape == truth.labels.shape and torch.equal(tensor, truth.labels)
-    ]
+    revealed = [tensor for tensor in given if tensor.shape == truth.labels.shape and torch.equal(tensor, truth.labels)]
     assert len(revealed) == reveal_labels
     if reveal_labels:
         assert torch.equal(batch.labels, truth.labels)
@@ -189,18 +185,14 @@ def test_more_images_than_there_are():
 @pytest.mark.parametrize("name", ["victims", "num_images"])
 @pytest.mark.parametrize("value", [0, -3, 1.5, True])
 def test_counts(name, value):
-    with pytest.raises(
-        ValueError, match=f"Expected `{name}` to be a whole number of at least 1, but got {value}"
-    ):
+    with pytest.raises(ValueError, match=f"Expected `{name}` to be a whole number of at least 1, but got {value}"):
         SampleVictims(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["seed", "num_workers"])
 @pytest.mark.parametrize("value", [-1, 0.5, False, "0", 2**63])
 def test_counts_from_zero(name, value):
-    with pytest.raises(
-        ValueError, match=f"Expected `{name}` to be a whole number of at least 0, but got {value!r}"
-    ):
+    with pytest.raises(ValueError, match=f"Expected `{name}` to be a whole number of at least 0, but got {value!r}"):
         SampleVictims(**{name: value})
 
 

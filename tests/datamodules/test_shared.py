@@ -39,9 +39,7 @@ def test_patterns_and_lists_keep_ids_that_do_not_clash(tmp_path, shared, monkeyp
     shared.select(torch.tensor([3, 4])).save(tmp_path / "a" / "2.safetensors")
     shared.select(torch.tensor([0, 2])).save(tmp_path / "a" / "1.safetensors")
     shared.select(torch.tensor([1])).save(tmp_path / "b.safetensors")
-    data = ready(
-        [tmp_path / "b.safetensors", str(tmp_path / "a" / "*.safetensors"), tmp_path / "a" / "1.safetensors"]
-    )
+    data = ready([tmp_path / "b.safetensors", str(tmp_path / "a" / "*.safetensors"), tmp_path / "a" / "1.safetensors"])
     joined = data.share(0, 5)
     assert joined.ids.tolist() == [1, 0, 2, 3, 4]
     assert torch.equal(joined.gradients["classifier.bias"], shared.gradients["classifier.bias"][joined.ids])
@@ -87,9 +85,7 @@ def test_no_paths():
 
 def test_no_such_files(tmp_path):
     for path in (tmp_path / "clients.safetensors", str(tmp_path / "*.safetensors")):
-        with pytest.raises(
-            FileNotFoundError, match=f"Expected safetensors files at '{tmp_path}.*', but got none"
-        ):
+        with pytest.raises(FileNotFoundError, match=f"Expected safetensors files at '{tmp_path}.*', but got none"):
             ready(path)
     with pytest.raises(FileNotFoundError, match=f"Expected a safetensors file at '{tmp_path}'"):
         ready(tmp_path)
@@ -109,9 +105,7 @@ def test_files_of_another_kind(tmp_path, shared, kind):
         torch.save({"weight": torch.zeros(2)}, path)
     else:
         path.write_bytes(b"")
-    message = (
-        "Expected format 'leakage.SharedGradient'" if kind == "other" else "Expected a whole safetensors file"
-    )
+    message = "Expected format 'leakage.SharedGradient'" if kind == "other" else "Expected a whole safetensors file"
     with pytest.raises(ValueError, match=rf"{message}.*{path}"):
         ready([good, path])
 

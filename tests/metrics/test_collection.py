@@ -94,9 +94,7 @@ def test_no_victims_have_unknown_scores() -> None:
     assert all(math.isnan(value) for value in logged.values())
 
 
-def test_a_module_logs_them_and_a_trainer_moves_and_saves_it(
-    generator: torch.Generator, tmp_path: Any
-) -> None:
+def test_a_module_logs_them_and_a_trainer_moves_and_saves_it(generator: torch.Generator, tmp_path: Any) -> None:
     scores = victims(6, generator)
 
     class Module(lightning.LightningModule):
@@ -121,10 +119,7 @@ def test_a_module_logs_them_and_a_trainer_moves_and_saves_it(
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
-    results = [
-        trainer.validate(module, DataLoader(TensorDataset(torch.arange(6)), 4), verbose=False)
-        for _ in range(2)
-    ]
+    results = [trainer.validate(module, DataLoader(TensorDataset(torch.arange(6)), 4), verbose=False) for _ in range(2)]
     expected = ReconstructionMetrics(prefix="val/")
     expected.update(scores)
     assert results[0] == results[1] == [pytest.approx(expected.compute(), rel=1e-6)]

@@ -31,9 +31,7 @@ def test_wilson_interval_equals_published_values(successes: int, n: int, low: fl
     assert wilson_interval(successes / n, n) == pytest.approx((low, high), abs=5e-5)
 
 
-@pytest.mark.parametrize(
-    ("successes", "n"), [(0, 1), (1, 1), (3, 7), (899, 1000), (1000, 1000), (5, 100_000)]
-)
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (3, 7), (899, 1000), (1000, 1000), (5, 100_000)])
 def test_wilson_interval_equals_scipy(successes: int, n: int) -> None:
     reference = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
     assert wilson_interval(successes / n, n) == pytest.approx(tuple(reference), abs=1e-12)
@@ -89,9 +87,7 @@ def test_mean_interval_covers_the_mean_in_95_of_100_cases() -> None:
 
 
 @pytest.mark.parametrize("metric_class", METRICS)
-def test_batches_accumulate_to_the_value_of_all_at_once(
-    metric_class: type[Metric], generator: torch.Generator
-) -> None:
+def test_batches_accumulate_to_the_value_of_all_at_once(metric_class: type[Metric], generator: torch.Generator) -> None:
     values = torch.rand(50, generator=generator)
     at_once, accumulated = metric_class(), metric_class()
     at_once.update(values)

@@ -22,9 +22,7 @@ def brute_force(reconstructed: Tensor, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_match_finds_the_best_of_all_permutations(
-    count: int, dtype: torch.dtype, generator: torch.Generator
-) -> None:
+def test_match_finds_the_best_of_all_permutations(count: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     images = torch.rand(6, count, 2, 3, 4, generator=generator).to(dtype)
     reconstructed = torch.rand(6, count, 2, 3, 4, generator=generator).to(dtype)
     order = match(reconstructed, images)
@@ -68,9 +66,7 @@ def test_match_of_no_victims_is_empty() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30])
-def test_match_gives_a_broken_reconstruction_what_the_others_leave_over(
-    bad: float, generator: torch.Generator
-) -> None:
+def test_match_gives_a_broken_reconstruction_what_the_others_leave_over(bad: float, generator: torch.Generator) -> None:
     images = torch.rand(1, 4, 1, 4, 4, generator=generator)
     reconstructed = images[:, [3, 2, 1, 0]].clone()
     reconstructed[0, 1, 0, 2, 2] = bad  # belonged to image 2
@@ -124,16 +120,12 @@ def test_match_takes_images_that_require_gradients() -> None:
         ),
     ],
 )
-def test_match_never_broadcasts(
-    reconstructed: tuple[int, ...], images: tuple[int, ...], message: str
-) -> None:
+def test_match_never_broadcasts(reconstructed: tuple[int, ...], images: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         match(torch.rand(reconstructed), torch.rand(images))
 
 
 def test_match_refuses_whole_numbers() -> None:
     images = torch.randint(0, 256, (1, 2, 1, 4, 4), dtype=torch.uint8)
-    with pytest.raises(
-        ValueError, match=r"Expected `images` as floating-point numbers, but got torch\.uint8\."
-    ):
+    with pytest.raises(ValueError, match=r"Expected `images` as floating-point numbers, but got torch\.uint8\."):
         match(images.float(), images)

@@ -214,9 +214,7 @@ def test_the_threshold_must_be_positive(threshold: float) -> None:
 @pytest.mark.parametrize("victims", [4, 2])
 def test_images_are_never_broadcast(victims: int) -> None:
     images = torch.rand(1, 1, 1, 8, 8)
-    with pytest.raises(
-        ValueError, match=rf"of the shape of `images` \(1, 1, 1, 8, 8\), but got \({victims}, 1, "
-    ):
+    with pytest.raises(ValueError, match=rf"of the shape of `images` \(1, 1, 1, 8, 8\), but got \({victims}, 1, "):
         score(torch.rand(victims, 1, 1, 8, 8), torch.zeros(victims, 1).long(), images, labels_of(images))
 
 
@@ -259,9 +257,7 @@ def test_private_images_must_lie_in_the_range(low: float, high: float, message: 
         ),
     ],
 )
-def test_labels_must_be_whole_numbers_of_one_shape(
-    reconstructed: Tensor, labels: Tensor, message: str
-) -> None:
+def test_labels_must_be_whole_numbers_of_one_shape(reconstructed: Tensor, labels: Tensor, message: str) -> None:
     images = torch.rand(2, 1, 1, 8, 8)
     with pytest.raises(ValueError, match=message):
         score(images, reconstructed, images, labels)

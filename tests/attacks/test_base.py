@@ -1,0 +1,156 @@
+"""What an attack refuses, and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningDataModule, Trainer
+from torch import nn
+
+from leakage.attacks import PROTOCOLS
+from leakage.attacks.base import describe_status
+from leakage.datamodules import SharedGradientFiles
+from leakage.models import LeNet
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"protocol": "robuts"}, r"Expected `protocol` to be one of \['published', 'robust'\], but got 'robuts'"),
+    ({"success_threshold": 0.0}, "Expected `success_threshold` to be positive, but got 0.0"),
+    ({"restart_above": -1e-5}, "Expected `restart_above` to be positive, but got -1e-05"),
+    ({"start_std": 0.0}, "Expected `start_std` to be positive, but got 0.0"),
+    ({"history_size": 0}, "Expected `history_size` to be a whole number of at least 1, but got 0"),
+    ({"history_size": 10.0}, "Expected `history_size` to be a whole number of at least 1, but got 10.0"),
+    ({"tolerance": -1.0}, "Expected `tolerance` to be positive, but got -1.0"),
+    ({"tolerance": float("nan")}, "Expected `tolerance` to be positive, but got nan"),
+    ({"max_evaluations": 0}, "Expected `max_evaluations` to be a whole number of at least 1, but got 0"),
+    ({"restarts": -1}, "Expected `restarts` to be a whole number of at least 0, but got -1"),
+    ({"restarts": True}, "Expected `restarts` to be a whole number of at least 0, but got True"),
+    ({"seed": -1}, "Expected `seed` to be a whole number of at least 0, but got -1"),
+    ({"seed": 0.5}, "Expected `seed` to be a whole number of at least 0, but got 0.5"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_names_a_bad_option_at_construction(case: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        case.attack(**options)
+
+
+def test_options_are_keywords(case: Any) -> None:
+    with pytest.raises(TypeError):
+        case.attack("robust")
+
+
+@pytest.mark.parametrize("protocol", ["robust", "published"])
+def test_a_protocol_is_a_set_of_defaults(case: Any, protocol: str) -> None:
+    assert case.attack(protocol=protocol).search == PROTOCOLS[protocol]
+    search = case.attack(protocol=protocol, history_size=7, restarts=0).search
+    assert (search.history_size, search.restarts) == (7, 0)
+    assert search.line_search == PROTOCOLS[protocol].line_search
+
+
+def test_the_published_protocol_is_that_of_the_papers() -> None:
+    published = PROTOCOLS["published"]
+    assert (published.start_std, published.history_size, published.tolerance) == (1.0, 100, 1e-6)
+    assert (published.max_evaluations, published.restarts) == (300 * 20, 0)
+    assert not published.relative
+    assert not published.line_search
+
+
+def test_wants_a_datamodule_of_victims(case: Any) -> None:
+    class Other(LightningDataModule):
+        """Images and labels, as for training."""
+
+        def train_dataloader(self) -> Any:
+            return [torch.zeros(1)]
+
+    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    with pytest.raises(ValueError, match=r"DataModule of `leakage\.datamodules` .*SharedGradientFiles.*but got Other"):
+        Trainer(**options).fit(case.attack(), datamodule=Other())
+    with pytest.raises(ValueError, match=r"Trainer\.fit\(attack, datamodule=\.\.\.\).*but got NoneType"):
+        Trainer(**options).fit(case.attack(), [torch.zeros(1)])
+
+
+def test_has_no_victim_before_fit(case: Any) -> None:
+    attack = case.attack()
+    with pytest.raises(RuntimeError, match=r"Expected the attack to be inside `Trainer\.fit`"):
+        _ = attack.victim
+    assert attack.num_done == attack.num_running == attack.iteration == 0
+    assert len(attack.finished) == len(attack.current()) == 0
+
+
+def conv_last() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 10, 10), nn.Flatten())
+
+
+def frozen_last() -> nn.Module:
+    model = LeNet(1, 12)
+    model.classifier.requires_grad_(False)
+    return model
+
+
+REFUSED = [
+    pytest.param({"loss": "mean_squared_error"}, "needs_cross_entropy", "but got loss 'mean_squared_error'", id="loss"),
+    pytest.param({"model": conv_last()}, "needs_linear_last_layer", "but got a Sequential that ends in", id="conv"),
+    pytest.param(
+        {"model": frozen_last()},
+        "needs_linear_last_layer",
+        "Expected the last layer 'classifier' to share its gradient, but got frozen weights",
+        id="frozen",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "need", "message"), REFUSED)
+def test_refuses_victims_it_can_not_attack_and_says_what_can(
+    case: Any, kit: Any, options: dict[str, Any], need: str, message: str
+) -> None:
+    attack = case.attack(max_evaluations=3, restarts=0)
+    victims = kit.victims(victims=2, **options)
+    if getattr(case, need):
+        with pytest.raises(ValueError, match=message) as caught:
+            kit.fit(attack, victims)
+        assert "Use DLGAttack" in str(caught.value)
+        assert "reveal_labels=True" in str(caught.value)
+    else:
+        assert len(kit.fit(attack, victims).finished) == 2
+    # Told the labels, every attack goes on.
+    told = kit.victims(victims=2, reveal_labels=True, **options)
+    assert len(kit.fit(case.attack(max_evaluations=3, restarts=0), told).finished) == 2
+
+
+def test_names_a_gradient_that_is_not_finite(case: Any, kit: Any, tmp_path: Path) -> None:
+    class Broken(kit.victims):  # type: ignore[misc, name-defined]
+        """One of the gradients has been overrun."""
+
+        def share(self, first: int, last: int) -> Any:
+            shared = super().share(first, last)
+            shared.gradients["features.0.weight"][1, 2] = torch.nan
+            return shared
+
+    with pytest.raises(ValueError, match=r"features\.0\.weight"):
+        kit.fit(case.attack(), Broken(victims=3))
+
+
+def test_names_a_gradient_that_does_not_fit_the_network(case: Any, kit: Any, tmp_path: Path) -> None:
+    victims = kit.victims(victims=2)
+    victims.setup("fit")
+    victims.share(0, 2).save(tmp_path / "client.safetensors")
+    files = SharedGradientFiles(tmp_path / "client.safetensors", model=LeNet(1, 12, width=7))
+    with pytest.raises(
+        ValueError, match=r"to fit the model .*but got: Expected the gradient of .classifier\.weight. to have"
+    ):
+        kit.fit(case.attack(), files)
+
+
+def test_wants_one_process(case: Any, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    with pytest.raises(ValueError, match=r"Expected a Trainer with one process .* but got 2"):
+        kit.fit(case.attack(), kit.victims(victims=2))
+
+
+def test_describes_how_victims_ended() -> None:
+    assert describe_status([1, 1, 2, 4]) == "2 converged, 1 stalled, 1 exhausted"
+    assert describe_status([]) == ""

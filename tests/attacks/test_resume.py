@@ -1,0 +1,280 @@
+"""A run that is interrupted anywhere ends with the same bits as one that is not."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from leakage.attacks import DLGAttack, IDLGAttack
+from leakage.reconstruction import Reconstruction
+
+PROTOCOLS = ["robust", "published"]
+# Cohorts of four, so that one victim may be carried over; restarts while others go on.
+VICTIMS: dict[str, Any] = {"victims": 6, "batch_size": 4}
+
+
+def options(protocol: str) -> dict[str, Any]:
+    if protocol == "published":
+        return {"protocol": protocol, "max_evaluations": 80}
+    return {"protocol": protocol, "max_evaluations": 40, "restarts": 1}
+
+
+def checkpoints(folder: Path, every: int) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, every_n_train_steps=every, save_top_k=-1, filename="{step}")
+
+
+def state(path: Path) -> dict[str, Any]:
+    saved: dict[str, Any] = torch.load(path, weights_only=True)["leakage"]
+    return saved
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_resumes_bit_for_bit_from_the_moments_that_matter(case: Any, kit: Any, protocol: str, tmp_path: Path) -> None:
+    whole = kit.fit(
+        case.attack(**options(protocol)),
+        kit.victims(**VICTIMS),
+        enable_checkpointing=True,
+        callbacks=[checkpoints(tmp_path, 1)],
+    )
+    kit.assert_same(whole, kit.fit(case.attack(**options(protocol)), kit.victims(**VICTIMS)))
+    paths = sorted(tmp_path.glob("step=*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
+    states = [state(path) for path in paths]
+    assert len(paths) == whole.iteration
+    awaiting = [i for i, saved in enumerate(states) if saved["awaiting"]]
+    joint = [
+        i
+        for i, saved in enumerate(states)
+        if saved["cohorts"] == 2 and saved["shared"] is not None and int(saved["shared"]["ids"].min()) < 4
+    ]
+    # In the first cohort; just after the second was asked for, and just before it enters; beside it; at the end.
+    moments = {len(paths) // 4, *awaiting[:2], *awaiting[-1:], *joint[:1], len(paths) - 1}
+    assert awaiting
+    for moment in sorted(moments):
+        resumed = kit.fit(case.attack(**options(protocol)), kit.victims(**VICTIMS), ckpt_path=str(paths[moment]))
+        kit.assert_same(whole, resumed)
+        assert resumed.iteration == whole.iteration
+        assert resumed.scores == whole.scores
+
+
+def test_a_cohort_that_is_carried_into_survives_too(kit: Any, tmp_path: Path) -> None:
+    # One victim of the first cohort is still running when the second is asked for: every step around it.
+    def attack() -> IDLGAttack:
+        return IDLGAttack(tolerance=1e-6)
+
+    whole = kit.fit(attack(), kit.victims(**VICTIMS), enable_checkpointing=True, callbacks=[checkpoints(tmp_path, 1)])
+    paths = {int(path.stem.removeprefix("step=")): path for path in tmp_path.glob("step=*.ckpt")}
+    asked = [step for step, path in paths.items() if state(path)["awaiting"]]
+    assert asked
+    carried = [step for step in asked if state(paths[step])["shared"] is not None]
+    assert carried, "no victim was carried over"
+    for step in range(min(asked) - 1, max(asked) + 3):
+        resumed = kit.fit(attack(), kit.victims(**VICTIMS), ckpt_path=str(paths[step]))
+        kit.assert_same(whole, resumed)
+
+
+def test_resumes_twice_and_in_between_validations(case: Any, kit: Any, tmp_path: Path) -> None:
+    def run(folder: Path, limit: int, resume: Path | None) -> Any:
+        callback = ModelCheckpoint(folder, every_n_train_steps=10, save_last=True, save_top_k=0)
+        return kit.fit(
+            case.attack(**options("robust")),
+            kit.victims(**VICTIMS),
+            ckpt_path=None if resume is None else str(resume),
+            enable_checkpointing=True,
+            callbacks=[callback],
+            val_check_interval=7,
+            max_steps=limit,
+        )
+
+    whole = kit.fit(case.attack(**options("robust")), kit.victims(**VICTIMS))
+    run(tmp_path, 20, None)
+    part = run(tmp_path, 50, tmp_path / "last.ckpt")
+    assert 0 < part.iteration < whole.iteration
+    resumed = run(tmp_path, -1, tmp_path / "last.ckpt")
+    kit.assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_a_run_that_is_done_stays_done(case: Any, kit: Any, precision: str, tmp_path: Path) -> None:
+    callback = ModelCheckpoint(tmp_path, save_last=True)
+    whole = kit.fit(
+        case.attack(max_evaluations=20, restarts=0),
+        kit.victims(victims=2),
+        enable_checkpointing=True,
+        callbacks=[callback],
+        precision=precision,
+    )
+    again = kit.fit(
+        case.attack(max_evaluations=20, restarts=0),
+        kit.victims(victims=2),
+        ckpt_path=str(tmp_path / "last.ckpt"),
+        precision=precision,
+    )
+    kit.assert_same(whole, again)
+    assert again.iteration == whole.iteration
+    assert again.scores == whole.scores
+
+
+@pytest.fixture
+def checkpoint(kit: Any, tmp_path: Path) -> str:
+    callback = checkpoints(tmp_path, 5)
+    attack = IDLGAttack(max_evaluations=12, restarts=0)
+    kit.fit(attack, kit.victims(victims=3), enable_checkpointing=True, callbacks=[callback])
+    return str(tmp_path / "step=5.ckpt")
+
+
+def test_refuses_the_checkpoint_of_another_attack(kit: Any, checkpoint: str) -> None:
+    with pytest.raises(ValueError, match="Expected a checkpoint of DLGAttack, but got one of IDLGAttack"):
+        kit.fit(DLGAttack(max_evaluations=12, restarts=0), kit.victims(victims=3), ckpt_path=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"max_evaluations": 13}, r"it has max_evaluations=12 \(now 13\)"),
+        ({"seed": 1}, r"it has seed=0 \(now 1\)"),
+        ({"protocol": "published"}, r"it has protocol='robust' \(now 'published'\)"),
+        ({"restarts": 2, "tolerance": 1e-3}, r"it has tolerance=None \(now 0\.001\), restarts=0 \(now 2\)"),
+    ],
+)
+def test_refuses_a_checkpoint_of_other_hyper_parameters(
+    kit: Any, checkpoint: str, changed: dict[str, Any], message: str
+) -> None:
+    attack = IDLGAttack(**({"max_evaluations": 12, "restarts": 0} | changed))
+    with pytest.raises(ValueError, match=message):
+        kit.fit(attack, kit.victims(victims=3), ckpt_path=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"victims": 4}, "victims 3 in the checkpoint and 4 here"),
+        ({"seed": 1}, "seed 0 in the checkpoint and 1 here"),
+        ({"batch_size": 2}, "batch_size 256 in the checkpoint and 2 here"),
+    ],
+)
+def test_refuses_a_checkpoint_of_other_victims(
+    kit: Any, checkpoint: str, changed: dict[str, Any], message: str
+) -> None:
+    attack = IDLGAttack(max_evaluations=12, restarts=0)
+    with pytest.raises(ValueError, match=f"Expected a checkpoint of the same victims, but got .*{message}"):
+        kit.fit(attack, kit.victims(**({"victims": 3} | changed)), ckpt_path=checkpoint)
+
+
+def test_refuses_the_checkpoint_of_another_module(kit: Any, checkpoint: str, tmp_path: Path) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    del saved["leakage"]
+    torch.save(saved, tmp_path / "other.ckpt")
+    attack = IDLGAttack(max_evaluations=12, restarts=0)
+    with pytest.raises(ValueError, match="Expected a checkpoint of IDLGAttack, but got one of another module"):
+        kit.fit(attack, kit.victims(victims=3), ckpt_path=str(tmp_path / "other.ckpt"))
+
+
+SCRIPT = textwrap.dedent(
+    """
+    import faulthandler
+    import sys
+    import torch
+    faulthandler.dump_traceback_later(100, exit=True)
+    torch.set_num_threads(1)
+    from pathlib import Path
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from conftest import SmallVictims, fit
+    from leakage.attacks import DLGAttack
+    from leakage.callbacks import VictimTable
+    output, resume = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
+    callbacks = [
+        VictimTable(output),
+        ModelCheckpoint(output, filename="now", every_n_train_steps=2, save_last=True, save_top_k=1),
+    ]
+    attack = DLGAttack(tolerance=1e-6)
+    fit(attack, SmallVictims(victims=10, batch_size=4), callbacks=callbacks, enable_checkpointing=True,
+        val_check_interval=25, ckpt_path=resume)
+    attack.finished.save(output / "all.safetensors")
+    """
+)
+
+
+def start(output: Path, *arguments: str) -> subprocess.Popen[str]:
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])]),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(output), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def rows(output: Path) -> list[dict[str, str]]:
+    with (output / "victims.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole")
+    process = start(output)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    return output
+
+
+@pytest.mark.parametrize("patience", [0.0, 0.9])
+def test_survives_a_kill(uninterrupted: Path, tmp_path: Path, patience: float) -> None:
+    process = start(tmp_path)
+    last = tmp_path / "last.ckpt"
+    deadline = time.monotonic() + 60
+    while not last.exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(patience)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL, "it was over before it could be killed"
+    resumed = start(tmp_path, str(last))
+    text, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, text
+    expected = Reconstruction.load(uninterrupted / "all.safetensors")
+    found = Reconstruction.load(tmp_path / "all.safetensors")
+    for name in vars(expected):
+        assert torch.equal(getattr(expected, name), getattr(found, name)), name
+    assert rows(tmp_path) == rows(uninterrupted)
+    parts = [Reconstruction.load(path) for path in sorted(tmp_path.glob("reconstructions/*.safetensors"))]
+    assert sorted(Reconstruction.cat(parts).ids.tolist()) == list(range(10))
+
+
+def test_an_interrupt_writes_what_is_there(uninterrupted: Path, tmp_path: Path) -> None:
+    process = start(tmp_path)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("reconstructions/*"))) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert not (tmp_path / "all.safetensors").exists(), "it was over before it could be interrupted"
+    assert "Traceback" not in text or "KeyboardInterrupt" in text, text
+    expected = {row["victim"]: row for row in rows(uninterrupted)}
+    written = rows(tmp_path)
+    done = [row for row in written if row["status"] != "running"]
+    assert len(done) >= 1
+    for row in done:
+        # Scored and final, though the run did not reach its end.
+        assert row == expected[row["victim"]]
+        assert float(row["mse"]) < 1e-2
+    parts = [Reconstruction.load(path) for path in sorted(tmp_path.glob("reconstructions/*.safetensors"))]
+    assert {str(victim) for victim in Reconstruction.cat(parts).ids.tolist()} >= {row["victim"] for row in done}
