@@ -35,6 +35,8 @@ def grow(state: State, slots: int) -> None:
         return
     for name in ("s", "y"):
         state[name] = torch.cat([state[name], state[name].new_zeros(victims, slots - present, unknowns)], dim=1)
+    if "sy" not in state:
+        return
     sy = torch.eye(slots, dtype=state["sy"].dtype, device=state["sy"].device).repeat(victims, 1, 1)
     sy[:, :present, :present] = state["sy"]
     state["sy"] = sy
@@ -49,6 +51,59 @@ def forget(state: State, lanes: Tensor) -> None:
     state["sy"][lanes] = torch.eye(state["sy"].shape[1], dtype=state["sy"].dtype, device=state["sy"].device)
     state["scale"][lanes] = 1
     state["pairs"][lanes] = 0
+
+
+def _push(state: State, size: int, pushed: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """Store new pairs in the ring buffers; returns the lanes that stored one."""
+    lanes = pushed.nonzero().squeeze(1)
+    if not len(lanes):
+        return lanes
+    pairs = state["pairs"][lanes]
+    needed = int(pairs.max()) + 1
+    if needed > state["s"].shape[1]:
+        grow(state, min(size, 2 * state["s"].shape[1]))
+    if "sy" in state and bool((pairs >= size).any()):
+        full = lanes[pairs >= size]  # the oldest pair leaves: its row and column move out at the front
+        state["sy"][full, :-1, :-1] = state["sy"][full, 1:, 1:]
+    slot = pairs % size
+    state["s"][lanes, slot] = s[lanes]
+    state["y"][lanes, slot] = y[lanes]
+    state["pairs"][lanes] += 1
+    state["scale"][lanes] = ((s * y).sum(1) / y.square().sum(1))[lanes]
+    return lanes
+
+
+def _slots_by_age(state: State, size: int, used: int) -> Tensor:
+    """Slot of each victim's pair at each age, oldest first: the identity until its ring has gone round."""
+    pairs = state["pairs"]
+    ages = torch.arange(used, device=pairs.device)
+    return torch.where((pairs > size)[:, None], (pairs[:, None] + ages) % size, ages)
+
+
+def push_and_recurse(state: State, size: int, pushed: Tensor, s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
+    """As :func:`push_and_direct`, by the two-loop recursion pair after pair, as ``torch.optim.LBFGS`` does it.
+
+    It takes more time, and errs less where a history without line search has become ill-conditioned: each
+    product is taken with what the ones before have left.
+    """
+    _push(state, size, pushed, s, y)
+    pairs = state["pairs"]
+    used = min(int(pairs.max()), size) if len(pairs) else 0
+    slots, victims = _slots_by_age(state, size, used), torch.arange(len(pairs), device=pairs.device)
+    present = pairs[:, None] > torch.arange(used, device=pairs.device)
+    inverses, alphas = gradient.new_zeros(2, len(gradient), used)
+    left = -gradient
+    for age in reversed(range(used)):
+        old_s, old_y = state["s"][victims, slots[:, age]], state["y"][victims, slots[:, age]]
+        inverses[:, age] = torch.where(present[:, age], 1 / (old_s * old_y).sum(1), 0.0)
+        alphas[:, age] = inverses[:, age] * (old_s * left).sum(1)
+        left = torch.addcmul(left, alphas[:, age, None], old_y, value=-1)
+    left = torch.where(pairs > 0, state["scale"], 1.0)[:, None] * left
+    for age in range(used):
+        old_s, old_y = state["s"][victims, slots[:, age]], state["y"][victims, slots[:, age]]
+        beta = inverses[:, age] * (old_y * left).sum(1)
+        left = torch.addcmul(left, (alphas[:, age] - beta)[:, None], old_s)
+    return left
 
 
 def push_and_direct(state: State, size: int, pushed: Tensor, s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
@@ -72,29 +127,13 @@ def push_and_direct(state: State, size: int, pushed: Tensor, s: Tensor, y: Tenso
     Returns:
         ``(V, D)``; the negative gradient for a victim without pairs.
     """
-    lanes = pushed.nonzero().squeeze(1)
-    if len(lanes):
-        pairs = state["pairs"][lanes]
-        needed = int(pairs.max()) + 1
-        if needed > state["s"].shape[1]:
-            grow(state, min(size, 2 * state["s"].shape[1]))
-        full = lanes[pairs >= size]
-        if len(full):  # the oldest pair leaves: its row and column move out at the front
-            state["sy"][full, :-1, :-1] = state["sy"][full, 1:, 1:]
-        slot = pairs % size
-        state["s"][lanes, slot] = s[lanes]
-        state["y"][lanes, slot] = y[lanes]
-        state["pairs"][lanes] += 1
-        state["scale"][lanes] = ((s * y).sum(1) / y.square().sum(1))[lanes]
-
+    lanes = _push(state, size, pushed, s, y)
     pairs = state["pairs"]
     used = min(int(pairs.max()), size) if len(pairs) else 0
     if not used:
         return -gradient
     s_used, y_used = state["s"][:, :used], state["y"][:, :used]
-    # Slot of the pair at each age, oldest first: the identity until the ring has gone round.
-    ages = torch.arange(used, device=pairs.device)
-    slots = torch.where((pairs > size)[:, None], (pairs[:, None] + ages) % size, ages)
+    slots = _slots_by_age(state, size, used)
     products = torch.bmm(torch.stack([gradient, y], dim=1), s_used.mT)
     products = products.gather(2, slots[:, None].expand(-1, 2, -1))
     if len(lanes):

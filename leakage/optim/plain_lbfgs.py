@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leakage.errors import check_count, check_positive
-from leakage.optim.history import HISTORY, fresh_history, grow, push_and_direct
+from leakage.optim.history import HISTORY, fresh_history, grow, push_and_recurse
 from leakage.optim.per_victim import CONVERGED, DIVERGED, EXHAUSTED, STALLED, PerVictimOptimizer
 
 # As in torch.optim.LBFGS.
@@ -91,8 +91,9 @@ class PlainLBFGS(PerVictimOptimizer):
     def _fresh(self, victims: int) -> dict[str, Tensor]:
         fresh = super()._fresh(victims)
         like = fresh["best"]
+        history = fresh_history(victims, like.shape[1], self._options["history_size"], like)
         return fresh | {
-            **fresh_history(victims, like.shape[1], self._options["history_size"], like),
+            **{name: tensor for name, tensor in history.items() if name != "sy"},
             "loss": like.new_zeros(victims),  # at the previous iterate
             "gradient": like.clone(),
             "step": like.clone(),  # the step that led to the present point
@@ -131,8 +132,8 @@ class PlainLBFGS(PerVictimOptimizer):
         change = gradient - lanes["gradient"]
         product = (lanes["step"] * change).sum(1)
         pushed = self.running & ~first & (product > _CURVATURE)
-        history = {name: lanes[name] for name in HISTORY}
-        direction = push_and_direct(history, options["history_size"], pushed, lanes["step"], change, gradient)
+        history = {name: lanes[name] for name in HISTORY if name in lanes}
+        direction = push_and_recurse(history, options["history_size"], pushed, lanes["step"], change, gradient)
         lanes.update(history)
         length = options["lr"] * torch.where(first, torch.clamp(1 / gradient.abs().sum(1), max=1.0), 1.0)
         # Nor does a call that finds no descent: the next one would start from the same state.
