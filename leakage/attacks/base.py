@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,11 +11,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
+from leakage.attacks.auditor import Auditor
+from leakage.attacks.protocols import ITERATIONS_PER_CALL, PROTOCOLS, SearchProtocol
 from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.errors import check_choice, check_count, check_positive
-from leakage.metrics import ReconstructionMetrics, VictimScore, score
+from leakage.metrics import ReconstructionMetrics, VictimScore
 from leakage.objectives import squared_distance
-from leakage.optim import LBFGS, STATUS, PerVictimOptimizer, PlainLBFGS
+from leakage.optim import LBFGS, PerVictimOptimizer, PlainLBFGS
 from leakage.reconstruction import Reconstruction
 from leakage.shared_gradient import SharedGradient
 from leakage.victim import Victim, victim_seed
@@ -26,53 +26,6 @@ from leakage.victim import Victim, victim_seed
 _LEAVING_SHARE = 1 / 8
 # The next cohort is admitted when this share of one is still running, so that no cohort waits for stragglers.
 _CARRIED_SHARE = 1 / 4
-# Calls of the published protocol have 20 iterations, one evaluation each.
-_ITERATIONS_PER_CALL = 20
-
-
-@dataclass(frozen=True)
-class SearchProtocol:
-    """How an attack searches; the values of ``protocol="robust"`` and ``protocol="published"``.
-
-    Attributes:
-        start_std: standard deviation of the normal distribution that dummies start from.
-        history_size: pairs that L-BFGS remembers.
-        tolerance: the objective at which a victim has converged.
-        max_evaluations: evaluations of the objective per start.
-        restarts: further starts for a victim that has stalled.
-        relative: whether the objective is divided by the squared norm of the shared gradient.
-        line_search: whether every victim shortens its own steps.
-    """
-
-    start_std: float
-    history_size: int
-    tolerance: float
-    max_evaluations: int
-    restarts: int
-    relative: bool
-    line_search: bool
-
-
-PROTOCOLS = {
-    "robust": SearchProtocol(
-        start_std=0.1,
-        history_size=200,
-        tolerance=1e-8,
-        max_evaluations=6000,
-        restarts=3,
-        relative=True,
-        line_search=True,
-    ),
-    "published": SearchProtocol(
-        start_std=1.0,
-        history_size=100,
-        tolerance=1e-6,
-        max_evaluations=300 * _ITERATIONS_PER_CALL,
-        restarts=0,
-        relative=False,
-        line_search=False,
-    ),
-}
 
 
 class GradientMatchingAttack(LightningModule):
@@ -89,8 +42,7 @@ class GradientMatchingAttack(LightningModule):
 
     Attributes:
         finished: the victims done so far, in the order they finished.
-        scores: by victim id, how near the truth its reconstruction is. Filled in validation, where
-            the ground truth is; nothing in training reads it.
+        scores: by victim id, how near the truth its reconstruction is.
 
     Args:
         protocol: ``"robust"`` (every victim its own line search, restarts) or ``"published"`` (the
@@ -143,7 +95,6 @@ class GradientMatchingAttack(LightningModule):
         self.automatic_optimization = False
         self.search = SearchProtocol(**values, relative=named.relative, line_search=named.line_search)
         self.dummy_images = nn.Parameter(torch.empty(0, 1, 1, 1, 1))
-        self.scores: dict[int, VictimScore] = {}
         self.expected_victims = 0
         self._victim: Victim | None = None
         self._reset()
@@ -156,8 +107,7 @@ class GradientMatchingAttack(LightningModule):
         self._shared: SharedGradient | None = None  # of the victims in the lanes
         self._lanes: dict[str, Tensor] = {}
         self._finished: list[Reconstruction] = []
-        self._pending: Reconstruction | None = None
-        self.scores = {}
+        self._auditor = Auditor(self.hparams["success_threshold"])
 
     # What a subclass supplies.
 
@@ -189,6 +139,11 @@ class GradientMatchingAttack(LightningModule):
         if self._victim is None:
             raise RuntimeError("Expected the attack to be inside `Trainer.fit`, but got no victim yet.")
         return self._victim
+
+    @property
+    def scores(self) -> dict[int, VictimScore]:
+        """By victim id, how near the truth its reconstruction is; filled in validation, read by nothing in training."""
+        return self._auditor.scores
 
     @property
     def num_running(self) -> int:
@@ -246,8 +201,8 @@ class GradientMatchingAttack(LightningModule):
             self._unknowns,
             history_size=search.history_size,
             tolerance=search.tolerance,
-            max_iterations=_ITERATIONS_PER_CALL,
-            max_calls=-(-search.max_evaluations // _ITERATIONS_PER_CALL),
+            max_iterations=ITERATIONS_PER_CALL,
+            max_calls=-(-search.max_evaluations // ITERATIONS_PER_CALL),
         )
 
     def on_fit_start(self) -> None:
@@ -284,7 +239,7 @@ class GradientMatchingAttack(LightningModule):
 
     def validation_step(self, batch: GroundTruth, batch_idx: int) -> None:
         """Score the victims of the batch."""
-        self._score(batch)
+        self._audit(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of all victims so far."""
@@ -292,20 +247,25 @@ class GradientMatchingAttack(LightningModule):
             metrics = ReconstructionMetrics(prefix="val/").to(self.device)
             metrics.update(self.scores.values())
             self.log_dict(metrics.compute())
-        self._pending = None
+        self._auditor.release()
 
     def score_finished(self) -> None:
         """Score, outside of validation, what no validation has scored yet (an interrupt, the end of training)."""
-        self._pending = None
+        self._auditor.release()
         for batch in self._datamodule.val_dataloader():
-            self._score(batch)
-        self._pending = None
+            self._audit(batch)
+        self._auditor.release()
 
     def on_train_end(self) -> None:
         """Score what ended after the last validation."""
-        unscored = any(not self._is_final(victim) for victim in self.finished.ids.tolist())
+        unscored = any(not self._auditor.is_final(victim) for victim in self.finished.ids.tolist())
         if unscored:
             self.score_finished()
+
+    def _audit(self, truth: GroundTruth) -> None:
+        if not self._auditor.has_taken:
+            self._auditor.take(self.finished, self.current())
+        self._auditor.compare(truth)
 
     # The engine.
 
@@ -446,34 +406,6 @@ class GradientMatchingAttack(LightningModule):
         images, labels = torch.zeros(0, *shape), torch.zeros(0, shape[0], dtype=torch.long)
         return Reconstruction(whole, images, labels, real, whole, whole, whole, whole)
 
-    # Scoring: the only place that sees the ground truth.
-
-    def _is_final(self, victim: int) -> bool:
-        return victim in self.scores and self.scores[victim].final
-
-    def _score(self, truth: GroundTruth) -> None:
-        if self._pending is None:
-            done, running = self.finished, self.current()
-            self._final_ids = set(done.ids.tolist())
-            self._pending = Reconstruction.cat([done, running])
-        ids = self._pending.ids.tolist()
-        wanted = {victim: row for row, victim in enumerate(ids) if not self._is_final(victim)}
-        pairs = [(row, wanted[victim]) for row, victim in enumerate(truth.ids.tolist()) if victim in wanted]
-        if not pairs:
-            return
-        rows, found = (list(part) for part in zip(*pairs, strict=True))
-        guess = self._pending.select(torch.tensor(found))
-        scores = score(
-            guess.images.to(truth.images), guess.labels.to(truth.labels.device), truth.images[rows], truth.labels[rows]
-        )
-        for victim, result in zip(
-            guess.ids.tolist(),
-            scores.per_victim(threshold=self.hparams["success_threshold"]),
-            strict=True,
-        ):
-            result.final = victim in self._final_ids
-            self.scores[victim] = result
-
     # Checkpoints: the lanes, their victims and the finished; the optimizer's state is Lightning's to keep.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -521,7 +453,7 @@ class GradientMatchingAttack(LightningModule):
         self._awaiting, self._asked_at = saved["awaiting"], saved["asked_at"]
         self._lanes = {name: tensor.to(self.device) for name, tensor in saved["lanes"].items()}
         self._finished = [Reconstruction(**part) for part in saved["finished"]]
-        self.scores = {victim: VictimScore(**result) for victim, result in saved["scores"].items()}
+        self._auditor.scores = {victim: VictimScore(**result) for victim, result in saved["scores"].items()}
         if saved["shared"] is not None:
             shared = SharedGradient(**saved["shared"], protocol=self.victim.protocol)
             self._shared = shared.to(device=self.device)
@@ -529,9 +461,3 @@ class GradientMatchingAttack(LightningModule):
         for name, tensor in checkpoint["state_dict"].items():
             if name in parameters:
                 parameters[name].data = torch.empty_like(tensor, device=self.device)
-
-
-def describe_status(status: Sequence[int]) -> str:
-    """How many victims ended how, as in ``"97 converged, 3 stalled"``."""
-    counts = {name: sum(1 for value in status if value == index) for index, name in enumerate(STATUS)}
-    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)

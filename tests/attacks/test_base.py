@@ -11,7 +11,6 @@ from lightning import LightningDataModule, Trainer
 from torch import nn
 
 from leakage.attacks import PROTOCOLS
-from leakage.attacks.base import describe_status
 from leakage.datamodules import SharedGradientFiles
 from leakage.models import LeNet
 
@@ -149,8 +148,3 @@ def test_wants_one_process(case: Any, kit: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Trainer, "world_size", 2)
     with pytest.raises(ValueError, match=r"Expected a Trainer with one process .* but got 2"):
         kit.fit(case.attack(), kit.victims(victims=2))
-
-
-def test_describes_how_victims_ended() -> None:
-    assert describe_status([1, 1, 2, 4]) == "2 converged, 1 stalled, 1 exhausted"
-    assert describe_status([]) == ""

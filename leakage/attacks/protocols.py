@@ -1,0 +1,53 @@
+"""How attacks search: the protocol of the papers, and the robust one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Calls of the published protocol have 20 iterations, one evaluation each.
+ITERATIONS_PER_CALL = 20
+
+
+@dataclass(frozen=True)
+class SearchProtocol:
+    """How an attack searches; the values of ``protocol="robust"`` and ``protocol="published"``.
+
+    Attributes:
+        start_std: standard deviation of the normal distribution that dummies start from.
+        history_size: pairs that L-BFGS remembers.
+        tolerance: the objective at which a victim has converged.
+        max_evaluations: evaluations of the objective per start.
+        restarts: further starts for a victim that ended above ``restart_above``.
+        relative: whether the objective is divided by the squared norm of the shared gradient.
+        line_search: whether every victim shortens its own steps.
+    """
+
+    start_std: float
+    history_size: int
+    tolerance: float
+    max_evaluations: int
+    restarts: int
+    relative: bool
+    line_search: bool
+
+
+PROTOCOLS = {
+    "robust": SearchProtocol(
+        start_std=0.1,
+        history_size=200,
+        tolerance=1e-8,
+        max_evaluations=6000,
+        restarts=3,
+        relative=True,
+        line_search=True,
+    ),
+    "published": SearchProtocol(
+        start_std=1.0,
+        history_size=100,
+        tolerance=1e-6,
+        max_evaluations=300 * ITERATIONS_PER_CALL,
+        restarts=0,
+        relative=False,
+        line_search=False,
+    ),
+}
