@@ -47,7 +47,7 @@ def records(file: Path) -> Iterator[Record]:
 
 def _records_once_closed(file: Path) -> list[Record]:
     """All records, of a finished run: W&B's service closes the file some time after ``wandb.finish()`` returns."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while True:
         read = list(records(file))
         if any(record.WhichOneof("record_type") == "exit" for record in read):

@@ -1,6 +1,5 @@
 import math
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -188,19 +187,6 @@ def test_the_arguments_are_left_as_they_were(generator: torch.Generator) -> None
 def test_victim_scores_can_be_pickled() -> None:
     victim = VictimScore(mse=0.1, psnr=10.0, ssim=0.2, label_accuracy=1.0, success=0.0, final=False)
     assert pickle.loads(pickle.dumps(victim)) == victim
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_thousand_images_are_scored_within_a_second(dtype: torch.dtype, generator: torch.Generator) -> None:
-    images = torch.rand(1000, 1, 1, 28, 28, generator=generator, dtype=dtype)
-    found, labels = noisy(images, 0.1, generator), labels_of(images)
-    # Measured 0.15 s; all at once took 1 s, in double precision 12 s. The best of three tries.
-    seconds = []
-    for _ in range(3):
-        start = time.process_time()
-        score(found, labels, images, labels)
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 1.0
 
 
 @pytest.mark.parametrize("threshold", [0.0, -1e-3, math.nan])
