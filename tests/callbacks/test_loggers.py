@@ -213,7 +213,7 @@ def test_goes_on_offline_when_wandb_cannot_be_used(tmp_path: Path, key: str | No
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "W&B can't be used online" in done.stderr
