@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
+import re
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import nn
 
+from leakage import attacks, datamodules
 from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
 from leakage.callbacks.results import ResultsCallback
+from leakage.checkpoints import CHECKPOINT, AttackCheckpointIO
 from leakage.compare import FILES, check_output, compare, format_table
 from leakage.datamodules import SampleVictims, VictimDataModule
 
@@ -38,14 +43,22 @@ _CALLBACKS = [
     {"class_path": "leakage.callbacks.Gallery"},
     {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {
-            "filename": "last",
-            "every_n_train_steps": 200,
-            "save_on_train_epoch_end": False,
-            "enable_version_counter": False,
-        },
+        "init_args": CHECKPOINT,
     },
 ]
+_TRAINER = {
+    "max_epochs": 1,
+    # Optimizer's passes between two points of the curves `val/*`; nothing where there is no ground truth.
+    "val_check_interval": 50,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "plugins": [{"class_path": "leakage.checkpoints.AttackCheckpointIO"}],
+}
+# What may stand after `--model` and `--data`.
+_CLASSES: dict[str, tuple[type, tuple[object, ...]]] = {
+    "model": (GradientMatchingAttack, tuple(vars(attacks).values())),
+    "data": (VictimDataModule, tuple(vars(datamodules).values())),
+}
 
 
 class LeakageCLI(LightningCLI):
@@ -61,11 +74,26 @@ class LeakageCLI(LightningCLI):
         parser.set_defaults({"trainer.callbacks": _CALLBACKS})
 
     def instantiate_classes(self) -> None:
-        """Put the clients' network into evaluation mode, which a configuration has no other way to ask for."""
-        super().instantiate_classes()
+        """Put the clients' network into evaluation mode, which a configuration has no other way to ask for.
+
+        Raises:
+            MisconfigurationException: arguments that a class refuses; nothing has been run.
+        """
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(_own_words(error) or str(error)) from error
         model = getattr(self.datamodule, "model", None)
         if isinstance(model, nn.Module):
             model.eval()
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning's first look at the checkpoint, for the attack's configuration, is not through the plugin.
+        try:
+            super()._parse_ckpt_path()
+        except Exception:
+            AttackCheckpointIO().load_checkpoint(self.config[self.config.subcommand].ckpt_path)
+            raise
 
     def after_fit(self) -> None:
         """Tell where the results are."""
@@ -117,11 +145,18 @@ def fit(arguments: Sequence[str]) -> None:
             subclass_mode_data=True,
             seed_everything_default=False,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"max_epochs": 1, "num_sanity_val_steps": 0, "enable_model_summary": False},
-            parser_kwargs={"prog": "leakage"},
+            trainer_defaults=_TRAINER,
+            # Its own way to tell an error is to print the hundreds of options before it.
+            parser_kwargs={"prog": "leakage", "exit_on_error": False, "fit": {"exit_on_error": False}},
+            auto_configure_optimizers=False,
             args=list(arguments),
         )
-    except (ValueError, OSError) as error:
+    except argparse.ArgumentError as error:
+        sys.stderr.write(f"leakage fit: error: {_parsing(str(error))} See `leakage fit --help`.\n")
+        sys.exit(2)
+    except (OSError, MisconfigurationException) as error:
+        sys.exit(f"leakage fit: error: {_one_line(str(error))}")
+    except ValueError as error:
         # The library's own words for bad input; all else keeps its traceback.
         reason = _own_words(error)
         if reason is None:
@@ -132,9 +167,31 @@ def fit(arguments: Sequence[str]) -> None:
 def _own_words(error: Exception) -> str | None:
     """The message of an error of this library, also where jsonargparse quotes it in a list of what it tried."""
     if str(error).startswith("Expected "):
-        return str(error)
+        return _one_line(str(error))
     quoted = [line.strip() for line in str(error).splitlines() if line.strip().startswith("- Expected `")]
     return quoted[0].removeprefix("- ") if quoted else None
+
+
+def _parsing(message: str) -> str:
+    """An error of jsonargparse in one line; its words for an unknown class don't tell those that are known."""
+    unknown = re.search(r'Parser key "(model|data)":.*^ *Given value: ([\w.]+)$', message, re.DOTALL | re.MULTILINE)
+    if unknown is None:
+        return _one_line(message).rstrip(".") + "."
+    option, given = unknown.groups()
+    base, found = _CLASSES[option]
+    known = sorted(
+        entry.__name__
+        for entry in found
+        if isinstance(entry, type) and issubclass(entry, base) and entry is not base and not inspect.isabstract(entry)
+    )
+    return (
+        f"Expected `--{option}` to be one of {', '.join(known)}, or the import path of another subclass of "
+        f"{base.__module__}.{base.__name__}, but got {given!r}."
+    )
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
 
 
 def demo(arguments: Sequence[str]) -> None:
@@ -150,7 +207,7 @@ def demo(arguments: Sequence[str]) -> None:
     started = time.monotonic()
     quiet()
     try:
-        attacks: dict[str, GradientMatchingAttack] = {
+        both: dict[str, GradientMatchingAttack] = {
             "dlg": DLGAttack(seed=given.seed),
             "idlg": IDLGAttack(seed=given.seed),
         }
@@ -161,7 +218,12 @@ def demo(arguments: Sequence[str]) -> None:
         parser.error(str(error))
     print(f"DLG and iDLG on {given.victims} FashionMNIST images, a fresh random LeNet for each:", flush=True)
     try:
-        rows = compare(attacks, victims, given.output, dataset="sample", accelerator="cpu")
+        rows = compare(both, victims, given.output, dataset="sample", accelerator="cpu")
+    except (KeyboardInterrupt, SystemExit):
+        # Each attack has its folder, with what was done when the interrupt came.
+        begun = [str(given.output / name) for name in both if (given.output / name / "victims.csv").is_file()]
+        print(f"\nPartial results: {', '.join(begun) or 'none yet'}", file=sys.stderr)
+        raise
     except OSError as error:
         sys.exit(f"leakage demo: error: {error}")
     print(f"\n{format_table(rows)}\n")

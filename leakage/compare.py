@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
 import statistics
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from leakage.attacks import GradientMatchingAttack
 from leakage.callbacks import AttackProgressBar, Gallery, VictimTable
+from leakage.checkpoints import CHECKPOINT, AttackCheckpointIO
 from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.metrics import MeanOverVictims, ShareOverVictims, score
 from leakage.plots import plot_fidelity, plot_gallery, save_figure
 from leakage.reconstruction import Reconstruction
 
-# Passes between two checkpoints of a running attack.
-_CHECKPOINT_EVERY = 200
 # As the papers write the methods, in pictures and tables; others go by the name they are given.
 _WRITTEN = {"dlg": "DLG", "idlg": "iDLG"}
 FILES = ("summary.json", "victims.csv", "gallery.png", "fidelity.png")
@@ -109,13 +109,15 @@ def compare(
         One row per attack.
 
     Raises:
-        ValueError: before anything is run, no attacks, victims without ground truth, or with ``resume``
-            results of another configuration; and what the DataModule raises.
+        ValueError: before anything is run, no attacks, victims without ground truth, options that the
+            Trainer refuses, or with ``resume`` results that are damaged or of another configuration; and
+            what the DataModule raises.
         OSError: before anything is run, a folder that can't be written; later, a file that can't be.
     """
     if not attacks:
         raise ValueError("Expected `attacks` to name at least one attack, but got none.")
     folder = Path(output)
+    _check_options(trainer)
     check_output(folder)
     victims.prepare_data()
     victims.setup("fit")
@@ -211,7 +213,7 @@ class _Bar(AttackProgressBar):
     """The bar with the method's name before it."""
 
     def __init__(self, method: str) -> None:
-        super().__init__(leave=True)
+        super().__init__()
         self._method = _WRITTEN.get(method, method)
 
     @property
@@ -219,15 +221,22 @@ class _Bar(AttackProgressBar):
         return self._method
 
 
-class _WholeFiles(TorchCheckpointIO):
-    """A checkpoint is replaced whole or not at all, also where temporary files lie on another disk."""
+def _defaults() -> dict[str, Any]:
+    return {
+        "max_epochs": 1,
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "plugins": [AttackCheckpointIO()],
+    }
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
-        partial = Path(f"{os.fspath(path)}.partial")
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        partial.replace(path)
+
+def _check_options(trainer: dict[str, Any]) -> None:
+    """Let the Trainer look at its options before any result of an earlier comparison is touched."""
+    try:
+        Trainer(logger=False, **(_defaults() | trainer))
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in trainer.items())
+        raise ValueError(f"Expected options that the Trainer takes, but got {given}: {error}") from error
 
 
 def _run(
@@ -246,23 +255,11 @@ def _run(
         timer,
         VictimTable(folder),
         Gallery(folder),
-        ModelCheckpoint(
-            folder,
-            filename="last",
-            every_n_train_steps=_CHECKPOINT_EVERY,
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-        ),
+        ModelCheckpoint(folder, **CHECKPOINT),
     ]
     if trainer.get("enable_progress_bar", True):
         callbacks.append(_Bar(name))
-    defaults: dict[str, Any] = {
-        "max_epochs": 1,
-        "num_sanity_val_steps": 0,
-        "enable_model_summary": False,
-        "plugins": [_WholeFiles()],
-    }
-    runner = Trainer(logger=logger, callbacks=callbacks, **(defaults | trainer))
+    runner = Trainer(logger=logger, callbacks=callbacks, **(_defaults() | trainer))
     runner.fit(attack, datamodule=victims, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
     return timer.time_elapsed("train")
 
@@ -302,7 +299,16 @@ def _read_row(folder: Path, configuration: dict[str, Any]) -> Row | None:
     record = folder / "run.json"
     if not record.is_file():
         return None
-    saved = json.loads(record.read_text())
+    damaged = (
+        f"Expected '{record}' to be the whole record of a run, but got {{}}. Remove '{folder}' to run this method "
+        "again, or choose another `output`."
+    )
+    try:
+        saved = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(damaged.format(f"no JSON ({error})")) from error
+    if not isinstance(saved, dict) or not isinstance(saved.get("configuration"), dict) or "row" not in saved:
+        raise ValueError(damaged.format("another file"))
     differing = _differing(saved["configuration"], json.loads(json.dumps(configuration)))
     if differing:
         raise ValueError(
@@ -312,6 +318,8 @@ def _read_row(folder: Path, configuration: dict[str, Any]) -> Row | None:
     row = saved["row"]
     if row is None:
         return None
+    if not isinstance(row, dict) or row.keys() != {field.name for field in fields(Row)}:
+        raise ValueError(damaged.format("a row of other columns"))
     for name, value in row.items():
         if isinstance(value, list):
             row[name] = tuple(value)
@@ -335,20 +343,37 @@ def _write_together(folder: Path, names: list[str], victims: VictimDataModule, d
     """What shows all methods at once, made from the files of each, so that resumed methods are in it."""
     tables = {}
     for name in names:
-        with (folder / name / "victims.csv").open(newline="") as file:
-            tables[name] = list(csv.DictReader(file))
-    with (folder / "victims.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        columns = list(tables[names[0]][0])
-        writer.writerow(["method", *columns])
-        for name, table in tables.items():
-            for row in sorted(table, key=lambda row: int(row["victim"])):
-                writer.writerow([name, *(row[column] for column in columns)])
+        tables[name] = _read_table(folder / name / "victims.csv", victims.victims)
+    columns = list(tables[names[0]][0])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["method", *columns])
+    for name, table in tables.items():
+        for row in table:
+            writer.writerow([name, *(row[column] for column in columns)])
+    _write_text(folder / "victims.csv", text.getvalue())
     curves = {
         _WRITTEN.get(name, name): torch.tensor([float(row["mse"]) for row in table]) for name, table in tables.items()
     }
     save_figure(plot_fidelity(curves, title=f"{dataset}: fidelity of the reconstructions"), folder / "fidelity.png")
     _gallery(folder, names, victims, dataset)
+
+
+def _read_table(path: Path, victims: int) -> list[dict[str, str]]:
+    """The rows that :class:`~leakage.callbacks.VictimTable` has written of all victims, in their order."""
+    damaged = f"Expected '{path}' to be the whole table of {victims} victims, but got"
+    if not path.is_file():
+        raise ValueError(f"{damaged} no such file. Remove '{path.parent}' to run this method again.")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        numbers = [(int(row["victim"]), float(row["mse"])) for row in rows]
+    except (KeyError, TypeError, ValueError):
+        numbers = []
+    # A line cut short lacks values.
+    if sorted(victim for victim, _ in numbers) != list(range(victims)) or any(None in row.values() for row in rows):
+        raise ValueError(f"{damaged} another file. Remove '{path.parent}' to run this method again.")
+    return sorted(rows, key=lambda row: int(row["victim"]))
 
 
 def _gallery(folder: Path, names: list[str], victims: VictimDataModule, dataset: str) -> None:
@@ -359,8 +384,15 @@ def _gallery(folder: Path, names: list[str], victims: VictimDataModule, dataset:
     captions = [[f"label {label}"] for label in truth.labels.flatten().tolist()]
     for name in names:
         parts = sorted((folder / name / "reconstructions").glob("cohort_*.safetensors"))
-        found = Reconstruction.cat([Reconstruction.load(path) for path in parts])
-        place = {victim: index for index, victim in enumerate(found.ids.tolist())}
+        place: dict[int, int] = {}
+        if parts:
+            found = Reconstruction.cat([Reconstruction.load(path) for path in parts])
+            place = {victim: index for index, victim in enumerate(found.ids.tolist())}
+        if not place.keys() >= set(truth.ids.tolist()):
+            raise ValueError(
+                f"Expected '{folder / name / 'reconstructions'}' to hold the reconstructions of all victims, but got "
+                f"{len(place)} of them. Remove '{folder / name}' to run this method again."
+            )
         found = found.select(torch.tensor([place[victim] for victim in truth.ids.tolist()]))
         scores = score(found.images.to(truth.images), found.labels, truth.images, truth.labels)
         # Each image beside the true one that it was paired with for its scores.
@@ -397,10 +429,18 @@ def _percent(value: float, interval: tuple[float, float]) -> str:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8", newline="")
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(f"Expected to write '{path}', but got: {error}") from error
 
 
 def _finite(content: Any) -> Any:

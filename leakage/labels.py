@@ -25,9 +25,9 @@ def check_label_rule(victim: Victim) -> None:
     if victim.classifier is None:
         raise ValueError(
             "Expected logits that are the output of an nn.Linear layer, whose gradient iDLG's rule reads, "
-            f"but got a {type(victim.model).__name__} that ends in something else. {instead}"
+            f"but got logits from {victim.logits_from}. {instead}"
         )
-    if f"{victim.classifier}.weight" not in victim.trainable:
+    if not {f"{victim.classifier}.weight", f"{victim.classifier}.bias"} & {*victim.trainable}:
         raise ValueError(
             f"Expected the last layer {victim.classifier!r} to share its gradient, but got frozen weights. {instead}"
         )
@@ -38,10 +38,14 @@ def infer_labels(shared: SharedGradient, victim: Victim) -> Tensor:
 
     With cross-entropy the gradient of logit k, averaged over the N images, is
     :math:`\bar p_k - n_k / N` with :math:`n_k` the images of class k. It is the gradient of the last
-    layer's bias; without a bias, the sum of row k of its weight gradient has the same sign where the
-    layer's inputs are not negative (after a sigmoid or a ReLU). For one image only the true class is
-    negative: the rule is exact. For more, the most negative class is taken and one image's share
-    added back to it, N times, which finds repeated labels as long as predictions are near uniform.
+    layer's bias. For one image only the true class is negative: the rule is exact. Without a bias the
+    rows of the weight gradient are multiples of one vector, and the true class is the one whose row
+    points against all others (of two classes, the one whose row has a negative sum, which is exact
+    where the layer's inputs are not negative, as after a sigmoid or a ReLU).
+
+    For several images the most negative class is taken and one image's share added back to it, N
+    times, which finds repeated labels as long as predictions are near uniform. Without a bias the sums
+    of the rows take its place, and the layer's inputs must not be negative.
 
     Args:
         shared: gradients of V victims.
@@ -71,7 +75,8 @@ def infer_labels(shared: SharedGradient, victim: Victim) -> Tensor:
         push = shared.gradients[bias].clone()
         share = torch.full_like(push[:, 0], 1 / count if victim.protocol.reduction == "mean" else 1.0)
     else:
-        push = shared.gradients[f"{victim.classifier}.weight"].sum(-1)
+        rows = shared.gradients[f"{victim.classifier}.weight"]
+        push = rows.sum(-1) if count > 1 else _against_the_others(rows)
         # One image's share is not known without a bias; what all negative rows hold comes from N images.
         share = -push.clamp(max=0).sum(1) / count
     labels = []
@@ -80,3 +85,12 @@ def infer_labels(shared: SharedGradient, victim: Victim) -> Tensor:
         labels.append(most)
         push = push.scatter_add(1, most[:, None], share[:, None])
     return torch.stack(labels, dim=1).sort(dim=1).values
+
+
+def _against_the_others(rows: Tensor) -> Tensor:
+    """Rows ``(V, K, D)`` that are multiples of one vector as multiples ``(V, K)``, signed so that most are positive."""
+    longest = rows.square().sum(-1).argmax(dim=1)
+    along = torch.einsum("vkd,vd->vk", rows, rows[torch.arange(len(rows), device=rows.device), longest])
+    surplus = along.sign().sum(1)
+    # As many one way as the other: the signs alone do not tell which is which.
+    return torch.where((surplus == 0)[:, None], rows.sum(-1), along * surplus.sign()[:, None])

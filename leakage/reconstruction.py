@@ -25,7 +25,8 @@ class Reconstruction:
         ids: ``(V,)``, the victims' numbers.
         images: ``(V, N, C, H, W)``; the truth lies in [0, 1], the reconstruction is not clamped.
         labels: ``(V, N)``, class indices.
-        loss: ``(V,)``, the attack's objective at ``images``.
+        loss: ``(V,)``, the attack's own objective at ``images``; under the robust protocol relative to
+            the squared norm of the shared gradient.
         iterations: ``(V,)``, accepted steps, over all restarts.
         evaluations: ``(V,)``, evaluations of the objective and its gradient, over all restarts.
         restarts: ``(V,)``, starts after the first.

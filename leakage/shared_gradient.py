@@ -143,9 +143,11 @@ class SharedGradient:
 
     def check(self) -> None:
         """Raise a ``ValueError`` unless shapes agree and every number is finite."""
-        if self.ids.ndim != 1 or not len(self.ids) or self.ids.is_floating_point():
+        whole = not self.ids.is_floating_point() and self.ids.dtype != torch.bool
+        if self.ids.ndim != 1 or not len(self.ids) or not whole or bool((self.ids < 0).any()):
             raise ValueError(
-                f"Expected `ids` as whole numbers of shape (V,), but got {self.ids.dtype} {tuple(self.ids.shape)}."
+                f"Expected `ids` as whole numbers of at least 0 and shape (V,), but got {self.ids.dtype} "
+                f"{tuple(self.ids.shape)}, {self.ids.flatten()[:5].tolist()}."
             )
         victims = len(self.ids)
         if not self.gradients:

@@ -77,7 +77,7 @@ class Victim:
             raise ValueError(
                 "Expected `model` to have parameters that require gradients, but got none: nothing is shared."
             )
-        self.classifier, num_classes = _inspect(self.model, tuple(image_shape))
+        self.classifier, self.logits_from, num_classes = _inspect(self.model, tuple(image_shape))
         self.model.requires_grad_(False)
         self.protocol = Protocol(
             image_shape=tuple(image_shape),
@@ -252,16 +252,16 @@ def _check_deterministic(model: nn.Module) -> None:
             )
 
 
-def _inspect(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[str | None, int]:
-    """Name of the linear layer whose output are the logits (None if there is none) and their number."""
+def _inspect(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[str | None, str, int]:
+    """The linear layer whose output are the logits (None if there is none), their origin and their number."""
     parameter = next(model.parameters())
     outputs: list[tuple[str, Tensor]] = []
 
     def record(name: str) -> Any:
         return lambda module, inputs, output: outputs.append((name, output))
 
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    hooks = [module.register_forward_hook(record(name)) for name, module in linear.items()]
+    leaves = {name: module for name, module in model.named_modules() if not any(True for _ in module.children())}
+    hooks = [module.register_forward_hook(record(name)) for name, module in leaves.items()]
     try:
         with torch.no_grad():
             logits = model(torch.zeros(1, *image_shape, dtype=parameter.dtype, device=parameter.device))
@@ -283,9 +283,16 @@ def _inspect(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[str | None
             "Expected `model` to be a function of images and weights alone that `torch.func.vmap` can run "
             f"(no dropout by `torch.nn.functional`, no statistics updated on the way), but got: {error}"
         ) from error
-    if outputs and outputs[-1][1] is logits:
-        return outputs[-1][0], logits.shape[1]
-    return None, logits.shape[1]
+    if not outputs:
+        return None, type(model).__name__, logits.shape[1]
+    # An nn.Identity behind the linear layer hands its output on.
+    linear = [pair for pair in outputs if pair[1] is logits and isinstance(leaves[pair[0]], nn.Linear)]
+    with_weights = [pair for pair in outputs if [*leaves[pair[0]].parameters()]]
+    name, output = (linear or with_weights or outputs)[-1]
+    times = sum(1 for other, _ in outputs if other == name)
+    origin = f"{type(leaves[name]).__name__} {name!r}"
+    origin += f", applied {times} times" if times > 1 else "" if output is logits else " and operations after it"
+    return name if linear and times == 1 else None, origin, logits.shape[1]
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -66,7 +67,9 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("idlg", "sample", 3),
     ]
     assert rows[1]["label_accuracy"] == 1.0
-    assert rows[1]["mse_median"] < 1e-3
+    for row in rows:
+        assert row["success_rate"] == 1.0, row["method"]
+        assert row["mse_median"] < 1e-3
     # No terminal here: no flood of the bar's updates, and no warnings.
     assert len(said.out) < 5000
     assert said.err == ""
@@ -107,7 +110,31 @@ def test_an_interrupt_ends_quietly(
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning has turned it off
     assert "Interrupted." in said
+    if command == "demo":
+        assert "Partial results: none yet" in said
     assert "Traceback" not in said
+
+
+def test_an_interrupted_demo_tells_where_the_partial_results_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import signal
+
+    handler = signal.getsignal(signal.SIGINT)
+    step = IDLGAttack.training_step
+
+    def interrupt(self: IDLGAttack, batch: object, batch_idx: int) -> None:
+        if self.iteration == 5:
+            raise KeyboardInterrupt
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(IDLGAttack, "training_step", interrupt)
+    try:
+        said = refused(capsys, "demo", "--victims", "1", code=130)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert f"Partial results: {Path('demo/dlg')}, {Path('demo/idlg')}" in said
+    assert "running" in Path("demo/idlg/victims.csv").read_text()
 
 
 # Fit.
@@ -142,6 +169,7 @@ def test_configs_are_taken(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     config = yaml.safe_load(said)
     assert config["model"]["class_path"] == "leakage.attacks.IDLGAttack"
     assert config["trainer"]["logger"]["init_args"]["save_dir"] == "results"
+    assert config["trainer"]["val_check_interval"] == 50
     callbacks = [callback["class_path"].rsplit(".", 1)[-1] for callback in config["trainer"]["callbacks"]]
     assert callbacks == ["AttackProgressBar", "VictimTable", "Gallery", "ModelCheckpoint"]
 
@@ -173,6 +201,73 @@ def test_fit_refuses_bad_input_in_one_line(
     assert said.startswith("leakage fit: error: Expected ")
     assert message in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer", "SGD"], "unrecognized arguments: --optimizer SGD"),
+        (["--lr_scheduler", "StepLR"], "unrecognized arguments: --lr_scheduler StepLR"),
+        (["--data.victims", "many"], 'Parser key "data'),
+        (["--model", "Nope"], "Expected `--model` to be one of DLGAttack, IDLGAttack, or the import path of another"),
+        (["--data", "torch.nn.Linear"], "Expected `--data` to be one of CIFAR100Victims, CIFAR10Victims, Fashion"),
+    ],
+)
+def test_fit_refuses_what_it_does_not_know_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    said = refused(capsys, "fit", "--model", "IDLGAttack", "--data", "SampleVictims", *arguments)
+    assert said.startswith("leakage fit: error: ")
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.max_steps", "-5"], "`max_steps` must be a non-negative integer or -1"),
+        (["--trainer.accelerator", "nonsense"], "accelerator='nonsense'"),
+        (["--trainer.default_root_dir", "file/x"], "file/x"),
+        (["--ckpt_path", "none.ckpt"], "Expected a whole checkpoint of an attack at 'none.ckpt', but got no such file"),
+        (["--ckpt_path", "empty.ckpt"], "Expected a whole checkpoint of an attack at 'empty.ckpt', but got a file"),
+        (["--ckpt_path", "file"], "Expected a whole checkpoint of an attack at 'file', but got a file that is trunc"),
+        (["--ckpt_path", "foreign.ckpt"], "at 'foreign.ckpt', but got a file of another kind"),
+        (["--ckpt_path", "code.ckpt"], "at 'code.ckpt', but got a file that is truncated or of another kind"),
+    ],
+)
+def test_fit_tells_an_error_of_others_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "file").write_text("no checkpoint")
+    (tmp_path / "empty.ckpt").touch()
+    torch.save({"state_dict": {}, "hyper_parameters": {"lr": 0.1}}, tmp_path / "foreign.ckpt")
+    torch.save(Path, tmp_path / "code.ckpt")
+    data = ["--data.victims", "1", *FEW]
+    said = refused(capsys, "fit", "--model", "IDLGAttack", "--data", "SampleVictims", *data, *arguments)
+    assert said.startswith("leakage fit: error: ")
+    assert message in said
+    assert "\n" not in said
+    assert "weights_only" not in said
+
+
+def test_the_scores_are_curves_and_change_no_reconstruction(tmp_path: Path) -> None:
+    config = str(ROOT / "experiments" / "idlg" / "sample.yaml")
+    data = ["--data.victims", "2", "--model.max_evaluations", "25", "--model.restarts", "0"]
+    steps = []
+    for name, every in (("often", "10"), ("once", "1000")):
+        main(
+            ["fit", "--config", config, *data, f"--trainer.logger.name={name}", f"--trainer.val_check_interval={every}"]
+        )
+        folder = tmp_path / "results" / name / "version_0"
+        with (folder / "metrics.csv").open(newline="") as file:
+            steps.append([int(row["step"]) for row in csv.DictReader(file) if row["val/mse"]])
+    assert len(steps[0]) == 3
+    assert len(steps[1]) == 1
+    often, once = (
+        (tmp_path / "results" / name / "version_0" / "reconstructions" / "cohort_0000.safetensors").read_bytes()
+        for name in ("often", "once")
+    )
+    assert often == once
 
 
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

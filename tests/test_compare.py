@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def break_off(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 
 @pytest.mark.parametrize("at", [10, 47])
 def test_resumed_is_as_never_stopped(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    monkeypatch.setattr(module, "_CHECKPOINT_EVERY", 20)
+    monkeypatch.setitem(module.CHECKPOINT, "every_n_train_steps", 20)
     with monkeypatch.context() as patch:
         break_off(patch, at)
         with pytest.raises(SystemError, match="killed"):
@@ -151,6 +152,67 @@ def test_resume_refuses_another_configuration(done: Path) -> None:
         run(done, methods={"idlg": attacks()["dlg"]}, resume=True)
     with pytest.raises(ValueError, match=r"`precision`: None there, '64-true' here"):
         run(done, precision="64-true", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "idlg/run.json",
+            '{"configuration": {',
+            r"Expected '.*run.json' to be the whole record of a run, but got no JSON",
+        ),
+        ("idlg/run.json", "[]", r"Expected '.*run.json' to be the whole record of a run, but got another file"),
+        (
+            "idlg/victims.csv",
+            "victim,mse\n0,0.5\n",
+            r"Expected '.*victims.csv' to be the whole table of 4 victims, but",
+        ),
+        ("idlg/victims.csv", None, r"Expected '.*victims.csv' to be the whole table .* but got no such file"),
+        ("idlg/reconstructions/cohort_0001.safetensors", None, "to hold the reconstructions of all victims, but got 3"),
+    ],
+)
+def test_resume_refuses_damaged_results(
+    done: Path, tmp_path: Path, file: str, content: str | None, message: str
+) -> None:
+    shutil.copytree(done, tmp_path / "copy")
+    damaged = tmp_path / "copy" / file
+    damaged.unlink() if content is None else damaged.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "copy", resume=True)
+
+
+def test_resume_refuses_a_row_of_other_columns(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done, tmp_path / "copy")
+    record = tmp_path / "copy" / "idlg" / "run.json"
+    content = json.loads(record.read_text())
+    del content["row"]["victims"]
+    record.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"Expected '.*run.json' .* but got a row of other columns. Remove"):
+        run(tmp_path / "copy", resume=True)
+
+
+def test_refuses_options_of_the_trainer_before_it_touches_results(done: Path) -> None:
+    before = {name: (done / name).read_bytes() for name in FILES}
+    with pytest.raises(ValueError, match=r"Expected options that the Trainer takes, but got .*max_steps=-5"):
+        run(done, max_steps=-5)
+    assert {name: (done / name).read_bytes() for name in FILES} == before
+
+
+def test_the_victims_of_all_methods_are_written_whole_or_not_at_all(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(done, tmp_path / "copy")
+    before = (tmp_path / "copy" / "victims.csv").read_bytes()
+
+    def full(self: Path, text: str, **options: Any) -> None:
+        self.write_bytes(text[:10].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"Expected to write '.*victims.csv', but got: .*No space left"):
+        run(tmp_path / "copy", resume=True)
+    assert (tmp_path / "copy" / "victims.csv").read_bytes() == before
 
 
 def test_without_resume_replaces_an_earlier_comparison(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

@@ -109,14 +109,14 @@ ERRORS: list[Any] = [
     pytest.param(
         nn.Sequential(nn.Conv2d(3, 5, 2), nn.Flatten()),
         {},
-        r"Expected logits that are the output of an nn\.Linear layer.*, but got a Sequential that ends in "
-        r"something else\. Use DLGAttack",
+        r"Expected logits that are the output of an nn\.Linear layer.*, but got logits from Conv2d '0' and "
+        r"operations after it\. Use DLGAttack",
         id="convolution",
     ),
     pytest.param(
         nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.Softplus()),
         {},
-        r"Expected logits that are the output of an nn\.Linear layer.*, but got a Sequential that ends",
+        r"Expected logits that are the output of an nn\.Linear layer.*, but got logits from Linear '1' and ",
         id="activation",
     ),
     pytest.param(
@@ -139,3 +139,31 @@ def test_says_why_the_rule_does_not_apply_and_what_does(
     shared = victim.share(images, labels)
     with pytest.raises(ValueError, match=message):
         infer_labels(shared, victim)
+
+
+@pytest.mark.parametrize("classes", [3, 4, 20])
+@pytest.mark.parametrize("seed", range(5))
+def test_exact_for_one_image_without_bias_where_inputs_are_negative(seed: int, classes: int) -> None:
+    model = network(seed, classes=classes, width=6, bias=False, activation=nn.LogSigmoid(), scale=1.0)
+    victim = Victim(model, image_shape=(3, 2, 2))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (40, 1), generator=generator)
+    shared = victim.share(torch.rand(40, 1, 3, 2, 2, generator=generator), labels)
+    rows = shared.gradients[f"{victim.classifier}.weight"].sum(-1)
+    assert not torch.equal(rows.argmin(1, keepdim=True), labels), "the sums of the rows alone are not enough"
+    assert torch.equal(infer_labels(shared, victim), labels)
+
+
+def test_a_frozen_weight_leaves_the_bias_to_read() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    model[1].weight.requires_grad_(False)
+    victim = Victim(model, image_shape=(3, 2, 2))
+    labels = torch.tensor([[2], [0], [1]])
+    assert torch.equal(infer_labels(victim.share(torch.rand(3, 1, 3, 2, 2), labels), victim), labels)
+
+
+def test_a_linear_layer_that_is_applied_twice_tells_no_labels() -> None:
+    layer = nn.Linear(12, 12)
+    victim = Victim(nn.Sequential(nn.Flatten(), layer, nn.Sigmoid(), layer), image_shape=(3, 2, 2))
+    with pytest.raises(ValueError, match=r"but got logits from Linear '1', applied 2 times\. Use DLGAttack"):
+        infer_labels(victim.share(torch.rand(1, 1, 3, 2, 2), torch.tensor([[4]])), victim)

@@ -186,7 +186,8 @@ def change(**changes: object) -> Callable[[SharedGradient], SharedGradient]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (change(ids=torch.tensor(3)), r"`ids` as whole numbers of shape \(V,\), but got torch.int64 \(\)"),
+        (change(ids=torch.tensor(3)), r"`ids` as whole numbers of at least 0 and shape \(V,\), but got torch.int64 "),
+        (change(ids=torch.tensor([0, -1])), r"`ids` as whole numbers of at least 0 .*\(2,\), \[0, -1"),
         (change(ids=torch.zeros(3, 1, dtype=torch.int64)), r"`ids` .* but got torch.int64 \(3, 1\)"),
         (change(ids=torch.zeros(3)), r"`ids` as whole numbers .* but got torch.float32 \(3,\)"),
         (change(ids=torch.zeros(0, dtype=torch.int64)), r"`ids` .* but got torch.int64 \(0,\)"),

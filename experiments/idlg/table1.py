@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             precision=given.precision,
         )
     except (ValueError, OSError) as error:
-        if str(error).startswith("Expected "):
+        if isinstance(error, OSError) or str(error).startswith("Expected "):
             sys.exit(f"{parser.prog}: error: {error}")
         raise
     print(f"\n{format_table(rows)}\n")

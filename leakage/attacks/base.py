@@ -26,6 +26,8 @@ from leakage.victim import Victim, victim_seed
 _LEAVING_SHARE = 1 / 8
 # The next cohort is admitted when this share of one is still running, so that no cohort waits for stragglers.
 _CARRIED_SHARE = 1 / 4
+# L-BFGS needs gradients that are more precise than those of half precision.
+_PRECISIONS = ("32-true", "64-true")
 
 
 class GradientMatchingAttack(LightningModule):
@@ -35,7 +37,10 @@ class GradientMatchingAttack(LightningModule):
 
     .. math:: D(x) = \sum_l \lVert \nabla_{\theta_l} \ell(x) - g^*_l \rVert_2^2
 
-    by L-BFGS with a state of its own. One training step is one evaluation of the objective for
+    by L-BFGS with a state of its own; the robust protocol divides D by :math:`\lVert g^* \rVert_2^2`, so
+    that its losses and thresholds mean the same for every network.
+
+    One training step is one evaluation of the objective for
     every victim in the lanes. A victim that has converged, diverged, stalled or spent its budget
     leaves with its best iterate by this objective; the next cohort enters as soon as there is room,
     and training ends when every victim is done: one epoch is all victims.
@@ -49,13 +54,14 @@ class GradientMatchingAttack(LightningModule):
             search of the papers: full steps, N(0, 1) start, 300 calls of 20 iterations).
         seed: of the starts; victim and restart have their own streams, however victims are grouped.
         success_threshold: an image counts as reconstructed if its MSE is below this.
-        restart_above: a victim that ends above this objective may start again.
+        restart_above: a victim that ends above this objective may start again, within ``restarts``.
         start_std, history_size, tolerance, max_evaluations, restarts: replace the protocol's value,
             see :class:`SearchProtocol`.
 
     Raises:
         ValueError: an unknown protocol or a number out of its range; in ``fit``, a DataModule that is
-            no :class:`~leakage.datamodules.VictimDataModule`, or a checkpoint of another configuration.
+            no :class:`~leakage.datamodules.VictimDataModule`, a precision other than ``"32-true"`` and
+            ``"64-true"``, or a checkpoint of another configuration.
     """
 
     def __init__(
@@ -172,7 +178,12 @@ class GradientMatchingAttack(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Look at the victims, and make dummies of their shape."""
+        if stage != "fit":
+            raise ValueError(
+                f"Expected `Trainer.fit`, which runs and scores an attack, but got `Trainer.{str.__str__(stage)}`."
+            )
         datamodule = self._datamodule
+        check_choice("precision", self.trainer.precision, _PRECISIONS)
         if self.trainer.world_size > 1:
             raise ValueError(
                 "Expected a Trainer with one process (devices=1, num_nodes=1), whose lanes hold many victims, but got "
@@ -413,6 +424,7 @@ class GradientMatchingAttack(LightningModule):
         shared = self._shared
         checkpoint["leakage"] = {
             "attack": type(self).__name__,
+            "precision": self.trainer.precision,
             "iteration": self.iteration,
             "cohorts": self._cohorts,
             "awaiting": self._awaiting,
@@ -449,6 +461,10 @@ class GradientMatchingAttack(LightningModule):
         if differing:
             listed = ", ".join(f"{name}={old!r} (now {new!r})" for name, (old, new) in differing.items())
             raise ValueError(f"Expected the configuration of the checkpoint, but got another: it has {listed}.")
+        if saved["precision"] != self.trainer.precision:
+            raise ValueError(
+                f"Expected the checkpoint's precision {saved['precision']!r}, but got {self.trainer.precision!r}."
+            )
         self.iteration, self._cohorts = saved["iteration"], saved["cohorts"]
         self._awaiting, self._asked_at = saved["awaiting"], saved["asked_at"]
         self._lanes = {name: tensor.to(self.device) for name, tensor in saved["lanes"].items()}

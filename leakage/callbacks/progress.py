@@ -28,17 +28,17 @@ class AttackProgressBar(TQDMProgressBar):
     are none (before the first validation, or without ground truth) the bar tells instead how many
     finished victims ``converged`` by the attack's own objective.
 
-    The bars of validation epochs during ``fit`` are off, since they would only flicker.
+    The bar stays on the screen when the run is over. The bars of validation epochs during ``fit`` are
+    off, since they would only flicker.
 
     Args:
         refresh_rate: training steps between two updates, which are also at least 0.1 s apart; 0 turns
             the bar off. In a file or a pipe they are at least 30 s apart.
         process_position: lines to leave free above the bar.
-        leave: keep one bar for each epoch on the screen.
     """
 
-    def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
-        super().__init__(refresh_rate, process_position, leave)
+    def __init__(self, refresh_rate: int = 1, process_position: int = 0) -> None:
+        super().__init__(refresh_rate, process_position)
         self._converged = (0, 0)
         self._told = -math.inf
 
@@ -79,13 +79,13 @@ class AttackProgressBar(TQDMProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start where the attack stands, which after a resume is not zero."""
         super().on_train_start()
-        self._restart(pl_module)
+        attack = cast("GradientMatchingAttack", pl_module)
+        bar = self.train_progress_bar
+        bar.reset(total=attack.expected_victims)
+        bar.initial = bar.n = attack.num_done
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the same bar, or a new one if each is left on the screen."""
-        if self._leave and trainer.current_epoch:
-            self.train_progress_bar = self.init_train_tqdm()
-            self._restart(pl_module)
+        """Keep the bar as it is: it counts victims, all of which belong to one epoch."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -100,8 +100,6 @@ class AttackProgressBar(TQDMProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell how far it is, with the scores of the validation just before."""
         self._tell(trainer, pl_module)
-        if self._leave:
-            self.train_progress_bar.close()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the new scores."""
@@ -109,12 +107,6 @@ class AttackProgressBar(TQDMProgressBar):
         self.reset_dataloader_idx_tracker()
         if self._train_progress_bar is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._tell(trainer, pl_module)
-
-    def _restart(self, pl_module: LightningModule) -> None:
-        attack = cast("GradientMatchingAttack", pl_module)
-        bar = self.train_progress_bar
-        bar.reset(total=attack.expected_victims)
-        bar.initial = bar.n = attack.num_done
 
     def _tell(self, trainer: Trainer, pl_module: LightningModule) -> None:
         bar = self.train_progress_bar

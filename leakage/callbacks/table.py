@@ -58,8 +58,9 @@ class VictimTable(ResultsCallback):
       :class:`~leakage.reconstruction.Reconstruction`: the victims that finished after the cohort of that
       number began and before the next did.
 
-    After an interrupt ``victims.csv`` ends with the victims that were still running (status ``running``),
-    and ``reconstructions/unfinished.safetensors`` holds their best iterates so far.
+    After an interrupt, or where the Trainer's limits ended the run, ``victims.csv`` ends with the victims
+    that were still running (status ``running``), and ``reconstructions/unfinished.safetensors`` holds their
+    best iterates so far.
 
     They are written before the next cohort begins, after every validation (which brings the scores) and
     when the run ends. W&B gets the same rows as a table with the key ``victims`` at the end, the first
@@ -135,9 +136,12 @@ class VictimTable(ResultsCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write everything, what could not be written before included, and log the table."""
+        attack = cast("GradientMatchingAttack", pl_module)
         if trainer.is_global_zero:
             self._write(self._unfinished, lambda path: path.unlink(missing_ok=True))
-        self._save(trainer, cast("GradientMatchingAttack", pl_module))
+        self._save(trainer, attack)
+        # The Trainer's own limits (max_steps, max_time) end a run before all victims are done.
+        self._save_unfinished(trainer, attack)
         self._log(trainer, cast("GradientMatchingAttack", pl_module))
         super().on_fit_end(trainer, pl_module)
 

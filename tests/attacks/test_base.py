@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from leakage.attacks import PROTOCOLS
+from leakage.attacks import PROTOCOLS, IDLGAttack
 from leakage.datamodules import SharedGradientFiles
 from leakage.models import LeNet
 
@@ -92,7 +93,7 @@ def frozen_last() -> nn.Module:
 
 REFUSED = [
     pytest.param({"loss": "mean_squared_error"}, "needs_cross_entropy", "but got loss 'mean_squared_error'", id="loss"),
-    pytest.param({"model": conv_last()}, "needs_linear_last_layer", "but got a Sequential that ends in", id="conv"),
+    pytest.param({"model": conv_last()}, "needs_linear_last_layer", "but got logits from Conv2d '2' and", id="conv"),
     pytest.param(
         {"model": frozen_last()},
         "needs_linear_last_layer",
@@ -148,3 +149,24 @@ def test_wants_one_process(case: Any, kit: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Trainer, "world_size", 2)
     with pytest.raises(ValueError, match=r"Expected a Trainer with one process .* but got 2"):
         kit.fit(case.attack(), kit.victims(victims=2))
+
+
+def test_refuses_what_is_no_fit_and_keeps_what_it_has(kit: Any) -> None:
+    victims = kit.victims(victims=2)
+    attack = kit.fit(IDLGAttack(), victims)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(ValueError, match=r"Expected `Trainer.fit`, .* but got `Trainer.validate`"):
+        trainer.validate(attack, datamodule=victims)
+    kit.assert_successful(attack, 2)
+
+
+def test_refuses_half_precision(kit: Any) -> None:
+    with pytest.raises(ValueError, match=r"Expected `precision` to be one of \['32-true', '64-true'\], but got 'bf16-"):
+        kit.fit(IDLGAttack(), kit.victims(victims=1), precision="bf16-true")
+
+
+def test_refuses_a_checkpoint_of_another_precision(kit: Any, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="early", every_n_train_steps=3)
+    kit.fit(IDLGAttack(), kit.victims(victims=1), callbacks=[saver], enable_checkpointing=True, max_steps=3)
+    with pytest.raises(ValueError, match=r"Expected the checkpoint's precision '32-true', but got '64-true'"):
+        kit.fit(IDLGAttack(), kit.victims(victims=1), precision="64-true", ckpt_path=str(tmp_path / "early.ckpt"))

@@ -221,10 +221,21 @@ def test_leaves_the_global_random_states_alone(case: Any, kit: Any) -> None:
 
 def test_never_sees_the_truth(case: Any, kit: Any) -> None:
     class Lies(kit.victims):  # type: ignore[misc, name-defined]
-        """Tells the auditor wrong images and labels."""
+        """Tells everyone but the clients wrong images and labels."""
 
-        def val_dataloader(self) -> DataLoader[GroundTruth]:
-            honest = GroundTruth.cat(list(super().val_dataloader()))
+        sharing = False
+
+        def share(self, first: int, last: int) -> SharedGradient:
+            self.sharing = True
+            shared = super().share(first, last)
+            self.sharing = False
+            return shared
+
+        def _load(self, first: int, last: int, batch_size: int) -> DataLoader[GroundTruth]:
+            loader = super()._load(first, last, batch_size)
+            if self.sharing:
+                return loader
+            honest = GroundTruth.cat(list(loader))
             wrong = GroundTruth(honest.ids, 1 - honest.images.roll(1, 0), (honest.labels + 1) % 10)
             return DataLoader([wrong], batch_size=None)  # type: ignore[arg-type]
 

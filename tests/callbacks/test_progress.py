@@ -26,6 +26,13 @@ def test_tells_victims_success_iterations_and_running(run, capsys) -> None:
     assert "running=0" in shown[-1]
 
 
+def test_stays_on_the_screen(run, capsys) -> None:
+    run.fit(run.attack(), AttackProgressBar(), enable_progress_bar=True)
+    said = capsys.readouterr().out
+    assert "6/6" in said[said.rindex("\r") :], "nothing has wiped it"
+    assert said.endswith("\n")
+
+
 def test_success_is_that_of_the_final_scores(run, capsys) -> None:
     attack = run.attack()
     trainer = run.fit(attack, bar := AttackProgressBar(), enable_progress_bar=True)

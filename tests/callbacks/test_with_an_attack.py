@@ -16,10 +16,11 @@ from leakage.datamodules import SampleVictims
 from leakage.reconstruction import Reconstruction
 
 
-def fit(folder: Path, *callbacks: Callback) -> IDLGAttack:
+def fit(folder: Path, *callbacks: Callback, max_steps: int = -1) -> IDLGAttack:
     attack = IDLGAttack()
     trainer = Trainer(
         max_epochs=1,
+        max_steps=max_steps,
         callbacks=[AttackProgressBar(), *callbacks],
         accelerator="cpu",
         logger=False,
@@ -84,3 +85,11 @@ def test_ctrl_c_leaves_the_scores_of_what_is_done(tmp_path: Path) -> None:
     assert all(float(row["mse"]) > 0 for row in running)
     assert all(row["success"] == "1" and row["labels_true"] == row["labels_recovered"] for row in done)
     assert (tmp_path / "gallery.png").is_file()
+
+
+def test_the_trainers_own_limit_loses_no_victim(tmp_path: Path) -> None:
+    attack = fit(tmp_path, VictimTable(tmp_path), max_steps=20)
+    assert attack.num_done == 0
+    assert [row["status"] for row in rows(tmp_path)] == ["running"] * 3
+    unfinished = Reconstruction.load(tmp_path / "reconstructions" / "unfinished.safetensors")
+    assert torch.equal(unfinished.images, attack.current().images)

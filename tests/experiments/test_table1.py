@@ -9,6 +9,7 @@ import torch
 from torchvision.utils import save_image
 
 from leakage.compare import FILES
+from leakage.reconstruction import Reconstruction
 
 
 @pytest.fixture
@@ -70,6 +71,24 @@ def test_a_folder_of_images(
     table1.main([*arguments, "--image-size", "16", "--protocol", "published", "--batch-size", "2"])
     (row,) = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (row["dataset"], row["protocol"], row["label_accuracy"]) == ("photos", "published", 1.0)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("64-true", torch.float64)])
+def test_precision(
+    table1: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setitem(table1.METHODS, "idlg", lambda **kwargs: table1.IDLGAttack(**kwargs, max_evaluations=5))
+    arguments = ["--dataset", "sample", "--victims", "1", "--methods", "idlg", "--accelerator", "cpu"]
+    table1.main([*arguments, "--precision", precision, "--output", str(tmp_path)])
+    found = Reconstruction.load(tmp_path / "idlg" / "reconstructions" / "cohort_0000.safetensors")
+    assert found.images.dtype == dtype
+
+
+def test_refuses_an_unknown_accelerator(table1: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--dataset", "sample", "--victims", "1", "--output", str(tmp_path), "--accelerator", "nonsense"]
+    said = refused(table1, capsys, *arguments)
+    assert said.startswith("table1.py: error: Expected options that the Trainer takes, but got accelerator='nonsense'")
+    assert not any(tmp_path.iterdir())
 
 
 def test_published_figures(table1: ModuleType) -> None:
