@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -19,20 +17,15 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger
-from torch import Tensor
 
 from leakage.attacks import GradientMatchingAttack
 from leakage.callbacks import AttackProgressBar, Gallery, VictimTable
 from leakage.checkpoints import CHECKPOINT, AttackCheckpointIO
-from leakage.datamodules.base import GroundTruth, VictimDataModule
-from leakage.metrics import MeanOverVictims, ShareOverVictims, score
-from leakage.plots import plot_fidelity, plot_gallery, save_figure
-from leakage.reconstruction import Reconstruction
+from leakage.datamodules.base import VictimDataModule
+from leakage.metrics import MeanOverVictims, ShareOverVictims
+from leakage.overview import WRITTEN, write_json, write_overview
 
-# As the papers write the methods, in pictures and tables; others go by the name they are given.
-_WRITTEN = {"dlg": "DLG", "idlg": "iDLG"}
 FILES = ("summary.json", "victims.csv", "gallery.png", "fidelity.png")
-_GALLERY_ROWS = 8
 
 
 @dataclass
@@ -145,14 +138,14 @@ def compare(
             record = folder / name / "run.json"
             if not resume or not (record.parent / "last.ckpt").is_file():
                 _clear(record.parent)
-            _write_json(record, {"configuration": configurations[name], "row": None})
+            write_json(record, {"configuration": configurations[name], "row": None})
             seconds = _run(name, attack, victims, record.parent, logger=logger, trainer=trainer)
             finished[name] = _summarise(name, attack, dataset, (published or {}).get(name), seconds)
-            _write_json(record, {"configuration": configurations[name], "row": asdict(finished[name])})
+            write_json(record, {"configuration": configurations[name], "row": asdict(finished[name])})
             (record.parent / "last.ckpt").unlink(missing_ok=True)
         rows.append(finished[name])
-    _write_together(folder, list(attacks), victims, dataset)
-    _write_json(folder / "summary.json", [asdict(row) for row in rows])
+    write_overview(folder, list(attacks), victims, dataset)
+    write_json(folder / "summary.json", [asdict(row) for row in rows])
     return rows
 
 
@@ -182,7 +175,7 @@ def format_table(rows: list[Row]) -> str:
     for row in rows:
         lines.append(
             [
-                _WRITTEN.get(row.method, row.method),
+                WRITTEN.get(row.method, row.method),
                 str(row.victims),
                 _percent(row.label_accuracy, row.label_accuracy_ci),
                 "-" if row.published_label_accuracy is None else f"{100 * row.published_label_accuracy:.1f} %",
@@ -214,7 +207,7 @@ class _Bar(AttackProgressBar):
 
     def __init__(self, method: str) -> None:
         super().__init__()
-        self._method = _WRITTEN.get(method, method)
+        self._method = WRITTEN.get(method, method)
 
     @property
     def train_description(self) -> str:
@@ -339,114 +332,5 @@ def _differing(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -
     return found
 
 
-def _write_together(folder: Path, names: list[str], victims: VictimDataModule, dataset: str) -> None:
-    """What shows all methods at once, made from the files of each, so that resumed methods are in it."""
-    tables = {}
-    for name in names:
-        tables[name] = _read_table(folder / name / "victims.csv", victims.victims)
-    columns = list(tables[names[0]][0])
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["method", *columns])
-    for name, table in tables.items():
-        for row in table:
-            writer.writerow([name, *(row[column] for column in columns)])
-    _write_text(folder / "victims.csv", text.getvalue())
-    curves = {
-        _WRITTEN.get(name, name): torch.tensor([float(row["mse"]) for row in table]) for name, table in tables.items()
-    }
-    save_figure(plot_fidelity(curves, title=f"{dataset}: fidelity of the reconstructions"), folder / "fidelity.png")
-    _gallery(folder, names, victims, dataset)
-
-
-def _read_table(path: Path, victims: int) -> list[dict[str, str]]:
-    """The rows that :class:`~leakage.callbacks.VictimTable` has written of all victims, in their order."""
-    damaged = f"Expected '{path}' to be the whole table of {victims} victims, but got"
-    if not path.is_file():
-        raise ValueError(f"{damaged} no such file. Remove '{path.parent}' to run this method again.")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    try:
-        numbers = [(int(row["victim"]), float(row["mse"])) for row in rows]
-    except (KeyError, TypeError, ValueError):
-        numbers = []
-    # A line cut short lacks values.
-    if sorted(victim for victim, _ in numbers) != list(range(victims)) or any(None in row.values() for row in rows):
-        raise ValueError(f"{damaged} another file. Remove '{path.parent}' to run this method again.")
-    return sorted(rows, key=lambda row: int(row["victim"]))
-
-
-def _gallery(folder: Path, names: list[str], victims: VictimDataModule, dataset: str) -> None:
-    """The truth and every method's reconstruction of the first victims, a row for each image."""
-    truth = _first_victims(victims)
-    rows = [f"victim {victim}" for victim in truth.ids.tolist() for _ in range(victims.victim.protocol.num_images)]
-    images: list[list[Tensor]] = [[image] for image in truth.images.flatten(0, 1)]
-    captions = [[f"label {label}"] for label in truth.labels.flatten().tolist()]
-    for name in names:
-        parts = sorted((folder / name / "reconstructions").glob("cohort_*.safetensors"))
-        place: dict[int, int] = {}
-        if parts:
-            found = Reconstruction.cat([Reconstruction.load(path) for path in parts])
-            place = {victim: index for index, victim in enumerate(found.ids.tolist())}
-        if not place.keys() >= set(truth.ids.tolist()):
-            raise ValueError(
-                f"Expected '{folder / name / 'reconstructions'}' to hold the reconstructions of all victims, but got "
-                f"{len(place)} of them. Remove '{folder / name}' to run this method again."
-            )
-        found = found.select(torch.tensor([place[victim] for victim in truth.ids.tolist()]))
-        scores = score(found.images.to(truth.images), found.labels, truth.images, truth.labels)
-        # Each image beside the true one that it was paired with for its scores.
-        victim = torch.arange(len(found))[:, None]
-        paired, labels = found.images[victim, scores.order], found.labels[victim, scores.order]
-        for row, image in enumerate(paired.flatten(0, 1)):
-            images[row].append(image)
-        for row, (psnr, label) in enumerate(
-            zip(scores.psnr.flatten().tolist(), labels.flatten().tolist(), strict=True)
-        ):
-            captions[row].append(f"{psnr:.1f} dB, label {label}")
-    figure = plot_gallery(
-        images[:_GALLERY_ROWS],
-        columns=["truth", *(_WRITTEN.get(name, name) for name in names)],
-        rows=rows[:_GALLERY_ROWS],
-        captions=captions[:_GALLERY_ROWS],
-        title=f"{dataset}: what the gradient gave away",
-    )
-    save_figure(figure, folder / "gallery.png")
-
-
-def _first_victims(victims: VictimDataModule) -> GroundTruth:
-    parts: list[GroundTruth] = []
-    for batch in victims.val_dataloader():
-        parts.append(batch)
-        if sum(map(len, parts)) >= _GALLERY_ROWS:
-            break
-    truth = GroundTruth.cat(parts)
-    return GroundTruth(truth.ids[:_GALLERY_ROWS], truth.images[:_GALLERY_ROWS], truth.labels[:_GALLERY_ROWS])
-
-
 def _percent(value: float, interval: tuple[float, float]) -> str:
     return f"{100 * value:.1f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-
-
-def _write_json(path: Path, content: Any) -> None:
-    _write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8", newline="")
-        partial.replace(path)
-    except OSError as error:
-        raise OSError(f"Expected to write '{path}', but got: {error}") from error
-
-
-def _finite(content: Any) -> Any:
-    """The same with None for numbers that JSON does not know: infinity and what is not a number."""
-    if isinstance(content, dict):
-        return {name: _finite(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -235,7 +235,7 @@ def test_several_images_per_victim(tmp_path: Path) -> None:
 def test_what_is_no_number_is_null(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     row = replace(ROW, mse_median=float("inf"), psnr_mean=float("nan"), published_label_accuracy=None)
-    module._write_json(path, {"configuration": {}, "row": vars(row)})
+    module.write_json(path, {"configuration": {}, "row": vars(row)})
     assert "NaN" not in path.read_text()
     assert "Infinity" not in path.read_text()
     assert json.loads(path.read_text())["row"]["psnr_mean"] is None
