@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 # Of Lightning's ModelCheckpoint: one file, `last.ckpt`, replaced every 200 passes of the optimizer.
@@ -56,7 +57,7 @@ class AttackCheckpointIO(TorchCheckpointIO):
         if not Path(path).is_file():
             raise FileNotFoundError(f"{wanted} no such file.")
         try:
-            checkpoint = super().load_checkpoint(Path(path), map_location, weights_only=True)
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         except OSError as error:
             raise OSError(f"{wanted}: {error}") from error
         # What a broken file raises depends on where it is broken, and torch's words advise to run its code.
