@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +49,8 @@ class LeNet(nn.Module):
         width: int = 12,
     ) -> None:
         super().__init__()
-        height, breadth = (image_size, image_size) if isinstance(image_size, int) else image_size
         check_count(channels=channels, num_classes=num_classes, width=width)
-        check_count(image_size=height)
-        check_count(image_size=breadth)
+        height, breadth = _height_and_width(image_size)
         self.features = nn.Sequential(
             nn.Conv2d(channels, width, 5, stride=2, padding=2),
             nn.Sigmoid(),
@@ -73,3 +72,12 @@ class LeNet(nn.Module):
         """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
         logits: Tensor = self.classifier(self.features(images).flatten(1))
         return logits
+
+
+def _height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    pair = image_size if isinstance(image_size, Sequence) and not isinstance(image_size, str) else (image_size,) * 2
+    if len(pair) != 2:
+        raise ValueError(f"Expected `image_size` as one number or as height and width, but got {image_size!r}.")
+    check_count(image_size=pair[0])
+    check_count(image_size=pair[1])
+    return pair[0], pair[1]

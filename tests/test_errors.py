@@ -6,18 +6,20 @@ import math
 
 import pytest
 
-from leakage.errors import check_choice, check_count, check_positive
+from leakage.errors import check_choice, check_count, check_flag, check_positive
 
 
 def test_what_is_right_passes():
-    check_positive(lr=1e-9, radius=3, limit=math.inf)
+    check_positive(lr=1e-9, radius=3)
     check_count(victims=1, num_images=10**9)
+    check_count(0, seed=0)
+    check_flag(download=False)
     check_choice("loss", "b", ("a", "b"))
 
 
-@pytest.mark.parametrize("value", [0, 0.0, -1, -1e-9, math.nan, -math.inf, True])
+@pytest.mark.parametrize("value", [0, 0.0, -1, -1e-9, math.nan, math.inf, -math.inf, True, "1", None])
 def test_not_positive(value):
-    with pytest.raises(ValueError, match=r"^Expected `lr` to be positive, but got "):
+    with pytest.raises(ValueError, match=r"^Expected `lr` to be positive and finite, but got "):
         check_positive(lr=value)
 
 
@@ -27,8 +29,25 @@ def test_not_a_count(value):
         check_count(victims=value)
 
 
+@pytest.mark.parametrize("value", [-1, 0.0, False, None])
+def test_not_a_count_from_zero(value):
+    with pytest.raises(ValueError, match=r"^Expected `seed` to be a whole number of at least 0, but got "):
+        check_count(0, seed=value)
+
+
+def test_too_large():
+    with pytest.raises(ValueError, match=r"of at least 0 and below 2\*\*63, but got 9223372036854775808\.$"):
+        check_count(0, seed=2**63)
+
+
+@pytest.mark.parametrize("value", ["no", 0, 1, None])
+def test_not_a_flag(value):
+    with pytest.raises(ValueError, match=r"^Expected `download` to be True or False, but got "):
+        check_flag(download=value)
+
+
 def test_first_wrong_value_is_named():
-    with pytest.raises(ValueError, match=r"`b` to be positive, but got -2\.$"):
+    with pytest.raises(ValueError, match=r"`b` to be positive and finite, but got -2\.$"):
         check_positive(a=1, b=-2, c=-3)
     with pytest.raises(ValueError, match=r"`b` to be a whole number of at least 1, but got 0\.$"):
         check_count(a=1, b=0, c=-3)

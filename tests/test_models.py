@@ -67,3 +67,9 @@ def test_sigmoid_after_each_convolution():
 def test_errors(name, value):
     with pytest.raises(ValueError, match=f"^Expected `{name}` to be a whole number of at least 1, but got {value}"):
         LeNet(**{name: (4, value) if name == "image_size" and value != 0 else value})
+
+
+@pytest.mark.parametrize("value", [(4,), (4, 4, 4), "28"])
+def test_image_size_is_one_number_or_two(value):
+    with pytest.raises(ValueError, match=r"^Expected `image_size` "):
+        LeNet(image_size=value)

@@ -1,11 +1,13 @@
 """Seconds per victim: iDLG of this library against a plain loop of the published protocol, on the same victims.
 
     python experiments/benchmarks/attack_speed.py --output speed.json
+    python experiments/benchmarks/attack_speed.py --dataset fashion_mnist --output speed_fashion_mnist.json
 
 The plain side is one victim at a time, ordinary autograd and `torch.optim.LBFGS` without line search, from N(0, 1),
 at most 300 calls of 20 iterations, stopped when the gradient distance, looked at every 10 calls, is below 1e-6. Ours
-is `IDLGAttack` with its defaults in `Trainer.fit`. Each victim has one MNIST image (one of the bundled sample where
-MNIST is not found) and a freshly drawn LeNet; the plain side takes the first `--plain-victims` of ours.
+is `IDLGAttack` with its defaults in `Trainer.fit`. Each victim has one image and a freshly drawn LeNet; the plain side
+takes the first `--plain-victims` of ours. Without `--dataset` the images are MNIST's, or those of the bundled sample
+where MNIST is not found.
 
 Each side runs with the number of threads, 1 or all cores, that a probe before finds faster for it. The clock of ours
 runs over all of `Trainer.fit`, capturing gradients and scoring included; that of the plain side over the search alone.
@@ -35,6 +37,7 @@ from leakage.cli import quiet
 from leakage.compare import check_output
 from leakage.datamodules import GroundTruth, MNISTVictims, SampleVictims
 from leakage.datamodules.images import ImageVictims
+from leakage.datamodules.named import DATASETS, victims_named
 from leakage.errors import check_count
 from leakage.metrics import score, wilson_interval
 from leakage.shared_gradient import SharedGradient
@@ -114,13 +117,14 @@ def run_plainly(victims: ImageVictims, count: int, seed: int) -> Outcome:
     return Outcome(seconds, shared.ids, torch.stack(images), torch.tensor(labels), torch.tensor(evaluations))
 
 
-def run_ours(victims: ImageVictims, seed: int) -> Outcome:
+def run_ours(victims: ImageVictims, seed: int, precision: Any = "32-true") -> Outcome:
     """All victims, through ``Trainer.fit``."""
     attack = IDLGAttack(seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cpu",
             devices=1,
+            precision=precision,
             max_epochs=1,
             num_sanity_val_steps=0,
             logger=False,
@@ -167,10 +171,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="attack_speed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    parser.add_argument(
+        "--dataset", help=f"one of {', '.join(DATASETS)}, or a folder of images in ImageFolder layout (default: mnist)"
+    )
     parser.add_argument("--victims", type=int, default=500, help="of our side (default: %(default)s)")
     parser.add_argument("--plain-victims", type=int, default=20, help="of the plain side (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
-    parser.add_argument("--root", type=Path, help="where MNIST lies (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
+    parser.add_argument("--batch-size", type=int, help="victims attacked together (default: the data set's)")
+    parser.add_argument(
+        "--precision", choices=("32-true", "64-true"), default="32-true", help="of our side (default: %(default)s)"
+    )
     given = parser.parse_args(arguments)
     quiet()
     try:
@@ -198,12 +210,12 @@ def _measure(given: argparse.Namespace, dataset: str, victims: ImageVictims, pro
     print(f"{dataset}: probing threads", flush=True)
     probed = min(PROBE_PLAIN_VICTIMS, given.plain_victims)
     threads = {
-        "leakage": best_threads("leakage", lambda: run_ours(probe, given.seed)),
+        "leakage": best_threads("leakage", lambda: run_ours(probe, given.seed, given.precision)),
         "plain": best_threads("plain", lambda: run_plainly(probe, probed, given.seed)),
     }
     print(f"{given.victims} victims with leakage, then {given.plain_victims} of them plainly", flush=True)
     torch.set_num_threads(threads["leakage"])
-    outcomes = {"leakage": run_ours(victims, given.seed)}
+    outcomes = {"leakage": run_ours(victims, given.seed, given.precision)}
     torch.set_num_threads(threads["plain"])
     outcomes["plain"] = run_plainly(victims, given.plain_victims, given.seed)
     rates = {name: rate(outcome, victims) for name, outcome in outcomes.items()}
@@ -213,6 +225,7 @@ def _measure(given: argparse.Namespace, dataset: str, victims: ImageVictims, pro
     result: dict[str, Any] = {
         "ratio": ratio,
         "dataset": dataset,
+        "precision": {"leakage": given.precision, "plain": "32-true"},
         "seconds_per_victim": seconds,
         **{key: {name: rates[name][key] for name in rates} for key in rates["plain"]},
         "evaluations_per_victim": evaluations,
@@ -237,15 +250,23 @@ def _measure(given: argparse.Namespace, dataset: str, victims: ImageVictims, pro
 
 
 def _victims(given: argparse.Namespace, count: int) -> tuple[str, ImageVictims]:
-    """MNIST, or the sample where it is not found, and what to call it."""
-    mnist = MNISTVictims(victims=count, seed=given.seed, root=given.root, download=False)
+    """The victims, ready to share their gradients, and what to call their data set."""
+    options: dict[str, Any] = {"victims": count, "seed": given.seed}
+    if given.batch_size is not None:
+        options["batch_size"] = given.batch_size
+    if given.dataset is not None:
+        dataset, victims = victims_named(given.dataset, root=given.root, image_size=given.image_size, **options)
+        victims.prepare_data()
+        victims.setup("fit")
+        return dataset, victims
+    mnist = MNISTVictims(root=given.root, download=False, **options)
     try:
         mnist.setup("fit")
     except FileNotFoundError:
         print("MNIST is not found (see --root), so this is the bundled sample of FashionMNIST.", flush=True)
     else:
         return "mnist", mnist
-    sample = SampleVictims(victims=count, seed=given.seed)
+    sample = SampleVictims(**options)
     sample.setup("fit")
     return "sample", sample
 

@@ -21,27 +21,9 @@ from typing import Any
 from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
 from leakage.cli import quiet
 from leakage.compare import FILES, check_output, compare, format_table, holds_results
-from leakage.datamodules import (
-    CIFAR10Victims,
-    CIFAR100Victims,
-    FashionMNISTVictims,
-    ImageFolderVictims,
-    LFWVictims,
-    MNISTVictims,
-    SampleVictims,
-    SVHNVictims,
-    VictimDataModule,
-)
+from leakage.datamodules.images import ImageVictims
+from leakage.datamodules.named import DATASETS, victims_named
 
-DATASETS: dict[str, Callable[..., VictimDataModule]] = {
-    "mnist": MNISTVictims,
-    "fashion_mnist": FashionMNISTVictims,
-    "cifar10": CIFAR10Victims,
-    "cifar100": CIFAR100Victims,
-    "svhn": SVHNVictims,
-    "lfw": LFWVictims,
-    "sample": SampleVictims,
-}
 METHODS: dict[str, Callable[..., GradientMatchingAttack]] = {"dlg": DLGAttack, "idlg": IDLGAttack}
 # Label accuracy in table 1 of the paper.
 PUBLISHED = {
@@ -121,31 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _victims(given: argparse.Namespace) -> tuple[str, VictimDataModule]:
+def _victims(given: argparse.Namespace) -> tuple[str, ImageVictims]:
     """What to call the data set, and its victims."""
-    options: dict[str, Any] = {"victims": given.victims, "seed": given.seed}
-    if given.batch_size is not None:
-        options["batch_size"] = given.batch_size
-    folder = Path(given.dataset).expanduser()
-    known = given.dataset in DATASETS
-    if not known and not folder.is_dir():
-        raise ValueError(
-            f"Expected `--dataset` to be one of {list(DATASETS)} or a folder of images, but got {given.dataset!r}."
-        )
-    takes = {
-        "root": known and given.dataset != "sample",
-        "image_size": not known or given.dataset == "lfw",
-    }
-    for name, taken in takes.items():
-        value = getattr(given, name)
-        if value is None:
-            continue
-        if not taken:
-            raise ValueError(f"Expected no `--{name.replace('_', '-')}` with {given.dataset!r}, but got {value}.")
-        options[name] = value
-    if known:
-        return given.dataset, DATASETS[given.dataset](**options)
-    return folder.resolve().name, ImageFolderVictims(folder, **options)
+    options: dict[str, Any] = {} if given.batch_size is None else {"batch_size": given.batch_size}
+    return victims_named(
+        given.dataset,
+        root=given.root,
+        image_size=given.image_size,
+        victims=given.victims,
+        seed=given.seed,
+        **options,
+    )
 
 
 if __name__ == "__main__":

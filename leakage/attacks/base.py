@@ -80,8 +80,7 @@ class GradientMatchingAttack(LightningModule):
         super().__init__()
         check_choice("protocol", protocol, PROTOCOLS)
         check_positive(success_threshold=success_threshold, restart_above=restart_above)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"Expected `seed` to be a whole number of at least 0, but got {seed!r}.")
+        check_count(0, seed=seed)
         given = {
             "start_std": start_std,
             "history_size": history_size,
@@ -95,8 +94,7 @@ class GradientMatchingAttack(LightningModule):
         }
         check_positive(start_std=values["start_std"], tolerance=values["tolerance"])
         check_count(history_size=values["history_size"], max_evaluations=values["max_evaluations"])
-        if isinstance(restarts, bool) or not isinstance(values["restarts"], int) or values["restarts"] < 0:
-            raise ValueError(f"Expected `restarts` to be a whole number of at least 0, but got {restarts!r}.")
+        check_count(0, restarts=values["restarts"])
         self.save_hyperparameters()
         self.automatic_optimization = False
         self.search = SearchProtocol(**values, relative=named.relative, line_search=named.line_search)

@@ -58,8 +58,10 @@ class Gallery(ResultsCallback):
     ) -> None:
         super().__init__(output)
         check_count(victims=victims)
-        if any(isinstance(moment, bool) or not isinstance(moment, int) or moment < 0 for moment in moments):
-            raise ValueError(f"Expected `moments` as whole numbers of at least 0, but got {list(moments)}.")
+        if not isinstance(moments, Sequence):
+            raise ValueError(f"Expected `moments` as a list of whole numbers, but got {moments!r}.")
+        for moment in moments:
+            check_count(0, moments=moment)
         self.victims = victims
         self.moments = sorted(set(moments))
         # Victim to moment to the iteration and the images (N, C, H, W) shown there.

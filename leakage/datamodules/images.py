@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from leakage.datamodules.base import GroundTruth, VictimDataModule
-from leakage.errors import check_choice, check_count
+from leakage.errors import check_choice, check_count, check_flag
 from leakage.models import LeNet
 from leakage.objectives import LOSSES
 from leakage.shared_gradient import SharedGradient
@@ -78,9 +78,8 @@ class ImageVictims(VictimDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size)
         check_count(victims=victims, num_images=num_images)
-        for name, number in {"seed": seed, "num_workers": num_workers}.items():
-            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**63:
-                raise ValueError(f"Expected `{name}` to be a whole number of at least 0, but got {number!r}.")
+        check_count(0, seed=seed, num_workers=num_workers)
+        check_flag(reveal_labels=reveal_labels)
         if model is not None and not isinstance(model, nn.Module):
             raise ValueError(f"Expected `model` to be a torch.nn.Module, but got {type(model).__name__}.")
         if weights is None:

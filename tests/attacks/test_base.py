@@ -17,13 +17,13 @@ from leakage.models import LeNet
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"protocol": "robuts"}, r"Expected `protocol` to be one of \['published', 'robust'\], but got 'robuts'"),
-    ({"success_threshold": 0.0}, "Expected `success_threshold` to be positive, but got 0.0"),
-    ({"restart_above": -1e-5}, "Expected `restart_above` to be positive, but got -1e-05"),
-    ({"start_std": 0.0}, "Expected `start_std` to be positive, but got 0.0"),
+    ({"success_threshold": 0.0}, "Expected `success_threshold` to be positive and finite, but got 0.0"),
+    ({"restart_above": -1e-5}, "Expected `restart_above` to be positive and finite, but got -1e-05"),
+    ({"start_std": 0.0}, "Expected `start_std` to be positive and finite, but got 0.0"),
     ({"history_size": 0}, "Expected `history_size` to be a whole number of at least 1, but got 0"),
     ({"history_size": 10.0}, "Expected `history_size` to be a whole number of at least 1, but got 10.0"),
-    ({"tolerance": -1.0}, "Expected `tolerance` to be positive, but got -1.0"),
-    ({"tolerance": float("nan")}, "Expected `tolerance` to be positive, but got nan"),
+    ({"tolerance": -1.0}, "Expected `tolerance` to be positive and finite, but got -1.0"),
+    ({"tolerance": float("nan")}, "Expected `tolerance` to be positive and finite, but got nan"),
     ({"max_evaluations": 0}, "Expected `max_evaluations` to be a whole number of at least 1, but got 0"),
     ({"restarts": -1}, "Expected `restarts` to be a whole number of at least 0, but got -1"),
     ({"restarts": True}, "Expected `restarts` to be a whole number of at least 0, but got True"),

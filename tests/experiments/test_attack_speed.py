@@ -38,6 +38,17 @@ def test_writes_both_sides(
     assert 20 < result["evaluations_per_victim"]["plain"] <= 60
 
 
+def test_another_data_set_and_precision(speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "CALLS", 1)
+    monkeypatch.setattr(speed.os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    output = tmp_path / "speed.json"
+    counts = ["--victims", "2", "--plain-victims", "1", "--batch-size", "1"]
+    speed.main([*counts, "--dataset", "sample", "--precision", "64-true", "--output", str(output)])
+    result = json.loads(output.read_text())
+    assert (result["dataset"], result["precision"]["leakage"]) == ("sample", "64-true")
+    assert result["success_rate"]["leakage"] == 1.0
+
+
 def test_the_plain_search_is_the_published_one(speed: ModuleType) -> None:
     """Against the loop as the papers' code has it, step by step."""
     victims = SampleVictims(victims=1)
@@ -82,6 +93,8 @@ def test_the_plain_search_is_the_published_one(speed: ModuleType) -> None:
         (["--victims", "0"], "Expected `victims` to be a whole number of at least 1, but got 0"),
         (["--plain-victims", "0"], "Expected `plain_victims` to be a whole number of at least 1, but got 0"),
         (["--victims", "5"], "Expected `--plain-victims` to be at most the 5 victims of our side, but got 20"),
+        (["--dataset", "nothing"], "Expected `dataset` to be one of ['mnist', 'fashion_mnist'"),
+        (["--dataset", "sample", "--image-size", "9"], "Expected no `image_size` with 'sample', but got 9"),
         (["--output", "."], "Expected `--output` to be a file, but got the folder"),
         (["--output", "file/a.json"], "Expected `output` to be a folder that can be written, but got 'file'"),
     ],

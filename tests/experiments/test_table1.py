@@ -104,14 +104,14 @@ def test_published_figures(table1: ModuleType) -> None:
     [
         (
             ["--dataset", "imagenet"],
-            "Expected `--dataset` to be one of ['mnist', 'fashion_mnist', 'cifar10', 'cifar100'",
+            "Expected `dataset` to be one of ['mnist', 'fashion_mnist', 'cifar10', 'cifar100'",
         ),
         (["--dataset", "sample", "--protocol", "fast"], "invalid choice: 'fast' (choose from"),
         (["--dataset", "sample", "--methods", "ig"], "invalid choice: 'ig' (choose from"),
         (["--dataset", "sample", "--victims", "1001"], "at most the 1000 images of the data set"),
         (["--dataset", "sample", "--victims", "0"], "Expected `victims` to be a whole number of at least 1, but got 0"),
-        (["--dataset", "sample", "--root", "."], "Expected no `--root` with 'sample', but got ."),
-        (["--dataset", "mnist", "--image-size", "9"], "Expected no `--image-size` with 'mnist', but got 9"),
+        (["--dataset", "sample", "--root", "."], "Expected no `root` with 'sample', but got ."),
+        (["--dataset", "mnist", "--image-size", "9"], "Expected no `image_size` with 'mnist', but got 9"),
         (["--dataset", "lfw", "--root", "none"], "Expected the LFW faces"),
         (["--dataset", "sample", "--output", "file/x"], "Expected `output` to be a folder that can be written"),
     ],

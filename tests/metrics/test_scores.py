@@ -193,7 +193,7 @@ def test_victim_scores_can_be_pickled() -> None:
 def test_the_threshold_must_be_positive(threshold: float) -> None:
     images = torch.rand(1, 1, 1, 8, 8)
     scores = score(images, labels_of(images), images, labels_of(images))
-    with pytest.raises(ValueError, match=rf"Expected `threshold` to be positive, but got {threshold}\."):
+    with pytest.raises(ValueError, match=rf"Expected `threshold` to be positive and finite, but got {threshold}\."):
         scores.per_victim(threshold=threshold)
 
 

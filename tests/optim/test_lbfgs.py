@@ -216,7 +216,7 @@ def test_a_victim_that_is_done_neither_moves_nor_counts() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1.0}, "Expected `lr` to be positive, but got -1.0"),
+        ({"lr": -1.0}, "Expected `lr` to be positive and finite, but got -1.0"),
         ({"history_size": 0}, "Expected `history_size` to be a whole number of at least 1, but got 0"),
         ({"max_evaluations": 2.5}, "Expected `max_evaluations` to be a whole number .* but got 2.5"),
         ({"stall_window": 0}, "Expected `stall_window` to be a whole number .* but got 0"),

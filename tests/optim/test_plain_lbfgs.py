@@ -210,7 +210,7 @@ def test_a_diverging_victim_keeps_its_best_iterate_and_spoils_nobody(smooth: Any
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.0}, "Expected `lr` to be positive, but got 0.0"),
+        ({"lr": 0.0}, "Expected `lr` to be positive and finite, but got 0.0"),
         ({"history_size": 0}, "Expected `history_size` to be a whole number of at least 1, but got 0"),
         ({"max_iterations": 1.5}, "Expected `max_iterations` to be a whole number .* but got 1.5"),
         ({"max_calls": -1}, "Expected `max_calls` to be a whole number .* but got -1"),

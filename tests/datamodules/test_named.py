@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.utils import save_image
+
+from leakage import datamodules
+from leakage.datamodules import ImageFolderVictims, LFWVictims, MNISTVictims
+from leakage.datamodules.images import ImageVictims
+from leakage.datamodules.named import DATASETS, victims_named
+
+
+def test_every_public_data_set_of_a_fixed_name_has_one():
+    modules = [getattr(datamodules, name) for name in datamodules.__all__]
+    images = {module for module in modules if issubclass(module, ImageVictims)}
+    assert set(DATASETS.values()) == images - {ImageVictims, ImageFolderVictims}
+
+
+def test_by_name(tmp_path: Path):
+    name, victims = victims_named("mnist", root=tmp_path, victims=7, seed=3, batch_size=2)
+    assert name == "mnist"
+    assert isinstance(victims, MNISTVictims)
+    assert (victims.victims, victims.seed, victims.batch_size, victims.root) == (7, 3, 2, tmp_path)
+    assert isinstance(victims_named("lfw", image_size=32)[1], LFWVictims)
+
+
+def test_a_folder(tmp_path: Path):
+    for name in "ab":
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        save_image(torch.rand(3, 8, 8), tmp_path / "photos" / name / "0.png")
+    name, victims = victims_named(str(tmp_path / "photos"), image_size=4, victims=1)
+    assert name == "photos"
+    victims.setup("fit")
+    assert victims.victim.protocol.image_shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        ("imagenet", {}, r"^Expected `dataset` to be one of \['mnist', .*'sample'\] or a folder of images, but got"),
+        ("sample", {"root": "."}, r"^Expected no `root` with 'sample', but got"),
+        ("mnist", {"image_size": 9}, r"^Expected no `image_size` with 'mnist', but got 9\.$"),
+        ("mnist", {"victims": 0}, r"^Expected `victims` to be a whole number of at least 1, but got 0"),
+    ],
+)
+def test_refuses(dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        victims_named(dataset, **options)
