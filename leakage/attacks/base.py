@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from abc import abstractmethod
 from typing import Any, cast
 
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from leakage.attacks.auditor import Auditor
-from leakage.attacks.protocols import ITERATIONS_PER_CALL, PROTOCOLS, SearchProtocol
+from leakage.attacks.protocols import ITERATIONS_PER_CALL, PROTOCOLS
 from leakage.datamodules.base import GroundTruth, VictimDataModule
-from leakage.errors import check_choice, check_count, check_positive
+from leakage.errors import check_choice, check_count, check_flag, check_positive
 from leakage.metrics import ReconstructionMetrics, VictimScore
 from leakage.objectives import squared_distance
-from leakage.optim import LBFGS, PerVictimOptimizer, PlainLBFGS
+from leakage.optim import LBFGS, ImageSpectrum, PerVictimOptimizer, PlainLBFGS
 from leakage.reconstruction import Reconstruction
 from leakage.shared_gradient import SharedGradient
 from leakage.victim import Victim, victim_seed
@@ -26,6 +27,8 @@ from leakage.victim import Victim, victim_seed
 _LEAVING_SHARE = 1 / 8
 # The next cohort is admitted when this share of one is still running, so that no cohort waits for stragglers.
 _CARRIED_SHARE = 1 / 4
+# Each restart draws from a distribution this much wider: close to the start that failed lies the same failure.
+_WIDER = 3.0
 # L-BFGS needs gradients that are more precise than those of half precision.
 _PRECISIONS = ("32-true", "64-true")
 
@@ -55,8 +58,8 @@ class GradientMatchingAttack(LightningModule):
         seed: of the starts; victim and restart have their own streams, however victims are grouped.
         success_threshold: an image counts as reconstructed if its MSE is below this.
         restart_above: a victim that ends above this objective may start again, within ``restarts``.
-        start_std, history_size, tolerance, max_evaluations, restarts: replace the protocol's value,
-            see :class:`SearchProtocol`.
+        start_std, history_size, tolerance, max_evaluations, restarts, spectrum: replace the protocol's
+            value, see :class:`SearchProtocol`.
 
     Raises:
         ValueError: an unknown protocol or a number out of its range; in ``fit``, a DataModule that is
@@ -76,6 +79,7 @@ class GradientMatchingAttack(LightningModule):
         tolerance: float | None = None,
         max_evaluations: int | None = None,
         restarts: int | None = None,
+        spectrum: bool | None = None,
     ) -> None:
         super().__init__()
         check_choice("protocol", protocol, PROTOCOLS)
@@ -87,6 +91,7 @@ class GradientMatchingAttack(LightningModule):
             "tolerance": tolerance,
             "max_evaluations": max_evaluations,
             "restarts": restarts,
+            "spectrum": spectrum,
         }
         named = PROTOCOLS[protocol]
         values: dict[str, Any] = {
@@ -95,9 +100,14 @@ class GradientMatchingAttack(LightningModule):
         check_positive(start_std=values["start_std"], tolerance=values["tolerance"])
         check_count(history_size=values["history_size"], max_evaluations=values["max_evaluations"])
         check_count(0, restarts=values["restarts"])
+        check_flag(spectrum=values["spectrum"])
+        if values["spectrum"] and not named.line_search:
+            raise ValueError(
+                f"Expected no `spectrum` with protocol={protocol!r}, whose L-BFGS is torch's, but got {spectrum!r}."
+            )
         self.save_hyperparameters()
         self.automatic_optimization = False
-        self.search = SearchProtocol(**values, relative=named.relative, line_search=named.line_search)
+        self.search = dataclasses.replace(named, **values)
         self.dummy_images = nn.Parameter(torch.empty(0, 1, 1, 1, 1))
         self.expected_victims = 0
         self._victim: Victim | None = None
@@ -200,11 +210,13 @@ class GradientMatchingAttack(LightningModule):
         """The solver of the protocol."""
         search = self.search
         if search.line_search:
+            protocol = self.victim.protocol
             return LBFGS(
                 self._unknowns,
                 history_size=search.history_size,
                 tolerance=search.tolerance,
                 max_evaluations=search.max_evaluations,
+                preconditioner=ImageSpectrum(protocol.num_images, protocol.image_shape) if search.spectrum else None,
             )
         return PlainLBFGS(
             self._unknowns,
@@ -330,7 +342,8 @@ class GradientMatchingAttack(LightningModule):
             generator = torch.Generator().manual_seed(seed)
             # Drawn in float32 so that a start does not depend on the Trainer's precision.
             starts.append(torch.randn(unknown.shape[1:], generator=generator, dtype=torch.float32))
-        return torch.stack(starts).to(unknown) * self.search.start_std
+        spread = self.search.start_std * _WIDER ** restarts.to(unknown)
+        return torch.stack(starts).to(unknown) * spread.view(-1, *[1] * (unknown.ndim - 1))
 
     def _evaluate(self) -> Tensor:
         """Objectives ``(lanes,)`` at the parameters; their gradients go to ``.grad``."""

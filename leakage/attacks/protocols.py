@@ -13,13 +13,16 @@ class SearchProtocol:
     """How an attack searches; the values of ``protocol="robust"`` and ``protocol="published"``.
 
     Attributes:
-        start_std: standard deviation of the normal distribution that dummies start from.
+        start_std: standard deviation of the normal distribution that dummies start from; it is three
+            times as wide for each restart.
         history_size: pairs that L-BFGS remembers.
         tolerance: the objective at which a victim has converged.
         max_evaluations: evaluations of the objective per start.
         restarts: further starts for a victim that ended above ``restart_above``.
         relative: whether the objective is divided by the squared norm of the shared gradient.
         line_search: whether every victim shortens its own steps.
+        spectrum: whether L-BFGS begins from the power spectrum of images
+            (:class:`~leakage.optim.ImageSpectrum`).
     """
 
     start_std: float
@@ -29,17 +32,19 @@ class SearchProtocol:
     restarts: int
     relative: bool
     line_search: bool
+    spectrum: bool
 
 
 PROTOCOLS = {
     "robust": SearchProtocol(
-        start_std=0.1,
+        start_std=0.01,
         history_size=200,
         tolerance=1e-8,
         max_evaluations=6000,
         restarts=3,
         relative=True,
         line_search=True,
+        spectrum=True,
     ),
     "published": SearchProtocol(
         start_std=1.0,
@@ -49,5 +54,6 @@ PROTOCOLS = {
         restarts=0,
         relative=False,
         line_search=False,
+        spectrum=False,
     ),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from torch import Tensor
 _FIRST_SLOTS = 16
 
 State = dict[str, Tensor]
+# Multiplies vectors (V, D) by a symmetric, positive definite matrix.
+Preconditioner = Callable[[Tensor], Tensor]
 HISTORY = ("s", "y", "sy", "scale", "pairs")
 
 
@@ -53,7 +57,14 @@ def forget(state: State, lanes: Tensor) -> None:
     state["pairs"][lanes] = 0
 
 
-def _push(state: State, size: int, pushed: Tensor, s: Tensor, y: Tensor) -> Tensor:
+def times(preconditioner: Preconditioner | None, vectors: Tensor) -> Tensor:
+    """Their product, where None is the identity."""
+    return vectors if preconditioner is None else preconditioner(vectors)
+
+
+def _push(
+    state: State, size: int, pushed: Tensor, s: Tensor, y: Tensor, preconditioner: Preconditioner | None = None
+) -> Tensor:
     """Store new pairs in the ring buffers; returns the lanes that stored one."""
     lanes = pushed.nonzero().squeeze(1)
     if not len(lanes):
@@ -69,7 +80,7 @@ def _push(state: State, size: int, pushed: Tensor, s: Tensor, y: Tensor) -> Tens
     state["s"][lanes, slot] = s[lanes]
     state["y"][lanes, slot] = y[lanes]
     state["pairs"][lanes] += 1
-    state["scale"][lanes] = ((s * y).sum(1) / y.square().sum(1))[lanes]
+    state["scale"][lanes] = ((s * y).sum(1) / (y * times(preconditioner, y)).sum(1))[lanes]
     return lanes
 
 
@@ -106,14 +117,22 @@ def push_and_recurse(state: State, size: int, pushed: Tensor, s: Tensor, y: Tens
     return left
 
 
-def push_and_direct(state: State, size: int, pushed: Tensor, s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
+def push_and_direct(
+    state: State,
+    size: int,
+    pushed: Tensor,
+    s: Tensor,
+    y: Tensor,
+    gradient: Tensor,
+    preconditioner: Preconditioner | None = None,
+) -> Tensor:
     r"""Store new pairs, and give every victim the quasi-Newton direction :math:`-H g`.
 
     This is the two-loop recursion written as products and triangular solves over all its pairs at
-    once. With :math:`R_{ij} = s_i \cdot y_j` for :math:`i \le j` (oldest first), D its diagonal and
-    :math:`\gamma = s \cdot y / y \cdot y` of the newest pair:
+    once. With :math:`R_{ij} = s_i \cdot y_j` for :math:`i \le j` (oldest first), D its diagonal, P the
+    preconditioner and :math:`\gamma = s \cdot y / y \cdot P y` of the newest pair:
 
-    .. math:: \alpha = R^{-1} S g, \quad q = \gamma (g - Y^T \alpha), \quad
+    .. math:: \alpha = R^{-1} S g, \quad q = \gamma P (g - Y^T \alpha), \quad
         \delta = R^{-T} (D \alpha - Y q), \quad H g = q + S^T \delta
 
     Args:
@@ -123,15 +142,16 @@ def push_and_direct(state: State, size: int, pushed: Tensor, s: Tensor, y: Tenso
         s: ``(V, D)``, steps.
         y: ``(V, D)``, differences of gradients.
         gradient: ``(V, D)``.
+        preconditioner: multiplies ``(V, D)`` by a symmetric, positive definite P; by default the identity.
 
     Returns:
-        ``(V, D)``; the negative gradient for a victim without pairs.
+        ``(V, D)``; for a victim without pairs the negative gradient times P.
     """
-    lanes = _push(state, size, pushed, s, y)
+    lanes = _push(state, size, pushed, s, y, preconditioner)
     pairs = state["pairs"]
     used = min(int(pairs.max()), size) if len(pairs) else 0
     if not used:
-        return -gradient
+        return -times(preconditioner, gradient)
     s_used, y_used = state["s"][:, :used], state["y"][:, :used]
     slots = _slots_by_age(state, size, used)
     products = torch.bmm(torch.stack([gradient, y], dim=1), s_used.mT)
@@ -143,7 +163,8 @@ def push_and_direct(state: State, size: int, pushed: Tensor, s: Tensor, y: Tenso
     alpha = torch.linalg.solve_triangular(sy, products[:, 0, :, None], upper=True).squeeze(2)
     by_slot = torch.empty_like(alpha).scatter_(1, slots, alpha)
     scale = torch.where(pairs > 0, state["scale"], 1.0)[:, None]
-    q = scale * torch.baddbmm(gradient[:, None], by_slot[:, None], y_used, alpha=-1).squeeze(1)
+    left = torch.baddbmm(gradient[:, None], by_slot[:, None], y_used, alpha=-1).squeeze(1)
+    q = scale * times(preconditioner, left)
     projected = torch.bmm(q[:, None], y_used.mT).squeeze(1).gather(1, slots)
     right = sy.diagonal(dim1=1, dim2=2) * alpha - projected
     delta = torch.linalg.solve_triangular(sy.mT, right[:, :, None], upper=False).squeeze(2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leakage.errors import check_count, check_positive
-from leakage.optim.history import HISTORY, forget, fresh_history, grow, push_and_direct
+from leakage.optim.history import HISTORY, Preconditioner, forget, fresh_history, grow, push_and_direct, times
 from leakage.optim.per_victim import CONVERGED, DIVERGED, EXHAUSTED, STALLED, PerVictimOptimizer
 
 # Armijo's condition asks for this share of the decrease that the slope promises.
@@ -36,6 +36,9 @@ class LBFGS(PerVictimOptimizer):
         stall_window: a victim has stalled if its loss has not fallen below ``stall_factor`` times what
             it was this many evaluations, or a third of all its evaluations, ago.
         stall_factor: see ``stall_window``.
+        preconditioner: multiplies vectors ``(V, D)``, the flattened parameters one after another, by a
+            symmetric, positive definite matrix that is near the inverse Hessian but for its scale; the
+            identity by default. Not part of the state.
 
     Raises:
         ValueError: an option out of its range.
@@ -68,6 +71,7 @@ class LBFGS(PerVictimOptimizer):
         max_evaluations: int = 1000,
         stall_window: int = 100,
         stall_factor: float = 0.9,
+        preconditioner: Preconditioner | None = None,
     ) -> None:
         check_positive(lr=lr)
         check_count(history_size=history_size, max_evaluations=max_evaluations, stall_window=stall_window)
@@ -75,6 +79,7 @@ class LBFGS(PerVictimOptimizer):
             raise ValueError(f"Expected `tolerance` of at least 0, but got {tolerance!r}.")
         if not 0 < stall_factor <= 1:
             raise ValueError(f"Expected `stall_factor` in (0, 1], but got {stall_factor!r}.")
+        self._preconditioner = preconditioner
         super().__init__(
             params,
             {
@@ -135,16 +140,19 @@ class LBFGS(PerVictimOptimizer):
 
         if bool((accepted | again).any()):
             history = {name: lanes[name] for name in HISTORY}
-            direction = push_and_direct(history, options["history_size"], pushed, step, change, lanes["gradient"])
+            direction = push_and_direct(
+                history, options["history_size"], pushed, step, change, lanes["gradient"], self._preconditioner
+            )
             lanes.update(history)
             slope = (direction * lanes["gradient"]).sum(1)
             uphill = (accepted | again) & ~(slope < 0)
             if bool(uphill.any()):
                 forget({name: lanes[name] for name in HISTORY}, uphill)
-                direction = torch.where(uphill[:, None], -lanes["gradient"], direction)
-                slope = torch.where(uphill, -lanes["gradient"].square().sum(1), slope)
+                steepest = -times(self._preconditioner, lanes["gradient"])
+                direction = torch.where(uphill[:, None], steepest, direction)
+                slope = torch.where(uphill, (steepest * lanes["gradient"]).sum(1), slope)
             first = lanes["pairs"] == 0
-            cautious = torch.clamp(1 / lanes["gradient"].abs().sum(1), max=1.0)
+            cautious = torch.clamp(1 / direction.abs().sum(1), max=1.0)
             fresh_length = options["lr"] * torch.where(first, cautious, 1.0)
             turned = accepted | again
             lanes["direction"] = torch.where(turned[:, None], direction, lanes["direction"])

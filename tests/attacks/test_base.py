@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from leakage.attacks import PROTOCOLS, IDLGAttack
-from leakage.datamodules import SharedGradientFiles
+from leakage.datamodules import SampleVictims, SharedGradientFiles
 from leakage.models import LeNet
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -57,6 +57,34 @@ def test_the_published_protocol_is_that_of_the_papers() -> None:
     assert (published.max_evaluations, published.restarts) == (300 * 20, 0)
     assert not published.relative
     assert not published.line_search
+    assert not published.spectrum
+
+
+def test_the_spectrum_is_an_option_of_the_line_search(case: Any) -> None:
+    assert case.attack().search.spectrum
+    assert not case.attack(spectrum=False).search.spectrum
+    with pytest.raises(ValueError, match=r"Expected no `spectrum` with protocol='published', whose L-BFGS is torch's"):
+        case.attack(protocol="published", spectrum=True)
+    with pytest.raises(ValueError, match="Expected `spectrum` to be True or False, but got 'yes'"):
+        case.attack(spectrum="yes")
+
+
+def test_the_spectrum_of_images_saves_evaluations(kit: Any) -> None:
+    evaluations = {}
+    for spectrum in (True, False):
+        attack = IDLGAttack(spectrum=spectrum)
+        kit.fit(attack, SampleVictims(victims=8))
+        assert max(score.mse for score in attack.scores.values()) < 1e-3
+        evaluations[spectrum] = attack.finished.evaluations.double().mean()
+    assert evaluations[True] < evaluations[False]
+
+
+def test_each_restart_starts_from_a_wider_distribution(case: Any) -> None:
+    attack = case.attack(start_std=0.5)
+    attack.dummy_images = torch.nn.Parameter(torch.empty(0, 1, 3, 20, 20))
+    ids, restarts = torch.tensor([3, 3, 3]), torch.tensor([0, 1, 2])
+    spread = attack._starts(ids, restarts, attack.dummy_images).flatten(1).std(1)
+    torch.testing.assert_close(spread, torch.tensor([0.5, 1.5, 4.5]), rtol=0.1, atol=0)
 
 
 def test_wants_a_datamodule_of_victims(case: Any) -> None:

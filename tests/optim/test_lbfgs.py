@@ -115,6 +115,45 @@ def test_victims_together_take_the_points_they_take_alone(smooth: Any, closure_o
             alone.step(closure)
 
 
+def test_a_preconditioner_is_a_change_of_variables() -> None:
+    """With P = T T' the points are T times those of the search for z in x = T z."""
+    starts, losses_of = bowls(3, 4, 6)
+    generator = torch.Generator().manual_seed(3)
+    turn = torch.eye(6, dtype=torch.float64) + 0.2 * torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    power = turn @ turn.mT
+    plain, z, plain_closure = solver(starts @ torch.linalg.inv(turn).mT, lambda z: losses_of(z @ turn.mT))
+    preconditioned, x, closure = solver(starts, losses_of, preconditioner=lambda vectors: vectors @ power)
+    # Begun alike: the length of the first step alone depends on the variables.
+    for optimizer, first in ((plain, plain_closure), (preconditioned, closure)):
+        optimizer.step(first)
+        optimizer.lanes["length"].fill_(1e-3)
+    with torch.no_grad():
+        z.copy_(plain.lanes["point"] + 1e-3 * plain.lanes["direction"])
+        x.copy_(preconditioned.lanes["point"] + 1e-3 * preconditioned.lanes["direction"])
+    for _ in range(15):
+        torch.testing.assert_close(z.detach() @ turn.mT, x.detach(), rtol=1e-7, atol=1e-7)
+        plain.step(plain_closure)
+        preconditioned.step(closure)
+    assert bool((preconditioned.best_loss < 1e-2 * losses_of(starts)).all())
+
+
+def test_a_good_preconditioner_saves_evaluations() -> None:
+    scales = torch.logspace(-4, 4, 30, dtype=torch.float64)
+
+    def losses_of(x: Tensor) -> Tensor:
+        return (scales * (x - 1).square()).sum(1)
+
+    evaluations = []
+    for preconditioner in (None, lambda vectors: vectors / scales):
+        optimizer, _, closure = solver(
+            torch.zeros(2, 30, dtype=torch.float64), losses_of, tolerance=1e-12, preconditioner=preconditioner
+        )
+        run(optimizer, closure)
+        assert names(optimizer) == ["converged"] * 2
+        evaluations.append(int(optimizer.evaluations.max()))
+    assert evaluations[1] < evaluations[0] / 5
+
+
 @pytest.mark.parametrize("bad", ["nan", "infinite", "gradient"])
 def test_a_victim_that_breaks_spoils_nobody(bad: str) -> None:
     starts, losses_of = bowls(2, 3, 4)

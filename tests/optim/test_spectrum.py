@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from leakage.datamodules import GroundTruth, SampleVictims
+from leakage.optim import ImageSpectrum
+
+
+def matrix(spectrum: ImageSpectrum, unknowns: int) -> Tensor:
+    return spectrum(torch.eye(unknowns, dtype=torch.float64))
+
+
+@given(
+    images=st.integers(1, 2),
+    channels=st.sampled_from([1, 2, 3]),
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    others=st.integers(0, 4),
+)
+def test_is_symmetric_positive_definite_and_leaves_the_other_unknowns(
+    images: int, channels: int, height: int, width: int, others: int
+) -> None:
+    size = images * channels * height * width
+    product = matrix(ImageSpectrum(images, (channels, height, width)), size + others)
+    torch.testing.assert_close(product, product.mT)
+    assert float(torch.linalg.eigvalsh(product).min()) > 0
+    identity = torch.eye(others, dtype=torch.float64)
+    assert torch.equal(product[size:, size:], identity)
+    assert not product[:size, size:].any()
+
+
+def test_waves_are_its_eigenvectors_and_fine_ones_vary_less() -> None:
+    spectrum = ImageSpectrum(1, (1, 8, 8))
+    places = torch.arange(8, dtype=torch.float64) + 0.5
+    last = torch.inf
+    for frequency in range(8):
+        wave = torch.cos(torch.pi * frequency * places / 8).repeat(8, 1)
+        product = spectrum(wave.reshape(1, -1)).view(8, 8)
+        value = float((product * wave).sum() / wave.square().sum())
+        torch.testing.assert_close(product, value * wave)
+        assert 0 < value < last
+        # The amplitude is (f + 0.05)^-0.7, the eigenvalue its square.
+        if frequency == 0:
+            constant = value
+        assert value == pytest.approx(constant * ((frequency / 8 + 0.05) / 0.05) ** -1.4)
+        last = value
+
+
+def test_colours_vary_less_than_brightness() -> None:
+    spectrum = ImageSpectrum(1, (3, 4, 4))
+
+    def variance(red: float, green: float, blue: float) -> float:
+        image = torch.tensor([red, green, blue], dtype=torch.float64)[:, None, None].expand(3, 4, 4).reshape(1, -1)
+        product = spectrum(image)
+        value = float((product * image).sum() / image.square().sum())
+        torch.testing.assert_close(product, value * image)
+        return value
+
+    brightness = variance(1, 1, 1)
+    assert variance(1, -1, 0) == pytest.approx(0.16 * brightness)
+    assert variance(1, 1, -2) == pytest.approx(0.16 * brightness)
+
+
+def test_is_near_the_spectrum_of_the_sample() -> None:
+    """Of real images it leaves coefficients of more nearly equal size than the images' own."""
+    data = SampleVictims(victims=200)
+    data.setup("fit")
+    images = GroundTruth.cat(list(data.val_dataloader())).images[:, 0, 0].double()
+    spectrum = ImageSpectrum(1, (1, 28, 28))
+    coefficients = spectrum._rows @ (images - images.mean(0)) @ spectrum._columns.mT
+    own = coefficients.var(0).log()
+    whitened = (coefficients / spectrum._power[0].sqrt()).var(0).log()
+    assert float(whitened.std()) < 0.7 * float(own.std())
+
+
+def test_takes_the_precision_of_the_vectors_back_and_forth() -> None:
+    spectrum = ImageSpectrum(1, (3, 4, 4))
+    vectors = torch.randn(2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    single, double = spectrum(vectors.float()), spectrum(vectors)
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "shape", "name"), [(0, (1, 2, 2), "num_images"), (1, (1, 0, 2), "image_height")]
+)
+def test_refuses(num_images: int, shape: tuple[int, int, int], name: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected `{name}` to be a whole number of at least 1, but got 0"):
+        ImageSpectrum(num_images, shape)
