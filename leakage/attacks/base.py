@@ -216,6 +216,7 @@ class GradientMatchingAttack(LightningModule):
                 history_size=search.history_size,
                 tolerance=search.tolerance,
                 max_evaluations=search.max_evaluations,
+                max_step=search.max_step,
                 preconditioner=ImageSpectrum(protocol.num_images, protocol.image_shape) if search.spectrum else None,
             )
         return PlainLBFGS(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 # Calls of the published protocol have 20 iterations, one evaluation each.
@@ -21,6 +22,8 @@ class SearchProtocol:
         restarts: further starts for a victim that ended above ``restart_above``.
         relative: whether the objective is divided by the squared norm of the shared gradient.
         line_search: whether every victim shortens its own steps.
+        max_step: the most that a pixel changes in one step of the line search; images lie in [0, 1], and
+            far outside the network is so saturated that no way leads back.
         spectrum: whether L-BFGS begins from the power spectrum of images
             (:class:`~leakage.optim.ImageSpectrum`).
     """
@@ -32,6 +35,7 @@ class SearchProtocol:
     restarts: int
     relative: bool
     line_search: bool
+    max_step: float
     spectrum: bool
 
 
@@ -44,6 +48,7 @@ PROTOCOLS = {
         restarts=3,
         relative=True,
         line_search=True,
+        max_step=1.0,
         spectrum=True,
     ),
     "published": SearchProtocol(
@@ -54,6 +59,7 @@ PROTOCOLS = {
         restarts=0,
         relative=False,
         line_search=False,
+        max_step=math.inf,
         spectrum=False,
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,6 +31,7 @@ class LBFGS(PerVictimOptimizer):
     Args:
         params: parameters ``(V, ...)``, a leading victims' dimension each.
         lr: length of the first trial along each quasi-Newton direction.
+        max_step: no unknown changes by more than this in one step.
         history_size: pairs (s, y) each victim remembers.
         tolerance: a victim has converged when its loss is at most this.
         max_evaluations: evaluations per start after which a victim is exhausted.
@@ -66,6 +68,7 @@ class LBFGS(PerVictimOptimizer):
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         *,
         lr: float = 1.0,
+        max_step: float = math.inf,
         history_size: int = 100,
         tolerance: float = 0.0,
         max_evaluations: int = 1000,
@@ -74,6 +77,8 @@ class LBFGS(PerVictimOptimizer):
         preconditioner: Preconditioner | None = None,
     ) -> None:
         check_positive(lr=lr)
+        if not max_step > 0:
+            raise ValueError(f"Expected `max_step` to be positive, but got {max_step!r}.")
         check_count(history_size=history_size, max_evaluations=max_evaluations, stall_window=stall_window)
         if not tolerance >= 0:
             raise ValueError(f"Expected `tolerance` of at least 0, but got {tolerance!r}.")
@@ -84,6 +89,7 @@ class LBFGS(PerVictimOptimizer):
             params,
             {
                 "lr": lr,
+                "max_step": max_step,
                 "history_size": history_size,
                 "tolerance": tolerance,
                 "max_evaluations": max_evaluations,
@@ -153,7 +159,8 @@ class LBFGS(PerVictimOptimizer):
                 slope = torch.where(uphill, (steepest * lanes["gradient"]).sum(1), slope)
             first = lanes["pairs"] == 0
             cautious = torch.clamp(1 / direction.abs().sum(1), max=1.0)
-            fresh_length = options["lr"] * torch.where(first, cautious, 1.0)
+            longest = options["max_step"] / direction.abs().amax(1)
+            fresh_length = torch.minimum(options["lr"] * torch.where(first, cautious, 1.0), longest)
             turned = accepted | again
             lanes["direction"] = torch.where(turned[:, None], direction, lanes["direction"])
             lanes["slope"] = torch.where(turned, slope, lanes["slope"])

@@ -137,6 +137,23 @@ def test_a_preconditioner_is_a_change_of_variables() -> None:
     assert bool((preconditioned.best_loss < 1e-2 * losses_of(starts)).all())
 
 
+def test_no_unknown_changes_by_more_than_the_longest_step() -> None:
+    starts, losses_of = bowls(5, 3, 6)
+    changes = {}
+    for max_step in (0.05, torch.inf):
+        optimizer, x, closure = solver(starts, losses_of, tolerance=1e-12, max_step=max_step, stall_window=1000)
+        largest = 0.0
+        for _ in range(600):
+            optimizer.step(closure)
+            largest = max(largest, float((x.detach() - optimizer.lanes["point"]).abs().max()))
+            if not optimizer.running.any():
+                break
+        assert names(optimizer) == ["converged"] * 3
+        changes[max_step] = largest
+    assert changes[0.05] <= 0.05 * (1 + 1e-12)
+    assert changes[torch.inf] > 0.5
+
+
 def test_a_good_preconditioner_saves_evaluations() -> None:
     scales = torch.logspace(-4, 4, 30, dtype=torch.float64)
 
@@ -255,6 +272,7 @@ def test_a_victim_that_is_done_neither_moves_nor_counts() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"max_step": 0.0}, "Expected `max_step` to be positive, but got 0.0"),
         ({"lr": -1.0}, "Expected `lr` to be positive and finite, but got -1.0"),
         ({"history_size": 0}, "Expected `history_size` to be a whole number of at least 1, but got 0"),
         ({"max_evaluations": 2.5}, "Expected `max_evaluations` to be a whole number .* but got 2.5"),
