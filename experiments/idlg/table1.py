@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=("32-true", "64-true"),
         default="32-true",
-        help="64 bit for colour images and whatever else stalls in 32 (default: %(default)s)",
+        help="64 bit for what stalls in 32 (default: %(default)s)",
     )
     parser.add_argument("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
     return parser

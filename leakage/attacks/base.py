@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from abc import abstractmethod
 from typing import Any, cast
 
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from leakage.attacks.auditor import Auditor
-from leakage.attacks.protocols import ITERATIONS_PER_CALL, PROTOCOLS
+from leakage.attacks.checkpoint import check_checkpoint
+from leakage.attacks.protocols import ITERATIONS_PER_CALL, search_protocol
 from leakage.datamodules.base import GroundTruth, VictimDataModule
-from leakage.errors import check_choice, check_count, check_flag, check_positive
+from leakage.errors import check_choice, check_count, check_positive
 from leakage.metrics import ReconstructionMetrics, VictimScore
 from leakage.objectives import squared_distance
 from leakage.optim import LBFGS, ImageSpectrum, PerVictimOptimizer, PlainLBFGS
@@ -82,32 +82,19 @@ class GradientMatchingAttack(LightningModule):
         spectrum: bool | None = None,
     ) -> None:
         super().__init__()
-        check_choice("protocol", protocol, PROTOCOLS)
         check_positive(success_threshold=success_threshold, restart_above=restart_above)
         check_count(0, seed=seed)
-        given = {
-            "start_std": start_std,
-            "history_size": history_size,
-            "tolerance": tolerance,
-            "max_evaluations": max_evaluations,
-            "restarts": restarts,
-            "spectrum": spectrum,
-        }
-        named = PROTOCOLS[protocol]
-        values: dict[str, Any] = {
-            name: getattr(named, name) if value is None else value for name, value in given.items()
-        }
-        check_positive(start_std=values["start_std"], tolerance=values["tolerance"])
-        check_count(history_size=values["history_size"], max_evaluations=values["max_evaluations"])
-        check_count(0, restarts=values["restarts"])
-        check_flag(spectrum=values["spectrum"])
-        if values["spectrum"] and not named.line_search:
-            raise ValueError(
-                f"Expected no `spectrum` with protocol={protocol!r}, whose L-BFGS is torch's, but got {spectrum!r}."
-            )
+        self.search = search_protocol(
+            protocol,
+            start_std=start_std,
+            history_size=history_size,
+            tolerance=tolerance,
+            max_evaluations=max_evaluations,
+            restarts=restarts,
+            spectrum=spectrum,
+        )
         self.save_hyperparameters()
         self.automatic_optimization = False
-        self.search = dataclasses.replace(named, **values)
         self.dummy_images = nn.Parameter(torch.empty(0, 1, 1, 1, 1))
         self.expected_victims = 0
         self._victim: Victim | None = None
@@ -462,21 +449,8 @@ class GradientMatchingAttack(LightningModule):
         Raises:
             ValueError: a checkpoint of another attack or configuration.
         """
-        saved = checkpoint.get("leakage")
-        if saved is None or saved["attack"] != type(self).__name__:
-            raise ValueError(
-                f"Expected a checkpoint of {type(self).__name__}, but got one of "
-                f"{saved['attack'] if saved else 'another module'}."
-            )
-        given, stored = dict(self.hparams), checkpoint["hyper_parameters"]
-        differing = {name: (stored.get(name), value) for name, value in given.items() if stored.get(name) != value}
-        if differing:
-            listed = ", ".join(f"{name}={old!r} (now {new!r})" for name, (old, new) in differing.items())
-            raise ValueError(f"Expected the configuration of the checkpoint, but got another: it has {listed}.")
-        if saved["precision"] != self.trainer.precision:
-            raise ValueError(
-                f"Expected the checkpoint's precision {saved['precision']!r}, but got {self.trainer.precision!r}."
-            )
+        check_checkpoint(checkpoint, type(self).__name__, dict(self.hparams), self.trainer.precision)
+        saved = checkpoint["leakage"]
         self.iteration, self._cohorts = saved["iteration"], saved["cohorts"]
         self._awaiting, self._asked_at = saved["awaiting"], saved["asked_at"]
         self._lanes = {name: tensor.to(self.device) for name, tensor in saved["lanes"].items()}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
+
+from leakage.errors import check_choice, check_count, check_flag, check_positive
 
 # Calls of the published protocol have 20 iterations, one evaluation each.
 ITERATIONS_PER_CALL = 20
@@ -63,3 +67,25 @@ PROTOCOLS = {
         spectrum=False,
     ),
 }
+
+
+def search_protocol(name: str, **replaced: Any) -> SearchProtocol:
+    """The protocol of that name, with some of its values replaced.
+
+    Args:
+        name: one of :data:`PROTOCOLS`.
+        replaced: values by name; None keeps the protocol's own.
+
+    Raises:
+        ValueError: an unknown name, a value out of its range, or ``spectrum`` without a line search.
+    """
+    check_choice("protocol", name, PROTOCOLS)
+    named = PROTOCOLS[name]
+    search = dataclasses.replace(named, **{key: value for key, value in replaced.items() if value is not None})
+    check_positive(start_std=search.start_std, tolerance=search.tolerance)
+    check_count(history_size=search.history_size, max_evaluations=search.max_evaluations)
+    check_count(0, restarts=search.restarts)
+    check_flag(spectrum=search.spectrum)
+    if search.spectrum and not search.line_search:
+        raise ValueError(f"Expected no `spectrum` with protocol={name!r}, whose L-BFGS is torch's, but got True.")
+    return search
