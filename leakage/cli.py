@@ -168,7 +168,9 @@ def _own_words(error: Exception) -> str | None:
     """The message of an error of this library, also where jsonargparse quotes it in a list of what it tried."""
     if str(error).startswith("Expected "):
         return _one_line(str(error))
-    quoted = [line.strip() for line in str(error).splitlines() if line.strip().startswith("- Expected `")]
+    lines = [line.strip() for line in str(error).splitlines()]
+    # jsonargparse too has lines that begin with "- Expected", but none that go on "but got".
+    quoted = [line for line in lines if line.startswith("- Expected ") and ", but got " in line]
     return quoted[0].removeprefix("- ") if quoted else None
 
 

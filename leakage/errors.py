@@ -30,6 +30,16 @@ def check_flag(**values: bool) -> None:
             raise ValueError(f"Expected `{name}` to be True or False, but got {value!r}.")
 
 
+def check_image_size(image_size: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
+    """Height and width of ``image_size``, one number for square images; a ``ValueError`` if it is neither."""
+    sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+    if len(sides) != 2:
+        raise ValueError(f"Expected `image_size` as one number or as height and width, but got {image_size!r}.")
+    for side in sides:
+        check_count(image_size=side)
+    return sides[0], sides[1]
+
+
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise a ``ValueError`` that lists the choices unless ``value`` is one of them."""
     choices = sorted(choices)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from leakage.errors import check_count
+from leakage.errors import check_count, check_image_size
 
 
 class LeNet(nn.Module):
@@ -50,7 +49,7 @@ class LeNet(nn.Module):
     ) -> None:
         super().__init__()
         check_count(channels=channels, num_classes=num_classes, width=width)
-        height, breadth = _height_and_width(image_size)
+        height, breadth = check_image_size(image_size)
         self.features = nn.Sequential(
             nn.Conv2d(channels, width, 5, stride=2, padding=2),
             nn.Sigmoid(),
@@ -72,12 +71,3 @@ class LeNet(nn.Module):
         """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
         logits: Tensor = self.classifier(self.features(images).flatten(1))
         return logits
-
-
-def _height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = image_size if isinstance(image_size, Sequence) and not isinstance(image_size, str) else (image_size,) * 2
-    if len(pair) != 2:
-        raise ValueError(f"Expected `image_size` as one number or as height and width, but got {image_size!r}.")
-    check_count(image_size=pair[0])
-    check_count(image_size=pair[1])
-    return pair[0], pair[1]

@@ -192,6 +192,10 @@ def test_own_gradients_of_a_resnet(tmp_path: Path) -> None:
         (["--data.victims", "0"], "Expected `victims` to be a whole number of at least 1, but got 0."),
         (["--data.victims", "2000"], "at most the 1000 images of the data set"),
         (["--model.protocol", "fast"], "Expected `protocol` to be one of ['published', 'robust'], but got 'fast'."),
+        (
+            ["--model.protocol", "published", "--model.spectrum", "true"],
+            "Expected no `spectrum` with protocol='published'",
+        ),
         (["--data", "MNISTVictims", "--data.root", "none", "--data.download", "false"], "the train split of MNIST in"),
     ],
 )

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from leakage.errors import check_choice, check_count, check_flag, check_positive
+from leakage.errors import check_choice, check_count, check_flag, check_image_size, check_positive
 
 
 def test_what_is_right_passes():
@@ -15,6 +15,8 @@ def test_what_is_right_passes():
     check_count(0, seed=0)
     check_flag(download=False)
     check_choice("loss", "b", ("a", "b"))
+    assert check_image_size(28) == (28, 28)
+    assert check_image_size([8, 12]) == (8, 12)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -1, -1e-9, math.nan, math.inf, -math.inf, True, "1", None])
@@ -44,6 +46,12 @@ def test_too_large():
 def test_not_a_flag(value):
     with pytest.raises(ValueError, match=r"^Expected `download` to be True or False, but got "):
         check_flag(download=value)
+
+
+@pytest.mark.parametrize("value", [0, (4, -1), 1.5, None, "28", (4,), (4, 4, 4)])
+def test_not_an_image_size(value):
+    with pytest.raises(ValueError, match=r"^Expected `image_size` (to be a whole number of at least 1|as one number)"):
+        check_image_size(value)
 
 
 def test_first_wrong_value_is_named():

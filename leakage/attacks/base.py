@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from leakage.attacks.auditor import Auditor
-from leakage.attacks.checkpoint import check_checkpoint
 from leakage.attacks.protocols import ITERATIONS_PER_CALL, search_protocol
+from leakage.checkpoints import check_checkpoint
 from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.metrics import ReconstructionMetrics, VictimScore

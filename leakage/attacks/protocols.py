@@ -26,8 +26,9 @@ class SearchProtocol:
         restarts: further starts for a victim that ended above ``restart_above``.
         relative: whether the objective is divided by the squared norm of the shared gradient.
         line_search: whether every victim shortens its own steps.
-        max_step: the most that a pixel changes in one step of the line search; images lie in [0, 1], and
-            far outside the network is so saturated that no way leads back.
+        max_step: the most that an unknown, a pixel or a label's logit, changes in one step of the line
+            search; images lie in [0, 1], and far outside the network is so saturated that no way leads
+            back.
         spectrum: whether L-BFGS begins from the power spectrum of images
             (:class:`~leakage.optim.ImageSpectrum`).
     """

@@ -14,7 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import to_tensor
 
 from leakage.datamodules.images import ImageVictims, LabelledImages, data_folder
-from leakage.errors import check_count
+from leakage.errors import check_image_size
 
 
 class ImageFolderVictims(ImageVictims):
@@ -51,14 +51,10 @@ class ImageFolderVictims(ImageVictims):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if image_size is not None:
-            height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-            check_count(image_height=height, image_width=width)
-            image_size = (height, width)
         if channels not in (1, 3):
             raise ValueError(f"Expected `channels` to be 1 or 3, but got {channels!r}.")
         self.root = Path(root).expanduser()
-        self.image_size = image_size
+        self.image_size = None if image_size is None else check_image_size(image_size)
         self.channels = channels
 
     def check_images(self, indices: list[int], image_shape: tuple[int, ...]) -> None:

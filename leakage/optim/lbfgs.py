@@ -26,7 +26,8 @@ class LBFGS(PerVictimOptimizer):
     ``f(x + t d) <= f(x) + 1e-4 t <g, d>`` holds, the point is accepted and the next direction is
     tried with step length 1; elsewhere the victim shortens its own step by quadratic interpolation.
     So no victim waits for another one's line search. A victim whose step has become too short
-    forgets its history and tries the steepest descent; if that fails too, it has stalled.
+    forgets its history and tries the steepest descent (times the preconditioner); if that fails too, it
+    has stalled.
 
     Args:
         params: parameters ``(V, ...)``, a leading victims' dimension each.

@@ -54,36 +54,34 @@ class ImageSpectrum:
         channels, height, width = image_shape
         check_count(num_images=num_images, channels=channels, image_height=height, image_width=width)
         self.shape = (num_images, channels, height, width)
-        self._rows, self._columns = _cosines(height), _cosines(width)
         rows, columns = torch.arange(height) / height, torch.arange(width) / width
         amplitude = (torch.hypot(rows[:, None], columns) + _KNEE).pow(-_DECAY).double()
         amplitudes = (amplitude / amplitude.mean()).repeat(channels, 1, 1)
-        self._mixing = torch.tensor(_OPPONENT, dtype=torch.float64) if channels == 3 else None
-        if self._mixing is not None:
+        if channels == 3:
             amplitudes[1:] *= _COLOUR
-        self._power = amplitudes.square()
+        self._exact = {
+            "rows": _cosines(height),
+            "columns": _cosines(width),
+            "power": amplitudes.square(),
+            "mixing": torch.tensor(_OPPONENT, dtype=torch.float64),
+        }
+        self._used = self._exact  # the same in the precision, and on the device, of the last vectors
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """:math:`P v` of vectors ``(V, D)``, the first N*C*H*W entries of which are the images'."""
-        self._like(vectors)
+        like = self._used["power"]
+        if (like.dtype, like.device) != (vectors.dtype, vectors.device):
+            self._used = {name: tensor.to(vectors) for name, tensor in self._exact.items()}
+        rows, columns, power, mixing = (self._used[name] for name in ("rows", "columns", "power", "mixing"))
         size = math.prod(self.shape)
-        images = self._rows @ vectors[:, :size].reshape(-1, *self.shape) @ self._columns.mT
-        if self._mixing is not None:
-            mixed = torch.einsum("ij,vnjhw->vnihw", self._mixing, images) * self._power
-            images = torch.einsum("ij,vnihw->vnjhw", self._mixing, mixed)
+        images = rows @ vectors[:, :size].reshape(-1, *self.shape) @ columns.mT
+        if self.shape[1] == 3:
+            mixed = torch.einsum("ij,vnjhw->vnihw", mixing, images) * power
+            images = torch.einsum("ij,vnihw->vnjhw", mixing, mixed)
         else:
-            images = images * self._power
-        images = self._rows.mT @ images @ self._columns
+            images = images * power
+        images = rows.mT @ images @ columns
         return torch.cat([images.flatten(1), vectors[:, size:]], dim=1)
-
-    def _like(self, vectors: Tensor) -> None:
-        """Go where the vectors are, in their precision."""
-        if (self._power.dtype, self._power.device) == (vectors.dtype, vectors.device):
-            return
-        self._rows, self._columns, self._power = (
-            tensor.to(vectors) for tensor in (self._rows, self._columns, self._power)
-        )
-        self._mixing = None if self._mixing is None else self._mixing.to(vectors)
 
 
 def _cosines(size: int) -> Tensor:

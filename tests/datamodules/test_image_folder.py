@@ -160,9 +160,10 @@ def test_a_single_class(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 0}, "Expected `image_height` to be a whole number of at least 1, but got 0"),
-        ({"image_size": (8, -1)}, "Expected `image_width` to be a whole number of at least 1, but got -1"),
-        ({"image_size": 8.5}, "Expected `image_height` to be a whole number of at least 1, but got 8.5"),
+        ({"image_size": 0}, "Expected `image_size` to be a whole number of at least 1, but got 0"),
+        ({"image_size": (8, -1)}, "Expected `image_size` to be a whole number of at least 1, but got -1"),
+        ({"image_size": 8.5}, "Expected `image_size` to be a whole number of at least 1, but got 8.5"),
+        ({"image_size": (8, 8, 3)}, r"Expected `image_size` as one number or as height and width, but got \(8, 8, 3\)"),
         ({"channels": 2}, "Expected `channels` to be 1 or 3, but got 2"),
         ({"victims": 0}, "Expected `victims` to be a whole number of at least 1, but got 0"),
     ],

@@ -71,16 +71,17 @@ def test_is_near_the_spectrum_of_the_sample() -> None:
     data.setup("fit")
     images = GroundTruth.cat(list(data.val_dataloader())).images[:, 0, 0].double()
     spectrum = ImageSpectrum(1, (1, 28, 28))
-    coefficients = spectrum._rows @ (images - images.mean(0)) @ spectrum._columns.mT
+    coefficients = spectrum._exact["rows"] @ (images - images.mean(0)) @ spectrum._exact["columns"].mT
     own = coefficients.var(0).log()
-    whitened = (coefficients / spectrum._power[0].sqrt()).var(0).log()
+    whitened = (coefficients / spectrum._exact["power"][0].sqrt()).var(0).log()
     assert float(whitened.std()) < 0.7 * float(own.std())
 
 
 def test_takes_the_precision_of_the_vectors_back_and_forth() -> None:
     spectrum = ImageSpectrum(1, (3, 4, 4))
     vectors = torch.randn(2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    single, double = spectrum(vectors.float()), spectrum(vectors)
+    before, single, double = spectrum(vectors), spectrum(vectors.float()), spectrum(vectors)
+    assert torch.equal(before, double), "nothing was lost on the way through single precision"
     assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
     torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-5)
 
