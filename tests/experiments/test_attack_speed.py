@@ -17,10 +17,15 @@ def test_writes_both_sides(
 ) -> None:
     monkeypatch.setattr(speed, "CALLS", 2)
     monkeypatch.setattr(speed.os, "sched_getaffinity", lambda pid: {0}, raising=False)
-    threads = torch.get_num_threads()
     output = tmp_path / "speed.json"
-    speed.main(["--output", str(output), "--victims", "3", "--plain-victims", "1", "--root", str(tmp_path / "none")])
-    assert torch.get_num_threads() == threads
+    torch.set_num_threads(2)
+    try:
+        speed.main(
+            ["--output", str(output), "--victims", "3", "--plain-victims", "1", "--root", str(tmp_path / "none")]
+        )
+        assert torch.get_num_threads() == 2, "as it was before"
+    finally:
+        torch.set_num_threads(1)
     said = capsys.readouterr().out
     assert "MNIST is not found" in said
     result = json.loads(output.read_text())
