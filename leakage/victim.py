@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -222,17 +221,6 @@ class Victim:
         trainable = {name: parameters[name] for name in self.trainable}
         _check_tensors("gradient", shared.gradients, trainable, victims=len(shared))
         _check_tensors("state", shared.state, self.state, victims=len(shared) if shared.own_weights else None)
-
-
-def victim_seed(seed: int, victim: int, stream: str) -> int:
-    """A seed of its own for one victim and one purpose, independent of how victims are grouped.
-
-    Example:
-        >>> victim_seed(0, 7, "weights") == victim_seed(0, 7, "weights") != victim_seed(0, 7, "start")
-        True
-    """
-    words = [int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "big"), victim]
-    return int(np.random.SeedSequence(seed, spawn_key=words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _check_deterministic(model: nn.Module) -> None:

@@ -40,8 +40,8 @@ from leakage.datamodules.images import ImageVictims
 from leakage.datamodules.named import DATASETS, victims_named
 from leakage.errors import check_count
 from leakage.metrics import score, wilson_interval
+from leakage.seeds import derive_seed
 from leakage.shared_gradient import SharedGradient
-from leakage.victim import victim_seed
 
 # The published protocol.
 CALLS, ITERATIONS, CHECK_EVERY, TOLERANCE = 300, 20, 10, 1e-6
@@ -106,7 +106,7 @@ def run_plainly(victims: ImageVictims, count: int, seed: int) -> Outcome:
     for index in range(count):
         model.load_state_dict({name: tensor[index] for name, tensor in shared.state.items()})
         gradients = {name: tensor[index] for name, tensor in shared.gradients.items()}
-        generator = torch.Generator().manual_seed(victim_seed(seed, index, "plain start"))
+        generator = torch.Generator().manual_seed(derive_seed(seed, index, "plain start"))
         start = torch.randn(1, *victims.victim.protocol.image_shape, generator=generator)
         began = time.perf_counter()
         image, label, count_of_victim = attack_plainly(model, gradients, start)

@@ -20,8 +20,9 @@ from leakage.metrics import ReconstructionMetrics, VictimScore
 from leakage.objectives import squared_distance
 from leakage.optim import LBFGS, ImageSpectrum, PerVictimOptimizer, PlainLBFGS
 from leakage.reconstruction import Reconstruction
+from leakage.seeds import derive_seed
 from leakage.shared_gradient import SharedGradient
-from leakage.victim import Victim, victim_seed
+from leakage.victim import Victim
 
 # Finished victims leave the lanes when they are this share of them: leaving copies all histories.
 _LEAVING_SHARE = 1 / 8
@@ -326,7 +327,7 @@ class GradientMatchingAttack(LightningModule):
         kind = "images" if unknown is self.dummy_images else "labels"
         starts = []
         for victim, restart in zip(ids.tolist(), restarts.tolist(), strict=True):
-            seed = victim_seed(self.hparams["seed"], victim, f"start/{kind}/{restart}")
+            seed = derive_seed(self.hparams["seed"], victim, f"start/{kind}/{restart}")
             generator = torch.Generator().manual_seed(seed)
             # Drawn in float32 so that a start does not depend on the Trainer's precision.
             starts.append(torch.randn(unknown.shape[1:], generator=generator, dtype=torch.float32))

@@ -19,8 +19,9 @@ from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.errors import check_choice, check_count, check_flag
 from leakage.models import LeNet
 from leakage.objectives import LOSSES
+from leakage.seeds import derive_seed
 from leakage.shared_gradient import SharedGradient
-from leakage.victim import Victim, victim_seed
+from leakage.victim import Victim
 
 # Victims whose images one worker decodes at a time.
 _DECODED_AT_ONCE = 64
@@ -150,7 +151,7 @@ class ImageVictims(VictimDataModule):
         truth = GroundTruth.cat(list(self._load(first, last, _DECODED_AT_ONCE)))
         states = None
         if self.weights == "own":
-            seeds = [victim_seed(self.seed, victim, "weights") for victim in range(first, last)]
+            seeds = [derive_seed(self.seed, victim, "weights") for victim in range(first, last)]
             states = self.victim.fresh_states(seeds)
         return self.victim.share(
             truth.images.to(next(self.victim.model.parameters()).dtype),

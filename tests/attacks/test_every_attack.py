@@ -19,8 +19,8 @@ from leakage.datamodules import SharedGradientFiles
 from leakage.datamodules.base import GroundTruth
 from leakage.models import LeNet
 from leakage.optim import STATUS
+from leakage.seeds import derive_seed
 from leakage.shared_gradient import SharedGradient
-from leakage.victim import victim_seed
 
 
 def mlp() -> nn.Module:
@@ -157,7 +157,7 @@ def test_cohorts_change_neither_starts_nor_success(case: Any, kit: Any) -> None:
         ]
         for victim in range(5):
             assert torch.equal(watches[size].starts[victim], watches[5].starts[victim])
-    generator = torch.Generator().manual_seed(victim_seed(0, 3, "start/images/0"))
+    generator = torch.Generator().manual_seed(derive_seed(0, 3, "start/images/0"))
     expected = 0.01 * torch.randn(1, 1, 12, 12, generator=generator)
     assert torch.equal(watches[2].starts[3], expected)
 

@@ -13,13 +13,13 @@ from leakage.attacks import DLGAttack
 from leakage.datamodules.base import GroundTruth
 from leakage.models import LeNet
 from leakage.optim import STATUS
-from leakage.victim import victim_seed
+from leakage.seeds import derive_seed
 
 CALLS = 4
 
 
 def start(victim: int, kind: str, shape: tuple[int, ...]) -> Tensor:
-    generator = torch.Generator().manual_seed(victim_seed(0, victim, f"start/{kind}/0"))
+    generator = torch.Generator().manual_seed(derive_seed(0, victim, f"start/{kind}/0"))
     return torch.randn(shape, generator=generator).double()
 
 

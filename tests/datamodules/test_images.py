@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from leakage.datamodules import GroundTruth, SampleVictims
 from leakage.models import LeNet
-from leakage.victim import victim_seed
+from leakage.seeds import derive_seed
 
 
 def ready(**kwargs):
@@ -97,7 +97,7 @@ def test_shared_gradients_are_those_of_autograd(weights, reduction):
 
 def test_own_networks_are_drawn_from_the_seed_of_each_victim():
     data = ready(victims=4, seed=9)
-    expected = data.victim.fresh_states([victim_seed(9, victim, "weights") for victim in range(4)])
+    expected = data.victim.fresh_states([derive_seed(9, victim, "weights") for victim in range(4)])
     state = data.share(0, 4).state
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert not torch.equal(state["classifier.bias"][0], state["classifier.bias"][1])
