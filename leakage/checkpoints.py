@@ -1,14 +1,20 @@
-"""Checkpoints of a running attack: how they are written, read and how often, and whether one fits."""
+"""Checkpoints of a run: how they are written, read and how often, and whether one fits."""
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+from leakage.errors import check_positive
 
 # Of Lightning's ModelCheckpoint: one file, `last.ckpt`, replaced every 200 passes of the optimizer.
 CHECKPOINT: dict[str, Any] = {
@@ -19,7 +25,52 @@ CHECKPOINT: dict[str, Any] = {
 }
 
 
-class AttackCheckpointIO(TorchCheckpointIO):
+class TimedCheckpoint(Checkpoint):
+    """Writes ``last.ckpt`` after a training step when some time has passed since the last, and at no other moment.
+
+    For modules that step their optimizer themselves, Lightning's ``ModelCheckpoint`` heeds no ``train_time_interval``.
+
+    Args:
+        folder: where to, by default ``checkpoints`` in that of the first logger's run, or in the trainer's
+            ``default_root_dir`` without a logger.
+        seconds: between two checkpoints.
+
+    Raises:
+        ValueError: ``seconds`` that are not positive.
+        OSError: in ``fit``, a checkpoint that can't be written; an earlier one is left as it was, where the Trainer has
+            the plugin :class:`WholeCheckpointIO`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None, seconds: float = 60.0) -> None:
+        check_positive(seconds=seconds)
+        self.folder = folder
+        self.seconds = seconds
+        self._last = math.inf
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._last = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write, if it is time."""
+        if trainer.strategy.broadcast(time.monotonic() - self._last >= self.seconds):
+            folder = run_folder(trainer) / "checkpoints" if self.folder is None else Path(self.folder)
+            trainer.save_checkpoint(folder / "last.ckpt")
+            self._last = time.monotonic()
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of the first logger's run (``save_dir/name/version``), or ``default_root_dir`` without a logger."""
+    for logger in trainer.loggers[:1]:
+        if logger.save_dir is not None:
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            return Path(logger.save_dir, str(logger.name or ""), version if logger.version is not None else "")
+    return Path(trainer.default_root_dir)
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all, and reads no code from one; a plugin of Lightning's Trainer.
 
     The disk needs room for two checkpoints, since one is replaced only when the next is whole.
@@ -47,13 +98,13 @@ class AttackCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, location: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint of an attack, always as with ``weights_only``: it holds tensors and plain values.
+        """Read a checkpoint, always as with ``weights_only``: it holds tensors and plain values.
 
         Raises:
             OSError: there is no such file, or it can't be read.
             ValueError: a file of another kind, empty or truncated.
         """
-        wanted = f"Expected a whole checkpoint of an attack at '{path}', but got"
+        wanted = f"Expected a whole checkpoint of leakage at '{path}', but got"
         if not Path(path).is_file():
             raise FileNotFoundError(f"{wanted} no such file.")
         try:
@@ -68,19 +119,19 @@ class AttackCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
-def check_checkpoint(checkpoint: Mapping[str, Any], attack: str, options: Mapping[str, Any], precision: object) -> None:
-    """Raise a ``ValueError`` unless the checkpoint is of this attack, with these options, in this precision.
+def check_checkpoint(checkpoint: Mapping[str, Any], module: str, options: Mapping[str, Any], precision: object) -> None:
+    """Raise a ``ValueError`` unless the checkpoint is of this module, with these options, in this precision.
 
     Args:
         checkpoint: as Lightning hands it to ``on_load_checkpoint``.
-        attack: the name of the attack's class.
+        module: the name of the class.
         options: its hyper-parameters.
         precision: the Trainer's.
     """
     saved = checkpoint.get("leakage")
-    if saved is None or saved["attack"] != attack:
+    if saved is None or saved["module"] != module:
         raise ValueError(
-            f"Expected a checkpoint of {attack}, but got one of {saved['attack'] if saved else 'another module'}."
+            f"Expected a checkpoint of {module}, but got one of {saved['module'] if saved else 'another module'}."
         )
     stored = checkpoint["hyper_parameters"]
     differing = {name: (stored.get(name), value) for name, value in options.items() if stored.get(name) != value}

@@ -1,9 +1,9 @@
-"""The command line: ``leakage fit`` on LightningCLI, and ``leakage demo``."""
+"""The command line: ``leakage fit`` on LightningCLI, ``leakage demo`` and ``leakage evaluate``."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
+import importlib
 import logging
 import re
 import sys
@@ -11,33 +11,41 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from lightning import Callback, LightningDataModule, LightningModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import nn
 
-from leakage import attacks, datamodules
+from leakage import attacks, condensation, datamodules
 from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
 from leakage.callbacks.results import ResultsCallback
-from leakage.checkpoints import CHECKPOINT, AttackCheckpointIO
+from leakage.checkpoints import CHECKPOINT, WholeCheckpointIO
 from leakage.compare import FILES, check_output, compare, format_table
-from leakage.datamodules import SampleVictims, VictimDataModule
+from leakage.condensation import GradientMatchingCondensation, SiameseAugmentation, SyntheticSet, evaluate
+from leakage.datamodules import SampleVictims
+from leakage.datamodules.named import LABELLED_DATASETS, images_named
+from leakage.models import NETWORKS
 
 _DESCRIPTION = """What a shared gradient gives away.
 
   leakage demo               DLG and iDLG on a bundled sample, in under a minute
-  leakage fit --config FILE  any attack on any victims, configured by a file or by arguments
+  leakage fit --config FILE  any attack on any victims, or the condensation of any data set, configured by a file
+                             or by arguments
+  leakage evaluate FILE      test accuracy of networks trained on a saved synthetic set
 
-`leakage demo --help` and `leakage fit --help` tell their options. For example:
+`leakage demo --help` and so on tell their options. For example:
 
   leakage fit --model IDLGAttack --data SampleVictims --data.victims 8
+  leakage fit --model GradientMatchingCondensation --model.protocol fast --data FashionMNIST
 """
-_SUBCOMMANDS = ("demo", "fit")
+_SUBCOMMANDS = ("demo", "fit", "evaluate")
 # 128 and the number of the signal, as shells have it.
 _INTERRUPTED = 130
 
 # What `leakage fit` runs with unless `trainer.callbacks` says otherwise.
-_CALLBACKS = [
+_CALLBACKS: list[dict[str, Any]] = [
     {"class_path": "leakage.callbacks.AttackProgressBar"},
     {"class_path": "leakage.callbacks.VictimTable"},
     {"class_path": "leakage.callbacks.Gallery"},
@@ -46,32 +54,52 @@ _CALLBACKS = [
         "init_args": CHECKPOINT,
     },
 ]
+# The same where the model is a condensation.
+_CONDENSATION_CALLBACKS = [
+    {"class_path": "leakage.callbacks.CondensationProgressBar"},
+    {"class_path": "leakage.callbacks.SyntheticImages"},
+    {"class_path": "leakage.checkpoints.TimedCheckpoint"},
+]
 _TRAINER = {
     "max_epochs": 1,
     # Optimizer's passes between two points of the curves `val/*`; nothing where there is no ground truth.
     "val_check_interval": 50,
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
-    "plugins": [{"class_path": "leakage.checkpoints.AttackCheckpointIO"}],
+    "plugins": [{"class_path": "leakage.checkpoints.WholeCheckpointIO"}],
 }
 # What may stand after `--model` and `--data`.
 _CLASSES: dict[str, tuple[type, tuple[object, ...]]] = {
-    "model": (GradientMatchingAttack, tuple(vars(attacks).values())),
-    "data": (VictimDataModule, tuple(vars(datamodules).values())),
+    "model": (LightningModule, (*vars(attacks).values(), *vars(condensation).values())),
+    "data": (LightningDataModule, tuple(vars(datamodules).values())),
 }
 
 
 class LeakageCLI(LightningCLI):
-    """LightningCLI with the one thing to do with an attack: ``fit``."""
+    """LightningCLI with the one thing to do with an attack or a condensation: ``fit``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Only ``fit``: an attack has no separate validation, test or prediction."""
+        """Only ``fit``: there is no separate validation, test or prediction."""
         return {"fit": LightningCLI.subcommands()["fit"]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give the callbacks as defaults, so that a configuration can replace them."""
         parser.set_defaults({"trainer.callbacks": _CALLBACKS})
+
+    def before_instantiate_classes(self) -> None:
+        """Replace the callbacks that are there by default with those of a condensation, where the model is one."""
+        config = self.config[self.config.subcommand]
+        module, _, name = config.model.class_path.rpartition(".")
+        model = getattr(importlib.import_module(module), name)
+        default = [entry["class_path"] for entry in _CALLBACKS]
+        given = config.trainer.callbacks or []
+        found = [getattr(entry, "class_path", None) for entry in given[: len(default)]]
+        if isinstance(model, type) and issubclass(model, GradientMatchingCondensation) and found == default:
+            parser = LightningArgumentParser()
+            parser.add_argument("--callbacks", type=list[Callback])
+            fitting = parser.parse_object({"callbacks": _CONDENSATION_CALLBACKS}).callbacks
+            config.trainer.callbacks = [*fitting, *given[len(default) :]]
 
     def instantiate_classes(self) -> None:
         """Put the clients' network into evaluation mode, which a configuration has no other way to ask for.
@@ -92,7 +120,7 @@ class LeakageCLI(LightningCLI):
         try:
             super()._parse_ckpt_path()
         except Exception:
-            AttackCheckpointIO().load_checkpoint(self.config[self.config.subcommand].ckpt_path)
+            WholeCheckpointIO().load_checkpoint(self.config[self.config.subcommand].ckpt_path)
             raise
 
     def after_fit(self) -> None:
@@ -114,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="leakage",
-        usage="leakage [-h] {demo,fit} ...",
+        usage=f"leakage [-h] {{{','.join(_SUBCOMMANDS)}}} ...",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -122,10 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=_SUBCOMMANDS, help="what to do")
     command = parser.parse_args(given[:1]).command
     try:
-        if command == "demo":
-            demo(given[1:])
-        else:
+        if command == "fit":
             fit(given)
+        else:
+            {"demo": demo, "evaluate": evaluate_saved}[command](given[1:])
     except (KeyboardInterrupt, SystemExit) as end:
         # Lightning turns an interrupt within `fit` into an exit, after the callbacks have written what is done.
         if not isinstance(end, KeyboardInterrupt) and not isinstance(end.__context__, KeyboardInterrupt):
@@ -135,12 +163,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def fit(arguments: Sequence[str]) -> None:
-    """Run any attack on any victims; ``arguments`` begin with ``fit``."""
+    """Run any attack on any victims, or any condensation; ``arguments`` begin with ``fit``."""
     quiet()
     try:
         LeakageCLI(
-            GradientMatchingAttack,
-            VictimDataModule,
+            LightningModule,
+            LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=False,
@@ -154,7 +182,7 @@ def fit(arguments: Sequence[str]) -> None:
     except argparse.ArgumentError as error:
         sys.stderr.write(f"leakage fit: error: {_parsing(str(error))} See `leakage fit --help`.\n")
         sys.exit(2)
-    except (OSError, MisconfigurationException) as error:
+    except (OSError, FloatingPointError, MisconfigurationException) as error:
         sys.exit(f"leakage fit: error: {_one_line(str(error))}")
     except ValueError as error:
         # The library's own words for bad input; all else keeps its traceback.
@@ -184,12 +212,17 @@ def _parsing(message: str) -> str:
     known = sorted(
         entry.__name__
         for entry in found
-        if isinstance(entry, type) and issubclass(entry, base) and entry is not base and not inspect.isabstract(entry)
+        if isinstance(entry, type) and issubclass(entry, base) and entry is not base and not _is_abstract(entry)
     )
     return (
         f"Expected `--{option}` to be one of {', '.join(known)}, or the import path of another subclass of "
         f"{base.__module__}.{base.__name__}, but got {given!r}."
     )
+
+
+def _is_abstract(kind: type) -> bool:
+    # `inspect.isabstract` sees only classes of the metaclass ABCMeta.
+    return any(getattr(getattr(kind, name, None), "__isabstractmethod__", False) for name in dir(kind))
 
 
 def _one_line(message: str) -> str:
@@ -232,6 +265,50 @@ def demo(arguments: Sequence[str]) -> None:
     for name in FILES:
         print(given.output / name)
     print(f"{time.monotonic() - started:.0f} s")
+
+
+def evaluate_saved(arguments: Sequence[str]) -> None:
+    """Train new networks on a saved synthetic set and test them on the real test images of its data set."""
+    parser = argparse.ArgumentParser(prog="leakage evaluate", description=evaluate_saved.__doc__)
+    parser.add_argument("file", type=Path, help="a synthetic.safetensors")
+    parser.add_argument(
+        "--dataset",
+        help=f"one of {', '.join(LABELLED_DATASETS)}, or a folder of images in ImageFolder layout (default: the set's)",
+    )
+    parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
+    parser.add_argument("--network", choices=tuple(NETWORKS), default="convnet", help="default: %(default)s")
+    parser.add_argument("--networks", type=int, default=10, help="how many are trained (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, help="of each (default: 300, or 1,000 with --augmentation)")
+    parser.add_argument(
+        "--augmentation", help="of their training: a strategy such as color_crop_cutout_flip_scale_rotate, or mnist"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the networks (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    try:
+        synthetic = SyntheticSet.load(given.file)
+        _, data = images_named(given.dataset or synthetic.dataset, root=given.root, image_size=given.image_size)
+        data.prepare_data()
+        data.setup("fit")
+        augmentation = None
+        if given.augmentation == "mnist":
+            augmentation = SiameseAugmentation.mnist_evaluation()
+        elif given.augmentation is not None:
+            augmentation = SiameseAugmentation(given.augmentation)
+        found = evaluate(
+            synthetic,
+            data,
+            network=NETWORKS[given.network](data.image_shape[0], data.image_shape[1:], data.num_classes),
+            networks=given.networks,
+            epochs=given.epochs,
+            augmentation=augmentation,
+            seed=given.seed,
+        )
+    except (ValueError, OSError) as error:
+        parser.error(_one_line(str(error)))
+    except FloatingPointError as error:
+        sys.exit(f"leakage evaluate: error: {_one_line(str(error))}")
+    print(f"{given.file}: test accuracy on {data.name} {found}")
 
 
 def quiet() -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger
 
 from leakage.attacks import GradientMatchingAttack
 from leakage.callbacks import AttackProgressBar, Gallery, VictimTable
-from leakage.checkpoints import CHECKPOINT, AttackCheckpointIO
+from leakage.checkpoints import CHECKPOINT, WholeCheckpointIO
 from leakage.datamodules.base import VictimDataModule
 from leakage.metrics import MeanOverVictims, ShareOverVictims
 from leakage.overview import WRITTEN, write_json, write_overview
@@ -189,6 +189,11 @@ def format_table(rows: list[Row]) -> str:
     if all(row.published_label_accuracy is None for row in rows):
         column = header.index("published")
         lines = [[*line[:column], *line[column + 1 :]] for line in lines]
+    return align(lines)
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal: every column as wide as its widest cell."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -202,24 +207,12 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-class _Bar(AttackProgressBar):
-    """The bar with the method's name before it."""
-
-    def __init__(self, method: str) -> None:
-        super().__init__()
-        self._method = WRITTEN.get(method, method)
-
-    @property
-    def train_description(self) -> str:
-        return self._method
-
-
 def _defaults() -> dict[str, Any]:
     return {
         "max_epochs": 1,
         "num_sanity_val_steps": 0,
         "enable_model_summary": False,
-        "plugins": [AttackCheckpointIO()],
+        "plugins": [WholeCheckpointIO()],
     }
 
 
@@ -251,7 +244,7 @@ def _run(
         ModelCheckpoint(folder, **CHECKPOINT),
     ]
     if trainer.get("enable_progress_bar", True):
-        callbacks.append(_Bar(name))
+        callbacks.append(AttackProgressBar(name=WRITTEN.get(name, name)))
     runner = Trainer(logger=logger, callbacks=callbacks, **(_defaults() | trainer))
     runner.fit(attack, datamodule=victims, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
     return timer.time_elapsed("train")
@@ -289,6 +282,26 @@ def _summarise(name: str, attack: GradientMatchingAttack, dataset: str, publishe
 
 def _read_row(folder: Path, configuration: dict[str, Any]) -> Row | None:
     """The row of a finished run, None if the run is not finished or was never begun."""
+    row = read_record(folder, configuration, Row)
+    if row is None:
+        return None
+    for name, value in row.items():
+        if value is None and name != "published_label_accuracy":
+            row[name] = math.nan
+    return Row(**row)
+
+
+def read_record(folder: Path, configuration: dict[str, Any], kind: type) -> dict[str, Any] | None:
+    """The row in a run's ``run.json``, None if the run is not finished or was never begun.
+
+    Args:
+        folder: of the run.
+        configuration: of the run that is asked for.
+        kind: dataclass of the row.
+
+    Raises:
+        ValueError: a record that is damaged or of another configuration.
+    """
     record = folder / "run.json"
     if not record.is_file():
         return None
@@ -311,14 +324,9 @@ def _read_row(folder: Path, configuration: dict[str, Any]) -> Row | None:
     row = saved["row"]
     if row is None:
         return None
-    if not isinstance(row, dict) or row.keys() != {field.name for field in fields(Row)}:
+    if not isinstance(row, dict) or row.keys() != {field.name for field in fields(kind)}:
         raise ValueError(damaged.format("a row of other columns"))
-    for name, value in row.items():
-        if isinstance(value, list):
-            row[name] = tuple(value)
-        elif value is None and name != "published_label_accuracy":
-            row[name] = math.nan
-    return Row(**row)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
 
 
 def _differing(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:

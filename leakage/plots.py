@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +25,8 @@ _PALE = "#767676"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # Inches.
 _CELL, _GAP, _CAPTION, _LINE = 1.15, 0.08, 0.30, 0.30
+# From this ratio of the largest to the smallest positive value on, an axis is logarithmic.
+_LOGARITHMIC = 20
 _ROW_LABEL_PER_LETTER, _ROW_LABEL_LEAST = 0.085, 0.3
 
 
@@ -152,6 +154,80 @@ def plot_fidelity(curves: Mapping[str, Tensor], *, threshold: float = 1e-3, titl
         axes.spines[side].set_visible(False)
     axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9,
                 title=f"share under {_number(threshold)} (dashed)", title_fontsize=9)  # fmt: skip
+    if title:
+        figure.text(0.5, 0.96, title, fontsize=12, color=_INK, ha="center", va="top", weight="bold")
+    return figure
+
+
+def plot_accuracy(
+    curves: Mapping[str, Tensor],
+    *,
+    lines: Mapping[str, float] | None = None,
+    xlabel: str = "iterations",
+    title: str = "",
+) -> Figure:
+    """Test accuracy over the course of condensations, each with the band of its confidence interval.
+
+    The axis below is linear up to the first positive value and logarithmic from there, if the values
+    are so far apart that most would lie on top of one another.
+
+    Args:
+        curves: name to ``(P, 4)``, a row for each evaluation: where on the axis below (at least 0), mean
+            accuracy, and the ends of its 95 % interval, from 0 to 1. Ends that are NaN have no band.
+        lines: name to an accuracy from 0 to 1, drawn as a horizontal line.
+        xlabel: what the first column is.
+        title: above the axes.
+
+    Raises:
+        ValueError: no curves, one of another shape or without a row, or accuracies outside of [0, 1].
+
+    Example:
+        >>> curve = torch.tensor([[0, 0.10, 0.08, 0.12], [10, 0.62, 0.61, 0.63], [100, 0.695, 0.69, 0.70]])
+        >>> figure = plot_accuracy({"DC": curve}, lines={"paper": 0.705})
+        >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        ['DC: 69.5 % at 100', 'paper: 70.5 %']
+    """
+    if not curves:
+        raise ValueError("Expected `curves` to hold at least one, but got none.")
+    for name, curve in curves.items():
+        if curve.ndim != 2 or curve.shape[1] != 4 or not len(curve):
+            raise ValueError(f"Expected the curve of {name!r} of shape (P, 4), but got {tuple(curve.shape)}.")
+        if not bool(((curve[:, 1] >= 0) & (curve[:, 1] <= 1)).all()):
+            raise ValueError(f"Expected accuracies of {name!r} from 0 to 1, but got {curve[:, 1].tolist()}.")
+    for name, accuracy in (lines or {}).items():
+        if not 0 <= accuracy <= 1:
+            raise ValueError(f"Expected `lines` from 0 to 1, but got {accuracy} for {name!r}.")
+    figure = _figure(6.4, 4.2)
+    axes = figure.add_axes((0.13, 0.14, 0.83, 0.74 if title else 0.82))
+    for index, (name, curve) in enumerate(curves.items()):
+        x, mean, low, high = curve.detach().double().cpu().numpy().T
+        colour = _COLOURS[index % len(_COLOURS)]
+        axes.fill_between(x, low.clip(0, 1), high.clip(0, 1), color=colour, alpha=0.18, linewidth=0)
+        style = "o-" if index < len(_COLOURS) else "o--"
+        axes.plot(x, mean, style, color=colour, linewidth=2, markersize=4, clip_on=False,
+                  label=f"{name}: {100 * mean[-1]:.1f} % at {round(x[-1], 1):g}")  # fmt: skip
+    for index, (name, accuracy) in enumerate((lines or {}).items(), len(curves)):
+        axes.axhline(accuracy, color=_COLOURS[index % len(_COLOURS)], linewidth=1.5, linestyle=(0, (4, 3)),
+                     label=f"{name}: {100 * accuracy:.1f} %", zorder=1.5)  # fmt: skip
+    places = torch.cat([curve[:, 0].double().cpu() for curve in curves.values()])
+    first, last = float(places[places > 0].min()) if bool((places > 0).any()) else 1.0, float(places.max())
+    if last > _LOGARITHMIC * first:
+        axes.set_xscale("symlog", linthresh=first, linscale=0.4)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(0, max(last, first) * 1.02)
+    # Hardly any difference shall not look like a great one.
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(min(bottom, (bottom + top) / 2 - 0.02), max(top, (bottom + top) / 2 + 0.02))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
+    axes.set_xlabel(xlabel, color=_INK)
+    axes.set_ylabel("test accuracy", color=_INK)
+    axes.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
     if title:
         figure.text(0.5, 0.96, title, fontsize=12, color=_INK, ha="center", va="top", weight="bold")
     return figure

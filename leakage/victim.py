@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from leakage.errors import check_choice, check_count
+from leakage.models.draw import draw_states, state_of
 from leakage.objectives import LOSSES
 from leakage.shared_gradient import Protocol, SharedGradient, show_shape
 
@@ -89,7 +90,7 @@ class Victim:
     @property
     def state(self) -> dict[str, Tensor]:
         """Weights and buffers of the model, by name."""
-        return _state(self.model)
+        return state_of(self.model)
 
     def fresh_states(self, seeds: list[int]) -> dict[str, Tensor]:
         """Newly drawn weights, one network per seed: name to ``(len(seeds), *shape)``.
@@ -102,20 +103,7 @@ class Victim:
         """
         if not seeds:
             raise ValueError("Expected `seeds` to hold one seed per victim, but got none.")
-        for name, module in self.model.named_modules():
-            own = [*module.parameters(recurse=False)]
-            if own and not hasattr(module, "reset_parameters") and not _reset_by_parent(self.model, name):
-                raise ValueError(
-                    f"Expected every module with weights to have `reset_parameters()`, but got "
-                    f"{type(module).__name__} {name!r}. Give it one, or use weights='shared'."
-                )
-        network = copy.deepcopy(self.model).cpu()  # the same draws wherever the model is
-        states = []
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for seed in seeds:
-                torch.default_generator.manual_seed(seed)
-                network.apply(_reset)
-                states.append({name: tensor.clone() for name, tensor in _state(network).items()})
+        states = draw_states(self.model, seeds, mend="Give it one, or use weights='shared'.")
         return {name: torch.stack([state[name] for state in states]) for name in states[0]}
 
     def gradients(self, state: Mapping[str, Tensor], images: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -281,24 +269,6 @@ def _inspect(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[str | None
     origin = f"{type(leaves[name]).__name__} {name!r}"
     origin += f", applied {times} times" if times > 1 else "" if output is logits else " and operations after it"
     return name if linear and times == 1 else None, origin, logits.shape[1]
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers by name; of tied ones only the first, as ``functional_call`` wants it."""
-    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
-
-
-def _reset(module: nn.Module) -> None:
-    reset = getattr(module, "reset_parameters", None)
-    if callable(reset):
-        reset()
-
-
-def _reset_by_parent(model: nn.Module, name: str) -> bool:
-    """Whether a module around ``name`` draws its weights."""
-    parts = name.split(".") if name else []
-    return any(hasattr(model.get_submodule(".".join(parts[:end])), "reset_parameters") for end in range(len(parts)))
 
 
 def _check_tensors(

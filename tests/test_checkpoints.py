@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from leakage.checkpoints import AttackCheckpointIO
+from leakage.checkpoints import WholeCheckpointIO
 
 CHECKPOINT = {"leakage": {"iteration": 3}, "state_dict": {"images": torch.arange(4.0)}}
 
 
 def test_reads_what_it_wrote(tmp_path: Path) -> None:
-    AttackCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "new" / "last.ckpt")
-    read = AttackCheckpointIO().load_checkpoint(tmp_path / "new" / "last.ckpt")
+    WholeCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "new" / "last.ckpt")
+    read = WholeCheckpointIO().load_checkpoint(tmp_path / "new" / "last.ckpt")
     assert read["leakage"] == CHECKPOINT["leakage"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["last.ckpt"]
 
@@ -22,7 +22,7 @@ def test_a_full_disk_is_told_with_the_path_and_leaves_the_earlier_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "last.ckpt"
-    AttackCheckpointIO().save_checkpoint(CHECKPOINT, path)
+    WholeCheckpointIO().save_checkpoint(CHECKPOINT, path)
 
     def full(checkpoint: Any, path: Path) -> None:
         path.write_bytes(b"half")
@@ -30,22 +30,22 @@ def test_a_full_disk_is_told_with_the_path_and_leaves_the_earlier_one(
 
     monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
     with pytest.raises(OSError, match=r"Expected to write the checkpoint '.*last.ckpt', but got: .*No space left"):
-        AttackCheckpointIO().save_checkpoint({"leakage": {"iteration": 4}}, path)
-    assert AttackCheckpointIO().load_checkpoint(path)["leakage"] == CHECKPOINT["leakage"]
+        WholeCheckpointIO().save_checkpoint({"leakage": {"iteration": 4}}, path)
+    assert WholeCheckpointIO().load_checkpoint(path)["leakage"] == CHECKPOINT["leakage"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_refuses_a_truncated_one(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    AttackCheckpointIO().save_checkpoint(CHECKPOINT, path)
+    WholeCheckpointIO().save_checkpoint(CHECKPOINT, path)
     whole = path.read_bytes()
     for length in (0, 1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"Expected a whole checkpoint of an attack at '.*last.ckpt', but got a"):
-            AttackCheckpointIO().load_checkpoint(path)
+        with pytest.raises(ValueError, match=r"Expected a whole checkpoint of leakage at '.*last.ckpt', but got a"):
+            WholeCheckpointIO().load_checkpoint(path)
 
 
 def test_runs_no_code_from_one(tmp_path: Path) -> None:
     torch.save({"leakage": Path("x")}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="truncated or of another kind"):
-        AttackCheckpointIO().load_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+        WholeCheckpointIO().load_checkpoint(tmp_path / "last.ckpt", weights_only=False)

@@ -214,8 +214,14 @@ def test_fit_refuses_bad_input_in_one_line(
         (["--optimizer", "SGD"], "nrecognized arguments: --optimizer SGD"),
         (["--lr_scheduler", "StepLR"], "nrecognized arguments: --lr_scheduler StepLR"),
         (["--data.victims", "many"], 'Parser key "data'),
-        (["--model", "Nope"], "Expected `--model` to be one of DLGAttack, IDLGAttack, or the import path of another"),
-        (["--data", "torch.nn.Linear"], "Expected `--data` to be one of CIFAR100Victims, CIFAR10Victims, Fashion"),
+        (
+            ["--model", "Nope"],
+            "Expected `--model` to be one of DLGAttack, GradientMatchingCondensation, IDLGAttack, or the",
+        ),
+        (
+            ["--data", "torch.nn.Linear"],
+            "Expected `--data` to be one of CIFAR10, CIFAR100, CIFAR100Victims, CIFAR10Victims, Fashion",
+        ),
     ],
 )
 def test_fit_refuses_what_it_does_not_know_in_one_line(
@@ -233,9 +239,9 @@ def test_fit_refuses_what_it_does_not_know_in_one_line(
         (["--trainer.max_steps", "-5"], "`max_steps` must be a non-negative integer or -1"),
         (["--trainer.accelerator", "nonsense"], "accelerator='nonsense'"),
         (["--trainer.default_root_dir", "file/x"], "file/x"),
-        (["--ckpt_path", "none.ckpt"], "Expected a whole checkpoint of an attack at 'none.ckpt', but got no such file"),
-        (["--ckpt_path", "empty.ckpt"], "Expected a whole checkpoint of an attack at 'empty.ckpt', but got a file"),
-        (["--ckpt_path", "file"], "Expected a whole checkpoint of an attack at 'file', but got a file that is trunc"),
+        (["--ckpt_path", "none.ckpt"], "Expected a whole checkpoint of leakage at 'none.ckpt', but got no such file"),
+        (["--ckpt_path", "empty.ckpt"], "Expected a whole checkpoint of leakage at 'empty.ckpt', but got a file"),
+        (["--ckpt_path", "file"], "Expected a whole checkpoint of leakage at 'file', but got a file that is trunc"),
         (["--ckpt_path", "foreign.ckpt"], "at 'foreign.ckpt', but got a file of another kind"),
         (["--ckpt_path", "code.ckpt"], "at 'code.ckpt', but got a file that is truncated or of another kind"),
     ],

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from leakage.metrics import wilson_interval
-from leakage.plots import figure_pixels, plot_fidelity, plot_gallery, save_figure, to_pixels
+from leakage.plots import figure_pixels, plot_accuracy, plot_fidelity, plot_gallery, save_figure, to_pixels
 
 
 def texts_overlap(figure: Figure) -> list[tuple[str, str]]:
@@ -176,3 +176,66 @@ def test_no_window_and_no_global_state() -> None:
     plot_fidelity({"DLG": torch.zeros(3)})
     plot_gallery([[None]], columns=["a"], rows=["0"])
     assert plt.get_fignums() == before
+
+
+def curve(*rows: tuple[float, float, float, float]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+CURVE = curve((0, 0.10, 0.08, 0.12), (10, 0.62, 0.61, 0.63), (100, 0.695, 0.69, 0.70))
+
+
+def test_accuracy_shows_every_point_its_band_and_the_lines() -> None:
+    figure = plot_accuracy({"dc": CURVE, "fast": CURVE[1:]}, lines={"paper": 0.705}, title="A title")
+    axes = figure.axes[0]
+    assert figure.texts[0].get_text() == "A title"
+    first, second, line = axes.get_lines()
+    assert first.get_xydata().tolist() == CURVE[:, :2].tolist()
+    assert second.get_xydata().tolist() == CURVE[1:, :2].tolist()
+    assert set(line.get_ydata()) == {0.705}
+    assert len({drawn.get_color() for drawn in (first, second, line)}) == 3
+    corners = axes.collections[0].get_paths()[0].vertices.tolist()
+    for place, _, low, high in CURVE.tolist():
+        assert [place, low] in corners
+        assert [place, high] in corners
+    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert shown == ["dc: 69.5 % at 100", "fast: 69.5 % at 100", "paper: 70.5 %"]
+
+
+def test_accuracy_is_logarithmic_only_where_points_are_far_apart() -> None:
+    near, far = CURVE, curve((0, 0.1, 0, 0.2), *((x, 0.5, 0.4, 0.6) for x in (10, 100, 1000)))
+    assert plot_accuracy({"dc": near}).axes[0].get_xscale() == "linear"
+    axes = plot_accuracy({"dc": near, "dsa": far}).axes[0]
+    assert axes.get_xscale() == "symlog"
+    places = axes.transData.transform([(x, 0.5) for x in (0, 10, 100, 1000)])[:, 0]
+    assert (np.diff(places) > 50).all(), "0 has a place, and each decade"
+
+
+@pytest.mark.parametrize("points", [CURVE, CURVE * torch.tensor([10.0, 1, 1, 1]), CURVE[:1]])
+def test_accuracy_texts_do_not_overlap(points: torch.Tensor) -> None:
+    figure = plot_accuracy({"dc": points}, lines={"random real images": 0.5, "paper": 0.705}, title="A title")
+    assert texts_overlap(figure) == []
+
+
+def test_accuracy_of_one_network_has_no_band_and_hardly_any_difference_is_not_magnified() -> None:
+    nan = float("nan")
+    axes = plot_accuracy({"dc": curve((3, 0.5, nan, nan), (4, 0.5001, nan, nan))}).axes[0]
+    low, high = axes.get_ylim()
+    assert low < 0.5 < high
+    assert high - low >= 0.039
+    figure_pixels(plot_accuracy({"dc": curve((0, 0.1, nan, nan))}))
+
+
+@pytest.mark.parametrize(
+    ("curves", "lines", "message"),
+    [
+        ({}, None, "Expected `curves` to hold at least one"),
+        ({"dc": torch.rand(3, 3)}, None, r"Expected the curve of 'dc' of shape \(P, 4\), but got \(3, 3\)"),
+        ({"dc": torch.rand(0, 4)}, None, r"Expected the curve of 'dc' of shape \(P, 4\), but got \(0, 4\)"),
+        ({"dc": 100 * CURVE}, None, "Expected accuracies of 'dc' from 0 to 1, but got .*69"),
+        ({"dc": CURVE}, {"paper": 70.5}, "Expected `lines` from 0 to 1, but got 70.5 for 'paper'"),
+    ],
+)
+def test_accuracy_refuses(curves, lines, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plot_accuracy(curves, lines=lines)

@@ -17,7 +17,7 @@ from leakage.checkpoints import check_checkpoint
 from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.metrics import ReconstructionMetrics, VictimScore
-from leakage.objectives import squared_distance
+from leakage.objectives import DISTANCES
 from leakage.optim import LBFGS, ImageSpectrum, PerVictimOptimizer, PlainLBFGS
 from leakage.reconstruction import Reconstruction
 from leakage.seeds import derive_seed
@@ -42,7 +42,8 @@ class GradientMatchingAttack(LightningModule):
     .. math:: D(x) = \sum_l \lVert \nabla_{\theta_l} \ell(x) - g^*_l \rVert_2^2
 
     by L-BFGS with a state of its own; the robust protocol divides D by :math:`\lVert g^* \rVert_2^2`, so
-    that its losses and thresholds mean the same for every network.
+    that its losses and thresholds mean the same for every network. ``distance`` takes another one in place
+    of D, which is not divided.
 
     One training step is one evaluation of the objective for
     every victim in the lanes. A victim that has converged, diverged, stalled or spent its budget
@@ -59,6 +60,7 @@ class GradientMatchingAttack(LightningModule):
         seed: of the starts; victim and restart have their own streams, however victims are grouped.
         success_threshold: an image counts as reconstructed if its MSE is below this.
         restart_above: a victim that ends above this objective may start again, within ``restarts``.
+        distance: a key of :data:`leakage.objectives.DISTANCES`; ``"squared"`` is that of the papers.
         start_std, history_size, tolerance, max_evaluations, restarts, spectrum: replace the protocol's
             value, see :class:`SearchProtocol`.
 
@@ -75,6 +77,7 @@ class GradientMatchingAttack(LightningModule):
         seed: int = 0,
         success_threshold: float = 1e-3,
         restart_above: float = 1e-5,
+        distance: str = "squared",
         start_std: float | None = None,
         history_size: int | None = None,
         tolerance: float | None = None,
@@ -85,6 +88,7 @@ class GradientMatchingAttack(LightningModule):
         super().__init__()
         check_positive(success_threshold=success_threshold, restart_above=restart_above)
         check_count(0, seed=seed)
+        check_choice("distance", distance, DISTANCES)
         self.search = search_protocol(
             protocol,
             start_std=start_std,
@@ -300,7 +304,8 @@ class GradientMatchingAttack(LightningModule):
         starts = [self._starts(shared.ids, torch.zeros_like(shared.ids), unknown) for unknown in self._unknowns]
         norms = sum(tensor.square().flatten(1).sum(1) for tensor in shared.gradients.values())
         norms = cast(Tensor, norms)
-        scale = 1 / norms if self.search.relative else torch.ones_like(norms)
+        relative = self.search.relative and self.hparams["distance"] == "squared"
+        scale = 1 / norms if relative else torch.ones_like(norms)
         zeros = torch.zeros(len(shared), dtype=torch.long, device=self.device)
         lanes = {
             # A gradient of zero leaves nothing to compare with: its distance is taken as it is.
@@ -337,11 +342,12 @@ class GradientMatchingAttack(LightningModule):
     def _evaluate(self) -> Tensor:
         """Objectives ``(lanes,)`` at the parameters; their gradients go to ``.grad``."""
         shared, unknowns = cast(SharedGradient, self._shared), self._unknowns
+        distance = DISTANCES[self.hparams["distance"]]
 
         def objective(unknowns: tuple[Tensor, ...], fixed: Tensor, scale: Tensor, state: Any, targets: Any) -> Tensor:
             images, *others = unknowns
             gradients = self.victim.gradients(state, images, self._targets(fixed, *others))
-            return scale * squared_distance(gradients, targets)
+            return scale * distance(gradients, targets)
 
         evaluate = vmap(grad_and_value(objective), in_dims=(0, 0, 0, 0 if shared.own_weights else None, 0))
         values = tuple(unknown.data for unknown in unknowns)
@@ -423,7 +429,7 @@ class GradientMatchingAttack(LightningModule):
         """Add the lanes, their victims and those that are done."""
         shared = self._shared
         checkpoint["leakage"] = {
-            "attack": type(self).__name__,
+            "module": type(self).__name__,
             "precision": self.trainer.precision,
             "iteration": self.iteration,
             "cohorts": self._cohorts,

@@ -1,9 +1,25 @@
 """What a user sees of a run: progress, pictures, tables."""
 
+from leakage.callbacks.condensation import CondensationCallback
+from leakage.callbacks.condensation_evaluation import AccuracyRow, SyntheticEvaluation, read_accuracies
+from leakage.callbacks.condensation_images import SyntheticImages
+from leakage.callbacks.condensation_progress import CondensationProgressBar
 from leakage.callbacks.gallery import Gallery
 from leakage.callbacks.loggers import OfflineSafeWandbLogger
 from leakage.callbacks.progress import AttackProgressBar
 from leakage.callbacks.results import ResultsCallback
 from leakage.callbacks.table import VictimTable
 
-__all__ = ["AttackProgressBar", "Gallery", "OfflineSafeWandbLogger", "ResultsCallback", "VictimTable"]
+__all__ = [
+    "AccuracyRow",
+    "AttackProgressBar",
+    "CondensationCallback",
+    "CondensationProgressBar",
+    "Gallery",
+    "OfflineSafeWandbLogger",
+    "ResultsCallback",
+    "SyntheticEvaluation",
+    "SyntheticImages",
+    "VictimTable",
+    "read_accuracies",
+]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from numpy.typing import NDArray
 # Seconds that W&B waits for its server at the start and at the end of a run; its own defaults are
 # 90 and without limit.
 _START, _FINISH = 20.0, 60.0
+# Letters in the name of an artifact.
+_LONGEST_NAME = 128
 
 
 class OfflineSafeWandbLogger(WandbLogger):
@@ -61,13 +65,24 @@ class OfflineSafeWandbLogger(WandbLogger):
             return super().experiment
 
 
-def log_image(trainer: Trainer, key: str, pixels: NDArray[np.uint8], *, caption: str = "") -> None:
-    """Give a picture ``(height, width, 3)``, 0 to 255, to every logger that takes pictures."""
+def log_image(
+    trainer: Trainer, key: str, pixels: NDArray[np.uint8], *, caption: str = "", step: int | None = None
+) -> None:
+    """Give a picture ``(height, width, 3)``, 0 to 255, to every logger that takes pictures.
+
+    Args:
+        trainer: whose loggers.
+        key: what the picture is called.
+        pixels: the picture.
+        caption: for W&B.
+        step: by default the trainer's ``global_step``, which counts the steps of optimizers.
+    """
+    step = trainer.global_step if step is None else step
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(key, [pixels], step=trainer.global_step, caption=[caption])
+            logger.log_image(key, [pixels], step=step, caption=[caption])
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(key, pixels, trainer.global_step, dataformats="HWC")
+            logger.experiment.add_image(key, pixels, step, dataformats="HWC")
 
 
 def log_table(trainer: Trainer, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -81,3 +96,28 @@ def log_table(trainer: Trainer, key: str, columns: Sequence[str], rows: Sequence
 
             data = [[show(value) for value in row] for row in rows]
             logger.log_table(key, columns=list(columns), data=data, step=trainer.global_step)
+
+
+def log_artifact(
+    trainer: Trainer, name: str, paths: Sequence[Path], *, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Give files to W&B, the only logger that takes them, as a version of one artifact of type ``dataset``.
+
+    Args:
+        trainer: whose loggers.
+        name: of the artifact; what W&B does not allow in a name becomes ``_``.
+        paths: files, and folders with all that is in them; each under its own name.
+        metadata: plain numbers and words shown beside it.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            allowed = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:_LONGEST_NAME]
+            artifact = wandb.Artifact(allowed, type="dataset", metadata=dict(metadata or {}))
+            for path in paths:
+                if path.is_dir():
+                    artifact.add_dir(str(path), name=path.name)
+                else:
+                    artifact.add_file(str(path), name=path.name)
+            logger.experiment.log_artifact(artifact)

@@ -1,10 +1,11 @@
-"""One bar over the victims of an attack."""
+"""One bar over a whole run: the victims of an attack, or whatever else a run counts."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning import LightningModule, Trainer
@@ -21,7 +22,78 @@ _PAUSE = 0.1
 _PAUSE_IN_A_FILE = 30.0
 
 
-class AttackProgressBar(TQDMProgressBar):
+class RunProgressBar(TQDMProgressBar):
+    """One bar over a run of a single epoch, which counts what the module counts rather than batches.
+
+    The bar stays on the screen when the run is over. A subclass says what is counted, and in
+    ``get_metrics`` what is told behind the bar.
+
+    Args:
+        refresh_rate: training steps between two updates, which are also at least 0.1 s apart; 0 turns
+            the bar off. In a file or a pipe they are at least 30 s apart.
+        process_position: lines to leave free above the bar.
+        name: what stands before the bar, by default what it counts.
+    """
+
+    unit: str
+
+    def __init__(self, refresh_rate: int = 1, process_position: int = 0, *, name: str = "") -> None:
+        super().__init__(refresh_rate, process_position)
+        self.name = name
+        self._told = -math.inf
+
+    @abstractmethod
+    def count(self, pl_module: LightningModule) -> tuple[int, int]:
+        """How many are done, also before this run was resumed, and of how many."""
+
+    @property
+    def train_description(self) -> str:
+        """What stands before the bar."""
+        return self.name or self.unit.capitalize()
+
+    def init_train_tqdm(self) -> Tqdm:
+        """The bar over the run."""
+        bar = super().init_train_tqdm()
+        bar.unit = f" {self.unit}"
+        return bar
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start where the run stands, which after a resume is not zero."""
+        super().on_train_start()
+        bar = self.train_progress_bar
+        bar.n, bar.total = self.count(pl_module)
+        bar.initial = bar.n
+        bar.refresh()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the bar as it is: all that it counts belongs to one epoch."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell how far it is, every ``refresh_rate`` steps."""
+        due = self.is_enabled and (batch_idx + 1) % self.refresh_rate == 0
+        # The bar goes where Lightning's do, to standard output.
+        pause = _PAUSE if sys.stdout.isatty() else _PAUSE_IN_A_FILE
+        if due and time.monotonic() - self._told >= pause:
+            self.tell(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell how far it is, with the scores of the validation just before."""
+        self.tell(trainer, pl_module)
+
+    def tell(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell now how far it is, if there is a bar."""
+        bar = self._train_progress_bar
+        if bar is None or bar.disable:
+            return
+        bar.n, _ = self.count(pl_module)
+        bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+        bar.refresh()
+        self._told = time.monotonic()
+
+
+class AttackProgressBar(RunProgressBar):
     """Victims done of all victims, the success so far, the optimizer's passes and the victims still running.
 
     ``success`` is the mean success of the finished victims that validation has scored. As long as there
@@ -35,23 +107,19 @@ class AttackProgressBar(TQDMProgressBar):
         refresh_rate: training steps between two updates, which are also at least 0.1 s apart; 0 turns
             the bar off. In a file or a pipe they are at least 30 s apart.
         process_position: lines to leave free above the bar.
+        name: what stands before the bar, by default what it counts.
     """
 
-    def __init__(self, refresh_rate: int = 1, process_position: int = 0) -> None:
-        super().__init__(refresh_rate, process_position)
+    unit = "victims"
+
+    def __init__(self, refresh_rate: int = 1, process_position: int = 0, *, name: str = "") -> None:
+        super().__init__(refresh_rate, process_position, name=name)
         self._converged = (0, 0)
-        self._told = -math.inf
 
-    @property
-    def train_description(self) -> str:
-        """What stands before the bar."""
-        return "Victims"
-
-    def init_train_tqdm(self) -> Tqdm:
-        """The bar over victims."""
-        bar = super().init_train_tqdm()
-        bar.unit = " victims"
-        return bar
+    def count(self, pl_module: LightningModule) -> tuple[int, int]:
+        """Victims done, and all of them."""
+        attack = cast("GradientMatchingAttack", pl_module)
+        return attack.num_done, attack.expected_victims
 
     def init_sanity_tqdm(self) -> Tqdm:
         """Off."""
@@ -76,46 +144,12 @@ class AttackProgressBar(TQDMProgressBar):
         metrics["running"] = attack.num_running
         return metrics
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start where the attack stands, which after a resume is not zero."""
-        super().on_train_start()
-        attack = cast("GradientMatchingAttack", pl_module)
-        bar = self.train_progress_bar
-        bar.reset(total=attack.expected_victims)
-        bar.initial = bar.n = attack.num_done
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the bar as it is: it counts victims, all of which belong to one epoch."""
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Tell how far it is, every ``refresh_rate`` steps."""
-        due = self.is_enabled and (batch_idx + 1) % self.refresh_rate == 0
-        # The bar goes where Lightning's do, to standard output.
-        pause = _PAUSE if sys.stdout.isatty() else _PAUSE_IN_A_FILE
-        if due and time.monotonic() - self._told >= pause:
-            self._tell(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell how far it is, with the scores of the validation just before."""
-        self._tell(trainer, pl_module)
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the new scores."""
         self.val_progress_bar.close()
         self.reset_dataloader_idx_tracker()
-        if self._train_progress_bar is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._tell(trainer, pl_module)
-
-    def _tell(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        bar = self.train_progress_bar
-        if bar.disable:
-            return
-        bar.n = cast("GradientMatchingAttack", pl_module).num_done
-        bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
-        bar.refresh()
-        self._told = time.monotonic()
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.tell(trainer, pl_module)
 
     def _count_converged(self, attack: GradientMatchingAttack) -> int:
         # Putting all results together at every step would cost more than the step.

@@ -11,6 +11,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from leakage.checkpoints import run_folder
 from leakage.datamodules.base import GroundTruth
 
 
@@ -50,7 +51,7 @@ class ResultsCallback(Callback):
         """Find the folder and try to write there."""
         if stage != "fit" or not trainer.is_global_zero:
             return
-        self._folder = Path(self.output) if self.output is not None else _folder_of_run(trainer)
+        self._folder = Path(self.output) if self.output is not None else run_folder(trainer)
         self._failures = {}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -95,11 +96,3 @@ def ground_truth(trainer: Trainer) -> Iterator[GroundTruth]:
         for batch in loader:
             if isinstance(batch, GroundTruth):
                 yield batch
-
-
-def _folder_of_run(trainer: Trainer) -> Path:
-    for logger in trainer.loggers[:1]:
-        if logger.save_dir is not None:
-            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-            return Path(logger.save_dir, str(logger.name or ""), version if logger.version is not None else "")
-    return Path(trainer.default_root_dir)

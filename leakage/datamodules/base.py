@@ -1,4 +1,4 @@
-"""What every DataModule of victims has in common: cohorts of shared gradients, the truth apart from them."""
+"""What DataModules have in common: their configuration; and cohorts of victims, the truth apart from them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningDataModule
@@ -46,7 +46,41 @@ class GroundTruth:
         )
 
 
-class VictimDataModule(LightningDataModule, ABC):
+class ConfiguredDataModule(LightningDataModule, ABC):
+    """A DataModule that tells a checkpoint what it gives, and refuses to go on from one of other data.
+
+    Attributes:
+        holds: what the data are called in the refusal.
+    """
+
+    holds: ClassVar[str] = "data"
+
+    @cached_property
+    @abstractmethod
+    def configuration(self) -> dict[str, Any]:
+        """All that decides what the batches hold, as plain numbers and words."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The configuration, for a checkpoint."""
+        return dict(self.configuration)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare a checkpoint's configuration with this one.
+
+        Raises:
+            ValueError: they differ; the message names each entry that does.
+        """
+        here = self.configuration
+        differing = [
+            f"{name} {state_dict.get(name)!r} in the checkpoint and {here.get(name)!r} here"
+            for name in {**here, **state_dict}
+            if state_dict.get(name) != here.get(name)
+        ]
+        if differing:
+            raise ValueError(f"Expected a checkpoint of the same {self.holds}, but got {'; '.join(differing)}.")
+
+
+class VictimDataModule(ConfiguredDataModule):
     """Victims in cohorts: what they shared for training, their images for validation.
 
     Training gives the :class:`~leakage.SharedGradient` of the cohort that is :attr:`wanted`, once, and
@@ -70,6 +104,7 @@ class VictimDataModule(LightningDataModule, ABC):
         ValueError: a ``batch_size`` that is no whole number of at least 1.
     """
 
+    holds = "victims"
     victim: Victim
     victims: int
     reveal_labels: bool = False
@@ -108,25 +143,6 @@ class VictimDataModule(LightningDataModule, ABC):
             "batch_size": self.batch_size,
             "network": self.victim.fingerprint(),
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """The configuration, for a checkpoint."""
-        return dict(self.configuration)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare a checkpoint's configuration with this one.
-
-        Raises:
-            ValueError: they differ; the message names each entry that does.
-        """
-        here = self.configuration
-        differing = [
-            f"{name} {state_dict.get(name)!r} in the checkpoint and {here.get(name)!r} here"
-            for name in {**here, **state_dict}
-            if state_dict.get(name) != here.get(name)
-        ]
-        if differing:
-            raise ValueError(f"Expected a checkpoint of the same victims, but got {'; '.join(differing)}.")
 
 
 class _Cohorts(IterableDataset[SharedGradient | tuple[()]]):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torchvision import datasets
@@ -50,28 +51,11 @@ class BenchmarkVictims(ImageVictims):
     def prepare_data(self) -> None:
         """Download what is not there yet."""
         if self.download:
-            with suppress(FileNotFoundError):
-                self._open()
-                return
-            self._open(download=True)
+            fetch_split(type(self).dataset, self.root, self.split)
 
     def open_images(self) -> tuple[LabelledImages, int]:
         """The images as torchvision reads them, and the number of classes."""
-        return self._open(), self.num_classes
-
-    def _open(self, download: bool = False) -> Any:
-        dataset = type(self).dataset
-        try:
-            return dataset(self.root, transform=to_tensor, download=download, **self._which_split())
-        except Exception as error:  # torchvision raises many kinds, down to AssertionError for a damaged file
-            raise FileNotFoundError(
-                f"Expected the {self.split} split of {dataset.__name__} in '{self.root}', but got: {error}. "
-                "Say where the data set lies with `root` or the environment variable LEAKAGE_DATA, or let "
-                "`download=True` fetch it where there is a network (SampleVictims needs neither)."
-            ) from error
-
-    def _which_split(self) -> dict[str, Any]:
-        return {"train": self.split == "train"}
+        return open_split(type(self).dataset, self.root, self.split, transform=to_tensor), self.num_classes
 
     @cached_property
     def configuration(self) -> dict[str, Any]:
@@ -149,5 +133,42 @@ class SVHNVictims(BenchmarkVictims):
 
     dataset = datasets.SVHN
 
-    def _which_split(self) -> dict[str, Any]:
-        return {"split": self.split}
+
+def open_split(dataset: Callable[..., Any], root: Path, split: str, **options: Any) -> Any:
+    """A data set of torchvision.
+
+    Args:
+        dataset: its class.
+        root: the folder that torchvision calls ``root``.
+        split: ``"train"`` or ``"test"``.
+        options: for the class, such as ``transform`` or ``download``.
+
+    Raises:
+        FileNotFoundError: it is not there, is damaged, or could not be downloaded.
+    """
+    which = {"split": split} if dataset is datasets.SVHN else {"train": split == "train"}
+    try:
+        return dataset(root, **which, **options)
+    except Exception as error:  # torchvision raises many kinds, down to AssertionError for a damaged file
+        raise FileNotFoundError(
+            f"Expected the {split} split of {dataset.__name__} in '{root}', but got: {error}. "
+            "Say where the data set lies with `root` or the environment variable LEAKAGE_DATA, or let "
+            "`download=True` fetch it where there is a network (the bundled sample needs neither)."
+        ) from error
+
+
+def fetch_split(dataset: Callable[..., Any], root: Path, split: str) -> None:
+    """Download a data set of torchvision unless it is there.
+
+    Args:
+        dataset: as for :func:`open_split`.
+        root: as for :func:`open_split`.
+        split: as for :func:`open_split`.
+
+    Raises:
+        FileNotFoundError: it could not be downloaded.
+    """
+    with suppress(FileNotFoundError):
+        open_split(dataset, root, split)
+        return
+    open_split(dataset, root, split, download=True)

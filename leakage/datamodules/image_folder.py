@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets import ImageFolder
+from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import to_tensor
 
@@ -51,49 +52,23 @@ class ImageFolderVictims(ImageVictims):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if channels not in (1, 3):
-            raise ValueError(f"Expected `channels` to be 1 or 3, but got {channels!r}.")
         self.root = Path(root).expanduser()
-        self.image_size = None if image_size is None else check_image_size(image_size)
-        self.channels = channels
+        self.image_size, self.channels = check_size_and_channels(image_size, channels)
 
     def check_images(self, indices: list[int], image_shape: tuple[int, ...]) -> None:
         """Decode the images of all victims once, to find the faulty ones before the attack."""
         for index in indices:
-            shape = tuple(self._images[index][0].shape)
-            if shape != image_shape:
-                raise ValueError(
-                    f"Expected images of one size, but got {image_shape} and {shape} in "
-                    f"'{self._files[index]}'. Set `image_size`."
-                )
+            check_same_size(self._images[index][0], image_shape, self._files[index])
 
     def find_folder(self) -> Path:
         """The folder of the class folders."""
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"Expected `root` to be a folder of images, but got no folder '{self.root}'.")
         return self.root
 
     def open_images(self) -> tuple[LabelledImages, int]:
         """The images, each decoded when it is asked for, and the number of class folders."""
-        folder = self.find_folder()
-        entries = list(folder.iterdir())
-        if not any(entry.is_dir() for entry in entries):
-            loose = sum(entry.suffix.lower() in IMG_EXTENSIONS for entry in entries)
-            found = f"{loose} images without class folders" if loose else "none"
-            raise FileNotFoundError(
-                f"Expected class folders of images in '{folder}', but got {found}. The layout is "
-                "<folder>/<class>/<image>."
-            )
-        loader = partial(_decode, size=self.image_size, channels=self.channels)
-        try:
-            images = ImageFolder(folder, loader=loader)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"Expected images in every folder of '{folder}', but got: {error}.") from error
-        if len(images.classes) < 2:
-            raise ValueError(
-                f"Expected at least two class folders in '{folder}', but got only {images.classes}: with one "
-                "class every gradient is zero."
-            )
+        images = open_folder(
+            self.find_folder(), image_size=self.image_size, channels=self.channels, transform=to_tensor
+        )
         self._files = [path for path, _ in images.samples]
         return images, len(images.classes)
 
@@ -151,8 +126,69 @@ class LFWVictims(ImageFolderVictims):
         return self.root
 
 
-def _decode(path: str, *, size: tuple[int, int] | None, channels: int) -> Tensor:
-    """An image file as ``(channels, H, W)`` in [0, 1]."""
+def check_size_and_channels(
+    image_size: int | tuple[int, int] | None, channels: int
+) -> tuple[tuple[int, int] | None, int]:
+    """Height and width, None for those of the files, and channels; a ``ValueError`` if they are neither."""
+    if channels not in (1, 3):
+        raise ValueError(f"Expected `channels` to be 1 or 3, but got {channels!r}.")
+    return None if image_size is None else check_image_size(image_size), channels
+
+
+def check_same_size(image: Tensor, image_shape: tuple[int, ...], path: str) -> None:
+    """Raise a ``ValueError`` naming ``path`` unless its ``image`` has ``image_shape``, that of the first."""
+    if tuple(image.shape) != image_shape:
+        raise ValueError(
+            f"Expected images of one size, but got {image_shape} and {tuple(image.shape)} in '{path}'. "
+            "Set `image_size`."
+        )
+
+
+def open_folder(
+    folder: Path,
+    *,
+    image_size: tuple[int, int] | None,
+    channels: int,
+    transform: Callable[[Image.Image], Tensor],
+    argument: str = "root",
+) -> datasets.ImageFolder:
+    """A folder in ImageFolder layout, each image decoded when it is asked for.
+
+    Args:
+        folder: the folder of the class folders.
+        image_size: height and width to scale and crop to, None for those of the files.
+        channels: 1 or 3.
+        transform: what makes a tensor of an image.
+        argument: what the caller's user calls the folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or one without class folders or images.
+        ValueError: fewer than two classes; when an image is asked for, one that can't be decoded.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"Expected `{argument}` to be a folder of images, but got no folder '{folder}'.")
+    entries = list(folder.iterdir())
+    if not any(entry.is_dir() for entry in entries):
+        loose = sum(entry.suffix.lower() in IMG_EXTENSIONS for entry in entries)
+        found = f"{loose} images without class folders" if loose else "none"
+        raise FileNotFoundError(
+            f"Expected class folders of images in '{folder}', but got {found}. The layout is <folder>/<class>/<image>."
+        )
+    loader = partial(_decode, size=image_size, channels=channels)
+    try:
+        images = datasets.ImageFolder(folder, loader=loader, transform=transform)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"Expected images in every folder of '{folder}', but got: {error}.") from error
+    if len(images.classes) < 2:
+        raise ValueError(
+            f"Expected at least two class folders in '{folder}', but got only {images.classes}: with one "
+            "class every gradient is zero."
+        )
+    return images
+
+
+def _decode(path: str, *, size: tuple[int, int] | None, channels: int) -> Image.Image:
+    """An image file of 8 bits, scaled and cropped."""
     try:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):
@@ -162,5 +198,4 @@ def _decode(path: str, *, size: tuple[int, int] | None, channels: int) -> Tensor
         raise ValueError(f"Expected an 8-bit image in '{path}', but got: {error}") from error
     if size is not None:
         image = ImageOps.fit(image, (size[1], size[0]), method=Image.Resampling.BILINEAR)
-    tensor: Tensor = to_tensor(image)
-    return tensor
+    return image

@@ -1,10 +1,11 @@
-"""Victims of a data set that is given by its name or its folder, as scripts are."""
+"""A data set that is given by its name or its folder, as scripts are."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from leakage.datamodules.benchmarks import (
     CIFAR10Victims,
@@ -15,9 +16,14 @@ from leakage.datamodules.benchmarks import (
 )
 from leakage.datamodules.image_folder import ImageFolderVictims, LFWVictims
 from leakage.datamodules.images import ImageVictims
+from leakage.datamodules.labelled import LabelledDataModule
+from leakage.datamodules.labelled_benchmarks import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
+from leakage.datamodules.labelled_folder import ImageFolder, Sample
 from leakage.datamodules.sample import SampleVictims
 
-# Names of data sets, as scripts take them.
+DataModule = TypeVar("DataModule", ImageVictims, LabelledDataModule)
+
+# Names of data sets, as scripts take them: victims of them,
 DATASETS: dict[str, type[ImageVictims]] = {
     "mnist": MNISTVictims,
     "fashion_mnist": FashionMNISTVictims,
@@ -26,6 +32,15 @@ DATASETS: dict[str, type[ImageVictims]] = {
     "svhn": SVHNVictims,
     "lfw": LFWVictims,
     "sample": SampleVictims,
+}
+# and all of their images. (Most persons of LFW have a single image, so none to learn from and one to test with.)
+LABELLED_DATASETS: dict[str, type[LabelledDataModule]] = {
+    "mnist": MNIST,
+    "fashion_mnist": FashionMNIST,
+    "cifar10": CIFAR10,
+    "cifar100": CIFAR100,
+    "svhn": SVHN,
+    "sample": Sample,
 }
 
 
@@ -54,22 +69,55 @@ def victims_named(
         >>> victims_named("sample", victims=3)[1].victims
         3
     """
-    known = DATASETS.get(dataset)
+    return _named(dataset, DATASETS, ImageFolderVictims, {"root": root, "image_size": image_size}, options)
+
+
+def images_named(
+    dataset: str,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+    **options: Any,
+) -> tuple[str, LabelledDataModule]:
+    """What to call a data set, and all of its images with their labels.
+
+    Args:
+        dataset: one of :data:`LABELLED_DATASETS`, or a folder of images in ImageFolder layout.
+        root: as for :func:`victims_named`.
+        image_size: as for :func:`victims_named`.
+        options: for the DataModule: ``batch_size``, ``seed`` and its further ones.
+
+    Returns:
+        The name, for a folder its own, and the DataModule.
+
+    Raises:
+        ValueError: as :func:`victims_named`.
+
+    Example:
+        >>> images_named("sample", batch_size=8)[1].batch_size
+        8
+    """
+    return _named(dataset, LABELLED_DATASETS, ImageFolder, {"root": root, "image_size": image_size}, options)
+
+
+def _named(
+    dataset: str,
+    known: Mapping[str, type[DataModule]],
+    of_folder: Callable[..., DataModule],
+    place_and_size: dict[str, Any],
+    options: dict[str, Any],
+) -> tuple[str, DataModule]:
     folder = Path(dataset).expanduser()
-    if known is None and not folder.is_dir():
-        raise ValueError(
-            f"Expected `dataset` to be one of {list(DATASETS)} or a folder of images, but got {dataset!r}."
-        )
-    takes = {
-        "root": known is not None and known is not SampleVictims,
-        "image_size": known is None or known is LFWVictims,
-    }
-    for name, value in (("root", root), ("image_size", image_size)):
+    is_folder = dataset not in known
+    if is_folder and not folder.is_dir():
+        raise ValueError(f"Expected `dataset` to be one of {list(known)} or a folder of images, but got {dataset!r}.")
+    takes = {"root": not is_folder and dataset != "sample", "image_size": is_folder or dataset == "lfw"}
+    for name, value in place_and_size.items():
         if value is None:
             continue
         if not takes[name]:
             raise ValueError(f"Expected no `{name}` with {dataset!r}, but got {value}.")
         options[name] = value
-    if known is not None:
-        return dataset, known(**options)
-    return folder.resolve().name, ImageFolderVictims(folder, **options)
+    if is_folder:
+        return folder.resolve().name, of_folder(folder, **options)
+    return dataset, known[dataset](**options)

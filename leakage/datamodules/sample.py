@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import TensorDataset
-from torchvision.transforms.functional import to_tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from leakage.datamodules.images import ImageVictims, LabelledImages
 
@@ -36,6 +37,12 @@ class SampleVictims(ImageVictims):
 
     def open_images(self) -> tuple[LabelledImages, int]:
         """The images of the sheet, class by class."""
-        with Image.open(_SHEET) as sheet:
-            images = to_tensor(sheet).unfold(1, 28, 28).unfold(2, 28, 28)
-        return TensorDataset(images.reshape(1000, 1, 28, 28), torch.arange(10).repeat_interleave(100)), 10
+        images = read_sheet().flatten(0, 1).float() / 255
+        return TensorDataset(images, torch.arange(10).repeat_interleave(100)), 10
+
+
+def read_sheet() -> Tensor:
+    """The bundled images class by class, uint8 ``(10, 100, 1, 28, 28)``."""
+    with Image.open(_SHEET) as sheet:
+        images: Tensor = pil_to_tensor(sheet)
+    return images.unfold(1, 28, 28).unfold(2, 28, 28).reshape(10, 100, 1, 28, 28)

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 import wandb
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
 from leakage.callbacks import Gallery, VictimTable, table
+from leakage.callbacks.loggers import log_artifact
 
 
 def records(file: Path) -> Iterator[Record]:
@@ -65,6 +67,7 @@ class OfflineRun:
         self.history: list[dict[str, Any]] = []
         # Tables are uploaded as artifacts: the path in the artifact to the file on this machine.
         self.artifacts: dict[str, dict[str, Path]] = {}
+        self.artifact_names: list[str] = []
         for record in _records_once_closed(file):
             if record.WhichOneof("record_type") == "history":
                 row: dict[str, Any] = {}
@@ -77,6 +80,7 @@ class OfflineRun:
                 self.history.append(row)
             elif record.WhichOneof("record_type") == "artifact":
                 entries = record.artifact.manifest.contents
+                self.artifact_names.append(record.artifact.name)
                 self.artifacts[record.artifact.type] = {entry.path: Path(entry.local_path) for entry in entries}
 
     def values(self, key: str) -> list[Any]:
@@ -171,6 +175,29 @@ def test_tensorboard_holds_the_picture(run) -> None:
     assert events.Tags()["images"] == ["gallery"]
     assert events.Images("gallery")[-1].width > 500
     assert len(events.Scalars("train/loss")) == 13
+
+
+class _AtTheEnd(Callback):
+    """Gives a file and a folder to the loggers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "set" / "images" / "cat").mkdir(parents=True)
+        (folder / "set" / "synthetic.safetensors").write_text("numbers")
+        (folder / "set" / "images" / "cat" / "0.png").write_text("pixels")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        paths = [self.folder / "set" / name for name in ("synthetic.safetensors", "images")]
+        log_artifact(trainer, "synthetic-my photos/1", paths, metadata={"iterations": 5})
+
+
+def test_files_and_folders_become_an_artifact(run) -> None:
+    run.fit(run.attack(), _AtTheEnd(run.folder), logger=WandbLogger(project="leakage", save_dir=run.folder))
+    wandb.finish()
+    logged = OfflineRun(run.folder)
+    assert logged.artifact_names == ["synthetic-my_photos_1"]
+    content = {path: file.read_text() for path, file in logged.artifacts["dataset"].items()}
+    assert content == {"synthetic.safetensors": "numbers", "images/cat/0.png": "pixels"}
 
 
 def test_loggers_without_pictures_get_the_curves(run) -> None:

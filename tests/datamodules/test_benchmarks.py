@@ -1,12 +1,7 @@
 import os
-import pickle
-import struct
-import urllib.request
-from urllib.error import URLError
 
 import numpy as np
 import pytest
-import scipy.io
 import torch
 from torchvision import datasets
 
@@ -30,70 +25,32 @@ def draw(shape, num_classes, split):
     return images, generator.integers(0, num_classes, SPLITS[split])
 
 
-def write_idx(root, name, split):
-    folder = root / name / "raw"
-    folder.mkdir(parents=True, exist_ok=True)
-    images, labels = draw((1, 28, 28), 10, split)
-    prefix = "train" if split == "train" else "t10k"
-    header = struct.pack(">IIII", 0x803, len(images), 28, 28)
-    (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-    header = struct.pack(">II", 0x801, len(labels))
-    (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels.astype(np.uint8).tobytes())
-
-
-def write_cifar(root, num_classes, split):
-    folder = root / ("cifar-10-batches-py" if num_classes == 10 else "cifar-100-python")
-    folder.mkdir(exist_ok=True)
-    images, labels = draw((3, 32, 32), num_classes, split)
-    names = {
-        10: [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"],
-        100: [split],
-    }
-    files = names[num_classes]
-    key = "labels" if num_classes == 10 else "fine_labels"
-    for file, part in zip(files, np.array_split(np.arange(len(images)), len(files)), strict=True):
-        entry = {"data": images[part].reshape(len(part), -1), key: labels[part].tolist()}
-        (folder / file).write_bytes(pickle.dumps(entry, protocol=2))
-    meta, key = ("batches.meta", "label_names") if num_classes == 10 else ("meta", "fine_label_names")
-    (folder / meta).write_bytes(pickle.dumps({key: [f"class {k}" for k in range(num_classes)]}, protocol=2))
-
-
-def write_svhn(root, split):
-    images, labels = draw((3, 32, 32), 10, split)
-    labels = np.where(labels == 0, 10, labels)[:, None].astype(np.uint8)  # the files call the digit 0 class 10
-    scipy.io.savemat(root / f"{split}_32x32.mat", {"X": images.transpose(2, 3, 1, 0), "y": labels})
-
-
 DATA_SETS = {
-    MNISTVictims: (lambda root, split: write_idx(root, "MNIST", split), (1, 28, 28), 10),
-    FashionMNISTVictims: (lambda root, split: write_idx(root, "FashionMNIST", split), (1, 28, 28), 10),
-    CIFAR10Victims: (lambda root, split: write_cifar(root, 10, split), (3, 32, 32), 10),
-    CIFAR100Victims: (lambda root, split: write_cifar(root, 100, split), (3, 32, 32), 100),
-    SVHNVictims: (write_svhn, (3, 32, 32), 10),
+    MNISTVictims: ((1, 28, 28), 10),
+    FashionMNISTVictims: ((1, 28, 28), 10),
+    CIFAR10Victims: ((3, 32, 32), 10),
+    CIFAR100Victims: ((3, 32, 32), 100),
+    SVHNVictims: ((3, 32, 32), 10),
 }
 every_data_set = pytest.mark.parametrize("data_set", DATA_SETS, ids=lambda data_set: data_set.__name__)
 
 
 @pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise URLError("no network in tests")
+def write(write_split):
+    """Write random pictures as a data set's own files."""
 
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    def write(root, data_set=MNISTVictims):
+        for split in SPLITS:
+            write_split(data_set.dataset, root, split, *draw(*DATA_SETS[data_set], split))
 
-
-@pytest.fixture
-def no_checksums(monkeypatch):
-    for module in (datasets.cifar, datasets.svhn):
-        monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: os.path.isfile(path))  # noqa: PTH113
+    return write
 
 
 @every_data_set
 @pytest.mark.parametrize("split", SPLITS)
-def test_files_in_the_real_format(tmp_path, data_set, split, no_network, no_checksums):
-    write, shape, num_classes = DATA_SETS[data_set]
-    for each in SPLITS:
-        write(tmp_path, each)
+def test_files_in_the_real_format(tmp_path, data_set, split, write, no_network, no_checksums):
+    shape, num_classes = DATA_SETS[data_set]
+    write(tmp_path, data_set)
     data = data_set(root=tmp_path, split=split, victims=SPLITS[split], seed=4)
     data.prepare_data()
     data.setup("fit")
@@ -129,13 +86,12 @@ def test_no_data_set_and_no_network(tmp_path, data_set, no_network):
         data.setup("fit")
 
 
-def test_downloads_only_what_is_not_there(tmp_path, monkeypatch):
+def test_downloads_only_what_is_not_there(tmp_path, write, monkeypatch):
     downloads = []
 
     def download(self):
         downloads.append(self.root)
-        write_idx(tmp_path, "MNIST", "train")
-        write_idx(tmp_path, "MNIST", "test")
+        write(tmp_path)
 
     monkeypatch.setattr(datasets.MNIST, "download", download)
     data = MNISTVictims(root=tmp_path, victims=2)
@@ -146,9 +102,8 @@ def test_downloads_only_what_is_not_there(tmp_path, monkeypatch):
     assert downloads == [tmp_path]
 
 
-def test_a_truncated_file(tmp_path, no_network):
-    write_idx(tmp_path, "MNIST", "train")
-    write_idx(tmp_path, "MNIST", "test")
+def test_a_truncated_file(tmp_path, write, no_network):
+    write(tmp_path)
     images = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     images.write_bytes(images.read_bytes()[:-100])
     with pytest.raises(FileNotFoundError, match="Expected the train split of MNIST in"):
@@ -165,9 +120,8 @@ def test_root_then_environment_then_cache(tmp_path, monkeypatch):
     assert MNISTVictims().root == tmp_path / ".cache" / "leakage"
 
 
-def test_the_split_belongs_to_the_configuration(tmp_path):
-    write_idx(tmp_path, "MNIST", "train")
-    write_idx(tmp_path, "MNIST", "test")
+def test_the_split_belongs_to_the_configuration(tmp_path, write):
+    write(tmp_path)
     state = MNISTVictims(root=tmp_path, victims=2).state_dict()
     with pytest.raises(ValueError, match="split 'train' in the checkpoint and 'test' here"):
         MNISTVictims(root=tmp_path, victims=2, split="test").load_state_dict(state)

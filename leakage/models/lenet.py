@@ -1,4 +1,4 @@
-"""Networks of the papers."""
+"""LeNet of the attacks."""
 
 from __future__ import annotations
 

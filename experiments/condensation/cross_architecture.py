@@ -1,0 +1,340 @@
+r"""Images condensed with one network train another: test accuracy of a saved set, architecture by architecture.
+
+    python experiments/condensation/cross_architecture.py --synthetic results/fashion_mnist_1/dc/synthetic.safetensors \
+        --networks 5 --baseline random --output results/cross_architecture
+
+`--synthetic` is a file that `SyntheticSet.save`, `leakage fit` or `table2.py` wrote, or a folder of `table2.py`, of
+which every method's set is tested. For each architecture new networks are trained on the set alone, as for table 2, and
+tested on the whole test set of the data set that the file names. With `--baseline random` the same is done with as many
+random real images. As in the papers, networks on MNIST are trained with augmentation, and so are those on sets of the
+method `dsa`, unless `--no-augment-test` is given.
+
+What is done is written after each architecture. A run that was stopped goes on with the same command and `--resume`, as
+does one that more architectures are asked of. Without it a folder that holds results is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from leakage.cli import quiet
+from leakage.compare import align, check_output, read_record
+from leakage.condensation import SiameseAugmentation, SyntheticSet, evaluate, random_images
+from leakage.condense import METHODS
+from leakage.datamodules import LabelledDataModule
+from leakage.datamodules.images import digest
+from leakage.datamodules.named import LABELLED_DATASETS, images_named
+from leakage.errors import check_count
+from leakage.models import NETWORKS
+from leakage.overview import write_json
+from leakage.plots import save_figure
+
+FILES = ("summary.json", "accuracy.png")
+# As the papers write them.
+WRITTEN = {
+    "convnet": "ConvNet", "mlp": "MLP", "lenet": "LeNet",
+    "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet18",
+}  # fmt: skip
+# Told apart also by readers who do not see red and green as different (Okabe and Ito).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+@dataclass
+class CrossRow:
+    """Test accuracy of one architecture trained on one set, a line of ``summary.json``.
+
+    Attributes:
+        architecture: a key of ``NETWORKS``.
+        dataset: where the test images come from.
+        images_per_class: of the set; the fewest that a class has.
+        source: the file or the method that the set comes from, ``"random"`` for random real images.
+        accuracy_mean: over the networks, 0 to 1.
+        accuracy_std: over the networks.
+        accuracy_ci: 95 % confidence interval of the mean, after Student.
+        networks: how many were trained.
+        seconds: spent on training and testing all of them.
+    """
+
+    architecture: str
+    dataset: str
+    images_per_class: int
+    source: str
+    accuracy_mean: float
+    accuracy_std: float
+    accuracy_ci: tuple[float, float]
+    networks: int
+    seconds: float
+
+
+def read_sets(path: Path) -> dict[str, SyntheticSet]:
+    """The sets by source: the one of a file, or those of every method in a folder of ``table2.py``.
+
+    Raises:
+        ValueError: a folder without sets, sets of different data sets, or a file of another kind.
+        FileNotFoundError: no such file or folder.
+    """
+    if not path.is_dir():
+        # `dc/synthetic.safetensors` is known by its folder.
+        name = path.resolve().parent.name if path.stem == "synthetic" else path.stem
+        return {name: SyntheticSet.load(path)}
+    found = {file.parent.name: SyntheticSet.load(file) for file in sorted(path.glob("*/synthetic.safetensors"))}
+    if not found:
+        raise ValueError(
+            f"Expected `--synthetic` to hold <method>/synthetic.safetensors, but got '{path}', which does not."
+        )
+    if len({synthetic.dataset for synthetic in found.values()}) > 1:
+        of = {name: synthetic.dataset for name, synthetic in found.items()}
+        raise ValueError(f"Expected `--synthetic` to hold sets of one data set, but got {of}.")
+    return found
+
+
+def cross_architecture(
+    sets: Mapping[str, SyntheticSet],
+    data: LabelledDataModule,
+    architectures: Sequence[str],
+    output: Path,
+    *,
+    networks: int,
+    epochs: int | None,
+    augmentations: Mapping[str, SiameseAugmentation | None],
+    seed: int,
+    resume: bool,
+    device: str | None,
+    progress: bool = True,
+) -> list[CrossRow]:
+    """Test each set with each architecture, and write what came of it after each.
+
+    Sets and augmentations (of the networks' training) are by source.
+
+    Raises:
+        ValueError: a set that does not fit the data, an architecture that does not take its images, or with ``resume``
+            results that are damaged or of another configuration.
+        OSError: a file that can't be written.
+    """
+    channels, height, width = data.image_shape
+    models = {name: NETWORKS[name](channels, (height, width), data.num_classes) for name in architectures}
+    options = {"networks": networks, "epochs": epochs, "seed": seed}
+    tested_on = {"name": data.name, "test": digest(vars(data.test)), "mean": data.mean, "std": data.std}
+    configurations: dict[tuple[str, str], dict[str, Any]] = {}
+    for architecture in architectures:
+        for source, synthetic in sets.items():
+            synthetic.check(data)
+            configurations[architecture, source] = {
+                "set": digest({"images": synthetic.images, "labels": synthetic.labels}),
+                "data": tested_on,
+                "network": repr(models[architecture]),
+                "augmentation": None if augmentations[source] is None else vars(augmentations[source]),
+                **options,
+            }
+    # What was run before is compared with what is asked for before anything is run.
+    finished = {}
+    for (architecture, source), configuration in configurations.items() if resume else ():
+        row = read_record(output / source / architecture, configuration, CrossRow)
+        if row is not None:
+            finished[architecture, source] = _row(row)
+    rows: list[CrossRow] = []
+    for (architecture, source), configuration in configurations.items():
+        if (architecture, source) not in finished:
+            print(f"{WRITTEN[architecture]}, {source}:", flush=True)
+            outcome = evaluate(
+                sets[source],
+                data,
+                network=models[architecture],
+                augmentation=augmentations[source],
+                device=device,
+                progress=progress,
+                **options,  # type: ignore[arg-type]
+            )
+            finished[architecture, source] = CrossRow(
+                architecture=architecture,
+                dataset=data.name,
+                images_per_class=int(sets[source].images_per_class.min()),
+                source=source,
+                accuracy_mean=outcome.mean,
+                accuracy_std=outcome.std,
+                accuracy_ci=outcome.interval,
+                networks=outcome.networks,
+                seconds=outcome.training_seconds + outcome.testing_seconds,
+            )
+            record = {"configuration": configuration, "row": asdict(finished[architecture, source])}
+            write_json(output / source / architecture / "run.json", record)
+        # Those of an earlier run that are still to come are in it too.
+        rows = [finished[key] for key in configurations if key in finished]
+        write_json(output / "summary.json", [asdict(row) for row in rows])
+        save_figure(plot(rows), output / "accuracy.png")
+    return rows
+
+
+def plot(rows: Sequence[CrossRow]) -> Figure:
+    """A group of bars for each architecture, a bar for each source, with the interval of its mean."""
+    architectures = list(dict.fromkeys(row.architecture for row in rows))
+    sources = list(dict.fromkeys(row.source for row in rows))
+    figure = Figure(figsize=(max(4.8, 1.2 + len(rows) * 0.7), 4.2), dpi=100, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    thickness = 0.8 / len(sources)
+    for index, source in enumerate(sources):
+        own = [row for row in rows if row.source == source]
+        shift = (index - (len(sources) - 1) / 2) * thickness
+        places = [architectures.index(row.architecture) + shift for row in own]
+        heights = [row.accuracy_mean for row in own]
+        colour = _COLOURS[index % len(_COLOURS)]
+        axes.bar(places, heights, width=0.9 * thickness, color=colour, alpha=0.75, label=source)
+        for place, row in zip(places, own, strict=True):
+            low, high = row.accuracy_ci
+            if math.isfinite(low):
+                axes.plot([place, place], [low, high], color="#222222", linewidth=1.5)
+            top = max(row.accuracy_mean, high if math.isfinite(high) else 0.0)
+            axes.text(place, top + 0.01, f"{100 * row.accuracy_mean:.1f}", fontsize=8, ha="center", va="bottom")
+    axes.set_xticks(range(len(architectures)), [WRITTEN[name] for name in architectures])
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.set_ylabel("test accuracy")
+    axes.grid(True, axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
+    axes.set_title(f"{rows[0].dataset}, {rows[0].images_per_class} per class")
+    return figure
+
+
+def format_table(rows: Sequence[CrossRow]) -> str:
+    """The rows as a table for the terminal, accuracy with its standard deviation over networks."""
+    lines = [["", "trained on", "images per class", "test accuracy", "95 % interval", "networks", "time"]]
+    for row in rows:
+        low, high = row.accuracy_ci
+        spread = "" if math.isnan(row.accuracy_std) else f" ± {100 * row.accuracy_std:.1f}"
+        lines.append(
+            [
+                WRITTEN[row.architecture],
+                row.source,
+                str(row.images_per_class),
+                f"{100 * row.accuracy_mean:.1f}{spread} %",
+                "-" if math.isnan(low) else f"[{100 * low:.1f}, {100 * high:.1f}]",
+                str(row.networks),
+                f"{row.seconds:.0f} s",
+            ]
+        )
+    return align(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    quiet()
+    try:
+        check_count(networks=given.networks)
+        check_count(0, seed=given.seed)
+        if given.device is not None:
+            _check_device(given.device)
+        sets = read_sets(given.synthetic)
+        dataset = given.dataset or next(iter(sets.values())).dataset
+        if not dataset:
+            raise ValueError(f"Expected `--dataset`, as '{given.synthetic}' names none, but got none.")
+        _, data = images_named(dataset, root=given.root, image_size=given.image_size, seed=given.seed)
+        check_output(given.output)
+        if not given.resume and (given.output / "summary.json").exists():
+            raise ValueError(
+                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
+                "with them, or choose another folder."
+            )
+        data.prepare_data()
+        data.setup("fit")
+        if given.baseline is not None and "random" not in sets:
+            images_per_class = int(next(iter(sets.values())).images_per_class.min())
+            sets["random"] = random_images(data, images_per_class, given.seed)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    augmentations = {source: _augmentation(source, dataset, given.augment_test) for source in sets}
+    try:
+        rows = cross_architecture(
+            sets,
+            data,
+            list(dict.fromkeys(given.architectures)),
+            given.output,
+            networks=given.networks,
+            epochs=given.epochs,
+            augmentations=augmentations,
+            seed=given.seed,
+            resume=given.resume,
+            device=given.device,
+        )
+    except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, OSError) or str(error).startswith("Expected "):
+            sys.exit(f"{parser.prog}: error: {error}")
+        raise
+    print(f"\n{format_table(rows)}\n")
+    for name in FILES:
+        print(given.output / name)
+
+
+def _augmentation(source: str, dataset: str, asked: bool | None) -> SiameseAugmentation | None:
+    """What networks are trained on a set with; if nothing is asked for, as in the papers."""
+    strategy = (METHODS.get(source) or {}).get("augmentation")
+    if asked is None and strategy is not None:
+        return SiameseAugmentation(strategy)
+    return SiameseAugmentation.mnist_evaluation() if asked or (asked is None and dataset == "mnist") else None
+
+
+def _row(record: dict[str, Any]) -> CrossRow:
+    """A row as it was written, null for what is not a number: one network has no standard deviation."""
+    low, high = (math.nan if end is None else end for end in record["accuracy_ci"])
+    std = record["accuracy_std"]
+    return CrossRow(**{**record, "accuracy_std": math.nan if std is None else std, "accuracy_ci": (low, high)})
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        line = str(error).split("\n")[0]
+        raise ValueError(f"Expected `--device` to be one that torch can use, but got {device!r}: {line}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cross_architecture.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--synthetic", type=Path, required=True, help="a saved set, or a folder of table2.py with one per method"
+    )
+    parser.add_argument(
+        "--dataset",
+        help=f"one of {', '.join(LABELLED_DATASETS)}, or a folder of images in ImageFolder layout "
+        "(default: the one that the set names)",
+    )
+    parser.add_argument("--networks", type=int, default=5, help="of each architecture (default: %(default)s)")
+    parser.add_argument(
+        "--architectures", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS), help="default: all"
+    )
+    parser.add_argument("--baseline", choices=("random",), help="test as many random real images too")
+    parser.add_argument("--epochs", type=int, help="of each network (default: 300, augmented 1000)")
+    parser.add_argument(
+        "--augment-test",
+        action=argparse.BooleanOptionalAction,
+        help="train the networks with the paper's augmentation for MNIST (default: with mnist, and for sets of the "
+        "method dsa with its own)",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for results")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    parser.add_argument("--seed", type=int, default=0, help="of networks and random images (default: %(default)s)")
+    parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
+    parser.add_argument("--device", help="of torch, such as cpu or cuda:0 (default: the first GPU, else the CPU)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""How good the synthetic images are, tested while they come about."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from leakage.callbacks.condensation import CondensationCallback, as_condensation
+from leakage.callbacks.progress import RunProgressBar
+from leakage.condensation.augmentation import SiameseAugmentation
+from leakage.condensation.evaluation import Evaluation, evaluate
+from leakage.condensation.gradient_matching import GradientMatchingCondensation
+from leakage.errors import check_count
+from leakage.plots import plot_accuracy, save_figure
+
+if TYPE_CHECKING:
+    from leakage.datamodules.labelled import LabelledDataModule
+
+COLUMNS = (
+    "iteration",
+    "step",
+    "accuracy_mean",
+    "accuracy_std",
+    "accuracy_low",
+    "accuracy_high",
+    "networks",
+    "seconds",
+    "evaluation_seconds",
+)
+# Columns that make a curve: iteration, mean and the ends of its interval.
+_CURVE = [0, 2, 4, 5]
+
+
+@dataclass(frozen=True)
+class AccuracyRow:
+    """One evaluation during a run.
+
+    Attributes:
+        iteration: iterations completed by then.
+        step: training steps done by then, of which an iteration has one or several.
+        accuracies: of each network, from 0 to 1.
+        seconds: spent on the condensation by then, evaluations left out.
+        evaluation_seconds: spent on evaluations by then, this one included.
+    """
+
+    iteration: int
+    step: int
+    accuracies: tuple[float, ...]
+    seconds: float
+    evaluation_seconds: float
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The accuracies with their mean, standard deviation and interval."""
+        return Evaluation(torch.tensor(self.accuracies, dtype=torch.float64))
+
+    @property
+    def accuracy_mean(self) -> float:
+        """Mean over the networks, from 0 to 1."""
+        return self.evaluation.mean
+
+    def values(self) -> list[float]:
+        """What the columns of ``accuracy.csv`` hold."""
+        found = self.evaluation
+        return [
+            self.iteration, self.step, found.mean, found.std, *found.interval, found.networks,
+            self.seconds, self.evaluation_seconds,
+        ]  # fmt: skip
+
+
+class SyntheticEvaluation(CondensationCallback):
+    """Trains new networks on a copy of the synthetic images at chosen iterations and at the end, and tests them.
+
+    The test is :func:`leakage.condensation.evaluate`, on the whole test set. It takes its time, which counts
+    as ``condensation.seconds["evaluation"]``, and changes nothing about the run: without this callback
+    the images come out bit for bit the same. A run that is interrupted or breaks off is not tested at its end.
+
+    Files in ``output``, written anew after each test: ``accuracy.csv`` with a row for each (``iteration``; ``step``,
+    training steps done; ``accuracy_mean``, ``accuracy_std`` and the ends ``accuracy_low`` and ``accuracy_high`` of the
+    mean's 95 % interval, from 0 to 1; ``networks``; ``seconds`` of condensing and ``evaluation_seconds``, both since
+    the beginning), and ``accuracy.png``, the curve over iterations. The loggers get ``eval/accuracy``,
+    ``eval/accuracy_low``, ``eval/accuracy_high``, ``eval/accuracy_std``, ``eval/networks`` and
+    ``time/evaluation``, with training steps done as step.
+
+    The rows are part of checkpoints: a resumed run neither repeats nor loses one, and ends with the same
+    accuracies. Training of a network that is no longer finite gives a warning and no row.
+
+    Attributes:
+        rows: one per test, in their order.
+        evaluating: a test is going on.
+
+    Args:
+        at: numbers of completed iterations; 0 is the start. The end is always one.
+        output: the folder, see :class:`~leakage.callbacks.ResultsCallback`.
+        networks: how many are trained for one test.
+        epochs: that each is trained for, see :func:`~leakage.condensation.evaluate`.
+        network: their architecture; by default the one that the run condenses with.
+        augmentation: of the synthetic images in their training.
+        seed: of all that is drawn, the same for each test.
+        stacked: train all networks at once; by default where that is faster.
+        lines: further accuracies from 0 to 1 by name, to compare with in the picture, such as the paper's.
+
+    Raises:
+        ValueError: an option out of its range; in ``fit``, a module that is no
+            :class:`~leakage.condensation.GradientMatchingCondensation`, or at the first test a network that does
+            not fit the data.
+        OSError: the folder can't be written, or files are missing at the end.
+    """
+
+    files = ("accuracy.csv", "accuracy.png")
+
+    def __init__(
+        self,
+        at: Sequence[int] = (0, 10, 20, 50, 100, 200, 500, 1000),
+        *,
+        output: str | os.PathLike[str] | None = None,
+        networks: int = 10,
+        epochs: int | None = None,
+        network: nn.Module | None = None,
+        augmentation: SiameseAugmentation | None = None,
+        seed: int = 0,
+        stacked: bool | None = None,
+        lines: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(output, at, "at")
+        check_count(networks=networks, **{} if epochs is None else {"epochs": epochs})
+        check_count(0, seed=seed)
+        if network is not None and not isinstance(network, nn.Module):
+            raise ValueError(f"Expected `network` to be a torch.nn.Module, but got {type(network).__name__}.")
+        for name, accuracy in (lines or {}).items():
+            if isinstance(accuracy, bool) or not isinstance(accuracy, int | float) or not 0 <= accuracy <= 1:
+                raise ValueError(f"Expected `lines` with accuracies from 0 to 1, but got {accuracy!r} for {name!r}.")
+        self.networks = networks
+        self.network = network
+        self.lines = dict(lines or {})
+        self.evaluating = False
+        self.rows: list[AccuracyRow] = []
+        self._options: dict[str, Any] = {
+            "networks": networks, "epochs": epochs, "augmentation": augmentation, "seed": seed, "stacked": stacked,
+        }  # fmt: skip
+        self._failed_at = -1
+
+    @property
+    def last(self) -> Evaluation:
+        """The latest test; after ``fit`` that of the final images.
+
+        Raises:
+            RuntimeError: there was none.
+        """
+        if not self.rows:
+            raise RuntimeError("Expected a run with a test to be over, but got no test yet.")
+        return self.rows[-1].evaluation
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows, as plain numbers."""
+        return {"rows": [asdict(row) for row in self.rows]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was made."""
+        self.rows = [AccuracyRow(**{**row, "accuracies": tuple(row["accuracies"])}) for row in state_dict["rows"]]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse other modules, find the folder and try to write there."""
+        super().setup(trainer, pl_module, stage)
+        # The rows of a checkpoint are read after this.
+        self.rows, self._failed_at, self.evaluating = [], -1, False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what could not be written before."""
+        if self._begun and self._failures:
+            self._write_all(as_condensation(self, pl_module))
+
+    def look(self, trainer: Trainer, condensation: GradientMatchingCondensation, *, last: bool) -> None:
+        """Test the images as they are now, unless they have been."""
+        tested = [self._failed_at, *(row.step for row in self.rows[-1:])]
+        if condensation.step not in tested:
+            self.evaluating = True
+            self._tell(trainer, condensation)
+            try:
+                row = self._test(trainer, condensation)
+            finally:
+                self.evaluating = False
+            self.rows += row
+            self._tell(trainer, condensation)
+            self._log(trainer, row)
+            self._remove_earlier()
+            self._write_all(condensation)
+        elif last and (self._failures or not (self.folder / "accuracy.csv").exists()):
+            self._write_all(condensation)
+
+    def _test(self, trainer: Trainer, condensation: GradientMatchingCondensation) -> list[AccuracyRow]:
+        """One row, or none if training a network failed."""
+        try:
+            with condensation.clock("evaluation"):
+                evaluation = evaluate(
+                    condensation.synthetic_set(),
+                    cast("LabelledDataModule", trainer.datamodule),  # type: ignore[attr-defined]
+                    network=condensation.network if self.network is None else self.network,
+                    device=trainer.strategy.root_device,
+                    progress=False,
+                    **self._options,
+                )
+        except FloatingPointError as error:
+            rank_zero_warn(f"The images after {condensation.iteration} iterations could not be tested: {error}")
+            self._failed_at = condensation.step
+            return []
+        spent = condensation.seconds
+        return [
+            AccuracyRow(
+                iteration=condensation.iteration,
+                step=condensation.step,
+                accuracies=tuple(evaluation.accuracies.tolist()),
+                seconds=math.fsum(seconds for part, seconds in spent.items() if part != "evaluation"),
+                evaluation_seconds=spent["evaluation"],
+            )
+        ]
+
+    def _tell(self, trainer: Trainer, condensation: GradientMatchingCondensation) -> None:
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, RunProgressBar):
+            bar.tell(trainer, condensation)
+
+    def _log(self, trainer: Trainer, rows: list[AccuracyRow]) -> None:
+        for row in rows:
+            found = row.evaluation
+            metrics = {
+                "eval/accuracy": found.mean,
+                "eval/accuracy_low": found.interval[0],
+                "eval/accuracy_high": found.interval[1],
+                "eval/accuracy_std": found.std,
+                "eval/networks": float(found.networks),
+                "time/evaluation": row.evaluation_seconds,
+            }
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=row.step)
+
+    def _write_all(self, condensation: GradientMatchingCondensation) -> None:
+        if not self.rows:
+            return
+        self._write(self.folder / "accuracy.csv", lambda path: _write_csv(path, self.rows))
+        curve = torch.tensor([row.values() for row in self.rows], dtype=torch.float64)[:, _CURVE]
+        per_class = int(condensation.hparams["images_per_class"])
+        figure = plot_accuracy(
+            {"synthetic images": curve},
+            lines=self.lines,
+            title=f"{condensation.synthetic_set().dataset}: {per_class} image{'s' * (per_class > 1)} per class",
+        )
+        self._write(self.folder / "accuracy.png", lambda path: save_figure(figure, path))
+
+
+def read_accuracies(path: str | os.PathLike[str]) -> Tensor:
+    """The curve in an ``accuracy.csv``, as :func:`~leakage.plots.plot_accuracy` takes it.
+
+    Returns:
+        ``(P, 4)``: iteration, mean accuracy, and the ends of its interval, from 0 to 1.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file of another kind.
+    """
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    try:
+        columns = [rows[0].index(COLUMNS[column]) for column in _CURVE]
+        return torch.tensor([[float(row[column]) for column in columns] for row in rows[1:]], dtype=torch.float64)
+    except (IndexError, ValueError) as error:
+        raise ValueError(f"Expected an `accuracy.csv` of SyntheticEvaluation, but got '{path}': {error}") from error
+
+
+def _write_csv(path: Path, rows: list[AccuracyRow]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    for row in rows:
+        writer.writerow([f"{value:.8g}" if isinstance(value, float) else value for value in row.values()])
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text.getvalue(), encoding="utf-8", newline="")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

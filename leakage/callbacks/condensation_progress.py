@@ -1,0 +1,94 @@
+"""One bar over the iterations of a condensation, and where its time went."""
+
+from __future__ import annotations
+
+import sys
+
+from lightning import LightningModule, Trainer
+
+from leakage.callbacks.condensation import as_condensation
+from leakage.callbacks.condensation_evaluation import SyntheticEvaluation
+from leakage.callbacks.progress import RunProgressBar
+from leakage.condensation.gradient_matching import GradientMatchingCondensation
+
+# What the parts of `condensation.seconds` are called in the last line.
+_PARTS = {
+    "real": "gradients of real images",
+    "synthetic": "gradients of synthetic images",
+    "network": "training networks",
+    "evaluation": "evaluation",
+}
+
+
+class CondensationProgressBar(RunProgressBar):
+    """Iterations done of all, the matching loss, real images per second and the last accuracy.
+
+    ``step`` counts within an iteration, where it has several; ``accuracy`` is there if a
+    :class:`~leakage.callbacks.SyntheticEvaluation` has run. When the run is over, however it ended, a
+    line under the bar tells what the time was spent on, before a resume included.
+
+    Args:
+        refresh_rate: training steps between two updates, which are also at least 0.1 s apart; 0 turns
+            the bar and the line off. In a file or a pipe they are at least 30 s apart.
+        process_position: lines to leave free above the bar.
+        name: what stands before the bar, by default ``Iterations``.
+
+    Raises:
+        ValueError: in ``fit``, a module that is no :class:`~leakage.condensation.GradientMatchingCondensation`.
+    """
+
+    unit = "iterations"
+
+    def count(self, pl_module: LightningModule) -> tuple[int, int]:
+        """Iterations done, and all of them."""
+        condensation = as_condensation(self, pl_module)
+        return condensation.iteration, condensation.protocol.iterations
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """What is told behind the bar."""
+        condensation = as_condensation(self, pl_module)
+        metrics: dict[str, int | str | float | dict[str, float]] = {}
+        within = condensation.step % condensation.outer
+        if within:
+            metrics["step"] = f"{within}/{condensation.outer}"
+        if condensation.step:
+            metrics["loss"] = f"{condensation.last_loss:.4g}"
+            metrics["images/s"] = f"{condensation.images_per_second:.0f}"
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SyntheticEvaluation):
+                if callback.rows:
+                    metrics["accuracy"] = f"{100 * callback.rows[-1].accuracy_mean:.1f} %"
+                if callback.evaluating:
+                    metrics["now"] = "evaluating"
+        return metrics
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse other modules."""
+        as_condensation(self, pl_module)
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell what the time was spent on."""
+        self._tell_time(as_condensation(self, pl_module))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Tell it too, if there was a run."""
+        if self._train_progress_bar is not None and isinstance(pl_module, GradientMatchingCondensation):
+            self.train_progress_bar.close()
+            self._tell_time(pl_module)
+
+    def _tell_time(self, condensation: GradientMatchingCondensation) -> None:
+        if self.is_enabled and any(condensation.seconds.values()):
+            sys.stdout.write(f"{time_split(condensation)}\n")
+
+
+def time_split(condensation: GradientMatchingCondensation) -> str:
+    """A line that tells what the time of a run was spent on."""
+    total = sum(condensation.seconds.values()) or 1.0
+    parts = ", ".join(
+        f"{_PARTS[part]} {seconds:.1f} s ({100 * seconds / total:.0f} %)"
+        for part, seconds in condensation.seconds.items()
+    )
+    return f"Time: {parts}; {condensation.images_per_second:.0f} real images per second"

@@ -1,0 +1,18 @@
+"""Few images that stand for a whole training set, found by matching gradients."""
+
+from leakage.condensation.augmentation import SiameseAugmentation
+from leakage.condensation.evaluation import Evaluation, evaluate, evaluate_full, random_images
+from leakage.condensation.gradient_matching import GradientMatchingCondensation
+from leakage.condensation.protocols import CondensationProtocol
+from leakage.condensation.synthetic_set import SyntheticSet
+
+__all__ = [
+    "CondensationProtocol",
+    "Evaluation",
+    "GradientMatchingCondensation",
+    "SiameseAugmentation",
+    "SyntheticSet",
+    "evaluate",
+    "evaluate_full",
+    "random_images",
+]

@@ -1,0 +1,319 @@
+"""Differentiable siamese augmentation: one random transform for real and synthetic images alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from leakage.errors import check_count, check_flag
+
+# The transforms, and how many random numbers each needs. The order is that of the columns of the random numbers.
+_NUMBERS = {"color": 3, "crop": 2, "cutout": 2, "flip": 1, "scale": 2, "rotate": 1}
+
+
+class SiameseAugmentation:
+    r"""Differentiable siamese augmentation (DSA): random transforms that gradients pass through.
+
+    Condensation matches the gradient of real images with that of synthetic ones, both under the same transform
+    :math:`A_\omega`, and differentiates through it down to the synthetic images:
+
+    .. math:: \min_S D(\nabla_\theta L(A_\omega(S), \theta), \nabla_\theta L(A_\omega(T), \theta))
+
+    Each call of :meth:`draw` picks one of the transforms that ``strategy`` names, and its parameters :math:`\omega`:
+
+    ========== =====================================================================================================
+    color      adds :math:`b \sim U(-\tfrac12, \tfrac12)` ``brightness``; multiplies the difference to the mean over the
+               channels by :math:`U(0, 1)` ``saturation``; that to the mean over the image by ``contrast`` + U(0, 1)
+    crop       moves by whole pixels, up to ``crop`` of each side in each direction; zeros move in
+    cutout     sets a rectangle, ``cutout`` of each side, to zero; its centre is anywhere, the border clips it
+    flip       mirrors left and right with probability ``flip``
+    scale      stretches height and width by factors of their own, uniform in ``scale``, about the centre
+    rotate     turns about the centre, by up to ``rotate`` degrees either way
+    ========== =====================================================================================================
+
+    Zero is the mean colour of the data set, as images are normalised. ``scale`` and ``rotate`` sample bilinearly, zero
+    outside of the image, in one step of gather: torchvision's transforms take one number for all images of a call and
+    one scale for both axes, and ``grid_sample`` cannot be differentiated twice in torch 2.6.
+
+    Args:
+        strategy: names of transforms, each at most once, joined by ``_``.
+        several: apply all named transforms one after another, in their order, instead of one of them.
+        brightness: width of the interval of what is added, at least 0, in units of the normalised images.
+        saturation: largest factor of the saturation, at least 0. Images of one channel have none and stay.
+        contrast: smallest factor of the contrast, at least 0; the largest is greater by 1.
+        crop: greatest shift as a part of the side, above 0 and at most 1, rounded to whole pixels.
+        cutout: side of the rectangle as a part of the image's, above 0 and at most 1, rounded to whole pixels.
+        flip: probability of the mirror image, above 0 and at most 1.
+        scale: smallest and largest factor, positive.
+        rotate: greatest angle in degrees, above 0 and at most 180.
+
+    Raises:
+        ValueError: a name that is no transform or comes twice, or a size outside of its range.
+
+    References:
+        Zhao and Bilen, *Dataset Condensation with Differentiable Siamese Augmentation*, ICML 2021,
+        https://arxiv.org/abs/2102.08259.
+
+    Example:
+        >>> transform = SiameseAugmentation("crop_flip").draw(torch.Generator().manual_seed(0))
+        >>> real, synthetic = torch.randn(256, 3, 32, 32), torch.randn(10, 3, 32, 32)
+        >>> transform(real).shape, transform(synthetic).shape
+        (torch.Size([256, 3, 32, 32]), torch.Size([10, 3, 32, 32]))
+        >>> torch.equal(transform(real)[:10], transform(real[:10]))
+        True
+    """
+
+    def __init__(
+        self,
+        strategy: str = "color_crop_cutout_flip_scale_rotate",
+        *,
+        several: bool = False,
+        brightness: float = 1.0,
+        saturation: float = 2.0,
+        contrast: float = 0.5,
+        crop: float = 0.125,
+        cutout: float = 0.5,
+        flip: float = 0.5,
+        scale: tuple[float, float] = (1 / 1.2, 1.2),
+        rotate: float = 15.0,
+    ) -> None:
+        names = tuple(strategy.split("_")) if isinstance(strategy, str) else ()
+        if not names or not set(names) <= _NUMBERS.keys() or len(set(names)) < len(names):
+            raise ValueError(
+                f"Expected `strategy` to be some of {list(_NUMBERS)}, each at most once, joined by '_', "
+                f"but got {strategy!r}."
+            )
+        check_flag(several=several)
+        _check_size(math.inf, at_least_zero=True, brightness=brightness, saturation=saturation, contrast=contrast)
+        _check_size(1, crop=crop, cutout=cutout, flip=flip)
+        _check_size(180, rotate=rotate)
+        if not isinstance(scale, tuple | list) or len(scale) != 2:
+            raise ValueError(f"Expected `scale` as the smallest and the largest factor, but got {scale!r}.")
+        _check_size(math.inf, scale=scale[0])
+        _check_size(math.inf, scale=scale[1])
+        if scale[0] > scale[1]:
+            raise ValueError(f"Expected `scale` to begin with the smaller factor, but got {scale!r}.")
+        self.strategy = strategy
+        self.names = names
+        self.several = several
+        self.brightness = brightness
+        self.saturation = saturation
+        self.contrast = contrast
+        self.crop = crop
+        self.cutout = cutout
+        self.flip = flip
+        self.scale = (scale[0], scale[1])
+        self.rotate = rotate
+
+    @classmethod
+    def mnist_evaluation(cls) -> SiameseAugmentation:
+        """What Dataset Condensation trains its evaluation networks on MNIST with: crop, scale or rotate.
+
+        Shifts of up to 4 of 28 pixels, factors in [0.8, 1.2], angles of up to 45 degrees, drawn for each image anew
+        (``num_images`` of :meth:`draw`).
+
+        References:
+            Zhao, Mopuri and Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
+            https://arxiv.org/abs/2006.05929.
+
+        Example:
+            >>> transform = SiameseAugmentation.mnist_evaluation().draw(torch.Generator().manual_seed(0), 10)
+            >>> transform(torch.randn(10, 1, 28, 28)).shape
+            torch.Size([10, 1, 28, 28])
+        """
+        return cls("crop_scale_rotate", crop=0.125, scale=(0.8, 1.2), rotate=45.0)
+
+    def draw(self, generator: torch.Generator, num_images: int | None = None) -> Callable[[Tensor], Tensor]:
+        """A random transform: one for all images, or one for each of ``num_images`` images.
+
+        Args:
+            generator: on the CPU, so that the same transforms come out for images on any device. A call takes as many
+                random numbers whatever the strategy and whichever transform it picks.
+            num_images: None for one transform that is the same for every image and every call; a number for images
+                that each get a choice and parameters of their own.
+
+        Returns:
+            A function, always the same, of normalised images of any floating type on any device, ``(..., C, H, W)``
+            for one transform and ``(..., num_images, C, H, W)`` for one per image; it gives the same shape and type.
+            Linear up to a constant in the images, so differentiable any number of times, also under ``torch.func``.
+
+        Raises:
+            ValueError: the generator is none or not on the CPU, or ``num_images`` is not at least 1; on the call of
+                the function, images of another shape or type.
+
+        Example:
+            >>> transform = SiameseAugmentation("rotate").draw(torch.Generator().manual_seed(0), num_images=2)
+            >>> same = torch.ones(2, 1, 8, 8)
+            >>> torch.equal(*transform(same))
+            False
+        """
+        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+            got = getattr(generator, "device", generator)
+            raise ValueError(f"Expected `generator` to be a torch.Generator on the CPU, but got {got!r}.")
+        if num_images is not None:
+            check_count(num_images=num_images)
+        shape = () if num_images is None else (num_images,)
+        numbers = torch.rand(*shape, 1 + sum(_NUMBERS.values()), generator=generator, dtype=torch.float64)
+        return _Drawn(self, numbers)
+
+    def _color(self, images: Tensor, numbers: Tensor) -> Tensor:
+        brightness = _as_images((numbers[..., 0] - 0.5) * self.brightness, images)
+        saturation = _as_images(numbers[..., 1] * self.saturation, images)
+        contrast = _as_images(numbers[..., 2] + self.contrast, images)
+        images = images + brightness
+        grey = images.mean(-3, keepdim=True)
+        images = (images - grey) * saturation + grey
+        mean = images.mean((-3, -2, -1), keepdim=True)
+        return (images - mean) * contrast + mean
+
+    def _crop(self, images: Tensor, numbers: Tensor) -> Tensor:
+        # The steps are whole numbers found on the CPU in double precision: no device can round them differently.
+        down, right = (
+            _per_pixel((number * (2 * most + 1)).floor().long() - most, images.device)
+            for number, most in zip(numbers.unbind(-1), _parts(self.crop, images), strict=True)
+        )
+        rows, columns = _grid(images, torch.int64)
+        return _pixels(images)(rows - down, columns - right)
+
+    def _cutout(self, images: Tensor, numbers: Tensor) -> Tensor:
+        inside = []
+        for number, side, length, positions in zip(
+            numbers.unbind(-1), _parts(self.cutout, images), images.shape[-2:], _grid(images, torch.int64), strict=True
+        ):
+            # Centres are pixels for odd sides, the corners between pixels (one more of them) for even ones.
+            centre = (number * (length + 1 - side % 2)).floor().long()
+            start = _per_pixel(centre - side // 2, images.device)
+            inside.append((start <= positions) & (positions < start + side))
+        return torch.where((inside[0] & inside[1]).unsqueeze(-3), 0, images)
+
+    def _flip(self, images: Tensor, numbers: Tensor) -> Tensor:
+        mirrored = _per_pixel(numbers[..., 0] < self.flip, images.device).unsqueeze(-3)
+        return torch.where(mirrored, images.flip(-1), images)
+
+    def _scale(self, images: Tensor, numbers: Tensor) -> Tensor:
+        low, high = self.scale
+        inverse = 1 / (low + numbers * (high - low))
+        zero = torch.zeros_like(inverse[..., 0])
+        return _affine(images, inverse[..., 0], zero, zero, inverse[..., 1])
+
+    def _rotate(self, images: Tensor, numbers: Tensor) -> Tensor:
+        angle = (2 * numbers[..., 0] - 1) * math.radians(self.rotate)
+        return _affine(images, angle.cos(), angle.sin(), -angle.sin(), angle.cos())
+
+
+class _Drawn:
+    """An augmentation with its random numbers in [0, 1), ``(D,)`` for one transform or ``(M, D)`` for one per image."""
+
+    def __init__(self, augmentation: SiameseAugmentation, numbers: Tensor) -> None:
+        self.augmentation = augmentation
+        self.numbers = numbers
+        # Plain numbers are found now: within torch.func no tensor says its values, not even one it does not transform.
+        choices = (numbers[..., 0] * len(augmentation.names)).long().reshape(-1)
+        self.choices: list[int] = choices.tolist()
+        self.order = choices.argsort(stable=True)
+        self.places = self.order.argsort()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The transformed images."""
+        self._check(images)
+        names = self.augmentation.names
+        if self.augmentation.several:
+            for name in names:
+                images = self._apply(name, images, self.numbers)
+            return images
+        if self.numbers.ndim == 1:
+            return self._apply(names[self.choices[0]], images, self.numbers)
+        # Images with the same transform go through it together, then back to their places.
+        sizes = [self.choices.count(choice) for choice in range(len(names))]
+        groups = torch.split(images.index_select(-4, self.order.to(images.device)), sizes, -4)
+        numbers = torch.split(self.numbers[self.order], sizes)
+        transformed = [
+            self._apply(name, group, own) for name, group, own in zip(names, groups, numbers, strict=True) if len(own)
+        ]
+        return torch.cat(transformed, -4).index_select(-4, self.places.to(images.device))
+
+    def _apply(self, name: str, images: Tensor, numbers: Tensor) -> Tensor:
+        before = list(_NUMBERS)[: list(_NUMBERS).index(name)]
+        start = 1 + sum(_NUMBERS[other] for other in before)
+        transform: Callable[[Tensor, Tensor], Tensor] = getattr(self.augmentation, f"_{name}")
+        return transform(images, numbers[..., start : start + _NUMBERS[name]])
+
+    def _check(self, images: Tensor) -> None:
+        if not images.is_floating_point():
+            raise ValueError(f"Expected `images` as normalised floating point numbers, but got {images.dtype}.")
+        if self.numbers.ndim == 1:
+            if images.ndim < 3:
+                raise ValueError(f"Expected `images` of shape (..., C, H, W), but got {tuple(images.shape)}.")
+        elif images.ndim < 4 or images.shape[-4] != len(self.numbers):
+            raise ValueError(
+                f"Expected `images` of shape (..., {len(self.numbers)}, C, H, W), for as many images as were drawn, "
+                f"but got {tuple(images.shape)}."
+            )
+
+
+def _check_size(at_most: float, /, *, at_least_zero: bool = False, **values: float) -> None:
+    for name, value in values.items():
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not fits or not (0 < value <= at_most or (at_least_zero and value == 0)):
+            limit = "" if at_most == math.inf else f" and at most {at_most}"
+            least = "at least 0" if at_least_zero else "above 0"
+            raise ValueError(f"Expected `{name}` to be finite, {least}{limit}, but got {value!r}.")
+
+
+def _parts(part: float, images: Tensor) -> tuple[int, int]:
+    """That part of the height and of the width in whole pixels, halves rounded up."""
+    return int(images.shape[-2] * part + 0.5), int(images.shape[-1] * part + 0.5)
+
+
+def _as_images(values: Tensor, images: Tensor) -> Tensor:
+    """Numbers ``()`` or ``(M,)`` as ``(1, 1, 1)`` or ``(M, 1, 1, 1)`` of the type and device of the images."""
+    return values.to(images.dtype).to(images.device)[..., None, None, None]
+
+
+def _per_pixel(values: Tensor, device: torch.device) -> Tensor:
+    """Numbers ``()`` or ``(M,)`` as ``(1, 1)`` or ``(M, 1, 1)``, to go with positions of pixels."""
+    return values.to(device)[..., None, None]
+
+
+def _grid(images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows ``(H, 1)`` and columns ``(1, W)`` of the pixels."""
+    rows, columns = (torch.arange(side, device=images.device, dtype=dtype) for side in images.shape[-2:])
+    return rows[:, None], columns[None, :]
+
+
+def _pixels(images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of whole rows and columns that gives the pixels there, and zero outside of the image.
+
+    Rows and columns together have the shape ``(H, W)``, or ``(M, H, W)`` for positions of their own for each image.
+    """
+    height, width = images.shape[-2:]
+    padded = F.pad(images.flatten(-2), (0, 1))  # the place of everything outside
+
+    def take(rows: Tensor, columns: Tensor) -> Tensor:
+        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        places = torch.where(inside, rows * width + columns, height * width).flatten(-2).unsqueeze(-2)
+        places = places.expand(*images.shape[:-2], height * width)
+        return padded.gather(-1, places).reshape(images.shape)
+
+    return take
+
+
+def _affine(images: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """Images whose pixel (y, x), from the centre, comes from (a y + b x, c y + d x), bilinearly, zero outside."""
+    dtype = torch.promote_types(images.dtype, torch.float32)  # 8 bits of bfloat16 do not tell pixels apart
+    a, b, c, d = (_per_pixel(entry.to(dtype), images.device) for entry in (a, b, c, d))
+    rows, columns = _grid(images, dtype)
+    middle, centre = (images.shape[-2] - 1) / 2, (images.shape[-1] - 1) / 2
+    y = a * (rows - middle) + b * (columns - centre) + middle
+    x = c * (rows - middle) + d * (columns - centre) + centre
+    top, left = y.floor(), x.floor()
+    down, right = (y - top).unsqueeze(-3), (x - left).unsqueeze(-3)
+    top, left = top.long(), left.long()
+    take = _pixels(images)
+    upper = take(top, left) * (1 - right) + take(top, left + 1) * right
+    lower = take(top + 1, left) * (1 - right) + take(top + 1, left + 1) * right
+    return (upper * (1 - down) + lower * down).to(images.dtype)

@@ -1,0 +1,320 @@
+"""How good a synthetic set is: the test accuracy of new networks that are trained on it alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from leakage.condensation.augmentation import SiameseAugmentation
+from leakage.condensation.synthetic_set import SyntheticSet
+from leakage.condensation.training import TrainingOptions, train_and_test
+from leakage.errors import check_count
+from leakage.metrics.estimates import mean_interval
+from leakage.models import ConvNet, draw_state
+from leakage.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from leakage.datamodules.labelled import LabelledDataModule
+
+# Epochs without and with augmentation, as in the paper.
+_EPOCHS, _EPOCHS_AUGMENTED = 300, 1000
+
+
+@dataclass
+class Evaluation:
+    """Test accuracies of R networks that differ in nothing but their random numbers.
+
+    Attributes:
+        accuracies: ``(R,)``, from 0 to 1, in double precision.
+        training_seconds: spent on training all of them.
+        testing_seconds: spent on testing all of them.
+
+    Example:
+        >>> evaluation = Evaluation(torch.tensor([0.70, 0.71, 0.69]))
+        >>> print(evaluation)
+        70.0 % ± 1.0 (3 networks, 95 % interval of the mean 67.5 to 72.5)
+    """
+
+    accuracies: Tensor
+    training_seconds: float = math.nan
+    testing_seconds: float = math.nan
+
+    def __post_init__(self) -> None:
+        self.accuracies = self.accuracies.cpu().double()
+
+    @property
+    def networks(self) -> int:
+        """R."""
+        return len(self.accuracies)
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy, from 0 to 1."""
+        return float(self.accuracies.mean())
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the sample of networks (divided by R - 1); NaN for one network."""
+        return float(self.accuracies.std()) if self.networks > 1 else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the mean, after Student; NaN for one network.
+
+        It is about the networks' random numbers, given this synthetic set and this test set.
+        """
+        return mean_interval(self.accuracies)
+
+    def __str__(self) -> str:
+        mean = f"{100 * self.mean:.1f} %"
+        if self.networks == 1:
+            return f"{mean} (1 network)"
+        low, high = self.interval
+        return (
+            f"{mean} ± {100 * self.std:.1f} ({self.networks} networks, 95 % interval of the mean "
+            f"{100 * low:.1f} to {100 * high:.1f})"
+        )
+
+
+def evaluate(
+    synthetic: SyntheticSet,
+    data: LabelledDataModule,
+    *,
+    network: nn.Module | None = None,
+    networks: int = 10,
+    epochs: int | None = None,
+    learning_rate: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    batch_size: int = 256,
+    augmentation: SiameseAugmentation | None = None,
+    seed: int = 0,
+    stacked: bool | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Train new networks on a synthetic set alone and test them on the whole real test set.
+
+    The protocol of Dataset Condensation: every network is drawn anew and trained by SGD, with a tenth of the
+    learning rate from half-way on. Network r depends on ``seed`` and r alone: not on how many there are, on how
+    they are grouped, or (up to rounding) on the device. Everything is computed in float32. Neither the set, the
+    network nor any global random state is changed.
+
+    Args:
+        synthetic: what the networks are trained on.
+        data: whose test set they are tested on; made ready (``prepare_data``, ``setup``) if it is not yet.
+        network: an architecture for the data's images and classes, whose modules with weights have
+            ``reset_parameters``, such as those of :mod:`leakage.models` and torchvision; by default
+            :class:`~leakage.models.ConvNet`. Its own weights play no part, and all are trained.
+        networks: R.
+        epochs: 300 by default, 1,000 with ``augmentation``.
+        learning_rate: until epoch ``epochs // 2``.
+        momentum: of SGD, from 0 to below 1.
+        weight_decay: of SGD, at least 0.
+        batch_size: images in a batch, shuffled; smaller sets are one batch.
+        augmentation: transforms each image of each batch on its own, such as
+            :meth:`SiameseAugmentation.mnist_evaluation` in the paper's numbers for MNIST.
+        seed: of all that is drawn.
+        stacked: all networks at once, as one network with stacked weights, or one after the other. By default
+            whichever is faster: stacked on GPUs, if the network allows it; one after the other on the CPU.
+        device: by default the first GPU of CUDA if there is one, else the CPU.
+        progress: show a bar.
+
+    Returns:
+        Accuracies from 0 to 1.
+
+    Raises:
+        ValueError: a synthetic set that does not fit the data set, a network that does not fit either, an option
+            out of its range, or ``stacked=True`` with a network that ``torch.func`` can't stack.
+        FloatingPointError: training that is no longer finite; network and epoch are named.
+
+    References:
+        Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
+        https://arxiv.org/abs/2006.05929.
+
+    Example:
+        >>> from leakage.datamodules import Sample
+        >>> data = Sample()
+        >>> random = random_images(data, images_per_class=1)
+        >>> evaluation = evaluate(
+        ...     random, data, network=ConvNet(width=4), networks=2, epochs=3, device="cpu", progress=False
+        ... )
+        >>> evaluation.networks, 0 <= evaluation.mean <= 1
+        (2, True)
+    """
+    if not isinstance(synthetic, SyntheticSet):
+        raise ValueError(f"Expected `synthetic` to be a SyntheticSet, but got {type(synthetic).__name__}.")
+    if epochs is None:
+        epochs = _EPOCHS if augmentation is None else _EPOCHS_AUGMENTED
+    options = TrainingOptions(epochs, learning_rate, momentum, weight_decay, batch_size, augmentation, seed)
+    _make_ready(data)
+    synthetic.check(data)
+    network = _network(data) if network is None else network
+    return Evaluation(
+        *train_and_test(synthetic.images, synthetic.labels, data, network, networks, options, stacked, device, progress)
+    )
+
+
+def random_images(data: LabelledDataModule, images_per_class: int, seed: int = 0) -> SyntheticSet:
+    """Random real training images, the same number of each class: what a synthetic set has to beat.
+
+    Args:
+        data: made ready (``prepare_data``, ``setup``) if it is not yet.
+        images_per_class: drawn without replacement.
+        seed: decides which.
+
+    Raises:
+        ValueError: more images than a class has.
+
+    Example:
+        >>> from leakage.datamodules import Sample
+        >>> random_images(Sample(), images_per_class=3).images_per_class.tolist()
+        [3, 3, 3, 3, 3, 3, 3, 3, 3, 3]
+    """
+    check_count(images_per_class=images_per_class)
+    check_count(0, seed=seed)
+    _make_ready(data)
+    chosen = []
+    for label, name in enumerate(data.class_names):
+        members = (data.train.labels == label).nonzero().flatten()
+        if len(members) < images_per_class:
+            raise ValueError(
+                f"Expected `images_per_class` of at most {len(members)}, the training images of class {label} "
+                f"({name}) of {data.name!r}, but got {images_per_class}."
+            )
+        generator = torch.Generator().manual_seed(derive_seed(seed, label, "random images"))
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:images_per_class]])
+    indices = torch.cat(chosen)
+    return SyntheticSet(
+        data.train.images[indices].float() / 255,
+        data.train.labels[indices],
+        mean=data.mean,
+        std=data.std,
+        class_names=data.class_names,
+        dataset=data.name,
+    )
+
+
+def evaluate_full(
+    data: LabelledDataModule,
+    *,
+    network: nn.Module | None = None,
+    networks: int = 1,
+    epochs: int = 5,
+    learning_rate: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    batch_size: int = 256,
+    augmentation: SiameseAugmentation | None = None,
+    seed: int = 0,
+    stacked: bool | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    cache: str | os.PathLike[str] | None = None,
+) -> Evaluation:
+    """:func:`evaluate` with the whole real training set: the upper bound for a synthetic set.
+
+    The few epochs of the default come close to it, not all the way.
+
+    Args:
+        data: as for :func:`evaluate`; so are all arguments that are not listed here.
+        network: by default :class:`~leakage.models.ConvNet`.
+        networks: R.
+        epochs: of the whole training set.
+        learning_rate: until epoch ``epochs // 2``.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        batch_size: images in a batch.
+        augmentation: of the training images.
+        seed: of all that is drawn.
+        stacked: all networks at once.
+        device: where to compute.
+        progress: show a bar.
+        cache: a folder for results, one JSON file each. What was worked out before, with the same data, network and
+            options (on whatever device), is read from there.
+
+    Raises:
+        ValueError: as :func:`evaluate`; or a file of the cache that is broken.
+        FloatingPointError: as :func:`evaluate`.
+        OSError: the cache can't be written.
+    """
+    options = TrainingOptions(epochs, learning_rate, momentum, weight_decay, batch_size, augmentation, seed)
+    _make_ready(data)
+    network = _network(data) if network is None else network
+
+    def run() -> Evaluation:
+        images, labels = data.train.images, data.train.labels
+        return Evaluation(*train_and_test(images, labels, data, network, networks, options, stacked, device, progress))
+
+    if cache is None:
+        return run()
+    check_count(networks=networks)
+    return _cached(Path(cache), _describe(data, network, networks, options), run)
+
+
+def _make_ready(data: LabelledDataModule) -> None:
+    if not hasattr(data, "test"):
+        data.prepare_data()
+        data.setup("fit")
+
+
+def _network(data: LabelledDataModule) -> ConvNet:
+    channels, height, width = data.image_shape
+    with torch.random.fork_rng(devices=[]):  # its first weights, which play no part
+        return ConvNet(channels, (height, width), data.num_classes)
+
+
+def _describe(data: LabelledDataModule, network: nn.Module, networks: int, options: TrainingOptions) -> dict[str, Any]:
+    """All that decides the result, as plain numbers and words."""
+    from leakage.datamodules.images import digest
+
+    # How it draws batches of classes plays no part.
+    of_data = {name: value for name, value in data.configuration.items() if name not in ("batch_size", "seed")}
+    augmentation = options.augmentation
+    first = draw_state(network, derive_seed(options.seed, 0, "evaluation network"))
+    return {
+        "data": of_data | {"test": digest({"images": data.test.images[::97], "labels": data.test.labels})},
+        "network": {"modules": repr(network), "weights": digest(first)},
+        "networks": networks,
+        "options": asdict(options) | {"augmentation": None if augmentation is None else vars(augmentation)},
+    }
+
+
+def _cached(folder: Path, configuration: dict[str, Any], run: Callable[[], Evaluation]) -> Evaluation:
+    """The result in the folder, or that of ``run``, which is then put there."""
+    key = json.dumps(configuration, sort_keys=True)
+    path = folder / f"full_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return Evaluation(
+                torch.tensor(found["accuracies"], dtype=torch.float64),
+                float(found["training_seconds"]),
+                float(found["testing_seconds"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"Expected a whole JSON file in the cache, but got '{path}'. Delete it.") from error
+    evaluation = run()
+    result = {
+        "accuracies": evaluation.accuracies.tolist(),
+        "training_seconds": evaluation.training_seconds,
+        "testing_seconds": evaluation.testing_seconds,
+        "configuration": configuration,
+    }
+    partial = path.with_name(path.name + ".partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(f"Expected to write '{path}', but got: {error}") from error
+    return evaluation

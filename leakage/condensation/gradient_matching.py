@@ -1,0 +1,454 @@
+"""Dataset condensation with gradient matching: a few images whose gradient stands for that of a training set."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from leakage.checkpoints import check_checkpoint
+from leakage.condensation.augmentation import SiameseAugmentation
+from leakage.condensation.evaluation import random_images
+from leakage.condensation.matching import match, matched_parameters, real_gradients, train_on
+from leakage.condensation.networks import batch_norms, digest_of, fitting_network, take_statistics
+from leakage.condensation.protocols import condensation_protocol, schedule
+from leakage.condensation.synthetic_set import SyntheticSet
+from leakage.datamodules.labelled import ClassBatch, LabelledDataModule
+from leakage.errors import check_choice, check_count, check_positive
+from leakage.models import draw_state
+from leakage.objectives import DISTANCES
+from leakage.plots import save_figure
+from leakage.seeds import derive_seed
+
+_PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+# What the time of a run is spent on.
+PARTS = ("real", "synthetic", "network", "evaluation")
+
+
+class GradientMatchingCondensation(LightningModule):
+    r"""Condenses a training set into a few synthetic images per class, by matching gradients.
+
+    A network trained on the synthetic images alone shall do on real images what one trained on the whole set
+    does. For networks :math:`\theta` drawn anew again and again, the synthetic images :math:`x_c` of each
+    class c minimise
+
+    .. math:: \sum_c D\left(\nabla_\theta \ell(x_c, c), \; \nabla_\theta \ell(r_c, c)\right)
+
+    with :math:`r_c` a batch of real images of the class and D the row-wise cosine distance
+    (:func:`~leakage.objectives.row_cosine_distance`).
+
+    One *iteration* is one freshly drawn network. It has ``outer`` training steps; in each, the gradients of a
+    batch of real images per class are taken, then the synthetic images make ``network_reuse`` steps towards
+    them, and the network is trained for ``inner`` epochs on the synthetic images (not after the last step, so
+    with one image per class it never is). All iterations are one epoch of the Trainer. The images are
+    normalised, start from N(0, 1) or from real images, and are never clamped.
+
+    Attributes:
+        synthetic_images: the parameters, normalised, ``(K * images_per_class, C, H, W)`` in the order of the
+            classes.
+        seconds: time spent so far on gradients of real images (``"real"``), of synthetic ones (``"synthetic"``),
+            training the network (``"network"``) and what callbacks add as ``"evaluation"``.
+        last_loss: the sum of the distances over classes at the last step.
+
+    Args:
+        images_per_class: synthetic images of each class.
+        num_classes: to be checked against the data; by default the data's.
+        network: drawn anew for each iteration; by default the :class:`~leakage.models.ConvNet` that fits the
+            data. It takes normalised images. Dropout is off; BatchNorm takes its statistics from real
+            images.
+        protocol: ``"published"``, or ``"fast"``, which ends with the same accuracy in a fraction of the time.
+        loops: (outer, inner); by default the paper's, which it has for 1, 10, 20, 30, 40 and 50 images per class.
+        distance: a key of :data:`leakage.objectives.DISTANCES`.
+        augmentation: strategy of :class:`~leakage.condensation.SiameseAugmentation`, the same random transform
+            for real and synthetic images of a class (DSA); None for none.
+        network_learning_rate: for training the network on the synthetic images.
+        network_batch_size: likewise.
+        seed: of networks, start, order and augmentation, each with its own stream.
+        iterations, batch_size, network_reuse, learning_rate, momentum, decay, initialization: replace the
+            protocol's value, see :class:`~leakage.condensation.CondensationProtocol`.
+
+    Raises:
+        ValueError: an unknown choice or a number out of its range; in ``fit``, a DataModule that is no
+            :class:`~leakage.datamodules.LabelledDataModule`, a network that does not fit its images, more images
+            per class than a class has with ``initialization="real"``, or a checkpoint of another configuration.
+        FloatingPointError: in ``fit``, a loss or derivative that is not finite; the images are then the last for which
+            both were.
+
+    References:
+        Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
+        https://arxiv.org/abs/2006.05929; Zhao and Bilen, *Dataset Condensation with Differentiable Siamese
+        Augmentation*, ICML 2021, https://arxiv.org/abs/2102.08259.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> from leakage.datamodules import Sample
+        >>> from leakage.models import ConvNet
+        >>> condensation = GradientMatchingCondensation(network=ConvNet(width=4), iterations=2)
+        >>> trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        >>> trainer.fit(condensation, datamodule=Sample(batch_size=8))
+        >>> len(condensation.synthetic_dataset())
+        10
+    """
+
+    def __init__(
+        self,
+        images_per_class: int = 1,
+        num_classes: int | None = None,
+        *,
+        network: nn.Module | None = None,
+        protocol: str = "published",
+        loops: tuple[int, int] | None = None,
+        distance: str = "row_cosine",
+        augmentation: str | None = None,
+        network_learning_rate: float = 0.01,
+        network_batch_size: int = 256,
+        seed: int = 0,
+        iterations: int | None = None,
+        batch_size: int | None = None,
+        network_reuse: int | None = None,
+        learning_rate: float | None = None,
+        momentum: float | None = None,
+        decay: bool | None = None,
+        initialization: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_count(images_per_class=images_per_class, network_batch_size=network_batch_size)
+        if num_classes is not None:
+            check_count(2, num_classes=num_classes)
+        check_count(0, seed=seed)
+        check_positive(network_learning_rate=network_learning_rate)
+        check_choice("distance", distance, DISTANCES)
+        if network is not None and not isinstance(network, nn.Module):
+            raise ValueError(f"Expected `network` to be a torch.nn.Module, but got {type(network).__name__}.")
+        self.outer, self.inner = schedule(images_per_class, loops)
+        loops = None if loops is None else (self.outer, self.inner)
+        self.augmentation = None if augmentation is None else SiameseAugmentation(augmentation)
+        self.protocol = condensation_protocol(
+            protocol,
+            iterations=iterations,
+            batch_size=batch_size,
+            network_reuse=network_reuse,
+            learning_rate=learning_rate,
+            momentum=momentum,
+            decay=decay,
+            initialization=initialization,
+        )
+        self.save_hyperparameters(ignore=["network"])
+        self.automatic_optimization = False
+        # In a tuple, so that it is no submodule: it stays the user's, and `network` is a copy.
+        self._given_network = (network,)
+        self.network: nn.Module = nn.Identity()
+        self.synthetic_images = nn.Parameter(torch.empty(0, 1, 1, 1))
+        self._describe: dict[str, Any] | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.step = 0
+        self.last_loss = float("nan")
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._real_images_seen = 0
+        self._within_step = False
+        self._sound_images: Tensor | None = None
+
+    # What callers and callbacks read.
+
+    @property
+    def iteration(self) -> int:
+        """Iterations that are complete."""
+        return self.step // self.outer
+
+    @property
+    def images_per_second(self) -> float:
+        """Real images whose gradient was taken, by the seconds of the run without evaluations."""
+        spent = sum(seconds for part, seconds in self.seconds.items() if part != "evaluation")
+        return self._real_images_seen / spent if spent else 0.0
+
+    def synthetic_set(self) -> SyntheticSet:
+        """A copy of the synthetic images as they are now, in the data's scale.
+
+        Raises:
+            RuntimeError: before ``Trainer.fit``.
+        """
+        if self._describe is None:
+            raise RuntimeError("Expected `Trainer.fit` to have begun, but got no synthetic images yet.")
+        data = self._describe
+        images = self.synthetic_images.detach().cpu().float()
+        mean, std = (torch.tensor(data[name])[:, None, None] for name in ("mean", "std"))
+        labels = torch.arange(len(data["class_names"])).repeat_interleave(self.hparams["images_per_class"])
+        return SyntheticSet(images * std + mean, labels, **data)
+
+    def synthetic_dataset(self) -> TensorDataset:
+        """Pairs of a synthetic image ``(C, H, W)`` in the data's scale (not normalised, not clamped) and its label."""
+        return self.synthetic_set().to_dataset()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``synthetic.safetensors``, ``synthetic.png`` and, as 8-bit pictures, ``images/<class>/``.
+
+        Raises:
+            OSError: a file can't be written.
+        """
+        folder = Path(folder)
+        synthetic = self.synthetic_set()
+        synthetic.save(folder / "synthetic.safetensors")
+        synthetic.save_images(folder / "images")
+        save_figure(synthetic.figure(), folder / "synthetic.png")
+
+    @contextlib.contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        """Add the time that passes within to :attr:`seconds`."""
+        self._wait()
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._wait()
+            self.seconds[part] += time.perf_counter() - begun
+
+    def _wait(self) -> None:
+        # A GPU works while Python goes on.
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # Lightning's hooks.
+
+    def setup(self, stage: str) -> None:
+        """Look at the data, and make synthetic images and a network of its shape."""
+        data = self._datamodule
+        check_choice("precision", self.trainer.precision, _PRECISIONS)
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                "Expected a Trainer with one process (devices=1, num_nodes=1), but got "
+                f"{self.trainer.world_size}: each would condense the whole set. Run one process per seed instead."
+            )
+        wanted = self.hparams["num_classes"]
+        if wanted is not None and wanted != data.num_classes:
+            raise ValueError(f"Expected `num_classes` to be the {data.num_classes} of {data.name}, but got {wanted}.")
+        asked = self.hparams["batch_size"]
+        if asked is not None and data.batch_size is not None and asked != data.batch_size:
+            raise ValueError(
+                f"Expected one `batch_size`, but got {asked} for the condensation and {data.batch_size} for the data."
+            )
+        self._reset()
+        (given,) = self._given_network
+        self.network = fitting_network(given, data, self.hparams["distance"])
+        if self.trainer.precision == "bf16-mixed" and batch_norms(self.network):
+            raise ValueError(
+                "Expected a `network` without BatchNorm with precision='bf16-mixed', but got "
+                f"{type(given).__name__} with it, whose gradients `torch.func` can't take then."
+            )
+        self.synthetic_images = nn.Parameter(self._start(data))
+        self._describe = {
+            "mean": data.mean, "std": data.std, "class_names": data.class_names, "dataset": data.name,
+        }  # fmt: skip
+        if self.trainer.precision == "64-true":
+            self.double()  # Lightning does so only after it has read a checkpoint, which would be rounded
+
+    def configure_optimizers(self) -> torch.optim.SGD:
+        """SGD on the synthetic images."""
+        return torch.optim.SGD([self.synthetic_images], lr=self.protocol.learning_rate, momentum=self.protocol.momentum)
+
+    def on_fit_start(self) -> None:
+        """Ask for the batches that are left."""
+        self._datamodule.default_batch_size = self.protocol.batch_size
+        self._datamodule.first_batch = self.step
+        self._datamodule.batches_per_epoch = self._steps
+
+    def on_train_start(self) -> None:
+        """Turn dropout off, and end at once if nothing is left to do."""
+        self.network.eval()
+        self.trainer.should_stop |= self.step >= self._steps
+
+    def on_train_epoch_start(self) -> None:
+        """Ask for the batches that are left, should there be several epochs."""
+        self._datamodule.first_batch = self.step
+
+    def training_step(self, batch: ClassBatch, batch_idx: int) -> None:
+        """Take the real gradients, move the synthetic images towards them, train the network on these."""
+        if batch.step != self.step:
+            raise RuntimeError(f"Expected the real images of step {self.step}, but got those of {batch.step}.")
+        self._within_step = True
+        classes = torch.split(batch.images, torch.bincount(batch.labels, minlength=self._num_classes).tolist())
+        if self.step % self.outer == 0:
+            self._draw_network()
+        take_statistics(self.network, self._datamodule, classes)
+        transforms = self._transforms()
+        prepare = [self._prepare(transform) for transform in transforms or [nn.Identity()] * len(classes)]
+        with self.clock("real"):
+            targets = real_gradients(
+                self.network,
+                matched_parameters(self.network, self.hparams["distance"]),
+                classes,
+                prepare,
+            )
+            self._real_images_seen += len(batch.images)
+        with self.clock("synthetic"):
+            for update in range(self.protocol.network_reuse):
+                self._set_learning_rate(self.step * self.protocol.network_reuse + update)
+                self._move(targets, transforms)
+        self.step += 1
+        if self.step % self.outer:
+            with self.clock("network"):
+                self._train_network()
+        self._within_step = False
+        self.log("train/loss", self.last_loss, prog_bar=True, batch_size=1)
+        self.log("train/images_per_second", self.images_per_second, batch_size=1)
+        self.log_dict({f"time/{part}": seconds for part, seconds in self.seconds.items()}, batch_size=1)
+        self.trainer.should_stop |= self.step >= self._steps
+
+    # The engine.
+
+    @property
+    def _datamodule(self) -> LabelledDataModule:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, LabelledDataModule):
+            raise ValueError(
+                "Expected `Trainer.fit(condensation, datamodule=...)` with a labelled data set of "
+                f"`leakage.datamodules`, such as FashionMNIST, but got {type(datamodule).__name__}."
+            )
+        return datamodule
+
+    @property
+    def _steps(self) -> int:
+        return self.protocol.iterations * self.outer
+
+    @property
+    def _num_classes(self) -> int:
+        return len(cast(dict[str, Any], self._describe)["class_names"])
+
+    def _generator(self, stream: str) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(self.hparams["seed"], self.step, stream))
+
+    def _start(self, data: LabelledDataModule) -> Tensor:
+        """Normalised synthetic images to begin with, class by class."""
+        count = self.hparams["images_per_class"]
+        if self.protocol.initialization == "real":
+            return random_images(data, count, derive_seed(self.hparams["seed"], 0, "start")).normalised()
+        generator = self._generator("start")
+        return torch.randn(data.num_classes * count, *data.image_shape, generator=generator)
+
+    def _draw_network(self) -> None:
+        state = draw_state(self.network, derive_seed(self.hparams["seed"], self.iteration, "network"))
+        self.network.load_state_dict(state, strict=False)
+
+    def _transforms(self) -> list[Callable[[Tensor], Tensor]] | None:
+        """The augmentation of each class in this step, for real and synthetic images alike."""
+        if self.augmentation is None:
+            return None
+        generator = self._generator("augmentation")
+        return [self.augmentation.draw(generator) for _ in range(self._num_classes)]
+
+    def _prepare(self, transform: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def prepare(images: Tensor) -> Tensor:
+            return transform(self._datamodule.normalise(images).to(self.synthetic_images.dtype))
+
+        return prepare
+
+    def _set_learning_rate(self, update: int) -> None:
+        left = 1 - update / (self._steps * self.protocol.network_reuse) if self.protocol.decay else 1.0
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.protocol.learning_rate * left
+
+    def _move(self, targets: dict[str, Tensor], transforms: list[Callable[[Tensor], Tensor]] | None) -> None:
+        """One step of the synthetic images.
+
+        Raises:
+            FloatingPointError: a distance or derivative is not finite; the images are again the last that had both.
+        """
+        images = self.synthetic_images
+        by_class = images.detach().view(self._num_classes, -1, *images.shape[1:])
+        distances, derivatives = match(
+            self.network, targets, by_class, distance=self.hparams["distance"], transforms=transforms
+        )
+        sound = torch.isfinite(distances) & torch.isfinite(derivatives).flatten(1).all(1)
+        if not bool(sound.all()):
+            label = int((~sound).nonzero()[0])
+            name = cast(dict[str, Any], self._describe)["class_names"][label]
+            if self._sound_images is not None:
+                images.data.copy_(self._sound_images)
+            what = (
+                "derivative that is not" if torch.isfinite(distances[label]) else f"loss of {float(distances[label]):g}"
+            )
+            raise FloatingPointError(
+                f"Expected a finite matching loss and derivative, but got a {what} at iteration {self.iteration}, "
+                f"class {label} ({name}). The synthetic images are the last for which both were finite. "
+                "A smaller `learning_rate` may help."
+            )
+        self._sound_images = images.detach().clone()
+        images.grad = derivatives.flatten(0, 1)
+        cast(Any, self.optimizers()).step()
+        self.last_loss = float(distances.sum())
+
+    def _train_network(self) -> None:
+        count = self.hparams["images_per_class"]
+        images = self.synthetic_images.detach()
+        generator = self._generator("training")
+        augmentation = self.augmentation
+        norms = batch_norms(self.network)
+        for module in norms:
+            module.train()
+        train_on(
+            self.network,
+            images,
+            torch.arange(self._num_classes, device=images.device).repeat_interleave(count),
+            epochs=self.inner,
+            learning_rate=self.hparams["network_learning_rate"],
+            batch_size=self.hparams["network_batch_size"],
+            generator=generator,
+            augment=None if augmentation is None else lambda batch: augmentation.draw(generator, len(batch))(batch),
+        )
+        for module in norms:
+            module.eval()
+
+    # Checkpoints: images, network and momentum are Lightning's to keep.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add how far it is.
+
+        Raises:
+            RuntimeError: within a training step, as when one has failed.
+        """
+        if self._within_step:
+            raise RuntimeError(
+                "Expected a checkpoint between two training steps, but got one within: a run that goes on from there "
+                "would not end as if it had never stopped. Use the last checkpoint before."
+            )
+        checkpoint["leakage"] = {
+            "module": type(self).__name__,
+            "precision": self.trainer.precision,
+            "network": digest_of(self.network),
+            "step": self.step,
+            "last_loss": self.last_loss,
+            "seconds": dict(self.seconds),
+            "real_images_seen": self._real_images_seen,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where the checkpoint was made; without ``decay`` also to another number of ``iterations``.
+
+        Raises:
+            ValueError: a checkpoint of another module or configuration.
+        """
+        free = set() if self.protocol.decay else {"iterations"}
+        options = {name: value for name, value in self.hparams.items() if name not in free}
+        check_checkpoint(checkpoint, type(self).__name__, options, self.trainer.precision)
+        saved = checkpoint["leakage"]
+        if saved["network"] != digest_of(self.network):
+            raise ValueError(
+                "Expected the network of the checkpoint, but got another: its architecture differs. Give the "
+                "`network` that the run began with."
+            )
+        self.step, self.last_loss = saved["step"], saved["last_loss"]
+        self.seconds, self._real_images_seen = dict(saved["seconds"]), saved["real_images_seen"]
+        if self.step < self._steps and "loops" in checkpoint:
+            # It may be of a run that was over with fewer iterations, whose one epoch Lightning takes for done.
+            progress = checkpoint["loops"]["fit_loop"]
+            progress["epoch_progress"]["current"].update(processed=0, completed=0)
+            progress["epoch_loop.batch_progress"]["is_last_batch"] = False

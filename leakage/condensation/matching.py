@@ -1,0 +1,147 @@
+"""Gradients of real and of synthetic images, class by class, and how the synthetic images lower their distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, grad_and_value, vmap
+from torch.nn import functional as F
+
+from leakage.objectives import DISTANCES
+
+# Real images whose gradient is taken at once on a CPU: what they leave in memory then stays in its cache.
+_REAL_AT_ONCE_ON_CPU = 8
+# The same for synthetic images: small classes together, large ones each alone.
+_SYNTHETIC_AT_ONCE_ON_CPU = 10
+
+Transform = Callable[[Tensor], Tensor]
+
+
+def matched_parameters(network: nn.Module, distance: str) -> list[str]:
+    """Names of the parameters whose gradients the distance looks at: all, or those of at least two dimensions."""
+    trainable = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    return [name for name, parameter in trainable.items() if distance != "row_cosine" or parameter.ndim > 1]
+
+
+def real_gradients(
+    network: nn.Module,
+    names: Sequence[str],
+    classes: Sequence[Tensor],
+    prepare: Sequence[Transform],
+) -> dict[str, Tensor]:
+    r"""The mean gradient of the cross-entropy over the real images of each class.
+
+    .. math:: g^*_c = \frac{1}{M_c} \sum_{i=1}^{M_c} \nabla_\theta \ell(x_{c,i}, c)
+
+    Args:
+        network: normalised images to logits.
+        names: the parameters whose gradients are wanted.
+        classes: the images of class c, ``(M_c, C, H, W)``, as the data set has them.
+        prepare: what is done with the images of class c: normalisation, augmentation.
+
+    Returns:
+        Name to ``(K, *shape)``.
+    """
+    parameters = dict(network.named_parameters())
+    wanted = [parameters[name] for name in names]
+    at_once = _REAL_AT_ONCE_ON_CPU if wanted[0].device.type == "cpu" else None
+    gradients = [torch.zeros(len(classes), *parameter.shape).to(parameter) for parameter in wanted]
+    for label, (images, transform) in enumerate(zip(classes, prepare, strict=True)):
+        for chunk in torch.split(images, at_once or len(images)):
+            logits = network(transform(chunk))
+            loss = F.cross_entropy(logits, torch.full((len(chunk),), label, device=logits.device), reduction="sum")
+            # Zero for weights that are not used, such as those of a head for training.
+            found = torch.autograd.grad(loss / len(images), wanted, materialize_grads=True)
+            for total, gradient in zip(gradients, found, strict=True):
+                total[label] += gradient
+    return dict(zip(names, gradients, strict=True))
+
+
+def match(
+    network: nn.Module,
+    targets: dict[str, Tensor],
+    images: Tensor,
+    *,
+    distance: str,
+    transforms: Sequence[Transform] | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Distances between the gradients of synthetic and real images, and their derivatives by the images.
+
+    .. math:: L_c(x_c) = D\left(\frac{1}{M} \sum_{i=1}^M \nabla_\theta \ell(x_{c,i}, c), \; g^*_c\right)
+
+    Args:
+        network: normalised images to logits.
+        targets: the gradients of the real images, name to ``(K, *shape)``.
+        images: ``(K, M, C, H, W)``, normalised, M of each class.
+        distance: a key of :data:`leakage.objectives.DISTANCES`.
+        transforms: augmentation of the images of each class.
+
+    Returns:
+        The distances ``(K,)``, and the derivatives of their sum in the shape of ``images``.
+    """
+    state = {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+    weights = {name: state[name] for name in targets}
+
+    def objective(images: Tensor, label: Tensor, targets: dict[str, Tensor]) -> Tensor:
+        def loss(weights: dict[str, Tensor]) -> Tensor:
+            logits = functional_call(network, {**state, **weights}, (images,))
+            return F.cross_entropy(logits, label.expand(len(images)))
+
+        return DISTANCES[distance](grad(loss)(weights), targets)
+
+    at_once = None
+    if images.device.type == "cpu":
+        at_once = max(1, _SYNTHETIC_AT_ONCE_ON_CPU // images.shape[1])
+    evaluate = vmap(grad_and_value(objective), chunk_size=at_once)
+    labels = torch.arange(len(images), device=images.device)
+    if transforms is None:
+        derivatives, distances = evaluate(images.detach(), labels, targets)
+        return distances.detach(), derivatives.detach()
+    # A transform of its own for each class can't be run by `vmap`: differentiated apart.
+    leaf = images.detach().requires_grad_()
+    augmented = torch.stack([transform(part) for transform, part in zip(transforms, leaf, strict=True)])
+    outer, distances = evaluate(augmented.detach(), labels, targets)
+    (derivatives,) = torch.autograd.grad(augmented, leaf, outer)
+    return distances.detach(), derivatives
+
+
+def train_on(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    generator: torch.Generator,
+    augment: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Train ``network`` in place by plain SGD on the synthetic images.
+
+    Args:
+        network: normalised images to logits.
+        images: ``(M, C, H, W)``, normalised.
+        labels: ``(M,)``.
+        epochs: passes over the images.
+        learning_rate: of SGD, without momentum.
+        batch_size: images of a batch; more images than that are shuffled in each epoch.
+        generator: of the order.
+        augment: what is done with the images of each batch.
+    """
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=learning_rate)
+    for _ in range(epochs):
+        order = torch.arange(len(images))
+        if len(images) > batch_size:
+            order = torch.randperm(len(images), generator=generator)
+        for chosen in torch.split(order.to(images.device), batch_size):
+            batch = images[chosen]
+            loss = F.cross_entropy(network(batch if augment is None else augment(batch)), labels[chosen])
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None

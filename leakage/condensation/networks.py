@@ -1,0 +1,88 @@
+"""The network of a condensation: whether it fits, its weights, its statistics."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from leakage.condensation.matching import matched_parameters
+from leakage.datamodules.labelled import LabelledDataModule
+from leakage.models import ConvNet, draw_state
+
+# Real images of each class that BatchNorm takes its statistics from.
+_IMAGES_FOR_STATISTICS = 16
+
+
+def fitting_network(given: nn.Module | None, data: LabelledDataModule, distance: str) -> nn.Module:
+    """A copy of ``given`` in single precision, or the :class:`~leakage.models.ConvNet` that fits.
+
+    Raises:
+        ValueError: it does not fit the data, can't be drawn anew, or has no weights that ``distance`` looks at.
+    """
+    channels, *size = data.image_shape
+    if given is None:
+        return ConvNet(channels=channels, image_size=(size[0], size[1]), num_classes=data.num_classes)
+    network = copy.deepcopy(given).float()  # the Trainer decides about the precision
+    if not matched_parameters(network, distance):
+        raise ValueError(
+            f"Expected a `network` with trainable weights that distance={distance!r} looks at, but got "
+            f"{type(given).__name__} without."
+        )
+    check_network(network, data)
+    draw_state(network, 0)  # one that can't be drawn anew shall fail now
+    return network
+
+
+def check_network(model: nn.Module, data: LabelledDataModule, device: torch.device | str = "cpu") -> None:
+    """Raise a ``ValueError`` unless the network takes the images and has a logit for each class."""
+    shape = tuple(data.image_shape)
+    expected = f"Expected a `network` for images {shape} and {data.num_classes} classes, as {data.name!r} has, but got"
+    try:
+        with torch.no_grad():
+            logits = copy.deepcopy(model).to(device).eval()(torch.zeros(2, *shape, device=device, dtype=torch.float32))
+    except (RuntimeError, ValueError, TypeError) as error:
+        line = str(error).split("\n")[0]
+        raise ValueError(f"{expected} {type(model).__name__}, which fails on them: {line}") from error
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, data.num_classes):
+        shown = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{expected} {type(model).__name__}, which makes {shown} of two of them.")
+
+
+def batch_norms(network: nn.Module) -> list[_BatchNorm]:
+    """The layers whose mode and statistics matter."""
+    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
+
+
+def take_statistics(network: nn.Module, data: LabelledDataModule, classes: Sequence[Tensor]) -> None:
+    """Give BatchNorm the statistics of real images of all classes; training the network spoils them.
+
+    Args:
+        network: in evaluation mode, before and after.
+        data: normalises the images.
+        classes: the images of each class as the data set has them.
+    """
+    norms = batch_norms(network)
+    if not norms:
+        return
+    images = data.normalise(torch.cat([images[:_IMAGES_FOR_STATISTICS] for images in classes]))
+    momenta = [module.momentum for module in norms]
+    for module in norms:
+        module.reset_running_stats()
+        module.train()
+        module.momentum = None  # the average over all batches since the reset, which is this one
+    with torch.no_grad():
+        network(images.to(next(network.parameters()).dtype))
+    for module, momentum in zip(norms, momenta, strict=True):
+        module.eval()
+        module.momentum = momentum
+
+
+def digest_of(network: nn.Module) -> str:
+    """A short hash of the architecture."""
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
+    return hashlib.sha256(repr((str(network), shapes)).encode()).hexdigest()[:16]

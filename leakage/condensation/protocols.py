@@ -1,0 +1,109 @@
+"""How condensation searches: the protocol of the paper, and the fast one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from leakage.errors import check_choice, check_count, check_flag, check_positive
+
+# (outer, inner) loops of the paper by images per class.
+LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+INITIALIZATIONS = ("noise", "real")
+
+
+@dataclass(frozen=True)
+class CondensationProtocol:
+    """How condensation searches; the values of ``protocol="published"`` and ``protocol="fast"``.
+
+    Attributes:
+        iterations: freshly drawn networks, one after another.
+        batch_size: real images of each class whose gradient is matched at a time, unless the DataModule has a
+            ``batch_size`` of its own.
+        network_reuse: updates of the images in a row against the same network and the same gradients of the
+            real images. The paper makes one; each further one saves almost all that an update costs.
+        learning_rate: of the synthetic images, which are normalised.
+        momentum: likewise, from 0 to below 1.
+        decay: whether the learning rate falls to zero in equal steps over the run. Each network pulls the images
+            its own way; smaller and smaller steps take the mean over the last ones.
+        initialization: ``"noise"`` from N(0, 1), or ``"real"`` images of the class.
+    """
+
+    iterations: int
+    batch_size: int
+    network_reuse: int
+    learning_rate: float
+    momentum: float
+    decay: bool
+    initialization: str
+
+
+PROTOCOLS = {
+    "published": CondensationProtocol(
+        iterations=1000,
+        batch_size=256,
+        network_reuse=1,
+        learning_rate=0.1,
+        momentum=0.5,
+        decay=False,
+        initialization="noise",
+    ),
+    "fast": CondensationProtocol(
+        iterations=20,
+        batch_size=64,
+        network_reuse=10,
+        learning_rate=0.3,
+        momentum=0.5,
+        decay=True,
+        initialization="noise",
+    ),
+}
+
+
+def condensation_protocol(name: str, **replaced: Any) -> CondensationProtocol:
+    """The protocol of that name, with some of its values replaced.
+
+    Args:
+        name: one of :data:`PROTOCOLS`.
+        replaced: values by name; None keeps the protocol's own.
+
+    Raises:
+        ValueError: an unknown name, or a value out of its range.
+    """
+    check_choice("protocol", name, PROTOCOLS)
+    named = PROTOCOLS[name]
+    protocol = dataclasses.replace(named, **{key: value for key, value in replaced.items() if value is not None})
+    check_count(iterations=protocol.iterations, batch_size=protocol.batch_size, network_reuse=protocol.network_reuse)
+    check_flag(decay=protocol.decay)
+    check_positive(learning_rate=protocol.learning_rate)
+    if isinstance(protocol.momentum, bool) or not isinstance(protocol.momentum, int | float):
+        raise ValueError(f"Expected `momentum` to be a number, but got {protocol.momentum!r}.")
+    if not 0 <= protocol.momentum < 1:
+        raise ValueError(f"Expected `momentum` from 0 to below 1, but got {protocol.momentum}.")
+    check_choice("initialization", protocol.initialization, INITIALIZATIONS)
+    return protocol
+
+
+def schedule(images_per_class: int, loops: tuple[int, int] | list[int] | None) -> tuple[int, int]:
+    """Outer and inner loops: those given, else those of the paper.
+
+    Args:
+        images_per_class: decides where none are given.
+        loops: outer steps per network, and epochs that the network is trained for between two of them.
+
+    Raises:
+        ValueError: a loop of zero, or none given for a number of images that the paper has none for.
+    """
+    if loops is None:
+        if images_per_class not in LOOPS:
+            raise ValueError(
+                f"Expected `loops` (outer, inner) with images_per_class={images_per_class}, but got None: the paper "
+                f"has them only for {list(LOOPS)}."
+            )
+        return LOOPS[images_per_class]
+    if not isinstance(loops, tuple | list) or len(loops) != 2:
+        raise ValueError(f"Expected `loops` as two whole numbers (outer, inner), but got {loops!r}.")
+    for number in loops:
+        check_count(loops=number)
+    return loops[0], loops[1]

@@ -1,0 +1,138 @@
+"""Several networks of one architecture: each an ordinary module, or all stacked in one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+
+from leakage.models.draw import state_of
+
+
+class SingleNetwork:
+    """One network, an ordinary module.
+
+    Args:
+        model: architecture, copied.
+        state: its weights and buffers.
+        device: where it shall be.
+        piece: images of a batch that are worked on at a time.
+    """
+
+    def __init__(self, model: nn.Module, state: Mapping[str, Tensor], device: torch.device, piece: int | None) -> None:
+        self.model = copy.deepcopy(model).to(device).requires_grad_()
+        self.model.load_state_dict(state, strict=False)  # of tied weights it has only the first
+        self.piece = piece
+
+    def __len__(self) -> int:
+        return 1
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights and buffers, each ``(1, *shape)``."""
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            yield name, tensor.detach()[None]
+
+    def parameters(self) -> list[Tensor]:
+        """What an optimizer changes."""
+        return list(self.model.parameters())
+
+    def backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Add the gradient of the mean loss of a batch, and give that loss, ``(1,)``."""
+        self.model.train()
+        if images.ndim == 5:
+            images, labels = images[0], labels[0]
+        piece = self.piece or len(images)
+        total = torch.zeros((), device=images.device, dtype=torch.float32)
+        for some, their in zip(torch.split(images, piece), torch.split(labels, piece), strict=True):
+            loss = F.cross_entropy(self.model(some), their, reduction="sum") / len(images)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total[None]
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """``(1, B, K)`` of images ``(B, C, H, W)``, in evaluation mode."""
+        self.model.eval()
+        logits: Tensor = self.model(images)
+        return logits[None]
+
+
+class StackedNetworks:
+    """R networks as one: every weight is a stack ``(R, *shape)``, and one call computes all of them.
+
+    Args:
+        model: architecture, copied.
+        states: weights and buffers of each network.
+        device: where they shall be.
+    """
+
+    def __init__(self, model: nn.Module, states: Sequence[Mapping[str, Tensor]], device: torch.device) -> None:
+        self.model = copy.deepcopy(model).to(device)
+        self.size = len(states)
+        self.tensors = {name: torch.stack([state[name] for state in states]).to(device) for name in states[0]}
+        self.trainable = [name for name, _ in self.model.named_parameters()]
+        for name in self.trainable:
+            self.tensors[name].requires_grad_()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights and buffers, each ``(R, *shape)``."""
+        for name, tensor in self.tensors.items():
+            yield name, tensor.detach()
+
+    def parameters(self) -> list[Tensor]:
+        """What an optimizer changes; its steps are elementwise, so that networks keep apart."""
+        return [self.tensors[name] for name in self.trainable]
+
+    def backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Add each network's gradient of its mean loss, and give these losses, ``(R,)``.
+
+        Args:
+            images: ``(B, C, H, W)`` for all networks or ``(R, B, C, H, W)``.
+            labels: ``(B,)`` or ``(R, B)`` likewise.
+        """
+        self.model.train()
+
+        def loss(tensors: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(functional_call(self.model, tensors, (images,)), labels)
+
+        own = 0 if images.ndim == 5 else None
+        losses: Tensor = vmap(loss, in_dims=(0, own, own))(self.tensors, images, labels)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        return losses.detach()
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """``(R, B, K)`` of images ``(B, C, H, W)``, in evaluation mode."""
+        self.model.eval()
+        call = vmap(lambda tensors, images: functional_call(self.model, tensors, (images,)), in_dims=(0, None))
+        logits: Tensor = call(self.tensors, images)
+        return logits
+
+
+def stacking_error(model: nn.Module, image_shape: Sequence[int], device: torch.device) -> str | None:
+    """Why ``torch.func`` can't train several of these networks at once, or None if it can."""
+    probe = copy.deepcopy(model).to(device).train()
+    stack = {name: torch.stack([tensor, tensor]) for name, tensor in state_of(probe).items()}
+    images = torch.zeros(2, *image_shape, device=device, dtype=torch.float32)
+    try:
+        with torch.no_grad():
+            vmap(lambda tensors: functional_call(probe, tensors, (images,)))(stack)
+    except (RuntimeError, ValueError) as error:
+        return str(error).split("\n")[0]
+    return None
+
+
+def works_image_by_image(model: nn.Module, image_shape: Sequence[int]) -> bool:
+    """Whether a network in training gives each image the same logits whatever the others are, as without BatchNorm."""
+    probe = copy.deepcopy(model).cpu().train()
+    images = torch.randn(4, *image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    with torch.no_grad():
+        together, apart = probe(images), torch.cat([probe(pair) for pair in torch.split(images, 2)])
+    return torch.allclose(together, apart, rtol=1e-3, atol=1e-5)

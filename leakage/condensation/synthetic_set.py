@@ -1,0 +1,304 @@
+"""A small set of synthetic images that stands for a whole training set, and its files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from leakage.errors import check_count
+from leakage.plots import to_pixels
+from leakage.shared_gradient import write_safetensors
+
+if TYPE_CHECKING:
+    from leakage.datamodules.labelled import LabelledDataModule
+
+_FORMAT = "leakage.SyntheticSet"
+_VERSION = 1
+# Inches of the figure: one image, a letter of a class's name.
+_CELL, _LETTER = 0.6, 0.085
+
+
+@dataclass
+class SyntheticSet:
+    """The images and labels that a network is trained on in place of a whole data set.
+
+    Attributes:
+        images: ``(M, C, H, W)``, float32 in the data's scale: 0 is black and 1 white, but since condensation
+            clamps nothing, values may lie outside.
+        labels: ``(M,)``, int64 class indices from 0 to K - 1, ascending.
+        mean: of the data set, per channel, of images in [0, 1]; networks get ``(image - mean) / std``.
+        std: likewise, above 0.
+        class_names: K of them, in the order of the labels.
+        dataset: name of the data set.
+
+    Raises:
+        ValueError: shapes that don't fit together, another type of numbers, labels outside the range or not
+            ascending, NaN or infinite images, or no images.
+
+    Example:
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 0, 1, 1])
+        >>> synthetic = SyntheticSet(images, labels, mean=(0.5,), std=(0.25,), class_names=("cat", "dog"))
+        >>> len(synthetic), synthetic.num_classes, synthetic.image_shape
+        (4, 2, (1, 8, 8))
+        >>> synthetic.save("set.safetensors")                      # doctest: +SKIP
+        >>> SyntheticSet.load("set.safetensors").class_names       # doctest: +SKIP
+        ('cat', 'dog')
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+    dataset: str = ""
+
+    def __post_init__(self) -> None:
+        self.mean, self.std = tuple(self.mean), tuple(self.std)
+        self.class_names = tuple(self.class_names)
+        images, labels = self.images, self.labels
+        if images.ndim != 4 or not images.numel():
+            raise ValueError(
+                f"Expected `images` of shape (M, C, H, W) with at least one image, but got {tuple(images.shape)}."
+            )
+        if images.dtype != torch.float32:
+            raise ValueError(f"Expected `images` as float32 in the data's scale, but got {images.dtype}.")
+        if not bool(torch.isfinite(images).all()):
+            bad = labels[~torch.isfinite(images).flatten(1).all(1)] if len(labels) == len(images) else labels[:0]
+            raise ValueError(
+                f"Expected finite `images`, but got NaN or inf in classes {sorted(set(bad.tolist()))[:5]}."
+            )
+        if tuple(labels.shape) != (len(images),) or labels.dtype != torch.int64:
+            raise ValueError(
+                f"Expected `labels` of shape ({len(images)},) as int64, but got {tuple(labels.shape)}, {labels.dtype}."
+            )
+        if int(labels.min()) < 0 or int(labels.max()) >= len(self.class_names):
+            raise ValueError(
+                f"Expected `labels` from 0 to {len(self.class_names) - 1}, one for each of `class_names`, but got "
+                f"{int(labels.min())} to {int(labels.max())}."
+            )
+        if bool((labels.diff() < 0).any()):
+            raise ValueError(
+                f"Expected `labels` in ascending order, but got {labels[:5].tolist()}, ... "
+                "Sort images and labels by class."
+            )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != images.shape[1] or not all(math.isfinite(value) for value in values):
+                raise ValueError(
+                    f"Expected `{name}` with a finite number for each of {images.shape[1]} channels, but got {values}."
+                )
+        if min(self.std) <= 0:
+            raise ValueError(f"Expected `std` above 0, but got {self.std}.")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)``."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def images_per_class(self) -> Tensor:
+        """``(K,)``, how many images each class has."""
+        return self.labels.bincount(minlength=self.num_classes)
+
+    def normalised(self) -> Tensor:
+        """What networks are trained on: ``(image - mean) / std``, ``(M, C, H, W)``."""
+        mean, std = (self.images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (self.images - mean) / std
+
+    def to_dataset(self) -> TensorDataset:
+        """Pairs of an image ``(C, H, W)`` in the data's scale, not normalised, and its label."""
+        return TensorDataset(self.images, self.labels)
+
+    def check(self, data: LabelledDataModule) -> None:
+        """Raise a ``ValueError`` unless the set has the image shape and the classes of a data set.
+
+        Args:
+            data: after its ``setup()``.
+        """
+        if self.image_shape != tuple(data.image_shape):
+            raise ValueError(
+                f"Expected a synthetic set of images {tuple(data.image_shape)}, as {data.name!r} has, but got "
+                f"{self.image_shape}{self._origin()}."
+            )
+        if self.num_classes != data.num_classes:
+            raise ValueError(
+                f"Expected a synthetic set of {data.num_classes} classes, as {data.name!r} has, but got "
+                f"{self.num_classes}{self._origin()}."
+            )
+        if self.class_names != tuple(data.class_names):
+            k = next(k for k, name in enumerate(data.class_names) if name != self.class_names[k])
+            raise ValueError(
+                f"Expected a synthetic set of the classes of {data.name!r}, but got another class {k}: "
+                f"{self.class_names[k]!r} for {data.class_names[k]!r}{self._origin()}."
+            )
+
+    def _origin(self) -> str:
+        return f" (of {self.dataset!r})" if self.dataset else ""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, whole or not at all.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        header = {
+            "format": _FORMAT,
+            "version": str(_VERSION),
+            "mean": json.dumps(self.mean),
+            "std": json.dumps(self.std),
+            "class_names": json.dumps(self.class_names),
+            "dataset": json.dumps(self.dataset),
+        }
+        write_safetensors(path, {"images": self.images, "labels": self.labels}, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SyntheticSet:
+        """Read what :meth:`save`, or another program, wrote; no code of the file is ever run.
+
+        The file holds tensors ``images (M, C, H, W)`` (float32) and ``labels (M,)`` (int64); its header the
+        entries ``format`` (``leakage.SyntheticSet``), ``version`` (``1``), and as JSON ``mean``, ``std``,
+        ``class_names`` and ``dataset``.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a file of another kind, truncated, or with a wrong header or tensors.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"Expected a safetensors file at '{path}', but got no such file.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"Expected a whole safetensors file, but got '{path}' which is truncated or of another kind "
+                f"(pickles, such as .pt and .pth, are refused): {error}"
+            ) from error
+        if header.get("format") != _FORMAT or header.get("version") != str(_VERSION):
+            raise ValueError(
+                f"Expected format {_FORMAT!r} of version {_VERSION} in the header of '{path}', but got "
+                f"{header.get('format')!r} of version {header.get('version')!r}."
+            )
+        if tensors.keys() != {"images", "labels"}:
+            raise ValueError(f"Expected tensors 'images' and 'labels' in '{path}', but got {sorted(tensors)[:5]}.")
+        try:
+            mean, std = ([float(value) for value in json.loads(header[name])] for name in ("mean", "std"))
+            names, dataset = json.loads(header["class_names"]), json.loads(header["dataset"])
+            if not (isinstance(names, list) and all(isinstance(name, str) for name in [*names, dataset])):
+                raise TypeError(f"class_names={names!r}, dataset={dataset!r}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Expected 'mean', 'std', 'class_names' and 'dataset' in the header of '{path}', but got: {error}"
+            ) from error
+        try:
+            return cls(tensors["images"], tensors["labels"], tuple(mean), tuple(std), tuple(names), dataset)
+        except ValueError as error:
+            raise ValueError(f"Expected a synthetic set in '{path}', but got: {error}") from error
+
+    def save_images(self, folder: str | os.PathLike[str]) -> None:
+        """Write 8-bit PNG files in the layout of torchvision's ``ImageFolder``: ``<class>/<number>.png``.
+
+        Values outside [0, 1] are clipped and the rest rounded, so what is read back trains a network a little
+        differently: :meth:`save` keeps the images exactly. Folders have the names of the classes, with the
+        class's number in front where sorting the names would change the order of the classes.
+
+        Raises:
+            FileExistsError: the folder holds images that this set would not replace.
+            ValueError: images of neither one nor three channels.
+            OSError: a file can't be written.
+        """
+        folder = Path(folder)
+        if self.image_shape[0] not in (1, 3):
+            raise ValueError(f"Expected images of 1 or 3 channels to write as PNG, but got {self.image_shape[0]}.")
+        names = self._folder_names()
+        digits = len(str(max(int(self.images_per_class.max()) - 1, 0)))
+        counts = [0] * self.num_classes
+        paths = []
+        for label in self.labels.tolist():
+            paths.append(folder / names[label] / f"{counts[label]:0{digits}d}.png")
+            counts[label] += 1
+        stale = sorted(set(folder.glob("*/*")) - set(paths))
+        if stale:
+            raise FileExistsError(
+                f"Expected an empty folder or one of an earlier set of this size, but got '{folder}' with '{stale[0]}'."
+            )
+        for name in names:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for path, image in zip(paths, self.images, strict=True):
+            Image.fromarray(to_pixels(image)).save(path)
+
+    def _folder_names(self) -> list[str]:
+        """Names of folders, which in sorted order are those of classes 0 to K - 1."""
+        # A class may be called "T-shirt/top".
+        names = [re.sub(r"[^\w\-. ]+", "_", name).strip(". ") for name in self.class_names]
+        if all(names) and len({name.lower() for name in names}) == len(names) and names == sorted(names):
+            return names
+        digits = len(str(self.num_classes - 1))
+        return [f"{k:0{digits}d}_{name}" if name else f"{k:0{digits}d}" for k, name in enumerate(names)]
+
+    def figure(self, images_per_class: int = 10, title: str = "") -> Figure:
+        """A picture with one row per class and its name before it; values outside [0, 1] are clipped.
+
+        Args:
+            images_per_class: at most so many are shown.
+            title: above the images.
+
+        Raises:
+            ValueError: ``images_per_class`` below 1.
+        """
+        check_count(images_per_class=images_per_class)
+        columns = min(images_per_class, int(self.images_per_class.max()))
+        left = 0.2 + _LETTER * max(len(name) for name in self.class_names)
+        top = 0.4 if title else 0.1
+        width = max(left + columns * _CELL + 0.1, 0.11 * len(title) + 0.3)
+        height = top + self.num_classes * _CELL + 0.1
+        figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
+        FigureCanvasAgg(figure)
+        # One picture of all images: axes for each of them take a hundred times as long.
+        axes = figure.add_axes((left / width, 0.1 / height, columns * _CELL / width, self.num_classes * _CELL / height))
+        axes.set_axis_off()
+        axes.imshow(self._grid(columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+        for k, name in enumerate(self.class_names):
+            middle = 0.1 + (self.num_classes - k - 0.5) * _CELL
+            figure.text(
+                (left - 0.1) / width, middle / height, name, fontsize=9, color="#222222", ha="right", va="center"
+            )
+        if title:
+            figure.text(0.5, 1 - 0.1 / height, title, fontsize=11, color="#222222", ha="center", va="top")
+        return figure
+
+    def _grid(self, columns: int) -> NDArray[np.uint8]:
+        """The first images of each class in a row of pixels from 0 to 255, with white between them."""
+        height, width = self.image_shape[1:]
+        gap = max(1, height // 16)
+        high, wide = height + gap, width + gap
+        colours = (3,) if self.image_shape[0] == 3 else ()
+        grid = np.full((self.num_classes * high, columns * wide, *colours), 255, np.uint8)
+        for k in range(self.num_classes):
+            for j, image in enumerate(self.images[self.labels == k][:columns]):
+                grid[k * high : k * high + height, j * wide : j * wide + width] = to_pixels(image)
+        return grid

@@ -1,0 +1,357 @@
+"""Training several freshly drawn networks on the same images, and testing them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from leakage.condensation.augmentation import SiameseAugmentation
+from leakage.condensation.networks import check_network
+from leakage.condensation.stacking import SingleNetwork, StackedNetworks, stacking_error, works_image_by_image
+from leakage.errors import check_count, check_positive
+from leakage.models import draw_state
+from leakage.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from leakage.datamodules.labelled import LabelledDataModule
+
+# Images at a time on the CPU, whose caches hold no more: twice as fast as 256, in training as in testing.
+_PIECE = 16
+# Images times networks at a time in testing on a GPU; each takes a megabyte or two.
+_TESTED_AT_ONCE = 2048
+# Epochs between two looks at the losses: each look waits for the GPU.
+_LOOK_EVERY = 20
+# Training takes about three times as long as testing, per image: for the progress bar.
+_TRAINING_WORK = 3
+# Seconds between two updates of the bar; and in a file or a pipe, in which no update replaces the one before.
+_PAUSE, _PAUSE_IN_A_FILE = 0.1, 30.0
+# What to do about training that diverges.
+_MEND = "Lower `learning_rate`, or look at the images."
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Plain SGD on shuffled batches, its learning rate divided by 10 half-way.
+
+    Attributes:
+        epochs: passes over the images.
+        learning_rate: until epoch ``epochs // 2``, a tenth of it from epoch ``epochs // 2 + 1`` on (from 0).
+        momentum: from 0 to below 1.
+        weight_decay: at least 0.
+        batch_size: images in a batch; a set with at most as many is one batch.
+        augmentation: what each image of each batch goes through, with a transform of its own, or None.
+        seed: of weights, orders and transforms; those of network r depend on (seed, r) alone.
+    """
+
+    epochs: int
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 256
+    augmentation: SiameseAugmentation | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count(epochs=self.epochs, batch_size=self.batch_size)
+        check_count(0, seed=self.seed)
+        check_positive(learning_rate=self.learning_rate)
+        for name, value, limit in (("momentum", self.momentum, 1.0), ("weight_decay", self.weight_decay, math.inf)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < limit:
+                least = f"at least 0 and {'below 1' if limit == 1 else 'finite'}"
+                raise ValueError(f"Expected `{name}` to be {least}, but got {value!r}.")
+        if self.augmentation is not None and not isinstance(self.augmentation, SiameseAugmentation):
+            raise ValueError(
+                f"Expected `augmentation` to be a SiameseAugmentation or None, but got {self.augmentation!r}."
+            )
+
+
+def train_and_test(
+    images: Tensor,
+    labels: Tensor,
+    data: LabelledDataModule,
+    network: nn.Module,
+    networks: int,
+    options: TrainingOptions,
+    stacked: bool | None,
+    device: torch.device | str | None,
+    progress: bool,
+) -> tuple[Tensor, float, float]:
+    """Train newly drawn networks on images and test them on the test set of ``data``.
+
+    Args:
+        images: ``(M, C, H, W)``, uint8 or in the data's scale.
+        labels: ``(M,)``.
+        data: normalises images, and has the test images.
+        network: an architecture, left as it is.
+        networks: R.
+        options: of the training.
+        stacked: all at once; None where that is faster.
+        device: None for the first GPU, or the CPU where there is none.
+        progress: show a bar.
+
+    Returns:
+        Accuracies ``(R,)`` from 0 to 1 in double precision, seconds of training, seconds of testing.
+    """
+    check_count(networks=networks)
+    if stacked not in (None, True, False):
+        raise ValueError(f"Expected `stacked` to be True, False or None, but got {stacked!r}.")
+    place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    # Whoever calls, be it in a validation loop, in mixed precision or after a seed: this is a world of its own.
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(place.type, enabled=False),
+        _random_state_kept(place),
+    ):
+        model = copy.deepcopy(network).float()
+        check_network(model, data, place)
+        at_once = networks if _choose_stacked(stacked, model, data, networks, place) else 1
+        run = _Run(model, images, labels, data, options, place)
+        with _bar(networks * (_TRAINING_WORK * options.epochs * len(labels) + len(data.test)), progress) as bar:
+            return run.all(networks, at_once, bar)
+
+
+class _Run:
+    """One evaluation: what its groups of networks share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        data: LabelledDataModule,
+        options: TrainingOptions,
+        device: torch.device,
+    ) -> None:
+        self.model, self.options, self.device = model, options, device
+        # Labels are copied, since the loss keeps them, which tensors made under inference mode forbid.
+        self.images, self.labels = images.detach().to(device), labels.clone().to(device)
+        self.test_images, self.test_labels = data.test.images.to(device), data.test.labels.to(device)
+        self.data = data
+        in_pieces = device.type == "cpu" and works_image_by_image(model, data.image_shape)
+        self.piece = _PIECE if in_pieces else None
+        self.seconds = [0.0, 0.0]
+
+    def all(self, networks: int, at_once: int, bar: Any) -> tuple[Tensor, float, float]:
+        """Train and test all networks, so many at once, or fewer if they don't fit into the memory."""
+        correct: list[int] = []
+        while len(correct) < networks:
+            numbers = range(len(correct), min(len(correct) + at_once, networks))
+            bar.n = bar.total * len(correct) / networks
+            some = self._group_that_fits(numbers, networks, bar)
+            if some is None:
+                torch.cuda.empty_cache()
+                at_once = math.ceil(len(numbers) / 2)
+            else:
+                correct += some
+        return torch.tensor(correct, dtype=torch.float64) / len(self.test_labels), self.seconds[0], self.seconds[1]
+
+    def _group_that_fits(self, numbers: Sequence[int], networks: int, bar: Any) -> list[int] | None:
+        try:
+            return self._group(numbers, networks, bar)
+        except torch.OutOfMemoryError:
+            if len(numbers) == 1:
+                raise
+            return None
+
+    def _group(self, numbers: Sequence[int], networks: int, bar: Any) -> list[int]:
+        """Correct test images of each network."""
+        seed = self.options.seed
+        states = [draw_state(self.model, derive_seed(seed, r, "evaluation network")) for r in numbers]
+        group: SingleNetwork | StackedNetworks
+        if len(numbers) == 1:
+            group = SingleNetwork(self.model, states[0], self.device, self.piece)
+            _seed_everything(derive_seed(seed, numbers[0], "evaluation dropout"), self.device)
+        else:
+            group = StackedNetworks(self.model, states, self.device)
+        last = "" if len(numbers) == 1 else f" to {numbers[-1] + 1}"
+        began = time.perf_counter()
+        bar.set_description_str(f"Training network {numbers[0] + 1}{last} of {networks}")
+        train(
+            group,
+            numbers,
+            lambda indices: self._normalise(self.images[indices]),
+            self.labels,
+            self.options,
+            lambda count: bar.update(_TRAINING_WORK * count),
+        )
+        trained = time.perf_counter()
+        bar.set_description_str(f"Testing network {numbers[0] + 1}{last} of {networks}")
+        correct = count_correct(group, self.test_images, self.test_labels, self._normalise, bar.update)
+        self.seconds[0] += trained - began
+        self.seconds[1] += time.perf_counter() - trained
+        return correct
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return self.data.normalise(images).float()
+
+
+def train(
+    networks: SingleNetwork | StackedNetworks,
+    numbers: Sequence[int],
+    fetch: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    options: TrainingOptions,
+    tick: Callable[[int], None],
+) -> None:
+    """Train networks on the same images, each in an order and with transforms of its own.
+
+    Args:
+        networks: changed in place.
+        numbers: which networks of the run they are.
+        fetch: normalised images ``(*shape, C, H, W)`` at indices of any shape, on the networks' device.
+        labels: ``(M,)``, on that device.
+        options: how.
+        tick: called after each batch with the number of images and networks, multiplied.
+
+    Raises:
+        FloatingPointError: a loss or a weight that is not finite.
+    """
+    optimizer = torch.optim.SGD(
+        networks.parameters(), lr=options.learning_rate, momentum=options.momentum, weight_decay=options.weight_decay
+    )
+    whole = len(labels) <= options.batch_size
+    everything = fetch(torch.arange(len(labels), device=labels.device)) if whole else None
+    streams = ("evaluation order", "evaluation augmentation")
+    orders, transforms = (
+        [torch.Generator().manual_seed(derive_seed(options.seed, r, stream)) for r in numbers] for stream in streams
+    )
+    losses: list[Tensor] = []
+    for epoch in range(options.epochs):
+        if epoch == options.epochs // 2 + 1:
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.1
+        of_epoch = torch.zeros(len(networks), device=labels.device, dtype=torch.float32)
+        for batch in _batches(len(labels), options.batch_size, orders, labels.device):
+            # Where the batch is the whole set its order is nothing to the loss, and all networks share the images.
+            images, their = (everything, labels) if everything is not None else (fetch(batch), labels[batch])
+            if options.augmentation is not None:
+                images, their = _augment(images, their, options.augmentation, transforms)
+            optimizer.zero_grad()
+            of_epoch += networks.backward(images, their)
+            optimizer.step()
+            tick(batch.numel())
+        losses.append(of_epoch)
+        if len(losses) == _LOOK_EVERY or epoch + 1 == options.epochs:
+            _check_losses(torch.stack(losses), numbers, epoch + 1 - len(losses), options.epochs)
+            losses.clear()
+    for name, tensor in networks.state():
+        finite = torch.isfinite(tensor).reshape(len(networks), -1).all(1).tolist()
+        if not all(finite):
+            raise FloatingPointError(
+                f"Expected finite weights after training, but got NaN or inf in {name!r} of network "
+                f"{numbers[finite.index(False)]} after epoch {options.epochs} of {options.epochs}. {_MEND}"
+            )
+
+
+def count_correct(
+    networks: SingleNetwork | StackedNetworks,
+    images: Tensor,
+    labels: Tensor,
+    normalise: Callable[[Tensor], Tensor],
+    tick: Callable[[int], None],
+) -> list[int]:
+    """How many images each network gives the right label.
+
+    Args:
+        networks: left as they are.
+        images: ``(M, C, H, W)``, not normalised, on the networks' device.
+        labels: ``(M,)``, on that device.
+        normalise: applied to a few images at a time.
+        tick: as for :func:`train`.
+    """
+    chunk = _PIECE if images.device.type == "cpu" else max(_PIECE, _TESTED_AT_ONCE // len(networks))
+    correct = torch.zeros(len(networks), dtype=torch.int64, device=images.device)
+    for some, their in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
+        correct += (networks.logits(normalise(some)).argmax(-1) == their).sum(-1)
+        tick(len(their) * len(networks))
+    found: list[int] = correct.tolist()
+    return found
+
+
+def _batches(count: int, size: int, orders: list[torch.Generator], device: torch.device) -> Iterator[Tensor]:
+    """Indices ``(R, B)`` of one epoch."""
+    if count <= size:
+        yield torch.arange(count, device=device).expand(len(orders), count)
+        return
+    order = torch.stack([torch.randperm(count, generator=generator) for generator in orders]).to(device)
+    yield from torch.split(order, size, dim=1)
+
+
+def _augment(
+    images: Tensor, labels: Tensor, augmentation: SiameseAugmentation, generators: list[torch.Generator]
+) -> tuple[Tensor, Tensor]:
+    """Images ``(R, B, C, H, W)`` and labels ``(R, B)``, each network's with transforms of its own."""
+    shared = images.ndim == 4
+    moved = [
+        augmentation.draw(generator, num_images=labels.shape[-1])(images if shared else images[index])
+        for index, generator in enumerate(generators)
+    ]
+    return torch.stack(moved), labels.expand(len(generators), -1) if shared else labels
+
+
+def _check_losses(losses: Tensor, numbers: Sequence[int], first: int, epochs: int) -> None:
+    """Raise a ``FloatingPointError`` unless the losses ``(E, R)``, of epochs from ``first`` on, are finite."""
+    bad = (~torch.isfinite(losses)).nonzero()
+    if len(bad):
+        epoch, index = bad[0].tolist()
+        raise FloatingPointError(
+            f"Expected finite losses in training, but got {losses[epoch, index].item()} for network "
+            f"{numbers[index]} in epoch {first + epoch + 1} of {epochs}. {_MEND}"
+        )
+
+
+def _choose_stacked(
+    stacked: bool | None, model: nn.Module, data: LabelledDataModule, networks: int, device: torch.device
+) -> bool:
+    if stacked is False or networks == 1 or (stacked is None and device.type == "cpu"):
+        return False
+    error = stacking_error(model, data.image_shape, device)
+    if stacked and error is not None:
+        raise ValueError(
+            f"Expected a `network` that torch.func can stack for stacked=True, but got {type(model).__name__}, with "
+            f"which it fails: {error} Use stacked=False or None."
+        )
+    return error is None
+
+
+@contextlib.contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """Dropout draws from the global random state, which shall be after this what it was before."""
+    cuda = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        yield
+
+
+def _seed_everything(seed: int, device: torch.device) -> None:
+    """Within :func:`_random_state_kept`."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def _bar(total: int, progress: bool) -> Any:
+    # Here: it takes a second to import.
+    from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+    line = "{desc}: {percentage:3.0f} %|{bar}| {elapsed}<{remaining}"
+    pause = _PAUSE if sys.stderr.isatty() else _PAUSE_IN_A_FILE
+    return Tqdm(
+        total=total,
+        disable=not progress,
+        file=sys.stderr,
+        bar_format=line,
+        dynamic_ncols=True,
+        mininterval=pause,
+        maxinterval=max(pause, 10),
+    )

@@ -1,0 +1,277 @@
+"""Several ways to make a small training set from the same data: run, tested and tabulated side by side."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from leakage.callbacks import CondensationProgressBar, SyntheticEvaluation, SyntheticImages, read_accuracies
+from leakage.checkpoints import TimedCheckpoint, WholeCheckpointIO
+from leakage.compare import align, check_output, read_record
+from leakage.condensation import (
+    Evaluation,
+    GradientMatchingCondensation,
+    SiameseAugmentation,
+    evaluate,
+    evaluate_full,
+    random_images,
+)
+from leakage.datamodules import LabelledDataModule
+from leakage.errors import check_choice, check_count
+from leakage.overview import write_json
+from leakage.plots import plot_accuracy, save_figure
+
+# How each method condenses; those with None take no gradient.
+METHODS: dict[str, dict[str, Any] | None] = {
+    "dc": {"protocol": "published"},
+    "dsa": {"protocol": "published", "augmentation": "color_crop_cutout_flip_scale_rotate"},
+    "fast": {"protocol": "fast"},
+    "random": None,
+    "full": None,
+}
+# Iterations after which the images are tested; always at the end.
+MOMENTS = (0, 10, 20, 50, 100, 200, 500, 1000)
+FILES = ("summary.json", "accuracy.png")
+
+
+@dataclass
+class CondensationRow:
+    """Test accuracy of networks trained on one set of images, a line of ``summary.json``.
+
+    Attributes:
+        method: a key of :data:`METHODS`.
+        dataset: where the images come from.
+        images_per_class: of the set; None for the whole training set.
+        iterations: of the condensation, None where there is none.
+        accuracy_mean: over the networks, 0 to 1.
+        accuracy_std: over the networks.
+        accuracy_ci: 95 % confidence interval of the mean, after Student.
+        networks: how many were trained.
+        seconds: spent on condensing, without tests, over all sessions of a resumed run.
+        published_accuracy: the paper's figure, 0 to 1, where there is one.
+    """
+
+    method: str
+    dataset: str
+    images_per_class: int | None
+    iterations: int | None
+    accuracy_mean: float
+    accuracy_std: float
+    accuracy_ci: tuple[float, float]
+    networks: int
+    seconds: float
+    published_accuracy: float | None = None
+
+
+def condense(
+    methods: Sequence[str],
+    data: LabelledDataModule,
+    output: str | os.PathLike[str],
+    *,
+    images_per_class: int = 1,
+    iterations: int | None = None,
+    networks: int = 10,
+    moments: Sequence[int] = MOMENTS,
+    network: nn.Module | None = None,
+    epochs: int | None = None,
+    augmentation: SiameseAugmentation | None = None,
+    full_epochs: int = 5,
+    published: Mapping[str, float] | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    logger: Logger | bool = False,
+    **trainer: Any,
+) -> list[CondensationRow]:
+    """Make a small training set in each of several ways, one after another, and test what each is worth.
+
+    Files in ``output``: ``summary.json`` (a list of :class:`CondensationRow`), ``synthetic.safetensors`` and
+    ``synthetic.png`` of the first method that makes a set, where something is condensed ``accuracy.png`` (test
+    accuracy over iterations, the other methods as lines), and a folder per method with its record, its last
+    checkpoint while it runs, its set, and what :class:`~leakage.callbacks.SyntheticImages` and
+    :class:`~leakage.callbacks.SyntheticEvaluation` write.
+
+    Args:
+        methods: of ``"dc"``, ``"dsa"`` (with siamese augmentation, of the networks in the test too), ``"fast"``,
+            ``"random"`` (real images, drawn by the seed) and ``"full"`` (the whole training set, for few epochs).
+        data: where the images come from.
+        output: the folder.
+        images_per_class: of the set.
+        iterations: networks that images are condensed on; by default the protocol's.
+        networks: that are trained on the set for its test; one on the whole training set.
+        moments: iterations after which the images are tested, besides the last.
+        network: for condensing and testing; by default the :class:`~leakage.models.ConvNet` that fits.
+        epochs: of the networks in the test, see :func:`~leakage.condensation.evaluate`.
+        augmentation: likewise.
+        full_epochs: on the whole training set.
+        published: the paper's test accuracies by method, 0 to 1.
+        seed: of all but the batches of real images, whose seed is that of ``data``.
+        resume: go on with what is in ``output``; where there is nothing, begin.
+        logger: as for the Trainer.
+        **trainer: further options of the Trainer.
+
+    Returns:
+        One row per method.
+
+    Raises:
+        ValueError: an unknown method, an option out of its range, a network that does not fit the data, or with
+            ``resume`` results that are damaged or of another configuration.
+        OSError: a folder or file that can't be written.
+    """
+    if not methods:
+        raise ValueError("Expected `methods` to name at least one method, but got none.")
+    for method in methods:
+        check_choice("methods", method, METHODS)
+    check_count(images_per_class=images_per_class, networks=networks, full_epochs=full_epochs)
+    folder = Path(output)
+    check_output(folder)
+    condensations = {
+        method: GradientMatchingCondensation(
+            images_per_class, network=network, iterations=iterations, seed=seed, **options
+        )
+        for method in methods
+        if (options := METHODS[method]) is not None
+    }
+    data.prepare_data()
+    data.setup("fit")
+    test: dict[str, Any] = {"network": network, "networks": networks, "epochs": epochs, "seed": seed}
+    tests = {method: {**test, "augmentation": _augmentation(method, augmentation)} for method in methods}
+    configurations = {
+        method: {
+            "method": method,
+            "data": data.configuration,
+            "images_per_class": images_per_class,
+            "condensation": dict(condensations[method].hparams) if method in condensations else None,
+            "test": {name: str(value) for name, value in tests[method].items()},
+            "full_epochs": full_epochs if method == "full" else None,
+            "precision": trainer.get("precision"),
+        }
+        for method in methods
+    }
+    # What was run before is compared with what is asked for, for all methods before the first is run.
+    finished = {}
+    for method in methods:
+        row = read_record(folder / method, configurations[method], CondensationRow) if resume else None
+        if row is not None:
+            finished[method] = _row(row)
+    for method in methods:
+        if method in finished:
+            continue
+        record = folder / method / "run.json"
+        if not resume:
+            shutil.rmtree(folder / method, ignore_errors=True)
+        write_json(record, {"configuration": configurations[method], "row": None})
+        begun = time.perf_counter()
+        condensation = condensations.get(method)
+        if condensation is not None:
+            outcome = _run(method, condensation, data, record.parent, moments, tests[method], logger, trainer)
+            seconds = sum(spent for part, spent in condensation.seconds.items() if part != "evaluation")
+        elif method == "random":
+            chosen = random_images(data, images_per_class, seed)
+            outcome = evaluate(chosen, data, **tests[method])
+            chosen.save(record.parent / "synthetic.safetensors")
+            save_figure(chosen.figure(), record.parent / "synthetic.png")
+            seconds = 0.0
+        else:
+            outcome = evaluate_full(data, network=network, epochs=full_epochs, seed=seed)
+            seconds = time.perf_counter() - begun
+        finished[method] = CondensationRow(
+            method=method,
+            dataset=data.name,
+            images_per_class=None if method == "full" else images_per_class,
+            iterations=None if condensation is None else condensation.iteration,
+            accuracy_mean=outcome.mean,
+            accuracy_std=outcome.std,
+            accuracy_ci=outcome.interval,
+            networks=outcome.networks,
+            seconds=seconds,
+            published_accuracy=(published or {}).get(method),
+        )
+        write_json(record, {"configuration": configurations[method], "row": asdict(finished[method])})
+        (record.parent / "last.ckpt").unlink(missing_ok=True)
+    rows = [finished[method] for method in methods]
+    _write_overview(folder, rows)
+    write_json(folder / "summary.json", [asdict(row) for row in rows])
+    return rows
+
+
+def format_table(rows: Sequence[CondensationRow]) -> str:
+    """The rows as a table for the terminal, accuracy with its standard deviation over networks."""
+    lines = [["", "images per class", "iterations", "test accuracy", "95 % interval", "paper", "networks", "time"]]
+    for row in rows:
+        low, high = row.accuracy_ci
+        spread = "" if math.isnan(row.accuracy_std) else f" ± {100 * row.accuracy_std:.1f}"
+        lines.append(
+            [
+                row.method,
+                "all" if row.images_per_class is None else str(row.images_per_class),
+                "-" if row.iterations is None else str(row.iterations),
+                f"{100 * row.accuracy_mean:.1f}{spread} %",
+                "-" if math.isnan(low) else f"[{100 * low:.1f}, {100 * high:.1f}]",
+                "-" if row.published_accuracy is None else f"{100 * row.published_accuracy:.1f} %",
+                str(row.networks),
+                f"{row.seconds:.0f} s",
+            ]
+        )
+    return align(lines)
+
+
+def _augmentation(method: str, given: SiameseAugmentation | None) -> SiameseAugmentation | None:
+    """Of the networks in the test: that of the condensation, where it has one, unless another is given."""
+    strategy = (METHODS[method] or {}).get("augmentation")
+    return SiameseAugmentation(strategy) if given is None and strategy is not None else given
+
+
+def _run(
+    method: str,
+    condensation: GradientMatchingCondensation,
+    data: LabelledDataModule,
+    folder: Path,
+    moments: Sequence[int],
+    test: dict[str, Any],
+    logger: Logger | bool,
+    trainer: dict[str, Any],
+) -> Evaluation:
+    """Condense, from the last checkpoint if there is one, and give the test of the final images."""
+    checkpoint = folder / "last.ckpt"
+    evaluation = SyntheticEvaluation(moments, output=folder, **test)
+    callbacks: list[Callback] = [
+        evaluation,
+        SyntheticImages(folder, moments=moments),
+        TimedCheckpoint(folder),
+    ]
+    if trainer.get("enable_progress_bar", True):
+        callbacks.append(CondensationProgressBar(name=method))
+    options = {"max_epochs": 1, "enable_model_summary": False, "plugins": [WholeCheckpointIO()], **trainer}
+    runner = Trainer(logger=logger, callbacks=callbacks, **options)
+    runner.fit(condensation, datamodule=data, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
+    return evaluation.last
+
+
+def _write_overview(folder: Path, rows: Sequence[CondensationRow]) -> None:
+    """The curves of all methods in one picture, and the set of the first that has one."""
+    curves = {row.method: read_accuracies(folder / row.method / "accuracy.csv") for row in rows if row.iterations}
+    lines = {row.method: row.accuracy_mean for row in rows if not row.iterations}
+    paper = {f"{row.method}, paper": row.published_accuracy for row in rows if row.published_accuracy is not None}
+    if curves:
+        save_figure(plot_accuracy(curves, lines={**lines, **paper}, title=rows[0].dataset), folder / "accuracy.png")
+    made = [row.method for row in rows if row.images_per_class is not None]
+    for name in ("synthetic.safetensors", "synthetic.png") if made else ():
+        shutil.copyfile(folder / made[0] / name, folder / name)
+
+
+def _row(record: dict[str, Any]) -> CondensationRow:
+    """A row as it was written, null for what is not a number: one network has no standard deviation."""
+    low, high = (math.nan if end is None else end for end in record["accuracy_ci"])
+    std = record["accuracy_std"]
+    return CondensationRow(**{**record, "accuracy_std": math.nan if std is None else std, "accuracy_ci": (low, high)})

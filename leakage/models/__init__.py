@@ -1,0 +1,23 @@
+"""Networks of the papers."""
+
+from torch import nn
+
+from leakage.models.alexnet import AlexNet
+from leakage.models.convnet import ConvNet
+from leakage.models.draw import draw_state
+from leakage.models.lenet import LeNet
+from leakage.models.mlp import MLP
+from leakage.models.resnet import ResNet18
+from leakage.models.vgg import VGG11
+
+NETWORKS: dict[str, type[nn.Module]] = {
+    "convnet": ConvNet,
+    "mlp": MLP,
+    "lenet": LeNet,
+    "alexnet": AlexNet,
+    "vgg11": VGG11,
+    "resnet18": ResNet18,
+}
+"""Networks by name; each is called as ``Network(channels, image_size, num_classes)``."""
+
+__all__ = ["MLP", "NETWORKS", "VGG11", "AlexNet", "ConvNet", "LeNet", "ResNet18", "draw_state"]

@@ -1,0 +1,78 @@
+"""AlexNet for small images."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from leakage.errors import check_count, check_image_size
+from leakage.models.layers import check_large_enough, check_map_norm, first_padding, make_norm
+
+# Channels and kernel size of each convolution, and whether pooling follows.
+_LAYERS = ((128, 5, True), (192, 5, True), (256, 3, False), (192, 3, False), (192, 3, True))
+
+
+class AlexNet(nn.Module):
+    """AlexNet in the small form of dataset condensation: five convolutions, three poolings, one linear layer.
+
+    Convolutions of 128, 192, 256, 192 and 192 channels (5x5, 5x5, then 3x3; stride 1), ReLU, 2x2
+    max-pooling behind the first, second and fifth. Sides of 28 pixels are padded to 32 by the
+    first convolution. 1,865,802 parameters for images of (1, 28, 28) and 10 classes. Weights are
+    drawn as torch draws those of each layer.
+
+    Shapes:
+        - input ``(N, channels, *image_size)``, normalised images, any real values
+        - output ``(N, num_classes)``, logits
+
+    Args:
+        channels: channels of the images.
+        image_size: height and width in pixels, at least 8; one number for square images.
+        num_classes: number of logits.
+        norm: behind each convolution, ``"none"`` as published, ``"instance"``, ``"group"``
+            (4 groups) or ``"batch"``.
+
+    Raises:
+        ValueError: a size or count that is not a whole number of at least 1, images below 8
+            pixels, or an unknown norm.
+
+    References:
+        Krizhevsky, Sutskever, Hinton, *ImageNet Classification with Deep Convolutional Neural
+        Networks*, NeurIPS 2012; the small form: Zhao, Mopuri, Bilen, *Dataset Condensation with
+        Gradient Matching*, ICLR 2021, https://arxiv.org/abs/2006.05929.
+
+    Example:
+        >>> import torch
+        >>> AlexNet(channels=3, image_size=32)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        image_size: int | tuple[int, int] = 28,
+        num_classes: int = 10,
+        *,
+        norm: str = "none",
+    ) -> None:
+        super().__init__()
+        check_count(channels=channels, num_classes=num_classes)
+        check_map_norm(norm)
+        padding, height, breadth = first_padding(5, *check_image_size(image_size))
+        check_large_enough(image_size, height, breadth, 8)
+        layers: list[nn.Module] = []
+        for index, (width, kernel_size, pools) in enumerate(_LAYERS):
+            around = padding if index == 0 else kernel_size // 2
+            layers.append(nn.Conv2d(channels, width, kernel_size, padding=around))
+            normalise = make_norm(norm, width, height, breadth)
+            layers += [] if normalise is None else [normalise]
+            layers.append(nn.ReLU())
+            channels = width
+            if pools:
+                layers.append(nn.MaxPool2d(2))
+                height, breadth = height // 2, breadth // 2
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels * height * breadth, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
+        logits: Tensor = self.classifier(self.features(images).flatten(1))
+        return logits

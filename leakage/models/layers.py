@@ -1,0 +1,107 @@
+"""Layers that the networks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leakage.errors import check_choice
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+}
+
+NORMS = ("batch", "group", "instance", "layer", "none")
+
+# Groups of `norm="group"`, as in the papers on dataset condensation.
+_GROUPS = 4
+
+# Where the matrix product is the faster way: its work grows with the width, and double precision doubles it.
+_WIDEST_PRODUCT = 128
+_PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class AveragePooling(nn.Module):
+    """Means over non-overlapping 2x2 patches, the values of ``F.avg_pool2d(maps, 2)`` up to rounding.
+
+    On the CPU the product with a constant matrix is about twice as fast, forwards and backwards
+    (in bfloat16 more so), so maps of even height and width, at most 128 wide, take that way. All
+    others go to torch's pooling, which drops an odd last row or column. A pixel that is not
+    finite spoils its whole row in the product, and only its patch otherwise.
+
+    Shapes:
+        - input ``(N, C, H, W)`` or ``(C, H, W)``, any real values
+        - output the same with ``(H // 2, W // 2)``
+
+    Example:
+        >>> AveragePooling()(torch.arange(8.0).reshape(1, 1, 2, 4))
+        tensor([[[[2.5000, 4.5000]]]])
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Pooled maps."""
+        height, width = maps.shape[-2:]
+        fits = height % 2 == 0 and width % 2 == 0 and 0 < width <= _WIDEST_PRODUCT
+        if not fits or maps.device.type != "cpu" or maps.dtype not in _PRODUCT_DTYPES:
+            return F.avg_pool2d(maps, 2)
+        # Two rows of the image are one row of the product. Building the matrix takes microseconds; one that is
+        # kept would have to follow the module's device and precision, and the modes of torch it was built in.
+        halves = torch.eye(width // 2, dtype=maps.dtype) / 4
+        matrix = halves.repeat_interleave(2, 0).repeat(2, 1)
+        with torch.autocast("cpu", enabled=False):  # in the precision of the maps, as torch's pooling
+            return maps.reshape(*maps.shape[:-2], height // 2, 2 * width) @ matrix
+
+
+def check_map_norm(norm: str) -> None:
+    """Raise a ``ValueError`` unless ``norm`` scales whole maps: the choices of the networks of any image size."""
+    check_choice("norm", norm, [name for name in NORMS if name != "layer"])
+
+
+def make_norm(norm: str, channels: int, height: int, width: int) -> nn.Module | None:
+    """A layer that normalises maps ``(N, channels, height, width)``, None for ``"none"``.
+
+    All scale and shift: ``"instance"``, ``"group"`` (4 groups) and ``"batch"`` per channel,
+    ``"layer"`` per element.
+
+    Raises:
+        ValueError: an unknown norm, channels that 4 groups do not divide, or maps of a single
+            pixel for ``"instance"``, which would make them all zero.
+    """
+    check_choice("norm", norm, NORMS)
+    if norm == "none":
+        return None
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    if norm == "layer":
+        return nn.LayerNorm((channels, height, width))
+    if norm == "group":
+        if channels % _GROUPS:
+            raise ValueError(f"Expected a multiple of {_GROUPS} channels for norm='group', but got {channels}.")
+        return nn.GroupNorm(_GROUPS, channels)
+    if height * width == 1:
+        raise ValueError(
+            "Expected `image_size` to leave more than one pixel to normalise for norm='instance', but got one. "
+            "Use larger images or another norm."
+        )
+    return nn.GroupNorm(channels, channels)
+
+
+def first_padding(kernel_size: int, height: int, width: int) -> tuple[tuple[int, int], int, int]:
+    """Padding of the first convolution, and height and width behind it: a side of 28 pixels grows to 32."""
+    extra_height, extra_width = (2 if side == 28 else 0 for side in (height, width))
+    same = kernel_size // 2
+    return (same + extra_height, same + extra_width), height + 2 * extra_height, width + 2 * extra_width
+
+
+def check_large_enough(image_size: object, height: int, width: int, smallest: int) -> None:
+    """Raise a ``ValueError`` if a side of the image is below ``smallest``, so that nothing would be left of it."""
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"Expected `image_size` of at least {smallest} pixels a side for this network, but got {image_size}."
+        )

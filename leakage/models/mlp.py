@@ -1,0 +1,63 @@
+"""The multilayer perceptron of dataset condensation."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from leakage.errors import check_count, check_image_size
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLUs between them: two hidden layers of 128 units and the logits.
+
+    118,282 parameters for images of (1, 28, 28) and 10 classes. Weights are drawn as torch draws
+    those of each layer.
+
+    Shapes:
+        - input ``(N, channels, *image_size)``, normalised images, any real values
+        - output ``(N, num_classes)``, logits
+
+    Args:
+        channels: channels of the images.
+        image_size: height and width in pixels; one number for square images.
+        num_classes: number of logits.
+        width: units of each hidden layer.
+        depth: number of linear layers, that of the logits included.
+
+    Raises:
+        ValueError: a size or count that is not a whole number of at least 1.
+
+    References:
+        Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
+        https://arxiv.org/abs/2006.05929.
+
+    Example:
+        >>> import torch
+        >>> MLP(channels=3, image_size=32)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        image_size: int | tuple[int, int] = 28,
+        num_classes: int = 10,
+        *,
+        width: int = 128,
+        depth: int = 3,
+    ) -> None:
+        super().__init__()
+        check_count(channels=channels, num_classes=num_classes, width=width, depth=depth)
+        height, breadth = check_image_size(image_size)
+        units = channels * height * breadth
+        layers: list[nn.Module] = []
+        for _ in range(depth - 1):
+            layers += [nn.Linear(units, width), nn.ReLU()]
+            units = width
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(units, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
+        logits: Tensor = self.classifier(self.features(images.flatten(1)))
+        return logits

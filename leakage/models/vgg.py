@@ -1,0 +1,76 @@
+"""VGG11 for small images."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from leakage.errors import check_count, check_image_size
+from leakage.models.layers import check_large_enough, check_map_norm, first_padding, make_norm
+
+# Channels of the convolutions between one pooling and the next.
+_STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+
+
+class VGG11(nn.Module):
+    """VGG11 in the small form of dataset condensation: eight convolutions, five poolings, one linear layer.
+
+    3x3 convolutions of 64, 128, twice 256 and four times 512 channels, each with norm and ReLU;
+    2x2 max-pooling behind the first, second, fourth, sixth and eighth. Sides of 28 pixels are
+    padded to 32 by the first convolution. 9,229,962 parameters for images of (1, 28, 28) and 10
+    classes. Weights are drawn as torch draws those of each layer.
+
+    Shapes:
+        - input ``(N, channels, *image_size)``, normalised images, any real values
+        - output ``(N, num_classes)``, logits
+
+    Args:
+        channels: channels of the images.
+        image_size: height and width in pixels, 28 or at least 32; one number for square images.
+        num_classes: number of logits.
+        norm: behind each convolution, ``"instance"``, ``"group"`` (4 groups), ``"batch"`` or ``"none"``.
+
+    Raises:
+        ValueError: a size or count that is not a whole number of at least 1, images below 28
+            pixels, or an unknown norm.
+
+    References:
+        Simonyan and Zisserman, *Very Deep Convolutional Networks for Large-Scale Image
+        Recognition*, ICLR 2015, https://arxiv.org/abs/1409.1556; the small form: Zhao, Mopuri,
+        Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021, https://arxiv.org/abs/2006.05929.
+
+    Example:
+        >>> import torch
+        >>> VGG11(channels=3, image_size=32)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        image_size: int | tuple[int, int] = 28,
+        num_classes: int = 10,
+        *,
+        norm: str = "instance",
+    ) -> None:
+        super().__init__()
+        check_count(channels=channels, num_classes=num_classes)
+        check_map_norm(norm)
+        padding, height, breadth = first_padding(3, *check_image_size(image_size))
+        check_large_enough(image_size, height, breadth, 32)
+        layers: list[nn.Module] = []
+        for stage in _STAGES:
+            for width in stage:
+                layers.append(nn.Conv2d(channels, width, 3, padding=1 if layers else padding))
+                normalise = make_norm(norm, width, height, breadth)
+                layers += [] if normalise is None else [normalise]
+                layers.append(nn.ReLU())
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+            height, breadth = height // 2, breadth // 2
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels * height * breadth, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
+        logits: Tensor = self.classifier(self.features(images).flatten(1))
+        return logits

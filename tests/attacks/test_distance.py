@@ -1,0 +1,58 @@
+"""The distance that an attack lowers is a choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from leakage.attacks import IDLGAttack
+from leakage.objectives import DISTANCES
+
+
+def test_the_distance_of_the_papers_is_the_default(case: Any, kit: Any) -> None:
+    default, named = (
+        kit.fit(case.attack(max_evaluations=20, restarts=0, **options), kit.victims(victims=2))
+        for options in ({}, {"distance": "squared"})
+    )
+    kit.assert_same(default, named)
+    assert default.hparams["distance"] == "squared"
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("protocol", ["robust", "published"])
+def test_an_attack_lowers_the_distance_it_is_given(kit: Any, distance: str, protocol: str) -> None:
+    def attack(evaluations: int) -> IDLGAttack:
+        options: dict[str, Any] = {"protocol": protocol, "distance": distance, "restarts": 0}
+        found: IDLGAttack = kit.fit(IDLGAttack(max_evaluations=evaluations, **options), kit.victims(victims=3))
+        return found
+
+    found = [kit.by_id(attack(evaluations)) for evaluations in (1, 60)]
+    assert (found[1].loss < 0.3 * found[0].loss).all()
+    # What is reported is the distance between gradients; only the squared one is relative, and only if robust.
+    victims = kit.victims(victims=3)
+    victims.setup("fit")
+    for victim in range(3):
+        shared, state = kit.share_one(victims, victim)
+        images, labels = found[1].images[victim], found[1].labels[victim]
+        targets = torch.nn.functional.one_hot(labels, victims.victim.protocol.num_classes).float()
+        loss = DISTANCES[distance](victims.victim.gradients(state, images, targets), shared)
+        if distance == "squared" and protocol == "robust":
+            loss = loss / sum(tensor.square().sum() for tensor in shared.values())
+        torch.testing.assert_close(found[1].loss[victim], loss.detach(), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "row_cosine"])
+def test_images_come_nearer_by_the_angle_alone(kit: Any, distance: str) -> None:
+    errors = []
+    for evaluations in (1, 200):
+        attack = kit.fit(IDLGAttack(max_evaluations=evaluations, restarts=0, distance=distance), kit.victims(victims=3))
+        errors.append(sum(score.mse for score in attack.scores.values()))
+    assert errors[1] < 0.2 * errors[0]
+
+
+def test_names_an_unknown_distance(case: Any) -> None:
+    message = r"Expected `distance` to be one of \['cosine', 'row_cosine', 'squared'\], but got 'l1'"
+    with pytest.raises(ValueError, match=message):
+        case.attack(distance="l1")
