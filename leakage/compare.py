@@ -110,7 +110,7 @@ def compare(
     if not attacks:
         raise ValueError("Expected `attacks` to name at least one attack, but got none.")
     folder = Path(output)
-    _check_options(trainer)
+    check_trainer(trainer)
     check_output(folder)
     victims.prepare_data()
     victims.setup("fit")
@@ -207,7 +207,8 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def _defaults() -> dict[str, Any]:
+def trainer_defaults() -> dict[str, Any]:
+    """What a run is made with unless it is said otherwise."""
     return {
         "max_epochs": 1,
         "num_sanity_val_steps": 0,
@@ -216,10 +217,14 @@ def _defaults() -> dict[str, Any]:
     }
 
 
-def _check_options(trainer: dict[str, Any]) -> None:
-    """Let the Trainer look at its options before any result of an earlier comparison is touched."""
+def check_trainer(trainer: dict[str, Any]) -> None:
+    """Let the Trainer look at its options before any result of an earlier run is touched.
+
+    Raises:
+        ValueError: it refuses them.
+    """
     try:
-        Trainer(logger=False, **(_defaults() | trainer))
+        Trainer(logger=False, **(trainer_defaults() | trainer))
     except (MisconfigurationException, TypeError, ValueError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in trainer.items())
         raise ValueError(f"Expected options that the Trainer takes, but got {given}: {error}") from error
@@ -245,7 +250,7 @@ def _run(
     ]
     if trainer.get("enable_progress_bar", True):
         callbacks.append(AttackProgressBar(name=WRITTEN.get(name, name)))
-    runner = Trainer(logger=logger, callbacks=callbacks, **(_defaults() | trainer))
+    runner = Trainer(logger=logger, callbacks=callbacks, **(trainer_defaults() | trainer))
     runner.fit(attack, datamodule=victims, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
     return timer.time_elapsed("train")
 

@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from leakage.callbacks import CondensationProgressBar, SyntheticEvaluation, SyntheticImages, read_accuracies
-from leakage.checkpoints import TimedCheckpoint, WholeCheckpointIO
-from leakage.compare import align, check_output, read_record
+from leakage.checkpoints import TimedCheckpoint
+from leakage.compare import align, check_output, check_trainer, read_record, trainer_defaults
 from leakage.condensation import (
     Evaluation,
     GradientMatchingCondensation,
@@ -107,12 +107,12 @@ def condense(
         data: where the images come from.
         output: the folder.
         images_per_class: of the set.
-        iterations: networks that images are condensed on; by default the protocol's.
+        iterations: networks that images are condensed on, of all methods; by default each protocol's own.
         networks: that are trained on the set for its test; one on the whole training set.
         moments: iterations after which the images are tested, besides the last.
         network: for condensing and testing; by default the :class:`~leakage.models.ConvNet` that fits.
         epochs: of the networks in the test, see :func:`~leakage.condensation.evaluate`.
-        augmentation: likewise.
+        augmentation: likewise; ``"dsa"`` keeps its own.
         full_epochs: on the whole training set.
         published: the paper's test accuracies by method, 0 to 1.
         seed: of all but the batches of real images, whose seed is that of ``data``.
@@ -134,6 +134,7 @@ def condense(
         check_choice("methods", method, METHODS)
     check_count(images_per_class=images_per_class, networks=networks, full_epochs=full_epochs)
     folder = Path(output)
+    check_trainer(trainer)
     check_output(folder)
     condensations = {
         method: GradientMatchingCondensation(
@@ -145,6 +146,7 @@ def condense(
     data.prepare_data()
     data.setup("fit")
     test: dict[str, Any] = {"network": network, "networks": networks, "epochs": epochs, "seed": seed}
+    device = "cpu" if trainer.get("accelerator") == "cpu" else None
     tests = {method: {**test, "augmentation": _augmentation(method, augmentation)} for method in methods}
     configurations = {
         method: {
@@ -152,7 +154,7 @@ def condense(
             "data": data.configuration,
             "images_per_class": images_per_class,
             "condensation": dict(condensations[method].hparams) if method in condensations else None,
-            "test": {name: str(value) for name, value in tests[method].items()},
+            "test": {name: _plain(value) for name, value in tests[method].items()},
             "full_epochs": full_epochs if method == "full" else None,
             "precision": trainer.get("precision"),
         }
@@ -178,12 +180,12 @@ def condense(
             seconds = sum(spent for part, spent in condensation.seconds.items() if part != "evaluation")
         elif method == "random":
             chosen = random_images(data, images_per_class, seed)
-            outcome = evaluate(chosen, data, **tests[method])
+            outcome = evaluate(chosen, data, device=device, **tests[method])
             chosen.save(record.parent / "synthetic.safetensors")
             save_figure(chosen.figure(), record.parent / "synthetic.png")
             seconds = 0.0
         else:
-            outcome = evaluate_full(data, network=network, epochs=full_epochs, seed=seed)
+            outcome = evaluate_full(data, network=network, epochs=full_epochs, seed=seed, device=device)
             seconds = time.perf_counter() - begun
         finished[method] = CondensationRow(
             method=method,
@@ -227,9 +229,9 @@ def format_table(rows: Sequence[CondensationRow]) -> str:
 
 
 def _augmentation(method: str, given: SiameseAugmentation | None) -> SiameseAugmentation | None:
-    """Of the networks in the test: that of the condensation, where it has one, unless another is given."""
+    """Of the networks in the test: that of the condensation, where it has one, else the one that is given."""
     strategy = (METHODS[method] or {}).get("augmentation")
-    return SiameseAugmentation(strategy) if given is None and strategy is not None else given
+    return given if strategy is None else SiameseAugmentation(strategy)
 
 
 def _run(
@@ -252,7 +254,7 @@ def _run(
     ]
     if trainer.get("enable_progress_bar", True):
         callbacks.append(CondensationProgressBar(name=method))
-    options = {"max_epochs": 1, "enable_model_summary": False, "plugins": [WholeCheckpointIO()], **trainer}
+    options = trainer_defaults() | trainer
     runner = Trainer(logger=logger, callbacks=callbacks, **options)
     runner.fit(condensation, datamodule=data, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
     return evaluation.last
@@ -268,6 +270,13 @@ def _write_overview(folder: Path, rows: Sequence[CondensationRow]) -> None:
     made = [row.method for row in rows if row.images_per_class is not None]
     for name in ("synthetic.safetensors", "synthetic.png") if made else ():
         shutil.copyfile(folder / made[0] / name, folder / name)
+
+
+def _plain(value: Any) -> Any:
+    """What tells an option from another in a record."""
+    if isinstance(value, SiameseAugmentation):
+        return dict(vars(value))
+    return value if value is None or isinstance(value, int) else str(value)
 
 
 def _row(record: dict[str, Any]) -> CondensationRow:
