@@ -6,13 +6,11 @@ import dataclasses
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from leakage.shared_gradient import write_safetensors
+from leakage.tensor_files import read_safetensors, write_safetensors
 
 _FORMAT = "leakage.Reconstruction"
 
@@ -64,7 +62,7 @@ class Reconstruction:
         Raises:
             OSError: the file can't be written.
         """
-        write_safetensors(path, self._tensors(), {"format": _FORMAT, "version": "1"})
+        write_safetensors(path, _FORMAT, self._tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Reconstruction:
@@ -74,18 +72,8 @@ class Reconstruction:
             FileNotFoundError: there is no such file.
             ValueError: a file of another kind, truncated, or with tensors missing.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"Expected a safetensors file at '{path}', but got no such file.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                kind = (file.metadata() or {}).get("format")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"Expected a whole safetensors file, but got '{path}': {error}") from error
+        _, tensors = read_safetensors(path, _FORMAT)
         names = {field.name for field in dataclasses.fields(cls)}
-        if kind != _FORMAT or tensors.keys() != names:
-            raise ValueError(
-                f"Expected a file of format {_FORMAT!r} with tensors {sorted(names)}, but got '{path}' of "
-                f"format {kind!r} with {sorted(tensors)}."
-            )
+        if tensors.keys() != names:
+            raise ValueError(f"Expected tensors {sorted(names)} in '{path}', but got {sorted(tensors)}.")
         return cls(**tensors)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from leakage.errors import check_choice, check_count
 from leakage.objectives import LOSSES
+from leakage.tensor_files import read_safetensors, write_safetensors
 
 _FORMAT = "leakage.SharedGradient"
-_VERSION = 1
 
 
 @dataclass
@@ -195,12 +191,10 @@ class SharedGradient:
         if self.labels is not None:
             tensors["labels"] = self.labels
         header = {
-            "format": _FORMAT,
-            "version": str(_VERSION),
             "protocol": json.dumps(dataclasses.asdict(self.protocol)),
             "own_weights": json.dumps(self.own_weights),
         }
-        write_safetensors(path, tensors, header)
+        write_safetensors(path, _FORMAT, tensors, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SharedGradient:
@@ -215,23 +209,7 @@ class SharedGradient:
             FileNotFoundError: there is no such file.
             ValueError: a file of another kind, truncated, or with a wrong header.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"Expected a safetensors file at '{path}', but got no such file.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"Expected a whole safetensors file, but got '{path}' which is truncated or of another kind "
-                f"(pickles, such as .pt and .pth, are refused): {error}"
-            ) from error
-        if header.get("format") != _FORMAT or header.get("version") != str(_VERSION):
-            raise ValueError(
-                f"Expected format {_FORMAT!r} of version {_VERSION} in the header of '{path}', but got "
-                f"{header.get('format')!r} of version {header.get('version')!r}."
-            )
+        header, tensors = read_safetensors(path, _FORMAT)
         try:
             protocol = Protocol(**json.loads(header["protocol"]))
             own_weights = json.loads(header["own_weights"])
@@ -260,23 +238,3 @@ class SharedGradient:
 def show_shape(*sizes: int | str) -> str:
     """A shape with letters for what is free, as in ``(V, 1, 28, 28)``."""
     return f"({', '.join(str(size) for size in sizes)}{',' if len(sizes) == 1 else ''})"
-
-
-def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file whole or not at all, so that a full disk spoils nothing.
-
-    Raises:
-        OSError: the file can't be written.
-    """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(contiguous, partial, metadata=header)
-        partial.replace(path)
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"Expected to write '{path}', but got: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # it is gone once it has replaced the old file
-            partial.unlink()

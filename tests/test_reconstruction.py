@@ -9,7 +9,7 @@ import torch
 
 from leakage import LeNet, Victim
 from leakage.reconstruction import Reconstruction
-from leakage.shared_gradient import write_safetensors
+from leakage.tensor_files import write_safetensors
 
 
 def make(victims: int, generator: torch.Generator) -> Reconstruction:
@@ -66,7 +66,9 @@ def test_file_of_another_kind(tmp_path):
     path = tmp_path / "shared.safetensors"
     victim = Victim(LeNet(image_size=4), image_shape=(1, 4, 4))
     victim.share(torch.rand(2, 1, 1, 4, 4), torch.zeros(2, 1, dtype=torch.long)).save(path)
-    with pytest.raises(ValueError, match=r"of format 'leakage\.Reconstruction'.*but got '.*leakage\.SharedGradient'"):
+    with pytest.raises(
+        ValueError, match=r"Expected format 'leakage\.Reconstruction' .*but got 'leakage\.SharedGradient'"
+    ):
         Reconstruction.load(path)
 
 
@@ -74,6 +76,8 @@ def test_missing_tensor(tmp_path, generator):
     path = tmp_path / "r.safetensors"
     tensors = {field.name: getattr(make(3, generator), field.name) for field in dataclasses.fields(Reconstruction)}
     del tensors["status"]
-    write_safetensors(path, tensors, {"format": "leakage.Reconstruction", "version": "1"})
-    with pytest.raises(ValueError, match=r"with tensors \[.*'status'\], but got '.*with \['evaluations'.*'restarts'\]"):
+    write_safetensors(path, "leakage.Reconstruction", tensors)
+    with pytest.raises(
+        ValueError, match=r"Expected tensors \[.*'status'\] in '.*', but got \['evaluations'.*'restarts'\]"
+    ):
         Reconstruction.load(path)

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from leakage import LeNet, Protocol, SharedGradient, Victim
-from leakage import shared_gradient as module
-from leakage.shared_gradient import show_shape, write_safetensors
+from leakage import LeNet, Protocol, SharedGradient, Victim, tensor_files
+from leakage.shared_gradient import show_shape
+from leakage.tensor_files import write_safetensors
 
 PROTOCOL = Protocol(image_shape=(1, 4, 4), num_classes=3, num_images=2)
 
@@ -74,7 +74,7 @@ def test_file_of_tensors_that_share_memory(tmp_path):
 
 def test_protocol_in_header_as_documented(tmp_path):
     make().save(tmp_path / "client.safetensors")
-    with module.safe_open(tmp_path / "client.safetensors", framework="pt") as file:
+    with tensor_files.safe_open(tmp_path / "client.safetensors", framework="pt") as file:
         header = file.metadata()
         names = set(file.keys())
     assert header["format"] == "leakage.SharedGradient"
@@ -235,7 +235,7 @@ def path(tmp_path: Path) -> Path:
 
 def rewrite(path: Path, *, without: tuple[str, ...] = (), **header: str | None) -> None:
     """Write the file again with changed header entries (None: without it) and without some tensors."""
-    with module.safe_open(path, framework="pt") as file:
+    with tensor_files.safe_open(path, framework="pt") as file:
         entries = dict(file.metadata()) | header
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items() if name not in without}
     save_file(tensors, path, {name: value for name, value in entries.items() if value is not None})
@@ -371,7 +371,7 @@ def test_full_disk_leaves_the_old_file(path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(OSError, match=r"Expected to write '.*client.safetensors', but got: "):
-            write_safetensors(path, {"big": torch.zeros(100_000)}, {})
+            write_safetensors(path, "big", {"big": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
@@ -387,9 +387,9 @@ def test_interrupted_write_leaves_the_old_file(path, monkeypatch, error, raised)
         raise error
 
     before = path.read_bytes()
-    monkeypatch.setattr(module, "save_file", write_half)
+    monkeypatch.setattr(tensor_files, "save_file", write_half)
     with pytest.raises(raised):
-        write_safetensors(path, {"x": torch.zeros(3)}, {})
+        write_safetensors(path, "x", {"x": torch.zeros(3)})
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
@@ -410,7 +410,7 @@ def test_writing_replaces_the_old_file(path):
 def test_writing_takes_views_and_gradients(tmp_path):
     whole = torch.arange(12.0).reshape(3, 4)
     tensors = {"t": whole.t(), "row": whole[1], "again": whole, "parameter": nn.Parameter(whole)}
-    write_safetensors(tmp_path / "views", tensors, {"key": "value"})
+    write_safetensors(tmp_path / "views", "views", tensors, {"key": "value"})
     loaded = load_file(tmp_path / "views")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 

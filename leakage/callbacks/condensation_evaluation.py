@@ -91,7 +91,7 @@ class SyntheticEvaluation(CondensationCallback):
     mean's 95 % interval, from 0 to 1; ``networks``; ``seconds`` of condensing and ``evaluation_seconds``, both since
     the beginning), and ``accuracy.png``, the curve over iterations. The loggers get ``eval/accuracy``,
     ``eval/accuracy_low``, ``eval/accuracy_high``, ``eval/accuracy_std``, ``eval/networks`` and
-    ``time/evaluation``, with training steps done as step.
+    ``time/evaluation``.
 
     The rows are part of checkpoints: a resumed run neither repeats nor loses one, and ends with the same
     accuracies. Training of a network that is no longer finite gives a warning and no row.
@@ -243,7 +243,7 @@ class SyntheticEvaluation(CondensationCallback):
                 "time/evaluation": row.evaluation_seconds,
             }
             for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=row.step)
+                logger.log_metrics(metrics, step=trainer.global_step)
 
     def _write_all(self, condensation: GradientMatchingCondensation) -> None:
         if not self.rows:

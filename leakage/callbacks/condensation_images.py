@@ -32,7 +32,7 @@ class SyntheticImages(CondensationCallback):
       for images of neither one nor three channels.
 
     After an error or an interrupt they hold the last good images. The loggers that take pictures get each
-    one with the key ``synthetic`` and training steps done as step, and W&B at the end the set as an artifact
+    one with the key ``synthetic``, and W&B at the end the set as an artifact
     ``synthetic-<data set>-<images per class>``.
 
     A run that starts from the beginning replaces the files of an earlier one in the same folder, after a
@@ -114,7 +114,7 @@ class SyntheticImages(CondensationCallback):
             paths.append(self.folder / "synthetic" / f"iteration_{condensation.iteration:06d}.png")
         for path in paths:
             self._pending[path] = lambda path: save_figure(figure, path)
-        log_image(trainer, "synthetic", figure_pixels(figure), caption=done, step=condensation.step)
+        log_image(trainer, "synthetic", figure_pixels(figure), caption=done)
 
     def _log_artifact(self, trainer: Trainer, condensation: GradientMatchingCondensation) -> None:
         if self._latest is None or self._logged is self._latest or self._failures:

@@ -16,19 +16,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from leakage.errors import check_count
 from leakage.plots import to_pixels
-from leakage.shared_gradient import write_safetensors
+from leakage.tensor_files import read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
     from leakage.datamodules.labelled import LabelledDataModule
 
 _FORMAT = "leakage.SyntheticSet"
-_VERSION = 1
 # Inches of the figure: one image, a letter of a class's name.
 _CELL, _LETTER = 0.6, 0.085
 
@@ -165,14 +163,12 @@ class SyntheticSet:
             OSError: the file can't be written.
         """
         header = {
-            "format": _FORMAT,
-            "version": str(_VERSION),
             "mean": json.dumps(self.mean),
             "std": json.dumps(self.std),
             "class_names": json.dumps(self.class_names),
             "dataset": json.dumps(self.dataset),
         }
-        write_safetensors(path, {"images": self.images, "labels": self.labels}, header)
+        write_safetensors(path, _FORMAT, {"images": self.images, "labels": self.labels}, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SyntheticSet:
@@ -186,23 +182,7 @@ class SyntheticSet:
             FileNotFoundError: there is no such file.
             ValueError: a file of another kind, truncated, or with a wrong header or tensors.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"Expected a safetensors file at '{path}', but got no such file.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"Expected a whole safetensors file, but got '{path}' which is truncated or of another kind "
-                f"(pickles, such as .pt and .pth, are refused): {error}"
-            ) from error
-        if header.get("format") != _FORMAT or header.get("version") != str(_VERSION):
-            raise ValueError(
-                f"Expected format {_FORMAT!r} of version {_VERSION} in the header of '{path}', but got "
-                f"{header.get('format')!r} of version {header.get('version')!r}."
-            )
+        header, tensors = read_safetensors(path, _FORMAT)
         if tensors.keys() != {"images", "labels"}:
             raise ValueError(f"Expected tensors 'images' and 'labels' in '{path}', but got {sorted(tensors)[:5]}.")
         try:

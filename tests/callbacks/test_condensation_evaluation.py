@@ -126,9 +126,9 @@ def test_logs_the_accuracy_with_the_step(tmp_path: Path) -> None:
     fit(module(loops=(2, 1), network_reuse=3), evaluation, logger=logger)
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         logged = {int(row["step"]): row for row in csv.DictReader(file) if row["eval/accuracy"]}
-    assert list(logged) == [0, 4, 8]
+    assert list(logged) == [0, 12, 24]
     for row in evaluation.rows:
-        found = logged[row.step]
+        found = logged[3 * row.step]  # three updates of the images in a step
         assert float(found["eval/accuracy"]) == pytest.approx(row.accuracy_mean)
         assert float(found["eval/accuracy_std"]) == pytest.approx(row.evaluation.std)
         low, high = float(found["eval/accuracy_low"]), float(found["eval/accuracy_high"])

@@ -190,7 +190,7 @@ def test_the_grid_is_logged_with_the_step(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     fit(module(loops=(2, 1), network_reuse=3), SyntheticImages(tmp_path, moments=(0, 2)), logger=logger)
     events = EventAccumulator(logger.log_dir).Reload()
-    assert [event.step for event in events.Images("synthetic")] == [0, 4, 8]
+    assert [event.step for event in events.Images("synthetic")] == [0, 12, 24]
 
 
 def test_the_set_becomes_an_artifact_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 from leakage import LeNet, Victim
 from leakage.condensation.synthetic_set import SyntheticSet
 from leakage.plots import figure_pixels
-from leakage.shared_gradient import write_safetensors
+from leakage.tensor_files import write_safetensors
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 HEADER = {
@@ -146,15 +146,20 @@ def test_broken_and_foreign_files(tmp_path: Path) -> None:
 def test_wrong_headers(tmp_path: Path, header: dict[str, str | None], message: str) -> None:
     path = tmp_path / "s.safetensors"
     tensors = {"images": torch.zeros(2, 1, 3, 3), "labels": torch.tensor([0, 1])}
-    write_safetensors(path, tensors, HEADER)
+    write_safetensors(path, "leakage.SyntheticSet", tensors, HEADER)
     SyntheticSet.load(path)
-    write_safetensors(path, tensors, {name: value for name, value in (HEADER | header).items() if value is not None})
+    write_safetensors(
+        path,
+        "leakage.SyntheticSet",
+        tensors,
+        {name: value for name, value in (HEADER | header).items() if value is not None},
+    )
     with pytest.raises(ValueError, match=message):
         SyntheticSet.load(path)
 
 
 def test_missing_tensor(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "s", {"images": torch.zeros(2, 1, 3, 3)}, HEADER)
+    write_safetensors(tmp_path / "s", "leakage.SyntheticSet", {"images": torch.zeros(2, 1, 3, 3)}, HEADER)
     with pytest.raises(ValueError, match=r"Expected tensors 'images' and 'labels' in '.*', but got \['images'\]"):
         SyntheticSet.load(tmp_path / "s")
     assert json.loads(HEADER["class_names"]) == ["a", "b"]

@@ -1,0 +1,69 @@
+"""Tensors in safetensors files: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_VERSION = "1"
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file whole or not at all, so that a full disk spoils nothing.
+
+    Args:
+        path: of the file; its folder is made.
+        kind: the ``format`` in the header, beside the ``version``.
+        tensors: by name.
+        header: further entries.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(contiguous, partial, metadata={"format": kind, "version": _VERSION, **(header or {})})
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"Expected to write '{path}', but got: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # it is gone once it has replaced the old file
+            partial.unlink()
+
+
+def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header and the tensors of a file that :func:`write_safetensors` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file of another kind, or truncated.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a safetensors file at '{path}', but got no such file.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"Expected a whole safetensors file, but got '{path}' which is truncated or of another kind "
+            f"(pickles, such as .pt and .pth, are refused): {error}"
+        ) from error
+    if header.get("format") != kind or header.get("version") != _VERSION:
+        raise ValueError(
+            f"Expected format {kind!r} of version {_VERSION} in the header of '{path}', but got "
+            f"{header.get('format')!r} of version {header.get('version')!r}."
+        )
+    return header, tensors
