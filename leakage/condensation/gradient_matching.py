@@ -133,6 +133,7 @@ class GradientMatchingCondensation(LightningModule):
         self.augmentation = None if augmentation is None else SiameseAugmentation(augmentation)
         self.protocol = condensation_protocol(
             protocol,
+            images_per_class,
             iterations=iterations,
             batch_size=batch_size,
             network_reuse=network_reuse,

@@ -23,7 +23,8 @@ class CondensationProtocol:
             ``batch_size`` of its own.
         network_reuse: updates of the images in a row against the same network and the same gradients of the
             real images. The paper makes one; each further one saves almost all that an update costs.
-        learning_rate: of the synthetic images, which are normalised.
+        learning_rate: of the synthetic images, which are normalised. That of ``"fast"`` is 0.3 for one image per
+            class and grows with their number, since each has only its share in the mean gradient.
         momentum: likewise, from 0 to below 1.
         decay: whether the learning rate falls to zero in equal steps over the run. Each network pulls the images
             its own way; smaller and smaller steps take the mean over the last ones.
@@ -61,11 +62,12 @@ PROTOCOLS = {
 }
 
 
-def condensation_protocol(name: str, **replaced: Any) -> CondensationProtocol:
+def condensation_protocol(name: str, images_per_class: int = 1, **replaced: Any) -> CondensationProtocol:
     """The protocol of that name, with some of its values replaced.
 
     Args:
         name: one of :data:`PROTOCOLS`.
+        images_per_class: the learning rate of ``"fast"`` is proportional to it.
         replaced: values by name; None keeps the protocol's own.
 
     Raises:
@@ -73,6 +75,8 @@ def condensation_protocol(name: str, **replaced: Any) -> CondensationProtocol:
     """
     check_choice("protocol", name, PROTOCOLS)
     named = PROTOCOLS[name]
+    if name == "fast":
+        named = dataclasses.replace(named, learning_rate=named.learning_rate * images_per_class)
     protocol = dataclasses.replace(named, **{key: value for key, value in replaced.items() if value is not None})
     check_count(iterations=protocol.iterations, batch_size=protocol.batch_size, network_reuse=protocol.network_reuse)
     check_flag(decay=protocol.decay)

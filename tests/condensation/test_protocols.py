@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from leakage.condensation import CondensationProtocol
+from leakage.condensation import CondensationProtocol, GradientMatchingCondensation
 from leakage.condensation.protocols import LOOPS, condensation_protocol, schedule
 
 
@@ -89,3 +89,11 @@ def test_any_number_of_images_has_a_schedule_if_it_is_given() -> None:
 def test_names_bad_loops(loops: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         schedule(1, loops)
+
+
+def test_the_rate_of_fast_grows_with_the_images_of_a_class() -> None:
+    rates = [condensation_protocol("fast", count).learning_rate for count in (1, 10)]
+    assert rates == pytest.approx([0.3, 3.0])
+    assert condensation_protocol("fast", 10, learning_rate=0.2).learning_rate == 0.2
+    assert condensation_protocol("published", 10).learning_rate == 0.1
+    assert GradientMatchingCondensation(10, protocol="fast").protocol.learning_rate == pytest.approx(3.0)
