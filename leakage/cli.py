@@ -100,6 +100,9 @@ class LeakageCLI(LightningCLI):
             parser.add_argument("--callbacks", type=list[Callback])
             fitting = parser.parse_object({"callbacks": _CONDENSATION_CALLBACKS}).callbacks
             config.trainer.callbacks = [*fitting, *given[len(default) :]]
+        if isinstance(model, type) and issubclass(model, GradientMatchingCondensation):
+            # Its steps take long, and there may be only a few.
+            config.trainer.log_every_n_steps = config.trainer.log_every_n_steps or 1
 
     def instantiate_classes(self) -> None:
         """Put the clients' network into evaluation mode, which a configuration has no other way to ask for.
@@ -287,6 +290,8 @@ def evaluate_saved(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     try:
         synthetic = SyntheticSet.load(given.file)
+        if not (given.dataset or synthetic.dataset):
+            raise ValueError("Expected `--dataset` for a set that does not name its data set, but got none.")
         _, data = images_named(given.dataset or synthetic.dataset, root=given.root, image_size=given.image_size)
         data.prepare_data()
         data.setup("fit")

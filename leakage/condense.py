@@ -20,7 +20,6 @@ from leakage.callbacks import CondensationProgressBar, SyntheticEvaluation, Synt
 from leakage.checkpoints import TimedCheckpoint
 from leakage.compare import align, check_output, check_trainer, read_record, trainer_defaults
 from leakage.condensation import (
-    Evaluation,
     GradientMatchingCondensation,
     SiameseAugmentation,
     evaluate,
@@ -42,7 +41,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
 }
 # Iterations after which the images are tested; always at the end.
 MOMENTS = (0, 10, 20, 50, 100, 200, 500, 1000)
-FILES = ("summary.json", "accuracy.png")
+# All that a run writes to its folder itself.
+FILES = ("summary.json", "accuracy.png", "synthetic.png", "synthetic.safetensors")
 
 
 @dataclass
@@ -58,7 +58,8 @@ class CondensationRow:
         accuracy_std: over the networks.
         accuracy_ci: 95 % confidence interval of the mean, after Student.
         networks: how many were trained.
-        seconds: spent on condensing, without tests, over all sessions of a resumed run.
+        seconds: spent on condensing, without tests, over all sessions of a resumed run; on training and testing for
+            ``"full"``, 0 for ``"random"``.
         published_accuracy: the paper's figure, 0 to 1, where there is one.
     """
 
@@ -80,6 +81,7 @@ def condense(
     output: str | os.PathLike[str],
     *,
     images_per_class: int = 1,
+    loops: tuple[int, int] | None = None,
     iterations: int | None = None,
     networks: int = 10,
     moments: Sequence[int] = MOMENTS,
@@ -87,6 +89,7 @@ def condense(
     epochs: int | None = None,
     augmentation: SiameseAugmentation | None = None,
     full_epochs: int = 5,
+    cache: str | os.PathLike[str] | None = None,
     published: Mapping[str, float] | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -99,7 +102,7 @@ def condense(
     ``synthetic.png`` of the first method that makes a set, where something is condensed ``accuracy.png`` (test
     accuracy over iterations, the other methods as lines), and a folder per method with its record, its last
     checkpoint while it runs, its set, and what :class:`~leakage.callbacks.SyntheticImages` and
-    :class:`~leakage.callbacks.SyntheticEvaluation` write.
+    :class:`~leakage.callbacks.SyntheticEvaluation` write. Without ``resume`` those of an earlier run are replaced.
 
     Args:
         methods: of ``"dc"``, ``"dsa"`` (with siamese augmentation, of the networks in the test too), ``"fast"``,
@@ -107,6 +110,8 @@ def condense(
         data: where the images come from.
         output: the folder.
         images_per_class: of the set.
+        loops: (outer, inner), by default those of the paper, see
+            :class:`~leakage.condensation.GradientMatchingCondensation`.
         iterations: networks that images are condensed on, of all methods; by default each protocol's own.
         networks: that are trained on the set for its test; one on the whole training set.
         moments: iterations after which the images are tested, besides the last.
@@ -114,6 +119,7 @@ def condense(
         epochs: of the networks in the test, see :func:`~leakage.condensation.evaluate`.
         augmentation: likewise; ``"dsa"`` keeps its own.
         full_epochs: on the whole training set.
+        cache: a folder that keeps the results on whole training sets, so that they are worked out once.
         published: the paper's test accuracies by method, 0 to 1.
         seed: of all but the batches of real images, whose seed is that of ``data``.
         resume: go on with what is in ``output``; where there is nothing, begin.
@@ -138,7 +144,7 @@ def condense(
     check_output(folder)
     condensations = {
         method: GradientMatchingCondensation(
-            images_per_class, network=network, iterations=iterations, seed=seed, **options
+            images_per_class, network=network, loops=loops, iterations=iterations, seed=seed, **options
         )
         for method in methods
         if (options := METHODS[method]) is not None
@@ -166,26 +172,35 @@ def condense(
         row = read_record(folder / method, configurations[method], CondensationRow) if resume else None
         if row is not None:
             finished[method] = _row(row)
+    # What can be refused is refused before the first is run.
+    chosen = random_images(data, images_per_class, seed) if "random" in methods else None
+    evaluations = {
+        method: SyntheticEvaluation(moments, output=folder / method, **tests[method]) for method in condensations
+    }
+    if not resume:
+        for file in FILES:
+            (folder / file).unlink(missing_ok=True)
     for method in methods:
         if method in finished:
             continue
         record = folder / method / "run.json"
         if not resume:
-            shutil.rmtree(folder / method, ignore_errors=True)
+            _clear(folder / method)
         write_json(record, {"configuration": configurations[method], "row": None})
         begun = time.perf_counter()
         condensation = condensations.get(method)
         if condensation is not None:
-            outcome = _run(method, condensation, data, record.parent, moments, tests[method], logger, trainer)
+            callbacks: list[Callback] = [evaluations[method], SyntheticImages(record.parent, moments=moments)]
+            _run(method, condensation, data, record.parent, callbacks, logger, trainer)
+            outcome = evaluations[method].last
             seconds = sum(spent for part, spent in condensation.seconds.items() if part != "evaluation")
-        elif method == "random":
-            chosen = random_images(data, images_per_class, seed)
+        elif method == "random" and chosen is not None:
             outcome = evaluate(chosen, data, device=device, **tests[method])
             chosen.save(record.parent / "synthetic.safetensors")
             save_figure(chosen.figure(), record.parent / "synthetic.png")
             seconds = 0.0
         else:
-            outcome = evaluate_full(data, network=network, epochs=full_epochs, seed=seed, device=device)
+            outcome = evaluate_full(data, network=network, epochs=full_epochs, seed=seed, device=device, cache=cache)
             seconds = time.perf_counter() - begun
         finished[method] = CondensationRow(
             method=method,
@@ -201,9 +216,11 @@ def condense(
         )
         write_json(record, {"configuration": configurations[method], "row": asdict(finished[method])})
         (record.parent / "last.ckpt").unlink(missing_ok=True)
+        # After each, so that a later one that fails loses nothing.
+        rows = [finished[name] for name in methods if name in finished]
+        _write_overview(folder, rows)
     rows = [finished[method] for method in methods]
     _write_overview(folder, rows)
-    write_json(folder / "summary.json", [asdict(row) for row in rows])
     return rows
 
 
@@ -239,34 +256,36 @@ def _run(
     condensation: GradientMatchingCondensation,
     data: LabelledDataModule,
     folder: Path,
-    moments: Sequence[int],
-    test: dict[str, Any],
+    callbacks: list[Callback],
     logger: Logger | bool,
     trainer: dict[str, Any],
-) -> Evaluation:
-    """Condense, from the last checkpoint if there is one, and give the test of the final images."""
+) -> None:
+    """Condense, from the last checkpoint if there is one."""
     checkpoint = folder / "last.ckpt"
-    evaluation = SyntheticEvaluation(moments, output=folder, **test)
-    callbacks: list[Callback] = [
-        evaluation,
-        SyntheticImages(folder, moments=moments),
-        TimedCheckpoint(folder),
-    ]
+    callbacks = [*callbacks, TimedCheckpoint(folder)]
     if trainer.get("enable_progress_bar", True):
         callbacks.append(CondensationProgressBar(name=method))
-    options = trainer_defaults() | trainer
+    options = trainer_defaults() | {"log_every_n_steps": 1} | trainer
     runner = Trainer(logger=logger, callbacks=callbacks, **options)
     runner.fit(condensation, datamodule=data, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
-    return evaluation.last
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run of a method has written, and nothing else."""
+    written = ("run.json", "last.ckpt", "accuracy.*", "synthetic.*", "synthetic/iteration_*.png", "images/*/*.png")
+    for pattern in written:
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def _write_overview(folder: Path, rows: Sequence[CondensationRow]) -> None:
-    """The curves of all methods in one picture, and the set of the first that has one."""
+    """The rows, the curves of all methods in one picture, and the set of the first that has one."""
     curves = {row.method: read_accuracies(folder / row.method / "accuracy.csv") for row in rows if row.iterations}
     lines = {row.method: row.accuracy_mean for row in rows if not row.iterations}
     paper = {f"{row.method}, paper": row.published_accuracy for row in rows if row.published_accuracy is not None}
     if curves:
         save_figure(plot_accuracy(curves, lines={**lines, **paper}, title=rows[0].dataset), folder / "accuracy.png")
+    write_json(folder / "summary.json", [asdict(row) for row in rows])
     made = [row.method for row in rows if row.images_per_class is not None]
     for name in ("synthetic.safetensors", "synthetic.png") if made else ():
         shutil.copyfile(folder / made[0] / name, folder / name)

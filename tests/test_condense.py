@@ -139,3 +139,45 @@ def test_dsa_trains_the_networks_of_its_test_with_its_own_augmentation(tmp_path:
 def test_refuses(tmp_path: Path, methods: list[str], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(tmp_path, methods, **options)
+
+
+def test_any_loops(tmp_path: Path) -> None:
+    (row,) = run(tmp_path, ["dc"], images_per_class=2, loops=(2, 1), iterations=1, moments=())
+    assert row.images_per_class == 2
+    assert torch.equal(read_accuracies(tmp_path / "dc" / "accuracy.csv")[:, 0], torch.tensor([1.0]).double())
+
+
+def test_what_is_bad_is_told_before_the_first_method_is_run(tmp_path: Path) -> None:
+    for options in ({"images_per_class": 81, "loops": (1, 1)}, {"epochs": 0}, {"moments": (-1,)}):
+        with pytest.raises(ValueError, match="Expected"):
+            run(tmp_path, ["dc", "random"], **options)
+        assert not (tmp_path / "dc" / "run.json").exists()
+
+
+def test_a_method_that_fails_leaves_what_the_others_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, ["dc"], moments=())
+
+    def diverge(*args: Any, **options: Any) -> Any:
+        raise FloatingPointError("Expected finite losses, but got nan")
+
+    monkeypatch.setattr("leakage.condense.evaluate_full", diverge)
+    with pytest.raises(FloatingPointError):
+        run(tmp_path, ["random", "full"])
+    (row,) = json.loads((tmp_path / "summary.json").read_text())
+    assert row["method"] == "random"
+    assert not (tmp_path / "accuracy.png").exists(), "that of the earlier run"
+    assert (tmp_path / "dc" / "run.json").exists(), "of a method that was not asked for"
+
+
+def test_only_what_a_run_writes_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "random").mkdir()
+    (tmp_path / "random" / "thesis.txt").write_text("mine")
+    run(tmp_path, ["random"])
+    assert (tmp_path / "random" / "thesis.txt").read_text() == "mine"
+
+
+def test_the_whole_set_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(tmp_path / "a", ["full"], cache=tmp_path / "cache")
+    monkeypatch.setattr("leakage.condensation.evaluation.train_and_test", None)
+    again = run(tmp_path / "b", ["full"], cache=tmp_path / "cache")
+    assert again[0].accuracy_mean == first[0].accuracy_mean

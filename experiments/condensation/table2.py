@@ -1,7 +1,9 @@
 r"""Table 2 of Dataset Condensation: test accuracy of networks trained on a few condensed images, per data set.
 
     python experiments/condensation/table2.py --dataset fashion_mnist --images-per-class 1 --iterations 100 \
-        --networks 10 --method dc fast random full --output results/fashion_mnist_1
+        --method dc random --output results/fashion_mnist_1
+    python experiments/condensation/table2.py --dataset fashion_mnist --images-per-class 1 --method fast \
+        --output results/fashion_mnist_1_fast
 
 Methods: `dc` (gradient matching with the paper's protocol, https://arxiv.org/abs/2006.05929), `dsa` (the same with
 siamese augmentation, https://arxiv.org/abs/2102.08259), `fast` (this library's protocol), `random` (as many random real
@@ -23,7 +25,7 @@ from pathlib import Path
 from leakage.cli import quiet
 from leakage.compare import check_output, holds_results
 from leakage.condensation import SiameseAugmentation
-from leakage.condense import METHODS, MOMENTS, condense, format_table
+from leakage.condense import FILES, METHODS, MOMENTS, condense, format_table
 from leakage.datamodules.named import LABELLED_DATASETS, images_named
 
 # Test accuracy in % with 1, 10 and 50 images per class in table 2 of DC and table 1 of DSA.
@@ -42,8 +44,6 @@ _DSA = {
     "cifar10": (28.8, 52.1, 60.6),
     "cifar100": (13.9, 32.3),
 }
-# All that a run writes to the folder itself.
-FILES = ("summary.json", "accuracy.png", "synthetic.png", "synthetic.safetensors")
 
 
 def published(dataset: str, images_per_class: int) -> dict[str, float]:
@@ -81,12 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             data,
             given.output,
             images_per_class=given.images_per_class,
+            loops=None if given.loops is None else tuple(given.loops),
             iterations=given.iterations,
             networks=given.networks,
             moments=given.moments,
             epochs=given.epochs,
             augmentation=SiameseAugmentation.mnist_evaluation() if augments else None,
             full_epochs=given.full_epochs,
+            cache=given.cache,
             published=published(given.dataset, given.images_per_class),
             seed=given.seed,
             resume=given.resume,
@@ -116,7 +118,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--images-per-class", type=int, default=1, help="of the sets (default: %(default)s)")
     parser.add_argument("--method", nargs="+", choices=tuple(METHODS), default=["dc"], help="default: dc")
-    parser.add_argument("--iterations", type=int, help="networks to condense on (default: the protocol's)")
+    parser.add_argument(
+        "--loops",
+        nargs=2,
+        type=int,
+        metavar=("OUTER", "INNER"),
+        help="default: the paper's for 1, 10, 20 ... 50 images",
+    )
+    parser.add_argument(
+        "--iterations", type=int, help="networks to condense on, with every method (default: each protocol's)"
+    )
     parser.add_argument("--networks", type=int, default=10, help="trained on a set to test it (default: %(default)s)")
     parser.add_argument(
         "--moments",
@@ -127,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--epochs", type=int, help="of the networks in the test (default: 300, augmented 1000)")
     parser.add_argument("--full-epochs", type=int, default=5, help="of the method full (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, help="folder that keeps results on whole training sets (default: none)")
     parser.add_argument(
         "--augment-test",
         action=argparse.BooleanOptionalAction,

@@ -120,4 +120,5 @@ def as_condensation(callback: object, pl_module: LightningModule) -> GradientMat
 
 def between_iterations(condensation: GradientMatchingCondensation) -> bool:
     """Whether an iteration is complete and the next has not begun."""
-    return condensation.step == condensation.iteration * condensation.outer
+    # The images move within a step, which counts only when it is done.
+    return not condensation.within_step and condensation.step == condensation.iteration * condensation.outer

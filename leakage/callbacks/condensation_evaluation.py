@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
@@ -21,11 +21,10 @@ from leakage.callbacks.progress import RunProgressBar
 from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.evaluation import Evaluation, evaluate
 from leakage.condensation.gradient_matching import GradientMatchingCondensation
+from leakage.condensation.networks import check_network
+from leakage.datamodules.labelled import LabelledDataModule
 from leakage.errors import check_count
 from leakage.plots import plot_accuracy, save_figure
-
-if TYPE_CHECKING:
-    from leakage.datamodules.labelled import LabelledDataModule
 
 COLUMNS = (
     "iteration",
@@ -91,10 +90,11 @@ class SyntheticEvaluation(CondensationCallback):
     mean's 95 % interval, from 0 to 1; ``networks``; ``seconds`` of condensing and ``evaluation_seconds``, both since
     the beginning), and ``accuracy.png``, the curve over iterations. The loggers get ``eval/accuracy``,
     ``eval/accuracy_low``, ``eval/accuracy_high``, ``eval/accuracy_std``, ``eval/networks`` and
-    ``time/evaluation``.
+    ``time/evaluation``, with training steps done as step.
 
     The rows are part of checkpoints: a resumed run neither repeats nor loses one, and ends with the same
-    accuracies. Training of a network that is no longer finite gives a warning and no row.
+    accuracies. Training of a network that is no longer finite gives a warning and no row, and at the end of the
+    run :attr:`last` raises.
 
     Attributes:
         rows: one per test, in their order.
@@ -113,8 +113,8 @@ class SyntheticEvaluation(CondensationCallback):
 
     Raises:
         ValueError: an option out of its range; in ``fit``, a module that is no
-            :class:`~leakage.condensation.GradientMatchingCondensation`, or at the first test a network that does
-            not fit the data.
+            :class:`~leakage.condensation.GradientMatchingCondensation`, or at its start a network that does not
+            fit the data.
         OSError: the folder can't be written, or files are missing at the end.
     """
 
@@ -149,15 +149,19 @@ class SyntheticEvaluation(CondensationCallback):
         self._options: dict[str, Any] = {
             "networks": networks, "epochs": epochs, "augmentation": augmentation, "seed": seed, "stacked": stacked,
         }  # fmt: skip
-        self._failed_at = -1
+        self._failed_at, self._failure = -1, ""
 
     @property
     def last(self) -> Evaluation:
-        """The latest test; after ``fit`` that of the final images.
+        """The latest test; after a ``fit`` that came to its end, that of the final images.
 
         Raises:
+            FloatingPointError: that test failed, as the training of a network was no longer finite. Earlier tests
+                are in :attr:`rows`.
             RuntimeError: there was none.
         """
+        if self._failure:
+            raise FloatingPointError(self._failure)
         if not self.rows:
             raise RuntimeError("Expected a run with a test to be over, but got no test yet.")
         return self.rows[-1].evaluation
@@ -171,10 +175,14 @@ class SyntheticEvaluation(CondensationCallback):
         self.rows = [AccuracyRow(**{**row, "accuracies": tuple(row["accuracies"])}) for row in state_dict["rows"]]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse other modules, find the folder and try to write there."""
+        """Refuse other modules and a network that does not fit, find the folder and try to write there."""
         super().setup(trainer, pl_module, stage)
         # The rows of a checkpoint are read after this.
-        self.rows, self._failed_at, self.evaluating = [], -1, False
+        self.rows, self._failed_at, self._failure, self.evaluating = [], -1, "", False
+        # Otherwise the module, which is set up next, tells what is wrong with the data.
+        data = getattr(trainer, "datamodule", None)
+        if self.network is not None and isinstance(data, LabelledDataModule):
+            check_network(self.network, data)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what could not be written before."""
@@ -205,16 +213,18 @@ class SyntheticEvaluation(CondensationCallback):
             with condensation.clock("evaluation"):
                 evaluation = evaluate(
                     condensation.synthetic_set(),
-                    cast("LabelledDataModule", trainer.datamodule),  # type: ignore[attr-defined]
+                    cast(LabelledDataModule, trainer.datamodule),  # type: ignore[attr-defined]
                     network=condensation.network if self.network is None else self.network,
                     device=trainer.strategy.root_device,
                     progress=False,
                     **self._options,
                 )
         except FloatingPointError as error:
-            rank_zero_warn(f"The images after {condensation.iteration} iterations could not be tested: {error}")
+            self._failure = f"The images after {condensation.iteration} iterations could not be tested: {error}"
             self._failed_at = condensation.step
+            rank_zero_warn(self._failure)
             return []
+        self._failure = ""
         spent = condensation.seconds
         return [
             AccuracyRow(
@@ -243,7 +253,7 @@ class SyntheticEvaluation(CondensationCallback):
                 "time/evaluation": row.evaluation_seconds,
             }
             for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
+                logger.log_metrics(metrics, step=row.step)
 
     def _write_all(self, condensation: GradientMatchingCondensation) -> None:
         if not self.rows:

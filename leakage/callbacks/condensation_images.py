@@ -28,11 +28,11 @@ class SyntheticImages(CondensationCallback):
     - ``synthetic.safetensors``, the :class:`~leakage.condensation.SyntheticSet` as the module holds it at
       that time, and ``synthetic.png``, a row of images per class;
     - ``synthetic/iteration_000050.png`` and so on, the same picture after that many iterations;
-    - at the end, ``images/<class>/<number>.png``: 8-bit pictures, values outside of [0, 1] clipped. Left out
-      for images of neither one nor three channels.
+    - only at the end, ``images/<class>/<number>.png``: 8-bit pictures, values outside of [0, 1] clipped. Left out
+      for images of neither one nor three channels. Until then those of an earlier run stay.
 
     After an error or an interrupt they hold the last good images. The loggers that take pictures get each
-    one with the key ``synthetic``, and W&B at the end the set as an artifact
+    one with the key ``synthetic`` and training steps done as step, and W&B at the end the set as an artifact
     ``synthetic-<data set>-<images per class>``.
 
     A run that starts from the beginning replaces the files of an earlier one in the same folder, after a
@@ -114,7 +114,7 @@ class SyntheticImages(CondensationCallback):
             paths.append(self.folder / "synthetic" / f"iteration_{condensation.iteration:06d}.png")
         for path in paths:
             self._pending[path] = lambda path: save_figure(figure, path)
-        log_image(trainer, "synthetic", figure_pixels(figure), caption=done)
+        log_image(trainer, "synthetic", figure_pixels(figure), caption=done, step=condensation.step)
 
     def _log_artifact(self, trainer: Trainer, condensation: GradientMatchingCondensation) -> None:
         if self._latest is None or self._logged is self._latest or self._failures:
@@ -138,8 +138,6 @@ class SyntheticImages(CondensationCallback):
         if synthetic.image_shape[0] not in _CHANNELS:
             return
         try:
-            synthetic.save_images(self.folder / "images")
+            synthetic.check_images_folder(self.folder / "images")
         except FileExistsError as error:
             raise FileExistsError(f"{error} Give {type(self).__name__} another `output`.") from error
-        except OSError:
-            return  # the disk may have room later

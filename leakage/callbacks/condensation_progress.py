@@ -15,7 +15,7 @@ from leakage.condensation.gradient_matching import GradientMatchingCondensation
 _PARTS = {
     "real": "gradients of real images",
     "synthetic": "gradients of synthetic images",
-    "network": "training networks",
+    "network": "networks",
     "evaluation": "evaluation",
 }
 

@@ -65,13 +65,25 @@ class OfflineSafeWandbLogger(WandbLogger):
             return super().experiment
 
 
-def log_image(trainer: Trainer, key: str, pixels: NDArray[np.uint8], *, caption: str = "") -> None:
-    """Give a picture ``(height, width, 3)``, 0 to 255, to every logger that takes pictures."""
+def log_image(
+    trainer: Trainer, key: str, pixels: NDArray[np.uint8], *, caption: str = "", step: int | None = None
+) -> None:
+    """Give a picture ``(height, width, 3)``, 0 to 255, to every logger that takes pictures.
+
+    Args:
+        trainer: whose loggers.
+        key: what the picture is called.
+        pixels: the picture.
+        caption: for W&B.
+        step: by default the trainer's ``global_step``, which counts the steps of optimizers; the curves of a
+            module's ``self.log`` are over training steps, of which each may hold several of those.
+    """
+    step = trainer.global_step if step is None else step
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(key, [pixels], step=trainer.global_step, caption=[caption])
+            logger.log_image(key, [pixels], step=step, caption=[caption])
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(key, pixels, trainer.global_step, dataformats="HWC")
+            logger.experiment.add_image(key, pixels, step, dataformats="HWC")
 
 
 def log_table(trainer: Trainer, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from leakage.condensation.augmentation import SiameseAugmentation
+from leakage.condensation.networks import default_network
 from leakage.condensation.synthetic_set import SyntheticSet
 from leakage.condensation.training import TrainingOptions, train_and_test
 from leakage.errors import check_count
 from leakage.metrics.estimates import mean_interval
-from leakage.models import ConvNet, draw_state
+from leakage.models import draw_state
 from leakage.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def evaluate(
     options = TrainingOptions(epochs, learning_rate, momentum, weight_decay, batch_size, augmentation, seed)
     _make_ready(data)
     synthetic.check(data)
-    network = _network(data) if network is None else network
+    network = default_network(data) if network is None else network
     return Evaluation(
         *train_and_test(synthetic.images, synthetic.labels, data, network, networks, options, stacked, device, progress)
     )
@@ -249,7 +250,7 @@ def evaluate_full(
     """
     options = TrainingOptions(epochs, learning_rate, momentum, weight_decay, batch_size, augmentation, seed)
     _make_ready(data)
-    network = _network(data) if network is None else network
+    network = default_network(data) if network is None else network
 
     def run() -> Evaluation:
         images, labels = data.train.images, data.train.labels
@@ -265,12 +266,6 @@ def _make_ready(data: LabelledDataModule) -> None:
     if not hasattr(data, "test"):
         data.prepare_data()
         data.setup("fit")
-
-
-def _network(data: LabelledDataModule) -> ConvNet:
-    channels, height, width = data.image_shape
-    with torch.random.fork_rng(devices=[]):  # its first weights, which play no part
-        return ConvNet(channels, (height, width), data.num_classes)
 
 
 def _describe(data: LabelledDataModule, network: nn.Module, networks: int, options: TrainingOptions) -> dict[str, Any]:

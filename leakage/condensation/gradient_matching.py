@@ -55,8 +55,10 @@ class GradientMatchingCondensation(LightningModule):
         synthetic_images: the parameters, normalised, ``(K * images_per_class, C, H, W)`` in the order of the
             classes.
         seconds: time spent so far on gradients of real images (``"real"``), of synthetic ones (``"synthetic"``),
-            training the network (``"network"``) and what callbacks add as ``"evaluation"``.
+            drawing and training the network (``"network"``) and what callbacks add as ``"evaluation"``.
         last_loss: the sum of the distances over classes at the last step.
+        step: training steps that are complete.
+        within_step: whether one has begun and is not.
 
     Args:
         images_per_class: synthetic images of each class.
@@ -78,9 +80,10 @@ class GradientMatchingCondensation(LightningModule):
     Raises:
         ValueError: an unknown choice or a number out of its range; in ``fit``, a DataModule that is no
             :class:`~leakage.datamodules.LabelledDataModule`, a network that does not fit its images, more images
-            per class than a class has with ``initialization="real"``, or a checkpoint of another configuration.
+            per class than a class has with ``initialization="real"``, a checkpoint of another configuration, or a
+            Trainer that has already fitted.
         FloatingPointError: in ``fit``, a loss or derivative that is not finite; the images are then the last for which
-            both were.
+            both were finite, since the run began or was resumed.
 
     References:
         Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
@@ -156,7 +159,7 @@ class GradientMatchingCondensation(LightningModule):
         self.last_loss = float("nan")
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._real_images_seen = 0
-        self._within_step = False
+        self.within_step = False
         self._sound_images: Tensor | None = None
 
     # What callers and callbacks read.
@@ -223,6 +226,11 @@ class GradientMatchingCondensation(LightningModule):
     def setup(self, stage: str) -> None:
         """Look at the data, and make synthetic images and a network of its shape."""
         data = self._datamodule
+        if self.trainer.current_epoch and not self.trainer.ckpt_path:
+            raise ValueError(
+                "Expected a new Trainer, but got one that has already fitted: it would not train, and the images would "
+                "be lost."
+            )
         check_choice("precision", self.trainer.precision, _PRECISIONS)
         if self.trainer.world_size > 1:
             raise ValueError(
@@ -275,11 +283,12 @@ class GradientMatchingCondensation(LightningModule):
         """Take the real gradients, move the synthetic images towards them, train the network on these."""
         if batch.step != self.step:
             raise RuntimeError(f"Expected the real images of step {self.step}, but got those of {batch.step}.")
-        self._within_step = True
+        self.within_step = True
         classes = torch.split(batch.images, torch.bincount(batch.labels, minlength=self._num_classes).tolist())
-        if self.step % self.outer == 0:
-            self._draw_network()
-        take_statistics(self.network, self._datamodule, classes)
+        with self.clock("network"):
+            if self.step % self.outer == 0:
+                self._draw_network()
+            take_statistics(self.network, self._datamodule, classes)
         transforms = self._transforms()
         prepare = [self._prepare(transform) for transform in transforms or [nn.Identity()] * len(classes)]
         with self.clock("real"):
@@ -298,7 +307,7 @@ class GradientMatchingCondensation(LightningModule):
         if self.step % self.outer:
             with self.clock("network"):
                 self._train_network()
-        self._within_step = False
+        self.within_step = False
         self.log("train/loss", self.last_loss, prog_bar=True, batch_size=1)
         self.log("train/images_per_second", self.images_per_second, batch_size=1)
         self.log_dict({f"time/{part}": seconds for part, seconds in self.seconds.items()}, batch_size=1)
@@ -416,7 +425,7 @@ class GradientMatchingCondensation(LightningModule):
         Raises:
             RuntimeError: within a training step, as when one has failed.
         """
-        if self._within_step:
+        if self.within_step:
             raise RuntimeError(
                 "Expected a checkpoint between two training steps, but got one within: a run that goes on from there "
                 "would not end as if it had never stopped. Use the last checkpoint before."

@@ -18,15 +18,21 @@ from leakage.models import ConvNet, draw_state
 _IMAGES_FOR_STATISTICS = 16
 
 
+def default_network(data: LabelledDataModule) -> ConvNet:
+    """The network of the paper for a data set; its first weights play no part."""
+    channels, height, width = data.image_shape
+    with torch.random.fork_rng(devices=[]):
+        return ConvNet(channels, (height, width), data.num_classes)
+
+
 def fitting_network(given: nn.Module | None, data: LabelledDataModule, distance: str) -> nn.Module:
     """A copy of ``given`` in single precision, or the :class:`~leakage.models.ConvNet` that fits.
 
     Raises:
         ValueError: it does not fit the data, can't be drawn anew, or has no weights that ``distance`` looks at.
     """
-    channels, *size = data.image_shape
     if given is None:
-        return ConvNet(channels=channels, image_size=(size[0], size[1]), num_classes=data.num_classes)
+        return default_network(data)
     network = copy.deepcopy(given).float()  # the Trainer decides about the precision
     if not matched_parameters(network, distance):
         raise ValueError(

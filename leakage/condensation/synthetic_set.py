@@ -131,7 +131,7 @@ class SyntheticSet:
         return TensorDataset(self.images, self.labels)
 
     def check(self, data: LabelledDataModule) -> None:
-        """Raise a ``ValueError`` unless the set has the image shape and the classes of a data set.
+        """Raise a ``ValueError`` unless the set has the image shape, the classes and the statistics of a data set.
 
         Args:
             data: after its ``setup()``.
@@ -152,6 +152,14 @@ class SyntheticSet:
                 f"Expected a synthetic set of the classes of {data.name!r}, but got another class {k}: "
                 f"{self.class_names[k]!r} for {data.class_names[k]!r}{self._origin()}."
             )
+        for name in ("mean", "std"):
+            ours, theirs = getattr(self, name), tuple(getattr(data, name))
+            # A header may hold fewer digits than the data set computes.
+            if any(abs(one - other) > 1e-4 for one, other in zip(ours, theirs, strict=True)):
+                raise ValueError(
+                    f"Expected a synthetic set of images with the {name} {theirs}, as {data.name!r} has, but got "
+                    f"{ours}{self._origin()}: it was made from other images or another share of them."
+                )
 
     def _origin(self) -> str:
         return f" (of {self.dataset!r})" if self.dataset else ""
@@ -214,6 +222,26 @@ class SyntheticSet:
         folder = Path(folder)
         if self.image_shape[0] not in (1, 3):
             raise ValueError(f"Expected images of 1 or 3 channels to write as PNG, but got {self.image_shape[0]}.")
+        self.check_images_folder(folder)
+        for name in self._folder_names():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for path, image in zip(self._image_paths(folder), self.images, strict=True):
+            Image.fromarray(to_pixels(image)).save(path)
+
+    def check_images_folder(self, folder: str | os.PathLike[str]) -> None:
+        """Raise a ``FileExistsError`` if the folder holds images that :meth:`save_images` would not replace.
+
+        Nothing is written, and the folder need not exist.
+        """
+        folder = Path(folder)
+        stale = sorted(set(folder.glob("*/*")) - set(self._image_paths(folder)))
+        if stale:
+            raise FileExistsError(
+                f"Expected an empty folder or one of an earlier set of this size, but got '{folder}' with '{stale[0]}'."
+            )
+
+    def _image_paths(self, folder: Path) -> list[Path]:
+        """The file of each image."""
         names = self._folder_names()
         digits = len(str(max(int(self.images_per_class.max()) - 1, 0)))
         counts = [0] * self.num_classes
@@ -221,15 +249,7 @@ class SyntheticSet:
         for label in self.labels.tolist():
             paths.append(folder / names[label] / f"{counts[label]:0{digits}d}.png")
             counts[label] += 1
-        stale = sorted(set(folder.glob("*/*")) - set(paths))
-        if stale:
-            raise FileExistsError(
-                f"Expected an empty folder or one of an earlier set of this size, but got '{folder}' with '{stale[0]}'."
-            )
-        for name in names:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        for path, image in zip(paths, self.images, strict=True):
-            Image.fromarray(to_pixels(image)).save(path)
+        return paths
 
     def _folder_names(self) -> list[str]:
         """Names of folders, which in sorted order are those of classes 0 to K - 1."""

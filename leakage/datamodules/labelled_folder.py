@@ -35,7 +35,7 @@ class ImageFolder(LabelledDataModule):
 
     Classes are numbered in the order of their folders' names. Without a ``test_root``, of the
     :math:`n_c` images of class c :math:`\min(\max(\mathrm{round}(\text{test\_share} \cdot n_c), 1), n_c - 1)`
-    are held out as test images; which ones the seed alone decides. Mean and standard deviation are
+    are held out as test images, the same whatever the seed. Mean and standard deviation are
     those of the training images.
 
     Args:
@@ -49,8 +49,7 @@ class ImageFolder(LabelledDataModule):
         channels: 3 for RGB or 1 for grey, converted where needed.
         num_workers: processes that decode images; 0 decodes in this one, faster for small images.
         batch_size: as for :class:`~leakage.datamodules.labelled.LabelledDataModule`.
-        seed: as for :class:`~leakage.datamodules.labelled.LabelledDataModule`; also decides which
-            images are held out.
+        seed: as for :class:`~leakage.datamodules.labelled.LabelledDataModule`.
 
     Raises:
         ValueError: at construction, options out of range; at ``setup``, a corrupt image (the message
@@ -129,7 +128,7 @@ class ImageFolder(LabelledDataModule):
                     f"Expected at least two images of class {name!r} in '{self.root}', to hold one out as test "
                     f"image, but got {len(members)}. Add some, or say where test images are with `test_root`."
                 )
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, label, "held-out images"))
+            generator = torch.Generator().manual_seed(derive_seed(0, label, "held-out images"))
             count = min(max(round(self.test_share * len(members)), 1), len(members) - 1)
             held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
         return held_out

@@ -48,8 +48,10 @@ def test_options_out_of_range(make, message: str) -> None:
 
 
 def test_a_network_for_other_images_is_refused(tmp_path: Path) -> None:
+    condensation = module()
     with pytest.raises(ValueError, match="Expected a `network` for images"):
-        fit(module(), quick(tmp_path, network=ConvNet(3, 8, 3, width=2, depth=1)))
+        fit(condensation, quick(tmp_path, at=(), network=ConvNet(3, 8, 3, width=2, depth=1)))
+    assert condensation.step == 0, "at the start, not at the first test"
 
 
 def test_there_is_no_last_test_before_the_first() -> None:

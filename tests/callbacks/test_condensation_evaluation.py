@@ -126,15 +126,26 @@ def test_logs_the_accuracy_with_the_step(tmp_path: Path) -> None:
     fit(module(loops=(2, 1), network_reuse=3), evaluation, logger=logger)
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         logged = {int(row["step"]): row for row in csv.DictReader(file) if row["eval/accuracy"]}
-    assert list(logged) == [0, 12, 24]
+    assert list(logged) == [0, 4, 8]
     for row in evaluation.rows:
-        found = logged[3 * row.step]  # three updates of the images in a step
+        found = logged[row.step]
         assert float(found["eval/accuracy"]) == pytest.approx(row.accuracy_mean)
         assert float(found["eval/accuracy_std"]) == pytest.approx(row.evaluation.std)
         low, high = float(found["eval/accuracy_low"]), float(found["eval/accuracy_high"])
         assert (low, high) == pytest.approx(row.evaluation.interval)
         assert float(found["eval/networks"]) == 3
         assert float(found["time/evaluation"]) == pytest.approx(row.evaluation_seconds)
+
+
+def test_accuracy_and_loss_are_over_the_same_steps(tmp_path: Path) -> None:
+    """A step has three updates of the images, each a step of the optimizer."""
+    logger = CSVLogger(tmp_path)
+    fit(module(loops=(2, 1), network_reuse=3), quick(tmp_path, at=(0, 2)), logger=logger, log_every_n_steps=1)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    steps = {key: [int(row["step"]) for row in rows if row[key]] for key in ("train/loss", "eval/accuracy")}
+    # The loss at a step is that of the images whose accuracy is at the same step.
+    assert steps == {"train/loss": list(range(8)), "eval/accuracy": [0, 4, 8]}
 
 
 def checkpoints(folder: Path) -> ModelCheckpoint:
@@ -207,6 +218,30 @@ def test_training_that_diverges_gives_a_warning_and_no_row(tmp_path: Path, monke
     assert condensation.iteration == 4
     assert [row.step for row in evaluation.rows] == [2]
     assert len(calls) == 3, "the end is tried once"
+    expected = "The images after 4 iterations could not be tested: Expected finite losses"
+    with pytest.raises(FloatingPointError, match=expected):
+        _ = evaluation.last
+    monkeypatch.setattr(condensation_evaluation, "evaluate", evaluate)
+    with pytest.warns(UserWarning, match="earlier run"):
+        fit(module(), evaluation)
+    assert evaluation.last.mean == evaluation.rows[-1].accuracy_mean
+
+
+def test_a_test_that_failed_before_the_end_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def diverge(*args: Any, **options: Any):
+        calls.append(1)
+        if len(calls) == 2:
+            raise FloatingPointError("Expected finite losses")
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(condensation_evaluation, "evaluate", diverge)
+    evaluation = quick(tmp_path)
+    with pytest.warns(UserWarning, match="The images after 2 iterations could not be tested"):
+        fit(module(), evaluation)
+    assert [row.step for row in evaluation.rows] == [0, 4]
+    assert evaluation.last.accuracies.tolist() == list(evaluation.rows[-1].accuracies)
 
 
 def test_one_network_has_no_interval(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from leakage.callbacks import SyntheticImages, condensation_images, read_accuracies
-from leakage.condensation import GradientMatchingCondensation, SyntheticSet
+from leakage.condensation import GradientMatchingCondensation, SyntheticSet, gradient_matching
 from leakage.plots import to_pixels
 from tests.callbacks.condensation_runs import At, Copies, fail, fit, interrupt, module, quick
 
@@ -109,6 +109,42 @@ def test_within_an_iteration_there_is_no_picture_of_the_iteration(tmp_path: Path
     assert SyntheticSet.load(tmp_path / "synthetic.safetensors").images.equal(condensation.synthetic_set().images)
 
 
+@pytest.mark.parametrize("end", [fail, interrupt], ids=["error", "interrupt"])
+def test_within_a_step_there_is_no_picture_of_the_iteration(tmp_path: Path, monkeypatch, end) -> None:
+    """The first step of an iteration moves the images before it counts."""
+    condensation, calls = module(network_reuse=3), []
+
+    def break_off(*args: Any, **options: Any):
+        calls.append(condensation.synthetic_set().images)
+        return end() if len(calls) == 2 else match(*args, **options)
+
+    match = gradient_matching.match
+    monkeypatch.setattr(gradient_matching, "match", break_off)
+    picture, found = tmp_path / "synthetic" / "iteration_000000.png", []
+
+    class Look(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            found.append(picture.read_bytes())
+
+    with pytest.raises((RuntimeError, SystemExit)):
+        fit(condensation, SyntheticImages(tmp_path, moments=(0,)), Look())
+    start, moved = calls
+    assert condensation.step == 0
+    assert not moved.equal(start)
+    assert [picture.read_bytes()] == found
+    assert [path.name for path in (tmp_path / "synthetic").iterdir()] == [picture.name]
+    assert SyntheticSet.load(tmp_path / "synthetic.safetensors").images.equal(moved)
+    assert (tmp_path / "synthetic.png").read_bytes() != picture.read_bytes()
+
+
+def test_single_images_are_written_only_at_the_end(tmp_path: Path) -> None:
+    found: list[bool] = []
+    steps = [At(step, lambda *_: found.append((tmp_path / "images").exists())) for step in (1, 4)]
+    fit(module(), SyntheticImages(tmp_path), *steps)
+    assert found == [False, False]
+    assert len(list((tmp_path / "images").rglob("*.png"))) == 3
+
+
 def test_an_iteration_of_several_steps_is_looked_at_when_it_is_complete(tmp_path: Path, figures) -> None:
     copies = Copies()
     fit(module(iterations=2, loops=(3, 1)), SyntheticImages(tmp_path, moments=(1,)), copies)
@@ -190,7 +226,7 @@ def test_the_grid_is_logged_with_the_step(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     fit(module(loops=(2, 1), network_reuse=3), SyntheticImages(tmp_path, moments=(0, 2)), logger=logger)
     events = EventAccumulator(logger.log_dir).Reload()
-    assert [event.step for event in events.Images("synthetic")] == [0, 12, 24]
+    assert [event.step for event in events.Images("synthetic")] == [0, 4, 8]
 
 
 def test_the_set_becomes_an_artifact_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

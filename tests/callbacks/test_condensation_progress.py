@@ -57,7 +57,7 @@ def test_the_time_adds_up(tmp_path: Path, said) -> None:
     condensation.seconds = {"real": 6.0, "synthetic": 1.0, "network": 1.0, "evaluation": 2.0}
     CondensationProgressBar().on_fit_end(Trainer(logger=False), condensation)
     assert said()[-1].startswith(
-        "Time: gradients of real images 6.0 s (60 %), gradients of synthetic images 1.0 s (10 %), training networks "
+        "Time: gradients of real images 6.0 s (60 %), gradients of synthetic images 1.0 s (10 %), networks "
         "1.0 s (10 %), evaluation 2.0 s (20 %); "
     )
 

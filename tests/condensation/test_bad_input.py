@@ -210,3 +210,21 @@ def test_half_precision_takes_no_batch_norm(kit: Any) -> None:
         kit.trainer(precision="bf16-mixed").fit(
             GradientMatchingCondensation(network=kit.network(norm="batch"), iterations=1), datamodule=kit.data()
         )
+
+
+def test_a_trainer_that_has_fitted_is_refused_and_the_images_stay(kit: Any) -> None:
+    condensation = GradientMatchingCondensation(network=kit.network(), iterations=1)
+    trainer = kit.trainer()
+    trainer.fit(condensation, datamodule=kit.data())
+    images = condensation.synthetic_images.detach().clone()
+    with pytest.raises(ValueError, match="Expected a new Trainer, but got one that has already fitted"):
+        trainer.fit(condensation, datamodule=kit.data())
+    assert torch.equal(condensation.synthetic_images, images)
+    kit.trainer().fit(condensation, datamodule=kit.data())
+    assert torch.equal(condensation.synthetic_images, images), "a new one begins anew"
+
+
+def test_the_global_random_state_is_left_alone_with_the_default_network(kit: Any) -> None:
+    before = torch.get_rng_state()
+    kit.trainer().fit(GradientMatchingCondensation(iterations=1), datamodule=kit.data(side=32, batch_size=1))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -48,6 +48,8 @@ def data(**changes: Any) -> Any:
         "image_shape": (3, 4, 5),
         "num_classes": 3,
         "class_names": ("T-shirt/top", "bag", "cat"),
+        "mean": MEAN,
+        "std": STD,
     }
     return SimpleNamespace(**(options | changes))
 
@@ -178,10 +180,21 @@ def test_images_are_an_image_folder(tmp_path: Path) -> None:
         assert found.dtype == np.uint8
         np.testing.assert_array_equal(found, expected)
     synthetic.save_images(tmp_path / "images")
-    with pytest.raises(
-        FileExistsError, match=r"Expected an empty folder or one of an earlier set of this size.*1.png'"
-    ):
-        make(images=synthetic.images[::2], labels=synthetic.labels[::2]).save_images(tmp_path / "images")
+    smaller = make(images=synthetic.images[::2], labels=synthetic.labels[::2])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    for method in (smaller.save_images, smaller.check_images_folder):
+        with pytest.raises(
+            FileExistsError, match=r"Expected an empty folder or one of an earlier set of this size.*1.png'"
+        ):
+            method(tmp_path / "images")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before
+
+
+def test_a_folder_can_be_checked_before_there_are_images(tmp_path: Path) -> None:
+    make().check_images_folder(tmp_path / "images")
+    assert list(tmp_path.iterdir()) == []
+    make().save_images(tmp_path / "images")
+    make(images=make().images + 1).check_images_folder(tmp_path / "images")
 
 
 @pytest.mark.parametrize(
@@ -233,3 +246,10 @@ def test_figure_shows_some_of_many_images() -> None:
     assert grid.shape == (15, 18, 3)
     with pytest.raises(ValueError, match="Expected `images_per_class` to be a whole number of at least 1, but got 0"):
         colour.figure(images_per_class=0)
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_check_against_other_images_of_the_same_kind(name: str) -> None:
+    with pytest.raises(ValueError, match=f"with the {name} .*made from other images or another share of them"):
+        make().check(data(**{name: (0.5, 0.4, 0.301)}))
+    make().check(data(**{name: tuple(value + 1e-6 for value in (MEAN if name == "mean" else STD))}))

@@ -55,10 +55,11 @@ def test_a_share_of_every_class_is_held_out(folder, num_workers):
     assert data.test.labels.bincount().tolist() == [2, 1, 1]
 
 
-def test_the_seed_decides_which(folder):
-    held_out = {seed: numbers(ready(folder, seed=seed).test, (10, 5, 2)) for seed in range(4)}
-    assert held_out[0] == numbers(ready(folder, seed=0, batch_size=3).test, (10, 5, 2))
-    assert len({tuple(found) for found in held_out.values()}) > 1
+def test_the_same_are_held_out_whatever_the_seed(folder):
+    """Else a set that was condensed with one seed would be tested with another on images that it was made from."""
+    held_out = [numbers(ready(folder, seed=seed, batch_size=seed + 1).test, (10, 5, 2)) for seed in range(4)]
+    assert held_out == held_out[:1] * 4
+    assert held_out[0] != list(range(len(held_out[0]))), "drawn at random"
 
 
 def test_global_random_state_is_left_alone(folder):

@@ -100,6 +100,7 @@ def test_every_option_arrives(table2: ModuleType, tmp_path: Path, asked: dict[st
     table2.main(
         [
             "--dataset", "sample", "--images-per-class", "10", "--method", "dsa", "fast", "dsa", "--iterations", "7",
+            "--loops", "2", "3", "--cache", "kept",
             "--networks", "3", "--moments", "--epochs", "40", "--full-epochs", "6", "--seed", "5", "--precision",
             "bf16-mixed", "--accelerator", "cpu", "--resume", "--output", str(tmp_path),
         ]
@@ -111,11 +112,13 @@ def test_every_option_arrives(table2: ModuleType, tmp_path: Path, asked: dict[st
         "output": tmp_path,
         "images_per_class": 10,
         "iterations": 7,
+        "loops": (2, 3),
         "networks": 3,
         "moments": [],
         "epochs": 40,
         "augmentation": None,
         "full_epochs": 6,
+        "cache": Path("kept"),
         "published": {},
         "seed": 5,
         "resume": True,
