@@ -169,7 +169,7 @@ def test_is_the_algorithm_of_the_paper_in_single_precision(kit: Any) -> None:
 def test_with_one_outer_step_the_network_is_never_trained(kit: Any) -> None:
     results = [kit.condense(iterations=2, loops=(1, inner), network_learning_rate=1.0) for inner in (1, 9)]
     assert torch.equal(kit.images(results[0]), kit.images(results[1]))
-    assert results[0].seconds["network"] == 0
+    assert results[0].seconds["network"] > 0, "drawing it takes its time"
     assert results[0].seconds["real"] > 0
     assert results[0].seconds["synthetic"] > 0
     assert results[0].images_per_second > 0
