@@ -11,9 +11,18 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_link_to_a_file_has_one() -> None:
-    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith("http")]
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith(("http", "#"))]
     assert targets
     assert [target for target in targets if not (ROOT / target).is_file()] == []
+
+
+def test_every_link_to_a_section_has_one() -> None:
+    headings = [
+        re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)", README, re.M)
+    ]
+    targets = re.findall(r"\]\(#([^)]+)\)", README)
+    assert targets
+    assert [target for target in targets if target not in headings] == []
 
 
 def test_every_named_file_of_the_experiments_is_there() -> None:

@@ -144,6 +144,7 @@ def evaluate(
 
     Example:
         >>> from leakage.datamodules import Sample
+        >>> from leakage.models import ConvNet
         >>> data = Sample()
         >>> random = random_images(data, images_per_class=1)
         >>> evaluation = evaluate(
