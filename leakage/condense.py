@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -30,6 +30,9 @@ from leakage.datamodules import LabelledDataModule
 from leakage.errors import check_choice, check_count
 from leakage.overview import write_json
 from leakage.plots import plot_accuracy, save_figure
+
+# Of rows with `accuracy_std` and `accuracy_ci`.
+Row = TypeVar("Row")
 
 # How each method condenses; those with None take no gradient.
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -169,9 +172,9 @@ def condense(
     # What was run before is compared with what is asked for, for all methods before the first is run.
     finished = {}
     for method in methods:
-        row = read_record(folder / method, configurations[method], CondensationRow) if resume else None
+        row = read_accuracy_row(folder / method, configurations[method], CondensationRow) if resume else None
         if row is not None:
-            finished[method] = _row(row)
+            finished[method] = row
     # What can be refused is refused before the first is run.
     chosen = random_images(data, images_per_class, seed) if "random" in methods else None
     evaluations = {
@@ -228,21 +231,39 @@ def format_table(rows: Sequence[CondensationRow]) -> str:
     """The rows as a table for the terminal, accuracy with its standard deviation over networks."""
     lines = [["", "images per class", "iterations", "test accuracy", "95 % interval", "paper", "networks", "time"]]
     for row in rows:
-        low, high = row.accuracy_ci
-        spread = "" if math.isnan(row.accuracy_std) else f" ± {100 * row.accuracy_std:.1f}"
         lines.append(
             [
                 row.method,
                 "all" if row.images_per_class is None else str(row.images_per_class),
                 "-" if row.iterations is None else str(row.iterations),
-                f"{100 * row.accuracy_mean:.1f}{spread} %",
-                "-" if math.isnan(low) else f"[{100 * low:.1f}, {100 * high:.1f}]",
+                *accuracy_cells(row.accuracy_mean, row.accuracy_std, row.accuracy_ci),
                 "-" if row.published_accuracy is None else f"{100 * row.published_accuracy:.1f} %",
                 str(row.networks),
                 f"{row.seconds:.0f} s",
             ]
         )
     return align(lines)
+
+
+def accuracy_cells(mean: float, std: float, interval: tuple[float, float]) -> tuple[str, str]:
+    """An accuracy in words, and its interval; without what one network does not have."""
+    spread = "" if math.isnan(std) else f" ± {100 * std:.1f}"
+    low, high = interval
+    return f"{100 * mean:.1f}{spread} %", "-" if math.isnan(low) else f"[{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def read_accuracy_row(folder: Path, configuration: dict[str, Any], kind: type[Row]) -> Row | None:
+    """The row of a finished run as :func:`~leakage.compare.read_record` reads it, None if there is none.
+
+    One network has neither standard deviation nor interval, and JSON no numbers for that: they are null in the file.
+    """
+    record = read_record(folder, configuration, kind)
+    if record is None:
+        return None
+    std, interval = record["accuracy_std"], record["accuracy_ci"]
+    record["accuracy_std"] = math.nan if std is None else std
+    record["accuracy_ci"] = tuple(math.nan if end is None else end for end in interval)
+    return kind(**record)
 
 
 def _augmentation(method: str, given: SiameseAugmentation | None) -> SiameseAugmentation | None:
@@ -296,10 +317,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, SiameseAugmentation):
         return dict(vars(value))
     return value if value is None or isinstance(value, int) else str(value)
-
-
-def _row(record: dict[str, Any]) -> CondensationRow:
-    """A row as it was written, null for what is not a number: one network has no standard deviation."""
-    low, high = (math.nan if end is None else end for end in record["accuracy_ci"])
-    std = record["accuracy_std"]
-    return CondensationRow(**{**record, "accuracy_std": math.nan if std is None else std, "accuracy_ci": (low, high)})

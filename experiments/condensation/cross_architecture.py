@@ -29,9 +29,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from leakage.cli import quiet
-from leakage.compare import align, check_output, read_record
+from leakage.compare import align, check_output
 from leakage.condensation import SiameseAugmentation, SyntheticSet, evaluate, random_images
-from leakage.condense import METHODS
+from leakage.condense import METHODS, accuracy_cells, read_accuracy_row
 from leakage.datamodules import LabelledDataModule
 from leakage.datamodules.images import digest
 from leakage.datamodules.named import LABELLED_DATASETS, images_named
@@ -140,9 +140,9 @@ def cross_architecture(
     # What was run before is compared with what is asked for before anything is run.
     finished = {}
     for (architecture, source), configuration in configurations.items() if resume else ():
-        row = read_record(output / source / architecture, configuration, CrossRow)
+        row = read_accuracy_row(output / source / architecture, configuration, CrossRow)
         if row is not None:
-            finished[architecture, source] = _row(row)
+            finished[architecture, source] = row
     rows: list[CrossRow] = []
     for (architecture, source), configuration in configurations.items():
         if (architecture, source) not in finished:
@@ -214,15 +214,12 @@ def format_table(rows: Sequence[CrossRow]) -> str:
     """The rows as a table for the terminal, accuracy with its standard deviation over networks."""
     lines = [["", "trained on", "images per class", "test accuracy", "95 % interval", "networks", "time"]]
     for row in rows:
-        low, high = row.accuracy_ci
-        spread = "" if math.isnan(row.accuracy_std) else f" ± {100 * row.accuracy_std:.1f}"
         lines.append(
             [
                 WRITTEN[row.architecture],
                 row.source,
                 str(row.images_per_class),
-                f"{100 * row.accuracy_mean:.1f}{spread} %",
-                "-" if math.isnan(low) else f"[{100 * low:.1f}, {100 * high:.1f}]",
+                *accuracy_cells(row.accuracy_mean, row.accuracy_std, row.accuracy_ci),
                 str(row.networks),
                 f"{row.seconds:.0f} s",
             ]
@@ -286,13 +283,6 @@ def _augmentation(source: str, dataset: str, asked: bool | None) -> SiameseAugme
     if asked is None and strategy is not None:
         return SiameseAugmentation(strategy)
     return SiameseAugmentation.mnist_evaluation() if asked or (asked is None and dataset == "mnist") else None
-
-
-def _row(record: dict[str, Any]) -> CrossRow:
-    """A row as it was written, null for what is not a number: one network has no standard deviation."""
-    low, high = (math.nan if end is None else end for end in record["accuracy_ci"])
-    std = record["accuracy_std"]
-    return CrossRow(**{**record, "accuracy_std": math.nan if std is None else std, "accuracy_ci": (low, high)})
 
 
 def _check_device(device: str) -> None:
