@@ -66,7 +66,7 @@ class GradientMatchingCondensation(LightningModule):
         network: drawn anew for each iteration; by default the :class:`~leakage.models.ConvNet` that fits the
             data. It takes normalised images. Dropout is off; BatchNorm takes its statistics from real
             images.
-        protocol: ``"published"``, or ``"fast"``, which ends with the same accuracy in a fraction of the time.
+        protocol: ``"published"``, or ``"fast"``, which with one image per class gets as far in a fraction of the time.
         loops: (outer, inner); by default the paper's, which it has for 1, 10, 20, 30, 40 and 50 images per class.
         distance: a key of :data:`leakage.objectives.DISTANCES`.
         augmentation: strategy of :class:`~leakage.condensation.SiameseAugmentation`, the same random transform
