@@ -333,13 +333,15 @@ def _be_a_side(options: argparse.Namespace, commands: IO[str], answers: IO[str])
     device = torch.device(options.accelerator)
     data = _data(options)
     data.setup("fit")
-    say(memory=_memory(device, "VmRSS"))
     begun: list[float] = []
 
     def turn(seconds: Mapping[str, float]) -> None:
         _wait(device)
         if begun:
             say(seconds=time.perf_counter() - begun[-1], **{part: seconds[part] for part in PARTS})
+        else:
+            # Only now, when all is set up, so that neither side sets up while the other has its turn.
+            say(memory=_memory(device, "VmRSS"))
         if len(begun) < WARM_UP + options.iterations:
             if not commands.readline():
                 raise EOFError("Expected to be told to go on, but the parent process is no more.")
