@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from leakage.errors import check_count, check_image_size
+from leakage.errors import check_choice, check_count, check_image_size
+from leakage.models.layers import ACTIVATIONS
 
 
 class LeNet(nn.Module):
@@ -16,7 +17,8 @@ class LeNet(nn.Module):
     Three 5x5 convolutions of ``width`` channels (padding 2; strides 2, 2, 1), each followed by a
     sigmoid, then one linear layer. Every weight and bias is drawn from the uniform distribution
     on ``[-0.5, 0.5]``. The sigmoid matters: the attacks differentiate the gradient, and a ReLU's
-    second derivative is zero almost everywhere.
+    second derivative is zero almost everywhere. With an activation that has no upper bound the
+    same draw gives features, and so logits and gradients, that are far larger.
 
     Shapes:
         - input ``(N, channels, *image_size)``, values in [0, 1]
@@ -27,9 +29,10 @@ class LeNet(nn.Module):
         image_size: height and width in pixels; one number for square images.
         num_classes: number of logits.
         width: channels of each convolution.
+        activation: ``"sigmoid"`` as published, ``"relu"``, ``"leaky_relu"`` or ``"silu"``.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1.
+        ValueError: a size or count that is not a whole number of at least 1, or an unknown activation.
 
     References:
         Zhu et al., *Deep Leakage from Gradients*, NeurIPS 2019, https://arxiv.org/abs/1906.08935;
@@ -46,17 +49,20 @@ class LeNet(nn.Module):
         image_size: int | tuple[int, int] = 28,
         num_classes: int = 10,
         width: int = 12,
+        *,
+        activation: str = "sigmoid",
     ) -> None:
         super().__init__()
         check_count(channels=channels, num_classes=num_classes, width=width)
+        check_choice("activation", activation, ACTIVATIONS)
         height, breadth = check_image_size(image_size)
         self.features = nn.Sequential(
             nn.Conv2d(channels, width, 5, stride=2, padding=2),
-            nn.Sigmoid(),
+            ACTIVATIONS[activation](),
             nn.Conv2d(width, width, 5, stride=2, padding=2),
-            nn.Sigmoid(),
+            ACTIVATIONS[activation](),
             nn.Conv2d(width, width, 5, stride=1, padding=2),
-            nn.Sigmoid(),
+            ACTIVATIONS[activation](),
         )
         self.classifier = nn.Linear(width * math.ceil(height / 4) * math.ceil(breadth / 4), num_classes)
         self.reset_parameters()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from leakage.errors import check_count, check_image_size
+from leakage.errors import check_choice, check_count, check_image_size
+from leakage.models.layers import ACTIVATIONS
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLUs between them: two hidden layers of 128 units and the logits.
+    """Linear layers with activations between them: two hidden layers of 128 units and the logits.
 
     118,282 parameters for images of (1, 28, 28) and 10 classes. Weights are drawn as torch draws
     those of each layer.
@@ -23,9 +24,10 @@ class MLP(nn.Module):
         num_classes: number of logits.
         width: units of each hidden layer.
         depth: number of linear layers, that of the logits included.
+        activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1.
+        ValueError: a size or count that is not a whole number of at least 1, or an unknown activation.
 
     References:
         Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
@@ -45,14 +47,16 @@ class MLP(nn.Module):
         *,
         width: int = 128,
         depth: int = 3,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         check_count(channels=channels, num_classes=num_classes, width=width, depth=depth)
+        check_choice("activation", activation, ACTIVATIONS)
         height, breadth = check_image_size(image_size)
         units = channels * height * breadth
         layers: list[nn.Module] = []
         for _ in range(depth - 1):
-            layers += [nn.Linear(units, width), nn.ReLU()]
+            layers += [nn.Linear(units, width), ACTIVATIONS[activation]()]
             units = width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(units, num_classes)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from leakage.errors import check_count, check_image_size
+from leakage.errors import check_choice, check_count, check_image_size
 from leakage.models.draw import reset
-from leakage.models.layers import check_map_norm, make_norm
+from leakage.models.layers import ACTIVATIONS, check_map_norm, make_norm
 
 
 class ResNet18(nn.Module):
@@ -26,10 +26,12 @@ class ResNet18(nn.Module):
         image_size: height and width in pixels; one number for square images.
         num_classes: number of logits.
         norm: behind each convolution, ``"instance"``, ``"group"`` (4 groups), ``"batch"`` or ``"none"``.
+        activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1, an unknown norm, or
-            images of at most 8 x 8 pixels with ``norm="instance"``, whose last maps are one pixel.
+        ValueError: a size or count that is not a whole number of at least 1, an unknown norm or
+            activation, or images of at most 8 x 8 pixels with ``norm="instance"``, whose last maps
+            are one pixel.
 
     References:
         He, Zhang, Ren, Sun, *Deep Residual Learning for Image Recognition*, CVPR 2016,
@@ -49,10 +51,12 @@ class ResNet18(nn.Module):
         num_classes: int = 10,
         *,
         norm: str = "instance",
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         check_count(channels=channels, num_classes=num_classes)
         check_map_norm(norm)
+        check_choice("activation", activation, ACTIVATIONS)
         # of the last maps: if these can be normalised, the larger ones can
         height, width = (-(-side // 8) for side in check_image_size(image_size))
 
@@ -65,13 +69,13 @@ class ResNet18(nn.Module):
         self.features = nn.Sequential(
             nn.Conv2d(channels, 64, 3, padding=1, bias=False),
             normalise(64),
-            nn.ReLU(),
+            ACTIVATIONS[activation](),
             *(network.layer1, network.layer2, network.layer3, network.layer4),
         )
         self.classifier = nn.Linear(512, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.ReLU):
-                module.inplace = False
+            if isinstance(module, BasicBlock):
+                module.relu = ACTIVATIONS[activation]()  # torchvision's works in place
         self.apply(reset)
 
     def forward(self, images: Tensor) -> Tensor:

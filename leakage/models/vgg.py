@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from leakage.errors import check_count, check_image_size
-from leakage.models.layers import check_large_enough, check_map_norm, first_padding, make_norm
+from leakage.errors import check_choice, check_count, check_image_size
+from leakage.models.layers import ACTIVATIONS, check_large_enough, check_map_norm, first_padding, make_norm
 
 # Channels of the convolutions between one pooling and the next.
 _STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -14,7 +14,7 @@ _STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 class VGG11(nn.Module):
     """VGG11 in the small form of dataset condensation: eight convolutions, five poolings, one linear layer.
 
-    3x3 convolutions of 64, 128, twice 256 and four times 512 channels, each with norm and ReLU;
+    3x3 convolutions of 64, 128, twice 256 and four times 512 channels, each with norm and activation;
     2x2 max-pooling behind the first, second, fourth, sixth and eighth. Sides of 28 pixels are
     padded to 32 by the first convolution. 9,229,962 parameters for images of (1, 28, 28) and 10
     classes. Weights are drawn as torch draws those of each layer.
@@ -28,10 +28,11 @@ class VGG11(nn.Module):
         image_size: height and width in pixels, 28 or at least 32; one number for square images.
         num_classes: number of logits.
         norm: behind each convolution, ``"instance"``, ``"group"`` (4 groups), ``"batch"`` or ``"none"``.
+        activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
 
     Raises:
         ValueError: a size or count that is not a whole number of at least 1, images below 28
-            pixels, or an unknown norm.
+            pixels, or an unknown norm or activation.
 
     References:
         Simonyan and Zisserman, *Very Deep Convolutional Networks for Large-Scale Image
@@ -51,10 +52,12 @@ class VGG11(nn.Module):
         num_classes: int = 10,
         *,
         norm: str = "instance",
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         check_count(channels=channels, num_classes=num_classes)
         check_map_norm(norm)
+        check_choice("activation", activation, ACTIVATIONS)
         padding, height, breadth = first_padding(3, *check_image_size(image_size))
         check_large_enough(image_size, height, breadth, 32)
         layers: list[nn.Module] = []
@@ -63,7 +66,7 @@ class VGG11(nn.Module):
                 layers.append(nn.Conv2d(channels, width, 3, padding=1 if layers else padding))
                 normalise = make_norm(norm, width, height, breadth)
                 layers += [] if normalise is None else [normalise]
-                layers.append(nn.ReLU())
+                layers.append(ACTIVATIONS[activation]())
                 channels = width
             layers.append(nn.MaxPool2d(2))
             height, breadth = height // 2, breadth // 2

@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from leakage.models import MLP, NETWORKS, VGG11, AlexNet, ConvNet, LeNet, ResNet18, draw_state
+from leakage.models.layers import ACTIVATIONS
 
 # Small ones where width is an option; the others are what they are.
 SMALL: dict[str, Callable[..., nn.Module]] = {
@@ -134,6 +135,64 @@ def test_default_norm_is_instance(network):
         norms = [module for module in network().modules() if isinstance(module, nn.GroupNorm)]
     assert norms
     assert all(module.num_groups == module.num_channels for module in norms)
+
+
+ACTIVATED: dict[str, tuple[Callable[..., nn.Module], str, int]] = {
+    "mlp": (lambda **options: MLP(1, 28, 3, width=16, **options), "relu", 2),
+    "lenet": (lambda **options: LeNet(1, 28, 3, **options), "sigmoid", 3),
+    "vgg11": (lambda **options: VGG11(1, 28, 3, **options), "relu", 8),
+    "resnet18": (lambda **options: ResNet18(1, 28, 3, **options), "relu", 17),
+}
+"""Each network, its default activation and how often it is applied to images."""
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", ACTIVATED)
+def test_activations(name, activation):
+    """Each is applied everywhere, and decides neither names nor weights."""
+    network, _, count = ACTIVATED[name]
+    model, default = network(activation=activation), network()
+    of_its_kind = type(ACTIVATIONS[activation]())
+    others = tuple({nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.SiLU} - {of_its_kind})
+    calls = []
+    for module in model.modules():
+        assert not isinstance(module, others)
+        if isinstance(module, of_its_kind):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    model(draw(1, 1, 28, 28))
+    assert len(calls) == count
+    state, expected = draw_state(model, seed=0), draw_state(default, seed=0)
+    assert [*state] == [*expected]
+    assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+@pytest.mark.parametrize("name", ACTIVATED)
+def test_default_activations(name):
+    network, activation, _ = ACTIVATED[name]
+    assert str(network()) == str(network(activation=activation))
+    assert str(network()) != str(network(activation="silu"))
+
+
+@pytest.mark.parametrize("name", ACTIVATED)
+def test_other_activations_under_vmap(name):
+    """With an activation that is none of the defaults, and nothing in place."""
+    model = ACTIVATED[name][0](activation="silu")
+    state = draw_state(model, seed=0)
+    images, labels = draw(2, 1, 28, 28), torch.tensor([0, 2])
+    together = vmap(grad(loss_of(model)), in_dims=(None, 0, 0))(state, images, labels)
+    model.load_state_dict(state)
+    for index in range(2):
+        model.zero_grad()
+        F.cross_entropy(model(images[index, None]), labels[index, None]).backward()
+        for key, parameter in model.named_parameters():
+            torch.testing.assert_close(together[key][index], parameter.grad, rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", ACTIVATED)
+def test_unknown_activations(name):
+    message = r"^Expected `activation` to be one of \['leaky_relu', 'relu', 'sigmoid', 'silu'\], but got 'tanh'"
+    with pytest.raises(ValueError, match=message):
+        ACTIVATED[name][0](activation="tanh")
 
 
 @pytest.mark.parametrize("network", [ConvNet, ResNet18])
