@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leakage.errors import check_choice, check_count
+from leakage.errors import check_choice, check_count, check_positive
 from leakage.objectives import LOSSES
 from leakage.tensor_files import read_safetensors, write_safetensors
 
@@ -28,7 +28,11 @@ class Protocol:
         num_classes: K, the number of logits.
         num_images: N, the images behind one gradient.
         loss: the training loss, a key of :data:`leakage.objectives.LOSSES`.
-        reduction: over the N images, ``"mean"`` or ``"sum"``.
+        reduction: over the images of a step, ``"mean"`` or ``"sum"``.
+        local_steps: steps of plain SGD that the client makes before it shares their average gradient;
+            with one it shares the gradient at the weights that it was given.
+        learning_rate: of these steps; None with one step, where it cancels out.
+        local_batch_size: images of one step; None for all N.
     """
 
     image_shape: tuple[int, ...]
@@ -36,6 +40,9 @@ class Protocol:
     num_images: int = 1
     loss: str = "cross_entropy"
     reduction: str = "mean"
+    local_steps: int = 1
+    learning_rate: float | None = None
+    local_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         self.image_shape = tuple(self.image_shape)
@@ -45,6 +52,9 @@ class Protocol:
         check_count(num_classes=self.num_classes, num_images=self.num_images)
         check_choice("loss", self.loss, LOSSES)
         check_choice("reduction", self.reduction, ("mean", "sum"))
+        check_local_steps(self.num_images, self.local_steps, self.learning_rate, self.local_batch_size)
+        if self.local_batch_size == self.num_images:
+            self.local_batch_size = None  # one way to say it, so that equal protocols compare equal
 
 
 @dataclass
@@ -203,7 +213,8 @@ class SharedGradient:
         The file holds tensors ``gradients/<name>`` of shape ``(V, *shape)``, ``state/<name>``,
         ``ids (V,)`` and, where known, ``labels (V, N)``; its header the entries ``format``
         (``leakage.SharedGradient``), ``version`` (``1``), ``protocol`` (JSON, the attributes of
-        :class:`Protocol`) and ``own_weights`` (JSON). No code of the file is ever run.
+        :class:`Protocol`; one that has a default may be missing) and ``own_weights`` (JSON). No code of
+        the file is ever run.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -233,6 +244,35 @@ class SharedGradient:
         )
         shared.check()
         return shared
+
+
+def check_local_steps(
+    num_images: int, local_steps: int, learning_rate: float | None, local_batch_size: int | None
+) -> None:
+    """Raise a ``ValueError`` unless a client can make such steps, using every image equally often."""
+    check_count(num_images=num_images, local_steps=local_steps)
+    if local_batch_size is not None:
+        check_count(local_batch_size=local_batch_size)
+        if num_images % local_batch_size:
+            raise ValueError(
+                f"Expected `local_batch_size` to divide `num_images` = {num_images}, so that every image is used "
+                f"equally often, but got {local_batch_size}. Choose a divisor of {num_images}, or None for all at once."
+            )
+        steps = num_images // local_batch_size
+        if local_steps % steps:
+            raise ValueError(
+                f"Expected `local_steps` to be a multiple of {steps} = `num_images` / `local_batch_size`, so that "
+                f"every image is used equally often, but got {local_steps}."
+            )
+    if local_steps > 1:
+        if learning_rate is None:
+            raise ValueError(f"Expected a `learning_rate` for {local_steps} local steps, but got None.")
+        check_positive(learning_rate=learning_rate)
+    elif learning_rate is not None:
+        raise ValueError(
+            f"Expected no `learning_rate` with one local step, where it cancels out, but got {learning_rate!r}. "
+            "Leave it out, or set `local_steps`."
+        )
 
 
 def show_shape(*sizes: int | str) -> str:

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from leakage.errors import check_choice, check_count
+from leakage.errors import check_choice
 from leakage.models.draw import draw_states, state_of
 from leakage.objectives import LOSSES
-from leakage.shared_gradient import Protocol, SharedGradient, show_shape
+from leakage.shared_gradient import Protocol, SharedGradient, check_local_steps, show_shape
 
 # Victims whose gradients are captured at once; bounds the memory of a capture, not its result.
 _CAPTURED_AT_ONCE = 64
@@ -28,12 +28,23 @@ class Victim:
 
     One victim's gradient over its N images ``x`` with labels ``y`` is
 
-    .. math:: g = \nabla_\theta \; \mathrm{reduce}_n \; \ell(f_\theta(x_n), y_n)
+    .. math:: g(\theta) = \nabla_\theta \; \mathrm{reduce}_n \; \ell(f_\theta(x_n), y_n)
 
     and is computed for V victims at once, their weights shared (one global model, many clients)
-    or their own (the protocol of the papers: a fresh random network for each). The model is
-    copied: nothing is ever left behind on the one that was given, and only parameters that
-    require gradients share them.
+    or their own (the protocol of the papers: a fresh random network for each). With T ``local_steps``
+    (federated averaging) the client trains by plain SGD, ``local_batch_size`` images at a time in
+    their order, over and over, and shares the average gradient of its steps,
+
+    .. math:: \theta_{t+1} = \theta_t - \eta \, g_t(\theta_t), \qquad
+        \frac{1}{T} \sum_{t=0}^{T-1} g_t(\theta_t) = \frac{\theta_0 - \theta_T}{\eta T},
+
+    which it sums step by step: the difference of the weights would lose digits.
+
+    The model is copied: nothing is ever left behind on the one that was given, and only parameters
+    that require gradients share them. BatchNorm in training mode, or without running statistics,
+    normalises by the client's own batch, as real clients do, the images of one step together: every image
+    is then in every gradient. Its running statistics are neither used nor updated, so that
+    :attr:`state` has none; one in evaluation mode keeps its own.
 
     Args:
         model: any module that maps images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``. A model
@@ -42,12 +53,21 @@ class Victim:
         image_shape: ``(C, H, W)``.
         num_images: N, the images behind one gradient.
         loss: the training loss, a key of :data:`leakage.objectives.LOSSES`.
-        reduction: over the N images, ``"mean"`` or ``"sum"``.
+        reduction: over the images of a step, ``"mean"`` or ``"sum"``.
+        local_steps: T, the steps that the client makes.
+        learning_rate: :math:`\eta`, required for several steps; with one it cancels out.
+        local_batch_size: images of one step, by default all N. It divides N, and T steps use every image
+            equally often.
 
     Raises:
-        ValueError: an unknown loss or reduction, a model that does not take such images or gives
-            no logits, has no parameter that requires gradients, or whose gradient depends on more
-            than the images and weights (dropout or BatchNorm in training mode).
+        ValueError: an unknown loss or reduction, local steps that can't be made, a model that does not take
+            such images or gives no logits, has no parameter that requires gradients, or whose gradient
+            depends on more than the images and weights (dropout in training mode), or BatchNorm in
+            training mode with one value per channel.
+
+    References:
+        McMahan et al., *Communication-Efficient Learning of Deep Networks from Decentralized Data*
+        (federated averaging), AISTATS 2017, https://arxiv.org/abs/1602.05629.
 
     Example:
         >>> from leakage.models import LeNet
@@ -55,6 +75,13 @@ class Victim:
         >>> shared = victim.share(torch.rand(5, 1, 1, 28, 28), torch.randint(10, (5, 1)))
         >>> len(shared), shared.gradients["classifier.bias"].shape
         (5, torch.Size([5, 10]))
+
+        Two steps on the first image, two on the second, in turns:
+
+        >>> client = Victim(LeNet(), image_shape=(1, 28, 28), num_images=2, local_steps=4, learning_rate=0.1,
+        ...                 local_batch_size=1)
+        >>> len(client.share(torch.rand(5, 2, 1, 28, 28), torch.randint(10, (5, 2))))
+        5
     """
 
     def __init__(
@@ -65,19 +92,25 @@ class Victim:
         num_images: int = 1,
         loss: str = "cross_entropy",
         reduction: str = "mean",
+        local_steps: int = 1,
+        learning_rate: float | None = None,
+        local_batch_size: int | None = None,
     ) -> None:
-        check_count(num_images=num_images)
+        check_local_steps(num_images, local_steps, learning_rate, local_batch_size)
         check_choice("loss", loss, LOSSES)
         check_choice("reduction", reduction, ("mean", "sum"))
-        _check_deterministic(model)
+        _check_no_dropout(model)
         self.model = copy.deepcopy(model)
+        self._unused_statistics = _drop_unused_statistics(self.model)
         self.model.zero_grad(set_to_none=True)
         self.trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         if not self.trainable:
             raise ValueError(
                 "Expected `model` to have parameters that require gradients, but got none: nothing is shared."
             )
-        self.classifier, self.logits_from, num_classes = _inspect(self.model, tuple(image_shape))
+        self.classifier, self.logits_from, num_classes = _inspect(
+            self.model, tuple(image_shape), num_images if local_batch_size is None else local_batch_size
+        )
         self.model.requires_grad_(False)
         self.protocol = Protocol(
             image_shape=tuple(image_shape),
@@ -85,11 +118,14 @@ class Victim:
             num_images=num_images,
             loss=loss,
             reduction=reduction,
+            local_steps=local_steps,
+            learning_rate=learning_rate,
+            local_batch_size=local_batch_size,
         )
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """Weights and buffers of the model, by name."""
+        """Weights and buffers of the model by name, without statistics that BatchNorm does not use."""
         return state_of(self.model)
 
     def fresh_states(self, seeds: list[int]) -> dict[str, Tensor]:
@@ -107,23 +143,35 @@ class Victim:
         return {name: torch.stack([state[name] for state in states]) for name in states[0]}
 
     def gradients(self, state: Mapping[str, Tensor], images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Gradients of one victim, as a pure and twice differentiable function (made for ``vmap``).
+        """Gradients of one victim, averaged over its local steps: pure and twice differentiable (made for ``vmap``).
 
         Args:
             state: weights and buffers by name.
             images: ``(N, C, H, W)``.
             targets: class probabilities ``(N, K)``.
         """
-        loss_per_image = LOSSES[self.protocol.loss]
+        protocol = self.protocol
+        loss_per_image = LOSSES[protocol.loss]
         fixed = {name: tensor for name, tensor in state.items() if name not in self._trainable_set}
 
-        def loss(weights: dict[str, Tensor]) -> Tensor:
+        def loss(weights: dict[str, Tensor], images: Tensor, targets: Tensor) -> Tensor:
             logits = functional_call(self.model, (weights, fixed), (images,))
             losses = loss_per_image(logits, targets)
-            return losses.mean() if self.protocol.reduction == "mean" else losses.sum()
+            return losses.mean() if protocol.reduction == "mean" else losses.sum()
 
-        gradients: dict[str, Tensor] = grad(loss)({name: state[name] for name in self.trainable})
-        return gradients
+        weights = {name: state[name] for name in self.trainable}
+        size = protocol.local_batch_size or len(images)
+        gradients: dict[str, Tensor] = grad(loss)(weights, images[:size], targets[:size])
+        if protocol.learning_rate is None:  # one step
+            return gradients
+        total = gradients
+        for step in range(1, protocol.local_steps):
+            weights = {name: weights[name] - protocol.learning_rate * gradients[name] for name in weights}
+            first = step * size % len(images)
+            batch = slice(first, first + size)
+            gradients = grad(loss)(weights, images[batch], targets[batch])
+            total = {name: total[name] + gradients[name] for name in total}
+        return {name: tensor / protocol.local_steps for name, tensor in total.items()}
 
     @property
     def _trainable_set(self) -> frozenset[str]:
@@ -171,7 +219,7 @@ class Victim:
         own = states is not None
         states = dict(states) if states is not None else self.state
         if own:
-            _check_tensors("state", states, self.state, victims=len(images))
+            self._check_state(states, victims=len(images))
         states = {name: tensor.to(images.device) for name, tensor in states.items()}
         precision = states[self.trainable[0]].dtype
         if images.dtype != precision:
@@ -208,10 +256,20 @@ class Victim:
         parameters = dict(self.model.named_parameters())
         trainable = {name: parameters[name] for name in self.trainable}
         _check_tensors("gradient", shared.gradients, trainable, victims=len(shared))
-        _check_tensors("state", shared.state, self.state, victims=len(shared) if shared.own_weights else None)
+        self._check_state(shared.state, victims=len(shared) if shared.own_weights else None)
+
+    def _check_state(self, state: Mapping[str, Tensor], *, victims: int | None) -> None:
+        # Not ignored: who brings statistics and a model in training mode may just have forgotten `eval()`.
+        if unused := sorted(self._unused_statistics & state.keys()):
+            raise ValueError(
+                "Expected no running statistics of BatchNorm that normalises by the client's own batch (in training "
+                f"mode, or without running statistics), but got {unused}. Call `model.eval()` if the client "
+                "normalised by them, else leave them out of the state."
+            )
+        _check_tensors("state", state, self.state, victims=victims)
 
 
-def _check_deterministic(model: nn.Module) -> None:
+def _check_no_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _DropoutNd) and module.training and module.p > 0:
             raise ValueError(
@@ -219,18 +277,28 @@ def _check_deterministic(model: nn.Module) -> None:
                 "depends on a random mask that the attacker does not know, so no image reproduces it. Call "
                 "`model.eval()` to audit the network without dropout, or set p=0."
             )
+
+
+def _drop_unused_statistics(model: nn.Module) -> frozenset[str]:
+    """Take from BatchNorm the running statistics that it does not normalise by; returns the names of all such.
+
+    In training mode it updates them in place, which ``vmap`` can't do, and its output does not depend on them.
+    """
+    names = []
+    for prefix, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            got = "in training mode" if module.training else "without running statistics"
-            raise ValueError(
-                f"Expected BatchNorm in evaluation mode, but got {name!r} {got}: it normalises by the "
-                "statistics of the private batch, which mixes the victim's images in every gradient. Call "
-                "`model.eval()` to audit the gradient at the running statistics, which the attacker knows."
-            )
+            module.track_running_stats = False
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                setattr(module, name, None)
+                names.append(f"{prefix}.{name}" if prefix else name)
+    return frozenset(names)
 
 
-def _inspect(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[str | None, str, int]:
+def _inspect(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> tuple[str | None, str, int]:
     """The linear layer whose output are the logits (None if there is none), their origin and their number."""
     parameter = next(model.parameters())
+    # Two images stand for any more of them: BatchNorm in training mode only refuses a single value.
+    images = torch.zeros(min(batch_size, 2), *image_shape, dtype=parameter.dtype, device=parameter.device)
     outputs: list[tuple[str, Tensor]] = []
 
     def record(name: str) -> Any:
@@ -240,20 +308,28 @@ def _inspect(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[str | None
     hooks = [module.register_forward_hook(record(name)) for name, module in leaves.items()]
     try:
         with torch.no_grad():
-            logits = model(torch.zeros(1, *image_shape, dtype=parameter.dtype, device=parameter.device))
+            logits = model(images)
     except Exception as error:
+        own_batch = any(isinstance(module, _BatchNorm) and module.running_mean is None for module in model.modules())
+        if own_batch and "more than 1 value per channel" in str(error):
+            raise ValueError(
+                "Expected several values per channel for BatchNorm to normalise by (in training mode, or without "
+                "running statistics), but got one: a single image whose map has a single pixel. Choose `num_images` "
+                "(and `local_batch_size`) of at least 2, or larger images, or call `model.eval()`."
+            ) from error
         raise ValueError(
             f"Expected `model` to take images of shape {show_shape('N', *image_shape)}, but got: {error}"
         ) from error
     finally:
         for hook in hooks:
             hook.remove()
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"Expected `model` to give logits of shape (N, K), but got {got} for one image.")
+        number = "one image" if len(images) == 1 else f"{len(images)} images"
+        raise ValueError(f"Expected `model` to give logits of shape (N, K), but got {got} for {number}.")
     try:
         with torch.no_grad():
-            vmap(model)(torch.zeros(1, 1, *image_shape, dtype=parameter.dtype, device=parameter.device))
+            vmap(model)(images[None])
     except Exception as error:
         raise ValueError(
             "Expected `model` to be a function of images and weights alone that `torch.func.vmap` can run "

@@ -86,6 +86,9 @@ def test_protocol_in_header_as_documented(tmp_path):
         "num_images": 2,
         "loss": "cross_entropy",
         "reduction": "mean",
+        "local_steps": 1,
+        "learning_rate": None,
+        "local_batch_size": None,
     }
     assert {"ids", "labels", "gradients/0.weight", "state/1.running_mean"} <= names
     assert not any(name.startswith("gradients/1.running") for name in names)
@@ -246,6 +249,53 @@ def test_rewriting_alone_spoils_nothing(path):
     assert_equal(SharedGradient.load(path), make())
 
 
+LOCAL = Protocol((1, 4, 4), 3, num_images=6, local_steps=4, learning_rate=0.05, local_batch_size=3)
+
+
+def test_file_keeps_the_local_steps(tmp_path):
+    shared = dataclasses.replace(make(labels=False), protocol=LOCAL)
+    shared.save(tmp_path / "client.safetensors")
+    loaded = SharedGradient.load(tmp_path / "client.safetensors").protocol
+    assert loaded == LOCAL
+    assert (loaded.local_steps, loaded.learning_rate, loaded.local_batch_size) == (4, 0.05, 3)
+
+
+def test_file_from_before_local_steps(path):
+    new = ("local_steps", "learning_rate", "local_batch_size")
+    old = {name: value for name, value in GOOD.items() if name not in new}
+    rewrite(path, protocol=json.dumps(old))
+    loaded = SharedGradient.load(path)
+    assert_equal(loaded, make())
+    assert (loaded.protocol.local_steps, loaded.protocol.local_batch_size) == (1, None)
+
+
+def test_a_local_batch_of_all_images_is_the_default():
+    assert dataclasses.replace(LOCAL, local_batch_size=6) == dataclasses.replace(LOCAL, local_batch_size=None)
+    assert dataclasses.replace(PROTOCOL, local_batch_size=2) == PROTOCOL
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"local_steps": 0}, "`local_steps` to be a whole number of at least 1, but got 0"),
+        ({"local_steps": True}, "`local_steps` to be a whole number of at least 1, but got True"),
+        ({"learning_rate": None}, "a `learning_rate` for 4 local steps, but got None"),
+        ({"learning_rate": 0.0}, "`learning_rate` to be positive and finite, but got 0.0"),
+        ({"learning_rate": float("inf")}, "`learning_rate` to be positive and finite, but got inf"),
+        ({"learning_rate": "0.1"}, "`learning_rate` to be positive and finite, but got '0.1'"),
+        ({"local_steps": 1, "local_batch_size": None}, "no `learning_rate` with one local step.* but got 0.05"),
+        ({"local_batch_size": 0}, "`local_batch_size` to be a whole number of at least 1, but got 0"),
+        ({"local_batch_size": 4}, "`local_batch_size` to divide `num_images` = 6, .* got 4. Choose a divisor of 6"),
+        ({"local_batch_size": 12}, "`local_batch_size` to divide `num_images` = 6, .* got 12"),
+        ({"local_batch_size": 2}, "`local_steps` to be a multiple of 3 = `num_images` / .* but got 4"),
+        ({"local_steps": 1, "learning_rate": None}, "`local_steps` to be a multiple of 2 = .* but got 1"),
+    ],
+)
+def test_wrong_local_steps(changes, message):
+    with pytest.raises(ValueError, match=f"^Expected {message}"):
+        dataclasses.replace(LOCAL, **changes)
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"Expected a safetensors file at '.*none', but got no such file"):
         SharedGradient.load(tmp_path / "none")
@@ -306,7 +356,10 @@ GOOD = dataclasses.asdict(PROTOCOL)
         ("{", "Expecting property name"),
         ("[1]", "must be a mapping"),
         (json.dumps({"image_shape": [1, 4, 4]}), "num_classes"),
-        (json.dumps(GOOD | {"learning_rate": 1}), "learning_rate"),
+        (json.dumps(GOOD | {"momentum": 0.9}), "momentum"),
+        (json.dumps(GOOD | {"learning_rate": 1}), "no `learning_rate` with one local step.* but got 1"),
+        (json.dumps(GOOD | {"local_steps": 2}), "a `learning_rate` for 2 local steps, but got None"),
+        (json.dumps(GOOD | {"local_steps": 1.5}), "`local_steps` to be a whole number of at least 1, but got 1.5"),
         (
             json.dumps(GOOD | {"loss": "hinge"}),
             r"`loss` to be one of \['cross_entropy', 'mean_squared_error'\]",

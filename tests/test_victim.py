@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leakage import LeNet, SharedGradient, Victim
+from leakage import LeNet, Protocol, SharedGradient, Victim
 from leakage.seeds import derive_seed
 
 IMAGE_SHAPE = (2, 6, 5)
@@ -139,6 +140,185 @@ def test_gradients_can_be_differentiated_again():
     assert torch.autograd.gradcheck(gradient, (images[0].requires_grad_(), targets.requires_grad_()), fast_mode=True)
 
 
+def with_local_steps(protocol: Protocol, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The slow reference: one client trains by torch's own SGD, and shares how far its weights have come."""
+    model = copy.deepcopy(model)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = torch.optim.SGD(parameters.values(), lr=protocol.learning_rate)
+    size = protocol.local_batch_size or protocol.num_images
+    batches = itertools.cycle(zip(images.split(size), labels.split(size), strict=True))
+    for batch, targets in itertools.islice(batches, protocol.local_steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch), targets, reduction=protocol.reduction).backward()
+        optimizer.step()
+    whole = protocol.learning_rate * protocol.local_steps
+    return {name: (start[name] - parameters[name].detach()) / whole for name in parameters}
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "training", "reduction", "local_steps", "local_batch_size"),
+    [
+        ("mlp", False, "mean", 2, None),
+        ("conv", False, "sum", 4, 2),
+        ("conv", False, "mean", 8, 1),
+        ("batch_norm", False, "mean", 3, 4),
+        ("batch_norm", True, "mean", 3, None),
+        ("batch_norm", True, "sum", 4, 2),
+    ],
+)
+def test_local_steps_are_those_of_sgd(kind, training, reduction, local_steps, local_batch_size, own):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = network(kind, bias=True).train(training)
+    model[-1].bias.requires_grad_(False)
+    images, labels = private(3, 4)
+    victim = Victim(
+        model,
+        image_shape=IMAGE_SHAPE,
+        num_images=4,
+        reduction=reduction,
+        local_steps=local_steps,
+        learning_rate=0.3,
+        local_batch_size=local_batch_size,
+    )
+    states = victim.fresh_states([5, 6, 7]) if own else None
+    shared = victim.share(images, labels, states=states)
+    victim.check(shared)
+    for index in range(3):
+        if states is not None:
+            model.load_state_dict({name: states[name][index] for name in states}, strict=False)
+        expected = with_local_steps(victim.protocol, model, images[index], labels[index])
+        assert shared.gradients.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(shared.gradients[name][index], gradient, msg=lambda text, n=name: f"{n}: {text}")
+    one_step = Victim(model, image_shape=IMAGE_SHAPE, num_images=4, reduction=reduction)
+    name = victim.trainable[-1]
+    assert not torch.allclose(one_step.share(images, labels).gradients[name][2], shared.gradients[name][2], rtol=1e-3)
+
+
+def test_a_local_batch_of_all_images_is_the_default():
+    model = network("conv", bias=True)
+    usual, told = (
+        Victim(model, image_shape=IMAGE_SHAPE, num_images=3, local_batch_size=size, local_steps=2, learning_rate=0.1)
+        for size in (None, 3)
+    )
+    assert usual.protocol == told.protocol
+    assert usual.fingerprint() == told.fingerprint()
+    usual.check(told.share(*private(2, 3)))
+
+
+@pytest.mark.parametrize("local_batch_size", [None, 2])
+@pytest.mark.parametrize("kind", ["mlp", "batch_norm"])
+def test_a_distance_through_local_steps_can_be_differentiated(kind, local_batch_size):
+    """What an attack needs, against finite differences; BatchNorm normalises by the dummies."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = network(kind, bias=True).train()
+    victim = Victim(
+        model,
+        image_shape=IMAGE_SHAPE,
+        num_images=4,
+        local_steps=2,
+        learning_rate=0.5,
+        local_batch_size=local_batch_size,
+    )
+    target = victim.share(*private(1, 4, seed=1)).gradients
+
+    def distance(images: Tensor, targets: Tensor) -> Tensor:
+        gradients = victim.gradients(victim.state, images, targets.softmax(-1))
+        return sum((gradients[name] - target[name][0]).square().sum() for name in target)
+
+    images, _ = private(1, 4)
+    targets = torch.randn(4, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(distance, (images[0].requires_grad_(), targets.requires_grad_()), fast_mode=True)
+
+
+# -- BatchNorm that normalises by the client's own batch
+
+
+def normalising_twice(*, statistics: bool = True) -> nn.Sequential:
+    """Two BatchNorm layers, in training mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = nn.Sequential(
+            nn.Conv2d(2, 3, 3),
+            nn.BatchNorm2d(3, track_running_stats=statistics),
+            nn.Sigmoid(),
+            nn.Flatten(),
+            nn.Linear(36, 5),
+            nn.BatchNorm1d(5, track_running_stats=statistics),
+            nn.Linear(5, CLASSES),
+        )
+        for layer in (model[1], model[5]):
+            nn.init.uniform_(layer.weight, 0.5, 2)
+        for layer in (model[1], model[5]) if statistics else ():
+            nn.init.normal_(layer.running_mean)
+            nn.init.uniform_(layer.running_var, 0.5, 2)
+    return model.double()
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("evaluating", ["", "1", "5"])
+def test_batch_norm_in_training_mode(evaluating, own):
+    """Each layer in its own mode; the reference is the user's model as it stands."""
+    model = normalising_twice()
+    if evaluating:
+        model.get_submodule(evaluating).eval()
+    before = everything(model)
+    victim = Victim(model, image_shape=IMAGE_SHAPE, num_images=3)
+    buffers = {name for name, _ in victim.model.named_buffers()}
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert buffers == {f"{evaluating}.{name}" for name in statistics if evaluating}
+    images, labels = private(4, 3)
+    states = victim.fresh_states([1, 2, 3, 4]) if own else None
+    shared = victim.share(images, labels, states=states)
+    victim.check(shared)
+    assert shared.state.keys() == victim.state.keys()
+    assert everything(model) == before
+    for index in range(4):
+        state = model.state_dict() | ({} if states is None else {name: states[name][index] for name in states})
+        expected = one_at_a_time(model, state, images[index], labels[index], "cross_entropy", "mean")
+        for name, gradient in expected.items():
+            torch.testing.assert_close(shared.gradients[name][index], gradient)
+
+
+def test_batch_norm_without_running_statistics_is_that_of_training_mode():
+    training, without = normalising_twice(), normalising_twice(statistics=False).eval()
+    victims = [Victim(model, image_shape=IMAGE_SHAPE, num_images=2) for model in (training, without)]
+    one, other = (victim.share(*private(3, 2)) for victim in victims)
+    victims[0].check(other)
+    for name, gradient in one.gradients.items():
+        torch.testing.assert_close(other.gradients[name], gradient)
+    evaluated = Victim(training.eval(), image_shape=IMAGE_SHAPE, num_images=2)
+    assert victims[0].fingerprint() != evaluated.fingerprint()
+
+
+def test_fresh_states_do_not_depend_on_the_mode_of_batch_norm():
+    training, evaluating = (
+        Victim(normalising_twice().train(mode), image_shape=IMAGE_SHAPE, num_images=2).fresh_states([4, 9])
+        for mode in (True, False)
+    )
+    assert evaluating.keys() - training.keys() == {name for name in evaluating if "running" in name or "num_" in name}
+    for name, tensor in training.items():
+        assert torch.equal(tensor, evaluating[name]), name
+
+
+def test_statistics_that_are_not_used_are_refused():
+    evaluated, training = (
+        Victim(normalising_twice().train(mode), image_shape=IMAGE_SHAPE, num_images=2) for mode in (False, True)
+    )
+    shared = evaluated.share(*private(2, 2))
+    message = r"no running statistics of BatchNorm .* but got \['1\.num_batches_tracked'.*Call `model\.eval\(\)` if"
+    with pytest.raises(ValueError, match=message):
+        training.check(shared)
+    with pytest.raises(ValueError, match=message):
+        training.share(*private(2, 2), states=evaluated.fresh_states([0, 1]))
+    with pytest.raises(ValueError, match=r"missing \['1\.num_batches_tracked', '1\.running_mean'"):
+        evaluated.check(training.share(*private(2, 2)))
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_resnet(own):
     model = torchvision.models.resnet18(num_classes=10).eval()
@@ -230,8 +410,10 @@ def used_model(kind: str = "batch_norm") -> nn.Sequential:
     return model
 
 
-def test_nothing_stays_behind():
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_stays_behind(training):
     model = used_model()
+    model[1].train(training)
     before = everything(model)
     victim = Victim(model, image_shape=IMAGE_SHAPE)
     victim.share(*private(3))
@@ -409,6 +591,8 @@ def test_fingerprint_is_of_architecture_and_protocol_only():
         Victim(LeNet(), image_shape=(1, 28, 28), num_images=2),
         Victim(LeNet(), image_shape=(1, 28, 28), loss="mean_squared_error"),
         Victim(LeNet(), image_shape=(1, 28, 28), reduction="sum"),
+        Victim(LeNet(), image_shape=(1, 28, 28), local_steps=2, learning_rate=0.1),
+        Victim(LeNet(), image_shape=(1, 28, 28), local_steps=2, learning_rate=0.2),
     ]
     assert len({victim.fingerprint() for victim in (one, *others)}) == 1 + len(others)
 
@@ -438,17 +622,22 @@ def test_functional_dropout_in_training_mode():
     assert Victim(Functional().eval(), image_shape=IMAGE_SHAPE).classifier == "linear"
 
 
-def test_batch_norm_in_training_mode():
-    model = nn.Sequential(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(60, 3))
-    with pytest.raises(ValueError, match=r"BatchNorm in evaluation mode, but got '0' in training mode.*`model\.eval"):
+def test_batch_norm_with_a_single_value():
+    """torch can't normalise it either; two images, or a larger map, can be."""
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3))
+    message = r"Expected several values per channel for BatchNorm .* but got one.*`num_images`.*`model\.eval\(\)`"
+    with pytest.raises(ValueError, match=message):
         Victim(model, image_shape=IMAGE_SHAPE)
+    with pytest.raises(ValueError, match=message):
+        Victim(model, image_shape=IMAGE_SHAPE, num_images=2, local_steps=2, learning_rate=0.1, local_batch_size=1)
+    with pytest.raises(ValueError, match=message):
+        Victim(torchvision.models.resnet18(num_classes=10), image_shape=(3, 32, 32))
+    Victim(model, image_shape=IMAGE_SHAPE, num_images=2)
+    Victim(nn.Sequential(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(60, 3)), image_shape=IMAGE_SHAPE)
     Victim(model.eval(), image_shape=IMAGE_SHAPE)
-
-
-def test_batch_norm_without_statistics():
-    model = nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten(), nn.Linear(60, 3)).eval()
-    with pytest.raises(ValueError, match="BatchNorm in evaluation mode, but got '0' without running statistics"):
-        Victim(model, image_shape=IMAGE_SHAPE)
+    normalised_groups = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.GroupNorm(2, 2), nn.Flatten(), nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="Expected `model` to take images"):
+        Victim(normalised_groups, image_shape=IMAGE_SHAPE)
 
 
 def test_statistics_updated_on_the_way():
@@ -491,8 +680,9 @@ def test_logits_that_are_no_tensor():
             logits = super().forward(images)
             return logits, logits
 
-    with pytest.raises(ValueError, match="but got tuple for one image"):
-        Victim(Tuple(), image_shape=IMAGE_SHAPE)
+    for num_images, number in ((1, "one image"), (2, "2 images"), (9, "2 images")):
+        with pytest.raises(ValueError, match=f"but got tuple for {number}"):
+            Victim(Tuple(), image_shape=IMAGE_SHAPE, num_images=num_images)
 
 
 @pytest.mark.parametrize(
@@ -505,6 +695,8 @@ def test_logits_that_are_no_tensor():
         ({"reduction": "none"}, r"`reduction` to be one of \['mean', 'sum'\], but got 'none'"),
         ({"num_images": 0}, "`num_images` to be a whole number of at least 1, but got 0"),
         ({"num_images": -2}, "`num_images` to be a whole number of at least 1, but got -2"),
+        ({"local_steps": 2}, "a `learning_rate` for 2 local steps, but got None"),
+        ({"num_images": 4, "local_batch_size": 3}, "`local_batch_size` to divide `num_images` = 4"),
     ],
 )
 def test_wrong_arguments(arguments, message):

@@ -20,7 +20,7 @@ from leakage.errors import check_choice, check_count, check_flag
 from leakage.models import LeNet
 from leakage.objectives import LOSSES
 from leakage.seeds import derive_seed
-from leakage.shared_gradient import SharedGradient
+from leakage.shared_gradient import SharedGradient, check_local_steps
 from leakage.victim import Victim
 
 # Victims whose images one worker decodes at a time.
@@ -54,7 +54,8 @@ class ImageVictims(VictimDataModule):
         weights: ``"own"`` gives every victim a freshly drawn network, ``"shared"`` all of them
             the weights of ``model``. By default own without a ``model``, else shared.
         loss: the clients' training loss, a key of :data:`leakage.objectives.LOSSES`.
-        reduction: over the N images, ``"mean"`` or ``"sum"``.
+        reduction: over the images of a step, ``"mean"`` or ``"sum"``.
+        local_steps, learning_rate, local_batch_size: the clients' local training, see :class:`~leakage.Victim`.
         reveal_labels: tell the attacker the labels.
         num_workers: processes that decode images.
 
@@ -74,11 +75,15 @@ class ImageVictims(VictimDataModule):
         weights: str | None = None,
         loss: str = "cross_entropy",
         reduction: str = "mean",
+        local_steps: int = 1,
+        learning_rate: float | None = None,
+        local_batch_size: int | None = None,
         reveal_labels: bool = False,
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size)
-        check_count(victims=victims, num_images=num_images)
+        check_count(victims=victims)
+        check_local_steps(num_images, local_steps, learning_rate, local_batch_size)
         check_count(0, seed=seed, num_workers=num_workers)
         check_flag(reveal_labels=reveal_labels)
         if model is not None and not isinstance(model, nn.Module):
@@ -95,6 +100,9 @@ class ImageVictims(VictimDataModule):
         self.weights = weights
         self.loss = loss
         self.reduction = reduction
+        self.local_steps = local_steps
+        self.learning_rate = learning_rate
+        self.local_batch_size = local_batch_size
         self.reveal_labels = reveal_labels
         self.num_workers = num_workers
 
@@ -127,6 +135,9 @@ class ImageVictims(VictimDataModule):
             num_images=self.num_images,
             loss=self.loss,
             reduction=self.reduction,
+            local_steps=self.local_steps,
+            learning_rate=self.learning_rate,
+            local_batch_size=self.local_batch_size,
         )
         if victim.protocol.num_classes < num_classes:
             raise ValueError(
@@ -185,6 +196,9 @@ class ImageVictims(VictimDataModule):
             "weights": self.weights if self.weights == "own" else digest(self.victim.state),
             "loss": self.loss,
             "reduction": self.reduction,
+            "local_steps": self.local_steps,
+            "learning_rate": self.learning_rate,
+            "local_batch_size": self.victim.protocol.local_batch_size,
             "reveal_labels": self.reveal_labels,
             "first_victim": digest({"images": first.images, "labels": first.labels}),
         }

@@ -70,6 +70,9 @@ class SharedGradientFiles(VictimDataModule):
             num_images=protocol.num_images,
             loss=protocol.loss,
             reduction=protocol.reduction,
+            local_steps=protocol.local_steps,
+            learning_rate=protocol.learning_rate,
+            local_batch_size=protocol.local_batch_size,
         )
         for path, part in parts.items():
             try:

@@ -6,9 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from lightning import Trainer
 from torch import nn
 from torch.nn import functional as F
 
+from leakage.attacks import IDLGAttack
 from leakage.datamodules import GroundTruth, SampleVictims
 from leakage.models import LeNet
 from leakage.seeds import derive_seed
@@ -93,6 +95,65 @@ def test_shared_gradients_are_those_of_autograd(weights, reduction):
             model.named_parameters(), torch.autograd.grad(loss, [*model.parameters()]), strict=True
         ):
             torch.testing.assert_close(shared.gradients[name][victim], gradient, rtol=1e-4, atol=1e-6)
+
+
+LOCAL = {"num_images": 2, "local_steps": 4, "learning_rate": 0.1, "local_batch_size": 1}
+
+
+def test_local_steps_reach_the_victims():
+    data = ready(victims=2, **LOCAL)
+    protocol = data.victim.protocol
+    assert (protocol.local_steps, protocol.learning_rate, protocol.local_batch_size) == (4, 0.1, 1)
+    shared, truth = data.share(0, 2), truth_of_all(data)
+    model = LeNet()
+    model.load_state_dict({name: tensor[1] for name, tensor in shared.state.items()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(model(truth.images[1, step % 2, None]), truth.labels[1, step % 2, None]).backward()
+        optimizer.step()
+    average = (shared.state["classifier.bias"][1] - model.classifier.bias) / 0.4
+    torch.testing.assert_close(shared.gradients["classifier.bias"][1], average, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [{"local_steps": 2}, {"learning_rate": 0.2}, {"local_batch_size": None}])
+def test_a_checkpoint_of_other_local_steps(change):
+    state = ready(victims=2, **LOCAL).state_dict()
+    ready(victims=2, **LOCAL).load_state_dict(state)
+    (name,) = change
+    with pytest.raises(ValueError, match=f"checkpoint of the same victims, but got .*{name} .* in the checkpoint"):
+        ready(victims=2, **(LOCAL | change)).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": None}, "Expected a `learning_rate` for 4 local steps, but got None"),
+        ({"local_steps": 0}, "Expected `local_steps` to be a whole number of at least 1, but got 0"),
+        ({"local_steps": 3}, "Expected `local_steps` to be a multiple of 2"),
+        ({"num_images": 3, "local_batch_size": 2}, "Expected `local_batch_size` to divide `num_images` = 3"),
+    ],
+)
+def test_wrong_local_steps(change, message):
+    with pytest.raises(ValueError, match=message):
+        SampleVictims(**(LOCAL | change))
+
+
+def test_an_attack_through_local_steps(tmp_path):
+    """The search sees through two steps: it finds an image whose two steps are those that were shared."""
+    data = SampleVictims(victims=2, local_steps=2, learning_rate=0.5, reveal_labels=True)
+    attack = IDLGAttack(max_evaluations=60, restarts=0)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(attack, datamodule=data)
+    assert attack.victim.protocol.local_steps == 2
+    assert attack.finished.loss.max() < 1e-3
 
 
 def test_own_networks_are_drawn_from_the_seed_of_each_victim():

@@ -70,6 +70,20 @@ def test_files_of_several_rounds_keep_their_weights(tmp_path, shared):
         assert torch.equal(state[10:], own.state[name])
 
 
+def test_files_of_clients_that_train(tmp_path, shared):
+    data = SampleVictims(
+        victims=3, model=LeNet(), num_images=2, local_steps=4, learning_rate=0.1, local_batch_size=1, reduction="sum"
+    )
+    data.setup("fit")
+    data.share(0, 3).save(tmp_path / "1.safetensors")
+    assert ready(tmp_path / "1.safetensors").victim.protocol == data.victim.protocol
+    shared.save(tmp_path / "2.safetensors")
+    with pytest.raises(
+        ValueError, match=r"2.safetensors' to fit .* protocol .*local_steps=4.* but got .*local_steps=1"
+    ):
+        ready(str(tmp_path / "*"))
+
+
 def test_labels_that_are_told_in_some_files_only(tmp_path, shared):
     shared.save(tmp_path / "1.safetensors")
     dataclasses.replace(shared, labels=torch.zeros(5, 1, dtype=torch.int64)).save(tmp_path / "2.safetensors")

@@ -1,0 +1,131 @@
+"""Which images of a labelled data set each victim holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leakage.errors import check_choice, check_count
+from leakage.seeds import derive_seed
+
+_DIRICHLET = "dirichlet:"
+_CHOICES = ("uniform", "single-class", f"{_DIRICHLET}A")
+
+
+def draw_victims(
+    labels: Tensor, *, victims: int, num_images: int, distribution: str = "uniform", seed: int = 0
+) -> Tensor:
+    r"""Draw the images that each victim holds from a labelled data set.
+
+    A victim holds no image twice, two victims may hold the same. Victim i's images depend on
+    ``seed``, i and the other arguments, not on the number of victims. They come in random order.
+
+    ================ ========================================================================
+    ``distribution`` a victim's images
+    ================ ========================================================================
+    ``uniform``      any of the data set, whose class frequencies they so have on average
+    ``single-class`` all of one class, any of those with at least N images
+    ``dirichlet:A``  class proportions :math:`p \sim \mathrm{Dirichlet}(A, \dots, A)` of its own,
+                     then labels by p: a few classes for A = 0.1, nearly all alike for A = 100
+    ================ ========================================================================
+
+    The Dirichlet is over the classes that occur. In Hsu et al. its parameters are :math:`\alpha` times a
+    class's prior, so that of K classes with equal priors :math:`\alpha = K A`. Where a class has fewer
+    images than its labels ask for, the rest of them are drawn again from the other classes, in proportion
+    to p.
+
+    Args:
+        labels: ``(M,)``, the class indices of the data set.
+        victims: V.
+        num_images: N, of each victim.
+        distribution: see above, A a positive number such as in ``"dirichlet:0.1"``.
+        seed: decides all draws.
+
+    Returns:
+        ``(V, N)`` int64, indices of images, from 0 to M - 1.
+
+    Raises:
+        ValueError: no labels, or not whole numbers of shape ``(M,)``; fewer images than N, for
+            ``single-class`` in every class; another distribution; bad counts.
+
+    References:
+        Hsu et al., *Measuring the Effects of Non-Identical Data Distribution for Federated Visual
+        Classification*, 2019, https://arxiv.org/abs/1909.06335.
+
+    Example:
+        >>> labels = torch.arange(1000) % 10
+        >>> drawn = draw_victims(labels, victims=3, num_images=8, distribution="single-class")
+        >>> drawn.shape, [len(row.unique()) for row in labels[drawn]]
+        (torch.Size([3, 8]), [1, 1, 1])
+    """
+    check_count(0, victims=victims, seed=seed)
+    check_count(num_images=num_images)
+    concentration = _concentration(distribution)
+    _check_labels(labels)
+    if num_images > len(labels):
+        raise ValueError(
+            f"Expected `num_images` to be at most {len(labels)}, the images of the data set, but got {num_images}."
+        )
+    classes = labels.cpu().numpy()
+    members = [np.flatnonzero(classes == label) for label in np.unique(classes)]
+    if distribution == "single-class":
+        most = max(map(len, members))
+        if num_images > most:
+            raise ValueError(
+                f"Expected `num_images` to be at most {most}, the images of the largest class, as distribution "
+                f"'single-class' takes all of a victim's images from one, but got {num_images}."
+            )
+        members = [images for images in members if len(images) >= num_images]
+
+    drawn = np.empty((victims, num_images), dtype=np.int64)
+    for victim in range(victims):
+        rng = np.random.default_rng(derive_seed(seed, victim, "victim's images"))
+        if concentration is not None:
+            drawn[victim] = _dirichlet(members, num_images, concentration, rng)
+        else:
+            images = members[rng.integers(len(members))] if distribution == "single-class" else len(labels)
+            drawn[victim] = rng.choice(images, num_images, replace=False)
+    return torch.from_numpy(drawn)
+
+
+def _dirichlet(
+    members: list[np.ndarray], num_images: int, concentration: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Images ``(N,)`` by class proportions from a Dirichlet; ``members`` are the images of each class."""
+    sizes = np.array([len(images) for images in members])
+    counts = np.zeros_like(sizes)
+    proportions = rng.dirichlet(np.full(len(members), concentration))
+    while missing := num_images - counts.sum():
+        proportions = np.where(counts < sizes, proportions, 0.0)
+        if not proportions.sum():
+            # The rest was too small for a float: proportions among a Dirichlet's other classes are Dirichlet too.
+            proportions[counts < sizes] = rng.dirichlet(np.full((counts < sizes).sum(), concentration))
+        counts += rng.multinomial(missing, proportions / proportions.sum())
+        counts = np.minimum(counts, sizes)
+    chosen = [rng.choice(images, count, replace=False) for images, count in zip(members, counts, strict=True) if count]
+    return rng.permutation(np.concatenate(chosen))
+
+
+def _concentration(distribution: str) -> float | None:
+    """A of ``dirichlet:A``, None for the other distributions."""
+    if not isinstance(distribution, str) or not distribution.startswith(_DIRICHLET):
+        check_choice("distribution", distribution, _CHOICES)
+        return None
+    try:
+        concentration = float(distribution.removeprefix(_DIRICHLET))
+    except ValueError:
+        concentration = float("nan")
+    # Far beyond any use numbers overflow; NaN is refused too.
+    if not 0 < concentration <= 1e100:
+        raise ValueError(
+            f"Expected `distribution` as 'dirichlet:A' with a positive number A up to 1e100, but got {distribution!r}."
+        )
+    return concentration
+
+
+def _check_labels(labels: Tensor) -> None:
+    if labels.ndim != 1 or len(labels) == 0:
+        raise ValueError(f"Expected `labels` of shape (M,) with M at least 1, but got {tuple(labels.shape)}.")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"Expected `labels` as whole numbers, but got {labels.dtype}.")
