@@ -1,4 +1,4 @@
-"""Scores of reconstructions: per image, matched one-to-one, and over victims with confidence intervals."""
+"""Scores of reconstructions, per image, matched one-to-one, and of labels; over victims with confidence intervals."""
 
 from leakage.metrics.collection import ReconstructionMetrics
 from leakage.metrics.estimates import (
@@ -8,6 +8,7 @@ from leakage.metrics.estimates import (
     mean_interval,
     wilson_interval,
 )
+from leakage.metrics.labels import LabelMetrics, LabelScore, score_labels, trivial_score
 from leakage.metrics.matching import match
 from leakage.metrics.scores import PSNR_LIMIT, SUCCESS_THRESHOLD, Scores, VictimScore, score
 
@@ -15,6 +16,8 @@ __all__ = [
     "PSNR_LIMIT",
     "SUCCESS_THRESHOLD",
     "Estimate",
+    "LabelMetrics",
+    "LabelScore",
     "MeanOverVictims",
     "ReconstructionMetrics",
     "Scores",
@@ -23,5 +26,7 @@ __all__ = [
     "match",
     "mean_interval",
     "score",
+    "score_labels",
+    "trivial_score",
     "wilson_interval",
 ]
