@@ -52,7 +52,7 @@ class IDLGAttack(GradientMatchingAttack):
             check_label_rule(victim)
 
     def _begin(self, shared: SharedGradient) -> Tensor:
-        labels = shared.labels if shared.labels is not None else infer_labels(shared, self.victim)
+        labels = shared.labels if shared.labels is not None else infer_labels(shared, self.victim).labels
         return F.one_hot(labels, self.victim.protocol.num_classes).to(self.dummy_images.dtype)
 
     def _targets(self, fixed: Tensor, *unknowns: Tensor) -> Tensor:

@@ -1,0 +1,78 @@
+"""From estimates to whole numbers of images that sum to N."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def round_counts(estimates: Tensor, num_images: int) -> Tensor:
+    """Whole numbers that sum to N and are nearest to the estimates.
+
+    Negative estimates count as zero. The others are scaled so that they sum to N, and rounded by the
+    method of the largest remainder. All zero means that nothing is known: N is spread evenly.
+
+    Args:
+        estimates: ``(V, K)``, images of each class; not finite is taken as zero.
+        num_images: N.
+
+    Returns:
+        ``(V, K)`` int64, each row sums to N.
+
+    Example:
+        >>> round_counts(torch.tensor([[1.8, -0.3, 0.9, 0.5]]), 3)
+        tensor([[2, 0, 1, 0]])
+    """
+    estimates = estimates.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0)
+    totals = estimates.sum(1, keepdim=True)
+    estimates = torch.where(totals > 0, estimates, 1.0)
+    estimates = estimates * (num_images / estimates.sum(1, keepdim=True))
+    whole = estimates.floor()
+    left = num_images - whole.sum(1, keepdim=True)
+    # ranks of the remainders: the largest get one more each
+    order = (estimates - whole).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return (whole + (order < left)).long()
+
+
+def spread_evenly(present: Tensor, scores: Tensor, num_images: int) -> Tensor:
+    """N images over the classes that are present, as evenly as possible; the rest to those of the highest scores.
+
+    Args:
+        present: ``(V, K)`` bool; a row without any counts as all.
+        scores: ``(V, K)``.
+        num_images: N.
+
+    Returns:
+        ``(V, K)`` int64, each row sums to N.
+
+    Example:
+        >>> spread_evenly(torch.tensor([[True, False, True]]), torch.tensor([[0.1, 0.9, 0.3]]), 3)
+        tensor([[1, 0, 2]])
+    """
+    present = present | ~present.any(1, keepdim=True)
+    classes = present.sum(1, keepdim=True)
+    best_first = scores.where(present, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    share = num_images // classes + (best_first < num_images % classes)
+    return torch.where(present, share, 0)
+
+
+def one_by_one(push: Tensor, share: Tensor, counts: Tensor, num_images: int) -> Tensor:
+    """Count one image of the class that is pushed up most, add its share back, and so on until there are N.
+
+    Args:
+        push: ``(V, K)``, the lower the more images of the class.
+        share: ``(V,)`` or ``(V, K)``, above zero: what one image of the class takes from ``push``.
+        counts: ``(V, K)`` int64, images counted before.
+        num_images: N.
+
+    Returns:
+        ``(V, K)`` int64, each row sums to N.
+    """
+    push, counts = push.clone(), counts.clone()
+    share = share[:, None].expand_as(push) if share.ndim == 1 else share
+    for _ in range(num_images - int(counts.sum(1).min())):
+        most = push.argmin(dim=1, keepdim=True)
+        wanting = (counts.sum(1, keepdim=True) < num_images).long()
+        counts.scatter_add_(1, most, wanting)
+        push.scatter_add_(1, most, share.gather(1, most) * wanting)
+    return counts

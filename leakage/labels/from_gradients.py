@@ -1,0 +1,117 @@
+"""Rules that read labels off the last layer's gradient and weights alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leakage.labels.counts import one_by_one, round_counts, spread_evenly
+from leakage.labels.last_layer import LastLayer
+
+# Counts, scores and, where a rule says more than the counts do, which classes are there: each (V, K).
+Found = tuple[Tensor, Tensor, Tensor | None]
+
+
+def idlg(layer: LastLayer) -> Found:
+    r"""iDLG: the gradient of one image's logits, :math:`p - y`, is negative only for its class. Exact.
+
+    It is the bias' gradient. Without one, the rows of the weights' gradient are multiples of one vector,
+    and the class is the one whose row points against all others (of two classes, the one whose row has a
+    negative sum, which is exact where the features can't be negative).
+
+    Zhao, Mopuri and Bilen, *iDLG*, 2020, https://arxiv.org/abs/2001.02610.
+    """
+    push = layer.bias_gradient
+    if push is None:
+        push = _against_the_others(_rows(layer))
+    counts = torch.zeros_like(push, dtype=torch.long).scatter_(1, push.argmin(dim=1, keepdim=True), 1)
+    return counts, -push, None
+
+
+def row_minimum(layer: LastLayer) -> Found:
+    r"""GradInversion: the N classes whose rows of the weights' gradient have the smallest entries, one image each.
+
+    Where features can't be negative, only a class that is there can have a negative entry.
+
+    Yin et al., *See through Gradients*, CVPR 2021, https://arxiv.org/abs/2104.07586.
+    """
+    scores = -_rows(layer).amin(dim=2)
+    lowest = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < layer.num_images
+    present = lowest & (scores > 0)
+    return spread_evenly(present, scores, layer.num_images), scores, present
+
+
+def llg(layer: LastLayer) -> Found:
+    r"""LLG: every class whose row of the weights' gradient has a negative sum, then the most negative, N in all.
+
+    One image takes from its class's sum :math:`s_k` about the *impact*
+
+    .. math:: m = \frac{1}{N} \left( 1 + \frac{1}{K} \right) \sum_{k: s_k < 0} s_k,
+
+    which is put back each time that the class is counted.
+
+    Wainakh et al., *User-Level Label Leakage from Gradients in Federated Learning*, PETS 2022,
+    https://arxiv.org/abs/2105.09369.
+    """
+    sums = _rows(layer).sum(dim=2)
+    impact = -sums.clamp(max=0).sum(1) * (1 + 1 / layer.num_classes) / layer.num_images
+    return by_impact(layer, sums, impact, torch.zeros_like(sums))
+
+
+def by_impact(layer: LastLayer, sums: Tensor, impact: Tensor, offset: Tensor) -> Found:
+    """LLG's extraction: the negative sums first, then, less their offset, the most negative one by one."""
+    negative = (sums < 0).long()
+    # More negative classes than images can only be where features are negative: the lowest stay.
+    order = sums.argsort(dim=1, stable=True).argsort(dim=1)
+    counts = negative * (order < layer.num_images)
+    push = sums + counts * impact[:, None] - offset
+    found = one_by_one(push, impact, counts, layer.num_images)
+    return found, (offset - sums) / impact[:, None].clamp(min=torch.finfo(sums.dtype).tiny), None
+
+
+def ilrg(layer: LastLayer) -> Found:
+    r"""iLRG: class-wise features from the ratio of gradients, their predictions, then counts by least squares.
+
+    A class's row is mostly made of its own images, so its mean feature is about
+    :math:`\bar h_j = g_{W,j} / g_{b,j}`, and :math:`\hat p_j = \mathrm{softmax}(W \bar h_j + b)` its
+    prediction. The counts n solve
+
+    .. math:: \sum_j n_j \hat p_j - n = N g_b, \qquad \sum_j n_j = N
+
+    in the least-squares sense, over the classes whose rows have a negative entry (over all, where features
+    can be negative), and are rounded.
+
+    Ma et al., *Instance-wise Batch Label Restoration via Gradients in Federated Learning*, ICLR 2023,
+    https://openreview.net/forum?id=FIrQfNSOoTr.
+    """
+    layer = layer.midway()
+    rows, push = _rows(layer), layer.bias_gradient
+    assert push is not None
+    ratio = rows / torch.where(push == 0, torch.finfo(push.dtype).tiny, push)[..., None]
+    logits = torch.einsum("vjd,vkd->vjk", ratio, layer.weight.expand(len(rows), -1, -1)) + layer.bias[:, None]
+    predictions = logits.nan_to_num().softmax(dim=2)
+    candidates = torch.ones_like(push, dtype=torch.bool)
+    if layer.non_negative:
+        candidates = rows.amin(dim=2) < 0
+    balance = (predictions.mT - torch.eye(layer.num_classes).to(push)) * candidates[:, None]
+    # The pseudo-inverse, as classes that are left out make columns of zeros.
+    equations = torch.cat([balance, candidates[:, None].to(push)], dim=1).double()
+    total = torch.full_like(push[:, :1], layer.num_images)
+    right = torch.cat([layer.num_images * push, total], dim=1).double()
+    estimates = (torch.linalg.pinv(equations) @ right[..., None]).squeeze(2) * candidates
+    return round_counts(estimates, layer.num_images), estimates.to(push), None
+
+
+def _rows(layer: LastLayer) -> Tensor:
+    """Gradients of the rows of the weights, ``(V, K, D)``."""
+    assert layer.weight_gradient is not None  # as the rule's assumptions say
+    return layer.weight_gradient
+
+
+def _against_the_others(rows: Tensor) -> Tensor:
+    """Rows ``(V, K, D)`` that are multiples of one vector as multiples ``(V, K)``, signed so that most are positive."""
+    longest = rows.square().sum(-1).argmax(dim=1)
+    along = torch.einsum("vkd,vd->vk", rows, rows[torch.arange(len(rows), device=rows.device), longest])
+    surplus = along.sign().sum(1)
+    # As many one way as the other: the signs alone do not tell which is which.
+    return torch.where((surplus == 0)[:, None], rows.sum(-1), along * surplus.sign()[:, None])

@@ -1,0 +1,301 @@
+"""The labels of a whole batch, read off what its client shared."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leakage.errors import check_choice, check_count
+from leakage.labels.auxiliary import Auxiliary, KnownFeatures, dummies, known_features
+from leakage.labels.calibrated import geng, llg_plus, llg_star, rlu
+from leakage.labels.from_gradients import Found, idlg, ilrg, llg, row_minimum
+from leakage.labels.last_layer import LastLayer, has_non_negative_features, last_layer
+from leakage.labels.mean_feature import mean_feature
+from leakage.labels.posterior import LabelPosterior
+from leakage.labels.separation import rlg
+from leakage.labels.simulation import draw_images, simulate
+from leakage.seeds import derive_seed
+from leakage.shared_gradient import SharedGradient
+from leakage.victim import Victim
+
+# Victims with networks of their own that are looked at together; bounds the memory, not the result.
+_NETWORKS_AT_ONCE = 64
+# For `auto`: simulated clients, and the share of the auxiliary images that they hold.
+_TRIED_ON, _HELD_OUT = 400, 1 / 4
+
+
+@dataclass
+class InferredLabels:
+    """The labels of V victims as a rule found them.
+
+    Attributes:
+        counts: ``(V, K)`` int64, images of each class; each row sums to N.
+        scores: ``(V, K)``, the higher the more of that class; for rules that count, images before rounding.
+        present: ``(V, K)`` bool, the classes that the rule holds to be there. A rule that finds the set of
+            classes only spreads the N images over them in ``counts``.
+        rule: the rule's name; of ``"auto"`` the one that it chose.
+    """
+
+    counts: Tensor
+    scores: Tensor
+    present: Tensor
+    rule: str
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def labels(self) -> Tensor:
+        """``(V, N)`` class indices, sorted."""
+        victims, classes = self.counts.shape
+        every = torch.arange(classes, device=self.counts.device).repeat(victims)
+        return every.repeat_interleave(self.counts.flatten()).view(victims, -1)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule, and what it needs: some of the keys of :data:`NEEDS`."""
+
+    find: Callable[[LastLayer, Callable[[], KnownFeatures], int], Found]
+    needs: tuple[str, ...] = ()
+
+
+#: What rules may need, in words that follow "Expected".
+NEEDS = {
+    "weight": "the last layer's weights to share their gradient",
+    "bias": "the last layer's bias to share its gradient",
+    "one image": "one image per gradient",
+    "distinct": "at most as many images as classes",
+    "fewer": "fewer images than classes",
+    "non-negative": "inputs of the last layer that can't be negative, as behind a ReLU or a sigmoid",
+    "auxiliary": "`auxiliary` images with labels",
+    "shared weights": "victims that share their weights",
+}
+
+#: Rules by name, each with its paper in its docstring; ``mean_feature`` and ``posterior`` are this library's own.
+RULES: dict[str, Rule] = {
+    "idlg": Rule(lambda layer, known, seed: idlg(layer), ("one image",)),
+    "row_minimum": Rule(lambda layer, known, seed: row_minimum(layer), ("weight", "distinct")),
+    "llg": Rule(lambda layer, known, seed: llg(layer), ("weight", "non-negative")),
+    "llg_star": Rule(lambda layer, known, seed: llg_star(layer, seed), ("weight", "non-negative")),
+    "rlg": Rule(lambda layer, known, seed: rlg(layer), ("weight", "fewer")),
+    "ilrg": Rule(lambda layer, known, seed: ilrg(layer), ("weight", "bias")),
+    "geng": Rule(lambda layer, known, seed: geng(layer, seed)),
+    "mean_feature": Rule(lambda layer, known, seed: mean_feature(layer, known()), ("weight", "bias")),
+    "llg_plus": Rule(lambda layer, known, seed: llg_plus(layer, known()), ("weight", "non-negative", "auxiliary")),
+    "rlu": Rule(lambda layer, known, seed: rlu(layer, known(), seed), ("bias", "auxiliary", "shared weights")),
+    "posterior": Rule(
+        lambda layer, known, seed: LabelPosterior(layer, known(), seed)(layer),
+        ("weight", "auxiliary", "shared weights"),
+    ),
+}
+# Without auxiliary images `auto` takes the first of these that can be used; `geng` always can.
+_WITHOUT_AUXILIARY = ("idlg", "mean_feature", "geng")
+# Of these `auto` does not try: a linear programme for every class of every victim takes long, and finds no counts.
+_SLOW = ("rlg",)
+
+
+def check_label_rule(
+    victim: Victim, rule: str = "auto", *, auxiliary: Auxiliary | None = None, num_images: int | None = None
+) -> None:
+    """Raise a ``ValueError`` unless labels can be read off the last layer's gradient by this rule.
+
+    Args:
+        victim: model and protocol.
+        rule: a key of :data:`RULES` or ``"auto"``.
+        auxiliary: the attacker's own images, if there are any.
+        num_images: N, by default the protocol's.
+
+    Raises:
+        ValueError: an unknown rule, a loss other than cross-entropy, logits that are not the output of a linear
+            layer, a last layer without gradients, or something that the rule needs is not there; the message
+            names what to use instead.
+    """
+    check_choice("rule", rule, (*RULES, "auto"))
+    instead = "Use DLGAttack, which recovers labels by optimisation, or reveal the labels (reveal_labels=True)."
+    if victim.protocol.loss != "cross_entropy":
+        raise ValueError(
+            "Expected a victim with loss 'cross_entropy', whose gradient is negative only for the true class, "
+            f"but got loss {victim.protocol.loss!r}. {instead}"
+        )
+    if victim.classifier is None:
+        raise ValueError(
+            "Expected logits that are the output of an nn.Linear layer, whose gradient tells the labels, "
+            f"but got logits from {victim.logits_from}. {instead}"
+        )
+    if not {f"{victim.classifier}.weight", f"{victim.classifier}.bias"} & {*victim.trainable}:
+        raise ValueError(
+            f"Expected the last layer {victim.classifier!r} to share its gradient, but got frozen weights. {instead}"
+        )
+    if auxiliary is not None:
+        auxiliary.check(victim.protocol)
+    _check_needs(rule, _met(victim, auxiliary, num_images or victim.protocol.num_images))
+
+
+def _met(victim: Victim, auxiliary: Auxiliary | None, num_images: int) -> dict[str, str | None]:
+    """For every need None if it is met, else what there is instead; of weights it is not known who shares them."""
+    weight, bias = (f"{victim.classifier}.{name}" in victim.trainable for name in ("weight", "bias"))
+    classes = victim.protocol.num_classes
+    images = f"{num_images} images and {classes} classes"
+    return {
+        "weight": None if weight else "frozen ones",
+        "bias": None if bias else "none",
+        "one image": None if num_images == 1 else f"{num_images}",
+        "distinct": None if num_images <= classes else images,
+        "fewer": None if num_images < classes else images,
+        "non-negative": None if has_non_negative_features(victim) else "negative ones",
+        "auxiliary": None if auxiliary is not None else "none",
+        "shared weights": None,
+    }
+
+
+def _check_needs(rule: str, met: dict[str, str | None]) -> None:
+    if rule == "auto":
+        return
+    missing = [need for need in RULES[rule].needs if met[need] is not None]
+    if missing:
+        working = ["auto", *_usable(met)]
+        raise ValueError(
+            f"Expected {NEEDS[missing[0]]} for rule={rule!r}, but got {met[missing[0]]}. "
+            f"Rules that would work: {', '.join(map(repr, working))}."
+        )
+
+
+def _usable(met: dict[str, str | None]) -> list[str]:
+    return [name for name, rule in RULES.items() if all(met[need] is None for need in rule.needs)]
+
+
+@torch.no_grad()
+def infer_labels(
+    shared: SharedGradient,
+    victim: Victim,
+    *,
+    rule: str = "auto",
+    num_images: int | None = None,
+    auxiliary: Auxiliary | None = None,
+    seed: int = 0,
+) -> InferredLabels:
+    r"""Infer how many images of each class are behind each gradient.
+
+    With cross-entropy the gradient of the last layer is a mean of :math:`(p_i - y_i) h_i^\top` over the
+    images i, with h the layer's inputs, p the predictions and y the one-hot labels: all rules
+    start from there. No rule sees the victims' images or labels.
+
+    ================ ==================================================== ===============================
+    rule             finds                                                needs
+    ================ ==================================================== ===============================
+    ``idlg``         the label of one image, exactly                      one image
+    ``row_minimum``  distinct labels (GradInversion)                      weights' gradient, N ≤ K
+    ``llg``          counts from sums of rows                             non-negative inputs of the layer
+    ``llg_star``     the same, calibrated on black, white and noise       the same
+    ``llg_plus``     the same, calibrated on auxiliary images             the same, and auxiliary images
+    ``rlg``          the set of classes, by linear programmes             weights' gradient, N < K
+    ``ilrg``         counts from features of each class                   both gradients
+    ``geng``         counts from mean predictions on noise                nothing
+    ``mean_feature`` counts from the batch's mean feature                 both gradients
+    ``rlu``          counts by their expected update of the bias          auxiliary images, shared weights
+    ``posterior``    counts by their learnt posterior                     auxiliary images, shared weights
+    ``auto``         the best that can be used, see below                 nothing
+    ================ ==================================================== ===============================
+
+    ``auto`` takes ``idlg`` for one image. With auxiliary images, and weights that victims share, it
+    simulates clients that hold a quarter of these images, and takes the rule that finds most of their labels.
+    Otherwise it takes ``mean_feature``, or ``geng`` where a gradient is missing.
+
+    After local steps the rules take the average gradient for a gradient at weights half-way.
+
+    Args:
+        shared: gradients of V victims.
+        victim: their model and protocol.
+        rule: a name of the table.
+        num_images: N, by default the protocol's.
+        auxiliary: labelled images of the attacker's own, of the same kind as the victims' but never theirs.
+        seed: of dummy images and simulated clients.
+
+    Returns:
+        Counts, scores and labels of every victim, on the device of the gradients.
+
+    Raises:
+        ValueError: see :func:`check_label_rule` and :class:`Auxiliary`; victims with weights of their own for a
+            rule that learns about one network.
+
+    References:
+        Each rule's function names its paper; :mod:`leakage.labels.from_gradients`, :mod:`.calibrated`,
+        :mod:`.separation`, :mod:`.mean_feature`, :mod:`.posterior`.
+
+    Example:
+        >>> from leakage.models import LeNet
+        >>> victim = Victim(LeNet(), image_shape=(1, 28, 28), num_images=4)
+        >>> labels = torch.tensor([[7, 0, 3, 3], [1, 1, 1, 9]])
+        >>> inferred = infer_labels(victim.share(torch.rand(2, 4, 1, 28, 28), labels), victim)
+        >>> inferred.labels
+        tensor([[0, 3, 3, 7],
+                [1, 1, 1, 9]])
+        >>> inferred.rule
+        'mean_feature'
+    """
+    if num_images is not None:
+        check_count(num_images=num_images)
+    check_count(0, seed=seed)
+    check_label_rule(victim, rule, auxiliary=auxiliary, num_images=num_images)
+    count = num_images or victim.protocol.num_images
+    met = _met(victim, auxiliary, count)
+    if shared.own_weights:
+        met["shared weights"] = "a network for each"
+        _check_needs(rule, met)
+        parts = torch.split(torch.arange(len(shared)), _NETWORKS_AT_ONCE)
+    else:
+        parts = (torch.arange(len(shared)),)
+    found = [_infer(shared.select(part), victim, rule, count, auxiliary, seed, met) for part in parts]
+    counts, scores, present = (
+        torch.cat([getattr(labels, name) for labels in found]) for name in ("counts", "scores", "present")
+    )
+    return InferredLabels(counts, scores, present, found[0].rule)
+
+
+def _infer(
+    shared: SharedGradient,
+    victim: Victim,
+    rule: str,
+    num_images: int,
+    auxiliary: Auxiliary | None,
+    seed: int,
+    met: dict[str, str | None],
+) -> InferredLabels:
+    layer = last_layer(shared, victim, num_images)
+
+    @functools.cache  # not every rule needs them
+    def known() -> KnownFeatures:
+        return dummies(layer, seed) if auxiliary is None else known_features(layer, auxiliary.images, auxiliary.labels)
+
+    if rule == "auto":
+        first = next(name for name in _WITHOUT_AUXILIARY if name in _usable(met))
+        learns = auxiliary is not None and not shared.own_weights and first != "idlg"
+        rule = _best(layer, known(), _usable(met), seed) if learns else first
+    counts, scores, present = RULES[rule].find(layer, known, seed)
+    return InferredLabels(counts, scores, counts > 0 if present is None else present, rule)
+
+
+def _best(layer: LastLayer, known: KnownFeatures, usable: list[str], seed: int) -> str:
+    """The rule that finds most labels of simulated clients, who hold images that no rule learns from."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, 0, "images held out"))
+    sides: list[list[Tensor]] = [[], []]
+    for label in range(layer.num_classes):
+        members = (known.labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator).to(members.device)]
+        held_out = max(1, round(_HELD_OUT * len(members)))
+        sides[0].append(members[:held_out])
+        sides[1].append(members[held_out:])
+    tried_on, learnt_from = (known.select(torch.cat(side)) for side in sides)
+    drawn, truth = draw_images(tried_on.labels, layer, _TRIED_ON, derive_seed(seed, 0, "clients to try on"))
+    clients = simulate(layer, tried_on, drawn)
+    recalls = {}
+    for name in usable:
+        if name not in _SLOW:
+            counts, _, _ = RULES[name].find(clients, lambda: learnt_from, seed)
+            recalls[name] = torch.minimum(counts, truth.to(counts)).sum().item()
+    return max(recalls, key=lambda name: recalls[name])

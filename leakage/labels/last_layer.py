@@ -1,0 +1,177 @@
+"""What label inference looks at: the gradient of the last linear layer, its weights and its inputs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from leakage.shared_gradient import Protocol, SharedGradient
+from leakage.victim import Victim
+
+# Networks whose features of the same images are computed at once.
+_NETWORKS_AT_ONCE = 64
+# Images of one pass through a network that is shared.
+_IMAGES_AT_ONCE = 250
+
+
+@dataclass
+class LastLayer:
+    r"""The last layer of V victims: logits :math:`z = W h + b` of features h.
+
+    With cross-entropy and N images its gradients are
+
+    .. math:: g_b = \frac{1}{N} \sum_i (p_i - y_i), \qquad g_W = \frac{1}{N} \sum_i (p_i - y_i) \, h_i^\top
+
+    where :math:`p_i = \mathrm{softmax}(z_i)` and :math:`y_i` is the one-hot label. Everything below is the
+    mean over images, and with local steps over steps.
+
+    Attributes:
+        weight_gradient: ``(V, K, D)``, None if the layer shares none.
+        bias_gradient: ``(V, K)``, None if the layer shares none.
+        weight: ``(V, K, D)``, or ``(1, K, D)`` where victims share their weights.
+        bias: ``(V, K)`` or ``(1, K)``; zeros if the layer has none.
+        num_images: N.
+        features: gives the inputs of the layer, ``(V, M, D)`` or ``(1, M, D)``, for images ``(M, C, H, W)``.
+        protocol: what the clients did.
+        non_negative: whether the features can't be negative, as behind a ReLU or a sigmoid.
+    """
+
+    weight_gradient: Tensor | None
+    bias_gradient: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    num_images: int
+    features: Callable[[Tensor], Tensor]
+    protocol: Protocol
+    non_negative: bool
+
+    @property
+    def gradients(self) -> Tensor:
+        """Whichever gradient there is, the bias' if there are both."""
+        gradient = self.weight_gradient if self.bias_gradient is None else self.bias_gradient
+        assert gradient is not None  # infer_labels has refused a layer without
+        return gradient
+
+    def __len__(self) -> int:
+        return len(self.gradients)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.weight.shape[1]
+
+    @property
+    def own_weights(self) -> bool:
+        """Whether each victim has a network of its own."""
+        return len(self.weight) > 1
+
+    def midway(self) -> LastLayer:
+        r"""The same with the weights half-way through the local steps, where gradients are near their average.
+
+        Step t is taken at :math:`\theta_0 - \eta \sum_{s<t} g_s`, so the mean over the steps is about
+        :math:`\theta_0 - \eta \frac{T - 1}{2} \bar g`. With one step this changes nothing.
+        """
+        rate = self.protocol.learning_rate
+        if rate is None:
+            return self
+        way = rate * (self.protocol.local_steps - 1) / 2
+        if self.protocol.reduction == "sum":
+            way *= self.protocol.local_batch_size or self.num_images
+        weight, bias = self.weight, self.bias
+        if self.weight_gradient is not None:
+            weight = weight - way * self.weight_gradient
+        if self.bias_gradient is not None:
+            bias = bias - way * self.bias_gradient
+        return dataclasses.replace(self, weight=weight, bias=bias)
+
+
+def last_layer(shared: SharedGradient, victim: Victim, num_images: int) -> LastLayer:
+    """The last layer of all victims.
+
+    Args:
+        shared: what the victims shared.
+        victim: their model and protocol; its logits are the output of a linear layer.
+        num_images: N.
+    """
+    protocol = shared.protocol
+    weight_name, bias_name = f"{victim.classifier}.weight", f"{victim.classifier}.bias"
+    scale = 1.0 if protocol.reduction == "mean" else 1 / (protocol.local_batch_size or num_images)
+
+    def gradient(name: str) -> Tensor | None:
+        return shared.gradients[name] * scale if name in shared.gradients else None
+
+    weight = shared.state[weight_name]
+    bias = shared.state.get(bias_name, torch.zeros_like(weight[..., 0]))
+    if not shared.own_weights:
+        weight, bias = weight[None], bias[None]
+    return LastLayer(
+        weight_gradient=gradient(weight_name),
+        bias_gradient=gradient(bias_name),
+        weight=weight,
+        bias=bias,
+        num_images=num_images,
+        features=_Features(shared, victim),
+        protocol=protocol,
+        non_negative=has_non_negative_features(victim),
+    )
+
+
+@torch.no_grad()
+def has_non_negative_features(victim: Victim) -> bool:
+    """Whether the inputs of the last layer can't be negative, tried on a few images of noise."""
+    state = victim.state
+    like = state[victim.trainable[0]]
+    noise = torch.rand(8, *victim.protocol.image_shape, generator=torch.Generator().manual_seed(0))
+    features = functional_call(_without_classifier(victim), state, noise.to(like))
+    return bool((features >= 0).all())
+
+
+class _Features:
+    """The victims' networks without their last layer."""
+
+    def __init__(self, shared: SharedGradient, victim: Victim) -> None:
+        self.network = _without_classifier(victim)
+        known = {name for name, _ in (*self.network.named_parameters(), *self.network.named_buffers())}
+        self.state = {name: tensor for name, tensor in shared.state.items() if name in known}
+        self.own_weights = shared.own_weights
+        self.like = shared.gradients[victim.trainable[0]]
+        # BatchNorm in training mode normalises over the images of one step.
+        self.together = None
+        if any(isinstance(module, _BatchNorm) and module.training for module in victim.model.modules()):
+            self.together = shared.protocol.local_batch_size or shared.protocol.num_images
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        size = self.together or _IMAGES_AT_ONCE
+        count = len(images)
+        if self.together and size < count:  # the last pass shall have as many as the others
+            images = torch.cat([images, images[: -count % size]])
+        parts = [self._of(part) for part in torch.split(images.to(self.like), size)]
+        return torch.cat(parts, dim=1)[:, :count]
+
+    def _of(self, images: Tensor) -> Tensor:
+        def features(state: dict[str, Tensor]) -> Tensor:
+            output: Tensor = functional_call(self.network, state, images)
+            return output
+
+        if not self.own_weights:
+            return features(self.state)[None]
+        return vmap(features, chunk_size=_NETWORKS_AT_ONCE)(self.state)
+
+
+def _without_classifier(victim: Victim) -> nn.Module:
+    """The model with its last layer replaced by the identity: its output are the features."""
+    network = copy.deepcopy(victim.model)
+    assert victim.classifier is not None
+    parent, _, name = victim.classifier.rpartition(".")
+    if not victim.classifier:  # the model is the layer
+        return nn.Identity()
+    setattr(network.get_submodule(parent), name, nn.Identity())
+    return network

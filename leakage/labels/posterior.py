@@ -1,0 +1,159 @@
+"""Counts from a posterior that is learnt on simulated clients: what works on trained networks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leakage.labels.auxiliary import KnownFeatures
+from leakage.labels.from_gradients import Found
+from leakage.labels.last_layer import LastLayer
+from leakage.labels.simulation import draw_images, simulate
+from leakage.seeds import derive_seed
+
+# Simulated clients: as many as keep clients * images * classes near the product, between the two limits.
+_PRODUCT, _FEWEST, _MOST = 2**23, 4096, 16384
+# Clients simulated, and reduced to statistics, at once.
+_CLIENTS_AT_ONCE = 2048
+# Learning the posterior.
+_WIDTH, _PASSES, _BATCH, _LEARNING_RATE, _WEIGHT_DECAY = 96, 20, 256, 3e-3, 1e-3
+# Numbers of images of a class that are told apart at most.
+_BINS = 64
+# Victims whose posterior is taken at once.
+_VICTIMS_AT_ONCE = 256
+
+
+class LabelPosterior:
+    r"""How many images of each class a gradient speaks for, learnt from clients that the attacker makes up.
+
+    In a trained network most images are predicted with confidence, so that their :math:`p - y`, and with it
+    their share of any sum over images, nearly vanishes: rules that divide a sum by the share of one image
+    count the few hard images and miss the others. But an image need not weigh much to be seen. Where
+    features are not negative, entries of row k of the weights' gradient are negative through images of class k
+    alone, and each image has features that others lack. So this rule looks at the *distribution* of
+    each row's entries, at many orders of magnitude, and learns what counts they speak for:
+
+    1. Clients are simulated: label counts are drawn (half of the clients uniform, half Dirichlet), then
+       labelled images of the attacker's own, then what the last layer would share (:mod:`.simulation`).
+    2. Each class's row becomes a few statistics: mean, negative mean, root mean square, smallest and largest
+       entry, share of negative entries, the bias' gradient, and the row along its own weights; each at two or
+       three scales through asinh, beside their mean, smallest and largest over the classes.
+    3. A small network, the same for all classes but for knowing which one it looks at, learns
+       :math:`P(n_k \mid \text{statistics})` by cross-entropy.
+    4. The counts that maximise the expected instance recall, :math:`\sum_k E \min(\hat n_k, n_k)`, are the
+       N largest of all :math:`P(n_k \ge c)`, c = 1, 2, ...
+
+    Where a gradient says nothing the posterior is the prior, so the rule does not fall below the trivial
+    guess but by chance. This library's own.
+
+    Args:
+        layer: the victims' last layer; they share their weights.
+        known: labelled images of the attacker's own.
+        seed: of the simulation and the learning.
+    """
+
+    def __init__(self, layer: LastLayer, known: KnownFeatures, seed: int) -> None:
+        self.num_images = layer.num_images
+        self.scale = known.features.abs().mean().clamp(min=torch.finfo(known.features.dtype).tiny)
+        clients = min(max(_PRODUCT // (layer.num_images * layer.num_classes), _FEWEST), _MOST)
+        drawn, counts = draw_images(known.labels, layer, clients, derive_seed(seed, 0, "posterior's clients"))
+        parts = [self._statistics(simulate(layer, known, part)) for part in torch.split(drawn, _CLIENTS_AT_ONCE)]
+        statistics = torch.cat(parts)
+        self.centre, self.spread = statistics.mean(0), statistics.std(0) + 1e-6
+        self.edges = _edges(counts).to(statistics.device)
+        bins = torch.bucketize(counts.to(statistics.device), self.edges, right=True) - 1
+        self.network = self._learn(self._normalised(statistics), bins, seed)
+
+    @torch.no_grad()
+    def __call__(self, layer: LastLayer) -> Found:
+        """Counts and expected counts of the victims."""
+        inputs = self._normalised(self._statistics(layer))
+        parts = [self._find(part) for part in torch.split(inputs, _VICTIMS_AT_ONCE)]
+        counts, expected = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return counts, expected.to(layer.gradients), None
+
+    def _find(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        probabilities = self.network(inputs).softmax(dim=2)
+        at_least = probabilities.flip(2).cumsum(2).flip(2)  # P(n_k >= edge)
+        tails = _between(at_least, self.edges, self.num_images)
+        # All tails of a class fall, so the largest ones are a beginning of each class.
+        largest = tails.flatten(1).topk(self.num_images, dim=1).indices // self.num_images
+        counts = torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+        counts.scatter_add_(1, largest, torch.ones_like(largest))
+        return counts, tails.sum(2)
+
+    def _statistics(self, layer: LastLayer) -> Tensor:
+        """``(V, K, F)``."""
+        rows = layer.weight_gradient
+        assert rows is not None
+        push = layer.bias_gradient if layer.bias_gradient is not None else torch.zeros_like(rows[..., 0])
+        push = push * layer.num_images
+        rows = rows * (layer.num_images / self.scale)
+        # The row along its own weights: the sum of (p - y) times the logit, less the mean logit.
+        apart = layer.weight - layer.weight.mean(1, keepdim=True)
+        along = (rows * apart).sum(2) * self.scale
+        negative = rows.clamp(max=0).mean(2)
+        shape = [rows.mean(2), negative, rows.square().mean(2).sqrt(), rows.amin(2), rows.amax(2)]
+        sums, entries = torch.stack([push, along], dim=2), torch.stack(shape, dim=2)
+        statistics = torch.cat(
+            [
+                *(sums, (sums / 0.3).asinh(), (sums / 0.01).asinh()),
+                *((20 * entries / 0.3).asinh(), (20 * entries / 0.01).asinh()),
+                (rows < 0).to(rows).mean(2, keepdim=True),
+            ],
+            dim=2,
+        )
+        over_classes = [statistics.mean(1), statistics.amin(1), statistics.amax(1)]
+        around = torch.cat(over_classes, dim=1)[:, None].expand(-1, statistics.shape[1], -1)
+        return torch.cat([statistics, around], dim=2)
+
+    def _normalised(self, statistics: Tensor) -> Tensor:
+        # Limited, as victims may lie outside what was simulated.
+        inputs = ((statistics - self.centre) / self.spread).clamp(-6, 6)
+        classes = torch.eye(inputs.shape[1]).to(inputs)
+        return torch.cat([inputs, classes.expand(len(inputs), -1, -1)], dim=2)
+
+    def _learn(self, inputs: Tensor, bins: Tensor, seed: int) -> nn.Module:
+        generator = torch.Generator().manual_seed(derive_seed(seed, 0, "posterior's batches"))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(seed, 0, "posterior's weights"))
+            network = nn.Sequential(
+                *(nn.Linear(inputs.shape[2], _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, _WIDTH), nn.ReLU()),
+                nn.Linear(_WIDTH, len(self.edges)),
+            ).to(inputs)
+        steps = _PASSES * len(inputs) // _BATCH
+        optimizer = torch.optim.AdamW(network.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)
+        with torch.enable_grad():
+            for _ in range(steps):
+                batch = torch.randint(len(inputs), (_BATCH,), generator=generator).to(inputs.device)
+                loss = F.cross_entropy(network(inputs[batch]).flatten(0, 1), bins[batch].flatten())
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+        return network.requires_grad_(False)
+
+
+def _edges(counts: Tensor) -> Tensor:
+    """The first count of each bin, ascending from 0: every count that occurs, or quantiles of them."""
+    occurring = torch.unique(counts)
+    if len(occurring) > _BINS:
+        quantiles = counts.flatten().sort().values
+        places = torch.linspace(0, len(quantiles) - 1, _BINS).long()
+        tail = torch.linspace(int(quantiles[places[-2]]), int(quantiles[-1]), _BINS // 2).long()
+        occurring = torch.unique(torch.cat([quantiles[places], tail]))
+    edges: Tensor = torch.unique(torch.cat([torch.zeros(1, dtype=torch.long), occurring]))
+    return edges
+
+
+def _between(at_least: Tensor, edges: Tensor, num_images: int) -> Tensor:
+    r"""From :math:`P(n \ge e)` at the edges ``(V, K, E)`` to P(n >= c), c from 1 to N, by linear interpolation."""
+    wanted = torch.arange(1, num_images + 1, device=edges.device)
+    ends = torch.cat([edges, edges[-1:] + 1])
+    values = torch.cat([at_least, torch.zeros_like(at_least[..., :1])], dim=2)
+    above = torch.searchsorted(ends, wanted).clamp(max=len(ends) - 1)
+    below = (above - 1).clamp(min=0)
+    part = ((wanted - ends[below]) / (ends[above] - ends[below]).clamp(min=1)).clamp(0, 1)
+    return values[..., below] * (1 - part) + values[..., above] * part

@@ -1,0 +1,92 @@
+"""Clients that the attacker makes up from labelled images of its own, to learn what gradients mean."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from leakage.labels.auxiliary import KnownFeatures
+from leakage.labels.last_layer import LastLayer
+
+# Half of the clients have all classes alike; of the others each draws its Dirichlet parameter from this range.
+_EVEN_SHARE = 0.5
+_PARAMETERS = (0.05, 10.0)
+# Numbers in the largest tensor of a pass.
+_NUMBERS_AT_ONCE = 2**24
+
+
+def draw_images(labels: Tensor, layer: LastLayer, clients: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Which images each made-up client holds, without any knowledge of how the victims' labels are distributed.
+
+    Half of the clients draw labels uniformly, the others from class proportions of a Dirichlet distribution
+    of their own, from nearly one class to nearly all alike. Images of a label are drawn with replacement.
+
+    Args:
+        labels: ``(M,)``; every class occurs.
+        layer: for N and K.
+        clients: S.
+        seed: decides all draws.
+
+    Returns:
+        Indices of images ``(S, N)``, and the counts of their labels ``(S, K)``.
+    """
+    random = np.random.default_rng(seed)
+    classes, count = layer.num_classes, layer.num_images
+    low, high = np.log(_PARAMETERS)
+    parameters = np.exp(random.uniform(low, high, clients))
+    gammas = random.standard_gamma(parameters[:, None].repeat(classes, 1)) + 1e-300
+    proportions = gammas / gammas.sum(1, keepdims=True)
+    proportions[random.random(clients) < _EVEN_SHARE] = 1 / classes
+    counts = random.multinomial(count, proportions)
+    held = np.repeat(np.tile(np.arange(classes), clients), counts.ravel()).reshape(clients, count)
+    held = random.permuted(held, axis=1)  # local steps take them in this order
+    order = labels.argsort(stable=True).cpu().numpy()
+    sizes = labels.bincount(minlength=classes).cpu().numpy()
+    starts = np.cumsum(sizes) - sizes
+    drawn = order[starts[held] + (random.random(held.shape) * sizes[held]).astype(np.int64)]
+    return torch.from_numpy(drawn), torch.from_numpy(counts)
+
+
+def simulate(layer: LastLayer, known: KnownFeatures, drawn: Tensor) -> LastLayer:
+    """What made-up clients would share of their last layer, whose weights are shared among victims.
+
+    With local steps the last layer is trained as the protocol says, while features stay as they were: exact
+    for one step, near for small steps.
+
+    Args:
+        layer: of the victims, for the weights and the protocol.
+        known: the images that are drawn from.
+        drawn: ``(S, N)``, indices of images.
+
+    Returns:
+        The last layer of S clients.
+    """
+    held = known.features[0], known.labels
+    largest = max(drawn.shape[1], layer.num_classes) * known.features.shape[2]
+    parts = [_train(layer, *held, part) for part in torch.split(drawn, max(1, _NUMBERS_AT_ONCE // largest))]
+    weights, biases = zip(*parts, strict=True)
+    return dataclasses.replace(layer, weight_gradient=torch.cat(weights), bias_gradient=torch.cat(biases))
+
+
+def _train(layer: LastLayer, features: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    protocol = layer.protocol
+    size = protocol.local_batch_size or drawn.shape[1]
+    rate = (protocol.learning_rate or 0.0) * (size if protocol.reduction == "sum" else 1)
+    drawn = drawn.to(features.device)
+    weight, bias = layer.weight, layer.bias
+    weights, biases = torch.zeros((), device=features.device), torch.zeros((), device=features.device)
+    for step in range(protocol.local_steps):
+        first = step * size % drawn.shape[1]
+        batch = drawn[:, first : first + size]
+        inputs = features[batch]
+        predictions = (inputs @ weight.mT + bias[:, None]).softmax(dim=2)
+        error = (predictions - F.one_hot(labels[batch], layer.num_classes)) / size
+        weight_gradient, bias_gradient = error.mT @ inputs, error.sum(1)
+        weights, biases = weights + weight_gradient, biases + bias_gradient
+        if step + 1 < protocol.local_steps:
+            weight, bias = weight - rate * weight_gradient, bias - rate * bias_gradient
+    return weights / protocol.local_steps, biases / protocol.local_steps
