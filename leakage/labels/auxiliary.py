@@ -1,4 +1,4 @@
-"""Labelled images of the attacker's own, from which rules learn what gradients to expect."""
+"""Images of the attacker's own, from which rules learn what gradients to expect."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from leakage.labels.last_layer import LastLayer
 from leakage.seeds import derive_seed
 from leakage.shared_gradient import Protocol
 
-# Images of noise that show how features vary.
-_DUMMIES = 128
+# Images of noise for a network that victims share, and for each of their own.
+_NOISE, _NOISE_FOR_EACH = 1000, 128
+# Where labels are not known, images drawn for each class at the least.
+_DRAWN_FOR_EACH = 20
 
 
 @dataclass
 class Auxiliary:
-    """Labelled images of the same kind as the victims', but never theirs.
+    """Images of the same kind as the victims', but never theirs.
+
+    Labels help little: without them each class is given the images that the victims' network takes for it
+    (:meth:`KnownFeatures.with_labels`).
 
     Attributes:
         images: ``(M, C, H, W)``, floats in [0, 1].
-        labels: ``(M,)``, class indices.
+        labels: ``(M,)``, class indices; None if they are not known.
 
     Raises:
         ValueError: other shapes or ranges, or no images.
@@ -34,7 +39,7 @@ class Auxiliary:
     """
 
     images: Tensor
-    labels: Tensor
+    labels: Tensor | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -46,6 +51,8 @@ class Auxiliary:
             raise ValueError(
                 f"Expected `auxiliary` images in [0, 1], but got {images.min().item():g} to {images.max().item():g}."
             )
+        if labels is None:
+            return
         if tuple(labels.shape) != (len(images),) or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(
                 f"Expected `auxiliary` labels as whole numbers ({len(images)},), but got {labels.dtype} "
@@ -53,15 +60,19 @@ class Auxiliary:
             )
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
 
     def check(self, protocol: Protocol) -> None:
-        """Raise a ``ValueError`` unless they fit what the clients did, with at least two images of every class."""
+        """Raise a ``ValueError`` unless they fit what the clients did, and labels tell two images of every class."""
         if tuple(self.images.shape[1:]) != protocol.image_shape:
             raise ValueError(
                 f"Expected `auxiliary` images of shape {protocol.image_shape}, as the victims', but got "
                 f"{tuple(self.images.shape[1:])}."
             )
+        if self.labels is None:
+            if len(self) < 2:  # `auto` learns from some and tries on others
+                raise ValueError("Expected at least two `auxiliary` images, but got one.")
+            return
         outside = self.labels[(self.labels < 0) | (self.labels >= protocol.num_classes)]
         if len(outside):
             raise ValueError(
@@ -77,24 +88,71 @@ class Auxiliary:
 
 @dataclass
 class KnownFeatures:
-    """Images whose labels are known, as the last layer sees them.
+    """Images of the attacker's own as the last layer sees them.
 
     Attributes:
         features: ``(W, M, D)`` with W the networks, 1 if they are shared.
-        labels: ``(M,)``, on the same device.
         predictions: ``(W, M, K)``, class probabilities.
+        labels: ``(M,)`` on the same device, or None.
     """
 
     features: Tensor
-    labels: Tensor
     predictions: Tensor
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return self.features.shape[1]
+
+    def select(self, images: Tensor) -> KnownFeatures:
+        """Some of the images, or some of them several times."""
+        labels = None if self.labels is None else self.labels[images]
+        return KnownFeatures(self.features[:, images], self.predictions[:, images], labels)
+
+    def with_labels(self, seed: int) -> LabelledFeatures:
+        r"""The same with labels; where there are none, with images drawn for every class.
+
+        Class k gets images with probability proportional to their prediction :math:`p_k`. If the network is
+        calibrated, this is what Bayes' rule says of images of class k: those that it is sure of, and
+        those that it mistakes.
+        """
+        if self.labels is not None:
+            return LabelledFeatures(self.features, self.predictions, self.labels)
+        predictions = self.predictions.mean(0)
+        each = max(_DRAWN_FOR_EACH, len(self) // predictions.shape[1])
+        generator = torch.Generator().manual_seed(derive_seed(seed, 0, "images for every class"))
+        # Double precision, as probabilities of single precision may all be zero.
+        drawn = torch.multinomial(predictions.T.double().cpu() + 1e-30, each, replacement=True, generator=generator).to(
+            predictions.device
+        )
+        labels = torch.arange(len(drawn), device=drawn.device).repeat_interleave(each)
+        images = drawn.flatten()
+        return LabelledFeatures(self.features[:, images], self.predictions[:, images], labels)
+
+    def halves(self, share: float, seed: int) -> tuple[KnownFeatures, KnownFeatures]:
+        """Two disjoint parts, the first with about ``share`` of the images: of each class, where labels are known."""
+        generator = torch.Generator().manual_seed(derive_seed(seed, 0, "images held out"))
+        classes = torch.zeros(len(self), dtype=torch.long) if self.labels is None else self.labels.cpu()
+        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for label in sorted(set(classes.tolist())):
+            members = (classes == label).nonzero().flatten()
+            members = members[torch.randperm(len(members), generator=generator)]
+            size = max(1, round(share * len(members)))
+            parts[0].append(members[:size])
+            parts[1].append(members[size:])
+        first, second = (self.select(torch.cat(part).to(self.features.device)) for part in parts)
+        return first, second
+
+
+@dataclass
+class LabelledFeatures:
+    """As :class:`KnownFeatures`, with the label of every image: every class has some."""
+
+    features: Tensor
+    predictions: Tensor
+    labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def select(self, images: Tensor) -> KnownFeatures:
-        """Some of the images."""
-        return KnownFeatures(self.features[:, images], self.labels[images], self.predictions[:, images])
 
     @property
     def one_hot(self) -> Tensor:
@@ -102,20 +160,20 @@ class KnownFeatures:
         return F.one_hot(self.labels, self.predictions.shape[2]).to(self.features)
 
 
-def known_features(layer: LastLayer, images: Tensor, labels: Tensor) -> KnownFeatures:
-    """Features and predictions of images with the victims' networks, or the one that they share.
+def known_features(layer: LastLayer, auxiliary: Auxiliary | None, seed: int) -> KnownFeatures:
+    """Auxiliary images as the victims' networks see them, or the one that they share.
 
-    Predictions are those of the weights that were given, before any local step.
+    Without any it is noise with the spectrum of natural images. Predictions are those of the weights that were
+    given, before any local step.
     """
-    features = layer.features(images).to(layer.weight)
-    logits = features @ layer.weight.mT + layer.bias[:, None]
-    return KnownFeatures(features, labels.to(features.device).long(), logits.softmax(dim=2))
-
-
-def dummies(layer: LastLayer, seed: int) -> KnownFeatures:
-    """Noise with the spectrum of natural images in place of auxiliary ones; its labels mean nothing."""
-    images = natural_noise(_DUMMIES, layer.protocol.image_shape, derive_seed(seed, 0, "dummy images"))
-    return known_features(layer, images, torch.arange(_DUMMIES) % layer.num_classes)
+    if auxiliary is None:
+        count = _NOISE_FOR_EACH if layer.own_weights else _NOISE
+        images = natural_noise(count, layer.protocol.image_shape, derive_seed(seed, 0, "natural noise"))
+        auxiliary = Auxiliary(images)
+    features = layer.features(auxiliary.images).to(layer.weight)
+    predictions = (features @ layer.weight.mT + layer.bias[:, None]).softmax(dim=2)
+    labels = None if auxiliary.labels is None else auxiliary.labels.to(features.device).long()
+    return KnownFeatures(features, predictions, labels)
 
 
 def natural_noise(count: int, image_shape: tuple[int, ...], seed: int) -> Tensor:
@@ -130,10 +188,9 @@ def natural_noise(count: int, image_shape: tuple[int, ...], seed: int) -> Tensor
 
     def draw(maps: int) -> Tensor:
         white = torch.fft.rfft2(torch.randn(count, maps, height, width, generator=generator))
-        noise = torch.fft.irfft2(white * amplitude, s=(height, width))
+        noise: Tensor = torch.fft.irfft2(white * amplitude, s=(height, width))
         return noise / noise.std().clamp(min=1e-6) if noise.numel() > 1 else noise
 
     noise = draw(1) + (0.4 * draw(channels) if channels > 1 else 0)
     brightness = 0.5 + 0.15 * torch.randn(count, 1, 1, 1, generator=generator)
-    images: Tensor = (brightness + 0.25 * noise).clamp(0, 1)
-    return images
+    return torch.clamp(brightness + 0.25 * noise, 0, 1)

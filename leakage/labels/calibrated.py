@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from scipy.optimize import nnls
+from torch import Tensor
+from torch.nn import functional as F
 
-from leakage.labels.auxiliary import KnownFeatures, known_features
+from leakage.labels.auxiliary import Auxiliary, KnownFeatures, LabelledFeatures, known_features
 from leakage.labels.counts import round_counts
 from leakage.labels.from_gradients import Found, by_impact
 from leakage.labels.last_layer import LastLayer
@@ -31,28 +33,35 @@ def llg_star(layer: LastLayer, seed: int) -> Found:
     Wainakh et al., *User-Level Label Leakage from Gradients in Federated Learning*, PETS 2022,
     https://arxiv.org/abs/2105.09369.
     """
-    return _calibrated(layer, _dummies(layer, seed), labelled=False)
+    return _calibrated(layer, _dummies(layer, seed), None)
 
 
 def llg_plus(layer: LastLayer, known: KnownFeatures) -> Found:
     """LLG+: as LLG*, with labelled images of the same kind in place of the dummies.
 
-    The impact of a class is measured on images of this class, its offset on those of the others.
+    The impact of a class is measured on images of this class, its offset on those of the others. Images without
+    labels count as much for each class as they are predicted to be of it.
 
     Wainakh et al., *User-Level Label Leakage from Gradients in Federated Learning*, PETS 2022,
     https://arxiv.org/abs/2105.09369.
     """
-    return _calibrated(layer, known, labelled=True)
+    own = known.predictions
+    if known.labels is not None:
+        own = F.one_hot(known.labels, layer.num_classes).to(own).expand_as(own)
+    return _calibrated(layer, known, own)
 
 
-def _calibrated(layer: LastLayer, known: KnownFeatures, *, labelled: bool) -> Found:
+def _calibrated(layer: LastLayer, known: KnownFeatures, own: Tensor | None) -> Found:
     assert layer.weight_gradient is not None
     totals = known.features.sum(2, keepdim=True)
     if_own, if_other = (1 - known.predictions) * totals, known.predictions * totals  # (W, M, K)
-    own = known.one_hot if labelled else torch.ones_like(known.predictions[0])
-    other = 1 - own if labelled else own
-    impact = ((if_own * own).sum(1) / own.sum(0)).mean(1) * (1 + 1 / layer.num_classes) / layer.num_images
-    offset = (if_other * other).sum(1) / other.sum(0)
+    every = torch.ones_like(known.predictions)
+    own, other = (every, every) if own is None else (own, 1 - own)
+    some = torch.finfo(own.dtype).tiny  # a class may be predicted of no image
+    impact = (
+        ((if_own * own).sum(1) / own.sum(1).clamp(min=some)).mean(1) * (1 + 1 / layer.num_classes) / layer.num_images
+    )
+    offset = (if_other * other).sum(1) / other.sum(1).clamp(min=some)
     sums = layer.weight_gradient.sum(dim=2)
     return by_impact(layer, sums, impact.expand(len(sums)), offset.expand_as(sums))
 
@@ -77,7 +86,7 @@ def geng(layer: LastLayer, seed: int) -> Found:
     return round_counts(estimates, layer.num_images), estimates, None
 
 
-def rlu(layer: LastLayer, known: KnownFeatures, seed: int) -> Found:
+def rlu(layer: LastLayer, known: LabelledFeatures, seed: int) -> Found:
     r"""RLU: the counts whose expected update of the last bias is the one that was shared.
 
     An image of class j is expected to add a vector :math:`c_j` to :math:`N g_b`, so the counts solve
@@ -122,9 +131,9 @@ def _on_simplex(matrix: np.ndarray, right: np.ndarray, total: int) -> np.ndarray
 
 
 def _dummies(layer: LastLayer, seed: int) -> KnownFeatures:
-    """Black, white and noise, with the labels 0, 1, ... in turn."""
+    """Black, white and noise."""
     shape = layer.protocol.image_shape
     generator = torch.Generator().manual_seed(derive_seed(seed, 0, "dummy images"))
     noise = torch.rand(_DUMMIES, *shape, generator=generator)
     images = torch.cat([torch.zeros(1, *shape), torch.ones(1, *shape), noise])
-    return known_features(layer, images, torch.arange(len(images)) % layer.num_classes)
+    return known_features(layer, Auxiliary(images), seed)

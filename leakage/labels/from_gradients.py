@@ -66,7 +66,8 @@ def by_impact(layer: LastLayer, sums: Tensor, impact: Tensor, offset: Tensor) ->
     counts = negative * (order < layer.num_images)
     push = sums + counts * impact[:, None] - offset
     found = one_by_one(push, impact, counts, layer.num_images)
-    return found, (offset - sums) / impact[:, None].clamp(min=torch.finfo(sums.dtype).tiny), None
+    # Without any impact images can't be counted, but still be ranked.
+    return found, ((offset - sums) / impact[:, None].clamp(min=torch.finfo(sums.dtype).tiny)).nan_to_num(), None
 
 
 def ilrg(layer: LastLayer) -> Found:
@@ -79,7 +80,8 @@ def ilrg(layer: LastLayer) -> Found:
     .. math:: \sum_j n_j \hat p_j - n = N g_b, \qquad \sum_j n_j = N
 
     in the least-squares sense, over the classes whose rows have a negative entry (over all, where features
-    can be negative), and are rounded.
+    can be negative), and are rounded. Where features are not negative, a class that is there but far rarer than
+    predicted may have no negative entry, and is missed.
 
     Ma et al., *Instance-wise Batch Label Restoration via Gradients in Federated Learning*, ICLR 2023,
     https://openreview.net/forum?id=FIrQfNSOoTr.

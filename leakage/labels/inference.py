@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leakage.errors import check_choice, check_count
-from leakage.labels.auxiliary import Auxiliary, KnownFeatures, dummies, known_features
+from leakage.labels.auxiliary import Auxiliary, KnownFeatures, known_features
 from leakage.labels.calibrated import geng, llg_plus, llg_star, rlu
 from leakage.labels.from_gradients import Found, idlg, ilrg, llg, row_minimum
 from leakage.labels.last_layer import LastLayer, has_non_negative_features, last_layer
@@ -26,6 +26,9 @@ from leakage.victim import Victim
 _NETWORKS_AT_ONCE = 64
 # For `auto`: simulated clients, and the share of the auxiliary images that they hold.
 _TRIED_ON, _HELD_OUT = 400, 1 / 4
+# a recall that is as good as all, the rules that must have it to be believed, and what the posterior is preferred by
+# where the images are noise.
+_GOOD_ENOUGH, _AGREEING, _MARGIN = 0.99, 3, 0.03
 
 
 @dataclass
@@ -72,7 +75,7 @@ NEEDS = {
     "distinct": "at most as many images as classes",
     "fewer": "fewer images than classes",
     "non-negative": "inputs of the last layer that can't be negative, as behind a ReLU or a sigmoid",
-    "auxiliary": "`auxiliary` images with labels",
+    "auxiliary": "`auxiliary` images",
     "shared weights": "victims that share their weights",
 }
 
@@ -87,16 +90,19 @@ RULES: dict[str, Rule] = {
     "geng": Rule(lambda layer, known, seed: geng(layer, seed)),
     "mean_feature": Rule(lambda layer, known, seed: mean_feature(layer, known()), ("weight", "bias")),
     "llg_plus": Rule(lambda layer, known, seed: llg_plus(layer, known()), ("weight", "non-negative", "auxiliary")),
-    "rlu": Rule(lambda layer, known, seed: rlu(layer, known(), seed), ("bias", "auxiliary", "shared weights")),
+    "rlu": Rule(
+        lambda layer, known, seed: rlu(layer, known().with_labels(seed), seed),
+        ("bias", "auxiliary", "shared weights"),
+    ),
     "posterior": Rule(
-        lambda layer, known, seed: LabelPosterior(layer, known(), seed)(layer),
-        ("weight", "auxiliary", "shared weights"),
+        lambda layer, known, seed: LabelPosterior(layer, known().with_labels(seed), seed)(layer),
+        ("weight", "shared weights"),
     ),
 }
-# Without auxiliary images `auto` takes the first of these that can be used; `geng` always can.
-_WITHOUT_AUXILIARY = ("idlg", "mean_feature", "geng")
-# Of these `auto` does not try: a linear programme for every class of every victim takes long, and finds no counts.
-_SLOW = ("rlg",)
+# Where victims have networks of their own, `auto` takes the first of these that can be used; `geng` always can.
+_WITHOUT_SIMULATION = ("mean_feature", "geng")
+# The order in which `auto` tries rules, and takes the first of equals; not `rlg`, whose linear programmes take long.
+_PREFERRED = ("mean_feature", "ilrg", "geng", "row_minimum", "llg", "llg_star", "llg_plus", "rlu")
 
 
 def check_label_rule(
@@ -115,14 +121,22 @@ def check_label_rule(
             layer, a last layer without gradients, or something that the rule needs is not there; the message
             names what to use instead.
     """
+    count = _check_victim(victim, rule, auxiliary, num_images)
+    _check_needs(rule, _met(victim, auxiliary, count))
+
+
+def _check_victim(victim: Victim, rule: str, auxiliary: Auxiliary | None, num_images: int | None) -> int:
+    """What no rule can do without; returns N."""
     check_choice("rule", rule, (*RULES, "auto"))
+    if num_images is not None:
+        check_count(num_images=num_images)
     instead = "Use DLGAttack, which recovers labels by optimisation, or reveal the labels (reveal_labels=True)."
     if victim.protocol.loss != "cross_entropy":
         raise ValueError(
             "Expected a victim with loss 'cross_entropy', whose gradient is negative only for the true class, "
             f"but got loss {victim.protocol.loss!r}. {instead}"
         )
-    if victim.classifier is None:
+    if not victim.classifier:  # "" is a model that is one layer, of a kind of its own: images are no vectors
         raise ValueError(
             "Expected logits that are the output of an nn.Linear layer, whose gradient tells the labels, "
             f"but got logits from {victim.logits_from}. {instead}"
@@ -133,11 +147,13 @@ def check_label_rule(
         )
     if auxiliary is not None:
         auxiliary.check(victim.protocol)
-    _check_needs(rule, _met(victim, auxiliary, num_images or victim.protocol.num_images))
+    return num_images or victim.protocol.num_images
 
 
-def _met(victim: Victim, auxiliary: Auxiliary | None, num_images: int) -> dict[str, str | None]:
-    """For every need None if it is met, else what there is instead; of weights it is not known who shares them."""
+def _met(
+    victim: Victim, auxiliary: Auxiliary | None, num_images: int, *, own_weights: bool = False
+) -> dict[str, str | None]:
+    """For every need None if it is met, else what there is instead."""
     weight, bias = (f"{victim.classifier}.{name}" in victim.trainable for name in ("weight", "bias"))
     classes = victim.protocol.num_classes
     images = f"{num_images} images and {classes} classes"
@@ -149,7 +165,7 @@ def _met(victim: Victim, auxiliary: Auxiliary | None, num_images: int) -> dict[s
         "fewer": None if num_images < classes else images,
         "non-negative": None if has_non_negative_features(victim) else "negative ones",
         "auxiliary": None if auxiliary is not None else "none",
-        "shared weights": None,
+        "shared weights": "a network for each" if own_weights else None,
     }
 
 
@@ -192,19 +208,21 @@ def infer_labels(
     ``row_minimum``  distinct labels (GradInversion)                      weights' gradient, N ≤ K
     ``llg``          counts from sums of rows                             non-negative inputs of the layer
     ``llg_star``     the same, calibrated on black, white and noise       the same
-    ``llg_plus``     the same, calibrated on auxiliary images             the same, and auxiliary images
+    ``llg_plus``     the same, calibrated on auxiliary images             the same, auxiliary images
     ``rlg``          the set of classes, by linear programmes             weights' gradient, N < K
     ``ilrg``         counts from features of each class                   both gradients
     ``geng``         counts from mean predictions on noise                nothing
     ``mean_feature`` counts from the batch's mean feature                 both gradients
     ``rlu``          counts by their expected update of the bias          auxiliary images, shared weights
-    ``posterior``    counts by their learnt posterior                     auxiliary images, shared weights
-    ``auto``         the best that can be used, see below                 nothing
+    ``posterior``    counts by their learnt posterior                     weights' gradient, shared weights
+    ``auto``         the best of them, see below                          nothing
     ================ ==================================================== ===============================
 
-    ``auto`` takes ``idlg`` for one image. With auxiliary images, and weights that victims share, it
-    simulates clients that hold a quarter of these images, and takes the rule that finds most of their labels.
-    Otherwise it takes ``mean_feature``, or ``geng`` where a gradient is missing.
+    ``auto`` takes ``idlg`` for one image. Where victims share their weights, it simulates clients that hold a
+    quarter of the auxiliary images, and takes the rule that finds most of their labels. Without auxiliary
+    images they hold noise with the spectrum of natural images, labelled as the network predicts: good enough
+    to tell an untrained network from a trained one, but on a trained one auxiliary images are worth far more. Where
+    victims have networks of their own, it takes ``mean_feature``, or ``geng`` where a gradient is missing.
 
     After local steps the rules take the average gradient for a gradient at weights half-way.
 
@@ -213,7 +231,7 @@ def infer_labels(
         victim: their model and protocol.
         rule: a name of the table.
         num_images: N, by default the protocol's.
-        auxiliary: labelled images of the attacker's own, of the same kind as the victims' but never theirs.
+        auxiliary: images of the attacker's own, of the same kind as the victims' but never theirs.
         seed: of dummy images and simulated clients.
 
     Returns:
@@ -238,18 +256,11 @@ def infer_labels(
         >>> inferred.rule
         'mean_feature'
     """
-    if num_images is not None:
-        check_count(num_images=num_images)
     check_count(0, seed=seed)
-    check_label_rule(victim, rule, auxiliary=auxiliary, num_images=num_images)
-    count = num_images or victim.protocol.num_images
-    met = _met(victim, auxiliary, count)
-    if shared.own_weights:
-        met["shared weights"] = "a network for each"
-        _check_needs(rule, met)
-        parts = torch.split(torch.arange(len(shared)), _NETWORKS_AT_ONCE)
-    else:
-        parts = (torch.arange(len(shared)),)
+    count = _check_victim(victim, rule, auxiliary, num_images)
+    met = _met(victim, auxiliary, count, own_weights=shared.own_weights)
+    _check_needs(rule, met)
+    parts = torch.split(torch.arange(len(shared)), _NETWORKS_AT_ONCE if shared.own_weights else len(shared))
     found = [_infer(shared.select(part), victim, rule, count, auxiliary, seed, met) for part in parts]
     counts, scores, present = (
         torch.cat([getattr(labels, name) for labels in found]) for name in ("counts", "scores", "present")
@@ -270,32 +281,38 @@ def _infer(
 
     @functools.cache  # not every rule needs them
     def known() -> KnownFeatures:
-        return dummies(layer, seed) if auxiliary is None else known_features(layer, auxiliary.images, auxiliary.labels)
+        return known_features(layer, auxiliary, seed)
 
     if rule == "auto":
-        first = next(name for name in _WITHOUT_AUXILIARY if name in _usable(met))
-        learns = auxiliary is not None and not shared.own_weights and first != "idlg"
-        rule = _best(layer, known(), _usable(met), seed) if learns else first
+        rule = _choose(layer, known, auxiliary, _usable(met), seed)
     counts, scores, present = RULES[rule].find(layer, known, seed)
     return InferredLabels(counts, scores, counts > 0 if present is None else present, rule)
 
 
-def _best(layer: LastLayer, known: KnownFeatures, usable: list[str], seed: int) -> str:
-    """The rule that finds most labels of simulated clients, who hold images that no rule learns from."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, 0, "images held out"))
-    sides: list[list[Tensor]] = [[], []]
-    for label in range(layer.num_classes):
-        members = (known.labels == label).nonzero().flatten()
-        members = members[torch.randperm(len(members), generator=generator).to(members.device)]
-        held_out = max(1, round(_HELD_OUT * len(members)))
-        sides[0].append(members[:held_out])
-        sides[1].append(members[held_out:])
-    tried_on, learnt_from = (known.select(torch.cat(side)) for side in sides)
+def _choose(
+    layer: LastLayer, known: Callable[[], KnownFeatures], auxiliary: Auxiliary | None, usable: list[str], seed: int
+) -> str:
+    """The rule for ``auto``: tried on simulated clients, who hold images that no rule learns from."""
+    if "idlg" in usable:
+        return "idlg"
+    if "posterior" not in usable:  # without shared weights there is no one network to simulate
+        return next(name for name in _WITHOUT_SIMULATION if name in usable)
+    held_out, learnt_from = known().halves(_HELD_OUT, seed)
+    tried_on = held_out.with_labels(seed)
     drawn, truth = draw_images(tried_on.labels, layer, _TRIED_ON, derive_seed(seed, 0, "clients to try on"))
     clients = simulate(layer, tried_on, drawn)
-    recalls = {}
-    for name in usable:
-        if name not in _SLOW:
-            counts, _, _ = RULES[name].find(clients, lambda: learnt_from, seed)
-            recalls[name] = torch.minimum(counts, truth.to(counts)).sum().item()
+    recalls: dict[str, float] = {}
+
+    def try_out(name: str) -> None:
+        counts, _, _ = RULES[name].find(clients, lambda: learnt_from, seed)
+        recalls[name] = torch.minimum(counts, truth.to(counts)).sum().item() / truth.sum().item()
+
+    for name in (name for name in _PREFERRED if name in usable):
+        try_out(name)
+    # The posterior takes longest. Where several rules agree that nothing is to be gained, as on an untrained network,
+    # it isn't learnt.
+    if sum(recall >= _GOOD_ENOUGH for recall in recalls.values()) < _AGREEING:
+        try_out("posterior")
+        # Noise is not what victims hold: the rule that assumes least is taken unless it is clearly beaten.
+        recalls["posterior"] += _MARGIN if auxiliary is None else 0
     return max(recalls, key=lambda name: recalls[name])

@@ -41,6 +41,7 @@ class LastLayer:
         features: gives the inputs of the layer, ``(V, M, D)`` or ``(1, M, D)``, for images ``(M, C, H, W)``.
         protocol: what the clients did.
         non_negative: whether the features can't be negative, as behind a ReLU or a sigmoid.
+        own_weights: whether each victim has a network of its own, be it a single victim.
     """
 
     weight_gradient: Tensor | None
@@ -51,6 +52,7 @@ class LastLayer:
     features: Callable[[Tensor], Tensor]
     protocol: Protocol
     non_negative: bool
+    own_weights: bool
 
     @property
     def gradients(self) -> Tensor:
@@ -66,11 +68,6 @@ class LastLayer:
     def num_classes(self) -> int:
         """K."""
         return self.weight.shape[1]
-
-    @property
-    def own_weights(self) -> bool:
-        """Whether each victim has a network of its own."""
-        return len(self.weight) > 1
 
     def midway(self) -> LastLayer:
         r"""The same with the weights half-way through the local steps, where gradients are near their average.
@@ -120,6 +117,7 @@ def last_layer(shared: SharedGradient, victim: Victim, num_images: int) -> LastL
         features=_Features(shared, victim),
         protocol=protocol,
         non_negative=has_non_negative_features(victim),
+        own_weights=shared.own_weights,
     )
 
 
@@ -171,7 +169,5 @@ def _without_classifier(victim: Victim) -> nn.Module:
     network = copy.deepcopy(victim.model)
     assert victim.classifier is not None
     parent, _, name = victim.classifier.rpartition(".")
-    if not victim.classifier:  # the model is the layer
-        return nn.Identity()
     setattr(network.get_submodule(parent), name, nn.Identity())
     return network

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leakage.labels.auxiliary import KnownFeatures
+from leakage.labels.auxiliary import LabelledFeatures
 from leakage.labels.from_gradients import Found
 from leakage.labels.last_layer import LastLayer
 from leakage.labels.simulation import draw_images, simulate
@@ -53,9 +53,9 @@ class LabelPosterior:
         seed: of the simulation and the learning.
     """
 
-    def __init__(self, layer: LastLayer, known: KnownFeatures, seed: int) -> None:
+    def __init__(self, layer: LastLayer, known: LabelledFeatures, seed: int) -> None:
         self.num_images = layer.num_images
-        self.scale = known.features.abs().mean().clamp(min=torch.finfo(known.features.dtype).tiny)
+        self.scale = known.features.abs().mean().clamp(min=1e-12)
         clients = min(max(_PRODUCT // (layer.num_images * layer.num_classes), _FEWEST), _MOST)
         drawn, counts = draw_images(known.labels, layer, clients, derive_seed(seed, 0, "posterior's clients"))
         parts = [self._statistics(simulate(layer, known, part)) for part in torch.split(drawn, _CLIENTS_AT_ONCE)]

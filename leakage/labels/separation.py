@@ -21,8 +21,9 @@ def rlg(layer: LastLayer) -> Found:
     The columns of :math:`g_W` are combinations of the vectors :math:`p_i - y_i`, each negative in its own
     class alone. With r singular vectors :math:`U \in R^{K \times r}`, r at most N, class c is there only
     if some x has :math:`(U x)_c < 0` and :math:`(U x)_k \ge 0` for all other k: a linear programme for
-    every class of every victim. It finds the set of classes, not their counts, and says nothing
-    when N reaches the number of classes: then every class can be parted from the others.
+    every class of every victim. While the images' features are linearly independent no class that is there
+    is missed. It finds the set of classes, not their counts, and says nothing from K - 1 images on: as the entries of
+    a column sum to zero, they then span all there is, and every class can be parted from the others.
 
     Dang et al., *Revealing and Protecting Labels in Distributed Training*, NeurIPS 2021,
     https://arxiv.org/abs/2111.00556.
@@ -46,6 +47,8 @@ def _margins(vectors: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     rows = vectors / np.where(lengths > 0, lengths, 1)
     margins = np.zeros(len(rows))
+    if not vectors.shape[1]:  # a gradient of zeros
+        return margins
     for label, row in enumerate(rows):
         others = np.delete(rows, label, axis=0)
         found = linprog(row, A_ub=-others, b_ub=np.zeros(len(others)), bounds=(-1, 1), method="highs")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leakage.labels.auxiliary import KnownFeatures
+from leakage.labels.auxiliary import LabelledFeatures
 from leakage.labels.last_layer import LastLayer
 
 # Half of the clients have all classes alike; of the others each draws its Dirichlet parameter from this range.
@@ -51,7 +51,7 @@ def draw_images(labels: Tensor, layer: LastLayer, clients: int, seed: int) -> tu
     return torch.from_numpy(drawn), torch.from_numpy(counts)
 
 
-def simulate(layer: LastLayer, known: KnownFeatures, drawn: Tensor) -> LastLayer:
+def simulate(layer: LastLayer, known: LabelledFeatures, drawn: Tensor) -> LastLayer:
     """What made-up clients would share of their last layer, whose weights are shared among victims.
 
     With local steps the last layer is trained as the protocol says, while features stay as they were: exact
@@ -69,7 +69,12 @@ def simulate(layer: LastLayer, known: KnownFeatures, drawn: Tensor) -> LastLayer
     largest = max(drawn.shape[1], layer.num_classes) * known.features.shape[2]
     parts = [_train(layer, *held, part) for part in torch.split(drawn, max(1, _NUMBERS_AT_ONCE // largest))]
     weights, biases = zip(*parts, strict=True)
-    return dataclasses.replace(layer, weight_gradient=torch.cat(weights), bias_gradient=torch.cat(biases))
+    # No more than the victims share: a rule must not learn to read what it will not get.
+    return dataclasses.replace(
+        layer,
+        weight_gradient=None if layer.weight_gradient is None else torch.cat(weights),
+        bias_gradient=None if layer.bias_gradient is None else torch.cat(biases),
+    )
 
 
 def _train(layer: LastLayer, features: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,5 +93,9 @@ def _train(layer: LastLayer, features: Tensor, labels: Tensor, drawn: Tensor) ->
         weight_gradient, bias_gradient = error.mT @ inputs, error.sum(1)
         weights, biases = weights + weight_gradient, biases + bias_gradient
         if step + 1 < protocol.local_steps:
-            weight, bias = weight - rate * weight_gradient, bias - rate * bias_gradient
+            # What is frozen, or not there, does not move.
+            if layer.weight_gradient is not None:
+                weight = weight - rate * weight_gradient
+            if layer.bias_gradient is not None:
+                bias = bias - rate * bias_gradient
     return weights / protocol.local_steps, biases / protocol.local_steps
