@@ -67,7 +67,7 @@ class Row:
 
 def compare(
     attacks: Mapping[str, GradientMatchingAttack],
-    victims: VictimDataModule,
+    victims: VictimDataModule | Mapping[str, VictimDataModule],
     output: str | os.PathLike[str],
     *,
     dataset: str,
@@ -90,7 +90,8 @@ def compare(
 
     Args:
         attacks: name to attack; the name is the method's folder and its ``method`` in the files.
-        victims: a DataModule with ground truth.
+        victims: a DataModule with ground truth; or one for every attack, under its name, of the same victims, who
+            may tell some attacks more (their labels) than others.
         output: the folder.
         dataset: what to call the data in the summary.
         published: the papers' label accuracy by name of the attack, 0 to 1.
@@ -102,9 +103,9 @@ def compare(
         One row per attack.
 
     Raises:
-        ValueError: before anything is run, no attacks, victims without ground truth, options that the
-            Trainer refuses, or with ``resume`` results that are damaged or of another configuration; and
-            what the DataModule raises.
+        ValueError: before anything is run, no attacks, victims without ground truth or not those of every
+            attack, options that the Trainer refuses, or with ``resume`` results that are damaged or of another
+            configuration; and what the DataModule raises.
         OSError: before anything is run, a folder that can't be written; later, a file that can't be.
     """
     if not attacks:
@@ -112,15 +113,28 @@ def compare(
     folder = Path(output)
     check_trainer(trainer)
     check_output(folder)
-    victims.prepare_data()
-    victims.setup("fit")
-    if not len(victims.val_dataloader()):
+    data = dict(victims) if isinstance(victims, Mapping) else dict.fromkeys(attacks, victims)
+    if data.keys() != attacks.keys():
+        raise ValueError(f"Expected `victims` for the attacks {list(attacks)}, but got {list(data)}.")
+    for datamodule in data.values():
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        if not len(datamodule.val_dataloader()):
+            raise ValueError(
+                "Expected `victims` with a ground truth to compare with, but got "
+                f"{type(datamodule).__name__}, which has none."
+            )
+    if len({datamodule.victims for datamodule in data.values()}) > 1:
         raise ValueError(
-            f"Expected `victims` with a ground truth to compare with, but got {type(victims).__name__}, which has none."
+            "Expected the same `victims` for every attack, but got "
+            f"{', '.join(f'{datamodule.victims} for {name!r}' for name, datamodule in data.items())}."
         )
-    shared = {"data": victims.configuration, "precision": trainer.get("precision")}
     configurations = {
-        name: {"attack": {"class": type(attack).__name__, **attack.hparams}, **shared}
+        name: {
+            "attack": {"class": type(attack).__name__, **attack.hparams},
+            "data": data[name].configuration,
+            "precision": trainer.get("precision"),
+        }
         for name, attack in attacks.items()
     }
     # What was run before is compared with what is asked for, for all methods before the first is run.
@@ -139,12 +153,12 @@ def compare(
             if not resume or not (record.parent / "last.ckpt").is_file():
                 _clear(record.parent)
             write_json(record, {"configuration": configurations[name], "row": None})
-            seconds = _run(name, attack, victims, record.parent, logger=logger, trainer=trainer)
+            seconds = _run(name, attack, data[name], record.parent, logger=logger, trainer=trainer)
             finished[name] = _summarise(name, attack, dataset, (published or {}).get(name), seconds)
             write_json(record, {"configuration": configurations[name], "row": asdict(finished[name])})
             (record.parent / "last.ckpt").unlink(missing_ok=True)
         rows.append(finished[name])
-    write_overview(folder, list(attacks), victims, dataset)
+    write_overview(folder, list(attacks), next(iter(data.values())), dataset)
     write_json(folder / "summary.json", [asdict(row) for row in rows])
     return rows
 

@@ -274,3 +274,25 @@ def test_refuses_victims_without_ground_truth(tmp_path: Path) -> None:
     victims = SharedGradientFiles(tmp_path / "a.safetensors", model=LeNet())
     with pytest.raises(ValueError, match=r"Expected `victims` with a ground truth .* got SharedGradientFiles"):
         run(tmp_path / "out", victims=victims)
+
+
+def test_victims_for_each_attack(tmp_path: Path) -> None:
+    """The same victims, who tell one of the attacks their labels."""
+    both = {
+        "told": SampleVictims(victims=3, num_images=2, reveal_labels=True),
+        "read": SampleVictims(victims=3, num_images=2),
+    }
+    attacks = {name: IDLGAttack(max_evaluations=5, restarts=0, rule="row_minimum") for name in both}
+    run(tmp_path, methods=attacks, victims=both)
+    labels = {
+        name: [row["labels_recovered"] for row in rows_of(tmp_path / name / "victims.csv")] for name in ("told", "read")
+    }
+    truth = [row["labels_true"] for row in rows_of(tmp_path / "told" / "victims.csv")]
+    assert labels["told"] == truth
+    for name, revealed in (("told", True), ("read", False)):
+        configuration = json.loads((tmp_path / name / "run.json").read_text())["configuration"]
+        assert configuration["data"]["reveal_labels"] is revealed
+    with pytest.raises(ValueError, match=r"Expected `victims` for the attacks \['told', 'read'\], but got \['told'\]"):
+        run(tmp_path, methods=attacks, victims={"told": both["told"]})
+    with pytest.raises(ValueError, match="Expected the same `victims` for every attack, but got 3 for 'told', 2 for"):
+        run(tmp_path, methods=attacks, victims=both | {"read": SampleVictims(victims=2)})

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from leakage.attacks.base import GradientMatchingAttack
-from leakage.labels import check_label_rule, infer_labels
+from leakage.datamodules.images import digest
+from leakage.errors import check_choice
+from leakage.labels import RULES, Auxiliary, check_label_rule, infer_labels
 from leakage.shared_gradient import SharedGradient
 from leakage.victim import Victim
 
@@ -15,22 +19,26 @@ class IDLGAttack(GradientMatchingAttack):
     r"""iDLG: reads the labels off the last layer's gradient, then recovers the images.
 
     With cross-entropy and one image the gradient of the logits is :math:`p - y`, negative only at
-    the true class, so the label is exact (:func:`leakage.labels.infer_labels`). The dummy images
-    alone then minimise
+    the true class, so the label is exact. For several images a rule of :func:`leakage.labels.infer_labels`
+    tells how many there are of each class. The dummy images alone then minimise
 
     .. math:: D(x) = \sum_l \lVert \nabla_{\theta_l} \ell(f_\theta(x), y) - g^*_l \rVert_2^2
 
-    For several images per victim the labels are estimated by a greedy rule, unless the shared
-    gradient reveals them, in which case they are used as they are.
+    with the labels y in ascending order, as the images of a batch have no order of their own; all of them
+    differ by their starts. Labels that the shared gradient reveals are used as they are, in their order.
 
-    Shapes: images ``(V, N, C, H, W)`` (searched without bounds; the truth lies in [0, 1]).
+    Shapes: images ``(V, N, C, H, W)`` (searched without bounds; the truth lies in [0, 1]), labels ``(V, N)``.
 
     Args:
+        rule: how labels are read, a key of :data:`leakage.labels.RULES` or ``"auto"``.
+        auxiliary: images of the attacker's own, for the rules that learn from some. The hyper-parameter of that
+            name is their digest, so that a checkpoint knows them again.
         options: see :class:`~leakage.attacks.GradientMatchingAttack`.
 
     Raises:
-        ValueError: in ``fit``, a loss that is not cross-entropy or logits that are not the output of
-            a linear layer, where labels are not revealed.
+        ValueError: at construction, an unknown rule or other auxiliary images than an :class:`Auxiliary`; in
+            ``fit``, where labels are not revealed, victims whose labels the rule can't read
+            (:func:`leakage.labels.check_label_rule`).
 
     References:
         Zhao, Mopuri and Bilen, *iDLG: Improved Deep Leakage from Gradients*, 2020,
@@ -47,12 +55,29 @@ class IDLGAttack(GradientMatchingAttack):
         [1.0, 1.0]
     """
 
+    def __init__(self, *, rule: str = "auto", auxiliary: Auxiliary | None = None, **options: Any) -> None:
+        check_choice("rule", rule, (*RULES, "auto"))
+        if auxiliary is not None and not isinstance(auxiliary, Auxiliary):
+            raise ValueError(
+                "Expected `auxiliary` to be a leakage.labels.Auxiliary (which no checkpoint holds: give it again), "
+                f"but got {type(auxiliary).__name__}."
+            )
+        super().__init__(**options)
+        self.auxiliary = auxiliary
+        # Loggers and checkpoints take plain values.
+        tensors = {} if auxiliary is None else vars(auxiliary)
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        self.save_hyperparameters({"auxiliary": digest(given) if given else None})
+
     def _check_victim(self, victim: Victim, *, labels_revealed: bool) -> None:
         if not labels_revealed:
-            check_label_rule(victim)
+            check_label_rule(victim, self.hparams["rule"], auxiliary=self.auxiliary)
 
     def _begin(self, shared: SharedGradient) -> Tensor:
-        labels = shared.labels if shared.labels is not None else infer_labels(shared, self.victim).labels
+        labels = shared.labels
+        if labels is None:
+            options = {name: self.hparams[name] for name in ("rule", "seed")}
+            labels = infer_labels(shared, self.victim, auxiliary=self.auxiliary, **options).labels
         return F.one_hot(labels, self.victim.protocol.num_classes).to(self.dummy_images.dtype)
 
     def _targets(self, fixed: Tensor, *unknowns: Tensor) -> Tensor:

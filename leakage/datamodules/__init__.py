@@ -8,6 +8,7 @@ from leakage.datamodules.benchmarks import (
     MNISTVictims,
     SVHNVictims,
 )
+from leakage.datamodules.draws import draw_victims
 from leakage.datamodules.image_folder import ImageFolderVictims, LFWVictims
 from leakage.datamodules.images import ImageVictims
 from leakage.datamodules.labelled import ClassBatch, LabelledDataModule, LabelledTensors
@@ -39,4 +40,5 @@ __all__ = [
     "SampleVictims",
     "SharedGradientFiles",
     "VictimDataModule",
+    "draw_victims",
 ]
