@@ -1,0 +1,374 @@
+"""What labels are worth to the images: reconstruction over the batch size, with labels known in four ways.
+
+    python experiments/labels/reconstruction.py --dataset mnist --batch-sizes 1 2 4 8 --output results/mnist
+
+Each victim shares the gradient of a batch, of a freshly drawn network of its own. Its labels are
+
+    true        told to the attacker, who searches for the images alone;
+    inferred    read off the gradient (IDLGAttack with `--rule`), then the same search;
+    joint       searched for together with the images (DLGAttack);
+    one-wrong   told to the attacker, one of them replaced by another class: what a wrong label costs.
+
+Files in the output folder: `summary.json`, a row for each kind of labels and batch size; `quality.png`, PSNR and
+success over the batch size; and a folder per batch size as of leakage.compare, with `gallery.png` (the first victims'
+images as each kind found them) and the tables of all victims. In the rows `label_accuracy` is the share of images that
+were found with their own label, `irec` the share of labels that were known, whichever image they came with.
+
+A run that was stopped, in whatever way, goes on with the same command and `--resume`, and ends with the results that it
+would have had. Without `--resume` a folder that holds results is refused, so that none are lost by mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import math
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.utils.data import DataLoader
+
+from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
+from leakage.cli import quiet
+from leakage.compare import align, check_output, compare, holds_results
+from leakage.datamodules.base import GroundTruth, VictimDataModule
+from leakage.datamodules.images import ImageVictims
+from leakage.datamodules.named import DATASETS, victims_named
+from leakage.errors import check_count
+from leakage.labels import RULES, check_label_rule
+from leakage.metrics import MeanOverVictims, ShareOverVictims
+from leakage.models import NETWORKS
+from leakage.overview import write_json
+from leakage.plots import save_figure
+from leakage.seeds import derive_seed
+from leakage.shared_gradient import SharedGradient
+from leakage.victim import Victim
+
+# Kinds of labels, and how they are drawn.
+KINDS = {
+    "true": ("#0072B2", "o", "-"),
+    "inferred": ("#D55E00", "s", "--"),
+    "joint": ("#009E73", "D", "-."),
+    "one-wrong": ("#CC79A7", "^", ":"),
+}
+# Rules for victims with networks of their own, of attackers without images of their own.
+_RULES = ["auto", *(name for name, rule in RULES.items() if not {"shared weights", "auxiliary"} & {*rule.needs})]
+
+
+@dataclass
+class Row:
+    """The images that attacks found with one kind of labels, a line of ``summary.json``.
+
+    Intervals are those of 95 % over victims; what is not finite is null.
+    """
+
+    labels: str
+    dataset: str
+    network: str
+    batch_size: int
+    victims: int
+    success: float
+    success_ci: tuple[float, float]
+    mse_median: float
+    psnr_mean: float
+    psnr_ci: tuple[float, float]
+    ssim_mean: float
+    ssim_ci: tuple[float, float]
+    label_accuracy: float
+    label_accuracy_ci: tuple[float, float]
+    irec: float
+    irec_ci: tuple[float, float]
+    evaluations_median: float
+    seconds: float
+
+
+class OneWrong(VictimDataModule):
+    """Victims that tell their labels, each with one of them replaced by another class.
+
+    Args:
+        victims: the same with the true labels revealed; their seed draws which label is replaced, and by what.
+    """
+
+    def __init__(self, victims: ImageVictims) -> None:
+        super().__init__(batch_size=victims.batch_size)
+        self.reveal_labels = True
+        self.honest = victims
+
+    def prepare_data(self) -> None:
+        """Fetch the data set."""
+        self.honest.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Take on the honest victims' network and number."""
+        self.honest.setup(stage)
+        self.victim, self.victims = self.honest.victim, self.honest.victims
+
+    def share(self, first: int, last: int) -> SharedGradient:
+        """Their true gradients, with a wrong label each."""
+        shared = self.honest.share(first, last)
+        assert shared.labels is not None
+        labels = shared.labels.clone()
+        images, classes = shared.protocol.num_images, shared.protocol.num_classes
+        for row, victim in enumerate(shared.ids.tolist()):
+            generator = torch.Generator().manual_seed(derive_seed(self.honest.seed, victim, "wrong label"))
+            place = int(torch.randint(images, (), generator=generator))
+            further = torch.randint(1, classes, (), generator=generator)
+            labels[row, place] = (labels[row, place] + further) % classes
+        return dataclasses.replace(shared, labels=labels)
+
+    def val_dataloader(self) -> DataLoader[GroundTruth]:
+        """The truth."""
+        return self.honest.val_dataloader()
+
+    @cached_property
+    def configuration(self) -> dict[str, Any]:
+        """As the honest victims', told apart."""
+        return self.honest.configuration | {"wrong_labels": 1}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    sizes, kinds = sorted(set(given.batch_sizes)), list(dict.fromkeys(given.labels))
+    quiet()
+    try:
+        check_count(**{f"batch_sizes[{index}]": size for index, size in enumerate(given.batch_sizes)})
+        check_output(given.output)
+        if not given.resume and any(map(holds_results, (given.output, *given.output.glob("batch_*")))):
+            raise ValueError(
+                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
+                "with them, or choose another folder."
+            )
+        _attack("inferred", given)
+        dataset, largest = _victims(given, sizes[-1])
+        largest.prepare_data()
+        images, num_classes = largest.open_images()
+        image_shape = tuple(images[0][0].shape)
+        network = _network(given, image_shape, num_classes)
+        if "inferred" in kinds:
+            for size in sizes:
+                check_label_rule(Victim(network, image_shape=image_shape, num_images=size), given.rule)
+        largest.setup("fit")
+        del images, largest
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    rows = []
+    try:
+        for size in sizes:
+            print(f"{'/'.join(kinds)} labels, {given.victims} victims of {size} images of {dataset}:", flush=True)
+            rows += _cells(given, kinds, dataset, network, size)
+            write_json(given.output / "summary.json", [asdict(row) for row in rows])
+            save_figure(plot_quality(rows), given.output / "quality.png")
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) or str(error).startswith("Expected "):
+            sys.exit(f"{parser.prog}: error: {error}")
+        raise
+    print(f"\n{format_table(rows)}\n")
+    for path in ("summary.json", "quality.png", *(f"batch_{size}/gallery.png" for size in sizes)):
+        print(given.output / path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reconstruction.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        help=f"one of {', '.join(DATASETS)}, or a folder of images in ImageFolder layout, <folder>/<class>/<image>",
+    )
+    parser.add_argument("--network", choices=tuple(NETWORKS), default="lenet", help="default: %(default)s")
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=[1, 2, 4, 8], help="images of a victim (default: 1 2 4 8)"
+    )
+    parser.add_argument("--victims", type=int, default=20, help="for each batch size (default: %(default)s)")
+    parser.add_argument("--labels", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="default: all")
+    parser.add_argument("--rule", choices=_RULES, default="auto", help="that infers labels (default: %(default)s)")
+    parser.add_argument(
+        "--protocol", choices=("published", "robust"), default="robust", help="how to search (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-evaluations", type=int, help="of the objective per victim and start (default: the protocol's)"
+    )
+    parser.add_argument("--restarts", type=int, help="for a victim that was not found (default: the protocol's)")
+    parser.add_argument("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for results")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
+    parser.add_argument("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
+    return parser
+
+
+def _victims(given: argparse.Namespace, size: int, **options: Any) -> tuple[str, ImageVictims]:
+    return victims_named(
+        given.dataset,
+        root=given.root,
+        image_size=given.image_size,
+        victims=given.victims,
+        num_images=size,
+        seed=given.seed,
+        **options,
+    )
+
+
+def _network(given: argparse.Namespace, image_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """The victims' network; each of them draws its own weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(given.seed)
+        return NETWORKS[given.network](image_shape[0], image_shape[1:], num_classes).eval()
+
+
+def _attack(kind: str, given: argparse.Namespace) -> GradientMatchingAttack:
+    options = {name: getattr(given, name) for name in ("protocol", "seed", "max_evaluations", "restarts")}
+    if kind == "joint":
+        return DLGAttack(**options)
+    return IDLGAttack(**options, rule=given.rule) if kind == "inferred" else IDLGAttack(**options)
+
+
+def _cells(given: argparse.Namespace, kinds: list[str], dataset: str, network: nn.Module, size: int) -> list[Row]:
+    """All kinds of labels of the same victims."""
+    options = {"model": network, "weights": "own"}
+    silent = _victims(given, size, **options)[1]
+    telling = _victims(given, size, **options, reveal_labels=True)[1]
+    victims: dict[str, VictimDataModule] = {
+        "true": telling,
+        "inferred": silent,
+        "joint": silent,
+        "one-wrong": OneWrong(telling),
+    }
+    folder = given.output / f"batch_{size}"
+    found = compare(
+        {kind: _attack(kind, given) for kind in kinds},
+        {kind: victims[kind] for kind in kinds},
+        folder,
+        dataset=dataset,
+        resume=given.resume,
+        accelerator=given.accelerator,
+        devices=1,
+    )
+    with (folder / "victims.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    return [
+        _row([row for row in table if row["method"] == result.method], given.network, size, asdict(result))
+        for result in found
+    ]
+
+
+def _row(table: list[dict[str, str]], network: str, size: int, compared: dict[str, Any]) -> Row:
+    def over_victims(metric: MeanOverVictims | ShareOverVictims, values: list[float]) -> tuple[float, Any]:
+        metric.update(torch.tensor(values))
+        estimate = metric.compute()
+        return estimate.value, (estimate.low, estimate.high)
+
+    psnr, psnr_ci = over_victims(MeanOverVictims(), [float(victim["psnr"]) for victim in table])
+    ssim, ssim_ci = over_victims(MeanOverVictims(), [float(victim["ssim"]) for victim in table])
+    known = [
+        (Counter(victim["labels_true"].split()) & Counter(victim["labels_recovered"].split())).total() / size
+        for victim in table
+    ]
+    irec, irec_ci = over_victims(ShareOverVictims(), known)
+    return Row(
+        labels=compared["method"],
+        dataset=compared["dataset"],
+        network=network,
+        batch_size=size,
+        victims=compared["victims"],
+        success=compared["success_rate"],
+        success_ci=compared["success_rate_ci"],
+        mse_median=compared["mse_median"],
+        psnr_mean=psnr,
+        psnr_ci=psnr_ci,
+        ssim_mean=ssim,
+        ssim_ci=ssim_ci,
+        label_accuracy=compared["label_accuracy"],
+        label_accuracy_ci=compared["label_accuracy_ci"],
+        irec=irec,
+        irec_ci=irec_ci,
+        evaluations_median=statistics.median(float(victim["evaluations"]) for victim in table),
+        seconds=compared["seconds"],
+    )
+
+
+def format_table(rows: list[Row]) -> str:
+    """The rows as a table for the terminal."""
+    header = [
+        "images",
+        "labels",
+        "MSE < 1e-3",
+        "median MSE",
+        "PSNR",
+        "SSIM",
+        "own label",
+        "IRec",
+        "evaluations",
+        "time",
+    ]
+    lines = [header]
+    for row in rows:
+        low, high = (100 * end for end in row.success_ci)
+        lines.append(
+            [
+                str(row.batch_size),
+                row.labels,
+                f"{100 * row.success:.1f} % [{low:.1f}, {high:.1f}]",
+                f"{row.mse_median:.1e}",
+                f"{row.psnr_mean:.1f} dB [{row.psnr_ci[0]:.1f}, {row.psnr_ci[1]:.1f}]",
+                f"{row.ssim_mean:.3f}",
+                f"{100 * row.label_accuracy:.1f} %",
+                f"{100 * row.irec:.1f} %",
+                f"{row.evaluations_median:.0f}",
+                f"{row.seconds:.0f} s",
+            ]
+        )
+    return align(lines)
+
+
+def plot_quality(rows: list[Row]) -> Figure:
+    """PSNR and success over the batch size, a line for each kind of labels, with 95 % intervals as upright bars."""
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    sizes = sorted({row.batch_size for row in rows})
+    kinds = [kind for kind in KINDS if any(row.labels == kind for row in rows)]
+    panels = figure.subplots(1, 2)
+    for axes, name, ylabel in zip(panels, ("psnr", "success"), ("PSNR in dB", "images with MSE < 1e-3"), strict=True):
+        for index, kind in enumerate(kinds):
+            colour, marker, style = KINDS[kind]
+            # A little beside one another, so that all can be seen.
+            shift = 0.3 * ((index + 0.5) / len(kinds) - 0.5)
+            cells = sorted((row for row in rows if row.labels == kind), key=lambda row: row.batch_size)
+            x = [sizes.index(row.batch_size) + shift for row in cells]
+            values = [row.psnr_mean if name == "psnr" else row.success for row in cells]
+            axes.plot(x, values, color=colour, marker=marker, linestyle=style, linewidth=1.8, label=kind,
+                      markeredgecolor="white", markeredgewidth=0.5, zorder=3, clip_on=False)  # fmt: skip
+            for place, row in zip(x, cells, strict=True):
+                low, high = row.psnr_ci if name == "psnr" else row.success_ci
+                if math.isfinite(low + high):
+                    axes.plot([place, place], [low, high], color=colour, alpha=0.5, linewidth=1.2, clip_on=False)
+        axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        axes.set_xlim(-0.5, len(sizes) - 0.5)
+        axes.set_xlabel("images of a victim")
+        axes.set_ylabel(ylabel)
+        axes.grid(True, axis="y", color="#e4e4e4", linewidth=0.8)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    panels[1].set_ylim(0, 1)
+    panels[1].yaxis.set_major_formatter("{x:.0%}")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", frameon=False, title="labels", handlelength=5)
+    figure.suptitle(f"{rows[0].dataset}, {rows[0].network}: {rows[0].victims} victims each", weight="bold")
+    return figure
+
+
+if __name__ == "__main__":
+    main()
