@@ -73,7 +73,7 @@ NEEDS = {
     "bias": "the last layer's bias to share its gradient",
     "one image": "one image per gradient",
     "distinct": "at most as many images as classes",
-    "fewer": "fewer images than classes",
+    "fewer": "at least two images fewer than classes",
     "non-negative": "inputs of the last layer that can't be negative, as behind a ReLU or a sigmoid",
     "auxiliary": "`auxiliary` images",
     "shared weights": "victims that share their weights",
@@ -162,7 +162,7 @@ def _met(
         "bias": None if bias else "none",
         "one image": None if num_images == 1 else f"{num_images}",
         "distinct": None if num_images <= classes else images,
-        "fewer": None if num_images < classes else images,
+        "fewer": None if num_images <= classes - 2 else images,
         "non-negative": None if has_non_negative_features(victim) else "negative ones",
         "auxiliary": None if auxiliary is not None else "none",
         "shared weights": "a network for each" if own_weights else None,
@@ -209,7 +209,7 @@ def infer_labels(
     ``llg``          counts from sums of rows                             non-negative inputs of the layer
     ``llg_star``     the same, calibrated on black, white and noise       the same
     ``llg_plus``     the same, calibrated on auxiliary images             the same, auxiliary images
-    ``rlg``          the set of classes, by linear programmes             weights' gradient, N < K
+    ``rlg``          the set of classes, by linear programmes             weights' gradient, N ≤ K - 2
     ``ilrg``         counts from features of each class                   both gradients
     ``geng``         counts from mean predictions on noise                nothing
     ``mean_feature`` counts from the batch's mean feature                 both gradients
@@ -258,6 +258,9 @@ def infer_labels(
     """
     check_count(0, seed=seed)
     count = _check_victim(victim, rule, auxiliary, num_images)
+    for name in (f"{victim.classifier}.weight", f"{victim.classifier}.bias"):
+        if name in victim.trainable and name not in shared.gradients:
+            raise ValueError(f"Expected `shared` to hold the gradient of {name!r}, but got {[*shared.gradients][-5:]}.")
     met = _met(victim, auxiliary, count, own_weights=shared.own_weights)
     _check_needs(rule, met)
     parts = torch.split(torch.arange(len(shared)), _NETWORKS_AT_ONCE if shared.own_weights else len(shared))
@@ -295,7 +298,7 @@ def _choose(
     """The rule for ``auto``: tried on simulated clients, who hold images that no rule learns from."""
     if "idlg" in usable:
         return "idlg"
-    if "posterior" not in usable:  # without shared weights there is no one network to simulate
+    if layer.own_weights:  # there is no one network to simulate
         return next(name for name in _WITHOUT_SIMULATION if name in usable)
     held_out, learnt_from = known().halves(_HELD_OUT, seed)
     tried_on = held_out.with_labels(seed)
@@ -311,7 +314,8 @@ def _choose(
         try_out(name)
     # The posterior takes longest. Where several rules agree that nothing is to be gained, as on an untrained network,
     # it isn't learnt.
-    if sum(recall >= _GOOD_ENOUGH for recall in recalls.values()) < _AGREEING:
+    agreeing = sum(recall >= _GOOD_ENOUGH for recall in recalls.values())
+    if agreeing < _AGREEING and "posterior" in usable:
         try_out("posterior")
         # Noise is not what victims hold: the rule that assumes least is taken unless it is clearly beaten.
         recalls["posterior"] += _MARGIN if auxiliary is None else 0

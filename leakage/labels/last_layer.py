@@ -64,6 +64,20 @@ class LastLayer:
     def __len__(self) -> int:
         return len(self.gradients)
 
+    def select(self, victims: Tensor) -> LastLayer:
+        """Some of the victims; :attr:`features` stay those of all."""
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[victims]
+
+        return dataclasses.replace(
+            self,
+            weight_gradient=some(self.weight_gradient),
+            bias_gradient=some(self.bias_gradient),
+            weight=self.weight[victims] if self.own_weights else self.weight,
+            bias=self.bias[victims] if self.own_weights else self.bias,
+        )
+
     @property
     def num_classes(self) -> int:
         """K."""
@@ -149,10 +163,14 @@ class _Features:
     def __call__(self, images: Tensor) -> Tensor:
         size = self.together or _IMAGES_AT_ONCE
         count = len(images)
-        if self.together and size < count:  # the last pass shall have as many as the others
-            images = torch.cat([images, images[: -count % size]])
+        if self.together is None:
+            order = torch.arange(count)
+        else:
+            # In any order but the one given, which may be that of the classes; the last pass as large as the others.
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+            images = images[torch.cat([order, order[: -count % size]]) if size < count else order]
         parts = [self._of(part) for part in torch.split(images.to(self.like), size)]
-        return torch.cat(parts, dim=1)[:, :count]
+        return torch.cat(parts, dim=1)[:, order.argsort()]
 
     def _of(self, images: Tensor) -> Tensor:
         def features(state: dict[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from leakage.labels.auxiliary import KnownFeatures
 from leakage.labels.counts import round_counts
@@ -10,6 +11,8 @@ from leakage.labels.from_gradients import Found
 from leakage.labels.last_layer import LastLayer
 
 _ITERATIONS = 10
+# Images that show how features vary, and victims looked at together.
+_IMAGES, _VICTIMS_AT_ONCE = 256, 64
 # The victims' features vary this many times as much as the dummies' at the least and at the most.
 _SPREAD = (0.7, 1.4)
 
@@ -33,12 +36,21 @@ def mean_feature(layer: LastLayer, known: KnownFeatures) -> Found:
     This library's own. iLRG takes a feature from each row alone, which is noise where :math:`g_{b,k}` is
     near zero; all rows together are not.
     """
-    layer = layer.midway()
-    rows, push = layer.weight_gradient, layer.bias_gradient
+    # Spread over all of them, which may come class by class.
+    features = known.features[:, torch.linspace(0, len(known) - 1, min(_IMAGES, len(known))).long()]
+    deviations = features - features.mean(dim=1, keepdim=True)
+    parts = [
+        _estimates(layer.select(part).midway(), deviations[part] if layer.own_weights else deviations)
+        for part in torch.split(torch.arange(len(layer), device=deviations.device), _VICTIMS_AT_ONCE)
+    ]
+    estimates = torch.cat(parts)
+    return round_counts(estimates, layer.num_images), estimates, None
+
+
+def _estimates(layer: LastLayer, deviations: Tensor) -> Tensor:
+    rows, push, count = layer.weight_gradient, layer.bias_gradient, layer.num_images
     assert rows is not None  # as the rule needs them
     assert push is not None
-    deviations = known.features - known.features.mean(dim=1, keepdim=True)
-    count = layer.num_images
     weights = torch.ones_like(push)
     covariance = torch.zeros_like(rows)
     spread = torch.ones_like(push[:, 0])
@@ -59,4 +71,4 @@ def mean_feature(layer: LastLayer, known: KnownFeatures) -> Found:
             shared, own = ((weights[..., None] * other * covariance).sum((1, 2)) for other in (rest, covariance))
             ratio = (shared / own.clamp(min=torch.finfo(push.dtype).tiny)).clamp(0.25, 4)
             spread = (spread * ratio.sqrt()).clamp(*_SPREAD)
-    return round_counts(estimates, count), estimates, None
+    return estimates

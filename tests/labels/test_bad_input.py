@@ -118,7 +118,13 @@ UNMET: list[Any] = [
         r"Expected at most as many images as classes for rule='{}', but got 6 images and 5 classes\. ",
         {},
     ),
-    ("rlg", ordinary, 5, r"Expected fewer images than .* for rule='{}', but got 5 images and 5 classes\. ", {}),
+    (
+        "rlg",
+        ordinary,
+        5,
+        r"Expected at least two images fewer than .* for rule='{}', but got 5 images and 5 classes\. ",
+        {},
+    ),
     ("llg", signed, 3, NEGATIVE, {}),
     ("llg_star", signed, 3, NEGATIVE, {}),
     ("llg_plus", signed, 3, NEGATIVE, {"auxiliary": True}),
@@ -169,7 +175,10 @@ def test_all_needs_have_been_missed() -> None:
         ({"seed": 0.5}, r"Expected `seed` to be a whole number of at least 0, but got 0\.5\."),
         ({"seed": 2**63}, r"Expected `seed` to be a whole number of at least 0 and below 2\*\*63"),
         ({"rule": "idlg", "num_images": 2}, r"Expected one image per gradient for rule='idlg', but got 2\."),
-        ({"rule": "rlg", "num_images": 7}, r"Expected fewer images than .*, but got 7 images and 5 classes\."),
+        (
+            {"rule": "rlg", "num_images": 7},
+            r"Expected at least two images fewer than .*, but got 7 images and 5 classes\.",
+        ),
     ],
 )
 def test_options(options: dict[str, Any], message: str) -> None:
@@ -240,3 +249,11 @@ def test_many_rare_classes_are_not_all_listed() -> None:
     victim = Victim(nn.Sequential(nn.Flatten(), nn.Linear(12, 50)), image_shape=(3, 2, 2), num_images=2)
     with pytest.raises(ValueError, match=r"got fewer of \[0, 1, 2, 3, 4, 5, 6, 7, 8, 9\], \.\.\.\."):
         check_label_rule(victim, auxiliary=Auxiliary(torch.rand(50, 3, 2, 2), torch.arange(50)))
+
+
+def test_a_gradient_of_the_last_layer_is_missing() -> None:
+    victim = victim_of(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), 2)
+    shared = victim.share(*images_and_labels(0, 2, 2, 5))
+    del shared.gradients[f"{victim.classifier}.bias"]
+    with pytest.raises(ValueError, match=r"Expected `shared` to hold the gradient of .*bias', but got \["):
+        infer_labels(shared, victim)
