@@ -15,7 +15,10 @@ Found = tuple[Tensor, Tensor, Tensor | None]
 def idlg(layer: LastLayer) -> Found:
     r"""iDLG: the gradient of one image's logits, :math:`p - y`, is negative only for its class. Exact.
 
-    It is the bias' gradient. Without one, the rows of the weights' gradient are multiples of one vector,
+    It is the bias' gradient. A network may be so sure that :math:`p_y - 1` is rounded to zero, and other
+    predictions with it: of classes that share the smallest value, zero, the one of the largest logit is the
+    label, at the feature :math:`h = g_{W,k} / g_{b,k}` of the largest entry. Only a gradient that is zero throughout
+    tells nothing. Without a bias, the rows of the weights' gradient are multiples of one vector,
     and the class is the one whose row points against all others (of two classes, the one whose row has a
     negative sum, which is exact where the features can't be negative).
 
@@ -24,6 +27,10 @@ def idlg(layer: LastLayer) -> Found:
     push = layer.bias_gradient
     if push is None:
         push = _against_the_others(_rows(layer))
+    elif layer.weight_gradient is not None:
+        lowest = push == push.amin(dim=1, keepdim=True)
+        tied = (lowest.sum(dim=1, keepdim=True) > 1) & (push != 0).any(dim=1, keepdim=True)
+        push = torch.where(tied & lowest, -_largest_logits(layer), push)
     counts = torch.zeros_like(push, dtype=torch.long).scatter_(1, push.argmin(dim=1, keepdim=True), 1)
     return counts, -push, None
 
@@ -108,6 +115,16 @@ def _rows(layer: LastLayer) -> Tensor:
     """Gradients of the rows of the weights, ``(V, K, D)``."""
     assert layer.weight_gradient is not None  # as the rule's assumptions say
     return layer.weight_gradient
+
+
+def _largest_logits(layer: LastLayer) -> Tensor:
+    """Logits ``(V, K)`` of one image, above zero in order; its feature is the ratio of the gradients."""
+    rows, push = _rows(layer).double(), layer.gradients.double()
+    largest = push.abs().argmax(dim=1, keepdim=True)
+    row = rows.take_along_dim(largest[..., None], dim=1).squeeze(1)
+    feature = row / push.gather(1, largest)
+    logits = torch.einsum("vd,vkd->vk", feature, layer.weight.double().expand(len(push), -1, -1)) + layer.bias
+    return (1 + logits.argsort(dim=1).argsort(dim=1)).to(layer.gradients)
 
 
 def _against_the_others(rows: Tensor) -> Tensor:

@@ -320,3 +320,18 @@ def test_idlg_needs_no_more_than_gradients() -> None:
     without = copy.copy(layer)
     without.bias_gradient = None
     assert torch.equal(idlg(without)[0], counts_of(labels, 7))
+
+
+def test_idlg_is_exact_where_the_network_is_so_sure_that_most_entries_are_zero() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6, bias=False), nn.Linear(6, 8))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = 4 * torch.randn(parameter.shape, generator=generator)
+    victim = Victim(model, image_shape=(3, 2, 2))
+    images = torch.rand(200, 1, 3, 2, 2, generator=generator)
+    labels = model(images.squeeze(1)).argmax(1, keepdim=True)  # what the network predicts
+    shared = victim.share(images, labels)
+    push = shared.gradients["2.bias"]
+    tied = ((push == 0).sum(1) > 1) & (push != 0).any(1)
+    assert tied.sum() > 10
+    assert torch.equal(infer_labels(shared.select(tied), victim).labels, labels[tied])
