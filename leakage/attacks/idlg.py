@@ -24,8 +24,9 @@ class IDLGAttack(GradientMatchingAttack):
 
     .. math:: D(x) = \sum_l \lVert \nabla_{\theta_l} \ell(f_\theta(x), y) - g^*_l \rVert_2^2
 
-    with the labels y in ascending order, as the images of a batch have no order of their own; all of them
-    differ by their starts. Labels that the shared gradient reveals are used as they are, in their order.
+    with the labels y in ascending order, as the images of a batch have no order; all of them differ by their
+    starts. Clients that take their images in turns (``local_batch_size``) are refused, as there the order
+    matters. Labels that the shared gradient reveals are used as they are, in their order.
 
     Shapes: images ``(V, N, C, H, W)`` (searched without bounds; the truth lies in [0, 1]), labels ``(V, N)``.
 
@@ -70,8 +71,16 @@ class IDLGAttack(GradientMatchingAttack):
         self.save_hyperparameters({"auxiliary": digest(given) if given else None})
 
     def _check_victim(self, victim: Victim, *, labels_revealed: bool) -> None:
-        if not labels_revealed:
-            check_label_rule(victim, self.hparams["rule"], auxiliary=self.auxiliary)
+        if labels_revealed:
+            return
+        own = getattr(self._datamodule, "weights", None) == "own"
+        check_label_rule(victim, self.hparams["rule"], auxiliary=self.auxiliary, own_weights=own)
+        if victim.protocol.local_batch_size is not None:
+            raise ValueError(
+                "Expected victims that take all images in each local step, as inferred labels have no order, but got "
+                f"`local_batch_size` {victim.protocol.local_batch_size}. Use DLGAttack, or reveal the labels "
+                "(reveal_labels=True)."
+            )
 
     def _begin(self, shared: SharedGradient) -> Tensor:
         labels = shared.labels

@@ -12,8 +12,11 @@ from leakage.labels.last_layer import LastLayer
 from leakage.seeds import derive_seed
 from leakage.shared_gradient import Protocol
 
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Images of noise for a network that victims share, and for each of their own.
 _NOISE, _NOISE_FOR_EACH = 1000, 128
+# The most auxiliary images that are looked at by each network, where each victim has its own.
+_IMAGES_FOR_EACH = 256
 # Where labels are not known, images drawn for each class at the least.
 _DRAWN_FOR_EACH = 20
 
@@ -22,7 +25,7 @@ _DRAWN_FOR_EACH = 20
 class Auxiliary:
     """Images of the same kind as the victims', but never theirs.
 
-    Labels help little: without them each class is given the images that the victims' network takes for it
+    Labels are not needed: without them each class is given the images that the victims' network takes for it
     (:meth:`KnownFeatures.with_labels`).
 
     Attributes:
@@ -43,6 +46,9 @@ class Auxiliary:
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
+        for name, tensor in (("images", images), ("labels", labels)):
+            if not isinstance(tensor, Tensor) and (name == "images" or tensor is not None):
+                raise ValueError(f"Expected `auxiliary` {name} as a tensor, but got {type(tensor).__name__}.")
         if images.ndim != 4 or not len(images) or not images.is_floating_point():
             raise ValueError(
                 f"Expected `auxiliary` images as floats (M, C, H, W), but got {images.dtype} {tuple(images.shape)}."
@@ -53,7 +59,7 @@ class Auxiliary:
             )
         if labels is None:
             return
-        if tuple(labels.shape) != (len(images),) or labels.is_floating_point() or labels.dtype == torch.bool:
+        if tuple(labels.shape) != (len(images),) or labels.dtype not in _WHOLE:
             raise ValueError(
                 f"Expected `auxiliary` labels as whole numbers ({len(images)},), but got {labels.dtype} "
                 f"{tuple(labels.shape)}."
@@ -170,6 +176,10 @@ def known_features(layer: LastLayer, auxiliary: Auxiliary | None, seed: int) -> 
         count = _NOISE_FOR_EACH if layer.own_weights else _NOISE
         images = natural_noise(count, layer.protocol.image_shape, derive_seed(seed, 0, "natural noise"))
         auxiliary = Auxiliary(images)
+    elif layer.own_weights and len(auxiliary) > _IMAGES_FOR_EACH:
+        # Spread over all of them, which may come class by class.
+        some = torch.linspace(0, len(auxiliary) - 1, _IMAGES_FOR_EACH).long()
+        auxiliary = Auxiliary(auxiliary.images[some], None if auxiliary.labels is None else auxiliary.labels[some])
     features = layer.features(auxiliary.images).to(layer.weight)
     predictions = (features @ layer.weight.mT + layer.bias[:, None]).softmax(dim=2)
     labels = None if auxiliary.labels is None else auxiliary.labels.to(features.device).long()

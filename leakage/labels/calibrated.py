@@ -109,7 +109,9 @@ def rlu(layer: LastLayer, known: LabelledFeatures, seed: int) -> Found:
         drawn, counts = draw_images(known.labels, layer, _SIMULATED, derive_seed(seed, 0, "expected updates"))
         pushes = simulate(layer, known, drawn).bias_gradient
         assert pushes is not None
-        expected = torch.linalg.lstsq(counts.to(pushes), layer.num_images * pushes).solution[None]
+        # In double precision on the CPU, whose driver copes with classes that no client holds.
+        solution = torch.linalg.lstsq(counts.double(), layer.num_images * pushes.double().cpu()).solution
+        expected = solution[None]
     solved = [
         _on_simplex(matrix, right, layer.num_images)
         for matrix, right in zip(

@@ -36,9 +36,10 @@ def idlg(layer: LastLayer) -> Found:
 
 
 def row_minimum(layer: LastLayer) -> Found:
-    r"""GradInversion: the N classes whose rows of the weights' gradient have the smallest entries, one image each.
+    r"""GradInversion: the N classes whose rows of the weights' gradient have the smallest entries.
 
-    Where features can't be negative, only a class that is there can have a negative entry.
+    One image each; where fewer rows have a negative entry, which only a class that is there can have if features
+    can't be negative, the images are spread evenly over these.
 
     Yin et al., *See through Gradients*, CVPR 2021, https://arxiv.org/abs/2104.07586.
     """
@@ -86,9 +87,9 @@ def ilrg(layer: LastLayer) -> Found:
 
     .. math:: \sum_j n_j \hat p_j - n = N g_b, \qquad \sum_j n_j = N
 
-    in the least-squares sense, over the classes whose rows have a negative entry (over all, where features
-    can be negative), and are rounded. Where features are not negative, a class that is there but far rarer than
-    predicted may have no negative entry, and is missed.
+    in the least-squares sense, and are rounded. Where features can't be negative, only classes whose rows have
+    a negative entry are looked for (this library's reading of the paper): one that is there but far rarer
+    than predicted may have none, and is missed.
 
     Ma et al., *Instance-wise Batch Label Restoration via Gradients in Federated Learning*, ICLR 2023,
     https://openreview.net/forum?id=FIrQfNSOoTr.
@@ -129,6 +130,9 @@ def _largest_logits(layer: LastLayer) -> Tensor:
 
 def _against_the_others(rows: Tensor) -> Tensor:
     """Rows ``(V, K, D)`` that are multiples of one vector as multiples ``(V, K)``, signed so that most are positive."""
+    # In double precision and at a common size, as squares of small numbers would vanish.
+    size = rows.abs().amax(dim=(1, 2), keepdim=True).double()
+    rows = rows.double() / torch.where(size > 0, size, 1)
     longest = rows.square().sum(-1).argmax(dim=1)
     along = torch.einsum("vkd,vd->vk", rows, rows[torch.arange(len(rows), device=rows.device), longest])
     surplus = along.sign().sum(1)

@@ -19,7 +19,7 @@ from leakage.labels.posterior import LabelPosterior
 from leakage.labels.separation import rlg
 from leakage.labels.simulation import draw_images, simulate
 from leakage.seeds import derive_seed
-from leakage.shared_gradient import SharedGradient
+from leakage.shared_gradient import SharedGradient, check_local_steps
 from leakage.victim import Victim
 
 # Victims with networks of their own that are looked at together; bounds the memory, not the result.
@@ -106,7 +106,12 @@ _PREFERRED = ("mean_feature", "ilrg", "geng", "row_minimum", "llg", "llg_star", 
 
 
 def check_label_rule(
-    victim: Victim, rule: str = "auto", *, auxiliary: Auxiliary | None = None, num_images: int | None = None
+    victim: Victim,
+    rule: str = "auto",
+    *,
+    auxiliary: Auxiliary | None = None,
+    num_images: int | None = None,
+    own_weights: bool = False,
 ) -> None:
     """Raise a ``ValueError`` unless labels can be read off the last layer's gradient by this rule.
 
@@ -115,6 +120,7 @@ def check_label_rule(
         rule: a key of :data:`RULES` or ``"auto"``.
         auxiliary: the attacker's own images, if there are any.
         num_images: N, by default the protocol's.
+        own_weights: whether each victim has a network of its own.
 
     Raises:
         ValueError: an unknown rule, a loss other than cross-entropy, logits that are not the output of a linear
@@ -122,14 +128,16 @@ def check_label_rule(
             names what to use instead.
     """
     count = _check_victim(victim, rule, auxiliary, num_images)
-    _check_needs(rule, _met(victim, auxiliary, count))
+    _check_needs(rule, _met(victim, auxiliary, count, own_weights=own_weights))
 
 
 def _check_victim(victim: Victim, rule: str, auxiliary: Auxiliary | None, num_images: int | None) -> int:
     """What no rule can do without; returns N."""
     check_choice("rule", rule, (*RULES, "auto"))
-    if num_images is not None:
-        check_count(num_images=num_images)
+    protocol = victim.protocol
+    count = protocol.num_images if num_images is None else num_images
+    check_count(num_images=count)
+    check_local_steps(count, protocol.local_steps, protocol.learning_rate, protocol.local_batch_size)
     instead = "Use DLGAttack, which recovers labels by optimisation, or reveal the labels (reveal_labels=True)."
     if victim.protocol.loss != "cross_entropy":
         raise ValueError(
@@ -146,8 +154,12 @@ def _check_victim(victim: Victim, rule: str, auxiliary: Auxiliary | None, num_im
             f"Expected the last layer {victim.classifier!r} to share its gradient, but got frozen weights. {instead}"
         )
     if auxiliary is not None:
-        auxiliary.check(victim.protocol)
-    return num_images or victim.protocol.num_images
+        if not isinstance(auxiliary, Auxiliary):
+            raise ValueError(
+                f"Expected `auxiliary` to be a leakage.labels.Auxiliary, but got {type(auxiliary).__name__}."
+            )
+        auxiliary.check(protocol)
+    return count
 
 
 def _met(
@@ -222,9 +234,11 @@ def infer_labels(
     quarter of the auxiliary images, and takes the rule that finds most of their labels. Without auxiliary
     images they hold noise with the spectrum of natural images, labelled as the network predicts: good enough
     to tell an untrained network from a trained one, but on a trained one auxiliary images are worth far more. Where
-    victims have networks of their own, it takes ``mean_feature``, or ``geng`` where a gradient is missing.
+    victims have networks of their own, it takes ``mean_feature``, or ``geng`` where a gradient is missing, untried: local
+    steps that change predictions much may leave more to another rule, such as ``row_minimum`` for few images.
 
-    After local steps the rules take the average gradient for a gradient at weights half-way.
+    After local steps the average gradient is taken for a gradient: by ``ilrg`` and ``mean_feature`` at the weights
+    half-way, by the others at those that were given. ``rlu`` and ``posterior`` simulate the last layer's steps.
 
     Args:
         shared: gradients of V victims.
@@ -238,7 +252,7 @@ def infer_labels(
         Counts, scores and labels of every victim, on the device of the gradients.
 
     Raises:
-        ValueError: see :func:`check_label_rule` and :class:`Auxiliary`; victims with weights of their own for a
+        ValueError: see :func:`check_label_rule`; gradients that don't fit the victim; weights of their own for a
             rule that learns about one network.
 
     References:
@@ -258,9 +272,9 @@ def infer_labels(
     """
     check_count(0, seed=seed)
     count = _check_victim(victim, rule, auxiliary, num_images)
-    for name in (f"{victim.classifier}.weight", f"{victim.classifier}.bias"):
-        if name in victim.trainable and name not in shared.gradients:
-            raise ValueError(f"Expected `shared` to hold the gradient of {name!r}, but got {[*shared.gradients][-5:]}.")
+    victim.check(shared)
+    if shared.gradients[victim.trainable[0]].dtype in (torch.float16, torch.bfloat16):
+        shared = shared.to(torch.float32)
     met = _met(victim, auxiliary, count, own_weights=shared.own_weights)
     _check_needs(rule, met)
     parts = torch.split(torch.arange(len(shared)), _NETWORKS_AT_ONCE if shared.own_weights else len(shared))

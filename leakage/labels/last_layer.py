@@ -16,7 +16,7 @@ from leakage.shared_gradient import Protocol, SharedGradient
 from leakage.victim import Victim
 
 # Networks whose features of the same images are computed at once.
-_NETWORKS_AT_ONCE = 64
+_NETWORKS_AT_ONCE = 8
 # Images of one pass through a network that is shared.
 _IMAGES_AT_ONCE = 250
 

@@ -15,7 +15,7 @@ from leakage.seeds import derive_seed
 # Simulated clients: as many as keep clients * images * classes near the product, between the two limits.
 _PRODUCT, _FEWEST, _MOST = 2**23, 4096, 16384
 # Clients simulated, and reduced to statistics, at once.
-_CLIENTS_AT_ONCE = 2048
+_CLIENTS_AT_ONCE, _NUMBERS_AT_ONCE = 2048, 2**25
 # Learning the posterior.
 _WIDTH, _PASSES, _BATCH, _LEARNING_RATE, _WEIGHT_DECAY = 96, 20, 256, 3e-3, 1e-3
 # Numbers of images of a class that are told apart at most.
@@ -58,8 +58,9 @@ class LabelPosterior:
         self.scale = known.features.abs().mean().clamp(min=1e-12)
         clients = min(max(_PRODUCT // (layer.num_images * layer.num_classes), _FEWEST), _MOST)
         drawn, counts = draw_images(known.labels, layer, clients, derive_seed(seed, 0, "posterior's clients"))
-        parts = [self._statistics(simulate(layer, known, part)) for part in torch.split(drawn, _CLIENTS_AT_ONCE)]
-        statistics = torch.cat(parts)
+        statistics = torch.cat(
+            [self._statistics(simulate(layer, known, part)) for part in torch.split(drawn, _at_once(layer))]
+        )
         self.centre, self.spread = statistics.mean(0), statistics.std(0) + 1e-6
         self.edges = _edges(counts).to(statistics.device)
         bins = torch.bucketize(counts.to(statistics.device), self.edges, right=True) - 1
@@ -68,7 +69,9 @@ class LabelPosterior:
     @torch.no_grad()
     def __call__(self, layer: LastLayer) -> Found:
         """Counts and expected counts of the victims."""
-        inputs = self._normalised(self._statistics(layer))
+        victims = torch.arange(len(layer), device=layer.weight.device)
+        statistics = [self._statistics(layer.select(part)) for part in torch.split(victims, _at_once(layer))]
+        inputs = self._normalised(torch.cat(statistics))
         parts = [self._find(part) for part in torch.split(inputs, _VICTIMS_AT_ONCE)]
         counts, expected = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return counts, expected.to(layer.gradients), None
@@ -114,7 +117,10 @@ class LabelPosterior:
         classes = torch.eye(inputs.shape[1]).to(inputs)
         return torch.cat([inputs, classes.expand(len(inputs), -1, -1)], dim=2)
 
+    @torch.inference_mode(False)  # learning works where the caller records no gradients, too
+    @torch.enable_grad()
     def _learn(self, inputs: Tensor, bins: Tensor, seed: int) -> nn.Module:
+        inputs, bins = inputs.clone(), bins.clone()
         generator = torch.Generator().manual_seed(derive_seed(seed, 0, "posterior's batches"))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(seed, 0, "posterior's weights"))
@@ -125,15 +131,19 @@ class LabelPosterior:
         steps = _PASSES * len(inputs) // _BATCH
         optimizer = torch.optim.AdamW(network.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)
-        with torch.enable_grad():
-            for _ in range(steps):
-                batch = torch.randint(len(inputs), (_BATCH,), generator=generator).to(inputs.device)
-                loss = F.cross_entropy(network(inputs[batch]).flatten(0, 1), bins[batch].flatten())
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
+        for _ in range(steps):
+            batch = torch.randint(len(inputs), (_BATCH,), generator=generator).to(inputs.device)
+            loss = F.cross_entropy(network(inputs[batch]).flatten(0, 1), bins[batch].flatten())
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
         return network.requires_grad_(False)
+
+
+def _at_once(layer: LastLayer) -> int:
+    """Clients whose rows are in memory at once."""
+    return max(1, min(_CLIENTS_AT_ONCE, _NUMBERS_AT_ONCE // layer.weight[0].numel()))
 
 
 def _edges(counts: Tensor) -> Tensor:

@@ -66,7 +66,8 @@ def simulate(layer: LastLayer, known: LabelledFeatures, drawn: Tensor) -> LastLa
         The last layer of S clients.
     """
     held = known.features[0], known.labels
-    largest = max(drawn.shape[1], layer.num_classes) * known.features.shape[2]
+    images, classes, features = drawn.shape[1], layer.num_classes, known.features.shape[2]
+    largest = max(images * features, classes * features, 3 * images * classes)
     parts = [_train(layer, *held, part) for part in torch.split(drawn, max(1, _NUMBERS_AT_ONCE // largest))]
     weights, biases = zip(*parts, strict=True)
     # No more than the victims share: a rule must not learn to read what it will not get.

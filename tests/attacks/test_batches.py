@@ -164,3 +164,17 @@ def test_options_are_plain_values_and_a_checkpoint_knows_other_auxiliary_images(
     ):
         with pytest.raises(ValueError, match=r"Expected the configuration of the checkpoint.*(auxiliary|rule)="):
             run(differing, early)
+
+
+def test_inferred_labels_have_no_order_for_clients_that_take_images_in_turns(kit: Any) -> None:
+    steps = {"num_images": 2, "local_steps": 2, "learning_rate": 0.1, "local_batch_size": 1}
+    attack = IDLGAttack(max_evaluations=2, restarts=0)
+    with pytest.raises(ValueError, match=r"`local_batch_size` 1\. Use DLGAttack, or reveal the labels"):
+        kit.fit(attack, kit.victims(victims=2, **steps))
+    kit.fit(attack, kit.victims(victims=2, reveal_labels=True, **steps))
+    assert len(attack.finished) == 2
+
+
+def test_a_rule_for_one_network_is_refused_before_the_search(kit: Any) -> None:
+    with pytest.raises(ValueError, match="Expected victims that share their weights for rule='posterior'"):
+        kit.fit(IDLGAttack(rule="posterior"), kit.victims(victims=2, num_images=2))

@@ -255,5 +255,43 @@ def test_a_gradient_of_the_last_layer_is_missing() -> None:
     victim = victim_of(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), 2)
     shared = victim.share(*images_and_labels(0, 2, 2, 5))
     del shared.gradients[f"{victim.classifier}.bias"]
-    with pytest.raises(ValueError, match=r"Expected `shared` to hold the gradient of .*bias', but got \["):
+    with pytest.raises(ValueError, match=r"Expected a gradient for every tensor of the model, but got missing .*bias'"):
         infer_labels(shared, victim)
+
+
+def test_gradients_of_another_victim() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    shared = victim_of(model, 4).share(*images_and_labels(0, 2, 4, 5))
+    for other in (victim_of(model, 8), victim_of(model, 4, reduction="sum")):
+        with pytest.raises(ValueError, match="Expected a shared gradient of the protocol"):
+            infer_labels(shared, other)
+    shared.gradients["1.bias"][0] = torch.nan
+    with pytest.raises(ValueError, match=r"Expected finite numbers in the gradient of '1\.bias'"):
+        infer_labels(shared, victim_of(model, 4))
+
+
+def test_another_number_of_images_that_local_steps_could_not_take() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    victim = victim_of(model, 4, local_steps=4, learning_rate=0.1, local_batch_size=2)
+    shared = victim.share(*images_and_labels(0, 2, 4, 5))
+    with pytest.raises(ValueError, match="Expected `local_batch_size` to divide `num_images` = 7"):
+        infer_labels(shared, victim, num_images=7)
+
+
+def test_auxiliary_images_of_another_kind() -> None:
+    victim = victim_of(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), 4)
+    shared = victim.share(*images_and_labels(0, 2, 4, 5))
+    images: Any = torch.rand(3, 3, 2, 2)
+    with pytest.raises(ValueError, match=r"Expected `auxiliary` to be a leakage\.labels\.Auxiliary, but got Tensor"):
+        infer_labels(shared, victim, auxiliary=images)
+    with pytest.raises(ValueError, match="Expected `auxiliary` labels as a tensor, but got list"):
+        Auxiliary(images, [0, 1, 2])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Expected `auxiliary` images as a tensor, but got list"):
+        Auxiliary([1.0])  # type: ignore[arg-type]
+
+
+def test_a_rule_for_one_network_is_not_named_to_victims_with_their_own() -> None:
+    victim = victim_of(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), 4)
+    with pytest.raises(ValueError, match="for rule='posterior', but got a network for each") as raised:
+        check_label_rule(victim, "posterior", own_weights=True)
+    assert "'posterior'" not in str(raised.value).split("would work")[1]

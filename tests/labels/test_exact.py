@@ -335,3 +335,14 @@ def test_idlg_is_exact_where_the_network_is_so_sure_that_most_entries_are_zero()
     tied = ((push == 0).sum(1) > 1) & (push != 0).any(1)
     assert tied.sum() > 10
     assert torch.equal(infer_labels(shared.select(tied), victim).labels, labels[tied])
+
+
+def test_idlg_without_a_bias_reads_gradients_that_nearly_vanish() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 8, bias=False))
+    victim = Victim(model, image_shape=(3, 2, 2))
+    images, labels = torch.rand(50, 1, 3, 2, 2, generator=generator), torch.randint(8, (50, 1), generator=generator)
+    shared = victim.share(images, labels)
+    for gradient in shared.gradients.values():
+        gradient *= 1e-30
+    assert torch.equal(infer_labels(shared, victim).labels, labels)

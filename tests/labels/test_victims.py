@@ -183,3 +183,19 @@ def test_auxiliary_images_without_labels(rule: str) -> None:
     some = torch.tensor([3, 1])
     alone = infer_labels(shared.select(some), victim, rule=rule, auxiliary=auxiliary)
     assert_same(alone, InferredLabels(together.counts[some], together.scores[some], together.present[some], rule))
+
+
+@pytest.mark.parametrize("rule", ["ilrg", "mean_feature", "posterior"])
+def test_half_precision_is_computed_in_single(rule: str) -> None:
+    victim, shared, auxiliary = setting(rule, own=False, steps=False)
+    found = infer_labels(shared.to(torch.float16), victim, rule=rule, auxiliary=auxiliary)
+    expected = infer_labels(shared.to(torch.float16).to(torch.float32), victim, rule=rule, auxiliary=auxiliary)
+    assert torch.equal(found.counts, expected.counts)
+
+
+def test_learning_works_where_no_gradients_are_recorded() -> None:
+    victim, shared, auxiliary = setting("posterior", own=False, steps=False)
+    expected = infer_labels(shared, victim, rule="posterior", auxiliary=auxiliary)
+    with torch.inference_mode():
+        found = infer_labels(shared, victim, rule="posterior", auxiliary=auxiliary)
+    assert torch.equal(found.counts, expected.counts)
