@@ -234,8 +234,8 @@ def infer_labels(
     quarter of the auxiliary images, and takes the rule that finds most of their labels. Without auxiliary
     images they hold noise with the spectrum of natural images, labelled as the network predicts: good enough
     to tell an untrained network from a trained one, but on a trained one auxiliary images are worth far more. Where
-    victims have networks of their own, it takes ``mean_feature``, or ``geng`` where a gradient is missing, untried: local
-    steps that change predictions much may leave more to another rule, such as ``row_minimum`` for few images.
+    victims have networks of their own, it takes ``mean_feature``, or ``geng`` where a gradient is missing, untried:
+    after local steps that change predictions much another may find more, as ``row_minimum`` for few images.
 
     After local steps the average gradient is taken for a gradient: by ``ilrg`` and ``mean_feature`` at the weights
     half-way, by the others at those that were given. ``rlu`` and ``posterior`` simulate the last layer's steps.

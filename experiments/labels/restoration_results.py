@@ -1,0 +1,186 @@
+"""What `restoration.py` found: its rows, pictures and table."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leakage.compare import align
+from leakage.plots import save_figure
+from leakage.plots_labels import plot_recall
+
+# As the papers write them.
+WRITTEN = {
+    "convnet": "ConvNet", "mlp": "MLP", "lenet": "LeNet",
+    "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet-18",
+}  # fmt: skip
+_ACTIVATIONS = {"relu": "ReLU", "leaky_relu": "leaky ReLU", "sigmoid": "sigmoid", "silu": "SiLU"}
+# Batch sizes in a picture over something else.
+_PANELS = 4
+# What cells may differ in, how a value of it is told, and the file and axis of recall over it.
+_DIMENSIONS = {
+    "epochs": lambda epochs: f"{epochs} epoch{'s' if epochs > 1 else ''}" if epochs else "untrained",
+    "distribution": str,
+    "local_steps": lambda steps: f"{steps} local step{'s' if steps > 1 else ''}",
+    "batch_size": lambda size: f"batch size {size}",
+}
+_PICTURES = {
+    "batch_size": ("restoration.png", "batch size"),
+    "epochs": ("restoration_epochs.png", "epochs of training"),
+    "local_steps": ("restoration_steps.png", "local steps"),
+}
+
+
+@dataclass
+class RestorationRow:
+    """What one rule found in one cell, a line of ``summary.json``; scores are means over victims, from 0 to 1.
+
+    Attributes:
+        rule: a key of ``RULES`` or ``"auto"``.
+        dataset: where the images come from.
+        network: a key of ``NETWORKS``.
+        activation: of the network.
+        epochs: of its training, 0 for none.
+        batch_size: images behind each gradient.
+        distribution: of the victims' labels, see ``draw_victims``.
+        victims: number of victims.
+        irec: share of the images whose label is found.
+        irec_ci: its 95 % confidence interval, as all others.
+        leacc: share of the classes whose presence is right.
+        lnacc: share of the classes whose count is right.
+        exact: share of the victims whose counts are all right.
+        trivial_irec: of the guess without a gradient, as the other ``trivial_``.
+        trivial_leacc: see there.
+        seconds: for all victims, learning of the rule included.
+        leacc_ci: see ``irec_ci``.
+        lnacc_ci: see ``irec_ci``.
+        exact_ci: see ``irec_ci``.
+        trivial_lnacc: see ``trivial_irec``.
+        trivial_exact: see ``trivial_irec``.
+        chosen: the rule that ``"auto"`` took; None for other rules.
+        local_steps: of each client.
+        weights: ``"own"`` or ``"shared"``.
+        seen: whether the network was trained on the victims' images; None untrained.
+        norm: of the network.
+        mode: of BatchNorm, ``"train"`` or ``"eval"``; None without.
+        classes: that the images were spread over at random; None for their own.
+        init: ``"papers"`` or ``"torch"``.
+        auxiliary_images: that the attacker has.
+        auxiliary_labels: whether it knows their labels.
+        test_accuracy: of the network, 0 to 1; None untrained.
+    """
+
+    rule: str
+    dataset: str
+    network: str
+    activation: str
+    epochs: int
+    batch_size: int
+    distribution: str
+    victims: int
+    irec: float
+    irec_ci: list[float]
+    leacc: float
+    lnacc: float
+    exact: float
+    trivial_irec: float
+    trivial_leacc: float
+    seconds: float
+    leacc_ci: list[float]
+    lnacc_ci: list[float]
+    exact_ci: list[float]
+    trivial_lnacc: float
+    trivial_exact: float
+    chosen: str | None
+    local_steps: int
+    weights: str
+    seen: bool | None
+    norm: str
+    mode: str | None
+    classes: int | None
+    init: str
+    auxiliary_images: int
+    auxiliary_labels: bool
+    test_accuracy: float | None
+
+
+def read_rows(folder: Path, rows: Any) -> list[RestorationRow]:
+    names = {field.name for field in fields(RestorationRow)}
+    if not rows or not all(isinstance(row, dict) and row.keys() == names for row in rows):
+        raise ValueError(
+            f"Expected '{folder / 'run.json'}' to be the whole record of a cell, but got other rows. Remove '{folder}' "
+            "to run it again, or choose another `output`."
+        )
+    return [RestorationRow(**row) for row in rows]
+
+
+def draw_pictures(rows: Sequence[RestorationRow], output: Path) -> list[Path]:
+    """Recall over the batch size, and over epochs and local steps where there are several; a panel for each other."""
+    several = [name for name in _DIMENSIONS if len({getattr(row, name) for row in rows}) > 1]
+    paths = []
+    for over, (file, xlabel) in _PICTURES.items():
+        if over != "batch_size" and over not in several:
+            continue
+        apart = [name for name in several if name != over]
+        shown = list(rows)
+        if "batch_size" in apart:
+            sizes = sorted({row.batch_size for row in rows})
+            chosen = {sizes[round(i * (len(sizes) - 1) / (_PANELS - 1))] for i in range(_PANELS)}
+            shown = [row for row in rows if row.batch_size in chosen]
+        panels: dict[str, dict[str, list[list[float]]]] = {}
+        trivial: dict[str, dict[float, float]] = {}
+        for row in shown:
+            told = (_DIMENSIONS[name](getattr(row, name)) for name in apart)
+            heading = ", ".join(told) or _heading(rows[0])
+            place = getattr(row, over)
+            panels.setdefault(heading, {}).setdefault(row.rule, []).append([place, row.irec, *row.irec_ci])
+            trivial.setdefault(heading, {})[place] = row.trivial_irec
+        figure = plot_recall(
+            {
+                heading: {rule: torch.tensor(curve) for rule, curve in curves.items()}
+                for heading, curves in panels.items()
+            },
+            trivial={heading: torch.tensor([*guess.items()]) for heading, guess in trivial.items()},
+            xlabel=xlabel,
+            title=_title(rows[0]),
+        )
+        save_figure(figure, output / file)
+        paths.append(output / file)
+    return paths
+
+
+def _title(row: RestorationRow) -> str:
+    dataset = row.dataset if row.classes is None else f"{row.dataset} over {row.classes} classes"
+    norm = "" if row.norm == "none" else f", {row.norm} norm{f' ({row.mode})' if row.mode else ''}"
+    return f"{dataset}, {WRITTEN[row.network]}, {_ACTIVATIONS[row.activation]}{norm}"
+
+
+def _heading(row: RestorationRow) -> str:
+    """Of a single panel."""
+    told = [_DIMENSIONS["epochs"](row.epochs)]
+    told += [row.distribution] if row.distribution != "uniform" else []
+    told += [_DIMENSIONS["local_steps"](row.local_steps)] if row.local_steps > 1 else []
+    return ", ".join(told)
+
+
+def format_table(rows: Sequence[RestorationRow]) -> str:
+    """The rows as a table for the terminal, the trivial guess below the rules of each cell."""
+    several = [name for name in _DIMENSIONS if len({getattr(row, name) for row in rows}) > 1]
+    lines = [[*(name.replace("_", " ") for name in several), "rule", "IRec", "", "LeAcc", "LnAcc", "exact", "time"]]
+    for _, group in itertools.groupby(rows, key=lambda row: [getattr(row, name) for name in _DIMENSIONS]):
+        cell = list(group)
+        where = [str(getattr(cell[0], name)) for name in several]
+        for row in cell:
+            low, high = row.irec_ci
+            scores = [f"{value:.3f}" for value in (row.leacc, row.lnacc, row.exact)]
+            rule = row.rule if row.chosen is None else f"auto ({row.chosen})"
+            lines.append([*where, rule, f"{row.irec:.3f}", f"[{low:.3f}, {high:.3f}]", *scores, f"{row.seconds:.1f} s"])
+        first = cell[0]
+        scores = [f"{value:.3f}" for value in (first.trivial_leacc, first.trivial_lnacc, first.trivial_exact)]
+        lines.append([*where, "trivial guess", f"{first.trivial_irec:.3f}", "", *scores, ""])
+    return align(lines)
