@@ -19,6 +19,10 @@ WRITTEN = {
     "convnet": "ConvNet", "mlp": "MLP", "lenet": "LeNet",
     "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet-18",
 }  # fmt: skip
+_DATASETS = {
+    "mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100", "svhn": "SVHN", "sample": "bundled sample",
+}  # fmt: skip
 _ACTIVATIONS = {"relu": "ReLU", "leaky_relu": "leaky ReLU", "sigmoid": "sigmoid", "silu": "SiLU"}
 # Batch sizes in a picture over something else.
 _PANELS = 4
@@ -155,7 +159,8 @@ def draw_pictures(rows: Sequence[RestorationRow], output: Path) -> list[Path]:
 
 
 def _title(row: RestorationRow) -> str:
-    dataset = row.dataset if row.classes is None else f"{row.dataset} over {row.classes} classes"
+    dataset = _DATASETS.get(row.dataset, row.dataset)  # a folder has its own name
+    dataset += "" if row.classes is None else f" over {row.classes} classes"
     norm = "" if row.norm == "none" else f", {row.norm} norm{f' ({row.mode})' if row.mode else ''}"
     return f"{dataset}, {WRITTEN[row.network]}, {_ACTIVATIONS[row.activation]}{norm}"
 
