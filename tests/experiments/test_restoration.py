@@ -354,7 +354,7 @@ def test_pictures_have_a_panel_for_all_else(
     ]  # fmt: skip
     over_size, over_epochs = drawn
     assert list(over_size["panels"]) == ["untrained", "1 epoch", "20 epochs"]
-    assert over_size["title"] == "sample, MLP, ReLU"
+    assert over_size["title"] == "bundled sample, MLP, ReLU"
     curve = over_size["panels"]["1 epoch"]["auto"]
     assert curve[:, 0].tolist() == [1, 8, 24, 32, 64]
     assert curve[1].tolist() == pytest.approx([8, 0.08, 0.5, 1.0])
@@ -364,7 +364,7 @@ def test_pictures_have_a_panel_for_all_else(
 
     drawn.clear()
     results.draw_pictures([row_of(results, norm="batch", mode="train", classes=7, network="resnet18")], tmp_path)
-    assert drawn[0]["title"] == "sample over 7 classes, ResNet-18, ReLU, batch norm (train)"
+    assert drawn[0]["title"] == "bundled sample over 7 classes, ResNet-18, ReLU, batch norm (train)"
     assert list(drawn[0]["panels"]) == ["untrained"]
 
 
