@@ -21,6 +21,7 @@ _DUMMIES = 64
 _SIMULATED = 512
 # How much more the sum of the counts weighs than any other equation.
 _WEIGHT_OF_SUM = 10.0
+_TRACE = 1e-6
 
 
 def llg_star(layer: LastLayer, seed: int) -> Found:
@@ -126,9 +127,11 @@ def rlu(layer: LastLayer, known: LabelledFeatures, seed: int) -> Found:
 
 def _on_simplex(matrix: np.ndarray, right: np.ndarray, total: int) -> np.ndarray:
     """Least squares with counts that are not negative and sum to ``total``, by one equation of great weight."""
+    classes = matrix.shape[1]
     weight = _WEIGHT_OF_SUM * max(float(np.abs(matrix).max()), 1e-6)
-    rows = np.concatenate([matrix, np.full((1, matrix.shape[1]), weight)])
-    solution: np.ndarray = nnls(rows, np.append(right, weight * total))[0]
+    # A trace of the identity: classes that are alike make the equations singular, which some solvers refuse.
+    rows = np.concatenate([matrix, np.full((1, classes), weight), _TRACE * weight * np.eye(classes)])
+    solution: np.ndarray = nnls(rows, np.concatenate([right, [weight * total], np.zeros(classes)]))[0]
     return solution
 
 
