@@ -117,7 +117,7 @@ def _draw(axes: Axes, rule: str, curve: list[list[float]], places: list[float], 
     x = [places.index(where) + shift for where, _, _, _ in curve]
     for place, (_, _, low, high) in zip(x, curve, strict=True):
         if math.isfinite(low + high):
-            axes.plot([place, place], [low, high], color=colour, alpha=0.5, linewidth=1.2, zorder=2, clip_on=False)
+            axes.plot([place, place], [low, high], color=colour, alpha=0.35, linewidth=0.9, zorder=2, clip_on=False)
     if automatic:  # a halo around the rule that it has chosen
         axes.plot(x, [mean for _, mean, _, _ in curve], color=colour, alpha=0.15, linewidth=6, zorder=1.8)
     (line,) = axes.plot(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from leakage.compare import align
+from leakage.metrics import mean_interval
 from leakage.plots import save_figure
 from leakage.plots_labels import plot_recall
 
@@ -75,8 +76,12 @@ class RestorationRow:
         classes: that the images were spread over at random; None for their own.
         init: ``"papers"`` or ``"torch"``.
         auxiliary_images: that the attacker has.
-        auxiliary_labels: whether it knows their labels.
         test_accuracy: of the network, 0 to 1; None untrained.
+        auxiliary_labels: whether the attacker knows the labels of its images; None without images.
+        best_other: the rule with the highest ``irec`` but ``"auto"``; only in the row of ``"auto"``, else None.
+        behind_best: mean over victims of its recall less that of ``"auto"``, -1 to 1. As the best of several is
+            chosen after the fact, 0 is not to be expected of a good choice, but hardly more.
+        behind_best_ci: its 95 % confidence interval; None for one victim.
     """
 
     rule: str
@@ -109,18 +114,41 @@ class RestorationRow:
     classes: int | None
     init: str
     auxiliary_images: int
-    auxiliary_labels: bool
     test_accuracy: float | None
+    # None in results from before there were these.
+    auxiliary_labels: bool | None = None
+    best_other: str | None = None
+    behind_best: float | None = None
+    behind_best_ci: list[float] | None = None
 
 
 def read_rows(folder: Path, rows: Any) -> list[RestorationRow]:
     names = {field.name for field in fields(RestorationRow)}
-    if not rows or not all(isinstance(row, dict) and row.keys() == names for row in rows):
+    needed = {field.name for field in fields(RestorationRow) if field.default is MISSING}
+    if not rows or not all(isinstance(row, dict) and needed <= row.keys() <= names for row in rows):
         raise ValueError(
             f"Expected '{folder / 'run.json'}' to be the whole record of a cell, but got other rows. Remove '{folder}' "
             "to run it again, or choose another `output`."
         )
     return [RestorationRow(**row) for row in rows]
+
+
+def behind_best(recalls: Mapping[str, Sequence[float]]) -> tuple[str | None, float | None, list[float] | None]:
+    """How far ``"auto"`` is behind the best other rule on the same victims; all None without another.
+
+    Args:
+        recalls: of every victim by each rule, in the same order.
+
+    Returns:
+        The rule, the mean difference and the ends of its 95 % confidence interval, None for one victim.
+    """
+    others = {rule: sum(values) for rule, values in recalls.items() if rule != "auto"}
+    if not others:
+        return None, None, None
+    best = max(others, key=lambda rule: others[rule])
+    differences = torch.tensor(recalls[best], dtype=torch.float64) - torch.tensor(recalls["auto"], dtype=torch.float64)
+    interval = list(mean_interval(differences)) if len(differences) > 1 else None
+    return best, differences.mean().item(), interval
 
 
 def draw_pictures(rows: Sequence[RestorationRow], output: Path) -> list[Path]:

@@ -13,7 +13,8 @@ from leakage.datamodules.named import DATASETS, LABELLED_DATASETS, images_named,
 
 
 def test_every_public_data_set_of_a_fixed_name_has_one():
-    modules = [getattr(datamodules, name) for name in datamodules.__all__]
+    public = [getattr(datamodules, name) for name in datamodules.__all__]
+    modules = [each for each in public if isinstance(each, type)]
     images = {module for module in modules if issubclass(module, ImageVictims)}
     assert set(DATASETS.values()) == images - {ImageVictims, ImageFolderVictims}
     labelled = {module for module in modules if issubclass(module, LabelledDataModule)}

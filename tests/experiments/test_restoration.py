@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Iterator
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from leakage.labels import infer_labels
-from leakage.metrics import LabelMetrics, score_labels
-from leakage.models import MLP, ConvNet
+from leakage.metrics import LabelMetrics, mean_interval, score_labels
+from leakage.models import MLP, NETWORKS, ConvNet
 from leakage.seeds import derive_seed
 from leakage.shared_gradient import SharedGradient
+from leakage.training import trained_network
 from leakage.victim import Victim
 
 from .conftest import EXPERIMENTS, load
@@ -31,7 +34,8 @@ def restoration() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXPERIMENTS / "labels")  # as for a script that is run
         yield load("labels/restoration.py")
-        sys.modules.pop("restoration_results", None)
+        for name in ("clients", "options", "results"):
+            sys.modules.pop(f"restoration_{name}", None)
 
 
 def small_mlp(
@@ -45,9 +49,9 @@ def small_convnet(channels: int, image_size: tuple[int, int], num_classes: int, 
 
 
 @pytest.fixture(autouse=True)
-def small_networks(restoration: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(restoration.NETWORKS, "mlp", small_mlp)
-    monkeypatch.setitem(restoration.NETWORKS, "convnet", small_convnet)
+def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETWORKS, "mlp", small_mlp)
+    monkeypatch.setitem(NETWORKS, "convnet", small_convnet)
 
 
 def run(restoration: ModuleType, output: Path, *options: str) -> list[dict[str, Any]]:
@@ -96,6 +100,15 @@ def test_rows_table_and_picture(restoration: ModuleType, tmp_path: Path, capsys:
     assert found[1, "auto"]["chosen"] == "idlg"
     assert found[4, "auto"]["chosen"] == "mean_feature"
     assert found[4, "llg"]["chosen"] is None
+    for (size, rule), row in found.items():
+        if rule != "auto":
+            assert row["best_other"] is row["behind_best"] is row["behind_best_ci"] is None
+            continue
+        others = [other for (at, name), other in found.items() if at == size and name != "auto"]
+        best = max(others, key=lambda other: other["irec"])
+        assert row["best_other"] == best["rule"]
+        assert row["behind_best"] == pytest.approx(best["irec"] - row["irec"], abs=1e-6)
+        assert row["behind_best_ci"][0] <= row["behind_best"] <= row["behind_best_ci"][1]
     assert found[1, "idlg"]["irec"] == 1.0
     assert found[1, "idlg"]["trivial_irec"] == pytest.approx(0.1)
     assert found[4, "auto"]["irec"] > found[4, "auto"]["trivial_irec"]
@@ -138,7 +151,7 @@ def test_groups_change_nothing(
     whole = run(restoration, tmp_path / "whole", *options)
     calls = len(shares)
     monkeypatch.setattr(restoration, "_NETWORKS_AT_ONCE", 4)
-    monkeypatch.setattr(restoration, "_IMAGES_AT_ONCE", 8)
+    monkeypatch.setattr("restoration_clients._IMAGES_AT_ONCE", 8)
     apart = run(restoration, tmp_path / "apart", *options)
     assert (calls, len(shares) - calls) == (2, 2 + 1 + 6)
     for one, other in zip(timeless(apart), timeless(whole), strict=True):
@@ -226,7 +239,7 @@ def test_trained_networks(
     data = restoration.images_named("sample")[1]
     data.setup("fit")
     network = small_mlp(1, (28, 28), 10)
-    trained = restoration.trained_network(network, data, epochs=1, num_images=300, root=cache, progress=False)
+    trained = trained_network(network, data, epochs=1, num_images=300, root=cache, progress=False)
     assert rows[0]["test_accuracy"] == trained.accuracy
     used = data.train.images[trained.seen].float() / 255
     held = shares[0]["images"].flatten(0, 1)
@@ -237,7 +250,7 @@ def test_trained_networks(
 
 
 def test_auxiliary_images_are_test_images(
-    restoration: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    restoration: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: list[dict[str, Any]]
 ) -> None:
     seen: list[Any] = []
     inferred = restoration.infer_labels
@@ -256,6 +269,8 @@ def test_auxiliary_images_are_test_images(
     assert torch.equal(data.test.labels[equal.int().argmax(1)], auxiliary.labels)
     assert auxiliary.labels.bincount().tolist() == [3] * 10, "as many of each class"
     assert row["auxiliary_images"] == 30
+    held = shares[0]["images"].flatten(0, 1)
+    assert not (held[:, None] == auxiliary.images[None]).flatten(2).all(2).any(), "never the victims' own"
 
     (row,) = run(restoration, tmp_path / "none", "--rules", "auto", "--auxiliary-images", "30", "--unlabelled")
     assert seen[-1]["auxiliary"].labels is None
@@ -298,6 +313,40 @@ def test_local_steps(restoration: ModuleType, tmp_path: Path, shares: list[dict[
     assert (tmp_path / "out" / "restoration_steps.png").is_file()
 
 
+@pytest.fixture
+def given_to_rules(restoration: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[SharedGradient]:
+    seen: list[SharedGradient] = []
+    inferred = restoration.infer_labels
+
+    def watched(shared: SharedGradient, victim: Victim, **options: Any) -> Any:
+        seen.append(shared)
+        return inferred(shared, victim, **options)
+
+    monkeypatch.setattr(restoration, "infer_labels", watched)
+    return seen
+
+
+@pytest.mark.parametrize("local", [{}, {"local_steps": 4, "learning_rate": 0.1, "local_batch_size": 2}])
+def test_rules_get_what_the_whole_network_shares(
+    restoration: ModuleType,
+    tmp_path: Path,
+    shares: list[dict[str, Any]],
+    given_to_rules: list[SharedGradient],
+    local: dict[str, Any],
+) -> None:
+    options = {"local_steps": "--local-steps", "learning_rate": "--local-learning-rate"}
+    flags = [part for name, value in local.items() for part in (options.get(name, "--local-batch-size"), str(value))]
+    run(restoration, tmp_path / "out", "--rules", "auto", "--auxiliary-images", "0", *flags)
+    (call,) = [*shares]
+    model = copy.deepcopy(call["victim"].model).requires_grad_(True)
+    whole = Victim(model, image_shape=(1, 28, 28), num_images=4, **local)
+    expected = whole.share(call["images"], call["labels"], states=call["states"])
+    (shared,) = given_to_rules
+    assert [*shared.gradients] == ["1.classifier.weight", "1.classifier.bias"]
+    for name, gradient in shared.gradients.items():
+        torch.testing.assert_close(gradient, expected.gradients[name])
+
+
 def test_lenet_as_torch_draws_it(restoration: ModuleType, tmp_path: Path, shares: list[dict[str, Any]]) -> None:
     options = ["--network", "lenet", "--activation", "silu", "--batch-sizes", "2"]
     rows = run(restoration, tmp_path / "torch", *QUICK, *options, "--init", "torch")
@@ -317,6 +366,41 @@ def test_batch_norm_in_both_modes(restoration: ModuleType, tmp_path: Path, share
     (row, _) = run(restoration, tmp_path / "train", *QUICK, *options, "--mode", "train")
     assert row["mode"] == "train"
     assert [call["victim"].model.training for call in shares] == [False, True]
+    found = []
+    for call in shares:  # one victim by hand, its images together
+        model = copy.deepcopy(call["victim"].model)
+        model.load_state_dict({name: tensor[0] for name, tensor in call["states"].items()}, strict=False)
+        last = model[1].classifier.weight.requires_grad_(True)
+        F.cross_entropy(model(call["images"][0]), call["labels"][0]).backward()
+        torch.testing.assert_close(call["shared"].gradients["1.classifier.weight"][0], last.grad)
+        found.append(last.grad)
+    assert not torch.allclose(*found), "the modes differ"
+
+
+def test_how_far_auto_is_behind(restoration: ModuleType) -> None:
+    auto, best, poor = [0.5, 1.0, 0.75], [0.75, 1.0, 1.0], [1.0, 0.0, 0.0]
+    differences = torch.tensor([0.25, 0.0, 0.25], dtype=torch.float64)
+    found = restoration.behind_best({"ilrg": poor, "llg": best, "auto": auto})
+    assert found == ("llg", pytest.approx(0.5 / 3), pytest.approx([*mean_interval(differences)]))
+    assert restoration.behind_best({"llg": poor, "auto": best})[1] == pytest.approx(-1.75 / 3), "auto is ahead"
+    assert restoration.behind_best({"llg": [0.5], "auto": [0.25]}) == ("llg", 0.25, None)
+    assert restoration.behind_best({"auto": auto}) == (None, None, None)
+
+
+@pytest.mark.parametrize("auxiliary", ["0", "30"])
+def test_goes_on_with_results_of_before(restoration: ModuleType, tmp_path: Path, auxiliary: str) -> None:
+    options = ["--rules", "ilrg", "--auxiliary-images", auxiliary]
+    rows = run(restoration, tmp_path / "out", *options)
+    record = tmp_path / "out" / "epochs_0_uniform_steps_1_batch_4" / "run.json"
+    saved = json.loads(record.read_text())
+    assert (saved["configuration"]["auxiliary"] is None) == (auxiliary == "0")
+    later = ("auxiliary_labels", "best_other", "behind_best", "behind_best_ci")
+    for row in saved["row"]["rows"]:
+        for name in later:
+            del row[name]
+    record.write_text(json.dumps(saved))
+    resumed = run(restoration, tmp_path / "out", *options, "--resume")
+    assert resumed == [{**row, **dict.fromkeys(later)} for row in rows]
 
 
 def row_of(results: ModuleType, **options: Any) -> Any:
@@ -422,7 +506,7 @@ def test_refuses_at_once(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    monkeypatch.setattr(restoration, "trained_network", None)
+    monkeypatch.setattr("restoration_clients.trained_network", None)
     assert message in refused(restoration, capsys, *options)
     assert not (tmp_path / "out" / "summary.json").exists()
 
