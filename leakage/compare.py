@@ -129,6 +129,14 @@ def compare(
             "Expected the same `victims` for every attack, but got "
             f"{', '.join(f'{datamodule.victims} for {name!r}' for name, datamodule in data.items())}."
         )
+    first, *others = {id(datamodule): datamodule for datamodule in data.values()}.values()
+    for other in others:
+        # The first one tells: a DataModule draws its victims from one seed.
+        here, there = (next(iter(datamodule.val_dataloader())) for datamodule in (first, other))
+        if not torch.equal(here.images[0], there.images[0]) or not torch.equal(here.labels[0], there.labels[0]):
+            raise ValueError(
+                "Expected the same `victims` for every attack, but got others. Give them the same data set and `seed`."
+            )
     configurations = {
         name: {
             "attack": {"class": type(attack).__name__, **attack.hparams},

@@ -296,3 +296,6 @@ def test_victims_for_each_attack(tmp_path: Path) -> None:
         run(tmp_path, methods=attacks, victims={"told": both["told"]})
     with pytest.raises(ValueError, match="Expected the same `victims` for every attack, but got 3 for 'told', 2 for"):
         run(tmp_path, methods=attacks, victims=both | {"read": SampleVictims(victims=2)})
+    for others in (SampleVictims(victims=3, num_images=2, seed=1), SampleVictims(victims=3)):
+        with pytest.raises(ValueError, match="Expected the same `victims` for every attack, but got others"):
+            run(tmp_path, methods=attacks, victims=both | {"read": others})

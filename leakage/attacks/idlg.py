@@ -39,7 +39,7 @@ class IDLGAttack(GradientMatchingAttack):
     Raises:
         ValueError: at construction, an unknown rule or other auxiliary images than an :class:`Auxiliary`; in
             ``fit``, where labels are not revealed, victims whose labels the rule can't read
-            (:func:`leakage.labels.check_label_rule`).
+            (:func:`leakage.labels.check_label_rule`) or that take their images in turns.
 
     References:
         Zhao, Mopuri and Bilen, *iDLG: Improved Deep Leakage from Gradients*, 2020,

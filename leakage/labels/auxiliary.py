@@ -134,7 +134,7 @@ class KnownFeatures:
         images = drawn.flatten()
         return LabelledFeatures(self.features[:, images], self.predictions[:, images], labels)
 
-    def halves(self, share: float, seed: int) -> tuple[KnownFeatures, KnownFeatures]:
+    def split(self, share: float, seed: int) -> tuple[KnownFeatures, KnownFeatures]:
         """Two disjoint parts, the first with about ``share`` of the images: of each class, where labels are known."""
         generator = torch.Generator().manual_seed(derive_seed(seed, 0, "images held out"))
         classes = torch.zeros(len(self), dtype=torch.long) if self.labels is None else self.labels.cpu()

@@ -26,7 +26,7 @@ from leakage.victim import Victim
 _NETWORKS_AT_ONCE = 64
 # For `auto`: simulated clients, and the share of the auxiliary images that they hold.
 _TRIED_ON, _HELD_OUT = 400, 1 / 4
-# a recall that is as good as all, the rules that must have it to be believed, and what the posterior is preferred by
+# A recall that is as good as all, how many rules must reach it to be believed, and what is added to the posterior's
 # where the images are noise.
 _GOOD_ENOUGH, _AGREEING, _MARGIN = 0.99, 3, 0.03
 
@@ -314,7 +314,7 @@ def _choose(
         return "idlg"
     if layer.own_weights:  # there is no one network to simulate
         return next(name for name in _WITHOUT_SIMULATION if name in usable)
-    held_out, learnt_from = known().halves(_HELD_OUT, seed)
+    held_out, learnt_from = known().split(_HELD_OUT, seed)
     tried_on = held_out.with_labels(seed)
     drawn, truth = draw_images(tried_on.labels, layer, _TRIED_ON, derive_seed(seed, 0, "clients to try on"))
     clients = simulate(layer, tried_on, drawn)

@@ -44,12 +44,13 @@ class LabelPosterior:
     4. The counts that maximise the expected instance recall, :math:`\sum_k E \min(\hat n_k, n_k)`, are the
        N largest of all :math:`P(n_k \ge c)`, c = 1, 2, ...
 
-    Where a gradient says nothing the posterior is the prior, so the rule does not fall below the trivial
-    guess but by chance. This library's own.
+    Where a gradient says nothing the posterior is the prior, so the rule hardly falls below the trivial guess as
+    long as the images it learnt from are of the victims' kind; learnt from noise it may, on a trained network.
+    This library's own.
 
     Args:
         layer: the victims' last layer; they share their weights.
-        known: labelled images of the attacker's own.
+        known: images of the attacker's own; every class has some.
         seed: of the simulation and the learning.
     """
 

@@ -146,19 +146,19 @@ def test_images_without_labels_are_drawn_for_every_class_by_their_predictions() 
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_halves_are_disjoint_and_hold_every_class(labelled: bool) -> None:
+def test_parts_are_disjoint_and_hold_every_class(labelled: bool) -> None:
     images, _ = images_and_labels(1, 1, 24, 3)
     labels = torch.arange(24) % 3
     known = known_features(layer_of(victim_of(linear(3, 12), 2)), Auxiliary(images[0], labels if labelled else None), 0)
-    first, second = known.halves(1 / 4, 0)
+    first, second = known.split(1 / 4, 0)
     assert (len(first), len(second)) == (6, 18)
     rows = [{tuple(row) for row in part.features[0].tolist()} for part in (first, second)]
     assert rows[0] | rows[1] == {tuple(row) for row in images[0].flatten(1).tolist()}
     if labelled:
         assert first.with_labels(0).labels.bincount().tolist() == [2, 2, 2]
         assert second.with_labels(0).labels.bincount().tolist() == [6, 6, 6]
-    assert torch.equal(first.features, known.halves(1 / 4, 0)[0].features)
-    assert not torch.equal(first.features, known.halves(1 / 4, 1)[0].features)
+    assert torch.equal(first.features, known.split(1 / 4, 0)[0].features)
+    assert not torch.equal(first.features, known.split(1 / 4, 1)[0].features)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 28, 28), (3, 7, 5), (2, 1, 9)])
