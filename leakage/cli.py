@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import nn
 
 from leakage import attacks, condensation, datamodules
-from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
+from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack
 from leakage.callbacks.results import ResultsCallback
 from leakage.checkpoints import CHECKPOINT, WholeCheckpointIO
 from leakage.compare import FILES, check_output, compare, format_table
@@ -30,7 +30,7 @@ from leakage.models import NETWORKS
 
 _DESCRIPTION = """What a shared gradient gives away.
 
-  leakage demo               DLG and iDLG on a bundled sample, in under a minute
+  leakage demo               three attacks side by side on a bundled sample, in under a minute
   leakage fit --config FILE  any attack on any victims, or the condensation of any data set, configured by a file
                              or by arguments
   leakage evaluate FILE      test accuracy of networks trained on a saved synthetic set
@@ -233,7 +233,7 @@ def _one_line(message: str) -> str:
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """DLG and iDLG side by side on the bundled sample of FashionMNIST test images."""
+    """DLG, iDLG and Gauss-Newton side by side on the bundled sample of FashionMNIST test images."""
     parser = argparse.ArgumentParser(
         prog="leakage demo",
         description=f"{demo.__doc__} Files of an earlier demo in the same folder are replaced.",
@@ -245,21 +245,24 @@ def demo(arguments: Sequence[str]) -> None:
     started = time.monotonic()
     quiet()
     try:
-        both: dict[str, GradientMatchingAttack] = {
+        compared: dict[str, GradientMatchingAttack] = {
             "dlg": DLGAttack(seed=given.seed),
             "idlg": IDLGAttack(seed=given.seed),
+            "gauss_newton": GaussNewtonAttack(seed=given.seed),
         }
         victims = SampleVictims(victims=given.victims, seed=given.seed)
         victims.setup("fit")
         check_output(given.output)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"DLG and iDLG on {given.victims} FashionMNIST images, a fresh random LeNet for each:", flush=True)
+    print(
+        f"DLG, iDLG and Gauss-Newton on {given.victims} FashionMNIST images, a fresh random LeNet for each:", flush=True
+    )
     try:
-        rows = compare(both, victims, given.output, dataset="sample", accelerator="cpu")
+        rows = compare(compared, victims, given.output, dataset="sample", accelerator="cpu")
     except (KeyboardInterrupt, SystemExit):
         # Each attack has its folder, with what was done when the interrupt came.
-        begun = [str(given.output / name) for name in both if (given.output / name / "victims.csv").is_file()]
+        begun = [str(given.output / name) for name in compared if (given.output / name / "victims.csv").is_file()]
         print(f"\nPartial results: {', '.join(begun) or 'none yet'}", file=sys.stderr)
         raise
     except OSError as error:

@@ -39,8 +39,9 @@ class Row:
         victims: number of victims.
         label_accuracy: share of images whose label was recovered, 0 to 1.
         label_accuracy_ci: its 95 % Wilson interval.
-        success_rate: share of images with an MSE under the threshold (1e-3), 0 to 1.
+        success_rate: share of images with an MSE under ``success_threshold``, 0 to 1.
         success_rate_ci: its 95 % Wilson interval.
+        success_threshold: of the attack.
         mse_median: median over victims.
         psnr_mean: mean over victims, dB.
         ssim_mean: mean over victims.
@@ -57,6 +58,7 @@ class Row:
     label_accuracy_ci: tuple[float, float]
     success_rate: float
     success_rate_ci: tuple[float, float]
+    success_threshold: float
     mse_median: float
     psnr_mean: float
     ssim_mean: float
@@ -192,7 +194,8 @@ def holds_results(folder: Path) -> bool:
 
 def format_table(rows: list[Row]) -> str:
     """The rows as a table for the terminal, label accuracy and success with their 95 % intervals."""
-    header = ["", "victims", "label accuracy", "published", "MSE < 1e-3", "median MSE", "PSNR", "evaluations", "time"]
+    success = " / ".join(dict.fromkeys(f"MSE < {_power(row.success_threshold)}" for row in rows))
+    header = ["", "victims", "label accuracy", "published", success, "median MSE", "PSNR", "evaluations", "time"]
     lines = [header]
     for row in rows:
         lines.append(
@@ -297,6 +300,7 @@ def _summarise(name: str, attack: GradientMatchingAttack, dataset: str, publishe
         label_accuracy_ci=(labels.low, labels.high),
         success_rate=images.value,
         success_rate_ci=(images.low, images.high),
+        success_threshold=attack.hparams["success_threshold"],
         # What is not a number (an image that diverged) is the worst there is.
         mse_median=statistics.median(math.inf if math.isnan(victim.mse) else victim.mse for victim in scores),
         psnr_mean=psnr.compute().value,
@@ -365,6 +369,12 @@ def _differing(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -
         elif there != here:
             found.append(f"`{prefix}{name}`: {there!r} there, {here!r} here")
     return found
+
+
+def _power(threshold: float) -> str:
+    """As 1e-3 or 2.5e-4."""
+    mantissa, exponent = f"{threshold:e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def _percent(value: float, interval: tuple[float, float]) -> str:

@@ -18,7 +18,7 @@ from leakage.plots import plot_fidelity, plot_gallery, save_figure
 from leakage.reconstruction import Reconstruction
 
 # As the papers write the methods, in pictures and tables; others go by the name they are given.
-WRITTEN = {"dlg": "DLG", "idlg": "iDLG"}
+WRITTEN = {"dlg": "DLG", "idlg": "iDLG", "rgap": "R-GAP", "gauss_newton": "Gauss-Newton"}
 _GALLERY_ROWS = 8
 
 

@@ -2,7 +2,17 @@
 
 from leakage.attacks.base import GradientMatchingAttack
 from leakage.attacks.dlg import DLGAttack
+from leakage.attacks.gauss_newton import GaussNewtonAttack
 from leakage.attacks.idlg import IDLGAttack
 from leakage.attacks.protocols import PROTOCOLS, SearchProtocol
+from leakage.attacks.rgap import RGAPAttack
 
-__all__ = ["PROTOCOLS", "DLGAttack", "GradientMatchingAttack", "IDLGAttack", "SearchProtocol"]
+__all__ = [
+    "PROTOCOLS",
+    "DLGAttack",
+    "GaussNewtonAttack",
+    "GradientMatchingAttack",
+    "IDLGAttack",
+    "RGAPAttack",
+    "SearchProtocol",
+]

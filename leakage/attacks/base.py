@@ -301,7 +301,8 @@ class GradientMatchingAttack(LightningModule):
         """Put the victims of a cohort into lanes of their own."""
         self.victim.check(shared)
         shared = shared.to(device=self.device, dtype=self.dummy_images.dtype)
-        starts = [self._starts(shared.ids, torch.zeros_like(shared.ids), unknown) for unknown in self._unknowns]
+        fixed = self._begin(shared)
+        starts = self._first_starts(shared, fixed)
         norms = sum(tensor.square().flatten(1).sum(1) for tensor in shared.gradients.values())
         norms = cast(Tensor, norms)
         relative = self.search.relative and self.hparams["distance"] == "squared"
@@ -310,7 +311,7 @@ class GradientMatchingAttack(LightningModule):
         lanes = {
             # A gradient of zero leaves nothing to compare with: its distance is taken as it is.
             "scale": torch.where(torch.isfinite(scale), scale, 1.0),
-            "fixed": self._begin(shared),
+            "fixed": fixed,
             "restarts": zeros,
             "iterations": zeros.clone(),  # of the earlier starts
             "evaluations": zeros.clone(),
@@ -326,6 +327,10 @@ class GradientMatchingAttack(LightningModule):
             self._lanes = {name: torch.cat([tensor, lanes[name]]) for name, tensor in self._lanes.items()}
         self._cohorts += 1
         self._awaiting = False
+
+    def _first_starts(self, shared: SharedGradient, fixed: Tensor) -> list[Tensor]:
+        """Where the search for new victims begins, one ``(V, ...)`` tensor per unknown; later starts are random."""
+        return [self._starts(shared.ids, torch.zeros_like(shared.ids), unknown) for unknown in self._unknowns]
 
     def _starts(self, ids: Tensor, restarts: Tensor, unknown: Tensor) -> Tensor:
         """Normally distributed starts, one stream per victim, restart and unknown."""

@@ -69,10 +69,7 @@ class ImageSpectrum:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """:math:`P v` of vectors ``(V, D)``, the first N*C*H*W entries of which are the images'."""
-        like = self._used["power"]
-        if (like.dtype, like.device) != (vectors.dtype, vectors.device):
-            self._used = {name: tensor.to(vectors) for name, tensor in self._exact.items()}
-        rows, columns, power, mixing = (self._used[name] for name in ("rows", "columns", "power", "mixing"))
+        rows, columns, power, mixing = self._matrices(vectors)
         size = math.prod(self.shape)
         images = rows @ vectors[:, :size].reshape(-1, *self.shape) @ columns.mT
         if self.shape[1] == 3:
@@ -82,6 +79,23 @@ class ImageSpectrum:
             images = images * power
         images = rows.mT @ images @ columns
         return torch.cat([images.flatten(1), vectors[:, size:]], dim=1)
+
+    def root(self, vectors: Tensor) -> Tensor:
+        r""":math:`T v` of vectors ``(V, D)``, from frequencies to pixels; :math:`T T^\top` is P."""
+        rows, columns, power, mixing = self._matrices(vectors)
+        size = math.prod(self.shape)
+        images = vectors[:, :size].reshape(-1, *self.shape) * power.sqrt()
+        if self.shape[1] == 3:
+            images = torch.einsum("ij,vnihw->vnjhw", mixing, images)
+        images = rows.mT @ images @ columns
+        return torch.cat([images.flatten(1), vectors[:, size:]], dim=1)
+
+    def _matrices(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Cosines of rows and columns, powers and mixing, in the precision and on the device of ``like``."""
+        present = self._used["power"]
+        if (present.dtype, present.device) != (like.dtype, like.device):
+            self._used = {name: tensor.to(like) for name, tensor in self._exact.items()}
+        return self._used["rows"], self._used["columns"], self._used["power"], self._used["mixing"]
 
 
 def _cosines(size: int) -> Tensor:

@@ -5,7 +5,7 @@ Scripts that a test runs in a process of their own import this file as a module.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
+from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack
 from leakage.datamodules import SampleVictims
 from leakage.datamodules.images import LabelledImages
 from leakage.reconstruction import Reconstruction
@@ -27,25 +27,52 @@ class Case:
     """An attack, and what it can do.
 
     Attributes:
-        attack: the class.
+        kind: the class.
         infers_labels: whether labels are exact from the start, not found by the search.
         needs_linear_last_layer: whether it refuses networks whose logits no linear layer gives.
         needs_cross_entropy: whether it refuses other losses.
+        few: evaluations that are too few to end.
+        defaults: options of every test.
     """
 
-    attack: type[GradientMatchingAttack]
+    kind: type[GradientMatchingAttack]
     infers_labels: bool
     needs_linear_last_layer: bool
     needs_cross_entropy: bool
+    few: int = 8
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def attack(self, *arguments: Any, **options: Any) -> GradientMatchingAttack:
+        """One, with these options."""
+        return self.kind(*arguments, **{**self.defaults, **options})
 
     def __str__(self) -> str:
-        return self.attack.__name__
+        return self.kind.__name__
 
 
-ATTACKS = [
+SEARCHES = [
     Case(DLGAttack, infers_labels=False, needs_linear_last_layer=False, needs_cross_entropy=False),
     Case(IDLGAttack, infers_labels=True, needs_linear_last_layer=True, needs_cross_entropy=True),
 ]
+ATTACKS = [
+    *SEARCHES,
+    Case(
+        GaussNewtonAttack,
+        infers_labels=True,
+        needs_linear_last_layer=True,
+        needs_cross_entropy=True,
+        few=2,
+        # The start by R-GAP leaves nothing to search for.
+        defaults={"start": "noise"},
+    ),
+]
+
+
+@pytest.fixture(params=SEARCHES, ids=str)
+def lbfgs_case(request: pytest.FixtureRequest) -> Case:
+    """An attack that searches by L-BFGS, in a published protocol and in a robust one."""
+    chosen: Case = request.param
+    return chosen
 
 
 @pytest.fixture(params=ATTACKS, ids=str)

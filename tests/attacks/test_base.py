@@ -44,9 +44,9 @@ def test_options_are_keywords(case: Any) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["robust", "published"])
-def test_a_protocol_is_a_set_of_defaults(case: Any, protocol: str) -> None:
-    assert case.attack(protocol=protocol).search == PROTOCOLS[protocol]
-    search = case.attack(protocol=protocol, history_size=7, restarts=0).search
+def test_a_protocol_is_a_set_of_defaults(lbfgs_case: Any, protocol: str) -> None:
+    assert lbfgs_case.attack(protocol=protocol).search == PROTOCOLS[protocol]
+    search = lbfgs_case.attack(protocol=protocol, history_size=7, restarts=0).search
     assert (search.history_size, search.restarts) == (7, 0)
     assert search.line_search == PROTOCOLS[protocol].line_search
 
@@ -60,13 +60,13 @@ def test_the_published_protocol_is_that_of_the_papers() -> None:
     assert not published.spectrum
 
 
-def test_the_spectrum_is_an_option_of_the_line_search(case: Any) -> None:
-    assert case.attack().search.spectrum
-    assert not case.attack(spectrum=False).search.spectrum
+def test_the_spectrum_is_an_option_of_the_line_search(lbfgs_case: Any) -> None:
+    assert lbfgs_case.attack().search.spectrum
+    assert not lbfgs_case.attack(spectrum=False).search.spectrum
     with pytest.raises(ValueError, match=r"Expected no `spectrum` with protocol='published', whose L-BFGS is torch's"):
-        case.attack(protocol="published", spectrum=True)
+        lbfgs_case.attack(protocol="published", spectrum=True)
     with pytest.raises(ValueError, match="Expected `spectrum` to be True or False, but got 'yes'"):
-        case.attack(spectrum="yes")
+        lbfgs_case.attack(spectrum="yes")
 
 
 def test_the_spectrum_of_images_saves_evaluations(kit: Any) -> None:

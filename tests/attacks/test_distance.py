@@ -11,9 +11,9 @@ from leakage.attacks import IDLGAttack
 from leakage.objectives import DISTANCES
 
 
-def test_the_distance_of_the_papers_is_the_default(case: Any, kit: Any) -> None:
+def test_the_distance_of_the_papers_is_the_default(lbfgs_case: Any, kit: Any) -> None:
     default, named = (
-        kit.fit(case.attack(max_evaluations=20, restarts=0, **options), kit.victims(victims=2))
+        kit.fit(lbfgs_case.attack(max_evaluations=20, restarts=0, **options), kit.victims(victims=2))
         for options in ({}, {"distance": "squared"})
     )
     kit.assert_same(default, named)
@@ -52,7 +52,7 @@ def test_images_come_nearer_by_the_angle_alone(kit: Any, distance: str) -> None:
     assert errors[1] < 0.2 * errors[0]
 
 
-def test_names_an_unknown_distance(case: Any) -> None:
+def test_names_an_unknown_distance(lbfgs_case: Any) -> None:
     message = r"Expected `distance` to be one of \['cosine', 'row_cosine', 'squared'\], but got 'l1'"
     with pytest.raises(ValueError, match=message):
-        case.attack(distance="l1")
+        lbfgs_case.attack(distance="l1")

@@ -112,9 +112,11 @@ def test_a_large_network_of_torchvision_runs(case: Any, kit: Any) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["robust", "published"])
-def test_double_precision(case: Any, kit: Any, protocol: str) -> None:
-    attack = kit.fit(case.attack(protocol=protocol, max_evaluations=60), kit.victims(victims=2), precision="64-true")
-    single = kit.fit(case.attack(protocol=protocol, max_evaluations=60), kit.victims(victims=2))
+def test_double_precision(lbfgs_case: Any, kit: Any, protocol: str) -> None:
+    attack = kit.fit(
+        lbfgs_case.attack(protocol=protocol, max_evaluations=60), kit.victims(victims=2), precision="64-true"
+    )
+    single = kit.fit(lbfgs_case.attack(protocol=protocol, max_evaluations=60), kit.victims(victims=2))
     found, rough = kit.by_id(attack), kit.by_id(single)
     assert found.images.dtype == found.loss.dtype == torch.float64
     assert rough.images.dtype == torch.float32
@@ -122,7 +124,7 @@ def test_double_precision(case: Any, kit: Any, protocol: str) -> None:
     # The starts are the same in both precisions.
     starts = [
         kit.by_id(
-            kit.fit(case.attack(max_evaluations=1, restarts=0), kit.victims(victims=2), precision=precision)
+            kit.fit(lbfgs_case.attack(max_evaluations=1, restarts=0), kit.victims(victims=2), precision=precision)
         ).images.double()
         for precision in ("64-true", "32-true")
     ]
@@ -130,10 +132,10 @@ def test_double_precision(case: Any, kit: Any, protocol: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["robust", "published"])
-def test_the_same_seed_gives_the_same_bits(case: Any, kit: Any, protocol: str) -> None:
+def test_the_same_seed_gives_the_same_bits(lbfgs_case: Any, kit: Any, protocol: str) -> None:
     one, two, other = (
         kit.fit(
-            case.attack(protocol=protocol, seed=seed, max_evaluations=20, restarts=1),
+            lbfgs_case.attack(protocol=protocol, seed=seed, max_evaluations=20, restarts=1),
             kit.victims(victims=2),
         )
         for seed in (5, 5, 6)
@@ -162,9 +164,9 @@ def test_cohorts_change_neither_starts_nor_success(case: Any, kit: Any) -> None:
     assert torch.equal(watches[2].starts[3], expected)
 
 
-def test_the_next_cohort_enters_while_the_last_of_this_one_are_still_running(case: Any, kit: Any) -> None:
+def test_the_next_cohort_enters_while_the_last_of_this_one_are_still_running(lbfgs_case: Any, kit: Any) -> None:
     watch = Watch()
-    attack = kit.fit(case.attack(), kit.victims(victims=8, batch_size=4), callbacks=[watch])
+    attack = kit.fit(lbfgs_case.attack(), kit.victims(victims=8, batch_size=4), callbacks=[watch])
     kit.assert_successful(attack, 8)
     (first, _, before), (second, ids, carried) = watch.admitted
     assert (first, before) == (0, 0)
@@ -175,10 +177,10 @@ def test_the_next_cohort_enters_while_the_last_of_this_one_are_still_running(cas
 
 
 def test_restarts_stay_within_their_budget_and_the_best_start_is_kept(case: Any, kit: Any) -> None:
-    # Eight evaluations are too few, so all start again as often as they may.
+    # So few evaluations that all start again as often as they may.
     attacks = [
         kit.fit(
-            case.attack(max_evaluations=8, restarts=restarts, tolerance=1e-12, restart_above=1e-12),
+            case.attack(max_evaluations=case.few, restarts=restarts, tolerance=1e-12, restart_above=1e-12),
             kit.victims(victims=8),
         )
         for restarts in (0, 1, 2)
@@ -186,7 +188,7 @@ def test_restarts_stay_within_their_budget_and_the_best_start_is_kept(case: Any,
     found = [kit.by_id(attack) for attack in attacks]
     for restarts, one in enumerate(found):
         assert one.restarts.tolist() == [restarts] * 8
-        assert one.evaluations.tolist() == [8 * (restarts + 1)] * 8
+        assert one.evaluations.tolist() == [case.few * (restarts + 1)] * 8
     for fewer, more in itertools.pairwise(found):
         assert bool((more.loss <= fewer.loss).all())
         # Where a further start was no better, the earlier result is still there.
@@ -197,10 +199,10 @@ def test_restarts_stay_within_their_budget_and_the_best_start_is_kept(case: Any,
     assert bool((found[2].loss < found[0].loss).any())
 
 
-def test_only_victims_that_ended_above_the_threshold_start_again(case: Any, kit: Any) -> None:
-    first = kit.by_id(kit.fit(case.attack(max_evaluations=45, restarts=0), kit.victims(victims=6)))
+def test_only_victims_that_ended_above_the_threshold_start_again(lbfgs_case: Any, kit: Any) -> None:
+    first = kit.by_id(kit.fit(lbfgs_case.attack(max_evaluations=45, restarts=0), kit.victims(victims=6)))
     middle = float(first.loss.sort().values[2:4].mean())
-    attack = case.attack(max_evaluations=45, restarts=1, restart_above=middle)
+    attack = lbfgs_case.attack(max_evaluations=45, restarts=1, restart_above=middle)
     second = kit.by_id(kit.fit(attack, kit.victims(victims=6)))
     assert second.restarts.tolist() == (first.loss > middle).long().tolist()
 

@@ -23,7 +23,7 @@ def start(victim: int, kind: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator).double()
 
 
-def plain_loop(case: Any, kit: Any, victim: int, label: Tensor) -> list[tuple[float, Tensor, Tensor]]:
+def plain_loop(lbfgs_case: Any, kit: Any, victim: int, label: Tensor) -> list[tuple[float, Tensor, Tensor]]:
     """Loss, image and label logits at every evaluation."""
     gradients, state = kit.share_one(kit.victims(victims=4), victim)
     network = LeNet(1, 12).double()
@@ -32,7 +32,7 @@ def plain_loop(case: Any, kit: Any, victim: int, label: Tensor) -> list[tuple[fl
     image = start(victim, "images", (1, 1, 12, 12)).requires_grad_()
     logits = F.one_hot(label, 10).double()
     unknowns = [image]
-    if case.attack is DLGAttack:
+    if lbfgs_case.kind is DLGAttack:
         logits = start(victim, "labels", (1, 10)).requires_grad_()
         unknowns.append(logits)
     optimizer = torch.optim.LBFGS(unknowns, lr=1, max_iter=20, history_size=100)
@@ -40,7 +40,7 @@ def plain_loop(case: Any, kit: Any, victim: int, label: Tensor) -> list[tuple[fl
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        target = logits.softmax(-1) if case.attack is DLGAttack else logits
+        target = logits.softmax(-1) if lbfgs_case.kind is DLGAttack else logits
         loss = F.cross_entropy(network(image), target)
         own = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
         distance = sum(
@@ -61,14 +61,14 @@ def plain_loop(case: Any, kit: Any, victim: int, label: Tensor) -> list[tuple[fl
     return seen
 
 
-def test_follows_a_plain_loop(case: Any, kit: Any) -> None:
+def test_follows_a_plain_loop(lbfgs_case: Any, kit: Any) -> None:
     victims = kit.victims(victims=4)
-    attack = kit.fit(case.attack(protocol="published", max_evaluations=20 * CALLS), victims, precision="64-true")
+    attack = kit.fit(lbfgs_case.attack(protocol="published", max_evaluations=20 * CALLS), victims, precision="64-true")
     found = kit.by_id(attack)
     truth = GroundTruth.cat(list(victims.val_dataloader()))
     compared = 0
     for victim in range(4):
-        seen = plain_loop(case, kit, victim, truth.labels[victim])
+        seen = plain_loop(lbfgs_case, kit, victim, truth.labels[victim])
         loss, image, logits = min(seen, key=lambda evaluation: evaluation[0])
         error = float((image[0] - truth.images[victim]).square().mean())
         if error > 1:  # diverged: rounding has taken over
@@ -86,19 +86,19 @@ def test_follows_a_plain_loop(case: Any, kit: Any) -> None:
     assert compared >= 3
 
 
-def test_compares_the_distance_itself_and_not_its_share_of_the_gradient(case: Any, kit: Any) -> None:
+def test_compares_the_distance_itself_and_not_its_share_of_the_gradient(lbfgs_case: Any, kit: Any) -> None:
     # One evaluation at the same start under both protocols.
     options: dict[str, Any] = {"max_evaluations": 1, "restarts": 0, "start_std": 1.0}
-    published = kit.fit(case.attack(protocol="published", **options), kit.victims(victims=3), max_steps=1)
-    robust = kit.fit(case.attack(**options), kit.victims(victims=3))
+    published = kit.fit(lbfgs_case.attack(protocol="published", **options), kit.victims(victims=3), max_steps=1)
+    robust = kit.fit(lbfgs_case.attack(**options), kit.victims(victims=3))
     victims = kit.victims(victims=3)
     gradients = [kit.share_one(victims, victim)[0] for victim in range(3)]
     norms = torch.tensor([sum(float(g.square().sum()) for g in one.values()) for one in gradients])
     torch.testing.assert_close(published.current().loss, kit.by_id(robust).loss * norms, rtol=1e-4, atol=0)
 
 
-def test_takes_other_steps_than_the_robust_search(case: Any, kit: Any) -> None:
+def test_takes_other_steps_than_the_robust_search(lbfgs_case: Any, kit: Any) -> None:
     options: dict[str, Any] = {"max_evaluations": 40, "restarts": 0, "start_std": 1.0}
-    published = kit.by_id(kit.fit(case.attack(protocol="published", **options), kit.victims(victims=3)))
-    robust = kit.by_id(kit.fit(case.attack(**options), kit.victims(victims=3)))
+    published = kit.by_id(kit.fit(lbfgs_case.attack(protocol="published", **options), kit.victims(victims=3)))
+    robust = kit.by_id(kit.fit(lbfgs_case.attack(**options), kit.victims(victims=3)))
     assert not torch.allclose(published.images, robust.images, atol=1e-3)

@@ -41,14 +41,16 @@ def state(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_resumes_bit_for_bit_from_the_moments_that_matter(case: Any, kit: Any, protocol: str, tmp_path: Path) -> None:
+def test_resumes_bit_for_bit_from_the_moments_that_matter(
+    lbfgs_case: Any, kit: Any, protocol: str, tmp_path: Path
+) -> None:
     whole = kit.fit(
-        case.attack(**options(protocol)),
+        lbfgs_case.attack(**options(protocol)),
         kit.victims(**VICTIMS),
         enable_checkpointing=True,
         callbacks=[checkpoints(tmp_path, 1)],
     )
-    kit.assert_same(whole, kit.fit(case.attack(**options(protocol)), kit.victims(**VICTIMS)))
+    kit.assert_same(whole, kit.fit(lbfgs_case.attack(**options(protocol)), kit.victims(**VICTIMS)))
     paths = sorted(tmp_path.glob("step=*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
     states = [state(path) for path in paths]
     assert len(paths) == whole.iteration
@@ -62,7 +64,7 @@ def test_resumes_bit_for_bit_from_the_moments_that_matter(case: Any, kit: Any, p
     moments = {len(paths) // 4, *awaiting[:2], *awaiting[-1:], *joint[:1], len(paths) - 1}
     assert awaiting
     for moment in sorted(moments):
-        resumed = kit.fit(case.attack(**options(protocol)), kit.victims(**VICTIMS), ckpt_path=str(paths[moment]))
+        resumed = kit.fit(lbfgs_case.attack(**options(protocol)), kit.victims(**VICTIMS), ckpt_path=str(paths[moment]))
         kit.assert_same(whole, resumed)
         assert resumed.iteration == whole.iteration
         assert resumed.scores == whole.scores
@@ -84,11 +86,11 @@ def test_a_cohort_that_is_carried_into_survives_too(kit: Any, tmp_path: Path) ->
         kit.assert_same(whole, resumed)
 
 
-def test_resumes_twice_and_in_between_validations(case: Any, kit: Any, tmp_path: Path) -> None:
+def test_resumes_twice_and_in_between_validations(lbfgs_case: Any, kit: Any, tmp_path: Path) -> None:
     def run(folder: Path, limit: int, resume: Path | None) -> Any:
         callback = ModelCheckpoint(folder, every_n_train_steps=10, save_last=True, save_top_k=0)
         return kit.fit(
-            case.attack(**options("robust")),
+            lbfgs_case.attack(**options("robust")),
             kit.victims(**VICTIMS),
             ckpt_path=None if resume is None else str(resume),
             enable_checkpointing=True,
@@ -97,7 +99,7 @@ def test_resumes_twice_and_in_between_validations(case: Any, kit: Any, tmp_path:
             max_steps=limit,
         )
 
-    whole = kit.fit(case.attack(**options("robust")), kit.victims(**VICTIMS))
+    whole = kit.fit(lbfgs_case.attack(**options("robust")), kit.victims(**VICTIMS))
     run(tmp_path, 20, None)
     part = run(tmp_path, 50, tmp_path / "last.ckpt")
     assert 0 < part.iteration < whole.iteration

@@ -92,3 +92,48 @@ def test_takes_the_precision_of_the_vectors_back_and_forth() -> None:
 def test_refuses(num_images: int, shape: tuple[int, int, int], name: str) -> None:
     with pytest.raises(ValueError, match=f"Expected `{name}` to be a whole number of at least 1, but got 0"):
         ImageSpectrum(num_images, shape)
+
+
+@given(
+    images=st.integers(1, 2),
+    channels=st.sampled_from([1, 2, 3]),
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    others=st.integers(0, 4),
+)
+def test_its_root_times_the_roots_transpose_is_the_matrix(
+    images: int, channels: int, height: int, width: int, others: int
+) -> None:
+    spectrum = ImageSpectrum(images, (channels, height, width))
+    unknowns = images * channels * height * width + others
+    transposed = spectrum.root(torch.eye(unknowns, dtype=torch.float64))  # row i is T times the i-th unit vector
+    torch.testing.assert_close(transposed.mT @ transposed, matrix(spectrum, unknowns))
+    size = unknowns - others
+    assert torch.equal(transposed[size:, size:], torch.eye(others, dtype=torch.float64))
+    assert not transposed[:size, size:].any()
+    assert not transposed[size:, :size].any()
+
+
+def test_its_root_leads_from_frequencies_to_pixels() -> None:
+    spectrum = ImageSpectrum(1, (3, 4, 5))
+    values = []
+    for colour in range(2):
+        frequencies = torch.zeros(3, 4, 5, dtype=torch.float64)
+        frequencies[colour, 2, 0] = 1
+        image = spectrum.root(frequencies.reshape(1, -1)).view(3, 4, 5)
+        wave = torch.cos(torch.pi * 2 * (torch.arange(4, dtype=torch.float64) + 0.5) / 4)
+        colours = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0]], dtype=torch.float64)[colour]
+        expected = colours[:, None, None] * wave[:, None].expand(4, 5)
+        torch.testing.assert_close(image / image.norm(), expected / expected.norm())
+        values.append(float(image.norm()))
+    # Lengths are the amplitudes: a colour's is 0.4 times that of brightness.
+    assert values[1] == pytest.approx(0.4 * values[0])
+
+
+def test_its_root_takes_the_precision_of_the_vectors() -> None:
+    spectrum = ImageSpectrum(2, (1, 4, 4))
+    vectors = torch.randn(3, 35, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    double, single = spectrum.root(vectors), spectrum.root(vectors.float())
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-5)
+    assert torch.equal(spectrum.root(vectors), double)
