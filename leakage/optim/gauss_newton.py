@@ -22,8 +22,10 @@ _BOLDER, _FIRMER = 0.1, 4.0
 _LOOSEST, _TIGHTEST = 0.1, 1e-4
 # Steps in a row that leave more than this share of the loss, after which a victim has stalled.
 _SLOW_SHARE, _SLOW_STEPS = 0.9, 6
-# Near rounding, where the loss has fallen to this share of the first, fewer.
-_NEAR, _SLOW_NEAR = 1e-9, 2
+# So has one whose steps are taken back at this damping.
+_HOPELESS = 1e4
+# Near rounding, where the loss has fallen to so many squares of its unit, two steps that are slow or taken back do.
+_NEAR, _SLOW_NEAR = 1e5, 2
 
 
 class GaussNewton(PerVictimOptimizer):
@@ -102,6 +104,7 @@ class GaussNewton(PerVictimOptimizer):
         check_count(max_evaluations=max_evaluations, max_products=max_products, memory=memory)
         check_choice("solver", solver, SOLVERS)
         self._equations, self._spectrum = equations, spectrum
+        self._rows: int | None = None  # of the Jacobian of one victim
         super().__init__(
             params,
             {
@@ -140,14 +143,19 @@ class GaussNewton(PerVictimOptimizer):
         factor = torch.where(ratio > _BOLD, _BOLDER, torch.where(ratio < _FIRM, _FIRMER, 1.0))
         factor = torch.where(accepted, factor, _FIRMER)
         tried = running & ~new
-        lanes["damping"] = torch.where(tried, lanes["damping"] * factor, lanes["damping"])
-        slow = ~accepted | (losses > _SLOW_SHARE * lanes["loss"])
-        lanes["slow"] = torch.where(tried, torch.where(slow, lanes["slow"] + 1, 0), lanes["slow"])
+        least = torch.finfo(losses.dtype).eps / 100
+        hopeless = tried & ~accepted & (lanes["damping"] > _HOPELESS)
+        lanes["damping"] = torch.where(tried, (lanes["damping"] * factor).clamp(min=least), lanes["damping"])
+        near = lanes["loss"] <= _NEAR * torch.finfo(losses.dtype).eps ** 2 * lanes["first_loss"]
+        slow = torch.where(accepted, losses > _SLOW_SHARE * lanes["loss"], near)
+        count = torch.where(slow, lanes["slow"] + 1, torch.where(accepted, 0, lanes["slow"]))
+        lanes["slow"] = torch.where(tried, count, lanes["slow"])
         lanes["iterations"] += accepted & ~new
         lanes["point"] = torch.where(accepted[:, None], point, lanes["point"])
         lanes["loss"] = torch.where(accepted, losses, lanes["loss"])
         lanes["first_loss"] = torch.where(accepted & new, losses, lanes["first_loss"])
         self._judge(gradient, accepted)
+        self._set_status(hopeless | (lanes["slow"] >= torch.where(near, _SLOW_NEAR, _SLOW_STEPS)), STALLED)
         target = point.clone()
         moving = self.running.nonzero().squeeze(1)
         if len(moving):
@@ -159,8 +167,6 @@ class GaussNewton(PerVictimOptimizer):
         lanes, options = self.lanes, self._options
         self._set_status(lanes["loss"] <= options["tolerance"], CONVERGED)
         self._set_status(accepted & (gradient.abs().amax(1) == 0), STALLED)
-        near = lanes["loss"] <= _NEAR * lanes["first_loss"]
-        self._set_status(lanes["slow"] >= torch.where(near, _SLOW_NEAR, _SLOW_STEPS), STALLED)
         self._set_status(lanes["evaluations"] >= options["max_evaluations"], EXHAUSTED)
 
     def _steps(self, moving: Tensor) -> Tensor:
@@ -205,12 +211,13 @@ class GaussNewton(PerVictimOptimizer):
             )
             steps[place] = one.step[0]
             lanes["promised"][chosen] = one.promised
+            lanes["damping"][chosen] = one.damping
             lanes["products"][chosen] += one.products
         return steps
 
     def _needed(self, lane: Tensor) -> int:
         """Bytes of the dense step of one lane."""
-        if not hasattr(self, "_rows"):
+        if self._rows is None:
             self._rows = self._equations(self.lanes["point"][lane], lane).shape[1]
         return dense_bytes(self._rows, sum(self._sizes), self.lanes["point"].element_size())
 

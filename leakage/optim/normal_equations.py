@@ -16,29 +16,42 @@ Equations = Callable[[Tensor, Tensor], Tensor]
 
 # Directions of one pass of forward mode: more of them no longer pay.
 _DIRECTIONS_AT_ONCE = 256
+# Rows of the blocks in which the symmetric product is computed: half the work of the whole one.
+_BLOCK = 256
 # Lanes that have ended leave the conjugate gradients when they are this share of them.
 _LEAVING_SHARE = 1 / 2
 # Damping of a factorisation that failed grows by this, up to this many times.
 _FIRMER, _ATTEMPTS = 10.0, 12
+# Dampings that are tried with one Jacobian until the loss falls.
+_RETRIES = 5
 # Steps with one Jacobian go on as long as each leaves at most this share of the loss.
 _CHORD_SHARE = 0.25
 
 
 @dataclass
 class Step:
-    """Steps ``(L, D)`` of L lanes, the decrease of the loss they promise, their cost, and whether they are solved."""
+    """Steps of L lanes.
+
+    Attributes:
+        step: ``(L, D)``.
+        promised: ``(L,)``, by how much the loss falls if the residuals are as linear as their Jacobian says.
+        products: ``(L,)``, products with the Jacobian, or its columns.
+        solved: ``(L,)``, whether the linear equations hold as well as was asked for.
+        damping: ``(L,)``, that was used, relative to the mean eigenvalue.
+    """
 
     step: Tensor
     promised: Tensor
     products: Tensor
     solved: Tensor
+    damping: Tensor
 
 
 def damping_scale(equations: Equations, point: Tensor, lanes: Tensor, spectrum: ImageSpectrum | None) -> Tensor:
     r"""About the mean eigenvalue of :math:`T^\top J^\top J T`, by one product with random signs, ``(L,)``."""
     signs = torch.randint(0, 2, point.shape[1:], generator=torch.Generator().manual_seed(0)).to(point) * 2 - 1
     direction = _rooted(spectrum, signs[None]).expand_as(point)
-    image = jvp(lambda points: equations(points, lanes), (point,), (direction,))[1]
+    image: Tensor = jvp(lambda points: equations(points, lanes), (point,), (direction,))[1]
     return image.square().sum(1) / point.shape[1]
 
 
@@ -68,14 +81,12 @@ def conjugate_gradients(
         max_step: entries of the step are clamped to this.
         spectrum: P; None is the identity.
     """
+    given = damping
     damping = damping * damping_scale(equations, point, lanes, spectrum)
 
-    def forward(chosen: Tensor, directions: Tensor) -> Tensor:
-        at = lanes[chosen]
-        return jvp(lambda points: equations(points, at), (point[chosen],), (directions,))[1]
-
-    residuals, back = vjp(lambda points: equations(points, lanes), point)
-    right = -back(residuals)[0]
+    residuals, forward, back = _products(equations, point, lanes)
+    everyone = forward
+    right = -back(residuals)
     step, products = torch.zeros_like(point), torch.zeros_like(lanes)
     solved = torch.zeros_like(lanes, dtype=torch.bool)
     # The lanes that go on, by their place; `dual` is P^-1 of `direction`.
@@ -85,8 +96,8 @@ def conjugate_gradients(
     first, found = product, step.clone()
     direction, dual = preconditioned, left
     for _ in range(max_products):
-        image = forward(at, direction)
-        turned = back(image)[0] + damping[at, None] * dual
+        image = forward(direction)
+        turned = back(image) + damping[at, None] * dual
         length = product / (direction * turned).sum(1)
         length = torch.where(torch.isfinite(length), length, 0.0)
         found = found + length[:, None] * direction
@@ -107,12 +118,25 @@ def conjugate_gradients(
             kept = (~gone).nonzero().squeeze(1)
             at = at[kept]
             left, direction, dual, product, found = (tensor[kept] for tensor in (left, direction, dual, product, found))
-            here = lanes[at]
-            _, back = vjp(lambda points, here=here: equations(points, here), point[at])
-    step = step.clamp(-max_step, max_step)
-    everyone = torch.arange(len(point), device=point.device)
-    image = forward(everyone, step)
-    return Step(step, 2 * (step * right).sum(1) - image.square().sum(1), products, solved)
+            _, forward, back = _products(equations, point[at], lanes[at])
+    # A lane that has overflowed is not solved.
+    solved[at] &= torch.isfinite(product)
+    step = torch.where(torch.isfinite(step), step, 0.0).clamp(-max_step, max_step)
+    image = everyone(step)
+    return Step(step, 2 * (step * right).sum(1) - image.square().sum(1), products, solved, given)
+
+
+def _products(
+    equations: Equations, point: Tensor, lanes: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Residuals at ``point``, and products with J and with its transpose there.
+
+    J d is the transpose of the linear map u -> J^T u: in reverse mode twice, what depends on the point alone is
+    computed once, not with every product as forward mode would.
+    """
+    residuals, pull = vjp(lambda points: equations(points, lanes), point)[:2]
+    push = vjp(lambda images: pull(images)[0], torch.zeros_like(residuals))[1]
+    return residuals, lambda directions: push(directions)[0], lambda images: pull(images)[0]
 
 
 def dense_jacobian(equations: Equations, point: Tensor, lane: Tensor, spectrum: ImageSpectrum | None) -> Tensor:
@@ -127,14 +151,19 @@ def dense_jacobian(equations: Equations, point: Tensor, lane: Tensor, spectrum: 
     size = point.shape[1]
 
     def along(direction: Tensor) -> Tensor:
-        return jvp(lambda points: equations(points, lane), (point,), (direction[None],))[1][0]
+        image: Tensor = jvp(lambda points: equations(points, lane), (point,), (direction[None],))[1][0]
+        return image
 
-    rows = []
+    jacobian = None  # filled in place: a list to concatenate would take its memory twice
     for first in range(0, size, _DIRECTIONS_AT_ONCE):
         basis = torch.zeros(min(_DIRECTIONS_AT_ONCE, size - first), size, dtype=point.dtype, device=point.device)
         basis[torch.arange(len(basis)), first + torch.arange(len(basis))] = 1
-        rows.append(vmap(along)(_rooted(spectrum, basis)))
-    return torch.cat(rows)
+        rows = vmap(along)(_rooted(spectrum, basis))
+        if jacobian is None:
+            jacobian = rows.new_empty(size, rows.shape[1])
+        jacobian[first : first + len(rows)] = rows
+    assert jacobian is not None
+    return jacobian
 
 
 def cholesky_steps(
@@ -149,37 +178,51 @@ def cholesky_steps(
 ) -> Step:
     r"""The step of a single lane that solves its damped normal equations, by the whole Jacobian and Cholesky.
 
-    In the coordinates u = T^{-1} d the damping is that of the identity. As the Jacobian is what costs, it
-    serves further steps (chords) as long as each leaves a quarter of the loss or less; with a residual of
-    its own for each they also mend what single precision loses in :math:`J^\top J`.
+    In the coordinates u = T^{-1} d the damping is that of the identity. The Jacobian is what costs. So where a
+    step does not lower the loss, it serves another one with more damping; and where it does, further steps
+    (chords) as long as each leaves a quarter of the loss or less: with residuals of their own these also mend what
+    single precision loses in :math:`J^\top J`.
 
     Args:
         equations: r.
         point: ``(1, D)``.
         lane: ``(1,)``.
         damping: ``(1,)``, relative to the mean of the diagonal.
-        max_step: entries of each step are clamped to this.
+        max_step: entries of the whole step are clamped to this.
         spectrum: T T^T; None is the identity.
         max_chords: further steps with the same Jacobian, at most.
     """
     jacobian = dense_jacobian(equations, point, lane, spectrum)
-    factor, normal = _factorise(jacobian @ jacobian.mT, damping)
-    start, residual = point, equations(point, lane)
-    loss, promised = residual.square().sum(), point.new_zeros(1)
-    for chord in range(1 + max_chords):
-        right = -(residual @ jacobian.mT)
-        solution = torch.cholesky_solve(right.mT, factor).mT
-        trial = point + _rooted(spectrum, solution).clamp(-max_step, max_step)
-        residual = equations(trial, lane)
-        share = residual.square().sum() / loss
-        if not chord:
-            promised = 2 * (solution * right).sum(1) - (solution @ normal * solution).sum(1)
-        if not chord or bool(share < 1):
-            point, loss = trial, share * loss
+    normal = _symmetric_product(jacobian)
+    residual = equations(point, lane)
+    loss = residual.square().sum()
+    right = residual @ jacobian.mT
+    for _ in range(_RETRIES):
+        factor, damping = _factorise(normal, damping)
+        step = _solved(factor, right, spectrum).clamp(-max_step, max_step)
+        fresh = equations(point + step, lane)
+        if bool(fresh.square().sum() < loss):
+            break
+        damping = damping * _FIRMER
+    image = jvp(lambda points: equations(points, lane), (point,), (step,))[1]
+    promised = loss - (residual + image).square().sum(1)
+    for _ in range(max_chords):
+        share = fresh.square().sum() / loss
         if not bool(share <= _CHORD_SHARE):
             break
-    products = torch.full_like(lane, jacobian.shape[0])
-    return Step(point - start, promised, products, torch.ones_like(lane, dtype=torch.bool))
+        loss = share * loss
+        longer = (step + _solved(factor, fresh @ jacobian.mT, spectrum)).clamp(-max_step, max_step)
+        fresh = equations(point + longer, lane)
+        if not bool(fresh.square().sum() < loss):
+            break
+        step = longer
+    products = torch.full_like(lane, len(jacobian))
+    return Step(step, promised, products, torch.ones_like(lane, dtype=torch.bool), damping)
+
+
+def _solved(factor: Tensor, right: Tensor, spectrum: ImageSpectrum | None) -> Tensor:
+    """The step in pixels for the right-hand side ``(1, D)``."""
+    return _rooted(spectrum, -torch.cholesky_solve(right.mT, factor).mT)
 
 
 def dense_bytes(equations: int, unknowns: int, itemsize: int) -> int:
@@ -187,16 +230,33 @@ def dense_bytes(equations: int, unknowns: int, itemsize: int) -> int:
     return itemsize * unknowns * (equations + 3 * unknowns)
 
 
+def _symmetric_product(rows: Tensor) -> Tensor:
+    """The lower triangle of ``rows @ rows.mT`` in blocks; what is above it is not filled in."""
+    product = rows.new_empty(len(rows), len(rows))
+    for first in range(0, len(rows), _BLOCK):
+        last = min(first + _BLOCK, len(rows))
+        product[first:last, :last] = rows[first:last] @ rows[:last].mT
+    return product
+
+
 def _factorise(normal: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factor of the damped matrix, damped further where rounding has left it indefinite."""
-    added = damping * normal.diagonal().mean()
+    """Cholesky factor of the damped lower triangle, and the damping: more where rounding has left it indefinite."""
+    diagonal = normal.diagonal()
+    exact = diagonal.clone()
+    mean, tiny = exact.mean(), torch.finfo(normal.dtype).tiny
+    least = torch.finfo(normal.dtype).eps * exact.max() / mean.clamp(min=tiny)
+    factor = None
     for _ in range(_ATTEMPTS):
-        factor, failed = torch.linalg.cholesky_ex(normal + torch.diag(added.expand(len(normal))))
-        if not bool(failed) and bool(torch.isfinite(factor).all()):
-            return factor, normal
-        added = torch.clamp(added * _FIRMER, min=torch.finfo(normal.dtype).eps * float(normal.diagonal().max()))
-    # Nothing but noise or infinities: the steepest descent.
-    return torch.diag(normal.diagonal().abs().max().clamp(min=1).sqrt().expand(len(normal))), normal
+        diagonal.copy_(exact + damping * mean)  # in place: the matrix is the largest there is
+        found, failed = torch.linalg.cholesky_ex(normal)
+        if not bool(failed) and bool(torch.isfinite(found.diagonal()).all()):
+            factor = found
+            break
+        damping = torch.maximum(damping * _FIRMER, least)
+    diagonal.copy_(exact)
+    if factor is None:  # nothing but noise or infinities: the steepest descent, no longer than is safe
+        factor = torch.diag(exact.abs().sum().clamp(min=tiny).sqrt().expand(len(normal)))
+    return factor, damping
 
 
 def _times(spectrum: ImageSpectrum | None, vectors: Tensor) -> Tensor:

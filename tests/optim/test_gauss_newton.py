@@ -167,16 +167,15 @@ def test_victims_together_take_the_points_they_take_alone(solver: str) -> None:
             alone.step(closure)
 
 
-@both_solvers
-def test_the_damping_follows_what_the_linear_equations_promised(solver: str) -> None:
-    """Every rule of it, by hand, along strongly rippled searches."""
+def test_the_damping_follows_what_the_linear_equations_promised() -> None:
+    """Every rule of it, by hand, along strongly rippled searches (Cholesky raises it within a step, too)."""
     problem = Curved(3, 64, curvature=0.0)
 
     def equations(points: Tensor, lanes: Tensor) -> Tensor:
         away = problem.equations(points, lanes)
         return away + 0.6 * torch.sin(4 * away)
 
-    optimizer = single(problem.starts, equations, solver=solver, damping=1e-2)
+    optimizer = single(problem.starts, equations, solver="cg", damping=1e-2)
     closure = closure_of(optimizer, equations)
     optimizer.step(closure)
     factors = set()
@@ -226,7 +225,8 @@ def test_steps_back_from_where_the_loss_is_not_finite(solver: str) -> None:
     while optimizer.running.any():
         seen.append(optimizer.step(closure))
     assert names(optimizer) == ["converged"] * 2
-    assert bool(torch.stack(seen)[:, 0].isnan().any())
+    # Cholesky looks at the residuals before it takes a step.
+    assert bool(torch.stack(seen)[:, 0].isnan().any()) == (solver == "cg")
     torch.testing.assert_close(flat(optimizer), torch.ones(2, 1, dtype=torch.float64))
 
 
@@ -264,7 +264,7 @@ def test_stalls_where_nothing_more_is_to_be_had(solver: str) -> None:
     assert names(optimizer) == ["stalled"] * 2
     torch.testing.assert_close(optimizer.best_loss, torch.ones(2, dtype=torch.float64))
     assert int(optimizer.evaluations[1]) == 1
-    assert 6 < int(optimizer.evaluations[0]) <= 20
+    assert 3 < int(optimizer.evaluations[0]) <= 20
 
 
 @both_solvers
@@ -305,7 +305,7 @@ def test_a_victim_that_is_done_neither_moves_nor_counts() -> None:
 
 @pytest.mark.parametrize(
     "solver",
-    ["cg", pytest.param("cholesky", marks=pytest.mark.xfail(reason="each chord is clamped alone, not their sum"))],
+    ["cg", "cholesky"],
 )
 def test_no_unknown_changes_by_more_than_the_longest_step(solver: str) -> None:
     largest = {}

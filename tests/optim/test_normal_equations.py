@@ -308,8 +308,10 @@ def test_an_indefinite_matrix_is_damped_until_it_has_a_factor(dtype: torch.dtype
     turn = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
     rounding = 1e3 * torch.finfo(dtype).eps
     normal = (turn * torch.tensor([3.0, 2, 1, 1e-3, 0, -rounding], dtype=torch.float64) @ turn.mT).to(dtype)
-    factor, same = normal_equations._factorise(normal, torch.tensor([1e-20], dtype=dtype))
-    assert torch.equal(same, normal)
+    before = normal.clone()
+    factor, damping = normal_equations._factorise(normal, torch.tensor([1e-20], dtype=dtype))
+    assert torch.equal(normal, before)
+    assert float(damping) > 1e-20
     added = factor @ factor.mT - normal
     # A multiple of the identity, and not much more than it takes.
     assert 0.99 * rounding <= float(added.diagonal().mean()) < 20 * rounding
