@@ -1,0 +1,246 @@
+r"""How far the second-order attack reaches: its success and time against L-BFGS on the same victims.
+
+    python experiments/second_order/reach.py --dataset mnist --images 1 2 4 8 --labels random equal \
+        --methods gauss_newton rgap idlg idlg_published --output results/reach
+    python experiments/second_order/reach.py --dataset mnist --activations sigmoid silu relu --init torch \
+        --epochs 0 1 5 20 --output results/trained
+    python experiments/second_order/reach.py --dataset mnist --noise 0 1e-6 1e-5 1e-4 1e-3 1e-2 --half \
+        --output results/noise
+
+One call goes through all cells: data sets, networks, activations, epochs of training, labels, noise and numbers of
+images. The attacker is told the labels (`--infer-labels`: reads them off the gradient). Untrained networks are drawn
+anew for each victim, where they are small, and trained ones are shared and hold none of the victims' images. Methods
+that can't be used in a cell are left out, and it is told why.
+
+Files in the output folder: `summary.json`, a row for each cell and method; `reach.png`, success over the number of
+equations per unknown; `noise.png`, the MSE over the noise, where there is some; and a folder per cell as of
+leakage.compare. In its `why/run.json` are measurements on some victims that `gauss_newton` failed with, and some that
+it solved: why it fails is told from them (see why.py).
+
+A run that was stopped, in whatever way, goes on with the same command and `--resume`, and ends with the results that it
+would have had. Without `--resume` a folder that holds results is refused, so that none are lost by mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from reach_options import check_given, make_attack, make_cells, make_parser  # these four lie beside this script
+from reach_results import ReachRow, draw_pictures, format_table, make_row
+from reach_victims import Cell, make_network, make_victims
+from why import FOUND, Diagnosis, diagnose, summarise
+
+from leakage.attacks.rgap import check_layers
+from leakage.cli import quiet
+from leakage.compare import Row as ComparedRow
+from leakage.compare import check_output, compare, holds_results, read_record
+from leakage.datamodules import LabelledDataModule
+from leakage.datamodules.base import GroundTruth, VictimDataModule
+from leakage.datamodules.named import images_named
+from leakage.metrics import score
+from leakage.overview import write_json
+from leakage.reconstruction import Reconstruction
+
+
+@dataclass
+class Record:
+    """What is kept of the victims of a cell that were looked into."""
+
+    diagnoses: list[dict[str, Any]]
+    verdict: str | None
+
+
+class Reach:
+    """All cells of a run: made ready and checked, then attacked one by one.
+
+    Raises:
+        ValueError: options that don't go together, or don't fit the data.
+        OSError: a folder that can't be written.
+    """
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        check_given(given)
+        self.methods = list(dict.fromkeys(given.methods))
+        for method in self.methods:
+            make_attack(method, given)
+        self.data: dict[str, LabelledDataModule] = {}
+        for dataset in dict.fromkeys(given.dataset):
+            name, data = images_named(dataset, root=given.root, image_size=given.image_size, seed=given.seed)
+            self.data[name] = data
+        check_output(given.output)
+        if not given.resume and any(map(holds_results, (given.output, *given.output.glob("*/")))):
+            raise ValueError(
+                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
+                "with them, or choose another folder."
+            )
+        for data in self.data.values():
+            data.prepare_data()
+            data.setup("fit")
+        self.cells = make_cells(given, list(self.data))
+        for cell in self.cells:
+            self._check(cell)
+
+    def _check(self, cell: Cell) -> None:
+        """Raise a ``ValueError`` if there are not enough images, or no such network."""
+        data, given = self.data[cell.dataset], self.given
+        network = make_network(dataclasses.replace(cell, epochs=0), given, data)
+        if cell.epochs:
+            trained_on = given.train_images or len(data.train) // 2
+            if trained_on >= len(data.train):
+                raise ValueError(
+                    f"Expected `--train-images` below {len(data.train)}, the training images of {cell.dataset!r}, as "
+                    f"victims hold others, but got {trained_on}."
+                )
+            if given.train_images:
+                network.images = network.images[: len(data.train) - trained_on]
+        make_victims(cell, given, data, network).setup("fit")
+
+    def run(self) -> list[ReachRow]:
+        """Attack all cells, writing what is found after each."""
+        rows: list[ReachRow] = []
+        for number, cell in enumerate(self.cells):
+            print(f"{number + 1} of {len(self.cells)}: {self.given.victims} victims, {cell}", flush=True)
+            rows += self._attack(cell)
+            write_json(self.given.output / "summary.json", [asdict(row) for row in rows])
+        return rows
+
+    def _attack(self, cell: Cell) -> list[ReachRow]:
+        given, folder = self.given, self.given.output / cell.folder
+        network = make_network(cell, given, self.data[cell.dataset])
+        victims = make_victims(cell, given, self.data[cell.dataset], network)
+        victims.setup("fit")
+        attacks = {name: make_attack(name, given) for name in self.methods if self._can_be_used(name, victims)}
+        if not attacks:
+            return []
+        compared = compare(
+            attacks,
+            victims,
+            folder,
+            dataset=cell.dataset,
+            resume=given.resume,
+            accelerator=given.accelerator,
+            devices=1,
+            precision=given.precision,
+            enable_progress_bar=sys.stderr.isatty(),
+        )
+        truth = GroundTruth.cat(list(victims.val_dataloader()))
+        state = victims.victim.state
+        columns = {
+            "init": given.init,
+            "own_weights": network.own,
+            "test_accuracy": network.accuracy,
+            "equations": sum(state[name].numel() for name in victims.victim.trainable),
+            "unknowns": truth.images[0].numel(),
+        }
+        rows = []
+        for row in compared:
+            found = _found(folder / row.method, truth)
+            scores = score(found.images.to(truth.images), found.labels, truth.images, truth.labels)
+            verdict = None
+            if row.method == "gauss_newton" and given.why:
+                configuration = {"attack": {**attacks[row.method].hparams}, "data": victims.configuration}
+                verdict = self._why(cell, victims, configuration, found, scores.order, scores.mse, truth)
+            seconds = row.seconds / len(truth)
+            rows.append(
+                make_row(
+                    cell, scores.mse, found.evaluations, method=row.method, seconds_per_victim=seconds, verdict=verdict,
+                    **columns,
+                )
+            )  # fmt: skip
+            self._tell(row, rows[-1])
+        return rows
+
+    def _can_be_used(self, method: str, victims: VictimDataModule) -> bool:
+        if method == "rgap":
+            try:
+                check_layers(victims.victim)
+            except ValueError as error:
+                print(f"no rgap: {error}", flush=True)
+                return False
+        return True
+
+    def _why(
+        self,
+        cell: Cell,
+        victims: VictimDataModule,
+        configuration: dict[str, Any],
+        found: Reconstruction,
+        order: torch.Tensor,
+        mse: torch.Tensor,
+        truth: GroundTruth,
+    ) -> str | None:
+        """Measurements on some victims, from the folder if they are there."""
+        folder = self.given.output / cell.folder / "why"
+        configuration = {**configuration, "victims": self.given.why, "precision": self.given.precision}
+        if self.given.resume and (record := read_record(folder, configuration, Record)) is not None:
+            return record["verdict"]
+        solved = (mse < FOUND).all(1)
+        chosen = [*(~solved).nonzero()[: self.given.why, 0].tolist(), *solved.nonzero()[: self.given.why, 0].tolist()]
+        diagnoses: list[Diagnosis] = []
+        for row in chosen:
+            victim = int(truth.ids[row])
+            diagnoses.append(
+                diagnose(
+                    victims.share(victim, victim + 1),
+                    victims.victim,
+                    truth.labels[row],
+                    truth.images[row],
+                    found.images[row, order[row]],
+                    noise=cell.noise,
+                    half=cell.half,
+                )
+            )
+        verdict = summarise(diagnoses)
+        row = {"diagnoses": [asdict(one) for one in diagnoses], "verdict": verdict}
+        write_json(folder / "run.json", {"configuration": configuration, "row": row})
+        return verdict
+
+    @staticmethod
+    def _tell(compared: ComparedRow, row: ReachRow) -> None:
+        print(
+            f"  {row.method}: {100 * row.below_1e4:.0f} % of the images below 1e-4, median MSE {row.mse_median:.1e}, "
+            f"{row.seconds_per_victim:.2f} s per victim{f'; {row.verdict}' if row.verdict else ''}",
+            flush=True,
+        )
+
+
+def _found(folder: Path, truth: GroundTruth) -> Reconstruction:
+    """What a method made of all victims, in their order."""
+    parts = sorted((folder / "reconstructions").glob("cohort_*.safetensors"))
+    found = Reconstruction.cat([Reconstruction.load(path) for path in parts])
+    place = {victim: index for index, victim in enumerate(found.ids.tolist())}
+    return found.select(torch.tensor([place[victim] for victim in truth.ids.tolist()]))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    given = parser.parse_args(arguments)
+    quiet()
+    try:
+        reach = Reach(given)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    try:
+        rows = reach.run()
+        if not rows:
+            raise ValueError(f"Expected `--methods` that can be used in some cell, but got {given.methods}.")
+        pictures = draw_pictures(rows, given.output)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, OSError) or str(error).startswith("Expected "):
+            sys.exit(f"{parser.prog}: error: {error}")
+        raise
+    print(f"\n{format_table(rows)}\n")
+    for path in (given.output / "summary.json", *pictures):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

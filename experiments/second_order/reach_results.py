@@ -1,0 +1,202 @@
+"""What `reach.py` found: its rows, table and pictures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from reach_victims import WRITTEN, Cell, cell_columns
+from torch import Tensor
+from why import FOUND
+
+from leakage.compare import align
+from leakage.metrics import ShareOverVictims
+from leakage.plots import save_figure
+from leakage.plots_reach import plot_noise, plot_reach
+
+METHODS_WRITTEN = {
+    "gauss_newton": "Gauss-Newton", "rgap": "R-GAP", "idlg": "L-BFGS, robust", "idlg_published": "L-BFGS, published",
+}  # fmt: skip
+_ACTIVATIONS = {"relu": "ReLU", "leaky_relu": "leaky ReLU", "sigmoid": "sigmoid", "silu": "SiLU"}
+THRESHOLDS = {"below_1e6": 1e-6, "below_1e4": FOUND, "below_1e3": 1e-3}
+
+
+@dataclass
+class ReachRow:
+    """What one method found in one cell, a line of ``summary.json``.
+
+    Attributes:
+        method: the attack.
+        dataset: where the images come from.
+        network: ``"lenet"``, ``"wide_lenet"``, ``"convnet"`` or ``"resnet18"``.
+        norm: of the network.
+        activation: of the network.
+        epochs: of its training, 0 for none.
+        labels: ``"random"`` or ``"equal"``.
+        images: of a victim.
+        noise: in the gradients, relative to their root mean square.
+        half: whether they were rounded to float16.
+        init: ``"papers"`` or ``"torch"``.
+        own_weights: whether each victim has a network of its own.
+        test_accuracy: of the network; None untrained.
+        victims: number of victims.
+        equations: of a victim, the network's parameters.
+        unknowns: pixels of a victim.
+        below_1e6: share of the images with an MSE below 1e-6.
+        below_1e6_ci: its 95 % Wilson interval over victims, as all others.
+        below_1e4: see ``below_1e6``.
+        below_1e4_ci: see there.
+        below_1e3: see there.
+        below_1e3_ci: see there.
+        all_below_1e4: share of the victims with all images below 1e-4.
+        all_below_1e4_ci: see there.
+        mse_median: over images.
+        mse_quartiles: a quarter and three quarters of the images are below.
+        seconds_per_victim: in the attack.
+        evaluations_median: of the objective, over victims.
+        verdict: why victims that failed did so, of ``gauss_newton`` alone.
+    """
+
+    method: str
+    dataset: str
+    network: str
+    norm: str
+    activation: str
+    epochs: int
+    labels: str
+    images: int
+    noise: float
+    half: bool
+    init: str
+    own_weights: bool
+    test_accuracy: float | None
+    victims: int
+    equations: int
+    unknowns: int
+    below_1e6: float
+    below_1e6_ci: tuple[float, float]
+    below_1e4: float
+    below_1e4_ci: tuple[float, float]
+    below_1e3: float
+    below_1e3_ci: tuple[float, float]
+    all_below_1e4: float
+    all_below_1e4_ci: tuple[float, float]
+    mse_median: float
+    mse_quartiles: tuple[float, float]
+    seconds_per_victim: float
+    evaluations_median: float
+    verdict: str | None = None
+
+
+def make_row(cell: Cell, mse: Tensor, evaluations: Tensor, **columns: Any) -> ReachRow:
+    """A row from the MSE ``(V, N)`` of all images and the evaluations ``(V,)``."""
+    shares: dict[str, Any] = {}
+    below = {name: (mse < limit).double().mean(1) for name, limit in THRESHOLDS.items()}
+    below["all_below_1e4"] = (mse < FOUND).all(1).double()
+    for name, values in below.items():
+        metric = ShareOverVictims()
+        metric.update(values)
+        estimate = metric.compute()
+        shares |= {name: estimate.value, f"{name}_ci": (estimate.low, estimate.high)}
+    lower, median, upper = (_quantile(mse, share) for share in (0.25, 0.5, 0.75))
+    return ReachRow(
+        **cell_columns(cell),
+        victims=len(mse),
+        mse_median=median,
+        mse_quartiles=(lower, upper),
+        evaluations_median=statistics.median(evaluations.tolist()),
+        **shares,
+        **columns,
+    )
+
+
+def _quantile(mse: Tensor, share: float) -> float:
+    """Of all images; what is not a number is the worst there is."""
+    ranked = mse.double().nan_to_num(math.inf).flatten().sort().values.tolist()
+    place = share * (len(ranked) - 1)
+    low, high = ranked[math.floor(place)], ranked[math.ceil(place)]
+    return low if low == high else low + (place - math.floor(place)) * (high - low)
+
+
+def format_table(rows: Sequence[ReachRow]) -> str:
+    """The rows as a table for the terminal, why Gauss-Newton failed below those of each cell."""
+    told = ["dataset", "network", "norm", "activation", "epochs", "labels", "noise", "half"]
+    several = [name for name in told if len({getattr(row, name) for row in rows}) > 1]
+    header = [*several, "images", "equations", "unknowns", "method", "< 1e-6", "< 1e-4", "< 1e-3", "all < 1e-4"]
+    lines = [[*header, "median MSE", "evaluations", "s/victim", "why it fails"]]
+    for row in rows:
+        cell = [str(getattr(row, name)) for name in several]
+        cell += [str(row.images), f"{row.equations:,}", f"{row.unknowns:,}", METHODS_WRITTEN[row.method]]
+        cell += [f"{100 * share:.0f} %" for share in (row.below_1e6, row.below_1e4, row.below_1e3)]
+        low, high = (100 * end for end in row.all_below_1e4_ci)
+        cell.append(f"{100 * row.all_below_1e4:.0f} % [{low:.0f}, {high:.0f}]")
+        cell += [f"{row.mse_median:.1e}", f"{row.evaluations_median:.0f}", f"{row.seconds_per_victim:.2f}"]
+        lines.append([*cell, row.verdict or ""])
+    return align(lines)
+
+
+def draw_pictures(rows: Sequence[ReachRow], output: Path) -> list[Path]:
+    """Success over equations per unknown; and what noise costs, where there is some."""
+    methods = [method for method in METHODS_WRITTEN if any(row.method == method for row in rows)]
+    exact = [row for row in rows if not row.noise and not row.half] or list(rows)
+    panels: dict[str, dict[str, list[list[float]]]] = {METHODS_WRITTEN[method]: {} for method in methods}
+    for row in exact:
+        points = panels[METHODS_WRITTEN[row.method]].setdefault(_group(row, exact), [])
+        points.append([row.equations / row.unknowns, row.below_1e4, *row.below_1e4_ci, row.images])
+    figure = plot_reach(
+        {
+            method: {group: torch.tensor(points, dtype=torch.float64) for group, points in groups.items()}
+            for method, groups in panels.items()
+            if groups
+        },
+        title=_title(exact),
+    )
+    paths = [output / "reach.png"]
+    save_figure(figure, paths[0])
+    noisy = [row for row in rows if row.noise or row.half]
+    if noisy:
+        paths.append(output / "noise.png")
+        save_figure(_noise_picture(rows), paths[1])
+    return paths
+
+
+def _noise_picture(rows: Sequence[ReachRow]) -> Any:
+    """The median MSE of each method over the noise, a panel for each cell apart from it."""
+    panels: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {}
+    names = ("dataset", "images")
+    several = [name for name in names if len({getattr(row, name) for row in rows}) > 1]
+    for row in sorted(rows, key=lambda row: (row.half, row.noise)):
+        heading = _group(row, rows)
+        heading += f", {row.dataset}" if "dataset" in several else ""
+        heading += f", {row.images} image{'s' if row.images > 1 else ''}" if "images" in several else ""
+        level = "float16" if row.half else _level(row.noise)
+        curve = panels.setdefault(heading, {}).setdefault(METHODS_WRITTEN[row.method], {})
+        curve[level] = (row.mse_median, *row.mse_quartiles)
+    return plot_noise(panels, title=_title(rows))
+
+
+def _level(noise: float) -> str:
+    if not noise:
+        return "0"
+    mantissa, exponent = f"{noise:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}" if math.isclose(float(f"{noise:.0e}"), noise) else f"{noise:g}"
+
+
+def _group(row: ReachRow, rows: Sequence[ReachRow]) -> str:
+    """What tells the markers of a colour: the network, and what else there are several of."""
+    told = [WRITTEN[row.network], _ACTIVATIONS[row.activation]]
+    told += [f"{row.norm} norm"] if len({one.norm for one in rows if one.network == row.network}) > 1 else []
+    told += [f"{row.epochs} epoch{'s' if row.epochs != 1 else ''}"] if len({one.epochs for one in rows}) > 1 else []
+    told += [f"{row.labels} labels"] if len({one.labels for one in rows}) > 1 else []
+    return ", ".join(told)
+
+
+def _title(rows: Sequence[ReachRow]) -> str:
+    datasets = ", ".join(dict.fromkeys(row.dataset for row in rows))
+    equal = "" if any(row.labels == "random" for row in rows) else ", equal labels"
+    return f"{datasets}, {rows[0].victims} victims per marker{equal}"
