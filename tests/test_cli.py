@@ -58,7 +58,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["demo", "--output", "out", "--victims", "3", "--seed", "0"])
     said = capsys.readouterr()
     lines = said.out.splitlines()
-    assert [line.split()[1] for line in lines if line.startswith(("DLG  ", "iDLG  "))] == ["3", "3"]
+    assert [line.split()[1] for line in lines if line.startswith(("DLG  ", "iDLG  ", "Gauss-Newton  "))] == ["3"] * 3
     for name in FILES:
         assert (tmp_path / "out" / name).stat().st_size > 0
         assert str(Path("out") / name) in lines
@@ -66,7 +66,9 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [(row["method"], row["dataset"], row["victims"]) for row in rows] == [
         ("dlg", "sample", 3),
         ("idlg", "sample", 3),
+        ("gauss_newton", "sample", 3),
     ]
+    assert rows[2]["mse_median"] < 1e-6
     assert rows[1]["label_accuracy"] == 1.0
     for row in rows:
         assert row["success_rate"] == 1.0, row["method"]
@@ -90,7 +92,7 @@ def test_demo_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], argume
     (tmp_path / "file").touch()
     said = refused(capsys, "demo", *arguments)
     assert message in said
-    assert "DLG and iDLG on" not in said, "nothing was begun"
+    assert "DLG, iDLG and Gauss-Newton on" not in said, "nothing was begun"
 
 
 @pytest.mark.parametrize("command", ["demo", "fit"])

@@ -25,6 +25,7 @@ COLUMNS = [
     "label_accuracy_ci",
     "success_rate",
     "success_rate_ci",
+    "success_threshold",
     "mse_median",
     "psnr_mean",
     "ssim_mean",
@@ -32,7 +33,7 @@ COLUMNS = [
     "seconds",
     "published_label_accuracy",
 ]
-ROW = Row("idlg", "mnist", "robust", 4, 1.0, (0.5, 1.0), 0.75, (0.3, 0.95), 1e-6, 50.0, 0.99, 180.0, 3.0, 1.0)
+ROW = Row("idlg", "mnist", "robust", 4, 1.0, (0.5, 1.0), 0.75, (0.3, 0.95), 1e-3, 1e-6, 50.0, 0.99, 180.0, 3.0, 1.0)
 
 
 def attacks(**options: Any) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -20,6 +20,7 @@ from leakage.shared_gradient import SharedGradient
 from leakage.victim import Victim
 
 STARTS = ("auto", "rgap", "noise")
+_TOLERANCE, _TOLERANCE_OF_BATCHES = 1e-11, 1e-13
 
 
 class GaussNewtonAttack(IDLGAttack):
@@ -50,7 +51,8 @@ class GaussNewtonAttack(IDLGAttack):
         memory: bytes that the Jacobian and the normal equations of one victim may take. Where they need more,
             ``"cg"`` is used, with a warning.
         underdetermined: go on where there are more unknowns than equations.
-        tolerance: the objective at which a victim has converged.
+        tolerance: the objective at which a victim has converged; by default 1e-11 for one image, and 1e-13, near the
+            rounding of single precision, for several, which depend more on the last digits.
         max_evaluations: steps (and one) per start.
         restarts: further starts for a victim that ended above ``restart_above``.
         restart_above, start_std, spectrum, seed, success_threshold, rule, auxiliary: see :class:`IDLGAttack`.
@@ -87,7 +89,7 @@ class GaussNewtonAttack(IDLGAttack):
         success_threshold: float = 1e-3,
         restart_above: float = 1e-9,
         start_std: float = 0.01,
-        tolerance: float = 1e-11,
+        tolerance: float | None = None,
         max_evaluations: int = 60,
         restarts: int = 3,
         spectrum: bool = True,
@@ -161,17 +163,19 @@ class GaussNewtonAttack(IDLGAttack):
     def configure_optimizers(self) -> PerVictimOptimizer:
         """Levenberg-Marquardt, without the Jacobian where it has no room."""
         protocol, solver = self.victim.protocol, self.hparams["solver"]
+        tolerance = self.hparams["tolerance"] or (_TOLERANCE if protocol.num_images == 1 else _TOLERANCE_OF_BATCHES)
         needed = dense_bytes(*self._size(self.victim), self.dummy_images.element_size())
         if solver != "cg" and needed > self.hparams["memory"]:
-            rank_zero_warn(
+            warnings.warn(
                 f"The Jacobian and normal equations of one victim need {needed:,} bytes, `memory` is "
-                f"{self.hparams['memory']:,}: the attack takes products with the Jacobian alone (solver='cg')."
+                f"{self.hparams['memory']:,}: the attack takes products with the Jacobian alone (solver='cg').",
+                stacklevel=1,  # of this module: the command line silences those of Lightning's
             )
             solver = "cg"
         return GaussNewton(
             self._unknowns,
             equations=self._equations,
-            tolerance=self.search.tolerance,
+            tolerance=tolerance,
             max_evaluations=self.search.max_evaluations,
             damping=self.hparams["damping"],
             max_step=self.search.max_step,

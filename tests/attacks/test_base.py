@@ -16,12 +16,9 @@ from leakage.datamodules import SampleVictims, SharedGradientFiles
 from leakage.models import LeNet
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"protocol": "robuts"}, r"Expected `protocol` to be one of \['published', 'robust'\], but got 'robuts'"),
     ({"success_threshold": 0.0}, "Expected `success_threshold` to be positive and finite, but got 0.0"),
     ({"restart_above": -1e-5}, "Expected `restart_above` to be positive and finite, but got -1e-05"),
     ({"start_std": 0.0}, "Expected `start_std` to be positive and finite, but got 0.0"),
-    ({"history_size": 0}, "Expected `history_size` to be a whole number of at least 1, but got 0"),
-    ({"history_size": 10.0}, "Expected `history_size` to be a whole number of at least 1, but got 10.0"),
     ({"tolerance": -1.0}, "Expected `tolerance` to be positive and finite, but got -1.0"),
     ({"tolerance": float("nan")}, "Expected `tolerance` to be positive and finite, but got nan"),
     ({"max_evaluations": 0}, "Expected `max_evaluations` to be a whole number of at least 1, but got 0"),
@@ -30,12 +27,23 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "Expected `seed` to be a whole number of at least 0, but got -1"),
     ({"seed": 0.5}, "Expected `seed` to be a whole number of at least 0, but got 0.5"),
 ]
+BAD_SEARCHES: list[tuple[dict[str, Any], str]] = [
+    ({"protocol": "robuts"}, r"Expected `protocol` to be one of \['published', 'robust'\], but got 'robuts'"),
+    ({"history_size": 0}, "Expected `history_size` to be a whole number of at least 1, but got 0"),
+    ({"history_size": 10.0}, "Expected `history_size` to be a whole number of at least 1, but got 10.0"),
+]
 
 
 @pytest.mark.parametrize(("options", "message"), BAD)
 def test_names_a_bad_option_at_construction(case: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         case.attack(**options)
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_SEARCHES)
+def test_names_a_bad_option_of_the_search(lbfgs_case: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lbfgs_case.attack(**options)
 
 
 def test_options_are_keywords(case: Any) -> None:
