@@ -182,6 +182,7 @@ class GaussNewtonAttack(IDLGAttack):
             solver=solver,
             max_products=self.hparams["max_products"],
             memory=self.hparams["memory"],
+            reference_loss=1.0,  # the residuals are relative to the shared gradient
             spectrum=ImageSpectrum(protocol.num_images, protocol.image_shape) if self.search.spectrum else None,
         )
 

@@ -24,8 +24,8 @@ _LOOSEST, _TIGHTEST = 0.1, 1e-4
 _SLOW_SHARE, _SLOW_STEPS = 0.9, 6
 # So has one whose steps are taken back at this damping.
 _HOPELESS = 1e4
-# Near rounding, where the loss has fallen to so many squares of its unit, two steps that are slow or taken back do.
-_NEAR, _SLOW_NEAR = 1e5, 2
+# At rounding, where the loss has fallen to so many squares of its unit, so has one whose step leaves half of it.
+_NEAR, _NEAR_SHARE = 1e3, 0.5
 
 
 class GaussNewton(PerVictimOptimizer):
@@ -55,6 +55,8 @@ class GaussNewton(PerVictimOptimizer):
         max_step: no unknown changes by more than this in one step.
         solver: ``"auto"``, ``"cholesky"`` or ``"cg"``.
         max_products: products with J, and as many with its transpose, of one step of conjugate gradients.
+        reference_loss: what rounding and the exactness of the linear equations are measured by; by default each
+            victim's first loss, which says nothing where the start is near the solution.
         memory: bytes that the Jacobian and the normal equations of one victim may take.
         spectrum: P; None is the identity. Not part of the state.
 
@@ -94,6 +96,7 @@ class GaussNewton(PerVictimOptimizer):
         solver: str = "auto",
         max_products: int = 200,
         memory: int = 2**32,
+        reference_loss: float | None = None,
         spectrum: ImageSpectrum | None = None,
     ) -> None:
         check_positive(damping=damping)
@@ -102,6 +105,8 @@ class GaussNewton(PerVictimOptimizer):
         if not tolerance >= 0:
             raise ValueError(f"Expected `tolerance` of at least 0, but got {tolerance!r}.")
         check_count(max_evaluations=max_evaluations, max_products=max_products, memory=memory)
+        if reference_loss is not None:
+            check_positive(reference_loss=reference_loss)
         check_choice("solver", solver, SOLVERS)
         self._equations, self._spectrum = equations, spectrum
         self._rows: int | None = None  # of the Jacobian of one victim
@@ -115,6 +120,7 @@ class GaussNewton(PerVictimOptimizer):
                 "solver": solver,
                 "max_products": max_products,
                 "memory": memory,
+                "reference_loss": reference_loss,
             },
         )
 
@@ -146,16 +152,17 @@ class GaussNewton(PerVictimOptimizer):
         least = torch.finfo(losses.dtype).eps / 100
         hopeless = tried & ~accepted & (lanes["damping"] > _HOPELESS)
         lanes["damping"] = torch.where(tried, (lanes["damping"] * factor).clamp(min=least), lanes["damping"])
-        near = lanes["loss"] <= _NEAR * torch.finfo(losses.dtype).eps ** 2 * lanes["first_loss"]
-        slow = torch.where(accepted, losses > _SLOW_SHARE * lanes["loss"], near)
+        slow = accepted & (losses > _SLOW_SHARE * lanes["loss"])
         count = torch.where(slow, lanes["slow"] + 1, torch.where(accepted, 0, lanes["slow"]))
         lanes["slow"] = torch.where(tried, count, lanes["slow"])
+        near = lanes["loss"] <= _NEAR * torch.finfo(losses.dtype).eps ** 2 * self._reference(lanes["first_loss"])
+        useless = tried & near & (~accepted | (losses > _NEAR_SHARE * lanes["loss"]))
         lanes["iterations"] += accepted & ~new
         lanes["point"] = torch.where(accepted[:, None], point, lanes["point"])
         lanes["loss"] = torch.where(accepted, losses, lanes["loss"])
         lanes["first_loss"] = torch.where(accepted & new, losses, lanes["first_loss"])
         self._judge(gradient, accepted)
-        self._set_status(hopeless | (lanes["slow"] >= torch.where(near, _SLOW_NEAR, _SLOW_STEPS)), STALLED)
+        self._set_status(hopeless | useless | (lanes["slow"] >= _SLOW_STEPS), STALLED)
         target = point.clone()
         moving = self.running.nonzero().squeeze(1)
         if len(moving):
@@ -177,7 +184,7 @@ class GaussNewton(PerVictimOptimizer):
         matrix_free = (~dense).nonzero().squeeze(1)
         if len(matrix_free):
             chosen = moving[matrix_free]
-            fallen = (lanes["loss"][chosen] / lanes["first_loss"][chosen]).sqrt()
+            fallen = (lanes["loss"][chosen] / self._reference(lanes["first_loss"][chosen])).sqrt()
             found = conjugate_gradients(
                 self._equations,
                 lanes["point"][chosen],
@@ -214,6 +221,11 @@ class GaussNewton(PerVictimOptimizer):
             lanes["damping"][chosen] = one.damping
             lanes["products"][chosen] += one.products
         return steps
+
+    def _reference(self, first_loss: Tensor) -> Tensor:
+        """The loss that others are measured by, ``(V,)``."""
+        given = self._options["reference_loss"]
+        return first_loss if given is None else torch.full_like(first_loss, given)
 
     def _needed(self, lane: Tensor) -> int:
         """Bytes of the dense step of one lane."""

@@ -264,7 +264,9 @@ def test_validation_scores_on_the_way_and_changes_nothing(case: Any, kit: Any) -
 
     scores = Scores()
     plain = kit.fit(case.attack(), kit.victims(victims=4, batch_size=3))
-    often = kit.fit(case.attack(), kit.victims(victims=4, batch_size=3), val_check_interval=case.few, callbacks=[scores])
+    often = kit.fit(
+        case.attack(), kit.victims(victims=4, batch_size=3), val_check_interval=case.few, callbacks=[scores]
+    )
     kit.assert_same(plain, often)
     assert plain.scores == often.scores
     assert len(scores.seen) >= often.iteration // case.few
