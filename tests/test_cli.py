@@ -51,6 +51,13 @@ def test_refuses_another_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     assert "required: command" in refused(capsys)
 
 
+@pytest.mark.parametrize("attack", ["DLGAttack", "IDLGAttack", "RGAPAttack", "GaussNewtonAttack"])
+def test_fits_every_attack(attack: str) -> None:
+    main(["fit", "--model", attack, "--data", "SampleVictims", "--data.victims", "2", "--trainer.accelerator", "cpu"])
+    (table,) = Path("lightning_logs").rglob("victims.csv")
+    assert table.read_text().count("converged") == 2
+
+
 # The demo.
 
 
@@ -218,7 +225,8 @@ def test_fit_refuses_bad_input_in_one_line(
         (["--data.victims", "many"], 'Parser key "data'),
         (
             ["--model", "Nope"],
-            "Expected `--model` to be one of DLGAttack, GradientMatchingCondensation, IDLGAttack, or the",
+            "Expected `--model` to be one of DLGAttack, GaussNewtonAttack, GradientMatchingCondensation, IDLGAttack, "
+            "RGAPAttack, or the import path",
         ),
         (
             ["--data", "torch.nn.Linear"],

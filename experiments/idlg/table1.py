@@ -49,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet()
     try:
         dataset, victims = _victims(given)
+        if given.protocol == "published" and not set(given.methods) & set(SEARCHES):
+            raise ValueError(
+                f"Expected `--protocol published` with one of {', '.join(SEARCHES)}, but got others alone."
+            )
         options = {"seed": given.seed, "success_threshold": given.threshold}
         attacks = {
             name: METHODS[name](**options, **({"protocol": given.protocol} if name in SEARCHES else {}))

@@ -238,11 +238,12 @@ def _residuals(shared: SharedGradient, victim: Victim, labels: Tensor) -> Callab
     state, protocol = _state(shared), shared.protocol
     targets = F.one_hot(labels.cpu().long(), protocol.num_classes).double()
     wanted = torch.cat([tensor[0].flatten() for tensor in shared.gradients.values()])
+    size = wanted.norm() if bool(wanted.any()) else 1.0  # as the attack
     shape = (protocol.num_images, *protocol.image_shape)
 
     def residuals(point: Tensor) -> Tensor:
         gradients = victim.gradients(state, point.reshape(shape), targets)
-        return (torch.cat([gradients[name].flatten() for name in shared.gradients]) - wanted) / wanted.norm()
+        return (torch.cat([gradients[name].flatten() for name in shared.gradients]) - wanted) / size
 
     return residuals
 

@@ -99,6 +99,22 @@ class GradientMatchingAttack(LightningModule):
             spectrum=spectrum,
         )
         self.save_hyperparameters()
+        # The same under LightningCLI, which keeps what the signature of the class itself names and nothing more.
+        self.save_hyperparameters(
+            {
+                "protocol": protocol,
+                "seed": seed,
+                "success_threshold": success_threshold,
+                "restart_above": restart_above,
+                "distance": distance,
+                "start_std": start_std,
+                "history_size": history_size,
+                "tolerance": tolerance,
+                "max_evaluations": max_evaluations,
+                "restarts": restarts,
+                "spectrum": spectrum,
+            }
+        )
         self.automatic_optimization = False
         self.dummy_images = nn.Parameter(torch.empty(0, 1, 1, 1, 1))
         self.expected_victims = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from typing import Any
@@ -20,6 +21,8 @@ from leakage.shared_gradient import SharedGradient
 from leakage.victim import Victim
 
 STARTS = ("auto", "rgap", "noise")
+# Of more images the features take longer than all the rest, so "auto" does without.
+_MOST_SEPARATED = 16
 _TOLERANCE, _TOLERANCE_OF_BATCHES = 1e-11, 1e-13
 
 
@@ -43,7 +46,7 @@ class GaussNewtonAttack(IDLGAttack):
 
     Args:
         start: ``"rgap"``: what :class:`RGAPAttack` finds, for networks that it can invert; ``"noise"``: random, as
-            for all restarts; ``"auto"``: the first where it can be had.
+            for all restarts; ``"auto"``: the first where it can be had, for up to 16 images.
         solver: of the linear equations, see :class:`~leakage.optim.GaussNewton`.
         joint_labels: search for the labels too.
         damping: the first :math:`\lambda`.
@@ -55,7 +58,9 @@ class GaussNewtonAttack(IDLGAttack):
             rounding of single precision, for several, which depend more on the last digits.
         max_evaluations: steps (and one) per start.
         restarts: further starts for a victim that ended above ``restart_above``.
-        restart_above, start_std, spectrum, seed, success_threshold, rule, auxiliary: see :class:`IDLGAttack`.
+        restart_above: a victim that ends above this objective may start again. Noisy or rounded gradients never fall
+            below it: choose their noise's share, or ``restarts=0``.
+        start_std, spectrum, seed, success_threshold, rule, auxiliary: see :class:`IDLGAttack`.
 
     Raises:
         ValueError: at construction, an unknown choice or a number out of its range; in ``fit``, more unknowns than
@@ -84,7 +89,6 @@ class GaussNewtonAttack(IDLGAttack):
         underdetermined: bool = False,
         rule: str = "auto",
         auxiliary: Auxiliary | None = None,
-        protocol: str = "robust",
         seed: int = 0,
         success_threshold: float = 1e-3,
         restart_above: float = 1e-9,
@@ -96,7 +100,6 @@ class GaussNewtonAttack(IDLGAttack):
     ) -> None:
         check_choice("start", start, STARTS)
         check_choice("solver", solver, SOLVERS)
-        check_choice("protocol", protocol, ("robust",))
         check_flag(joint_labels=joint_labels, underdetermined=underdetermined)
         check_positive(damping=damping)
         check_count(max_products=max_products, memory=memory)
@@ -104,10 +107,13 @@ class GaussNewtonAttack(IDLGAttack):
             raise ValueError(
                 "Expected start='auto' or 'noise' with `joint_labels`, but got 'rgap', which needs labels."
             )
+        if joint_labels and (rule != "auto" or auxiliary is not None):
+            raise ValueError(
+                "Expected no `rule` and no `auxiliary` with `joint_labels`, which infers no labels, but got one."
+            )
         super().__init__(
             rule=rule,
             auxiliary=auxiliary,
-            protocol=protocol,
             seed=seed,
             success_threshold=success_threshold,
             restart_above=restart_above,
@@ -119,9 +125,12 @@ class GaussNewtonAttack(IDLGAttack):
         )
 
     def setup(self, stage: str) -> None:
-        """Make dummy label logits too, where they are searched for."""
+        """Make dummy label logits too, where they are searched for, and choose the tolerance."""
         super().setup(stage)
         protocol = self.victim.protocol
+        if self.hparams["tolerance"] is None:
+            default = _TOLERANCE if protocol.num_images == 1 else _TOLERANCE_OF_BATCHES
+            self.search = dataclasses.replace(self.search, tolerance=default)
         if self.hparams["joint_labels"]:
             self.dummy_labels = nn.Parameter(
                 torch.empty(0, protocol.num_images, protocol.num_classes, dtype=self.dummy_images.dtype)
@@ -137,14 +146,20 @@ class GaussNewtonAttack(IDLGAttack):
                 f"({self._written(victim)}) and {equations:,} equations (the network's parameters). Pass "
                 "underdetermined=True to go on all the same."
             )
-        self._layers = False
-        if self.hparams["start"] != "noise" and not self.hparams["joint_labels"]:
-            try:
-                check_layers(victim)
-                self._layers = True
-            except ValueError:
-                if self.hparams["start"] == "rgap":
-                    raise
+        if self.hparams["start"] == "rgap":
+            check_layers(victim)
+
+    def _starts_with_layers(self) -> bool:
+        """Whether the first start is that of R-GAP."""
+        if self.hparams["start"] != "auto":
+            return bool(self.hparams["start"] == "rgap")
+        if self.hparams["joint_labels"] or self.victim.protocol.num_images > _MOST_SEPARATED:
+            return False
+        try:
+            check_layers(self.victim)
+        except ValueError:
+            return False
+        return True
 
     def _size(self, victim: Victim) -> tuple[int, int]:
         """Equations and unknowns of one victim."""
@@ -163,7 +178,6 @@ class GaussNewtonAttack(IDLGAttack):
     def configure_optimizers(self) -> PerVictimOptimizer:
         """Levenberg-Marquardt, without the Jacobian where it has no room."""
         protocol, solver = self.victim.protocol, self.hparams["solver"]
-        tolerance = self.hparams["tolerance"] or (_TOLERANCE if protocol.num_images == 1 else _TOLERANCE_OF_BATCHES)
         needed = dense_bytes(*self._size(self.victim), self.dummy_images.element_size())
         if solver != "cg" and needed > self.hparams["memory"]:
             warnings.warn(
@@ -175,14 +189,14 @@ class GaussNewtonAttack(IDLGAttack):
         return GaussNewton(
             self._unknowns,
             equations=self._equations,
-            tolerance=tolerance,
+            tolerance=self.search.tolerance,
             max_evaluations=self.search.max_evaluations,
             damping=self.hparams["damping"],
             max_step=self.search.max_step,
             solver=solver,
             max_products=self.hparams["max_products"],
             memory=self.hparams["memory"],
-            reference_loss=1.0,  # the residuals are relative to the shared gradient
+            reference_loss=1.0,  # residuals are relative to the shared gradient, unless that is zero
             spectrum=ImageSpectrum(protocol.num_images, protocol.image_shape) if self.search.spectrum else None,
         )
 
@@ -203,7 +217,7 @@ class GaussNewtonAttack(IDLGAttack):
 
     def _first_starts(self, shared: SharedGradient, fixed: Tensor) -> list[Tensor]:
         starts = super()._first_starts(shared, fixed)
-        if self._layers:
+        if self._starts_with_layers():
             starts[0] = layers_start(shared, self.victim, fixed.argmax(dim=-1), starts[0], seed=self.hparams["seed"])
         return starts
 

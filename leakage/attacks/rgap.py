@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from leakage.attacks.idlg import IDLGAttack
-from leakage.errors import check_choice
 from leakage.inversion import check_separable, find_chain, invert_layers, separate_features
 from leakage.labels import Auxiliary
 from leakage.shared_gradient import SharedGradient
@@ -25,7 +24,7 @@ class RGAPAttack(IDLGAttack):
     searched for: the objective, that of iDLG, is evaluated once.
 
     Where a layer has fewer equations than inputs, as with several images or behind ReLUs, the images are the
-    nearest solution to what images look like, and inexact.
+    nearest solution to what images look like, and inexact. A victim whose equations give no numbers keeps noise.
 
     Shapes: images ``(V, N, C, H, W)`` in [0, 1], labels ``(V, N)``.
 
@@ -36,7 +35,7 @@ class RGAPAttack(IDLGAttack):
 
     Raises:
         ValueError: in ``fit``, a network that is no such chain, more images than the last layer's gradient can hold,
-            and what :class:`IDLGAttack` raises.
+            several with ``loss="mean_squared_error"``, and what :class:`IDLGAttack` raises.
 
     References:
         Zhu and Blaschko, *R-GAP: Recursive Gradient Attack on Privacy*, ICLR 2021, https://arxiv.org/abs/2010.07733.
@@ -57,15 +56,12 @@ class RGAPAttack(IDLGAttack):
         *,
         rule: str = "auto",
         auxiliary: Auxiliary | None = None,
-        protocol: str = "robust",
         seed: int = 0,
         success_threshold: float = 1e-3,
     ) -> None:
-        check_choice("protocol", protocol, ("robust",))
         super().__init__(
             rule=rule,
             auxiliary=auxiliary,
-            protocol=protocol,
             seed=seed,
             success_threshold=success_threshold,
             max_evaluations=1,
@@ -82,16 +78,22 @@ class RGAPAttack(IDLGAttack):
 
 
 def check_layers(victim: Victim) -> None:
-    """Raise a ``ValueError`` unless the victim's network can be inverted layer by layer."""
+    """Raise a ``ValueError`` unless the images of such victims can be found layer by layer."""
     check_separable(victim)
+    protocol = victim.protocol
+    if protocol.loss == "mean_squared_error" and protocol.num_images > 1:
+        raise ValueError(
+            "Expected one image with loss 'mean_squared_error', which can't tell apart the features of several images "
+            f"whose labels repeat, but got {protocol.num_images}."
+        )
     find_chain(victim)
 
 
-def layers_start(shared: SharedGradient, victim: Victim, labels: Tensor, instead: Tensor, *, seed: int) -> Tensor:
-    """Images by inverting the layers, clamped to [0, 1]; ``instead`` for victims where that gives no numbers."""
+def layers_start(shared: SharedGradient, victim: Victim, labels: Tensor, fallback: Tensor, *, seed: int) -> Tensor:
+    """Images by inverting the layers, clamped to [0, 1]; the fallback for victims where that gives no numbers."""
     separated = separate_features(shared, victim, labels, seed=seed)
     several = shared.protocol.num_images > 1
     iterations = {"max_iterations": _ITERATIONS_OF_BATCHES} if several else {}
     images = invert_layers(shared, victim, separated, **iterations).images
     usable = torch.isfinite(images).flatten(1).all(1)
-    return torch.where(usable[:, None, None, None, None], images.clamp(0, 1).to(instead), instead)
+    return torch.where(usable[:, None, None, None, None], images.clamp(0, 1).to(fallback), fallback)

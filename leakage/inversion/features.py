@@ -72,7 +72,7 @@ def check_separable(victim: Victim) -> None:
     if f"{victim.classifier}.weight" not in victim.trainable:
         raise ValueError(
             f"Expected the weights of the last layer {victim.classifier!r} to share their gradient, "
-            "but got frozen weights."
+            "but got frozen weights, or some that it shares with another layer."
         )
     count, classes = protocol.num_images, protocol.num_classes
     has_bias = f"{victim.classifier}.bias" in victim.trainable
@@ -286,8 +286,8 @@ def _equations(shared: SharedGradient, victim: Victim, labels: Tensor) -> tuple[
 def _solve(equations: _Equations, shared: SharedGradient, seed: int) -> Tensor:
     """``(V, N, N)``, the coordinates of all features, of the start whose equations hold best."""
     victims, count = equations.mean.shape
-    precision = min(torch.finfo(tensor.dtype).eps for tensor in shared.gradients.values())
-    enough = max(_ROUNDING * precision, _LEAST)
+    precision = _precision(torch.cat([tensor.flatten(1) for tensor in shared.gradients.values()], dim=1))
+    enough = (_ROUNDING * precision).clamp(min=_LEAST)
     at_once = max(1, _MEMORY // (32 * count**4))
     best = equations.mean.new_zeros(victims, count, count)
     least = equations.mean.new_full((victims,), torch.inf)
@@ -311,14 +311,23 @@ def _solve(equations: _Equations, shared: SharedGradient, seed: int) -> Tensor:
             unknowns = torch.cat([unknowns for unknowns, _ in found]).view(len(part), starts, count, count)
             errors = torch.cat([errors for _, errors in found]).view(len(part), starts)
             errors, order = torch.where(errors.isfinite(), errors, torch.inf).sort(dim=1)
-            agree = (errors[:, 1] < 1.01 * errors[:, 0]) & (errors[:, 0] < enough * _AGREEING / _ROUNDING)
+            agree = (errors[:, 1] < 1.01 * errors[:, 0]) & (errors[:, 0] < enough[part] * _AGREEING / _ROUNDING)
             errors, chosen = errors[:, 0], order[:, 0]
-            solved[part] = (errors < enough) | agree
+            solved[part] = (errors < enough[part]) | agree
             (better,) = torch.where(errors < least[part])
             best[part[better]] = unknowns[better, chosen[better]]
             least[part[better]] = errors[better]
         first += starts
     return best
+
+
+def _precision(gradients: Tensor) -> Tensor:
+    """``(V,)``, the rounding of the coarsest format that holds each victim's numbers ``(V, M)`` exactly."""
+    found = gradients.new_full((len(gradients),), torch.finfo(torch.float64).eps, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float16):
+        exact = (gradients.to(dtype).to(gradients.dtype) == gradients).all(dim=1)
+        found = torch.where(exact, torch.finfo(dtype).eps, found)
+    return found
 
 
 def _start(victim: _Equations, seed: int) -> Tensor:

@@ -57,8 +57,12 @@ class GaussNewton(PerVictimOptimizer):
         max_products: products with J, and as many with its transpose, of one step of conjugate gradients.
         reference_loss: what rounding and the exactness of the linear equations are measured by; by default each
             victim's first loss, which says nothing where the start is near the solution.
-        memory: bytes that the Jacobian and the normal equations of one victim may take.
+        memory: bytes that the Jacobian and the normal equations of one victim may take; the activations of some
+            hundred directions come on top.
         spectrum: P; None is the identity. Not part of the state.
+
+    Attributes:
+        products: ``(V,)``, products with the Jacobian, or columns of it, that each victim has taken.
 
     Raises:
         ValueError: an option out of its range, or an unknown solver; at the first step, a Jacobian that does not

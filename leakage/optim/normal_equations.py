@@ -89,6 +89,7 @@ def conjugate_gradients(
     right = -back(residuals)
     step, products = torch.zeros_like(point), torch.zeros_like(lanes)
     solved = torch.zeros_like(lanes, dtype=torch.bool)
+    gone = solved.clone()  # solved, or overflowed
     # The lanes that go on, by their place; `dual` is P^-1 of `direction`.
     at = torch.arange(len(point), device=point.device)
     left, preconditioned = right, _times(spectrum, right)
@@ -104,23 +105,21 @@ def conjugate_gradients(
         left = left - length[:, None] * turned
         preconditioned = _times(spectrum, left)
         fresh = (left * preconditioned).sum(1)
-        running = ~solved[at]
+        running = ~gone[at]
         products[at] += running
         step[at] = torch.where(running[:, None], found, step[at])
-        ended = (fresh <= forcing[at].square() * first[at]) | ~torch.isfinite(fresh)
-        solved[at] |= ended
+        solved[at] |= running & (fresh <= forcing[at].square() * first[at])
+        gone[at] |= solved[at] | ~torch.isfinite(fresh)
         again = torch.where(product > 0, fresh / product, 0.0)[:, None]
         direction, dual, product = preconditioned + again * direction, left + again * dual, fresh
-        gone = solved[at]
-        if bool(gone.all()):
+        leaving = gone[at]
+        if bool(leaving.all()):
             break
-        if float(gone.float().mean()) >= _LEAVING_SHARE:
-            kept = (~gone).nonzero().squeeze(1)
+        if float(leaving.float().mean()) >= _LEAVING_SHARE:
+            kept = (~leaving).nonzero().squeeze(1)
             at = at[kept]
             left, direction, dual, product, found = (tensor[kept] for tensor in (left, direction, dual, product, found))
             _, forward, back = _products(equations, point[at], lanes[at])
-    # A lane that has overflowed is not solved.
-    solved[at] &= torch.isfinite(product)
     step = torch.where(torch.isfinite(step), step, 0.0).clamp(-max_step, max_step)
     image = everyone(step)
     return Step(step, 2 * (step * right).sum(1) - image.square().sum(1), products, solved, given)
@@ -197,13 +196,12 @@ def cholesky_steps(
     residual = equations(point, lane)
     loss = residual.square().sum()
     right = residual @ jacobian.mT
-    for _ in range(_RETRIES):
-        factor, damping = _factorise(normal, damping)
+    for attempt in range(_RETRIES):
+        factor, damping = _factorise(normal, damping * (_FIRMER if attempt else 1))
         step = _solved(factor, right, spectrum).clamp(-max_step, max_step)
         fresh = equations(point + step, lane)
         if bool(fresh.square().sum() < loss):
             break
-        damping = damping * _FIRMER
     image = jvp(lambda points: equations(points, lane), (point,), (step,))[1]
     promised = loss - (residual + image).square().sum(1)
     for _ in range(max_chords):
@@ -226,7 +224,10 @@ def _solved(factor: Tensor, right: Tensor, spectrum: ImageSpectrum | None) -> Te
 
 
 def dense_bytes(equations: int, unknowns: int, itemsize: int) -> int:
-    """Memory that the dense step of one lane takes: the Jacobian, its normal equations and their factor."""
+    """Bytes of the dense step of one lane: the Jacobian, its normal equations, their factor and a copy.
+
+    The activations of :data:`_DIRECTIONS_AT_ONCE` directions come on top, as their size is not known beforehand.
+    """
     return itemsize * unknowns * (equations + 3 * unknowns)
 
 

@@ -88,7 +88,7 @@ def test_refuses_more_unknowns_than_equations_unless_asked(kit: Any) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"start": "zeros"}, r"Expected `start` to be one of \['auto', 'noise', 'rgap'\], but got 'zeros'"),
     ({"solver": "qr"}, r"Expected `solver` to be one of \['auto', 'cg', 'cholesky'\], but got 'qr'"),
-    ({"protocol": "published"}, r"Expected `protocol` to be one of \['robust'\], but got 'published'"),
+    ({"joint_labels": True, "rule": "idlg"}, "Expected no `rule` and no `auxiliary` with `joint_labels`"),
     ({"damping": 0.0}, r"Expected `damping` to be positive and finite, but got 0.0"),
     ({"max_products": 0}, r"Expected `max_products` to be a whole number of at least 1, but got 0"),
     ({"memory": -1}, r"Expected `memory` to be a whole number of at least 1, but got -1"),
@@ -109,8 +109,15 @@ def test_names_the_module_that_is_no_plain_chain(kit: Any, attack: Any) -> None:
         kit.fit(attack, kit.victims(victims=2, model=LeNet(1, 12, activation="silu")))
     with pytest.raises(ValueError, match=r"Expected at most 9 images"):
         kit.fit(attack, kit.victims(victims=2, num_images=12, reveal_labels=True, model=ConvNet(1, 12)))
-    with pytest.raises(ValueError, match=r"Expected `protocol` to be one of \['robust'\], but got 'published'"):
-        RGAPAttack(protocol="published")
+
+
+@pytest.mark.parametrize("attack", [RGAPAttack(), GaussNewtonAttack(start="rgap")], ids=["RGAP", "GaussNewton"])
+def test_names_a_loss_that_hides_features(kit: Any, attack: Any) -> None:
+    options: dict[str, Any] = {"victims": 3, "num_images": 3, "loss": "mean_squared_error", "reveal_labels": True}
+    with pytest.raises(ValueError, match=r"Expected one image with loss 'mean_squared_error'.*but got 3"):
+        kit.fit(attack, kit.victims(**options))
+    # Else it starts from noise.
+    assert len(kit.fit(GaussNewtonAttack(max_evaluations=2, restarts=0), kit.victims(**options)).finished) == 3
 
 
 @pytest.mark.parametrize("solver", ["cholesky", "cg"])
@@ -133,3 +140,12 @@ def test_double_precision_goes_further(kit: Any) -> None:
     double = kit.by_id(kit.fit(GaussNewtonAttack(**options), kit.victims(victims=2), precision="64-true"))
     assert double.images.dtype == torch.float64
     assert bool((double.loss < single.loss).all())  # down to the rounding of the shared gradients
+
+
+def test_batches_start_with_their_layers_in_any_cohort(kit: Any) -> None:
+    """Labels come unsorted, and one cohort after another."""
+    options: dict[str, Any] = {"victims": 4, "num_images": 3, "batch_size": 3, "reveal_labels": True}
+    attack = kit.fit(GaussNewtonAttack(), kit.victims(**options))
+    assert sum(score.success == 1 and score.label_accuracy == 1 for score in attack.scores.values()) >= 3
+    alone = kit.fit(GaussNewtonAttack(), kit.victims(**(options | {"batch_size": 1})))
+    assert torch.equal(kit.by_id(alone).labels, kit.by_id(attack).labels)

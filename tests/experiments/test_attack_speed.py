@@ -54,6 +54,18 @@ def test_another_data_set_and_precision(speed: ModuleType, tmp_path: Path, monke
     assert result["success_rate"]["leakage"] == 1.0
 
 
+def test_another_method_and_threshold(speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "CALLS", 1)
+    monkeypatch.setattr(speed.os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    output = tmp_path / "speed.json"
+    counts = ["--victims", "2", "--plain-victims", "1", "--dataset", "sample"]
+    speed.main([*counts, "--method", "gauss_newton", "--threshold", "1e-6", "--output", str(output)])
+    result = json.loads(output.read_text())
+    assert (result["method"], result["threshold"]) == ("gauss_newton", 1e-6)
+    assert result["success_rate"]["leakage"] == 1.0
+    assert result["mse_median"]["leakage"] < 1e-6
+
+
 def test_the_plain_search_is_the_published_one(speed: ModuleType) -> None:
     """Against the loop as the papers' code has it, step by step."""
     victims = SampleVictims(victims=1)

@@ -32,6 +32,24 @@ def refused(script: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: 
     return capsys.readouterr().err
 
 
+def test_methods_of_their_own_and_a_threshold(
+    table1: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    arguments = ["--dataset", "sample", "--victims", "2", "--output", str(output), "--accelerator", "cpu"]
+    table1.main([*arguments, "--methods", "rgap", "gauss_newton", "--threshold", "1e-6"])
+    said = capsys.readouterr().out
+    assert "MSE < 1e-6" in said
+    assert "R-GAP" in said
+    rows = json.loads((output / "summary.json").read_text())
+    assert [(row["method"], row["success_threshold"], row["success_rate"]) for row in rows] == [
+        ("rgap", 1e-6, 1.0),
+        ("gauss_newton", 1e-6, 1.0),
+    ]
+    alone = [*arguments, "--methods", "rgap", "--protocol", "published"]
+    assert "Expected `--protocol published` with one of dlg, idlg" in refused(table1, capsys, *alone)
+
+
 def test_runs_refuses_to_overwrite_and_resumes(
     table1: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

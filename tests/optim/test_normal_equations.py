@@ -399,3 +399,28 @@ def test_draws_its_signs_without_the_global_random_state() -> None:
 def test_counts_the_bytes_of_the_dense_step() -> None:
     count: Callable[[int, int, int], int] = dense_bytes
     assert count(15_826, 3_072, 4) == 4 * (15_826 * 3_072 + 3 * 3_072**2)
+
+
+def test_a_lane_that_overflows_is_not_solved_whoever_is_beside_it() -> None:
+    starts = torch.tensor([[1.0, 2.0], [1.0, 2.0]])
+    sizes = torch.tensor([1e25, 1.0])
+
+    def equations(points: Tensor, lanes: Tensor) -> Tensor:
+        return sizes[lanes, None] * points
+
+    def solved(lanes: list[int]) -> list[bool]:
+        found = normal_equations.conjugate_gradients(
+            equations,
+            starts[lanes],
+            torch.tensor(lanes),
+            torch.full((len(lanes),), 1e-6),
+            forcing=torch.full((len(lanes),), 1e-3),
+            max_products=10,
+            max_step=1.0,
+            spectrum=None,
+        )
+        assert bool(found.step.isfinite().all())
+        return found.solved.tolist()
+
+    assert solved([0]) == [False]
+    assert solved([0, 1]) == [False, True]
