@@ -145,7 +145,7 @@ def find_chain(victim: Victim) -> Chain:
         )
     before: list[Elementwise] = []
     stages: list[Stage] = []
-    for name, module, inputs, outputs in _calls(victim):
+    for name, module, inputs, outputs in module_calls(victim):
         if name == victim.classifier:
             break
         if isinstance(module, nn.Identity | nn.Flatten | _DropoutNd):
@@ -164,7 +164,7 @@ def find_chain(victim: Victim) -> Chain:
 
 
 @torch.no_grad()
-def _calls(victim: Victim) -> list[tuple[str, nn.Module, torch.Size, torch.Size]]:
+def module_calls(victim: Victim) -> list[tuple[str, nn.Module, torch.Size, torch.Size]]:
     """Modules without children in the order of their calls, with the shapes of one image before and behind."""
     like = next(victim.model.parameters())
     noise = torch.rand(2, *victim.protocol.image_shape, generator=torch.Generator().manual_seed(0)).to(like)
