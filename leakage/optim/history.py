@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 # Slots a history begins with; it doubles until `size`, so that short searches stay small.
 _FIRST_SLOTS = 16
+# Bytes of pairs that are worked on at once. Per thread of a CPU: they stay in the cache from the first product to
+# the last. On a GPU: as many as keep it busy.
+_AT_ONCE_ON_A_CPU, _AT_ONCE = 2**22, 2**29
 
 State = dict[str, Tensor]
 # Multiplies vectors (V, D) by a symmetric, positive definite matrix.
 Preconditioner = Callable[[Tensor], Tensor]
-HISTORY = ("s", "y", "sy", "scale", "pairs")
+HISTORY = ("s", "y", "inverse", "scale", "pairs", "row")
 
 
 def fresh_history(victims: int, unknowns: int, size: int, like: Tensor) -> State:
     """An empty history of up to ``size`` pairs (s, y) for each victim.
 
-    ``s`` and ``y`` are ring buffers ``(V, slots, D)``. ``sy (V, slots, slots)`` holds the products
-    ``s_i . y_j`` for i not younger than j, oldest first; the rest of it is never read.
+    ``s`` and ``y`` are ring buffers ``(V, slots, D)``; what lies in slots without a pair counts for nothing, but
+    must be finite.
     """
     slots = min(size, _FIRST_SLOTS)
     return {
         "s": like.new_zeros(victims, slots, unknowns),
         "y": like.new_zeros(victims, slots, unknowns),
-        "sy": torch.eye(slots, dtype=like.dtype, device=like.device).repeat(victims, 1, 1),
         "scale": like.new_ones(victims),
         "pairs": torch.zeros(victims, dtype=torch.long, device=like.device),
+    }
+
+
+def fresh_products(history: State) -> State:
+    """What :func:`push_and_direct` needs beside an empty history.
+
+    ``inverse (V, slots, slots)`` is the transposed inverse of R, its rows and columns by slot instead of by age; zero
+    where a slot holds no pair. ``row (V,)`` is where in ``s``, ``y`` and ``inverse`` a victim's history lies;
+    victims that began earlier lie further to the front.
+    """
+    victims, slots, _ = history["s"].shape
+    return {
+        "inverse": history["s"].new_zeros(victims, slots, slots),
+        "row": torch.arange(victims, device=history["s"].device),
     }
 
 
@@ -38,23 +54,54 @@ def grow(state: State, slots: int) -> None:
     if slots <= present:
         return
     for name in ("s", "y"):
-        state[name] = torch.cat([state[name], state[name].new_zeros(victims, slots - present, unknowns)], dim=1)
-    if "sy" not in state:
-        return
-    sy = torch.eye(slots, dtype=state["sy"].dtype, device=state["sy"].device).repeat(victims, 1, 1)
-    sy[:, :present, :present] = state["sy"]
-    state["sy"] = sy
+        larger = state[name].new_zeros(victims, slots, unknowns)
+        larger[:, :present] = state[name]
+        state[name] = larger
+    if "inverse" in state:
+        inverse = fresh_products(state)["inverse"]
+        inverse[:, :present, :present] = state["inverse"]
+        state["inverse"] = inverse
 
 
 def forget(state: State, lanes: Tensor) -> None:
-    """Empty the histories of the lanes of a boolean mask."""
-    if not bool(lanes.any()):
-        return
-    state["s"][lanes] = 0
-    state["y"][lanes] = 0
-    state["sy"][lanes] = torch.eye(state["sy"].shape[1], dtype=state["sy"].dtype, device=state["sy"].device)
-    state["scale"][lanes] = 1
+    """Empty the histories of the lanes of a boolean mask, or at these indices."""
     state["pairs"][lanes] = 0
+    state["scale"][lanes] = 1
+    state["inverse"][state["row"][lanes]] = 0
+
+
+def begin_anew(state: State, lanes: Tensor) -> None:
+    """Empty the histories of the lanes at these indices, and move them behind those of the others."""
+    others = torch.ones_like(state["row"], dtype=torch.bool)
+    others[lanes] = False
+    pack(state, others.nonzero().squeeze(1))
+    state["row"][lanes] = torch.arange(len(others) - len(lanes), len(others), device=lanes.device)
+    forget(state, lanes)
+
+
+def keep(state: State, lanes: Tensor) -> State:
+    """The histories of the lanes at these indices, in the memory of the present ones if they fill half of it."""
+    pack(state, lanes)
+    kept = {name: state[name][lanes] for name in ("scale", "pairs", "row")}
+    for name in ("s", "y", "inverse"):
+        part = state[name][: len(lanes)]
+        kept[name] = part if 2 * part.nbytes > part.untyped_storage().nbytes() else part.clone()
+    return kept
+
+
+def pack(state: State, lanes: Tensor) -> None:
+    """Move the histories of the lanes at these indices to the front, in the order in which they lie."""
+    lanes = lanes[state["row"][lanes].argsort()]
+    rows, places = state["row"][lanes], torch.arange(len(lanes), device=lanes.device)
+    stay = int((rows == places).sum())  # those before the first gap
+    pairs = state["pairs"][lanes[stay:]].clamp(1, state["s"].shape[1]).tolist()
+    for first, last, used in _neighbours(pairs, _bytes_per_pair(state), lanes.device):
+        # What is yet to be moved lies behind all places that are written.
+        source, place = rows[stay + first : stay + last], places[stay + first : stay + last]
+        for name in ("s", "y"):
+            state[name][place, :used] = state[name][source, :used]
+        state["inverse"][place] = state["inverse"][source]
+    state["row"][lanes] = places
 
 
 def times(preconditioner: Preconditioner | None, vectors: Tensor) -> Tensor:
@@ -64,24 +111,24 @@ def times(preconditioner: Preconditioner | None, vectors: Tensor) -> Tensor:
 
 def _push(
     state: State, size: int, pushed: Tensor, s: Tensor, y: Tensor, preconditioner: Preconditioner | None = None
-) -> Tensor:
-    """Store new pairs in the ring buffers; returns the lanes that stored one."""
+) -> list[int]:
+    """Store new pairs in the ring buffers; returns how many each victim has had, these included."""
     lanes = pushed.nonzero().squeeze(1)
     if not len(lanes):
-        return lanes
-    pairs = state["pairs"][lanes]
-    needed = int(pairs.max()) + 1
-    if needed > state["s"].shape[1]:
+        return state["pairs"].tolist()
+    state["pairs"] += pushed
+    had: list[int] = state["pairs"].tolist()
+    if max(had) > state["s"].shape[1]:
         grow(state, min(size, 2 * state["s"].shape[1]))
-    if "sy" in state and bool((pairs >= size).any()):
-        full = lanes[pairs >= size]  # the oldest pair leaves: its row and column move out at the front
-        state["sy"][full, :-1, :-1] = state["sy"][full, 1:, 1:]
-    slot = pairs % size
-    state["s"][lanes, slot] = s[lanes]
-    state["y"][lanes, slot] = y[lanes]
-    state["pairs"][lanes] += 1
-    state["scale"][lanes] = ((s * y).sum(1) / (y * times(preconditioner, y)).sum(1))[lanes]
-    return lanes
+    row = state["row"][lanes] if "row" in state else lanes
+    slot = (state["pairs"][lanes] - 1) % size
+    state["s"][row, slot] = s[lanes]
+    state["y"][row, slot] = y[lanes]
+    scale = (s * y).sum(1) / (y * times(preconditioner, y)).sum(1)
+    state["scale"] = torch.where(pushed, scale, state["scale"])
+    if "inverse" in state and max(had) > size:  # the oldest pair has left
+        state["inverse"][row, :, slot] = 0
+    return had
 
 
 def _slots_by_age(state: State, size: int, used: int) -> Tensor:
@@ -97,9 +144,8 @@ def push_and_recurse(state: State, size: int, pushed: Tensor, s: Tensor, y: Tens
     It takes more time, and errs less where a history without line search has become ill-conditioned: each
     product is taken with what the ones before have left.
     """
-    _push(state, size, pushed, s, y)
+    used = min(max(_push(state, size, pushed, s, y), default=0), size)
     pairs = state["pairs"]
-    used = min(int(pairs.max()), size) if len(pairs) else 0
     slots, victims = _slots_by_age(state, size, used), torch.arange(len(pairs), device=pairs.device)
     present = pairs[:, None] > torch.arange(used, device=pairs.device)
     inverses, alphas = gradient.new_zeros(2, len(gradient), used)
@@ -128,15 +174,19 @@ def push_and_direct(
 ) -> Tensor:
     r"""Store new pairs, and give every victim the quasi-Newton direction :math:`-H g`.
 
-    This is the two-loop recursion written as products and triangular solves over all its pairs at
-    once. With :math:`R_{ij} = s_i \cdot y_j` for :math:`i \le j` (oldest first), D its diagonal, P the
+    This is the two-loop recursion written as products over all its pairs at once. With
+    :math:`R_{ij} = s_i \cdot y_j` for :math:`i \le j` (oldest first) and zero below, D its diagonal, P the
     preconditioner and :math:`\gamma = s \cdot y / y \cdot P y` of the newest pair:
 
     .. math:: \alpha = R^{-1} S g, \quad q = \gamma P (g - Y^T \alpha), \quad
         \delta = R^{-T} (D \alpha - Y q), \quad H g = q + S^T \delta
 
+    The inverse of R gains a row and a column with each pair, and the oldest pair leaves as a row and a column of
+    both; so it is kept, and never solved for. Victims whose histories lie beside each other are worked on together,
+    as many as fit into the cache.
+
     Args:
-        state: see :func:`fresh_history`; changed in place.
+        state: see :func:`fresh_history`, with :func:`fresh_products`; changed in place.
         size: the most pairs to remember.
         pushed: ``(V,)``, which victims store their pair; s . y must be positive for them.
         s: ``(V, D)``, steps.
@@ -147,26 +197,67 @@ def push_and_direct(
     Returns:
         ``(V, D)``; for a victim without pairs the negative gradient times P.
     """
-    lanes = _push(state, size, pushed, s, y, preconditioner)
-    pairs = state["pairs"]
-    used = min(int(pairs.max()), size) if len(pairs) else 0
+    had = _push(state, size, pushed, s, y, preconditioner)
+    if not any(had):
+        return -times(preconditioner, gradient)
+    lanes = state["row"].argsort()
+    filled = [min(had[lane], size) for lane in lanes.tolist()]
+    parts = [
+        _direct(state, size, slice(first, last), used, lanes[first:last], pushed, y, gradient, preconditioner)
+        for first, last, used in _neighbours(filled, _bytes_per_pair(state), lanes.device)
+    ]
+    return torch.cat(parts)[state["row"]]
+
+
+def _direct(
+    state: State,
+    size: int,
+    rows: slice,
+    used: int,
+    lanes: Tensor,
+    pushed: Tensor,
+    y: Tensor,
+    gradient: Tensor,
+    preconditioner: Preconditioner | None,
+) -> Tensor:
+    """Directions of the lanes whose histories lie in these rows, of which the longest has ``used`` pairs."""
+    gradient, pairs = gradient[lanes], state["pairs"][lanes, None]
     if not used:
         return -times(preconditioner, gradient)
-    s_used, y_used = state["s"][:, :used], state["y"][:, :used]
-    slots = _slots_by_age(state, size, used)
-    products = torch.bmm(torch.stack([gradient, y], dim=1), s_used.mT)
-    products = products.gather(2, slots[:, None].expand(-1, 2, -1))
-    if len(lanes):
-        newest = torch.clamp(pairs[lanes], max=size) - 1
-        state["sy"][lanes, :used, newest] = products[lanes, 1]
-    sy = state["sy"][:, :used, :used]
-    alpha = torch.linalg.solve_triangular(sy, products[:, 0, :, None], upper=True).squeeze(2)
-    by_slot = torch.empty_like(alpha).scatter_(1, slots, alpha)
-    scale = torch.where(pairs > 0, state["scale"], 1.0)[:, None]
-    left = torch.baddbmm(gradient[:, None], by_slot[:, None], y_used, alpha=-1).squeeze(1)
-    q = scale * times(preconditioner, left)
-    projected = torch.bmm(q[:, None], y_used.mT).squeeze(1).gather(1, slots)
-    right = sy.diagonal(dim1=1, dim2=2) * alpha - projected
-    delta = torch.linalg.solve_triangular(sy.mT, right[:, :, None], upper=False).squeeze(2)
-    by_slot = torch.empty_like(delta).scatter_(1, slots, delta)
-    return -torch.baddbmm(q[:, None], by_slot[:, None], s_used).squeeze(1)
+    old_s, old_y, inverse = state["s"][rows, :used], state["y"][rows, :used], state["inverse"][rows, :used, :used]
+    filled = pairs > torch.arange(used, device=lanes.device)
+    products = torch.bmm(old_s, torch.stack([gradient, y[lanes]], dim=1).mT).mT  # in this order it is fastest
+    products = torch.where(filled[:, None], products, 0.0)
+    alpha, column = torch.bmm(products, inverse).unbind(1)
+    # The inverse's new column: 1 / (s . y) of the new pair, and -R^-1 (S y) times that above it.
+    slot = (pairs - 1).clamp(min=0) % size
+    diagonal = products[:, 1].gather(1, slot)
+    column = (-column / diagonal).scatter_(1, slot, 1 / diagonal)
+    newest = torch.arange(len(lanes), device=lanes.device), slot[:, 0]
+    stored = pushed[lanes, None]
+    inverse[newest] = torch.where(stored, column, inverse[newest])
+    alpha = torch.where(stored, torch.addcmul(alpha, column, products[:, 0].gather(1, slot)), alpha)
+    left = torch.baddbmm(gradient[:, None], alpha[:, None], old_y, alpha=-1).squeeze(1)
+    q = (state["scale"][lanes, None] * times(preconditioner, left))[:, None]
+    right = alpha / inverse.diagonal(dim1=1, dim2=2) - torch.bmm(q, old_y.mT).squeeze(1)
+    delta = torch.bmm(torch.where(filled, right, 0.0)[:, None], inverse.mT)
+    return -torch.baddbmm(q, delta, old_s).squeeze(1)
+
+
+def _bytes_per_pair(state: State) -> int:
+    return 2 * state["s"].shape[2] * state["s"].element_size()
+
+
+def _neighbours(pairs: list[int], bytes_per_pair: int, device: torch.device) -> Iterator[tuple[int, int, int]]:
+    """First and last of the histories that are worked on together, and the most pairs that one of them has."""
+    at_once = _AT_ONCE_ON_A_CPU * torch.get_num_threads() if device.type == "cpu" else _AT_ONCE
+    limit = at_once // bytes_per_pair
+    first, used = 0, 0
+    for place, present in enumerate(pairs):
+        most = max(used, present)
+        if place > first and (place - first + 1) * most > limit:
+            yield first, place, used
+            first, most = place, present
+        used = most
+    if pairs:
+        yield first, len(pairs), used

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from leakage.errors import check_count, check_positive
-from leakage.optim.history import HISTORY, Preconditioner, forget, fresh_history, grow, push_and_direct, times
+from leakage.optim.history import (
+    HISTORY,
+    Preconditioner,
+    begin_anew,
+    forget,
+    fresh_history,
+    fresh_products,
+    grow,
+    keep,
+    push_and_direct,
+    times,
+)
 from leakage.optim.per_victim import CONVERGED, DIVERGED, EXHAUSTED, STALLED, PerVictimOptimizer
 
 # Armijo's condition asks for this share of the decrease that the slope promises.
@@ -102,8 +113,10 @@ class LBFGS(PerVictimOptimizer):
     def _fresh(self, victims: int) -> dict[str, Tensor]:
         fresh = super()._fresh(victims)
         like = fresh["best"]
+        history = fresh_history(victims, like.shape[1], self._options["history_size"], like)
         return fresh | {
-            **fresh_history(victims, like.shape[1], self._options["history_size"], like),
+            **history,
+            **fresh_products(history),
             "point": like.clone(),  # the last accepted point, its loss and gradient
             "loss": fresh["best_loss"].clone(),
             "gradient": like.clone(),
@@ -116,7 +129,29 @@ class LBFGS(PerVictimOptimizer):
 
     def _match(self, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
         grow(fresh, self.lanes["s"].shape[1])
+        fresh["row"] += len(self.lanes["row"])
         return fresh
+
+    @property
+    def _history(self) -> dict[str, Tensor]:
+        return {name: self.lanes[name] for name in HISTORY}
+
+    @property
+    def bytes_per_lane(self) -> int:
+        """What the state of one victim takes when its history is full."""
+        fresh = self._fresh(1)
+        grow(fresh, self._options["history_size"])
+        return sum(tensor.nbytes for tensor in fresh.values())
+
+    def _selected(self, kept: Tensor) -> dict[str, Tensor]:
+        others = {name: tensor[kept] for name, tensor in self.lanes.items() if name not in HISTORY}
+        return others | keep(self._history, kept)
+
+    def _renew(self, chosen: Tensor) -> None:
+        for name, tensor in self._fresh(len(chosen)).items():
+            if name not in HISTORY:
+                self.lanes[name][chosen] = tensor
+        begin_anew(self._history, chosen)
 
     def _move(self, point: Tensor, losses: Tensor, gradient: Tensor, finite: Tensor) -> Tensor:
         lanes, options = self.lanes, self._options
@@ -128,11 +163,11 @@ class LBFGS(PerVictimOptimizer):
 
         step, change = point - lanes["point"], gradient - lanes["gradient"]
         product = (step * change).sum(1)
-        pushed = accepted & ~new & (product > _CURVATURE * change.square().sum(1))
+        pushed = accepted & ~new & (product > _CURVATURE * change.square().sum(1)) & (product < torch.inf)
         length = self._shorten(losses, finite)
         lanes["iterations"] += accepted & ~new
         for name, value in (("point", point), ("gradient", gradient)):
-            lanes[name] = torch.where(accepted[:, None], value, lanes[name])
+            torch.where(accepted[:, None], value, lanes[name], out=lanes[name])
         lanes["loss"] = torch.where(accepted, losses, lanes["loss"])
 
         # Too short a step: begin again along the steepest descent, or give up if that was tried.
@@ -143,10 +178,10 @@ class LBFGS(PerVictimOptimizer):
         hopeless = too_short & (lanes["pairs"] == 0)
         self._set_status(hopeless, STALLED)
         again = too_short & ~hopeless
-        forget({name: lanes[name] for name in HISTORY}, again)
+        forget(self._history, again)
 
         if bool((accepted | again).any()):
-            history = {name: lanes[name] for name in HISTORY}
+            history = self._history
             direction = push_and_direct(
                 history, options["history_size"], pushed, step, change, lanes["gradient"], self._preconditioner
             )
@@ -154,7 +189,7 @@ class LBFGS(PerVictimOptimizer):
             slope = (direction * lanes["gradient"]).sum(1)
             uphill = (accepted | again) & ~(slope < 0)
             if bool(uphill.any()):
-                forget({name: lanes[name] for name in HISTORY}, uphill)
+                forget(self._history, uphill)
                 steepest = -times(self._preconditioner, lanes["gradient"])
                 direction = torch.where(uphill[:, None], steepest, direction)
                 slope = torch.where(uphill, (steepest * lanes["gradient"]).sum(1), slope)
@@ -163,7 +198,7 @@ class LBFGS(PerVictimOptimizer):
             longest = options["max_step"] / direction.abs().amax(1)
             fresh_length = torch.minimum(options["lr"] * torch.where(first, cautious, 1.0), longest)
             turned = accepted | again
-            lanes["direction"] = torch.where(turned[:, None], direction, lanes["direction"])
+            torch.where(turned[:, None], direction, lanes["direction"], out=lanes["direction"])
             lanes["slope"] = torch.where(turned, slope, lanes["slope"])
             length = torch.where(turned, fresh_length, length)
         lanes["length"] = torch.where(accepted | rejected, length, lanes["length"])

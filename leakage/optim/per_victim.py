@@ -78,6 +78,11 @@ class PerVictimOptimizer(Optimizer):
         """``(V,)``, whether each lane is still searching."""
         return self.lanes["status"] == RUNNING
 
+    @property
+    def bytes_per_lane(self) -> int:
+        """What the state of one victim takes when it is largest."""
+        return sum(tensor.nbytes for tensor in self._fresh(1).values())
+
     def best(self) -> list[Tensor]:
         """The parameters of lowest loss since each lane began, shaped as the parameters."""
         return self._unflatten(self.lanes["best"])
@@ -100,6 +105,8 @@ class PerVictimOptimizer(Optimizer):
         with torch.enable_grad():
             losses = closure()
         losses = losses.detach()
+        if not len(self.status) and not len(losses):
+            return losses
         if losses.shape != self.status.shape:
             raise ValueError(f"Expected losses of shape {tuple(self.status.shape)}, but got {tuple(losses.shape)}.")
         if any(parameter.grad is None for parameter in self._params):
@@ -110,7 +117,7 @@ class PerVictimOptimizer(Optimizer):
         finite = torch.isfinite(losses) & torch.isfinite(gradient).all(1)
         better = finite & (losses < lanes["best_loss"]) & self.running
         point = self._flatten()
-        lanes["best"] = torch.where(better[:, None], point, lanes["best"])
+        torch.where(better[:, None], point, lanes["best"], out=lanes["best"])
         lanes["best_loss"] = torch.where(better, losses, lanes["best_loss"])
         self._unflatten_into_params(self._move(point, losses, gradient, finite))
         return losses
@@ -141,7 +148,8 @@ class PerVictimOptimizer(Optimizer):
         for parameter in self._params:
             parameter.data = parameter.data[kept]
             parameter.grad = None
-        self.state[self._params[0]] = {name: tensor[kept] for name, tensor in self.lanes.items()}
+        indices = kept.nonzero().squeeze(1) if kept.dtype == torch.bool else kept
+        self.state[self._params[0]] = self._selected(indices)
 
     @torch.no_grad()
     def extend(self, *values: Tensor) -> None:
@@ -155,10 +163,18 @@ class PerVictimOptimizer(Optimizer):
     @torch.no_grad()
     def restart(self, chosen: Tensor, *values: Tensor) -> None:
         """Begin the lanes at the given indices anew at ``values``, one ``(chosen, ...)`` tensor per parameter."""
-        for name, tensor in self._match(self._fresh(len(values[0]))).items():
-            self.lanes[name][chosen] = tensor
+        self._renew(chosen)
         for parameter, value in zip(self._params, values, strict=True):
             parameter.data[chosen] = value.to(parameter.data)
+
+    def _selected(self, kept: Tensor) -> dict[str, Tensor]:
+        """The state of the lanes at these indices; the present one is not used any more."""
+        return {name: tensor[kept] for name, tensor in self.lanes.items()}
+
+    def _renew(self, chosen: Tensor) -> None:
+        """Make the state of the lanes at these indices a fresh one."""
+        for name, tensor in self._match(self._fresh(len(chosen))).items():
+            self.lanes[name][chosen] = tensor
 
     def _match(self, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
         """Give a fresh state the shapes of the present one (histories grow with use)."""

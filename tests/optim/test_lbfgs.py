@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from leakage.optim import LBFGS, STATUS
+from leakage.optim.history import grow
 
 Losses = Callable[[Tensor], Tensor]
 
@@ -92,7 +93,7 @@ def test_searches_in_the_precision_of_the_parameters(dtype: torch.dtype, toleran
     optimizer, x, closure = solver(starts, losses_of, tolerance=tolerance)
     run(optimizer, closure)
     assert names(optimizer) == ["converged"] * 3
-    for name in ("best", "best_loss", "s", "y", "sy", "direction", "length"):
+    for name in ("best", "best_loss", "s", "y", "inverse", "direction", "length"):
         assert optimizer.lanes[name].dtype == dtype
     assert x.dtype == dtype
 
@@ -232,6 +233,16 @@ def test_stalls_when_progress_over_the_window_is_too_slow() -> None:
     assert names(fast) == ["running"]
 
 
+def test_a_lane_takes_as_many_bytes_as_its_full_history() -> None:
+    starts, losses_of = bowls(0, 1, 5)
+    optimizer, _, _ = solver(starts, losses_of, history_size=20)
+    first = optimizer.bytes_per_lane
+    assert first > 2 * 20 * starts.nbytes + 20 * 20 * starts.element_size()
+    grow(optimizer.lanes, 20)
+    assert optimizer.lanes["s"].shape[1] == 20
+    assert sum(tensor.nbytes for tensor in optimizer.lanes.values()) == first == optimizer.bytes_per_lane
+
+
 def test_is_exhausted_after_its_evaluations() -> None:
     starts = torch.tensor([[-1.5, 2.0], [1.0, 1.0]], dtype=torch.float64)
     optimizer, _, closure = solver(starts, rosenbrock, tolerance=1e-14, max_evaluations=7)
@@ -259,7 +270,7 @@ def test_a_victim_that_is_done_neither_moves_nor_counts() -> None:
     optimizer, x, closure = solver(starts, rosenbrock, tolerance=1e-14)
     optimizer.step(closure)
     assert names(optimizer) == ["converged", "running"]
-    before = {name: tensor[0].clone() for name, tensor in optimizer.lanes.items() if name not in ("sy",)}
+    before = {name: tensor[0].clone() for name, tensor in optimizer.lanes.items()}
     for _ in range(25):
         optimizer.step(closure)
         assert torch.equal(x[0].detach(), starts[0])

@@ -142,6 +142,27 @@ def test_continues_from_its_state_bit_for_bit(solver: Any, options: dict[str, An
 
 
 @every_solver
+def test_continues_bit_for_bit_after_victims_have_come_and_gone(solver: Any, options: dict[str, Any]) -> None:
+    goals = torch.linspace(-2, 2, 6)[:, None].expand(6, 4)
+    one = solver(params(6), **options)
+    for chosen in ([3, 0], [5], [1, 3]):
+        for _ in range(3):
+            one.step(closure_for(one, goals))
+        one.restart(torch.tensor(chosen), *starts(len(chosen), chosen[0]))
+    kept = torch.tensor([5, 0, 3, 2])
+    one.select(kept)
+    other = solver(params(4), **options)
+    other.load_state_dict(one.state_dict())
+    for parameter, value in zip(other.param_groups[0]["params"], one.param_groups[0]["params"], strict=True):
+        parameter.data = value.data.clone()
+    for _ in range(20):
+        for optimizer in (one, other):
+            optimizer.step(closure_for(optimizer, goals[kept]))
+    for name, tensor in one.lanes.items():
+        assert torch.equal(other.lanes[name], tensor), name
+
+
+@every_solver
 def test_a_loaded_state_shares_nothing_with_the_saved_one(solver: Any, options: dict[str, Any]) -> None:
     goals = torch.zeros(2, 4)
     one, other = solver(params(2), **options), solver(params(2, seed=4), **options)
