@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import logging
+import math
 import re
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import yaml
 from lightning import Callback, LightningDataModule, LightningModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -41,6 +44,8 @@ _DESCRIPTION = """What a shared gradient gives away.
   leakage fit --model GradientMatchingCondensation --model.protocol fast --data FashionMNIST
 """
 _SUBCOMMANDS = ("demo", "fit", "evaluate")
+# Of a configuration: those that are written by hand have fewer than a hundred.
+_MOST_VALUES = 10_000
 # 128 and the number of the signal, as shells have it.
 _INTERRUPTED = 130
 
@@ -92,6 +97,8 @@ class LeakageCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         module, _, name = config.model.class_path.rpartition(".")
         model = getattr(importlib.import_module(module), name)
+        if _is_abstract(model):
+            _refuse(f"Expected `--model` to be an attack or a condensation, but got {name}, which is what they share.")
         default = [entry["class_path"] for entry in _CALLBACKS]
         given = config.trainer.callbacks or []
         found = [getattr(entry, "class_path", None) for entry in given[: len(default)]]
@@ -119,12 +126,10 @@ class LeakageCLI(LightningCLI):
             model.eval()
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning's first look at the checkpoint, for the attack's configuration, is not through the plugin.
-        try:
-            super()._parse_ckpt_path()
-        except Exception:
-            WholeCheckpointIO().load_checkpoint(self.config[self.config.subcommand].ckpt_path)
-            raise
+        # Lightning's own would take class and options from the file, which may be anybody's; told apart later on.
+        path = self.config[self.config.subcommand].ckpt_path
+        if path is not None:
+            WholeCheckpointIO().load_checkpoint(path)
 
     def after_fit(self) -> None:
         """Tell where the results are."""
@@ -169,6 +174,8 @@ def fit(arguments: Sequence[str]) -> None:
     """Run any attack on any victims, or any condensation; ``arguments`` begin with ``fit``."""
     quiet()
     try:
+        for path in _configs(arguments):
+            check_config(path)
         LeakageCLI(
             LightningModule,
             LightningDataModule,
@@ -183,16 +190,56 @@ def fit(arguments: Sequence[str]) -> None:
             args=list(arguments),
         )
     except argparse.ArgumentError as error:
-        sys.stderr.write(f"leakage fit: error: {_parsing(str(error))} See `leakage fit --help`.\n")
-        sys.exit(2)
-    except (OSError, FloatingPointError, MisconfigurationException) as error:
+        _refuse(f"{_parsing(str(error))} See `leakage fit --help`.")
+    except FloatingPointError as error:
         sys.exit(f"leakage fit: error: {_one_line(str(error))}")
+    except (OSError, MisconfigurationException) as error:
+        _refuse(_one_line(str(error)))
     except ValueError as error:
         # The library's own words for bad input; all else keeps its traceback.
         reason = _own_words(error)
         if reason is None:
             raise
-        sys.exit(f"leakage fit: error: {reason}")
+        _refuse(reason)
+
+
+def _refuse(reason: str) -> NoReturn:
+    sys.stderr.write(f"leakage fit: error: {reason}\n")
+    sys.exit(2)
+
+
+def _configs(arguments: Sequence[str]) -> list[Path]:
+    named = [value for option, value in itertools.pairwise(arguments) if option in ("-c", "--config")]
+    named += [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
+    return [Path(name) for name in named if Path(name).is_file()]
+
+
+def check_config(path: Path) -> None:
+    """Raise a ``ValueError`` unless a configuration is YAML of a size and depth that the parser can cope with.
+
+    Anchors let a few lines stand for billions of values, or for one within itself.
+    """
+    sizes: dict[int, float] = {}
+
+    def unfolded(node: yaml.Node) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # what it is as long as it is found within itself
+            parts = itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+            sizes[id(node)] = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(map(unfolded, parts))
+        return sizes[id(node)]
+
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        size = unfolded(node) if node is not None else 0
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+        reason = "values nested too deeply" if isinstance(error, RecursionError) else _one_line(str(error))
+        raise ValueError(f"Expected YAML in '{path}', but got: {reason}") from error
+    if size > _MOST_VALUES:
+        raise ValueError(
+            f"Expected at most {_MOST_VALUES} values in '{path}', but got {size:.0f}, most by its anchors."
+        )
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"Expected options and their values in '{path}', but got none.")
 
 
 def _own_words(error: Exception) -> str | None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 _VERSION = "1"
+# Characters of what a file holds that a message repeats.
+_QUOTED = 300
 
 
 def write_safetensors(
@@ -29,7 +33,7 @@ def write_safetensors(
         OSError: the file can't be written.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # no other process writes to this one
     contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,14 +60,40 @@ def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str,
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    # A header that is well formed may still claim what torch has no type or no room for.
+    except Exception as error:
         raise ValueError(
             f"Expected a whole safetensors file, but got '{path}' which is truncated or of another kind "
-            f"(pickles, such as .pt and .pth, are refused): {error}"
+            f"(pickles, such as .pt and .pth, are refused): {brief(error)}"
         ) from error
     if header.get("format") != kind or header.get("version") != _VERSION:
         raise ValueError(
             f"Expected format {kind!r} of version {_VERSION} in the header of '{path}', but got "
-            f"{header.get('format')!r} of version {header.get('version')!r}."
+            f"{brief(repr(header.get('format')))} of version {brief(repr(header.get('version')))}."
         )
     return header, tensors
+
+
+def header_value(header: Mapping[str, str], name: str) -> Any:
+    """An entry of a header that holds JSON.
+
+    Raises:
+        ValueError: it is missing, or no JSON, or nested too deeply.
+    """
+    if name not in header:
+        raise ValueError(f"{name!r} missing")
+    try:
+        return json.loads(header[name])
+    except RecursionError as error:
+        raise ValueError(f"{name!r} nested too deeply") from error
+
+
+def brief(words: object) -> str:
+    """The beginning of a text that repeats what a file holds, which may be of any length.
+
+    Example:
+        >>> len(brief("long " * 1000)), brief("short")
+        (303, 'short')
+    """
+    text = str(words)
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."

@@ -34,7 +34,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code not in (0, None)
-    return str(end.value.code) + capsys.readouterr().err
+    said = end.value.code if isinstance(end.value.code, str) else ""
+    return said + capsys.readouterr().err
 
 
 def test_fit_condenses_with_the_callbacks_of_a_condensation(saved: Path) -> None:

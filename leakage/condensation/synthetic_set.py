@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 
 from leakage.errors import check_count
 from leakage.plots import to_pixels
-from leakage.tensor_files import read_safetensors, write_safetensors
+from leakage.tensor_files import brief, header_value, read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
     from leakage.datamodules.labelled import LabelledDataModule
@@ -75,14 +75,14 @@ class SyntheticSet:
             )
         if images.dtype != torch.float32:
             raise ValueError(f"Expected `images` as float32 in the data's scale, but got {images.dtype}.")
-        if not bool(torch.isfinite(images).all()):
-            bad = labels[~torch.isfinite(images).flatten(1).all(1)] if len(labels) == len(images) else labels[:0]
-            raise ValueError(
-                f"Expected finite `images`, but got NaN or inf in classes {sorted(set(bad.tolist()))[:5]}."
-            )
         if tuple(labels.shape) != (len(images),) or labels.dtype != torch.int64:
             raise ValueError(
                 f"Expected `labels` of shape ({len(images)},) as int64, but got {tuple(labels.shape)}, {labels.dtype}."
+            )
+        if not bool(torch.isfinite(images).all()):
+            bad = labels[~torch.isfinite(images).flatten(1).all(1)]
+            raise ValueError(
+                f"Expected finite `images`, but got NaN or inf in classes {sorted(set(bad.tolist()))[:5]}."
             )
         if int(labels.min()) < 0 or int(labels.max()) >= len(self.class_names):
             raise ValueError(
@@ -192,20 +192,23 @@ class SyntheticSet:
         """
         header, tensors = read_safetensors(path, _FORMAT)
         if tensors.keys() != {"images", "labels"}:
-            raise ValueError(f"Expected tensors 'images' and 'labels' in '{path}', but got {sorted(tensors)[:5]}.")
+            raise ValueError(
+                f"Expected tensors 'images' and 'labels' in '{path}', but got {brief(sorted(tensors)[:5])}."
+            )
         try:
-            mean, std = ([float(value) for value in json.loads(header[name])] for name in ("mean", "std"))
-            names, dataset = json.loads(header["class_names"]), json.loads(header["dataset"])
+            mean, std = ([float(value) for value in header_value(header, name)] for name in ("mean", "std"))
+            names, dataset = (header_value(header, name) for name in ("class_names", "dataset"))
             if not (isinstance(names, list) and all(isinstance(name, str) for name in [*names, dataset])):
                 raise TypeError(f"class_names={names!r}, dataset={dataset!r}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(
-                f"Expected 'mean', 'std', 'class_names' and 'dataset' in the header of '{path}', but got: {error}"
+                f"Expected 'mean', 'std', 'class_names' and 'dataset' in the header of '{path}', but got: "
+                f"{brief(error)}"
             ) from error
         try:
             return cls(tensors["images"], tensors["labels"], tuple(mean), tuple(std), tuple(names), dataset)
         except ValueError as error:
-            raise ValueError(f"Expected a synthetic set in '{path}', but got: {error}") from error
+            raise ValueError(f"Expected a synthetic set in '{path}', but got: {brief(error)}") from error
 
     def save_images(self, folder: str | os.PathLike[str]) -> None:
         """Write 8-bit PNG files in the layout of torchvision's ``ImageFolder``: ``<class>/<number>.png``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +17,10 @@ from torchvision.transforms.functional import to_tensor
 
 from leakage.datamodules.images import ImageVictims, LabelledImages, data_folder
 from leakage.errors import check_image_size
+
+# Those of the extensions that torchvision knows, and GIF, which bears them now and then. Pillow would hand others to
+# programs such as Ghostscript.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class ImageFolderVictims(ImageVictims):
@@ -33,8 +38,8 @@ class ImageFolderVictims(ImageVictims):
         **kwargs: as for :class:`~leakage.datamodules.images.ImageVictims`.
 
     Raises:
-        ValueError: another ``image_size`` or ``channels``; a corrupt image (the message names the
-            file), images of different sizes, fewer than two classes, and as
+        ValueError: another ``image_size`` or ``channels``; a corrupt or enormous image (the message names the
+            file), images of different sizes, fewer than two classes, links in circles, and as
             :class:`~leakage.datamodules.images.ImageVictims`.
         FileNotFoundError: no such folder, or one without class folders or images.
 
@@ -82,7 +87,7 @@ class LFWVictims(ImageFolderVictims):
     """Labelled Faces in the Wild: 13,233 photographs of 5,749 persons, scaled to (3, 32, 32).
 
     The number of classes is the number of persons' folders found. The networks are large (4.4
-    million parameters each with 5,749 persons), so the cohorts are small by default.
+    million parameters each with 5,749 persons), so few of them fit into the lanes.
 
     Args:
         root: the folder of the persons' folders, or one that holds it as ``lfw``,
@@ -90,7 +95,6 @@ class LFWVictims(ImageFolderVictims):
             it); by default the environment variable ``LEAKAGE_DATA``, else ``~/.cache/leakage``.
             Nothing is downloaded: the original server is gone.
         image_size: as for :class:`ImageFolderVictims`.
-        batch_size: victims that are attacked together.
         **kwargs: as for :class:`ImageFolderVictims`.
 
     Raises:
@@ -105,10 +109,9 @@ class LFWVictims(ImageFolderVictims):
         root: str | os.PathLike[str] | None = None,
         *,
         image_size: int | tuple[int, int] | None = 32,
-        batch_size: int = 16,
         **kwargs: Any,
     ) -> None:
-        super().__init__(data_folder(root), image_size=image_size, batch_size=batch_size, **kwargs)
+        super().__init__(data_folder(root), image_size=image_size, **kwargs)
         self._root_given = root is not None
 
     def find_folder(self) -> Path:
@@ -163,7 +166,8 @@ def open_folder(
 
     Raises:
         FileNotFoundError: no such folder, or one without class folders or images.
-        ValueError: fewer than two classes; when an image is asked for, one that can't be decoded.
+        ValueError: fewer than two classes, or a folder that is there twice; when an image is asked for, one that
+            can't be decoded.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"Expected `{argument}` to be a folder of images, but got no folder '{folder}'.")
@@ -174,11 +178,14 @@ def open_folder(
         raise FileNotFoundError(
             f"Expected class folders of images in '{folder}', but got {found}. The layout is <folder>/<class>/<image>."
         )
+    _check_links(folder)
     loader = partial(_decode, size=image_size, channels=channels)
     try:
         images = datasets.ImageFolder(folder, loader=loader, transform=transform)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"Expected images in every folder of '{folder}', but got: {error}.") from error
+    except OSError as error:  # such as a link to itself
+        raise OSError(f"Expected folders in '{folder}' that can be read, but got: {error}") from error
     if len(images.classes) < 2:
         raise ValueError(
             f"Expected at least two class folders in '{folder}', but got only {images.classes}: with one "
@@ -187,10 +194,24 @@ def open_folder(
     return images
 
 
+def _check_links(folder: Path) -> None:
+    """Raise a ``ValueError`` for links that lead to a folder twice: in circles, or to ever more of the same images."""
+    seen: dict[tuple[int, int], str] = {}
+    for place, _, _ in os.walk(folder, followlinks=True):
+        status = Path(place).stat()
+        first = seen.setdefault((status.st_dev, status.st_ino), place)
+        if first != place:
+            raise ValueError(f"Expected each folder below '{folder}' once, but got '{first}' as '{place}' again.")
+
+
 def _decode(path: str, *, size: tuple[int, int] | None, channels: int) -> Image.Image:
     """An image file of 8 bits, scaled and cropped."""
     try:
-        with Image.open(path) as file:
+        if not Path(path).is_file():  # reading a pipe might never end
+            raise ValueError("no such file, or none of bytes")
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            file = Image.open(path, formats=_FORMATS)
+        with file:
             if file.mode.startswith(("I", "F")):
                 raise ValueError(f"mode {file.mode}, of more than 8 bits per channel")
             image = file.convert("RGB" if channels == 3 else "L")

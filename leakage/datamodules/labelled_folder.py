@@ -148,11 +148,20 @@ class ImageFolder(LabelledDataModule):
         ) as bar:
             for index, image in enumerate(chain.from_iterable(loader)):
                 if index == 0:
-                    images = torch.empty(len(folder), *image.shape, dtype=torch.uint8)
+                    images = self._room_for(len(folder), image)
                 check_same_size(image, tuple(images.shape[1:]), folder.samples[index][0])
                 images[index] = image
                 bar.update()
         return LabelledTensors(images=images, labels=torch.tensor(folder.targets))
+
+    def _room_for(self, count: int, image: Tensor) -> Tensor:
+        try:
+            return torch.empty(count, *image.shape, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise ValueError(
+                f"Expected images of '{self.root}' that fit into memory together, but got {count} of "
+                f"{tuple(image.shape)}. Set `image_size`."
+            ) from error
 
 
 class Sample(LabelledDataModule):

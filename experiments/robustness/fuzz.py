@@ -1,0 +1,177 @@
+"""Fuzzing of all that comes from outside: files of gradients, checkpoints, configurations, folders of images.
+
+    python experiments/robustness/fuzz.py --examples 1000 --seed 0 --output fuzz.json
+
+Every input is read or refused in the library's words, in time, within little memory, and none of its code is run.
+Counted are the inputs that were tried. `resume` is slower than the rest and gets a tenth of them, `config` a fifth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fuzz_checkpoints  # these lie beside this script
+import fuzz_configs
+import fuzz_image_folders
+import fuzz_tensor_files
+import torch
+from fuzz_common import BrokenError, Outcome
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+from hypothesis import strategies as st
+
+from leakage.cli import quiet
+from leakage.compare import check_output
+from leakage.errors import check_count
+
+# Seconds between two lines of progress.
+_PAUSE = 5.0
+# Failures of a kind whose inputs are kept.
+_KEPT = 20
+_SHARE = {"config": 5, "resume": 10}
+
+
+@dataclass
+class Tally:
+    """What became of the inputs of a kind.
+
+    Attributes:
+        inputs: tried.
+        loaded: read.
+        refused: by the kind of message.
+        failures: by what was wrong.
+        examples: an input for each of the first of these.
+        seconds: taken.
+    """
+
+    inputs: int = 0
+    loaded: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def properties(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], Outcome]]]:
+    """By kind its inputs, and what is checked of each."""
+    marker = folder / "marker"
+    kinds: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], Outcome]]] = {
+        kind: (
+            fuzz_tensor_files.inputs(kind, marker),
+            lambda data, kind=kind: fuzz_tensor_files.check(kind, data, folder, marker),
+        )
+        for kind in fuzz_tensor_files.SOUND
+    }
+    return kinds | {
+        "checkpoint": (
+            fuzz_checkpoints.inputs(folder, marker),
+            lambda data: fuzz_checkpoints.check_reading(data, folder, marker),
+        ),
+        "damaged_checkpoint": (
+            fuzz_checkpoints.damaged(folder),
+            lambda data: fuzz_checkpoints.check_damage(data, folder, marker),
+        ),
+        "resume": (
+            fuzz_checkpoints.crafted(folder),
+            lambda edits: fuzz_checkpoints.check_resuming(edits, folder, marker),
+        ),
+        "config": (fuzz_configs.inputs(marker), lambda data: fuzz_configs.check(data, folder, marker)),
+        "images": (
+            fuzz_image_folders.inputs(marker),
+            lambda given: fuzz_image_folders.check(*given, folder, marker),
+        ),
+    }
+
+
+def tally(
+    kind: str, inputs: st.SearchStrategy[Any], check: Callable[[Any], Outcome], examples: int, seed: int
+) -> Tally:
+    """Try so many inputs, however many of them fail."""
+    found, started = Tally(), time.monotonic()
+    told = started
+
+    @seeded(seed)
+    @settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        derandomize=False,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(inputs)
+    def run(data: Any) -> None:
+        nonlocal told
+        found.inputs += 1
+        try:
+            outcome = check(data)
+        except BrokenError as error:
+            reason = str(error)[:300]
+            found.failures[reason] += 1
+            if len(found.examples) < _KEPT:
+                found.examples.setdefault(reason, repr(data)[:2000])
+        else:
+            if outcome.refusal:
+                found.refused[outcome.refusal] += 1
+            else:
+                found.loaded += 1
+        if time.monotonic() - told > _PAUSE:
+            told = time.monotonic()
+            print(f"{kind}: {found.inputs} of {examples} inputs", file=sys.stderr, flush=True)
+
+    run()
+    found.seconds = time.monotonic() - started
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=1000, help="inputs of each kind (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs (default: %(default)s)")
+    parser.add_argument("--kinds", nargs="+", help="of inputs (default: all)")
+    parser.add_argument("--output", type=Path, help="a JSON file for the counts")
+    options = parser.parse_args(arguments)
+    quiet()
+    logging.getLogger("lightning.pytorch").propagate = False
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            check_count(examples=options.examples)
+            if options.output is not None:
+                check_output(options.output.parent)
+            everything = properties(Path(folder))
+            if unknown := set(options.kinds or []) - set(everything):
+                raise ValueError(f"Expected `--kinds` among {list(everything)}, but got {sorted(unknown)}.")
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        tallies = {}
+        for kind in options.kinds or everything:
+            inputs, check = everything[kind]
+            examples = max(options.examples // _SHARE.get(kind, 1), 1)
+            found = tallies[kind] = tally(kind, inputs, check, examples, options.seed)
+            print(
+                f"{kind:20} {found.inputs:7} inputs: {found.loaded} loaded, {found.refused.total()} refused in "
+                f"{len(found.refused)} ways, {found.failures.total()} failures, {found.seconds:.0f} s",
+                flush=True,
+            )
+            if options.output is not None:
+                record = {"examples": options.examples, "seed": options.seed, "torch": torch.__version__}
+                kinds = {kind: vars(found) for kind, found in tallies.items()}
+                options.output.write_text(json.dumps(record | {"kinds": kinds}, indent=1), encoding="utf-8")
+    sys.exit(any(found.failures for found in tallies.values()))
+
+
+if __name__ == "__main__":
+    main()
