@@ -1,0 +1,301 @@
+"""Every benchmark, one after another, within ten minutes: figures, pictures and a page with all of them.
+
+    python experiments/benchmarks/all.py --output benchmarks
+    python experiments/benchmarks/all.py --output benchmarks --minutes 30 --only throughput parts
+
+Sizes are chosen by `--minutes`; on a machine with a GPU, what can use it does. Each benchmark is a process of its own,
+which is ended when it takes more than the time that is left; what no time is left for is skipped. `--output` is a
+folder: `index.md` has tables and pictures, the machine, and what was skipped or failed and why; each benchmark has its
+JSON file, its picture and what it printed (`.log`). When one fails the others go on; the exit code is 1 at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from attack_speed import METHODS  # these two lie beside this script
+from setting import describe_machine, show_machine
+
+from leakage.compare import check_output
+from leakage.errors import check_choice, check_positive
+
+HERE = Path(__file__).resolve().parent
+# Seconds that a benchmark needs at least; with less time left it is not begun.
+LEAST = 15.0
+
+
+@dataclass
+class Job:
+    """A benchmark: its script, options, and what is to be told of its result, `a.b.c` into the JSON file."""
+
+    name: str
+    script: str
+    options: list[str]
+    heading: str
+    missing: str = ""  # why it can't be run, if it can't
+
+
+@dataclass
+class Outcome:
+    """What came of a job: "done", "failed" or "skipped", why, and how long it took."""
+
+    status: str
+    reason: str
+    seconds: float = 0.0
+    result: dict[str, Any] | None = None
+
+
+def jobs(minutes: float, device: torch.device) -> list[Job]:
+    """All of them, with sizes that fit, the quickest first."""
+    gpu = device.type == "cuda"
+    scale = minutes / 10
+
+    def count(number: float, least: int) -> str:
+        return str(max(least, round(number * scale)))
+
+    turns = str(3 if minutes >= 20 else 2 if minutes >= 5 else 1)
+    on = ["--device", device.type]
+    # Those of torch, which obey OMP_NUM_THREADS, where a benchmark does not find its own.
+    accelerator = ["--accelerator", device.type, "--threads", str(torch.get_num_threads())]
+    return [
+        Job("start", "start.py", ["--repeats", turns], "From the start to the first evaluation"),
+        Job(
+            "attack_speed_idlg",
+            "attack_speed.py",
+            ["--method", "idlg", "--victims", count(200, 8), "--plain-victims", count(6, 2)],
+            "iDLG against the plain published loop",
+        ),
+        Job(
+            "attack_speed_dlg",
+            "attack_speed.py",
+            ["--method", "dlg", "--victims", count(100, 8), "--plain-victims", count(4, 2)],
+            "DLG against the plain published loop",
+            "" if "dlg" in METHODS else "attack_speed.py has no `--method dlg`",
+        ),
+        Job(
+            "parts",
+            "parts.py",
+            [*on, "--victims", "1000" if gpu else count(64, 8), "--repeats", turns],
+            "Where the time goes, and the arithmetic limit",
+        ),
+        Job(
+            "processes",
+            "processes.py",
+            ["--victims", count(100, 8), "--repeats", turns],
+            "Several processes against one",
+        ),
+        Job(
+            "evaluation_speed",
+            "evaluation_speed.py",
+            [*on, "--networks", "4", "--epochs", count(20, 2), "--repeats", turns, "--test-images", "200"],
+            "Networks evaluated at once against one after another",
+        ),
+        Job(
+            "condensation_speed",
+            "condensation_speed.py",
+            [*accelerator, "--iterations", "1", "--batch-size", "64", "--width", count(64, 16)],
+            "Condensation against a plain loop",
+        ),
+        # Last, as it fits into what time is left.
+        Job("throughput", "throughput.py", on, "Over lanes: time per victim and evaluation, memory"),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="all.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder; files of an earlier run are replaced")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all at most (default: %(default)s)")
+    names = [job.name for job in jobs(10, torch.device("cpu"))]
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"some of {', '.join(names)} (default: all)")
+    given = parser.parse_args(arguments)
+    try:
+        check_positive(minutes=given.minutes)
+        for name in given.only or ():
+            check_choice("only", name, names)
+        check_output(given.output)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = [job for job in jobs(given.minutes, device) if given.only is None or job.name in given.only]
+    outcomes = run_all(chosen, given)
+    write_index(given.output, chosen, outcomes, describe_machine(device), given.minutes)
+    print(f"\n{given.output / 'index.md'}")
+    failed = [name for name, outcome in outcomes.items() if outcome.status == "failed"]
+    if failed:
+        sys.exit(f"all.py: error: Expected all benchmarks to succeed, but got failures of {', '.join(failed)}.")
+
+
+def run_all(chosen: list[Job], given: argparse.Namespace) -> dict[str, Outcome]:
+    """One after another, within the time."""
+    end = time.monotonic() + 60 * given.minutes
+    outcomes: dict[str, Outcome] = {}
+    for index, job in enumerate(chosen):
+        left = end - time.monotonic()
+        # One that hangs leaves time for the others: at most twice its equal share.
+        most = min(left, 2 * left / (len(chosen) - index))
+        print(f"{index + 1} of {len(chosen)}, {job.name}: {max(left, 0):.0f} s left", flush=True)
+        # Nothing of an earlier run may be taken for one of this.
+        for ending in (".json", ".png", ".log"):
+            (given.output / (job.name + ending)).unlink(missing_ok=True)
+        if job.missing:
+            outcomes[job.name] = Outcome("skipped", job.missing)
+        elif most < LEAST:
+            outcomes[job.name] = Outcome("skipped", f"time: {max(left, 0):.0f} s left")
+        else:
+            outcomes[job.name] = run(job, given.output, most)
+        print(f"  {outcomes[job.name].status} {outcomes[job.name].reason}".rstrip(), flush=True)
+    return outcomes
+
+
+def run(job: Job, folder: Path, seconds: float) -> Outcome:
+    """One benchmark as a process of its own, which is ended after so many seconds."""
+    output, log = folder / f"{job.name}.json", folder / f"{job.name}.log"
+    command = [sys.executable, str(HERE / job.script), "--output", str(output), *job.options]
+    if job.script == "throughput.py":
+        # Its start and the last measurement that it begins may take longer than it thinks.
+        command += ["--total-seconds", f"{0.8 * seconds:.0f}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    began = time.monotonic()
+    with log.open("w", encoding="utf-8") as file:
+        # A session of its own, so that the processes that it has started end with it.
+        process = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            return Outcome("skipped", f"time: ended after {seconds:.0f} s", time.monotonic() - began)
+        except BaseException:
+            _end(process)
+            raise
+    spent = time.monotonic() - began
+    result = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else None
+    if code or result is None:
+        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        return Outcome("failed", f"exit code {code}: {said[-1] if said else 'no word'}", spent, result)
+    return Outcome("done", "", spent, result)
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """End a process and those that it has started."""
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def write_index(
+    folder: Path, chosen: list[Job], outcomes: dict[str, Outcome], machine: dict[str, Any], minutes: float
+) -> None:
+    """The page."""
+    lines = [
+        "# Benchmarks",
+        "",
+        f"Machine: {show_machine(machine)}, {machine['system']}, Python {machine['python']}. At most {minutes:g} "
+        "minutes in all. Figures compare within one run; those of different machines, or of one that does other work "
+        "beside, do not compare.",
+        "",
+        "| benchmark | | seconds | |",
+        "|---|---|---|---|",
+    ]
+    for job in chosen:
+        outcome = outcomes[job.name]
+        lines.append(
+            f"| [{job.heading}](#{job.name}) | {outcome.status} | {outcome.seconds:.0f} | {_cell(outcome.reason)} |"
+        )
+    for job in chosen:
+        outcome = outcomes[job.name]
+        lines += [
+            "",
+            f'<a id="{job.name}"></a>',
+            "",
+            f"## {job.heading}",
+            "",
+            f"`{job.script} {' '.join(job.options)}`",
+        ]
+        if outcome.status != "done":
+            lines += ["", f"{outcome.status.capitalize()}: {_cell(outcome.reason)}"]
+        if outcome.result is not None:
+            lines += ["", *tables(outcome.result)]
+        if (folder / f"{job.name}.png").is_file():
+            lines += ["", f"![{job.heading}]({job.name}.png)"]
+        files = [f"{job.name}{ending}" for ending in (".json", ".log") if (folder / (job.name + ending)).is_file()]
+        lines += ["", ", ".join(f"[{name}]({name})" for name in files)] if files else []
+    partial = folder / "index.md.partial"
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial.replace(folder / "index.md")
+
+
+def tables(result: dict[str, Any]) -> Iterator[str]:
+    """The figures of a result: a table for lists of rows, lines for what stands alone; the machine is told above."""
+    methods = {name: dict(_flat(found)) for name, found in result.get("methods", {}).items()}
+    if methods:
+        yield from (f"| figure | {' | '.join(methods)} |", "|---" * (len(methods) + 1) + "|")
+        for figure in next(iter(methods.values())):
+            yield f"| {figure} | {' | '.join(_cell(found.get(figure, '')) for found in methods.values())} |"
+        yield ""
+    yield from ("| figure | value |", "|---|---|")
+    apart = ("machine", "methods", "cells", "skipped")
+    for name, value in _flat({key: value for key, value in result.items() if key not in apart}):
+        yield f"| {name} | {_cell(value)} |"
+    if result.get("cells"):
+        lanes = sorted({row["lanes"] for cell in result["cells"] for row in cell["rows"]})
+        for heading, key, unit in (
+            ("ms per victim and evaluation", "seconds_per_victim_and_evaluation", 1e-3),
+            ("share of the objective", "objective_share", 1.0),
+            ("peak memory in MiB", "peak_bytes", 2**20),
+        ):
+            yield from (
+                "",
+                f"**{heading}**",
+                "",
+                f"| lanes | {' | '.join(map(str, lanes))} |",
+                "|---" * (len(lanes) + 1) + "|",
+            )
+            for cell in result["cells"]:
+                values = {row["lanes"]: row[key] / unit for row in cell["rows"]}
+                yield f"| {cell['cell']} | {' | '.join(_cell(values.get(count, '')) for count in lanes)} |"
+        yield from ("", "**memory over lanes**", "", "| cell | KiB per lane | fixed MiB | R² |", "|---|---|---|---|")
+        for cell in result["cells"]:
+            if fit := cell["memory"]:
+                slope, fixed = fit["bytes_per_lane"] / 2**10, fit["fixed_bytes"] / 2**20
+                yield f"| {cell['cell']} | {_cell(slope)} | {_cell(fixed)} | {fit['r_squared']:.5f} |"
+    for entry in result.get("skipped", ()):
+        yield from ("", f"Skipped: {entry['cell']}, lanes {entry['lanes']}: {entry['reason']} ({entry['detail']}).")
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values of what may be dictionaries within dictionaries; of long lists only the length."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}: {key}" if name else key.replace("_", " "))
+    elif isinstance(value, list):
+        yield name, ", ".join(_cell(item) for item in value) if len(value) <= 8 else f"{len(value)} values"
+    else:
+        yield name, value
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        value = f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    # So that what is running ends with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    main()

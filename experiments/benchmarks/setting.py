@@ -1,0 +1,136 @@
+"""What the benchmarks share: the machine, random victims, a Trainer that writes nothing, and the files of a result."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from matplotlib.figure import Figure
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from leakage.compare import check_output
+from leakage.datamodules.images import ImageVictims, LabelledImages
+from leakage.models import NETWORKS
+from leakage.overview import write_json
+from leakage.plots import save_figure
+
+CLASSES = 10
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """That many threads of torch, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, by default the GPU if there is one; a ``ValueError`` if it does not work."""
+    found = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(found)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"Expected `--device` to be cpu or a GPU that works, but got {found!r}: {reason}") from error
+    return device
+
+
+def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What the figures depend on; no names of hosts or users."""
+    device = torch.device(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def show_machine(machine: dict[str, Any]) -> str:
+    """The same in a line."""
+    gpu = f"{machine['gpu']}, " if machine["gpu"] else ""
+    return f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}"
+
+
+def check_file(output: Path) -> None:
+    """Raise an ``OSError`` unless a result and its picture can be written there, a ``ValueError`` if it is no JSON."""
+    if output.is_dir():
+        raise IsADirectoryError(f"Expected `--output` to be a file, but got the folder '{output}'.")
+    if output.suffix != ".json":
+        raise ValueError(f"Expected `--output` to end with .json, but got '{output}'.")
+    check_output(output.parent)
+
+
+def write_result(output: Path, result: dict[str, Any], figure: Figure) -> None:
+    """The JSON file and the picture beside it."""
+    save_figure(figure, output.with_suffix(".png"))
+    write_json(output, result)
+    print(f"\n{output}\n{output.with_suffix('.png')}", flush=True)
+
+
+def make_trainer(device: torch.device, *callbacks: Callback, **options: Any) -> Trainer:
+    """One that runs an attack and does nothing beside."""
+    return Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=options.pop("devices", 1),
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tempfile.gettempdir(),
+        callbacks=list(callbacks),
+        **options,
+    )
+
+
+def make_network(name: str, image_size: int) -> nn.Module:
+    """A network of the papers, drawn from seed 0; images of 28 by 28 are grey, all others have three channels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return NETWORKS[name](1 if image_size == 28 else 3, image_size, CLASSES).eval()
+
+
+class RandomVictims(ImageVictims):
+    """Victims with uniformly random images and revealed labels, for what does not depend on the images; not scored."""
+
+    def __init__(self, *, image_size: int, **options: Any) -> None:
+        super().__init__(reveal_labels=True, **options)
+        self.image_size = image_size
+
+    def open_images(self) -> tuple[LabelledImages, int]:
+        """As many as there are victims."""
+        generator = torch.Generator().manual_seed(self.seed)
+        count, channels = self.victims * self.num_images, 1 if self.image_size == 28 else 3
+        images = torch.rand(count, channels, self.image_size, self.image_size, generator=generator)
+        return TensorDataset(images, torch.arange(count) % CLASSES), CLASSES
+
+    def val_dataloader(self) -> list[Any]:  # type: ignore[override]
+        """Nothing."""
+        return []
