@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -19,8 +20,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger
 
 from leakage.attacks import GradientMatchingAttack
+from leakage.attacks.processes import from_first, is_first_process
 from leakage.callbacks import AttackProgressBar, Gallery, VictimTable
-from leakage.checkpoints import CHECKPOINT, WholeCheckpointIO
+from leakage.checkpoints import CHECKPOINT, WholeCheckpointIO, parts_of
 from leakage.datamodules.base import VictimDataModule
 from leakage.metrics import MeanOverVictims, ShareOverVictims
 from leakage.overview import WRITTEN, write_json, write_overview
@@ -153,23 +155,30 @@ def compare(
         row = _read_row(folder / name, configuration) if resume else None
         if row is not None:
             finished[name] = row
-    if not resume:
+    first_process = is_first_process()
+    if not resume and first_process:
         for file in FILES:
             (folder / file).unlink(missing_ok=True)
     rows = []
     for name, attack in attacks.items():
         if name not in finished:
             record = folder / name / "run.json"
-            if not resume or not (record.parent / "last.ckpt").is_file():
-                _clear(record.parent)
-            write_json(record, {"configuration": configurations[name], "row": None})
+            if first_process:
+                if not resume or not (record.parent / "last.ckpt").is_file():
+                    _clear(record.parent)
+                write_json(record, {"configuration": configurations[name], "row": None})
             seconds = _run(name, attack, data[name], record.parent, logger=logger, trainer=trainer)
-            finished[name] = _summarise(name, attack, dataset, (published or {}).get(name), seconds)
-            write_json(record, {"configuration": configurations[name], "row": asdict(finished[name])})
-            (record.parent / "last.ckpt").unlink(missing_ok=True)
+            row = None
+            if first_process:
+                row = _summarise(name, attack, dataset, (published or {}).get(name), seconds)
+                write_json(record, {"configuration": configurations[name], "row": asdict(row)})
+                for path in (record.parent / "last.ckpt", *parts_of(record.parent / "last.ckpt")):
+                    path.unlink(missing_ok=True)
+            finished[name] = from_first(row)
         rows.append(finished[name])
-    write_overview(folder, list(attacks), next(iter(data.values())), dataset)
-    write_json(folder / "summary.json", [asdict(row) for row in rows])
+    if first_process:
+        write_overview(folder, list(attacks), next(iter(data.values())), dataset)
+        write_json(folder / "summary.json", [asdict(row) for row in rows])
     return rows
 
 
@@ -227,7 +236,14 @@ def align(lines: Sequence[Sequence[str]]) -> str:
 
 def _clear(folder: Path) -> None:
     """Remove what an earlier run of a method has written, and nothing else."""
-    for pattern in ("run.json", "last.ckpt", "victims.csv", "gallery.png", "reconstructions/cohort_*.safetensors"):
+    for pattern in (
+        "run.json",
+        "last.ckpt",
+        "last.ckpt.[0-9]*",
+        "victims.csv",
+        "gallery.png",
+        "reconstructions/part_*.safetensors",
+    ):
         for path in folder.glob(pattern):
             path.unlink()
 
@@ -249,7 +265,7 @@ def check_trainer(trainer: dict[str, Any]) -> None:
         ValueError: it refuses them.
     """
     try:
-        Trainer(logger=False, **(trainer_defaults() | trainer))
+        Trainer(logger=False, **(trainer_defaults() | copy.deepcopy(trainer)))
     except (MisconfigurationException, TypeError, ValueError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in trainer.items())
         raise ValueError(f"Expected options that the Trainer takes, but got {given}: {error}") from error
@@ -275,14 +291,17 @@ def _run(
     ]
     if trainer.get("enable_progress_bar", True):
         callbacks.append(AttackProgressBar(name=WRITTEN.get(name, name)))
-    runner = Trainer(logger=logger, callbacks=callbacks, **(trainer_defaults() | trainer))
+    # A strategy belongs to one Trainer.
+    runner = Trainer(logger=logger, callbacks=callbacks, **(trainer_defaults() | copy.deepcopy(trainer)))
     runner.fit(attack, datamodule=victims, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
     return timer.time_elapsed("train")
 
 
 def _summarise(name: str, attack: GradientMatchingAttack, dataset: str, published: float | None, seconds: float) -> Row:
     scores = list(attack.scores.values())
-    accuracy, success, psnr, ssim = ShareOverVictims(), ShareOverVictims(), MeanOverVictims(), MeanOverVictims()
+    # The first process has the scores of all.
+    accuracy, success = (ShareOverVictims(sync_on_compute=False) for _ in range(2))
+    psnr, ssim = (MeanOverVictims(sync_on_compute=False) for _ in range(2))
     for metric, values in (
         (accuracy, [victim.label_accuracy for victim in scores]),
         (success, [victim.success for victim in scores]),

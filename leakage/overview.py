@@ -66,7 +66,7 @@ def _gallery(folder: Path, names: list[str], victims: VictimDataModule, dataset:
     images: list[list[Tensor]] = [[image] for image in truth.images.flatten(0, 1)]
     captions = [[f"label {label}"] for label in truth.labels.flatten().tolist()]
     for name in names:
-        parts = sorted((folder / name / "reconstructions").glob("cohort_*.safetensors"))
+        parts = sorted((folder / name / "reconstructions").glob("part_*.safetensors"))
         place: dict[int, int] = {}
         if parts:
             found = Reconstruction.cat([Reconstruction.load(path) for path in parts])

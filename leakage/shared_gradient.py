@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +15,13 @@ from torch import Tensor
 
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.objectives import LOSSES
-from leakage.tensor_files import read_safetensors, write_safetensors
+from leakage.tensor_files import brief, header_value, read_safetensors, write_safetensors
 
 _FORMAT = "leakage.SharedGradient"
+# Values of all images behind one gradient: with more, not even one search would fit into a machine.
+_MOST_VALUES = 2**30
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -50,6 +55,11 @@ class Protocol:
             raise ValueError(f"Expected `image_shape` (C, H, W), but got {self.image_shape}.")
         check_count(**dict(zip("CHW", self.image_shape, strict=True)))
         check_count(num_classes=self.num_classes, num_images=self.num_images)
+        if self.num_images * math.prod(self.image_shape) > _MOST_VALUES:
+            raise ValueError(
+                f"Expected `num_images` times `image_shape` of at most 2**30 values, but got {self.num_images} times "
+                f"{self.image_shape}."
+            )
         check_choice("loss", self.loss, LOSSES)
         check_choice("reduction", self.reduction, ("mean", "sum"))
         check_local_steps(self.num_images, self.local_steps, self.learning_rate, self.local_batch_size)
@@ -105,6 +115,19 @@ class SharedGradient:
         selected.ids = self.ids[victims.cpu()]
         return selected
 
+    def replace(self, places: Tensor, others: SharedGradient) -> SharedGradient:
+        """The same tensors with ``others`` written over the victims at these indices; shared weights stay."""
+        pairs = [(self.gradients, others.gradients)]
+        if self.own_weights:
+            pairs.append((self.state, others.state))
+        for mine, theirs in pairs:
+            for name, tensor in mine.items():
+                tensor[places] = theirs[name].to(tensor)
+        self.ids[places.cpu()] = others.ids
+        if self.labels is not None and others.labels is not None:
+            self.labels[places] = others.labels.to(self.labels)
+        return dataclasses.replace(self)
+
     @staticmethod
     def cat(parts: list[SharedGradient]) -> SharedGradient:
         """Victims of several parts after one another; shared weights are those of the first part.
@@ -149,8 +172,7 @@ class SharedGradient:
 
     def check(self) -> None:
         """Raise a ``ValueError`` unless shapes agree and every number is finite."""
-        whole = not self.ids.is_floating_point() and self.ids.dtype != torch.bool
-        if self.ids.ndim != 1 or not len(self.ids) or not whole or bool((self.ids < 0).any()):
+        if self.ids.ndim != 1 or not len(self.ids) or self.ids.dtype not in _WHOLE or bool((self.ids < 0).any()):
             raise ValueError(
                 f"Expected `ids` as whole numbers of at least 0 and shape (V,), but got {self.ids.dtype} "
                 f"{tuple(self.ids.shape)}, {self.ids.flatten()[:5].tolist()}."
@@ -168,8 +190,10 @@ class SharedGradient:
                         f"Expected the {kind} of {name!r} to have shape {show_shape(victims, '...')}, "
                         f"but got {tuple(tensor.shape)}."
                     )
-                if kind == "gradient" and not tensor.is_floating_point():
+                if kind == "gradient" and tensor.dtype not in _REAL:
                     raise ValueError(f"Expected the gradient of {name!r} in floating point, but got {tensor.dtype}.")
+                if tensor.dtype not in (*_REAL, *_WHOLE, torch.bool):
+                    raise ValueError(f"Expected the {kind} of {name!r} as real numbers, but got {tensor.dtype}.")
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     where = ""
                     if leading:
@@ -181,7 +205,7 @@ class SharedGradient:
             expected = (victims, self.protocol.num_images)
             if tuple(self.labels.shape) != expected:
                 raise ValueError(f"Expected `labels` of shape {expected}, but got {tuple(self.labels.shape)}.")
-            if self.labels.is_floating_point():
+            if self.labels.dtype not in _WHOLE:
                 raise ValueError(f"Expected `labels` as whole numbers, but got {self.labels.dtype}.")
             if not bool(((self.labels >= 0) & (self.labels < self.protocol.num_classes)).all()):
                 raise ValueError(
@@ -222,18 +246,18 @@ class SharedGradient:
         """
         header, tensors = read_safetensors(path, _FORMAT)
         try:
-            protocol = Protocol(**json.loads(header["protocol"]))
-            own_weights = json.loads(header["own_weights"])
+            protocol = Protocol(**header_value(header, "protocol"))
+            own_weights = header_value(header, "own_weights")
             if not isinstance(own_weights, bool):
                 raise ValueError(f"Expected `own_weights` to be true or false, but got {own_weights!r}.")
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"Expected a protocol in the header of '{path}', but got: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Expected a protocol in the header of '{path}', but got: {brief(error)}") from error
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
         if "ids" not in tensors:
-            raise ValueError(f"Expected a tensor 'ids' in '{path}', but got {sorted(tensors)[:5]}.")
+            raise ValueError(f"Expected a tensor 'ids' in '{path}', but got {brief(sorted(tensors)[:5])}.")
         shared = cls(
             gradients=under("gradients/"),
             state=under("state/"),
@@ -242,7 +266,10 @@ class SharedGradient:
             own_weights=own_weights,
             labels=tensors.get("labels"),
         )
-        shared.check()
+        try:
+            shared.check()
+        except ValueError as error:
+            raise ValueError(f"Expected a sound shared gradient in '{path}', but got: {brief(error)}") from error
         return shared
 
 

@@ -44,7 +44,7 @@ def attacks(**options: Any) -> dict[str, Any]:
 def run(output: Path, *, methods: Any = None, victims: Any = None, **options: Any) -> list[Row]:
     return compare(
         attacks() if methods is None else methods,
-        SampleVictims(victims=4, batch_size=3) if victims is None else victims,
+        SampleVictims(victims=4, lanes=3) if victims is None else victims,
         output,
         dataset="sample",
         accelerator="cpu",
@@ -148,7 +148,7 @@ def test_resume_refuses_another_configuration(done: Path) -> None:
     with pytest.raises(ValueError, match=r"one that differs in `attack.max_evaluations`: 60 there, 61 here"):
         run(done, methods=attacks(max_evaluations=61), resume=True)
     with pytest.raises(ValueError, match=r"`data.victims`: 4 there, 5 here"):
-        run(done, victims=SampleVictims(victims=5, batch_size=3), resume=True)
+        run(done, victims=SampleVictims(victims=5, lanes=3), resume=True)
     with pytest.raises(ValueError, match=r"`attack.class`: 'IDLGAttack' there, 'DLGAttack' here"):
         run(done, methods={"idlg": attacks()["dlg"]}, resume=True)
     with pytest.raises(ValueError, match=r"`precision`: None there, '64-true' here"):
@@ -170,7 +170,7 @@ def test_resume_refuses_another_configuration(done: Path) -> None:
             r"Expected '.*victims.csv' to be the whole table of 4 victims, but",
         ),
         ("idlg/victims.csv", None, r"Expected '.*victims.csv' to be the whole table .* but got no such file"),
-        ("idlg/reconstructions/cohort_0001.safetensors", None, "to hold the reconstructions of all victims, but got 3"),
+        ("idlg/reconstructions/part_0001.safetensors", None, "to hold the reconstructions of all victims, but got 3"),
     ],
 )
 def test_resume_refuses_damaged_results(
@@ -218,7 +218,7 @@ def test_the_victims_of_all_methods_are_written_whole_or_not_at_all(
 
 def test_without_resume_replaces_an_earlier_comparison(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     method = {"idlg": attacks()["idlg"]}
-    run(tmp_path, methods=method, victims=SampleVictims(victims=3, batch_size=1))
+    run(tmp_path, methods=method, victims=SampleVictims(victims=3, lanes=1))
     run(tmp_path, methods=method, victims=SampleVictims(victims=2))
     assert len(rows_of(tmp_path / "victims.csv")) == 2
     assert len(list((tmp_path / "idlg" / "reconstructions").iterdir())) == 1

@@ -106,7 +106,7 @@ def attack_plainly(model: nn.Module, gradients: dict[str, Tensor], start: Tensor
 
 def run_plainly(victims: ImageVictims, count: int, seed: int) -> Outcome:
     """The first ``count`` victims, one after another."""
-    shared: SharedGradient = victims.share(0, count)
+    shared: SharedGradient = victims.share(range(count))
     model = copy.deepcopy(victims.victim.model).requires_grad_()
     images, labels, evaluations, seconds = [], [], [], 0.0
     for index in range(count):
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
     parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
-    parser.add_argument("--batch-size", type=int, help="victims attacked together (default: the data set's)")
+    parser.add_argument("--lanes", type=int, help="victims attacked at once (default: as many as pay)")
     parser.add_argument(
         "--precision", choices=("32-true", "64-true"), default="32-true", help="of our side (default: %(default)s)"
     )
@@ -270,8 +270,8 @@ def _measure(given: argparse.Namespace, dataset: str, victims: ImageVictims, pro
 def _victims(given: argparse.Namespace, count: int) -> tuple[str, ImageVictims]:
     """The victims, ready to share their gradients, and what to call their data set."""
     options: dict[str, Any] = {"victims": count, "seed": given.seed}
-    if given.batch_size is not None:
-        options["batch_size"] = given.batch_size
+    if given.lanes is not None:
+        options["lanes"] = given.lanes
     if given.dataset is not None:
         dataset, victims = victims_named(given.dataset, root=given.root, image_size=given.image_size, **options)
         victims.prepare_data()

@@ -9,6 +9,8 @@ Each victim has one image and a freshly drawn LeNet. The paper took 1,000 victim
 published` searches as the paper does, `--protocol robust` as this library does by default. R-GAP and Gauss-Newton
 (second order), which can be asked for by `--methods`, have one protocol.
 
+Several processes share the victims out among them: `--devices 2` on a machine with two cores, or two GPUs.
+
 A run that was stopped, in whatever way, goes on with the same command and `--resume`, and ends with the results that it
 would have had. Without `--resume` a folder that holds results is refused, so that none are lost by mistake.
 """
@@ -22,10 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack, RGAPAttack
+from leakage.attacks.processes import is_first_process
 from leakage.cli import quiet
 from leakage.compare import FILES, check_output, compare, format_table, holds_results
 from leakage.datamodules.images import ImageVictims
 from leakage.datamodules.named import DATASETS, victims_named
+from leakage.errors import check_count
+from leakage.strategy import VictimParallel
 
 METHODS: dict[str, Callable[..., GradientMatchingAttack]] = {
     "dlg": DLGAttack,
@@ -48,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     quiet()
     try:
+        check_count(devices=given.devices)
         dataset, victims = _victims(given)
         if given.protocol == "published" and not set(given.methods) & set(SEARCHES):
             raise ValueError(
@@ -59,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in given.methods
         }
         check_output(given.output)
-        if not given.resume and holds_results(given.output):
+        if is_first_process() and not given.resume and holds_results(given.output):
             raise ValueError(
                 f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
                 "with them, or choose another folder."
@@ -79,13 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             published=PUBLISHED.get(given.dataset),
             resume=given.resume,
             accelerator=given.accelerator,
-            devices=1,
+            devices=given.devices,
+            **({"strategy": VictimParallel()} if given.devices > 1 else {}),
             precision=given.precision,
         )
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) or str(error).startswith("Expected "):
             sys.exit(f"{parser.prog}: error: {error}")
         raise
+    if not is_first_process():
+        return
     print(f"\n{format_table(rows)}\n")
     for name in FILES:
         print(given.output / name)
@@ -118,12 +127,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
     parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
-    parser.add_argument("--batch-size", type=int, help="victims attacked together (default: the data set's)")
+    parser.add_argument("--lanes", type=int, help="victims attacked at once (default: as many as pay)")
     parser.add_argument(
         "--precision",
         choices=("32-true", "64-true"),
         default="32-true",
         help="64 bit for what stalls in 32 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        help="processes, or GPUs, among which the victims are shared out (default: %(default)s)",
     )
     parser.add_argument("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
     return parser
@@ -131,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _victims(given: argparse.Namespace) -> tuple[str, ImageVictims]:
     """What to call the data set, and its victims."""
-    options: dict[str, Any] = {} if given.batch_size is None else {"batch_size": given.batch_size}
+    options: dict[str, Any] = {} if given.lanes is None else {"lanes": given.lanes}
     return victims_named(
         given.dataset,
         root=given.root,

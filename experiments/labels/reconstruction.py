@@ -100,7 +100,7 @@ class OneWrong(VictimDataModule):
     """
 
     def __init__(self, victims: ImageVictims) -> None:
-        super().__init__(batch_size=victims.batch_size)
+        super().__init__(lanes=victims.lanes)
         self.reveal_labels = True
         self.honest = victims
 
@@ -113,9 +113,9 @@ class OneWrong(VictimDataModule):
         self.honest.setup(stage)
         self.victim, self.victims = self.honest.victim, self.honest.victims
 
-    def share(self, first: int, last: int) -> SharedGradient:
+    def share(self, victims: Sequence[int]) -> SharedGradient:
         """Their true gradients, with a wrong label each."""
-        shared = self.honest.share(first, last)
+        shared = self.honest.share(victims)
         assert shared.labels is not None
         labels = shared.labels.clone()
         images, classes = shared.protocol.num_images, shared.protocol.num_classes
@@ -128,6 +128,7 @@ class OneWrong(VictimDataModule):
 
     def val_dataloader(self) -> DataLoader[GroundTruth]:
         """The truth."""
+        self.honest.audited = self.audited
         return self.honest.val_dataloader()
 
     @cached_property

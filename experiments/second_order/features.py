@@ -46,7 +46,7 @@ from leakage.victim import Victim
 TOLD = 100.0
 # What reach.py can be asked for, and this script can't.
 _FIXED: dict[str, Any] = {
-    "norm": None, "noise": [0.0], "half": False, "infer_labels": False, "cohort": 64, "why": 0, "methods": [],
+    "norm": None, "noise": [0.0], "half": False, "infer_labels": False, "lanes": 64, "why": 0, "methods": [],
     "max_steps": None, "max_evaluations": None, "restarts": None, "train_images": None, "learning_rate": None,
     "accelerator": "auto",
 }  # fmt: skip
@@ -139,7 +139,7 @@ def measure(cell: Cell, given: argparse.Namespace, data: LabelledDataModule) -> 
     victims.setup("fit")
     victim = victims.victim
     errors, right, wrong, seconds = [], [], [], 0.0
-    for truth in victims.val_dataloader():  # in cohorts
+    for truth in victims.val_dataloader():  # in parts
         shared = victims.share(int(truth.ids[0]), int(truth.ids[-1]) + 1)
         began = time.perf_counter()
         separated = separate_features(shared, victim, truth.labels, seed=given.seed)

@@ -189,7 +189,7 @@ class Reach:
             victim = int(truth.ids[row])
             diagnoses.append(
                 diagnose(
-                    victims.share(victim, victim + 1),
+                    victims.share(range(victim, victim + 1)),
                     victims.victim,
                     truth.labels[row],
                     truth.images[row],
@@ -214,7 +214,7 @@ class Reach:
 
 def _found(folder: Path, truth: GroundTruth) -> Reconstruction:
     """What a method made of all victims, in their order."""
-    parts = sorted((folder / "reconstructions").glob("cohort_*.safetensors"))
+    parts = sorted((folder / "reconstructions").glob("part_*.safetensors"))
     found = Reconstruction.cat([Reconstruction.load(path) for path in parts])
     place = {victim: index for index, victim in enumerate(found.ids.tolist())}
     return found.select(torch.tensor([place[victim] for victim in truth.ids.tolist()]))

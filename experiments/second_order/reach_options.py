@@ -63,7 +63,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--train-images", type=int, help="to train on (default: 6000, or half of them where few)")
     add("--learning-rate", type=float, help="of the training (default: that of leakage.training)")
     add("--networks", type=Path, help="folder that keeps trained networks (default: ~/.cache/leakage/networks)")
-    add("--cohort", type=int, default=64, help="victims attacked together (default: %(default)s)")
+    add("--lanes", type=int, default=64, help="victims attacked at once (default: %(default)s)")
     add("--seed", type=int, default=0, help="of victims, networks, noise and starts (default: %(default)s)")
     add("--output", type=Path, required=True, help="folder for results")
     add("--resume", action="store_true", help="go on with the run in the folder, if there is one")
@@ -75,7 +75,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 def check_given(given: argparse.Namespace) -> None:
     """Raise a ``ValueError`` for numbers out of range and options that have no use beside the others."""
-    check_count(victims=given.victims, cohort=given.cohort)
+    check_count(victims=given.victims, lanes=given.lanes)
     check_count(0, seed=given.seed, why=given.why)
     for name in ("epochs", "images"):
         for value in getattr(given, name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -135,7 +135,7 @@ def make_victims(cell: Cell, given: argparse.Namespace, data: LabelledDataModule
         victims=given.victims,
         num_images=cell.images,
         seed=given.seed,
-        batch_size=given.cohort,
+        lanes=given.lanes,
         model=network.model,
         weights="own" if network.own else "shared",
         reveal_labels=not given.infer_labels,
@@ -209,7 +209,7 @@ class PerturbedVictims(VictimDataModule):
     """
 
     def __init__(self, victims: ImageVictims, *, noise: float = 0.0, half: bool = False) -> None:
-        super().__init__(batch_size=victims.batch_size)
+        super().__init__(lanes=victims.lanes)
         self.reveal_labels, self.weights = victims.reveal_labels, victims.weights
         self.honest, self.noise, self.half = victims, noise, half
 
@@ -222,12 +222,13 @@ class PerturbedVictims(VictimDataModule):
         self.honest.setup(stage)
         self.victim, self.victims = self.honest.victim, self.honest.victims
 
-    def share(self, first: int, last: int) -> SharedGradient:
+    def share(self, victims: Sequence[int]) -> SharedGradient:
         """Their gradients with noise, rounded."""
-        return perturb(self.honest.share(first, last), noise=self.noise, half=self.half, seed=self.honest.seed)
+        return perturb(self.honest.share(victims), noise=self.noise, half=self.half, seed=self.honest.seed)
 
     def val_dataloader(self) -> DataLoader[GroundTruth]:
         """The truth."""
+        self.honest.audited = self.audited
         return self.honest.val_dataloader()
 
     @cached_property

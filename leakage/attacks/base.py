@@ -1,9 +1,11 @@
-"""The loop that every attack shares: admit victims, search for all of them at once, write out the finished."""
+"""The loop that every attack shares: admit victims, search for many of them at once, hand out the finished."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -12,8 +14,11 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from leakage.attacks.auditor import Auditor
+from leakage.attacks.lanes import choose_lanes, is_out_of_memory
+from leakage.attacks.processes import check_strategy, gather, new_deal, sum_over_processes, take_part
 from leakage.attacks.protocols import ITERATIONS_PER_CALL, search_protocol
-from leakage.checkpoints import check_checkpoint
+from leakage.chain_objective import ChainObjective
+from leakage.checkpoints import check_checkpoint, restoring
 from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.metrics import ReconstructionMetrics, VictimScore
@@ -24,14 +29,16 @@ from leakage.seeds import derive_seed
 from leakage.shared_gradient import SharedGradient
 from leakage.victim import Victim
 
-# Finished victims leave the lanes when they are this share of them: leaving copies all histories.
+# Finished victims leave the lanes, or give them to others, when they are this share of them: both move much memory.
 _LEAVING_SHARE = 1 / 8
-# The next cohort is admitted when this share of one is still running, so that no cohort waits for stragglers.
-_CARRIED_SHARE = 1 / 4
 # Each restart draws from a distribution this much wider: close to the start that failed lies the same failure.
 _WIDER = 3.0
 # L-BFGS needs gradients that are more precise than those of half precision.
 _PRECISIONS = ("32-true", "64-true")
+# Iterations between two that are logged.
+_LOGGED_EVERY = 10
+# Victims on whom the number of lanes is tried.
+_SAMPLE = 8
 
 
 class GradientMatchingAttack(LightningModule):
@@ -47,11 +54,15 @@ class GradientMatchingAttack(LightningModule):
 
     One training step is one evaluation of the objective for
     every victim in the lanes. A victim that has converged, diverged, stalled or spent its budget
-    leaves with its best iterate by this objective; the next cohort enters as soon as there is room,
-    and training ends when every victim is done: one epoch is all victims.
+    leaves with its best iterate by this objective; the next ones take the lanes that are free,
+    and training ends when every victim is done: one epoch is all victims. Where the memory does not
+    suffice, half of the lanes are used and nothing is lost.
+
+    Several processes, on one machine or many, share the victims out among them
+    (``Trainer(strategy=VictimParallel(), devices=2)``); the first one has all results in the end.
 
     Attributes:
-        finished: the victims done so far, in the order they finished.
+        finished: the victims done so far, in the order they finished; in the end all, in their own order.
         scores: by victim id, how near the truth its reconstruction is.
 
     Args:
@@ -123,12 +134,16 @@ class GradientMatchingAttack(LightningModule):
 
     def _reset(self) -> None:
         self.iteration = 0
-        self._cohorts = 0  # admitted so far
-        self._awaiting = True  # whether a further cohort has been asked for
+        self._queue: list[int] = []  # victims that no lane has had yet, by their places
+        self._asked: list[int] = []  # those of them that have been asked for
         self._asked_at = -1  # and after which iteration
+        self._most_lanes = 0
+        self._deal = ""  # which victims are whose, if there are several processes
+        self._chain: ChainObjective | None = None
         self._shared: SharedGradient | None = None  # of the victims in the lanes
         self._lanes: dict[str, Tensor] = {}
         self._finished: list[Reconstruction] = []
+        self._finished_places: list[int] = []
         self._auditor = Auditor(self.hparams["success_threshold"])
 
     # What a subclass supplies.
@@ -147,7 +162,7 @@ class GradientMatchingAttack(LightningModule):
 
     @abstractmethod
     def _targets(self, fixed: Tensor, *unknowns: Tensor) -> Tensor:
-        """Class probabilities ``(N, K)`` of one victim from what is fixed and from the unknowns after the images."""
+        """Class probabilities ``(..., N, K)`` of victims from what is fixed and from the unknowns after the images."""
 
     @abstractmethod
     def _labels(self, fixed: Tensor, *unknowns: Tensor) -> Tensor:
@@ -168,27 +183,34 @@ class GradientMatchingAttack(LightningModule):
         return self._auditor.scores
 
     @property
+    def _searches(self) -> bool:
+        """Whether there are lanes; while a checkpoint is read there is no optimizer yet."""
+        return self._shared is not None and bool(self.trainer.optimizers)
+
+    @property
     def num_running(self) -> int:
         """Victims in the lanes that are still searched for."""
-        return int(self._optimizer.running.sum()) if self._shared is not None else 0
+        return int(self._optimizer.running.sum()) if self._searches else 0
 
     @property
     def num_done(self) -> int:
         """Victims whose search has ended."""
-        in_lanes = len(self._shared) - self.num_running if self._shared is not None else 0
+        in_lanes = len(self._optimizer.status) - self.num_running if self._searches else 0
         return sum(map(len, self._finished)) + in_lanes
 
     @property
     def finished(self) -> Reconstruction:
-        """The victims done so far, in the order they left the lanes."""
+        """The victims done so far, in the order they left the lanes; after ``fit`` all, in their own order."""
         parts = [*self._finished]
-        if self._shared is not None:
-            parts.append(self._collect(~self._optimizer.running))
+        if self._searches:
+            parts.append(self._collect((~self._optimizer.running).nonzero().squeeze(1)))
         return Reconstruction.cat(parts) if parts else self._empty()
 
     def current(self) -> Reconstruction:
         """The best iterates so far of the victims still running."""
-        return self._collect(self._optimizer.running) if self._shared is not None else self._empty()
+        if not self._searches:
+            return self._empty()
+        return self._collect(self._optimizer.running.nonzero().squeeze(1))
 
     # Lightning's hooks.
 
@@ -200,14 +222,11 @@ class GradientMatchingAttack(LightningModule):
             )
         datamodule = self._datamodule
         check_choice("precision", self.trainer.precision, _PRECISIONS)
-        if self.trainer.world_size > 1:
-            raise ValueError(
-                "Expected a Trainer with one process (devices=1, num_nodes=1), whose lanes hold many victims, but got "
-                f"{self.trainer.world_size}: each would attack every victim. Run one process per seed instead."
-            )
+        check_strategy(self.trainer)
         self._reset()
         self._victim = datamodule.victim
         self.expected_victims = datamodule.victims
+        self._queue = list(range(self.trainer.global_rank, datamodule.victims, self.trainer.world_size))
         self._check_victim(self._victim, labels_revealed=datamodule.reveal_labels)
         protocol = self._victim.protocol
         self.dummy_images = nn.Parameter(
@@ -236,36 +255,78 @@ class GradientMatchingAttack(LightningModule):
         )
 
     def on_fit_start(self) -> None:
-        """Go where the Trainer computes, and ask for the first cohort."""
-        # A copy of its own: the DataModule's captures further cohorts where its images are.
+        """Go where the Trainer computes, find how many lanes there shall be, and ask for the first victims."""
+        # A copy of its own: the DataModule's captures further gradients where its images are.
         self._victim = copy.deepcopy(self.victim)
         self._victim.model.to(device=self.device, dtype=self.dummy_images.dtype)
-        # Before the first batch is fetched, and after a checkpoint's lanes are back. A cohort enters two steps
-        # after it was asked for, as Lightning fetches one batch ahead: also if the run was resumed in between.
+        self._chain = self._find_chain()
+        datamodule = self._datamodule
+        self._deal = self._deal or new_deal(self.trainer)
+        in_lanes = self._lanes["place"].tolist() if self._lanes else []
+        mine = sorted({*self._finished_places, *in_lanes, *self._asked, *self._queue})
+        datamodule.audited = mine if self.trainer.world_size > 1 else None
+        if not self._most_lanes and self._queue:
+            self._most_lanes = self._find_lanes()
+            self._ask(self._most_lanes)
+            self._asked_at = -1
+        # Before the first batch is fetched, and after a checkpoint's lanes are back. Victims enter two steps
+        # after they were asked for, as Lightning fetches one batch ahead: also if the run was resumed in between.
         delayed = self._asked_at == self.iteration
-        self._datamodule.wanted = self._cohorts if self._awaiting and not delayed else None
+        datamodule.wanted = self._asked if self._asked and not delayed else None
+
+    def _find_chain(self) -> ChainObjective | None:
+        """The faster way to the squared distance, for networks that have one."""
+        if self.hparams["distance"] != "squared":
+            return None
+        try:
+            return ChainObjective(self.victim)
+        except ValueError:
+            return None
 
     def on_train_start(self) -> None:
-        """Ask for the cohort whose turn is not the first batch; end at once if nothing is left to do."""
-        if self._awaiting and self._asked_at == self.iteration:
-            self._datamodule.wanted = self._cohorts
-        if self.num_done == self.expected_victims:
-            self.trainer.should_stop = True
+        """Ask for the victims whose turn is not the first batch; end at once if nothing is left to do."""
+        if self._asked and self._asked_at == self.iteration:
+            self._datamodule.wanted = self._asked
+        self._end_when_all_are_done()
 
     def training_step(self, batch: SharedGradient | tuple[()], batch_idx: int) -> None:
-        """Admit the cohort in the batch, if there is one, and move every victim in the lanes by one evaluation."""
+        """Admit the victims of the batch, if there are any, and move every victim in the lanes by one evaluation."""
         if isinstance(batch, SharedGradient):
             self._admit(batch)
-        if self._shared is None:
+        if self._shared is not None:
+            self._advance()
+        elif self.trainer.world_size > 1:  # the processes make the same number of steps
+            cast(Any, self.optimizers()).step(closure=lambda: self.dummy_images.new_zeros(0))
+        self._end_when_all_are_done()
+        self._tell()
+
+    def _advance(self) -> None:
+        """One evaluation for every victim in the lanes."""
+        try:
+            cast(Any, self.optimizers()).step(closure=self._evaluate)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._begin_anew_with_fewer_lanes(error)
             return
-        optimizer = cast(Any, self.optimizers())
-        optimizer.step(closure=self._evaluate)
         self.iteration += 1
-        losses = torch.minimum(self._lanes["best_loss"], self._optimizer.best_loss)
-        self.log("train/loss", losses.median(), prog_bar=True, batch_size=len(losses))
         self._retire()
+
+    def _tell(self) -> None:
+        """Log how far it is; every tenth time, as that takes as long as a good part of a small evaluation."""
+        due = self.iteration % _LOGGED_EVERY == 1 or self.trainer.should_stop
+        if not self.iteration or not (due or self.trainer._logger_connector.should_update_logs):
+            return
+        best = torch.minimum(self._lanes["best_loss"], self._optimizer.best_loss) if self._lanes else None
+        losses = self._finished[-1].loss if best is None else best
+        self.log("train/loss", losses.median(), prog_bar=True, batch_size=len(losses))
         self.log("train/running", float(self.num_running), batch_size=1)
         self.log("train/done", float(self.num_done), prog_bar=True, batch_size=1)
+
+    def _end_when_all_are_done(self) -> None:
+        done = sum_over_processes(self.trainer, self.num_done)
+        if done == self.expected_victims:
+            self.trainer.should_stop = True
 
     def validation_step(self, batch: GroundTruth, batch_idx: int) -> None:
         """Score the victims of the batch."""
@@ -273,7 +334,7 @@ class GradientMatchingAttack(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of all victims so far."""
-        if self.scores:
+        if sum_over_processes(self.trainer, len(self.scores)):
             metrics = ReconstructionMetrics(prefix="val/").to(self.device)
             metrics.update(self.scores.values())
             self.log_dict(metrics.compute())
@@ -291,6 +352,15 @@ class GradientMatchingAttack(LightningModule):
         unscored = any(not self._auditor.is_final(victim) for victim in self.finished.ids.tolist())
         if unscored:
             self.score_finished()
+        if self._shared is not None:
+            running = self._optimizer.running
+            if not bool(running.all()):
+                self._hand_out((~running).nonzero().squeeze(1))
+            self._keep(running)
+        self._finished, self._finished_places, self._auditor.scores = gather(
+            self.trainer, self.finished, self._finished_places, self.scores
+        )
+        self._datamodule.audited = None
 
     def _audit(self, truth: GroundTruth) -> None:
         if not self._auditor.has_taken:
@@ -313,18 +383,49 @@ class GradientMatchingAttack(LightningModule):
     def _optimizer(self) -> PerVictimOptimizer:
         return cast(PerVictimOptimizer, self.trainer.optimizers[0])
 
+    def _ask(self, victims: int) -> None:
+        """Ask for the next victims of the queue."""
+        self._asked, self._queue = self._queue[:victims], self._queue[victims:]
+        self._asked_at = self.iteration
+        self._datamodule.wanted = self._asked
+
     def _admit(self, shared: SharedGradient) -> None:
-        """Put the victims of a cohort into lanes of their own."""
+        """Put new victims into lanes: first into those that are free, then into further ones."""
         self.victim.check(shared)
         shared = shared.to(device=self.device, dtype=self.dummy_images.dtype)
         fixed = self._begin(shared)
         starts = self._first_starts(shared, fixed)
-        norms = sum(tensor.square().flatten(1).sum(1) for tensor in shared.gradients.values())
-        norms = cast(Tensor, norms)
+        lanes = self._fresh_lanes(shared, fixed, starts)
+        free = torch.empty(0, dtype=torch.long, device=self.device)
+        if self._shared is not None:
+            free = (~self._optimizer.running).nonzero().squeeze(1)[: len(shared)]
+        taken, further = slice(len(free)), torch.arange(len(free), len(shared))
+        if len(free):
+            assert self._shared is not None
+            self._hand_out(free)
+            self._optimizer.restart(free, *(start[taken] for start in starts))
+            self._shared = self._shared.replace(free, shared.select(torch.arange(len(free))))
+            for name, tensor in lanes.items():
+                self._lanes[name][free] = tensor[taken]
+        if len(further):
+            self._optimizer.extend(*(start[len(free) :] for start in starts))
+            rest, lanes = shared.select(further), {name: tensor[len(free) :] for name, tensor in lanes.items()}
+            self._shared = rest if self._shared is None else SharedGradient.cat([self._shared, rest])
+            self._lanes = (
+                {name: torch.cat([tensor, lanes[name]]) for name, tensor in self._lanes.items()}
+                if self._lanes
+                else lanes
+            )
+        self._asked = []
+
+    def _fresh_lanes(self, shared: SharedGradient, fixed: Tensor, starts: list[Tensor]) -> dict[str, Tensor]:
+        """What is kept of each victim beside the optimizer's state."""
+        norms = cast(Tensor, sum(tensor.square().flatten(1).sum(1) for tensor in shared.gradients.values()))
         relative = self.search.relative and self.hparams["distance"] == "squared"
         scale = 1 / norms if relative else torch.ones_like(norms)
         zeros = torch.zeros(len(shared), dtype=torch.long, device=self.device)
-        lanes = {
+        return {
+            "place": torch.tensor(self._asked, device=self.device),
             # A gradient of zero leaves nothing to compare with: its distance is taken as it is.
             "scale": torch.where(torch.isfinite(scale), scale, 1.0),
             "fixed": fixed,
@@ -332,17 +433,9 @@ class GradientMatchingAttack(LightningModule):
             "iterations": zeros.clone(),  # of the earlier starts
             "evaluations": zeros.clone(),
             "best_loss": torch.full_like(norms, torch.inf),  # of the earlier starts
-            "best_images": starts[0],
+            "best_images": starts[0].clone(),
             "best_labels": torch.zeros(starts[0].shape[:2], dtype=torch.long, device=self.device),
         }
-        self._optimizer.extend(*starts)
-        if self._shared is None:
-            self._shared, self._lanes = shared, lanes
-        else:
-            self._shared = SharedGradient.cat([self._shared, shared])
-            self._lanes = {name: torch.cat([tensor, lanes[name]]) for name, tensor in self._lanes.items()}
-        self._cohorts += 1
-        self._awaiting = False
 
     def _first_starts(self, shared: SharedGradient, fixed: Tensor) -> list[Tensor]:
         """Where the search for new victims begins, one ``(V, ...)`` tensor per unknown; later starts are random."""
@@ -362,7 +455,19 @@ class GradientMatchingAttack(LightningModule):
 
     def _evaluate(self) -> Tensor:
         """Objectives ``(lanes,)`` at the parameters; their gradients go to ``.grad``."""
-        shared, unknowns = cast(SharedGradient, self._shared), self._unknowns
+        assert self._shared is not None
+        values = [unknown.data for unknown in self._unknowns]
+        losses, gradients = self._objective(self._shared, self._lanes["fixed"], self._lanes["scale"], values)
+        for unknown, gradient in zip(self._unknowns, gradients, strict=True):
+            unknown.grad = gradient
+        return losses
+
+    def _objective(
+        self, shared: SharedGradient, fixed: Tensor, scale: Tensor, values: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Objectives ``(V,)`` of some victims at these unknowns, and the gradients with respect to each of those."""
+        if self._chain is not None:
+            return self._objective_of_chain(self._chain, shared, fixed, scale, values)
         distance = DISTANCES[self.hparams["distance"]]
 
         def objective(unknowns: tuple[Tensor, ...], fixed: Tensor, scale: Tensor, state: Any, targets: Any) -> Tensor:
@@ -371,15 +476,22 @@ class GradientMatchingAttack(LightningModule):
             return scale * distance(gradients, targets)
 
         evaluate = vmap(grad_and_value(objective), in_dims=(0, 0, 0, 0 if shared.own_weights else None, 0))
-        values = tuple(unknown.data for unknown in unknowns)
-        lanes = self._lanes
-        gradients, losses = evaluate(values, lanes["fixed"], lanes["scale"], shared.state, shared.gradients)
-        for unknown, gradient in zip(unknowns, gradients, strict=True):
-            unknown.grad = gradient
-        return cast(Tensor, losses)
+        gradients, losses = evaluate(tuple(values), fixed, scale, shared.state, shared.gradients)
+        return losses, gradients
+
+    def _objective_of_chain(
+        self, chain: ChainObjective, shared: SharedGradient, fixed: Tensor, scale: Tensor, values: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        images, *others = values
+        with torch.enable_grad():
+            others = [value.detach().requires_grad_() for value in others]
+            targets = self._targets(fixed, *others)
+        losses, by_images, by_targets = chain(shared, images, targets.detach())
+        gradients = [by_images, *(torch.autograd.grad(targets, others, by_targets) if others else ())]
+        return scale * losses, [scale.view(-1, *[1] * (part.ndim - 1)) * part for part in gradients]
 
     def _retire(self) -> None:
-        """Start stalled victims again within their budget, let finished ones go, ask for the next cohort."""
+        """Start stalled victims again within their budget, let finished ones go, ask for the next."""
         optimizer, lanes = self._optimizer, self._lanes
         ended = ~optimizer.running
         poor = torch.minimum(lanes["best_loss"], optimizer.best_loss) > self.hparams["restart_above"]
@@ -388,20 +500,76 @@ class GradientMatchingAttack(LightningModule):
             self._restart(again)
             ended = ~optimizer.running
         left = int(ended.sum())
-        if left == len(ended) or left > _LEAVING_SHARE * len(ended):
-            self._finished.append(self._collect(ended))
-            kept = (~ended).nonzero().squeeze(1)
-            optimizer.select(kept)
-            shared = cast(SharedGradient, self._shared)
-            self._shared = shared.select(kept) if len(kept) else None
-            self._lanes = {name: tensor[kept] for name, tensor in lanes.items()} if len(kept) else {}
-        running = len(ended) - left
+        room = self._most_lanes - (len(ended) - left)
+        if self._queue and not self._asked and room >= max(1, _LEAVING_SHARE * self._most_lanes):
+            self._ask(room)
+        spare = min(left, len(ended) - self._most_lanes) if self._asked or self._queue else left
+        if spare > 0 and (left == len(ended) or spare > _LEAVING_SHARE * len(ended)):
+            leaving = ended.nonzero().squeeze(1)[-spare:]
+            self._hand_out(leaving)
+            self._keep(~torch.zeros_like(ended).index_fill(0, leaving, True))
+
+    def _hand_out(self, lanes: Tensor) -> None:
+        """Note what the lanes at these indices have found."""
+        self._finished.append(self._collect(lanes))
+        self._finished_places += self._lanes["place"][lanes].tolist()
+
+    def _keep(self, chosen: Tensor) -> None:
+        """Drop the other lanes."""
+        kept = chosen.nonzero().squeeze(1)
+        self._optimizer.select(kept)
+        assert self._shared is not None
+        self._shared = self._shared.select(kept) if len(kept) else None
+        self._lanes = {name: tensor[kept] for name, tensor in self._lanes.items()} if len(kept) else {}
+
+    def _find_lanes(self) -> int:
+        """How many victims shall be in the lanes at most."""
         datamodule = self._datamodule
-        if self._cohorts == datamodule.num_cohorts:
-            self.trainer.should_stop |= running == 0
-        elif not self._awaiting and running <= _CARRIED_SHARE * datamodule.batch_size:
-            self._awaiting, self._asked_at = True, self.iteration
-            datamodule.wanted = self._cohorts
+        most = len(self._queue)
+        if datamodule.lanes != "auto":
+            return min(cast(int, datamodule.lanes), most)
+        sample = datamodule.share(self._queue[:_SAMPLE])
+        sample = sample.to(device=self.device, dtype=self.dummy_images.dtype)
+        protocol = self.victim.protocol
+        # Any labels will do, and none need be inferred.
+        sample.labels = torch.zeros(len(sample), protocol.num_images, dtype=torch.long, device=self.device)
+
+        def evaluate(lanes: int) -> None:
+            chosen = torch.arange(lanes) % len(sample)
+            shared = sample.select(chosen)
+            values = [unknown.new_zeros(lanes, *unknown.shape[1:]) for unknown in self._unknowns]
+            self._objective(shared, self._begin(shared), values[0].new_ones(lanes), values)
+
+        return choose_lanes(evaluate, self._bytes_per_lane(sample), most=most, device=self.device)
+
+    def _bytes_per_lane(self, sample: SharedGradient) -> int:
+        """What a victim takes while it is in a lane: its gradients, weights of its own, the optimizer's state."""
+        tensors = [*sample.gradients.values(), *(sample.state.values() if sample.own_weights else ())]
+        shared: int = sum(tensor[0].nbytes for tensor in tensors)
+        return shared + self._optimizer.bytes_per_lane
+
+    def _begin_anew_with_fewer_lanes(self, error: RuntimeError) -> None:
+        """Use half of the lanes: the victims in them go back to the queue, and begin anew where they began."""
+        lanes = len(self._lanes["place"])
+        if lanes == 1:
+            raise MemoryError(
+                "Expected memory for one victim at least, but got none: take fewer images, or another precision, "
+                f"`history_size` or device. ({error})"
+            ) from error
+        ended = (~self._optimizer.running).nonzero().squeeze(1)
+        if len(ended):
+            self._hand_out(ended)
+        running = self._optimizer.running
+        self._queue = [*self._lanes["place"][running].tolist(), *self._queue]
+        self._keep(torch.zeros_like(running))
+        self._most_lanes = max(1, lanes // 2)
+        warnings.warn(
+            f"{lanes} lanes are more than the memory holds ({error}). The attack goes on with {self._most_lanes}, in "
+            "which the victims that were searched for begin anew.",
+            stacklevel=1,
+        )
+        if not self._asked:
+            self._ask(self._most_lanes)
 
     def _restart(self, again: Tensor) -> None:
         """Begin lanes anew; what they have found so far is kept if it is the best."""
@@ -422,7 +590,7 @@ class GradientMatchingAttack(LightningModule):
         labels = self._labels(lanes["fixed"], *others)
         newer = optimizer.best_loss < lanes["best_loss"]
         return Reconstruction(
-            ids=cast(SharedGradient, self._shared).ids,
+            ids=cast(SharedGradient, self._shared).ids.to(images.device),
             images=torch.where(newer[:, None, None, None, None], images, lanes["best_images"]),
             labels=torch.where(newer[:, None], labels, lanes["best_labels"]),
             loss=torch.minimum(optimizer.best_loss, lanes["best_loss"]),
@@ -432,11 +600,9 @@ class GradientMatchingAttack(LightningModule):
             status=optimizer.status,
         )
 
-    def _collect(self, chosen: Tensor) -> Reconstruction:
-        best = self._best()
-        best.ids = best.ids.to(chosen.device)
-        selected = best.select(chosen)
-        return Reconstruction(**{name: tensor.detach().cpu() for name, tensor in vars(selected).items()})
+    def _collect(self, lanes: Tensor) -> Reconstruction:
+        """The best iterates of the lanes at these indices."""
+        return Reconstruction(**{name: part.detach().cpu() for name, part in vars(self._best().select(lanes)).items()})
 
     def _empty(self) -> Reconstruction:
         whole, real = torch.zeros(0, dtype=torch.long), torch.zeros(0)
@@ -447,17 +613,21 @@ class GradientMatchingAttack(LightningModule):
     # Checkpoints: the lanes, their victims and the finished; the optimizer's state is Lightning's to keep.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the lanes, their victims and those that are done."""
+        """Add the lanes, their victims and those that are done, of this process."""
         shared = self._shared
         checkpoint["leakage"] = {
             "module": type(self).__name__,
             "precision": self.trainer.precision,
+            "processes": self.trainer.world_size,
+            "deal": self._deal,
             "iteration": self.iteration,
-            "cohorts": self._cohorts,
-            "awaiting": self._awaiting,
+            "queue": self._queue,
+            "asked": self._asked,
             "asked_at": self._asked_at,
+            "most_lanes": self._most_lanes,
             "lanes": self._lanes,
             "finished": [vars(part) for part in self._finished],
+            "finished_places": self._finished_places,
             # A run that is resumed when it is over validates no more.
             "scores": {victim: vars(result) for victim, result in self.scores.items()},
             "shared": None
@@ -474,20 +644,29 @@ class GradientMatchingAttack(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore them.
 
+        Where the number of processes is another one now, what is done stays done and the victims that were being
+        searched for begin anew.
+
         Raises:
             ValueError: a checkpoint of another attack or configuration.
+            OSError: a process' part of it is missing.
         """
         check_checkpoint(checkpoint, type(self).__name__, dict(self.hparams), self.trainer.precision)
-        saved = checkpoint["leakage"]
-        self.iteration, self._cohorts = saved["iteration"], saved["cohorts"]
-        self._awaiting, self._asked_at = saved["awaiting"], saved["asked_at"]
-        self._lanes = {name: tensor.to(self.device) for name, tensor in saved["lanes"].items()}
-        self._finished = [Reconstruction(**part) for part in saved["finished"]]
-        self._auditor.scores = {victim: VictimScore(**result) for victim, result in saved["scores"].items()}
-        if saved["shared"] is not None:
-            shared = SharedGradient(**saved["shared"], protocol=self.victim.protocol)
-            self._shared = shared.to(device=self.device)
-        parameters = dict(self.named_parameters())
-        for name, tensor in checkpoint["state_dict"].items():
-            if name in parameters:
-                parameters[name].data = torch.empty_like(tensor, device=self.device)
+        with restoring("the state of an attack"):
+            take_part(self.trainer, checkpoint, self.expected_victims)
+            saved = checkpoint["leakage"]
+            self.iteration, self._deal = saved["iteration"], saved["deal"]
+            self._queue, self._asked, self._asked_at = saved["queue"], saved["asked"], saved["asked_at"]
+            self._most_lanes = saved["most_lanes"]
+            self._lanes = {name: tensor.to(self.device) for name, tensor in saved["lanes"].items()}
+            self._finished = [Reconstruction(**part) for part in saved["finished"]]
+            self._finished_places = saved["finished_places"]
+            self._auditor.scores = {victim: VictimScore(**result) for victim, result in saved["scores"].items()}
+            if saved["shared"] is not None:
+                shared = SharedGradient(**saved["shared"], protocol=self.victim.protocol)
+                self.victim.check(shared)
+                self._shared = shared.to(device=self.device)
+            parameters = dict(self.named_parameters())
+            for name, tensor in checkpoint["state_dict"].items():
+                if name in parameters:
+                    parameters[name].data = torch.empty_like(tensor, device=self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,6 +14,9 @@ from leakage.errors import check_choice
 from leakage.labels import RULES, Auxiliary, check_label_rule, infer_labels
 from leakage.shared_gradient import SharedGradient
 from leakage.victim import Victim
+
+# Victims whose labels are inferred together, where that may take a rule that learns.
+_INFERRED_AT_ONCE = 256
 
 
 class IDLGAttack(GradientMatchingAttack):
@@ -83,11 +87,26 @@ class IDLGAttack(GradientMatchingAttack):
             )
 
     def _begin(self, shared: SharedGradient) -> Tensor:
-        labels = shared.labels
-        if labels is None:
-            options = {name: self.hparams[name] for name in ("rule", "seed")}
-            labels = infer_labels(shared, self.victim, auxiliary=self.auxiliary, **options).labels
+        labels = self._labels_of(shared) if shared.labels is None else shared.labels
         return F.one_hot(labels, self.victim.protocol.num_classes).to(self.dummy_images.dtype)
+
+    def _labels_of(self, shared: SharedGradient) -> Tensor:
+        """Inferred labels; where a rule may have to learn about the victims' network, of further victims as well."""
+        if shared.own_weights or self.victim.protocol.num_images == 1:
+            return self._infer(shared)
+        if not self._inferred.keys() >= set(shared.ids.tolist()):
+            further = self._datamodule.share([*self._asked, *self._queue[: _INFERRED_AT_ONCE - len(self._asked)]])
+            further = further.to(device=self.device, dtype=self.dummy_images.dtype)
+            self._inferred |= dict(zip(further.ids.tolist(), self._infer(further), strict=True))
+        return torch.stack([self._inferred.pop(victim) for victim in shared.ids.tolist()])
+
+    def _infer(self, shared: SharedGradient) -> Tensor:
+        options = {name: self.hparams[name] for name in ("rule", "seed")}
+        return infer_labels(shared, self.victim, auxiliary=self.auxiliary, **options).labels
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._inferred: dict[int, Tensor] = {}  # labels of victims that no lane has had yet
 
     def _targets(self, fixed: Tensor, *unknowns: Tensor) -> Tensor:
         return fixed

@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from leakage.checkpoints import run_folder
-from leakage.datamodules.base import GroundTruth
+from leakage.datamodules.base import GroundTruth, VictimDataModule
 
 
 class ResultsCallback(Callback):
@@ -91,7 +91,9 @@ class ResultsCallback(Callback):
 
 def ground_truth(trainer: Trainer) -> Iterator[GroundTruth]:
     """Batches of the validation dataloaders, where there is a ground truth."""
-    loaders = trainer.val_dataloaders
+    # The loaders of several processes show each its own victims.
+    several = trainer.world_size > 1 and isinstance(getattr(trainer, "datamodule", None), VictimDataModule)
+    loaders = trainer.datamodule.val_dataloader() if several else trainer.val_dataloaders  # type: ignore[attr-defined]
     for loader in loaders if isinstance(loaders, list | tuple) else [] if loaders is None else [loaders]:
         for batch in loader:
             if isinstance(batch, GroundTruth):

@@ -1,4 +1,4 @@
-"""One row per victim, and the reconstructions themselves, on disk as soon as each cohort is done."""
+"""One row per victim, and the reconstructions themselves, on disk while the run goes on."""
 
 from __future__ import annotations
 
@@ -39,12 +39,14 @@ COLUMNS = (
     "status",
 )
 
+# Victims in a file of reconstructions, but for the last.
+_PER_FILE = 256
 # Pictures take about 1 kB each in W&B's table; its viewer gets slow with thousands.
 _ROWS_WITH_IMAGES = 100
 
 
 class VictimTable(ResultsCallback):
-    """Writes what came of each victim, when its cohort is done and when the run ends, however it ends.
+    """Writes what came of each victim, while the run goes on and when it ends, however it ends.
 
     Files in ``output``:
 
@@ -54,17 +56,17 @@ class VictimTable(ResultsCallback):
       victim's images), ``success`` (share of its images under the threshold), ``loss`` (the attack's
       own objective), ``iterations``, ``evaluations``, ``restarts`` and ``status``. Without ground
       truth the columns that need it are empty.
-    - ``reconstructions/cohort_0000.safetensors`` and so on, each a
-      :class:`~leakage.reconstruction.Reconstruction`: the victims that finished after the cohort of that
-      number began and before the next did.
+    - ``reconstructions/part_0000.safetensors`` and so on, each a
+      :class:`~leakage.reconstruction.Reconstruction` of some 256 victims, in the order they finished.
 
     After an interrupt, or where the Trainer's limits ended the run, ``victims.csv`` ends with the victims
     that were still running (status ``running``), and ``reconstructions/unfinished.safetensors`` holds their
     best iterates so far.
 
-    They are written before the next cohort begins, after every validation (which brings the scores) and
-    when the run ends. W&B gets the same rows as a table with the key ``victims`` at the end, the first
-    100 of them with the true and the reconstructed images.
+    They are written whenever 256 further victims are done, after every validation (which brings the scores) and
+    when the run ends; of several processes the first one writes, what the others have found at the end. W&B gets
+    the same rows as a table with the key ``victims`` at the end, the first 100 of them with the true and the
+    reconstructed images.
 
     Each file is written whole or not at all, and ``victims.csv`` anew each time: a run that is
     killed and resumed neither repeats nor loses a row. A run that starts from the beginning
@@ -90,7 +92,7 @@ class VictimTable(ResultsCallback):
         self._logged = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Which victims are in complete files, so that the file of a resumed cohort gets all the others."""
+        """Which victims are in complete files, so that the next file gets all the others."""
         return {"saved": sorted(self._saved), "files": self._files}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -104,7 +106,7 @@ class VictimTable(ResultsCallback):
         if not trainer.is_global_zero or trainer.ckpt_path is not None:
             return
         self._saved, self._files, self._labels, self._truth = set(), 0, {}, {}
-        self._earlier = sorted(self.folder.glob("reconstructions/cohort_*.safetensors"))
+        self._earlier = sorted(self.folder.glob("reconstructions/part_*.safetensors"))
         if self._earlier:
             rank_zero_warn(
                 f"'{self.folder}' holds the results of an earlier run, which this one will replace when its "
@@ -112,8 +114,9 @@ class VictimTable(ResultsCallback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Write what is done before the cohort in this batch begins."""
-        if len(batch):
+        """Write what is done, if that fills a file."""
+        attack = cast("GradientMatchingAttack", pl_module)
+        if attack.num_done - len(self._saved) >= _PER_FILE:
             self._save(trainer, cast("GradientMatchingAttack", pl_module), complete=True)
 
     def on_validation_batch_end(
@@ -176,7 +179,7 @@ class VictimTable(ResultsCallback):
         self._earlier = []
         new = [index for index, victim in enumerate(finished.ids.tolist()) if victim not in self._saved]
         if new:
-            path = self.folder / "reconstructions" / f"cohort_{self._files:04d}.safetensors"
+            path = self.folder / "reconstructions" / f"part_{self._files:04d}.safetensors"
             self._pending[path] = finished.select(tensor(new))
         self._pending = {path: part for path, part in self._pending.items() if not self._write(path, part.save)}
         if new and complete:

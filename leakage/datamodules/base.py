@@ -1,8 +1,7 @@
-"""What DataModules have in common: their configuration; and cohorts of victims, the truth apart from them."""
+"""What DataModules have in common: their configuration; and victims, the truth apart from them."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -81,13 +80,13 @@ class ConfiguredDataModule(LightningDataModule, ABC):
 
 
 class VictimDataModule(ConfiguredDataModule):
-    """Victims in cohorts: what they shared for training, their images for validation.
+    """Victims for an attack: what they shared for training, their images for validation.
 
-    Training gives the :class:`~leakage.SharedGradient` of the cohort that is :attr:`wanted`, once, and
-    ``()`` as long as none is, without end: the attack goes on with the victims it has, asks for the
-    next cohort when it has room and stops the training itself. So one epoch is all victims.
-    Validation gives :class:`GroundTruth` of all victims, where it is known. The two never share a
-    batch.
+    Training gives the :class:`~leakage.SharedGradient` of the victims that are :attr:`wanted`, once, and
+    ``()`` as long as none are, without end: the attack goes on with the victims it has, asks for
+    further ones when it has room and stops the training itself. So one epoch is all victims.
+    Validation gives :class:`GroundTruth` of the victims :attr:`audited`, where it is known. The two never share
+    a batch.
 
     A subclass sets :attr:`victim` and :attr:`victims` in ``setup``, and supplies :meth:`share`.
 
@@ -95,13 +94,16 @@ class VictimDataModule(ConfiguredDataModule):
         victim: the clients' model and protocol, after ``setup``.
         victims: the number of victims.
         reveal_labels: whether what is shared tells the labels.
-        wanted: the number of the cohort that the next training batch shall be, None for none.
+        wanted: the victims of the next training batch by their places from 0 on, None for none.
+        audited: the victims that validation shows, None for all; several processes have different ones.
 
     Args:
-        batch_size: victims that are attacked together, a *cohort*.
+        lanes: victims that are attacked at once at most, in each process; ``"auto"`` finds how many pay and fit into
+            the memory (:func:`leakage.attacks.lanes.choose_lanes`). What becomes of a victim does not depend on it,
+            but for rounding.
 
     Raises:
-        ValueError: a ``batch_size`` that is no whole number of at least 1.
+        ValueError: ``lanes`` that are no whole number of at least 1 and not ``"auto"``.
     """
 
     holds = "victims"
@@ -109,55 +111,45 @@ class VictimDataModule(ConfiguredDataModule):
     victims: int
     reveal_labels: bool = False
 
-    def __init__(self, *, batch_size: int = 256) -> None:
+    def __init__(self, *, lanes: int | str = "auto") -> None:
         super().__init__()
-        check_count(batch_size=batch_size)
-        self.batch_size = batch_size
-        self.wanted: int | None = 0
+        if lanes != "auto":
+            if isinstance(lanes, str):
+                raise ValueError(f"Expected `lanes` to be a whole number of at least 1 or 'auto', but got {lanes!r}.")
+            check_count(lanes=lanes)
+        self.lanes = lanes
+        self.wanted: Sequence[int] | None = None
+        self.audited: Sequence[int] | None = None
 
     @abstractmethod
-    def share(self, first: int, last: int) -> SharedGradient:
-        """What the victims ``first`` to ``last - 1`` shared."""
-
-    @property
-    def num_cohorts(self) -> int:
-        """Cohorts in all, the last possibly smaller."""
-        return math.ceil(self.victims / self.batch_size)
+    def share(self, victims: Sequence[int]) -> SharedGradient:
+        """What the victims at these places shared, in this order."""
 
     def train_dataloader(self) -> DataLoader[SharedGradient | tuple[()]]:
-        """The cohort that is wanted, once each time; else ``()``, without end."""
+        """The victims that are wanted, once each time; else ``()``, without end."""
         # Nothing is drawn, but a loader without a generator of its own advances the global one.
-        return DataLoader(_Cohorts(self), batch_size=None, collate_fn=_as_it_is, generator=torch.Generator())
+        return DataLoader(_Wanted(self), batch_size=None, collate_fn=_as_it_is, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader[GroundTruth] | list[Any]:
-        """The ground truth of all victims in order; an empty list where it is not known."""
+        """The ground truth of the victims that are audited, in order; an empty list where it is not known."""
         return []
 
     @cached_property
     def configuration(self) -> dict[str, Any]:
         """All that decides which victims there are and what they share, as plain numbers and words."""
         self.setup("fit")
-        return {
-            "data": type(self).__name__,
-            "victims": self.victims,
-            "batch_size": self.batch_size,
-            "network": self.victim.fingerprint(),
-        }
+        return {"data": type(self).__name__, "victims": self.victims, "network": self.victim.fingerprint()}
 
 
-class _Cohorts(IterableDataset[SharedGradient | tuple[()]]):
+class _Wanted(IterableDataset[SharedGradient | tuple[()]]):
     def __init__(self, datamodule: VictimDataModule) -> None:
         self.datamodule = datamodule
 
     def __iter__(self) -> Iterator[SharedGradient | tuple[()]]:
         data = self.datamodule
         while True:
-            cohort, data.wanted = data.wanted, None
-            if cohort is None:
-                yield ()
-            else:
-                first = cohort * data.batch_size
-                yield data.share(first, min(first + data.batch_size, data.victims))
+            victims, data.wanted = data.wanted, None
+            yield data.share(victims) if victims else ()
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -74,8 +74,8 @@ class MNISTVictims(BenchmarkVictims):
 
     Example:
         >>> data = MNISTVictims(victims=1000, seed=0)
-        >>> data.num_cohorts
-        4
+        >>> data.victims
+        1000
     """
 
     dataset = datasets.MNIST

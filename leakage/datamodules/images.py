@@ -6,14 +6,14 @@ import hashlib
 import os
 import typing
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.errors import check_choice, check_count, check_flag
@@ -25,6 +25,8 @@ from leakage.victim import Victim
 
 # Victims whose images one worker decodes at a time.
 _DECODED_AT_ONCE = 64
+# Victims whose reconstructions are scored at a time.
+_SCORED_AT_ONCE = 256
 
 
 class LabelledImages(typing.Protocol):
@@ -40,7 +42,7 @@ class ImageVictims(VictimDataModule):
 
     With :math:`\pi_s` a permutation of the data set drawn from the seed alone, victim i holds the
     images :math:`\pi_s(iN), \ldots, \pi_s(iN + N - 1)`: the same whatever the number of victims,
-    the cohort size, the workers or the processes. The global random state is left as it was.
+    the lanes, the workers or the processes. The global random state is left as it was.
 
     A subclass supplies :meth:`open_images`.
 
@@ -48,7 +50,7 @@ class ImageVictims(VictimDataModule):
         victims: number of victims.
         num_images: N, the images behind one gradient.
         seed: decides images and networks.
-        batch_size: victims that are attacked together, a *cohort*.
+        lanes: victims that are attacked at once, see :class:`VictimDataModule`.
         model: the clients' network, images in [0, 1] to logits; by default a
             :class:`~leakage.LeNet` that fits images and classes.
         weights: ``"own"`` gives every victim a freshly drawn network, ``"shared"`` all of them
@@ -70,7 +72,7 @@ class ImageVictims(VictimDataModule):
         victims: int = 100,
         num_images: int = 1,
         seed: int = 0,
-        batch_size: int = 256,
+        lanes: int | str = "auto",
         model: nn.Module | None = None,
         weights: str | None = None,
         loss: str = "cross_entropy",
@@ -81,7 +83,7 @@ class ImageVictims(VictimDataModule):
         reveal_labels: bool = False,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size=batch_size)
+        super().__init__(lanes=lanes)
         check_count(victims=victims)
         check_local_steps(num_images, local_steps, learning_rate, local_batch_size)
         check_count(0, seed=seed, num_workers=num_workers)
@@ -157,13 +159,12 @@ class ImageVictims(VictimDataModule):
             image_shape: ``(C, H, W)`` of the first victim's first image.
         """
 
-    def share(self, first: int, last: int) -> SharedGradient:
-        """The gradients of the victims ``first`` to ``last - 1``, in the precision of their network."""
-        truth = GroundTruth.cat(list(self._load(first, last, _DECODED_AT_ONCE)))
+    def share(self, victims: Sequence[int]) -> SharedGradient:
+        """The gradients of the victims at these places, in the precision of their network."""
+        truth = GroundTruth.cat(list(self._load(victims, _DECODED_AT_ONCE)))
         states = None
         if self.weights == "own":
-            seeds = [derive_seed(self.seed, victim, "weights") for victim in range(first, last)]
-            states = self.victim.fresh_states(seeds)
+            states = self.victim.fresh_states([derive_seed(self.seed, victim, "weights") for victim in victims])
         return self.victim.share(
             truth.images.to(next(self.victim.model.parameters()).dtype),
             truth.labels,
@@ -173,13 +174,14 @@ class ImageVictims(VictimDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[GroundTruth]:
-        """The ground truth of all victims in order."""
-        return self._load(0, self.victims, self.batch_size)
+        """The ground truth of the victims that are audited, in order."""
+        return self._load(range(self.victims) if self.audited is None else self.audited, _SCORED_AT_ONCE)
 
-    def _load(self, first: int, last: int, batch_size: int) -> DataLoader[GroundTruth]:
+    def _load(self, victims: Sequence[int], batch_size: int) -> DataLoader[GroundTruth]:
         return DataLoader(
-            Subset(_VictimImages(self._images, self._order), range(first, last)),
+            _VictimImages(self._images, self._order),
             batch_size=batch_size,
+            sampler=_Just(victims),
             num_workers=self.num_workers,
             collate_fn=GroundTruth.cat,
             generator=torch.Generator(),  # else the loader advances the global one
@@ -204,12 +206,31 @@ class ImageVictims(VictimDataModule):
         }
 
 
+class _Just(DistributedSampler[GroundTruth]):
+    """The victims that are asked for; of this type, so that Lightning does not deal them out to the processes again."""
+
+    def __init__(self, victims: Sequence[int]) -> None:
+        self.victims = victims
+
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]
+        return iter(self.victims)
+
+    def __len__(self) -> int:
+        return len(self.victims)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing: the order is always the same."""
+
+
 class _VictimImages(Dataset[GroundTruth]):
     """The ground truth victim by victim; all that a worker runs."""
 
     def __init__(self, images: LabelledImages, order: Tensor) -> None:
         self.images = images
         self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
 
     def __getitem__(self, victim: int) -> GroundTruth:
         images, labels = zip(*(self.images[index] for index in self.order[victim].tolist()), strict=True)

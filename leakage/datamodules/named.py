@@ -57,7 +57,7 @@ def victims_named(
         dataset: one of :data:`DATASETS`, or a folder of images in ImageFolder layout.
         root: where the named data set lies; as the DataModule's own default if it is None.
         image_size: scale and crop a folder's images to this height and width.
-        options: for the DataModule: ``victims``, ``seed``, ``batch_size`` and its further ones.
+        options: for the DataModule: ``victims``, ``seed``, ``lanes`` and its further ones.
 
     Returns:
         The name, for a folder its own, and the DataModule.

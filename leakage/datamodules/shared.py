@@ -28,7 +28,7 @@ class SharedGradientFiles(VictimDataModule):
     Args:
         paths: files or patterns such as ``"round-*.safetensors"``.
         model: the network that the gradients were taken of; its weights are those in the files.
-        batch_size: victims that are attacked together, a *cohort*.
+        lanes: victims that are attacked at once, see :class:`VictimDataModule`.
 
     Raises:
         ValueError: no paths; at ``setup``, a file that is truncated, of another kind or does not
@@ -46,9 +46,9 @@ class SharedGradientFiles(VictimDataModule):
         paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         model: nn.Module,
-        batch_size: int = 256,
+        lanes: int | str = "auto",
     ) -> None:
-        super().__init__(batch_size=batch_size)
+        super().__init__(lanes=lanes)
         if not isinstance(model, nn.Module):
             raise ValueError(f"Expected `model` to be a torch.nn.Module, but got {type(model).__name__}.")
         patterns = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
@@ -84,9 +84,9 @@ class SharedGradientFiles(VictimDataModule):
         self.reveal_labels = self._shared.labels is not None
         self.victim = victim
 
-    def share(self, first: int, last: int) -> SharedGradient:
-        """What the files hold of the victims ``first`` to ``last - 1``."""
-        return self._shared.select(torch.arange(first, last))
+    def share(self, victims: Sequence[int]) -> SharedGradient:
+        """What the files hold of the victims at these places."""
+        return self._shared.select(torch.tensor(victims))
 
     def _files(self) -> list[Path]:
         files: list[Path] = []

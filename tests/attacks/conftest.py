@@ -140,7 +140,7 @@ def assert_successful(attack: GradientMatchingAttack, victims: int) -> None:
 def share_one(victims: SmallVictims, victim: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients and weights of one victim, captured together with all others as in a run (rounding differs)."""
     victims.setup("fit")
-    shared = victims.share(0, victims.victims).select(torch.tensor([victim]))
+    shared = victims.share(range(victims.victims)).select(torch.tensor([victim]))
     state = {name: tensor[0] if shared.own_weights else tensor for name, tensor in shared.state.items()}
     return {name: tensor[0] for name, tensor in shared.gradients.items()}, state
 

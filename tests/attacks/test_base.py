@@ -161,8 +161,8 @@ def test_names_a_gradient_that_is_not_finite(case: Any, kit: Any, tmp_path: Path
     class Broken(kit.victims):  # type: ignore[misc, name-defined]
         """One of the gradients has been overrun."""
 
-        def share(self, first: int, last: int) -> Any:
-            shared = super().share(first, last)
+        def share(self, victims: Any) -> Any:
+            shared = super().share(victims)
             shared.gradients["features.0.weight"][1, 2] = torch.nan
             return shared
 
@@ -173,7 +173,7 @@ def test_names_a_gradient_that_is_not_finite(case: Any, kit: Any, tmp_path: Path
 def test_names_a_gradient_that_does_not_fit_the_network(case: Any, kit: Any, tmp_path: Path) -> None:
     victims = kit.victims(victims=2)
     victims.setup("fit")
-    victims.share(0, 2).save(tmp_path / "client.safetensors")
+    victims.share(range(2)).save(tmp_path / "client.safetensors")
     files = SharedGradientFiles(tmp_path / "client.safetensors", model=LeNet(1, 12, width=7))
     with pytest.raises(
         ValueError, match=r"to fit the model .*but got: Expected the gradient of .classifier\.weight. to have"
@@ -181,9 +181,9 @@ def test_names_a_gradient_that_does_not_fit_the_network(case: Any, kit: Any, tmp
         kit.fit(case.attack(), files)
 
 
-def test_wants_one_process(case: Any, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wants_a_strategy_that_does_not_average(case: Any, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "world_size", 2)
-    with pytest.raises(ValueError, match=r"Expected a Trainer with one process .* but got 2"):
+    with pytest.raises(ValueError, match=r"leakage\.strategy\.VictimParallel\(\)`, .* but got 2 processes and Single"):
         kit.fit(case.attack(), kit.victims(victims=2))
 
 

@@ -83,9 +83,9 @@ def test_labels_are_those_of_the_rule_whatever_the_cohorts(kit: Any, rule: str, 
     options: dict[str, Any] = {"victims": 4, "num_images": 3, "weights": weights, "model": LeNet(1, 12), "seed": 2}
     victims = kit.victims(**options)
     victims.setup("fit")
-    expected = infer_labels(victims.share(0, 4), victims.victim, rule=rule, auxiliary=auxiliary, seed=7).labels
+    expected = infer_labels(victims.share(range(4)), victims.victim, rule=rule, auxiliary=auxiliary, seed=7).labels
     attack = IDLGAttack(rule=rule, auxiliary=auxiliary, seed=7, max_evaluations=1, restarts=0)
-    found = kit.by_id(kit.fit(attack, kit.victims(**options, batch_size=3)))
+    found = kit.by_id(kit.fit(attack, kit.victims(**options, lanes=3)))
     assert torch.equal(found.labels, expected)
     assert torch.equal(found.labels, found.labels.sort(1).values)
 

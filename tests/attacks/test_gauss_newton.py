@@ -126,7 +126,7 @@ def test_the_same_seed_gives_the_same_bits_also_after_a_resume(kit: Any, tmp_pat
         return GaussNewtonAttack(start="noise", solver=solver, max_evaluations=4, restarts=1)
 
     every = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    victims: dict[str, Any] = {"victims": 5, "batch_size": 3}
+    victims: dict[str, Any] = {"victims": 5, "lanes": 3}
     whole = kit.fit(attack(), kit.victims(**victims), enable_checkpointing=True, callbacks=[every])
     for step in range(1, whole.iteration, 3):
         resumed = kit.fit(attack(), kit.victims(**victims), ckpt_path=str(tmp_path / f"step={step}.ckpt"))
@@ -144,8 +144,8 @@ def test_double_precision_goes_further(kit: Any) -> None:
 
 def test_batches_start_with_their_layers_in_any_cohort(kit: Any) -> None:
     """Labels come unsorted, and one cohort after another."""
-    options: dict[str, Any] = {"victims": 4, "num_images": 3, "batch_size": 3, "reveal_labels": True}
+    options: dict[str, Any] = {"victims": 4, "num_images": 3, "lanes": 3, "reveal_labels": True}
     attack = kit.fit(GaussNewtonAttack(), kit.victims(**options))
     assert sum(score.success == 1 and score.label_accuracy == 1 for score in attack.scores.values()) >= 3
-    alone = kit.fit(GaussNewtonAttack(), kit.victims(**(options | {"batch_size": 1})))
+    alone = kit.fit(GaussNewtonAttack(), kit.victims(**(options | {"lanes": 1})))
     assert torch.equal(kit.by_id(alone).labels, kit.by_id(attack).labels)

@@ -21,8 +21,8 @@ from leakage.attacks import DLGAttack, IDLGAttack
 from leakage.reconstruction import Reconstruction
 
 PROTOCOLS = ["robust", "published"]
-# Cohorts of four, so that one victim may be carried over; restarts while others go on.
-VICTIMS: dict[str, Any] = {"victims": 6, "batch_size": 4}
+# More victims than lanes, so that some enter beside others; restarts while others go on.
+VICTIMS: dict[str, Any] = {"victims": 6, "lanes": 4}
 
 
 def options(protocol: str) -> dict[str, Any]:
@@ -54,15 +54,15 @@ def test_resumes_bit_for_bit_from_the_moments_that_matter(
     paths = sorted(tmp_path.glob("step=*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
     states = [state(path) for path in paths]
     assert len(paths) == whole.iteration
-    awaiting = [i for i, saved in enumerate(states) if saved["awaiting"]]
+    asked = [i for i, saved in enumerate(states) if saved["asked"]]
     joint = [
         i
         for i, saved in enumerate(states)
-        if saved["cohorts"] == 2 and saved["shared"] is not None and int(saved["shared"]["ids"].min()) < 4
+        if not saved["queue"] and not saved["asked"] and saved["shared"] is not None and len(saved["finished"])
     ]
-    # In the first cohort; just after the second was asked for, and just before it enters; beside it; at the end.
-    moments = {len(paths) // 4, *awaiting[:2], *awaiting[-1:], *joint[:1], len(paths) - 1}
-    assert awaiting
+    # Among the first; just after further ones were asked for, and just before they enter; beside them; at the end.
+    moments = {len(paths) // 4, *asked[:2], *asked[-1:], *joint[:1], len(paths) - 1}
+    assert asked
     for moment in sorted(moments):
         resumed = kit.fit(lbfgs_case.attack(**options(protocol)), kit.victims(**VICTIMS), ckpt_path=str(paths[moment]))
         kit.assert_same(whole, resumed)
@@ -70,17 +70,15 @@ def test_resumes_bit_for_bit_from_the_moments_that_matter(
         assert resumed.scores == whole.scores
 
 
-def test_a_cohort_that_is_carried_into_survives_too(kit: Any, tmp_path: Path) -> None:
-    # One victim of the first cohort is still running when the second is asked for: every step around it.
+def test_every_step_around_an_admission_survives(kit: Any, tmp_path: Path) -> None:
     def attack() -> IDLGAttack:
         return IDLGAttack(tolerance=1e-6)
 
     whole = kit.fit(attack(), kit.victims(**VICTIMS), enable_checkpointing=True, callbacks=[checkpoints(tmp_path, 1)])
     paths = {int(path.stem.removeprefix("step=")): path for path in tmp_path.glob("step=*.ckpt")}
-    asked = [step for step, path in paths.items() if state(path)["awaiting"]]
+    asked = [step for step, path in paths.items() if state(path)["asked"]]
     assert asked
-    carried = [step for step in asked if state(paths[step])["shared"] is not None]
-    assert carried, "no victim was carried over"
+    assert any(state(paths[step])["shared"] is not None for step in asked), "no victim was beside the new ones"
     for step in range(min(asked) - 1, max(asked) + 3):
         resumed = kit.fit(attack(), kit.victims(**VICTIMS), ckpt_path=str(paths[step]))
         kit.assert_same(whole, resumed)
@@ -163,7 +161,6 @@ def test_refuses_a_checkpoint_of_other_hyper_parameters(
     [
         ({"victims": 4}, "victims 3 in the checkpoint and 4 here"),
         ({"seed": 1}, "seed 0 in the checkpoint and 1 here"),
-        ({"batch_size": 2}, "batch_size 256 in the checkpoint and 2 here"),
     ],
 )
 def test_refuses_a_checkpoint_of_other_victims(
@@ -172,6 +169,13 @@ def test_refuses_a_checkpoint_of_other_victims(
     attack = IDLGAttack(max_evaluations=12, restarts=0)
     with pytest.raises(ValueError, match=f"Expected a checkpoint of the same victims, but got .*{message}"):
         kit.fit(attack, kit.victims(**({"victims": 3} | changed)), ckpt_path=checkpoint)
+
+
+def test_other_lanes_are_no_other_victims(kit: Any, checkpoint: str) -> None:
+    attack = IDLGAttack(max_evaluations=12, restarts=0)
+    resumed = kit.fit(attack, kit.victims(victims=3, lanes=1), ckpt_path=checkpoint)
+    whole = kit.fit(IDLGAttack(max_evaluations=12, restarts=0), kit.victims(victims=3))
+    kit.assert_same(resumed, whole)
 
 
 def test_refuses_the_checkpoint_of_another_module(kit: Any, checkpoint: str, tmp_path: Path) -> None:
@@ -194,14 +198,15 @@ SCRIPT = textwrap.dedent(
     from lightning.pytorch.callbacks import ModelCheckpoint
     from conftest import SmallVictims, fit
     from leakage.attacks import DLGAttack
-    from leakage.callbacks import VictimTable
+    from leakage.callbacks import VictimTable, table
+    table._PER_FILE = 3
     output, resume = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
     callbacks = [
         VictimTable(output),
         ModelCheckpoint(output, filename="now", every_n_train_steps=2, save_last=True, save_top_k=1),
     ]
     attack = DLGAttack(tolerance=1e-6)
-    fit(attack, SmallVictims(victims=10, batch_size=4), callbacks=callbacks, enable_checkpointing=True,
+    fit(attack, SmallVictims(victims=10, lanes=4), callbacks=callbacks, enable_checkpointing=True,
         val_check_interval=25, ckpt_path=resume)
     attack.finished.save(output / "all.safetensors")
     """

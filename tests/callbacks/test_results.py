@@ -52,7 +52,7 @@ def test_a_full_disk_does_not_end_the_run_but_is_told_at_its_end(run, monkeypatc
     FullDisk(monkeypatch)
     attack = run.attack()
     with (
-        pytest.warns(UserWarning, match="cohort_0000.safetensors' could not be written: .*No space left"),
+        pytest.warns(UserWarning, match="part_0000.safetensors' could not be written: .*No space left"),
         pytest.raises(OSError, match=r"VictimTable to write all results, but got 3 files missing .*victims\.csv.*"),
     ):
         run.fit(attack, VictimTable(run.folder), Gallery(run.folder))

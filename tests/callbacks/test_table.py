@@ -80,7 +80,7 @@ def test_every_victim_is_in_one_file_of_reconstructions(run) -> None:
     attack = run.attack()
     run.fit(attack, VictimTable(run.folder))
     files = reconstructions(run.folder)
-    assert list(files) == ["cohort_0000", "cohort_0001"]
+    assert list(files) == ["part_0000", "part_0001"]
     together = Reconstruction.cat(files.values())
     assert sorted(together.ids.tolist()) == list(range(6))
     for victim, images in zip(together.ids.tolist(), together.images, strict=True):
@@ -112,7 +112,7 @@ def test_ctrl_c_scores_and_writes_what_is_done(run) -> None:
     assert all(row["labels_true"] and float(row["psnr"]) > 80 for row in done)
     running = [int(row["victim"]) for row in rows if row["status"] == "running"]
     assert running == reconstructions(run.folder)["unfinished"].ids.tolist() == [2]
-    assert sorted(reconstructions(run.folder)["cohort_0000"].ids.tolist()) == [0, 1, 3]
+    assert sorted(reconstructions(run.folder)["part_0000"].ids.tolist()) == [0, 1, 3]
 
 
 def test_an_exception_before_anything_is_done_leaves_no_file(run) -> None:
@@ -165,7 +165,7 @@ def test_a_new_run_replaces_an_earlier_one_after_a_warning(run) -> None:
     with pytest.warns(UserWarning, match="holds the results of an earlier run, which this one will replace"):
         run.fit(run.attack(), VictimTable(run.folder))
     assert len(read(run.folder)) == 2
-    assert list(reconstructions(run.folder)) == ["cohort_0000"]
+    assert list(reconstructions(run.folder)) == ["part_0000"]
 
 
 def test_an_earlier_run_is_kept_until_there_is_something_new(run) -> None:

@@ -29,7 +29,7 @@ def fit(folder: Path, *callbacks: Callback, max_steps: int = -1) -> IDLGAttack:
         num_sanity_val_steps=0,
         default_root_dir=folder,
     )
-    trainer.fit(attack, datamodule=SampleVictims(victims=5, batch_size=3))
+    trainer.fit(attack, datamodule=SampleVictims(victims=5, lanes=3))
     return attack
 
 

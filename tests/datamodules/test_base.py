@@ -9,11 +9,11 @@ from leakage.shared_gradient import SharedGradient
 
 
 class Recorder(lightning.LightningModule):
-    """Asks for a cohort every third step, as an attack does when it has room, and records what comes by."""
+    """Asks for two victims every third step, as an attack does when it has room, and records what comes by."""
 
     def __init__(self, first=0, steps=12):
         super().__init__()
-        self.first, self.steps = first, steps
+        self.next, self.steps = first, steps
         self.automatic_optimization = False
         self.dummy = nn.Parameter(torch.zeros(1))
         self.seen = []
@@ -22,14 +22,18 @@ class Recorder(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
     def on_fit_start(self):
-        self.trainer.datamodule.wanted = self.first
+        self.ask()
+
+    def ask(self):
+        data = self.trainer.datamodule
+        data.wanted = range(self.next, min(self.next + 2, data.victims))
+        self.next += 2
 
     def training_step(self, batch, batch_idx):
         self.seen.append(batch if batch == () else batch.ids.tolist())
         done = len(self.seen)
-        data = self.trainer.datamodule
-        cohort = self.first + done // 3
-        data.wanted = cohort if done % 3 == 0 and cohort < data.num_cohorts else data.wanted
+        if done % 3 == 0 and self.next < self.trainer.datamodule.victims:
+            self.ask()
         self.trainer.should_stop = done == self.steps
 
     def validation_step(self, batch, batch_idx):
@@ -50,59 +54,71 @@ def trainer(tmp_path, **kwargs):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_cohorts_come_when_they_are_wanted_and_validation_gives_all_victims(tmp_path, num_workers):
+def test_victims_come_when_they_are_wanted_and_validation_gives_all_victims(tmp_path, num_workers):
     module = Recorder()
-    data = SampleVictims(victims=5, batch_size=2, num_workers=num_workers)
+    data = SampleVictims(victims=5, num_workers=num_workers)
     trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(module, data)
-    assert data.num_cohorts == 3
     cohorts = [batch for batch in module.seen[:12] if batch != ()]
     assert cohorts == [[0, 1], [2, 3], [4]]
     assert module.seen[0] == [0, 1]
-    assert module.seen[12:] == [("val", ids) for ids in ([0, 1], [2, 3], [4])]
+    assert module.seen[12:] == [("val", [0, 1, 2, 3, 4])]
 
 
 def test_without_ground_truth_there_is_no_validation(tmp_path):
     data = SampleVictims(victims=3)
     data.setup("fit")
-    data.share(0, 3).save(tmp_path / "clients.safetensors")
+    data.share(range(3)).save(tmp_path / "clients.safetensors")
     module = Recorder()
-    files = SharedGradientFiles(tmp_path / "clients.safetensors", model=LeNet(), batch_size=2)
+    files = SharedGradientFiles(tmp_path / "clients.safetensors", model=LeNet())
     assert files.val_dataloader() == []
     trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(module, files)
     assert [batch for batch in module.seen if batch != ()] == [[0, 1], [2]]
 
 
-def test_train_loader_without_a_trainer_gives_the_first_cohort_then_nothing():
-    data = SampleVictims(victims=5, batch_size=2)
+def test_train_loader_gives_what_is_wanted_once():
+    data = SampleVictims(victims=5)
     data.setup("fit")
     batches = iter(data.train_dataloader())
+    assert next(batches) == ()
+    data.wanted = [3, 0]
     first = next(batches)
     assert isinstance(first, SharedGradient)
-    assert first.ids.tolist() == [0, 1]
+    assert first.ids.tolist() == [3, 0]
     assert [next(batches) for _ in range(3)] == [(), (), ()]
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 2.0, True, "8"])
-def test_batch_size_is_a_count(batch_size):
-    with pytest.raises(ValueError, match="Expected `batch_size` to be a whole number of at least 1, but got"):
-        SampleVictims(batch_size=batch_size)
+def test_validation_shows_the_audited_victims_to_several_processes_too():
+    data = SampleVictims(victims=5)
+    data.setup("fit")
+    data.audited = [4, 1]
+    loader = data.val_dataloader()
+    assert [batch.ids.tolist() for batch in loader] == [[4, 1]]
+    # What Lightning would deal out to the processes once more.
+    assert isinstance(loader.sampler, torch.utils.data.DistributedSampler)
+
+
+@pytest.mark.parametrize("lanes", [0, -1, 2.0, True, "8", "Auto"])
+def test_lanes_are_a_count_or_auto(lanes):
+    with pytest.raises(ValueError, match="Expected `lanes` to be a whole number of at least 1.*, but got"):
+        SampleVictims(lanes=lanes)
+    assert SampleVictims().lanes == "auto"
 
 
 def test_checkpoint_of_another_configuration_is_refused(tmp_path):
     path = tmp_path / "last.ckpt"
     first = trainer(tmp_path, max_epochs=1)
-    first.fit(Recorder(), SampleVictims(victims=4, batch_size=2))
+    first.fit(Recorder(), SampleVictims(victims=4))
     first.save_checkpoint(path)
 
-    resumed = Recorder(first=1)
-    trainer(tmp_path, max_epochs=2).fit(resumed, SampleVictims(victims=4, batch_size=2), ckpt_path=path)
+    resumed = Recorder(first=2)
+    trainer(tmp_path, max_epochs=2).fit(resumed, SampleVictims(victims=4), ckpt_path=path)
     assert resumed.seen[0] == [2, 3]
 
     with pytest.raises(
         ValueError,
         match="Expected a checkpoint of the same victims, but got seed 0 in the checkpoint and 7 here; first",
     ):
-        trainer(tmp_path, max_epochs=2).fit(Recorder(), SampleVictims(victims=4, batch_size=2, seed=7), ckpt_path=path)
+        trainer(tmp_path, max_epochs=2).fit(Recorder(), SampleVictims(victims=4, seed=7), ckpt_path=path)
 
 
 def change_bias(model):
@@ -116,7 +132,6 @@ def change_bias(model):
     ("change", "named"),
     [
         ({"victims": 5}, "victims 4 in the checkpoint and 5 here"),
-        ({"batch_size": 3}, "batch_size 256 in the checkpoint and 3 here"),
         ({"num_images": 2}, "num_images 1 in the checkpoint and 2 here"),
         (
             {"loss": "mean_squared_error"},

@@ -62,7 +62,7 @@ def test_files_in_the_real_format(tmp_path, data_set, split, write, no_network, 
     assert truth.images.dtype == torch.float32
     torch.testing.assert_close(truth.images[:, 0] * 255, torch.from_numpy(images)[order].float())
     assert truth.labels[:, 0].tolist() == labels[order].tolist()
-    assert len(data.share(0, 2).gradients["classifier.bias"][0]) == num_classes
+    assert len(data.share(range(2)).gradients["classifier.bias"][0]) == num_classes
 
 
 @every_data_set

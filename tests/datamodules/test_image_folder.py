@@ -58,7 +58,7 @@ def test_images_and_classes(folder):
     for number in range(3):
         for i in range(2):
             assert any(np.array_equal(image, np.asarray(picture(10 * number + i))) for image in seen[number])
-    assert len(data.share(0, 6)) == 6
+    assert len(data.share(range(6))) == 6
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_lfw(lfw, layout, tmp_path, monkeypatch):
     assert data.victim.protocol.num_classes == len(PERSONS)
     truth = truth_of_all(data)
     assert truth.labels.flatten().bincount().tolist() == [*PERSONS.values()]
-    assert data.share(0, 3).gradients["classifier.weight"].shape == (3, len(PERSONS), 768)
+    assert data.share(range(3)).gradients["classifier.weight"].shape == (3, len(PERSONS), 768)
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -23,17 +23,14 @@ def ready(**kwargs):
 
 
 def shared_by_all(data):
-    return [
-        data.share(first, min(first + data.batch_size, data.victims))
-        for first in range(0, data.victims, data.batch_size)
-    ]
+    return [data.share(range(first, min(first + 3, data.victims))) for first in range(0, data.victims, 3)]
 
 
 def truth_of_all(data):
     return GroundTruth.cat(list(data.val_dataloader()))
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 1}, {"batch_size": 4}, {"num_workers": 2}, {"victims": 900}])
+@pytest.mark.parametrize("change", [{"lanes": 1}, {"lanes": "auto"}, {"num_workers": 2}, {"victims": 900}])
 def test_a_victim_is_the_same_however_victims_are_grouped(change):
     usual = {"victims": 7, "num_images": 1, "seed": 3}
     expected, data = ready(**usual), ready(**(usual | change))
@@ -41,7 +38,7 @@ def test_a_victim_is_the_same_however_victims_are_grouped(change):
     assert other.ids.tolist() == list(range(data.victims))
     assert torch.equal(other.images[:7], truth.images)
     assert torch.equal(other.labels[:7], truth.labels)
-    (shared,), parts = shared_by_all(expected), shared_by_all(data)[:7]
+    shared, parts = expected.share(range(7)), shared_by_all(data)
     assert torch.cat([part.ids for part in parts])[:7].tolist() == shared.ids.tolist()
     for name, state in shared.state.items():
         assert torch.equal(torch.cat([part.state[name] for part in parts])[:7], state)
@@ -78,14 +75,14 @@ def test_other_seeds_give_other_victims():
     first, second = ready(victims=20, seed=0), ready(victims=20, seed=1)
     assert not torch.equal(truth_of_all(first).images, truth_of_all(second).images)
     name = "classifier.bias"
-    assert not torch.equal(first.share(0, 20).state[name], second.share(0, 20).state[name])
+    assert not torch.equal(first.share(range(20)).state[name], second.share(range(20)).state[name])
 
 
 @pytest.mark.parametrize("weights", ["own", "shared"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_shared_gradients_are_those_of_autograd(weights, reduction):
     data = ready(victims=3, num_images=2, weights=weights, reduction=reduction)
-    shared, truth = data.share(0, 3), truth_of_all(data)
+    shared, truth = data.share(range(3)), truth_of_all(data)
     assert shared.own_weights is (weights == "own")
     for victim in range(3):
         model = LeNet()
@@ -104,7 +101,7 @@ def test_local_steps_reach_the_victims():
     data = ready(victims=2, **LOCAL)
     protocol = data.victim.protocol
     assert (protocol.local_steps, protocol.learning_rate, protocol.local_batch_size) == (4, 0.1, 1)
-    shared, truth = data.share(0, 2), truth_of_all(data)
+    shared, truth = data.share(range(2)), truth_of_all(data)
     model = LeNet()
     model.load_state_dict({name: tensor[1] for name, tensor in shared.state.items()})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -159,7 +156,7 @@ def test_an_attack_through_local_steps(tmp_path):
 def test_own_networks_are_drawn_from_the_seed_of_each_victim():
     data = ready(victims=4, seed=9)
     expected = data.victim.fresh_states([derive_seed(9, victim, "weights") for victim in range(4)])
-    state = data.share(0, 4).state
+    state = data.share(range(4)).state
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert not torch.equal(state["classifier.bias"][0], state["classifier.bias"][1])
 
@@ -168,7 +165,7 @@ def test_weights_of_a_given_model_are_shared_by_default():
     model = LeNet(num_classes=12)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     data = ready(victims=4, model=model)
-    shared = data.share(0, 4)
+    shared = data.share(range(4))
     assert not shared.own_weights
     assert shared.protocol.num_classes == 12
     for name, tensor in model.state_dict().items():
@@ -181,13 +178,13 @@ def test_the_default_model_shared_by_all_depends_on_the_seed_alone():
     states = []
     for seed in (0, 0, 1):
         torch.rand(1)
-        states.append(ready(victims=2, weights="shared", seed=seed).share(0, 2).state["classifier.bias"])
+        states.append(ready(victims=2, weights="shared", seed=seed).share(range(2)).state["classifier.bias"])
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
 
 
 def test_gradients_have_the_precision_of_the_model():
-    shared = ready(victims=2, model=LeNet().double()).share(0, 2)
+    shared = ready(victims=2, model=LeNet().double()).share(range(2))
     assert {gradient.dtype for gradient in shared.gradients.values()} == {torch.float64}
 
 
@@ -216,6 +213,7 @@ def tensors_in(value):
 @pytest.mark.parametrize("reveal_labels", [False, True])
 def test_the_attacker_is_given_no_ground_truth(reveal_labels):
     data = ready(victims=10, num_images=2, reveal_labels=reveal_labels)
+    data.wanted = range(10)
     truth, batch = truth_of_all(data), next(iter(data.train_dataloader()))
     given = list(tensors_in(batch))
     assert len(given) == 2 * 8 + 1 + reveal_labels  # gradients and weights of 4 layers, ids

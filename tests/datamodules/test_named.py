@@ -25,10 +25,10 @@ def test_every_public_data_set_of_a_fixed_name_has_one():
 
 
 def test_by_name(tmp_path: Path):
-    name, victims = victims_named("mnist", root=tmp_path, victims=7, seed=3, batch_size=2)
+    name, victims = victims_named("mnist", root=tmp_path, victims=7, seed=3, lanes=2)
     assert name == "mnist"
     assert isinstance(victims, MNISTVictims)
-    assert (victims.victims, victims.seed, victims.batch_size, victims.root) == (7, 3, 2, tmp_path)
+    assert (victims.victims, victims.seed, victims.lanes, victims.root) == (7, 3, 2, tmp_path)
     assert isinstance(victims_named("lfw", image_size=32)[1], LFWVictims)
 
 

@@ -13,7 +13,7 @@ from leakage.models import LeNet
 def shared():
     data = SampleVictims(victims=5, model=LeNet())
     data.setup("fit")
-    return data.share(0, 5)
+    return data.share(range(5))
 
 
 def ready(*args, **kwargs):
@@ -24,13 +24,14 @@ def ready(*args, **kwargs):
 
 def test_one_file(tmp_path, shared):
     shared.save(tmp_path / "clients.safetensors")
-    data = ready(tmp_path / "clients.safetensors", batch_size=2)
-    assert (data.victims, data.num_cohorts) == (5, 3)
+    data = ready(tmp_path / "clients.safetensors", lanes=2)
+    assert (data.victims, data.lanes) == (5, 2)
     assert data.val_dataloader() == []
+    data.wanted = [0, 1]
     batch = next(iter(data.train_dataloader()))
     assert batch.ids.tolist() == [0, 1]
     assert torch.equal(batch.gradients["classifier.bias"], shared.gradients["classifier.bias"][:2])
-    assert torch.equal(data.share(4, 5).gradients["classifier.bias"], shared.gradients["classifier.bias"][4:])
+    assert torch.equal(data.share(range(4, 5)).gradients["classifier.bias"], shared.gradients["classifier.bias"][4:])
     assert not batch.own_weights
     assert torch.equal(batch.state["classifier.bias"], shared.state["classifier.bias"])
 
@@ -40,28 +41,28 @@ def test_patterns_and_lists_keep_ids_that_do_not_clash(tmp_path, shared, monkeyp
     shared.select(torch.tensor([0, 2])).save(tmp_path / "a" / "1.safetensors")
     shared.select(torch.tensor([1])).save(tmp_path / "b.safetensors")
     data = ready([tmp_path / "b.safetensors", str(tmp_path / "a" / "*.safetensors"), tmp_path / "a" / "1.safetensors"])
-    joined = data.share(0, 5)
+    joined = data.share(range(5))
     assert joined.ids.tolist() == [1, 0, 2, 3, 4]
     assert torch.equal(joined.gradients["classifier.bias"], shared.gradients["classifier.bias"][joined.ids])
     assert not joined.own_weights
     monkeypatch.chdir(tmp_path)
-    assert ready("**/*.safetensors").share(0, 5).ids.tolist() == [0, 2, 3, 4, 1]
+    assert ready("**/*.safetensors").share(range(5)).ids.tolist() == [0, 2, 3, 4, 1]
 
 
 def test_ids_that_clash_are_numbered_anew(tmp_path, shared):
     shared.save(tmp_path / "1.safetensors")
     dataclasses.replace(shared, ids=shared.ids + 4).save(tmp_path / "2.safetensors")
-    assert ready(str(tmp_path / "*")).share(0, 10).ids.tolist() == list(range(10))
+    assert ready(str(tmp_path / "*")).share(range(10)).ids.tolist() == list(range(10))
 
 
 def test_files_of_several_rounds_keep_their_weights(tmp_path, shared):
     other = dataclasses.replace(shared, state={name: tensor + 1 for name, tensor in shared.state.items()})
     fresh = SampleVictims(victims=2)
     fresh.setup("fit")
-    own = fresh.share(0, 2)
+    own = fresh.share(range(2))
     for number, part in enumerate((shared, other, own)):
         part.save(tmp_path / f"{number}.safetensors")
-    joined = ready(str(tmp_path / "*")).share(0, 12)
+    joined = ready(str(tmp_path / "*")).share(range(12))
     assert joined.own_weights
     joined.check()
     for name, state in joined.state.items():
@@ -75,7 +76,7 @@ def test_files_of_clients_that_train(tmp_path, shared):
         victims=3, model=LeNet(), num_images=2, local_steps=4, learning_rate=0.1, local_batch_size=1, reduction="sum"
     )
     data.setup("fit")
-    data.share(0, 3).save(tmp_path / "1.safetensors")
+    data.share(range(3)).save(tmp_path / "1.safetensors")
     assert ready(tmp_path / "1.safetensors").victim.protocol == data.victim.protocol
     shared.save(tmp_path / "2.safetensors")
     with pytest.raises(
@@ -87,7 +88,7 @@ def test_files_of_clients_that_train(tmp_path, shared):
 def test_labels_that_are_told_in_some_files_only(tmp_path, shared):
     shared.save(tmp_path / "1.safetensors")
     dataclasses.replace(shared, labels=torch.zeros(5, 1, dtype=torch.int64)).save(tmp_path / "2.safetensors")
-    assert ready(tmp_path / "2.safetensors").share(0, 5).labels.shape == (5, 1)
+    assert ready(tmp_path / "2.safetensors").share(range(5)).labels.shape == (5, 1)
     with pytest.raises(ValueError, match="Expected labels in all files or in none, but got them in some"):
         ready(str(tmp_path / "*"))
 

@@ -47,7 +47,7 @@ def test_another_data_set_and_precision(speed: ModuleType, tmp_path: Path, monke
     monkeypatch.setattr(speed, "CALLS", 1)
     monkeypatch.setattr(speed.os, "sched_getaffinity", lambda pid: {0}, raising=False)
     output = tmp_path / "speed.json"
-    counts = ["--victims", "2", "--plain-victims", "1", "--batch-size", "1"]
+    counts = ["--victims", "2", "--plain-victims", "1", "--lanes", "1"]
     speed.main([*counts, "--dataset", "sample", "--precision", "64-true", "--output", str(output)])
     result = json.loads(output.read_text())
     assert (result["dataset"], result["precision"]["leakage"]) == ("sample", "64-true")
@@ -70,7 +70,7 @@ def test_the_plain_search_is_the_published_one(speed: ModuleType) -> None:
     """Against the loop as the papers' code has it, step by step."""
     victims = SampleVictims(victims=1)
     victims.setup("fit")
-    shared = victims.share(0, 1)
+    shared = victims.share(range(1))
     model = victims.victim.model.requires_grad_()
     weights = {name: tensor[0].clone().requires_grad_() for name, tensor in shared.state.items()}
     model.load_state_dict(weights)

@@ -102,17 +102,17 @@ def test_goes_on_and_refuses_to_overwrite(
 
 @pytest.mark.parametrize("num_images", [1, 3])
 def test_exactly_one_label_is_wrong(script: ModuleType, num_images: int) -> None:
-    victims = script.OneWrong(SampleVictims(victims=30, num_images=num_images, reveal_labels=True, batch_size=20))
+    victims = script.OneWrong(SampleVictims(victims=30, num_images=num_images, reveal_labels=True, lanes=20))
     victims.setup("fit")
-    assert victims.num_cohorts == 2
-    labels = [victims.share(first, last).labels for first, last in ((0, 20), (20, 30))]
+    assert victims.lanes == 20
+    labels = [victims.share(range(first, last)).labels for first, last in ((0, 20), (20, 30))]
     truth = GroundTruth.cat(list(victims.val_dataloader())).labels
     wrong = torch.cat(labels) != truth
     assert wrong.sum(1).tolist() == [1] * 30
     assert wrong.any(0).all(), "any image of a batch"
     assert torch.cat(labels).unique().tolist() == list(range(10))
-    assert torch.equal(victims.share(17, 23).labels, torch.cat(labels)[17:23]), "whatever the cohort"
-    shared, honest = victims.share(0, 2), victims.honest.share(0, 2)
+    assert torch.equal(victims.share(range(17, 23)).labels, torch.cat(labels)[17:23]), "whatever the cohort"
+    shared, honest = victims.share(range(2)), victims.honest.share(range(2))
     assert all(torch.equal(shared.gradients[name], honest.gradients[name]) for name in honest.gradients)
     assert victims.configuration != victims.honest.configuration
 

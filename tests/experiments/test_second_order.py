@@ -184,11 +184,11 @@ def test_trained_and_other_networks(
 
 
 def test_noise_is_relative_to_each_victims_root_mean_square(victims: ModuleType) -> None:
-    honest = SampleVictims(victims=4, batch_size=3)
+    honest = SampleVictims(victims=4, lanes=3)
     data = victims.PerturbedVictims(honest, noise=0.1)
     data.setup("fit")
-    assert (data.weights, data.reveal_labels, data.num_cohorts) == ("own", False, 2)
-    true, noisy = honest.share(0, 4), data.share(0, 4)
+    assert (data.weights, data.reveal_labels, data.lanes) == ("own", False, 3)
+    true, noisy = honest.share(range(4)), data.share(range(4))
     for row in range(4):
         before = torch.cat([tensor[row].flatten() for tensor in true.gradients.values()])
         change = torch.cat([tensor[row].flatten() for tensor in noisy.gradients.values()]) - before
@@ -205,11 +205,11 @@ def test_noise_is_the_victims_own(victims: ModuleType) -> None:
     data = victims.PerturbedVictims(honest, noise=0.1)
     data.setup("fit")
     whole, part, fine = (
-        data.share(0, 5),
-        data.share(2, 4),
-        victims.perturb(honest.share(0, 5), noise=0.01, half=False, seed=0),
+        data.share(range(5)),
+        data.share(range(2, 4)),
+        victims.perturb(honest.share(range(5)), noise=0.01, half=False, seed=0),
     )
-    true = honest.share(0, 5)
+    true = honest.share(range(5))
     for name, tensor in whole.gradients.items():
         torch.testing.assert_close(tensor[2:4], part.gradients[name], rtol=1e-4, atol=1e-5)  # whatever the cohort
         torch.testing.assert_close(  # of another size, else the same
@@ -224,7 +224,7 @@ def test_noise_is_the_victims_own(victims: ModuleType) -> None:
 def test_half_rounds_and_refuses_what_it_cannot_hold(victims: ModuleType) -> None:
     shared = SampleVictims(victims=2)
     shared.setup("fit")
-    true = shared.share(0, 2)
+    true = shared.share(range(2))
     rounded = victims.perturb(true, noise=0, half=True, seed=0)
     for name, tensor in true.gradients.items():
         assert torch.equal(rounded.gradients[name], tensor.to(torch.float16).float())

@@ -86,7 +86,7 @@ def test_a_folder_of_images(
     monkeypatch.setitem(table1.METHODS, "idlg", lambda **kwargs: table1.IDLGAttack(**kwargs, max_evaluations=5))
     arguments = ["--dataset", str(photos), "--victims", "3", "--methods", "idlg", "--output", str(tmp_path / "out")]
     assert "Set `image_size`" in refused(table1, capsys, *arguments)
-    table1.main([*arguments, "--image-size", "16", "--protocol", "published", "--batch-size", "2"])
+    table1.main([*arguments, "--image-size", "16", "--protocol", "published", "--lanes", "2"])
     (row,) = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (row["dataset"], row["protocol"], row["label_accuracy"]) == ("photos", "published", 1.0)
 
@@ -98,7 +98,7 @@ def test_precision(
     monkeypatch.setitem(table1.METHODS, "idlg", lambda **kwargs: table1.IDLGAttack(**kwargs, max_evaluations=5))
     arguments = ["--dataset", "sample", "--victims", "1", "--methods", "idlg", "--accelerator", "cpu"]
     table1.main([*arguments, "--precision", precision, "--output", str(tmp_path)])
-    found = Reconstruction.load(tmp_path / "idlg" / "reconstructions" / "cohort_0000.safetensors")
+    found = Reconstruction.load(tmp_path / "idlg" / "reconstructions" / "part_0000.safetensors")
     assert found.images.dtype == dtype
 
 
