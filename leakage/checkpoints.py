@@ -6,10 +6,14 @@ import contextlib
 import glob
 import math
 import os
+import signal
+import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO
 
 import lightning
@@ -17,19 +21,12 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from leakage.errors import check_positive
 from leakage.tensor_files import brief
-
-# Of Lightning's ModelCheckpoint: one file, `last.ckpt`, replaced every 200 passes of the optimizer.
-CHECKPOINT: dict[str, Any] = {
-    "filename": "last",
-    "every_n_train_steps": 200,
-    "save_on_train_epoch_end": False,
-    "enable_version_counter": False,
-}
 
 # What Lightning takes for granted.
 _PARTS: dict[str, type] = {
@@ -49,7 +46,18 @@ _EXPANDED = 2**26
 
 
 class TimedCheckpoint(Checkpoint):
-    """Writes ``last.ckpt`` after a training step when some time has passed since the last, and at no other moment.
+    """Writes ``last.ckpt`` when some time has passed, when the run ends, and when it has to end.
+
+    It writes after a training step: the first one when the time is over; the last one, also where the Trainer's limits
+    end the run; and the next one after a signal has asked the process to end, SIGTERM as a scheduler sends it some
+    seconds before it kills, or SIGINT (Ctrl-C). Then the run ends, by a ``SystemExit`` with the code 143 or by a
+    ``KeyboardInterrupt``, and goes on from this very step when it is resumed. A second Ctrl-C does not wait for the end
+    of the step; then, as when the process is killed, the last checkpoint stands. A signal for which the program has a
+    handler of its own is left to that. In one process it also writes when an error ends the run between two steps, as
+    one of a logger does.
+
+    A checkpoint that can't be written, on a full disk say, does not end the run: it warns, and tries again when the time
+    is over again. The earlier one is left as it was, where the Trainer has the plugin :class:`WholeCheckpointIO`.
 
     For modules that step their optimizer themselves, Lightning's ``ModelCheckpoint`` heeds no ``train_time_interval``.
 
@@ -60,8 +68,6 @@ class TimedCheckpoint(Checkpoint):
 
     Raises:
         ValueError: ``seconds`` that are not positive.
-        OSError: in ``fit``, a checkpoint that can't be written; an earlier one is left as it was, where the Trainer has
-            the plugin :class:`WholeCheckpointIO`.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, seconds: float = 60.0) -> None:
@@ -69,19 +75,81 @@ class TimedCheckpoint(Checkpoint):
         self.folder = folder
         self.seconds = seconds
         self._last = math.inf
+        self._between_steps = False
+        self._signal = 0
+        self._signals: list[signal.Signals] = []
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look which signals the program leaves to us; Lightning sets handlers of its own after this."""
+        defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+        self._signals = [number for number, default in defaults.items() if signal.getsignal(number) is default]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._last = time.monotonic()
+        """Start the clock, heed signals, and remove what a run that was killed while it wrote has left."""
+        self._last, self._between_steps, self._signal = time.monotonic(), False, 0
+        if trainer.is_global_zero:
+            path = self._path(trainer)
+            for partial in path.parent.glob(f"{glob.escape(path.name)}*.partial"):
+                with contextlib.suppress(OSError):
+                    partial.unlink()
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._heed) for number in self._signals}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Within a step there is nothing to write."""
+        self._between_steps = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write, if it is time."""
-        if trainer.strategy.broadcast(time.monotonic() - self._last >= self.seconds):
-            folder = run_folder(trainer) / "checkpoints" if self.folder is None else Path(self.folder)
-            trainer.save_checkpoint(folder / "last.ckpt")
-            self._last = time.monotonic()
+        """Write, if it is time; end the run, if a signal has asked for it."""
+        self._between_steps = True
+        last = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        due = last or time.monotonic() - self._last >= self.seconds
+        # Processes end together, at the same step: the highest number is that of a signal, if there is one.
+        wanted = torch.tensor(max(int(due), self._signal), device=trainer.strategy.root_device)
+        wanted = int(trainer.strategy.reduce(wanted, reduce_op="max"))
+        if wanted:
+            self._write(trainer)
+        if wanted == signal.SIGTERM:
+            raise SIGTERMException(128 + signal.SIGTERM)
+        if wanted == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All is done."""
+        self._leave()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what the last step has left, if the error is not one of a step."""
+        if self._between_steps and trainer.world_size == 1:
+            self._write(trainer)
+        self._leave()
+
+    def _path(self, trainer: Trainer) -> Path:
+        return (run_folder(trainer) / "checkpoints" if self.folder is None else Path(self.folder)) / "last.ckpt"
+
+    def _write(self, trainer: Trainer) -> None:
+        path = self._path(trainer)
+        try:
+            trainer.save_checkpoint(path)
+        except OSError as error:
+            warnings.warn(f"{error}. The run goes on, and tries again later.", stacklevel=1)
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait
+        self._last, self._between_steps = time.monotonic(), False
+
+    def _heed(self, number: int, frame: FrameType | None) -> None:
+        if number == self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = self._signal or number
+
+    def _leave(self) -> None:
+        self._between_steps = False
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) == self._heed:  # after an interrupt, Lightning's is there
+                signal.signal(number, handler)
+        self._handlers = {}
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -120,10 +188,16 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """
         partial = Path(f"{os.fspath(path)}.{os.getpid()}.partial")  # no other process writes to this one
         try:
-            super().save_checkpoint(checkpoint, partial, storage_options)
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            # Not by Lightning's way, which holds a second copy in memory and a third in the folder for temporary files.
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:  # torch has words of its own for a disk that is full
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise OSError(f"Expected to write the checkpoint '{path}', but got: {error}") from error
 
     def load_checkpoint(

@@ -24,7 +24,7 @@ from torch import nn
 from leakage import attacks, condensation, datamodules
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack
 from leakage.callbacks.results import ResultsCallback
-from leakage.checkpoints import CHECKPOINT, WholeCheckpointIO
+from leakage.checkpoints import WholeCheckpointIO
 from leakage.compare import FILES, check_output, compare, format_table
 from leakage.condensation import GradientMatchingCondensation, SiameseAugmentation, SyntheticSet, evaluate
 from leakage.datamodules import SampleVictims
@@ -54,10 +54,7 @@ _CALLBACKS: list[dict[str, Any]] = [
     {"class_path": "leakage.callbacks.AttackProgressBar"},
     {"class_path": "leakage.callbacks.VictimTable"},
     {"class_path": "leakage.callbacks.Gallery"},
-    {
-        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": CHECKPOINT,
-    },
+    {"class_path": "leakage.checkpoints.TimedCheckpoint"},
 ]
 # The same where the model is a condensation.
 _CONDENSATION_CALLBACKS = [

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loggers import Logger
 
 from leakage.attacks import GradientMatchingAttack
 from leakage.attacks.processes import from_first, is_first_process
 from leakage.callbacks import AttackProgressBar, Gallery, VictimTable
-from leakage.checkpoints import CHECKPOINT, WholeCheckpointIO, parts_of
+from leakage.checkpoints import TimedCheckpoint, WholeCheckpointIO, parts_of
 from leakage.datamodules.base import VictimDataModule
+from leakage.errors import check_positive
 from leakage.metrics import MeanOverVictims, ShareOverVictims
 from leakage.overview import WRITTEN, write_json, write_overview
 
@@ -77,6 +78,7 @@ def compare(
     dataset: str,
     published: Mapping[str, float] | None = None,
     resume: bool = False,
+    checkpoint_seconds: float = 60.0,
     logger: Logger | bool = False,
     **trainer: Any,
 ) -> list[Row]:
@@ -100,6 +102,7 @@ def compare(
         dataset: what to call the data in the summary.
         published: the papers' label accuracy by name of the attack, 0 to 1.
         resume: go on with what is in ``output``; where there is nothing, begin.
+        checkpoint_seconds: between two checkpoints; what a run that is killed loses at most.
         logger: as for the Trainer.
         **trainer: further options of the Trainer.
 
@@ -115,6 +118,7 @@ def compare(
     if not attacks:
         raise ValueError("Expected `attacks` to name at least one attack, but got none.")
     folder = Path(output)
+    check_positive(checkpoint_seconds=checkpoint_seconds)
     check_trainer(trainer)
     check_output(folder)
     data = dict(victims) if isinstance(victims, Mapping) else dict.fromkeys(attacks, victims)
@@ -167,7 +171,7 @@ def compare(
                 if not resume or not (record.parent / "last.ckpt").is_file():
                     _clear(record.parent)
                 write_json(record, {"configuration": configurations[name], "row": None})
-            seconds = _run(name, attack, data[name], record.parent, logger=logger, trainer=trainer)
+            seconds = _run(name, attack, data[name], record.parent, checkpoint_seconds, logger, trainer)
             row = None
             if first_process:
                 row = _summarise(name, attack, dataset, (published or {}).get(name), seconds)
@@ -276,7 +280,7 @@ def _run(
     attack: GradientMatchingAttack,
     victims: VictimDataModule,
     folder: Path,
-    *,
+    checkpoint_seconds: float,
     logger: Logger | bool,
     trainer: dict[str, Any],
 ) -> float:
@@ -287,7 +291,7 @@ def _run(
         timer,
         VictimTable(folder),
         Gallery(folder),
-        ModelCheckpoint(folder, **CHECKPOINT),
+        TimedCheckpoint(folder, checkpoint_seconds),
     ]
     if trainer.get("enable_progress_bar", True):
         callbacks.append(AttackProgressBar(name=WRITTEN.get(name, name)))

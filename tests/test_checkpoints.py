@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -18,17 +18,18 @@ def test_reads_what_it_wrote(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("No space left, says torch")])
 def test_a_full_disk_is_told_with_the_path_and_leaves_the_earlier_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     path = tmp_path / "last.ckpt"
     WholeCheckpointIO().save_checkpoint(CHECKPOINT, path)
 
-    def full(checkpoint: Any, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    def full(checkpoint: Any, file: BinaryIO) -> None:
+        file.write(b"half")
+        raise error
 
-    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
+    monkeypatch.setattr("torch.save", full)
     with pytest.raises(OSError, match=r"Expected to write the checkpoint '.*last.ckpt', but got: .*No space left"):
         WholeCheckpointIO().save_checkpoint({"leakage": {"iteration": 4}}, path)
     assert WholeCheckpointIO().load_checkpoint(path)["leakage"] == CHECKPOINT["leakage"]

@@ -162,7 +162,7 @@ def test_fit_needs_no_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_fit_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     data = ["--data.victims", "3", "--data.lanes", "2", *FEW]
     config = str(ROOT / "experiments" / "idlg" / "sample.yaml")
-    every = "--trainer.callbacks.init_args.every_n_train_steps=2"
+    every = "--trainer.callbacks.init_args.seconds=1e-9"
     main(["fit", "--config", config, every, *data])
     folder = tmp_path / "results" / "idlg_sample" / "version_0"
     table = (folder / "victims.csv").read_text()
@@ -181,7 +181,7 @@ def test_configs_are_taken(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert config["trainer"]["logger"]["init_args"]["save_dir"] == "results"
     assert config["trainer"]["val_check_interval"] == 50
     callbacks = [callback["class_path"].rsplit(".", 1)[-1] for callback in config["trainer"]["callbacks"]]
-    assert callbacks == ["AttackProgressBar", "VictimTable", "Gallery", "ModelCheckpoint"]
+    assert callbacks == ["AttackProgressBar", "VictimTable", "Gallery", "TimedCheckpoint"]
 
 
 def test_own_gradients_of_a_resnet(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ _WIDER = 3.0
 _PRECISIONS = ("32-true", "64-true")
 # Iterations between two that are logged.
 _LOGGED_EVERY = 10
+# Steps between two at which several processes tell one another how many victims are done.
+_AGREED_EVERY = 20
 # Victims on whom the number of lanes is tried.
 _SAMPLE = 8
 
@@ -297,7 +299,9 @@ class GradientMatchingAttack(LightningModule):
             self._advance()
         elif self.trainer.world_size > 1:  # the processes make the same number of steps
             cast(Any, self.optimizers()).step(closure=lambda: self.dummy_images.new_zeros(0))
-        self._end_when_all_are_done()
+        # Processes that agreed at every step would each time wait for the slowest.
+        if self.trainer.world_size == 1 or batch_idx % _AGREED_EVERY == 0:
+            self._end_when_all_are_done()
         self._tell()
 
     def _advance(self) -> None:

@@ -48,8 +48,8 @@ def choose_lanes(evaluate: Callable[[int], Any], bytes_per_lane: int, *, most: i
         needed = torch.inf
     if needed > free:
         raise MemoryError(
-            f"Expected {needed:,.0f} bytes of memory for one victim, but got {free:,} that are free. Take fewer images, "
-            "a smaller `history_size` or another device."
+            f"Expected {needed:,.0f} bytes of memory for one victim, but got {free:,} that are free. Take fewer "
+            "images, a smaller `history_size` or another device."
         )
     fitting = max(1, int(_SHARE_OF_MEMORY * free / needed))
     return most if fitting >= most else 2 ** (fitting.bit_length() - 1)

@@ -99,7 +99,7 @@ def test_validation_shows_the_audited_victims_to_several_processes_too():
 
 @pytest.mark.parametrize("lanes", [0, -1, 2.0, True, "8", "Auto"])
 def test_lanes_are_a_count_or_auto(lanes):
-    with pytest.raises(ValueError, match="Expected `lanes` to be a whole number of at least 1.*, but got"):
+    with pytest.raises(ValueError, match=r"Expected `lanes` to be a whole number of at least 1.*, but got"):
         SampleVictims(lanes=lanes)
     assert SampleVictims().lanes == "auto"
 
