@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from typing_extensions import override
 
 from leakage.checkpoints import part_of, parts_of
 
 
 class VictimParallel(DDPStrategy):
-    """A Trainer's strategy whose processes share the victims out among them: nothing is averaged.
+    """The Trainer's strategy ``"victim_parallel"``: processes share the victims out among them, nothing is averaged.
 
     Processes are started as by ``DDPStrategy`` (by the Trainer itself, torchrun, SLURM, ...), on CPUs and GPUs, and
     agree only on when all victims are done. A checkpoint has a file for each process, ``last.ckpt`` and
@@ -21,7 +21,7 @@ class VictimParallel(DDPStrategy):
 
     Example:
         >>> from lightning import Trainer
-        >>> trainer = Trainer(accelerator="cpu", devices=2, strategy=VictimParallel())  # doctest: +SKIP
+        >>> trainer = Trainer(accelerator="cpu", devices=2, strategy="victim_parallel")  # doctest: +SKIP
     """
 
     @override
@@ -41,3 +41,7 @@ class VictimParallel(DDPStrategy):
         if self.is_global_zero:
             for path in [Path(filepath), *parts_of(filepath)]:
                 self.checkpoint_io.remove_checkpoint(path)
+
+
+# By a name, as the command line can't tell an instance from a name.
+StrategyRegistry.register("victim_parallel", VictimParallel, description=VictimParallel.__doc__, override=True)

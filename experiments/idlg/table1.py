@@ -30,7 +30,6 @@ from leakage.compare import FILES, check_output, compare, format_table, holds_re
 from leakage.datamodules.images import ImageVictims
 from leakage.datamodules.named import DATASETS, victims_named
 from leakage.errors import check_count
-from leakage.strategy import VictimParallel
 
 METHODS: dict[str, Callable[..., GradientMatchingAttack]] = {
     "dlg": DLGAttack,
@@ -86,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             resume=given.resume,
             accelerator=given.accelerator,
             devices=given.devices,
-            **({"strategy": VictimParallel()} if given.devices > 1 else {}),
+            strategy="victim_parallel" if given.devices > 1 else "auto",
             precision=given.precision,
         )
     except (ValueError, OSError) as error:

@@ -61,7 +61,7 @@ class GradientMatchingAttack(LightningModule):
     suffice, half of the lanes are used and nothing is lost.
 
     Several processes, on one machine or many, share the victims out among them
-    (``Trainer(strategy=VictimParallel(), devices=2)``); the first one has all results in the end.
+    (``Trainer(strategy="victim_parallel", devices=2)``); the first one has all results in the end.
 
     Attributes:
         finished: the victims done so far, in the order they finished; in the end all, in their own order.

@@ -20,7 +20,7 @@ def check_strategy(trainer: Trainer) -> None:
     """Raise a ``ValueError`` if there are several processes whose strategy would average the dummy images."""
     if trainer.world_size > 1 and not isinstance(trainer.strategy, VictimParallel):
         raise ValueError(
-            "Expected a Trainer with one process, or `strategy=leakage.strategy.VictimParallel()`, which shares the "
+            "Expected a Trainer with one process, or strategy='victim_parallel', which shares the "
             f"victims out among them, but got {trainer.world_size} processes and {type(trainer.strategy).__name__}."
         )
 

@@ -183,7 +183,7 @@ def test_names_a_gradient_that_does_not_fit_the_network(case: Any, kit: Any, tmp
 
 def test_wants_a_strategy_that_does_not_average(case: Any, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "world_size", 2)
-    with pytest.raises(ValueError, match=r"leakage\.strategy\.VictimParallel\(\)`, .* but got 2 processes and Single"):
+    with pytest.raises(ValueError, match=r"or strategy=.victim_parallel., .* but got 2 processes and Single"):
         kit.fit(case.attack(), kit.victims(victims=2))
 
 
