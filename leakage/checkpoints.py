@@ -56,8 +56,8 @@ class TimedCheckpoint(Checkpoint):
     handler of its own is left to that. In one process it also writes when an error ends the run between two steps, as
     one of a logger does.
 
-    A checkpoint that can't be written, on a full disk say, does not end the run: it warns, and tries again when the time
-    is over again. The earlier one is left as it was, where the Trainer has the plugin :class:`WholeCheckpointIO`.
+    A checkpoint that can't be written, on a full disk say, does not end the run: it warns, and tries again when as much
+    time has passed. The earlier one is left as it was, where the Trainer has the plugin :class:`WholeCheckpointIO`.
 
     For modules that step their optimizer themselves, Lightning's ``ModelCheckpoint`` heeds no ``train_time_interval``.
 
@@ -107,9 +107,11 @@ class TimedCheckpoint(Checkpoint):
         self._between_steps = True
         last = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
         due = last or time.monotonic() - self._last >= self.seconds
-        # Processes end together, at the same step: the highest number is that of a signal, if there is one.
-        wanted = torch.tensor(max(int(due), self._signal), device=trainer.strategy.root_device)
-        wanted = int(trainer.strategy.reduce(wanted, reduce_op="max"))
+        wanted = max(int(due), self._signal)
+        if trainer.world_size > 1:
+            # They end together, at the same step: the highest number is that of a signal, if there is one.
+            own = torch.tensor(wanted, device=trainer.strategy.root_device)
+            wanted = int(trainer.strategy.reduce(own, reduce_op="max"))
         if wanted:
             self._write(trainer)
         if wanted == signal.SIGTERM:
@@ -124,7 +126,10 @@ class TimedCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what the last step has left, if the error is not one of a step."""
         if self._between_steps and trainer.world_size == 1:
-            self._write(trainer)
+            try:
+                self._write(trainer)
+            except Exception as error:  # the other one is the one to tell
+                warnings.warn(f"No checkpoint was written when the run broke off: {error}", stacklevel=1)
         self._leave()
 
     def _path(self, trainer: Trainer) -> Path:
@@ -169,7 +174,9 @@ def part_of(path: str | os.PathLike[str], process: int) -> Path:
 def parts_of(path: str | os.PathLike[str]) -> list[Path]:
     """The files of all processes but the first."""
     path = Path(path)
-    return sorted(part for part in path.parent.glob(f"{glob.escape(path.name)}.*") if part.suffix[1:].isdigit())
+    return sorted(
+        part for part in path.parent.glob(f"{glob.escape(path.name)}.*") if part.name[len(path.name) + 1 :].isdigit()
+    )
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

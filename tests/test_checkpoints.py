@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from leakage.checkpoints import WholeCheckpointIO
+from leakage.checkpoints import WholeCheckpointIO, part_of, parts_of
 
 CHECKPOINT = {"leakage": {"iteration": 3}, "state_dict": {"images": torch.arange(4.0)}}
 
@@ -50,3 +50,24 @@ def test_runs_no_code_from_one(tmp_path: Path) -> None:
     torch.save({"leakage": Path("x")}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="truncated or of another kind"):
         WholeCheckpointIO().load_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+
+
+def test_parts_are_those_of_the_other_processes(tmp_path: Path) -> None:
+    path = tmp_path / "step=2[0].ckpt"  # with what a pattern would take for its own
+    expected = [part_of(path, process) for process in (1, 2, 11)]
+    assert part_of(str(path), 0) == path
+    assert [part.name for part in expected] == [f"step=2[0].ckpt.{process}" for process in (1, 2, 11)]
+    assert parts_of(path) == []
+    for part in [path, *expected]:
+        part.touch()
+    others = ["step=20.ckpt.1", "step=20.ckpt", "step=2[0].ckpt.1.77.partial", "step=2[0].ckpt.old", "step=2[0].1"]
+    for name in others:
+        (tmp_path / name).touch()
+    assert set(parts_of(str(path))) == set(expected)
+
+
+@pytest.mark.xfail(strict=True, reason="`parts_of` looks at the suffix, not at all that follows the path")
+def test_parts_of_a_path_that_another_begins_with(tmp_path: Path) -> None:
+    for name in ("last", "last.1", "last.ckpt", "last.ckpt.1"):
+        (tmp_path / name).touch()
+    assert parts_of(tmp_path / "last") == [tmp_path / "last.1"]

@@ -169,7 +169,7 @@ def test_resume_refuses_another_configuration(done: Path) -> None:
             r"Expected '.*victims.csv' to be the whole table of 4 victims, but",
         ),
         ("idlg/victims.csv", None, r"Expected '.*victims.csv' to be the whole table .* but got no such file"),
-        ("idlg/reconstructions/part_0001.safetensors", None, "to hold the reconstructions of all victims, but got 3"),
+        ("idlg/reconstructions/part_0000.safetensors", None, "to hold the reconstructions of all victims, but got 0"),
     ],
 )
 def test_resume_refuses_damaged_results(

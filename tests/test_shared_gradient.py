@@ -109,6 +109,26 @@ def test_select(own):
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("labels", [True, False])
+def test_replace_writes_over_the_victims_at_some_places(own, labels):
+    whole = make(6, own=own, labels=labels)
+    lanes, others = whole.select(torch.arange(4)), whole.select(torch.tensor([4, 5]))
+    memory = {name: tensor.data_ptr() for name, tensor in lanes.gradients.items()}
+    replaced = lanes.replace(torch.tensor([3, 1]), others)
+    assert_equal(replaced, whole.select(torch.tensor([0, 5, 2, 4])))
+    assert {name: tensor.data_ptr() for name, tensor in replaced.gradients.items()} == memory  # none is copied
+    assert_equal(others, whole.select(torch.tensor([4, 5])))
+
+
+def test_replace_takes_the_precision_and_device_of_the_first():
+    lanes = make(4).select(torch.arange(3)).to(torch.float64)
+    replaced = lanes.replace(torch.tensor([2]), make(4).select(torch.tensor([3])))
+    assert {tensor.dtype for tensor in replaced.gradients.values()} == {torch.float64}
+    assert replaced.state["1.num_batches_tracked"].dtype == torch.int64
+    assert_equal(replaced, make(4).select(torch.tensor([0, 1, 3])).to(torch.float64))
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("labels", [True, False])
 def test_cat_undoes_select(own, labels):
     shared = make(4, own=own, labels=labels)
     parts = [shared.select(torch.tensor([index])) for index in range(4)]

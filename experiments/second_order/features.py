@@ -140,7 +140,7 @@ def measure(cell: Cell, given: argparse.Namespace, data: LabelledDataModule) -> 
     victim = victims.victim
     errors, right, wrong, seconds = [], [], [], 0.0
     for truth in victims.val_dataloader():  # in parts
-        shared = victims.share(int(truth.ids[0]), int(truth.ids[-1]) + 1)
+        shared = victims.share(truth.ids.tolist())
         began = time.perf_counter()
         separated = separate_features(shared, victim, truth.labels, seed=given.seed)
         seconds += time.perf_counter() - began

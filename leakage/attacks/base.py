@@ -266,7 +266,8 @@ class GradientMatchingAttack(LightningModule):
         self._deal = self._deal or new_deal(self.trainer)
         in_lanes = self._lanes["place"].tolist() if self._lanes else []
         mine = sorted({*self._finished_places, *in_lanes, *self._asked, *self._queue})
-        datamodule.audited = mine if self.trainer.world_size > 1 else None
+        # Lightning wants a batch in every process, also in one that has no victims: it scores none of the batch.
+        datamodule.audited = (mine or [0]) if self.trainer.world_size > 1 else None
         if not self._most_lanes and self._queue:
             self._most_lanes = self._find_lanes()
             self._ask(self._most_lanes)
@@ -297,12 +298,17 @@ class GradientMatchingAttack(LightningModule):
             self._admit(batch)
         if self._shared is not None:
             self._advance()
-        elif self.trainer.world_size > 1:  # the processes make the same number of steps
-            cast(Any, self.optimizers()).step(closure=lambda: self.dummy_images.new_zeros(0))
+        else:
+            self._idle()
         # Processes that agreed at every step would each time wait for the slowest.
         if self.trainer.world_size == 1 or batch_idx % _AGREED_EVERY == 0:
             self._end_when_all_are_done()
         self._tell()
+
+    def _idle(self) -> None:
+        """Count a step of no victim: all processes make the same number of steps, else their checkpoints miss."""
+        if self.trainer.world_size > 1:
+            cast(Any, self.optimizers()).step(closure=lambda: self.dummy_images.new_zeros(0))
 
     def _advance(self) -> None:
         """One evaluation for every victim in the lanes."""
@@ -312,6 +318,7 @@ class GradientMatchingAttack(LightningModule):
             if not is_out_of_memory(error):
                 raise
             self._begin_anew_with_fewer_lanes(error)
+            self._idle()
             return
         self.iteration += 1
         self._retire()
@@ -320,6 +327,8 @@ class GradientMatchingAttack(LightningModule):
         """Log how far it is; every tenth time, as that takes as long as a good part of a small evaluation."""
         due = self.iteration % _LOGGED_EVERY == 1 or self.trainer.should_stop
         if not self.iteration or not (due or self.trainer._logger_connector.should_update_logs):
+            return
+        if not self._lanes and not self._finished:  # they begin anew, or are other processes'
             return
         best = torch.minimum(self._lanes["best_loss"], self._optimizer.best_loss) if self._lanes else None
         losses = self._finished[-1].loss if best is None else best

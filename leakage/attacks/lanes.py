@@ -39,13 +39,15 @@ def choose_lanes(evaluate: Callable[[int], Any], bytes_per_lane: int, *, most: i
     """
     most = min(most, _MOST_ON_A_CPU if device.type == "cpu" else _MOST)
     free = free_memory(device)
+    needed = torch.inf
     try:
-        one = peak_memory(lambda: evaluate(1), device)
-        needed = bytes_per_lane + (one if most == 1 else min(one, peak_memory(lambda: evaluate(2), device) / 2))
+        needed = bytes_per_lane + peak_memory(lambda: evaluate(1), device)
+        if most > 1 and needed <= free:
+            needed = min(needed, bytes_per_lane + peak_memory(lambda: evaluate(2), device) / 2)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        needed = torch.inf
+        most = 1  # if any
     if needed > free:
         raise MemoryError(
             f"Expected {needed:,.0f} bytes of memory for one victim, but got {free:,} that are free. Take fewer "

@@ -107,6 +107,9 @@ def _deal_anew(trainer: Trainer, checkpoint: dict[str, Any], parts: list[dict[st
             finished.append(vars(joined.select(torch.tensor(new))))
             done += [places[row] for row in new]
         scores |= {victim: result for victim, result in saved["scores"].items() if result["final"]}
+    # A victim that had ended in its lane begins anew too, and is scored anew.
+    ids = {victim for part in finished for victim in part["ids"].tolist()}
+    scores = {victim: result for victim, result in scores.items() if victim in ids}
     rest = sorted(set(range(victims)) - set(done))
     first = trainer.is_global_zero
     checkpoint["leakage"] |= {

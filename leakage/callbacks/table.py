@@ -100,10 +100,14 @@ class VictimTable(ResultsCallback):
         self._saved, self._files = set(state_dict["saved"]), state_dict["files"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of results that this run will replace."""
+        """Warn of results that this run will replace, and remove what one that was killed left half written."""
         self._logged = 0
         self._pending = {}
-        if not trainer.is_global_zero or trainer.ckpt_path is not None:
+        if not trainer.is_global_zero:
+            return
+        for path in self.folder.glob("reconstructions/*.safetensors.*.partial"):  # of a run that was killed
+            self._write(path, lambda path: path.unlink(missing_ok=True))
+        if trainer.ckpt_path is not None:
             return
         self._saved, self._files, self._labels, self._truth = set(), 0, {}, {}
         self._earlier = sorted(self.folder.glob("reconstructions/part_*.safetensors"))

@@ -30,7 +30,7 @@ class SampleVictims(ImageVictims):
     Example:
         >>> data = SampleVictims(victims=3)
         >>> data.setup("fit")
-        >>> shared = next(iter(data.train_dataloader()))
+        >>> shared = data.share(range(3))
         >>> len(shared), shared.labels
         (3, None)
     """

@@ -48,6 +48,14 @@ def test_one_victim_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_lanes(fails, 1000, most=8, device=CPU)
 
 
+def test_one_lane_where_trying_two_fails() -> None:
+    def fails(lanes: int) -> None:
+        if lanes > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert choose_lanes(fails, 1000, most=8, device=CPU) == 1
+
+
 def test_other_errors_of_the_evaluation_pass_through() -> None:
     def fails(lanes: int) -> None:
         raise RuntimeError("The size of tensor a must match")
@@ -90,7 +98,8 @@ class Cramped(IDLGAttack):
         return super()._evaluate()
 
 
-@pytest.mark.parametrize(("room", "after"), [(4, 0), (3, 20), (1, 30)])
+# Before the first evaluation; when nothing is done and the progress is told; when some victims are done.
+@pytest.mark.parametrize(("room", "after"), [(4, 0), (4, 11), (3, 20), (1, 30)])
 def test_half_of_the_lanes_go_on_and_nothing_is_lost(kit: Any, room: int, after: int) -> None:
     usual = kit.fit(IDLGAttack(), kit.victims(victims=10, lanes=8))
     attack = Cramped(room, after)

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from leakage.attacks.processes import take_part
+from leakage.checkpoints import part_of
 from leakage.reconstruction import Reconstruction
 
 SCRIPT = textwrap.dedent(
@@ -35,6 +38,14 @@ SCRIPT = textwrap.dedent(
     from leakage.checkpoints import WholeCheckpointIO
     from leakage.strategy import VictimParallel
     output, processes, resume, dies = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] or None, int(sys.argv[4])
+    cramped = int(sys.argv[5])
+
+    def evaluate(attack, original=IDLGAttack._evaluate):
+        if attack.global_rank == 1 and attack.iteration == cramped and len(attack._lanes["place"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(attack)
+
+    IDLGAttack._evaluate = evaluate
 
     class Dies(Callback):
         def on_train_batch_end(self, trainer, attack, *args):
@@ -56,7 +67,10 @@ SCRIPT = textwrap.dedent(
 )
 
 
-def run(output: Path, processes: int, resume: Path | str = "", dies: int = -1) -> subprocess.CompletedProcess[str]:
+def run(
+    output: Path, processes: int, resume: Path | str = "", *, dies: int = -1, cramped: int = -1
+) -> subprocess.CompletedProcess[str]:
+    """Let the second process die, or find no memory for two lanes, after that many iterations of its own."""
     output.mkdir(exist_ok=True)
     script = output / "script.py"  # what the Trainer starts again
     script.write_text(SCRIPT, encoding="utf-8")
@@ -68,7 +82,7 @@ def run(output: Path, processes: int, resume: Path | str = "", dies: int = -1) -
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     return subprocess.run(
-        [sys.executable, str(script), str(output), str(processes), str(resume), str(dies)],
+        [sys.executable, str(script), str(output), str(processes), str(resume), str(dies), str(cramped)],
         env=environment,
         capture_output=True,
         text=True,
@@ -111,6 +125,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return folders
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Of the first process, the oldest first."""
+    return sorted(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
+
+
 def results(folder: Path) -> tuple[Reconstruction, dict[str, Any]]:
     return finished(folder, subprocess.CompletedProcess([], 0))
 
@@ -126,15 +145,23 @@ def test_two_processes_find_what_one_finds(folders: dict[int, Path]) -> None:
     assert places == [{0, 2, 4, 6}, {1, 3, 5}]
 
 
-@pytest.mark.parametrize(("before", "now"), [(2, 2), (2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("before", "now"), [(2, 2), (2, 1), (1, 2)])
 def test_any_number_of_processes_goes_on(folders: dict[int, Path], tmp_path: Path, before: int, now: int) -> None:
-    steps = sorted(int(path.stem.removeprefix("step=")) for path in folders[before].glob("step=*.ckpt"))
-    checkpoint = folders[before] / f"step={steps[len(steps) // 2]}.ckpt"
+    paths = checkpoints(folders[before])
+    checkpoint = paths[len(paths) // 2]
     resumed = finished(tmp_path, run(tmp_path, now, checkpoint))
     whole = results(folders[before])
     assert_alike(resumed, whole)
     if before == now:  # bit for bit
         assert torch.equal(resumed[0].images, whole[0].images)
+
+
+def test_more_processes_than_victims_that_are_left(folders: dict[int, Path], tmp_path: Path) -> None:
+    checkpoint = checkpoints(folders[2])[-1]
+    parts = [torch.load(path, weights_only=True)["leakage"] for path in (checkpoint, part_of(checkpoint, 1))]
+    left = 7 - sum(len(part["finished_places"]) for part in parts)
+    assert left < 3, "no process is without a victim"
+    assert_alike(finished(tmp_path, run(tmp_path, 3, checkpoint)), results(folders[2]))
 
 
 def test_a_process_that_dies_ends_the_job_and_a_resume_finishes_the_rest(
@@ -151,13 +178,95 @@ def test_parts_of_different_moments_go_together_and_a_missing_one_is_named(
     folders: dict[int, Path], tmp_path: Path
 ) -> None:
     # As if the run had been killed between writing one part and the next: one is older.
-    newest = max(folders[2].glob("step=*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
+    newest = checkpoints(folders[2])[-1]
     assert newest.name != "step=20.ckpt"
     shutil.copy(newest, tmp_path / "last.ckpt")
     shutil.copy(folders[2] / "step=20.ckpt.1", tmp_path / "last.ckpt.1")
-    resumed = finished(tmp_path, run(tmp_path, 2, tmp_path / "last.ckpt"))
-    assert_alike(resumed, results(folders[2]))
+    # And there is less memory than there was, for one of the two: they make the same number of steps all the same.
+    outcome = run(tmp_path, 2, tmp_path / "last.ckpt", cramped=30)
+    assert "2 lanes are more than the memory holds" in outcome.stderr
+    assert_alike(finished(tmp_path, outcome), results(folders[2]))
+    for path in checkpoints(tmp_path):
+        assert part_of(path, 1).exists()
     (tmp_path / "last.ckpt.1").unlink()
     missing = run(tmp_path, 2, tmp_path / "last.ckpt")
     assert missing.returncode != 0
     assert "last.ckpt.1', but got no such file" in missing.stderr
+
+
+def found(places: list[int]) -> dict[str, torch.Tensor]:
+    """What was found of the victims at these places, whose ids are 100 more."""
+    whole = torch.tensor(places)
+    images = whole.float().view(-1, 1, 1, 1, 1).expand(-1, 1, 1, 2, 2)
+    return vars(
+        Reconstruction(whole + 100, images, whole[:, None], whole.float(), *(whole.clone() for _ in range(4))),
+    )
+
+
+def a_part(deal: str, done: list[list[int]], scored: dict[int, bool], rows: int) -> dict[str, Any]:
+    """One of two processes' parts, with so many lanes."""
+    return {
+        "leakage": {
+            "processes": 2,
+            "deal": deal,
+            "iteration": 41,
+            "queue": [9],
+            "finished": [found(places) for places in done],
+            "finished_places": [place for places in done for place in places],
+            "scores": {victim + 100: {"final": final} for victim, final in scored.items()},
+            "lanes": {"place": torch.zeros(rows)},
+            "shared": {},
+        },
+        "state_dict": {"dummy_images": torch.zeros(rows, 1)},
+        "optimizer_states": [{"state": {0: {"best_loss": torch.zeros(rows)}}, "name": deal}],
+    }
+
+
+def take(parts: list[dict[str, Any]], rank: int, processes: int) -> dict[str, Any]:
+    def load(path: Path) -> dict[str, Any]:
+        assert str(path) == "last.ckpt.1"
+        return parts[1]
+
+    trainer = SimpleNamespace(
+        world_size=processes,
+        global_rank=rank,
+        is_global_zero=rank == 0,
+        ckpt_path="last.ckpt",
+        strategy=SimpleNamespace(checkpoint_io=SimpleNamespace(load_checkpoint=load)),
+    )
+    checkpoint = dict(parts[0], leakage=dict(parts[0]["leakage"]))
+    take_part(trainer, checkpoint, victims=8)  # type: ignore[arg-type]
+    return checkpoint
+
+
+def test_each_process_takes_its_own_part_of_one_deal() -> None:
+    parts = [a_part("a", [[0]], {}, 2), a_part("a", [[1], [3]], {}, 3)]
+    for rank in range(2):
+        taken = take(parts, rank, 2)
+        for name in ("leakage", "state_dict", "optimizer_states"):
+            assert taken[name] == parts[rank][name]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_new_deal_gives_what_is_done_to_the_first_and_each_of_the_others_to_one(processes: int) -> None:
+    # Parts of two deals, with one victim in both. Victim 5 has ended in its lane, and been scored, but begins anew.
+    parts = [
+        a_part("a", [[2, 0], [6]], {0: True, 2: True, 4: False, 6: True}, 2),
+        a_part("b", [[6, 1]], {1: True, 5: True}, 3),
+    ]
+    taken = [take(parts, rank, processes) for rank in range(processes)]
+    first, *others = [checkpoint["leakage"] for checkpoint in taken]
+    assert first["finished_places"] == [2, 0, 6, 1]
+    joined = Reconstruction.cat([Reconstruction(**part) for part in first["finished"]])
+    assert joined.ids.tolist() == [102, 100, 106, 101]
+    assert joined.images[:, 0, 0, 0, 0].tolist() == [2, 0, 6, 1]
+    assert sorted(first["scores"]) == [100, 101, 102, 106]
+    assert all(not saved["finished_places"] and not saved["finished"] and not saved["scores"] for saved in others)
+    queues = [checkpoint["leakage"]["queue"] for checkpoint in taken]
+    assert sorted(place for queue in queues for place in queue) == [3, 4, 5, 7]
+    assert max(map(len, queues)) - min(map(len, queues)) <= 1
+    for checkpoint in taken:
+        saved = checkpoint["leakage"]
+        assert (saved["lanes"], saved["shared"], saved["asked"], saved["iteration"]) == ({}, None, [], 41)
+        assert len(checkpoint["state_dict"]["dummy_images"]) == 0
+        assert len(checkpoint["optimizer_states"][0]["state"][0]["best_loss"]) == 0

@@ -212,3 +212,8 @@ def run(tmp_path: Path) -> Run:
 def run_of_pairs(tmp_path: Path) -> Run:
     """Two images per victim."""
     return Run(tmp_path, num_images=2)
+
+
+@pytest.fixture(autouse=True)
+def _few_victims_fill_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leakage.callbacks.table._PER_FILE", 3)

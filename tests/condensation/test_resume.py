@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from leakage.checkpoints import TimedCheckpoint, WholeCheckpointIO
@@ -178,20 +179,31 @@ def test_with_decay_the_number_of_iterations_is_part_of_the_configuration(kit: A
         kit.condense(iterations=4, decay=True, ckpt_path=str(checkpoints(tmp_path)[0]))
 
 
-def test_a_timed_checkpoint_is_written_after_a_while_and_resumed_exactly(kit: Any, tmp_path: Path) -> None:
-    options = {"iterations": 3, "network_reuse": 2}
+def test_a_timed_checkpoint_is_written_after_a_while_and_at_the_end_and_resumed_exactly(
+    kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"iterations": 4, "network_reuse": 2}
     whole = kit.condense(**options)
+    written: list[tuple[str, int]] = []
+    save = Trainer.save_checkpoint
+
+    def note(self: Trainer, path: Path, *given: Any, **options: Any) -> None:
+        written.append((path.parent.name, self.global_step))
+        save(self, path, *given, **options)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", note)
     seldom = TimedCheckpoint(tmp_path / "seldom", seconds=1000.0)
-    stopped = kit.trainer(
-        callbacks=[seldom, TimedCheckpoint(tmp_path, seconds=1e-9)], max_steps=2, enable_checkpointing=True
-    )
+    often = TimedCheckpoint(tmp_path / "often", seconds=1e-9)
+    stopped = kit.trainer(callbacks=[seldom, often], max_steps=4, enable_checkpointing=True)
     stopped.fit(GradientMatchingCondensation(network=kit.network(), **options), datamodule=kit.data(batch_size=6))
-    assert not (tmp_path / "seldom").exists()
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["leakage"]["step"] == 1
-    resumed = GradientMatchingCondensation(network=kit.network(), **options)
-    kit.trainer().fit(resumed, datamodule=kit.data(batch_size=6), ckpt_path=tmp_path / "last.ckpt")
-    assert resumed.iteration == 3
-    assert torch.equal(resumed.synthetic_images, whole.synthetic_images)
+    steps = [step for name, step in written if name == "often"]
+    assert len(steps) > 1
+    assert [step for name, step in written if name == "seldom"] == steps[-1:]
+    for name in ("seldom", "often"):
+        resumed = GradientMatchingCondensation(network=kit.network(), **options)
+        kit.trainer().fit(resumed, datamodule=kit.data(batch_size=6), ckpt_path=tmp_path / name / "last.ckpt")
+        assert resumed.iteration == 4
+        assert torch.equal(resumed.synthetic_images, whole.synthetic_images)
 
 
 def test_a_timed_checkpoint_goes_to_the_folder_of_the_run_by_default(kit: Any, tmp_path: Path) -> None:

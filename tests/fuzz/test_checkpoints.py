@@ -127,13 +127,10 @@ def test_parts_of_other_types(path: Path, name: str, value: object) -> None:
 
 def test_no_other_process_writes_the_same_partial_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    monkeypatch.setattr(
-        "lightning.fabric.plugins.io.torch_io._atomic_save", lambda checkpoint, path: written.append(str(path))
-    )
+    monkeypatch.setattr("leakage.checkpoints.torch.save", lambda checkpoint, file: written.append(file.name))
     for process in (7, 8):
         monkeypatch.setattr(os, "getpid", lambda process=process: process)
-        with pytest.raises(OSError, match="Expected to write the checkpoint"):
-            WholeCheckpointIO().save_checkpoint({}, path)
+        WholeCheckpointIO().save_checkpoint({}, path)
     assert written == [f"{path}.7.partial", f"{path}.8.partial"]
 
 
