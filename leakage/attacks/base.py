@@ -287,16 +287,15 @@ class GradientMatchingAttack(LightningModule):
             return None
 
     def on_train_start(self) -> None:
-        """Ask for the victims whose turn is not the first batch; end at once if nothing is left to do."""
+        """Ask for the victims whose turn is not the first batch."""
         if self._asked and self._asked_at == self.iteration:
             self._datamodule.wanted = self._asked
-        self._end_when_all_are_done()
 
     def training_step(self, batch: SharedGradient | tuple[()], batch_idx: int) -> None:
         """Admit the victims of the batch, if there are any, and move every victim in the lanes by one evaluation."""
         if isinstance(batch, SharedGradient):
             self._admit(batch)
-        if self._shared is not None:
+        if self.num_running:
             self._advance()
         else:
             self._idle()
@@ -306,9 +305,15 @@ class GradientMatchingAttack(LightningModule):
         self._tell()
 
     def _idle(self) -> None:
-        """Count a step of no victim: all processes make the same number of steps, else their checkpoints miss."""
+        """Count a step that moves no victim: all processes make the same number of steps, else their checkpoints miss."""
+
+        def evaluate() -> Tensor:
+            for unknown in self._unknowns:
+                unknown.grad = torch.zeros_like(unknown)
+            return self.dummy_images.new_zeros(len(self.dummy_images))
+
         if self.trainer.world_size > 1:
-            cast(Any, self.optimizers()).step(closure=lambda: self.dummy_images.new_zeros(0))
+            cast(Any, self.optimizers()).step(closure=evaluate)
 
     def _advance(self) -> None:
         """One evaluation for every victim in the lanes."""

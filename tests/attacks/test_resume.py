@@ -68,6 +68,7 @@ def test_resumes_bit_for_bit_from_the_moments_that_matter(
         kit.assert_same(whole, resumed)
         assert resumed.iteration == whole.iteration
         assert resumed.scores == whole.scores
+        assert resumed.trainer.callback_metrics == whole.trainer.callback_metrics
 
 
 def test_every_step_around_an_admission_survives(kit: Any, tmp_path: Path) -> None:
