@@ -305,7 +305,7 @@ class GradientMatchingAttack(LightningModule):
         self._tell()
 
     def _idle(self) -> None:
-        """Count a step that moves no victim: all processes make the same number of steps, else their checkpoints miss."""
+        """Count a step that moves nobody: all processes make the same number of steps, else their checkpoints miss."""
 
         def evaluate() -> Tensor:
             for unknown in self._unknowns:
