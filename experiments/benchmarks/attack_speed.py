@@ -1,14 +1,16 @@
 """Seconds per victim: an attack of this library against a plain loop of the published protocol, on the same victims.
 
     python experiments/benchmarks/attack_speed.py --output speed.json
+    python experiments/benchmarks/attack_speed.py --method dlg --output speed_dlg.json
     python experiments/benchmarks/attack_speed.py --dataset fashion_mnist --output speed_fashion_mnist.json
     python experiments/benchmarks/attack_speed.py --method gauss_newton --threshold 1e-6 --output speed_exact.json
 
 The plain side is one victim at a time, ordinary autograd and `torch.optim.LBFGS` without line search, from N(0, 1),
-at most 300 calls of 20 iterations, stopped when the gradient distance, looked at every 10 calls, is below 1e-6. Ours
-is `IDLGAttack`, or the attack that `--method` names, with its defaults in `Trainer.fit`. Each victim has one image and
-a freshly drawn LeNet; the plain side takes the first `--plain-victims` of ours. Without `--dataset` the images are
-MNIST's, or those of the bundled sample where MNIST is not found.
+at most 300 calls of 20 iterations, stopped when the gradient distance, looked at every 10 calls, is below 1e-6. It
+reads the label from the gradient (iDLG); against `--method dlg` it searches for it too (DLG). Ours is `IDLGAttack`, or
+the attack that `--method` names, with its defaults in `Trainer.fit`. Each victim has one image and a freshly drawn
+LeNet; the plain side takes the first `--plain-victims` of ours. Without `--dataset` the images are MNIST's, or those of
+the bundled sample where MNIST is not found.
 
 Each side runs with the number of threads, 1 or all cores, that a probe before finds faster for it. The clock of ours
 runs over all of `Trainer.fit`, capturing gradients and scoring included; that of the plain side over the search alone.
@@ -33,7 +35,7 @@ from lightning import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leakage.attacks import GaussNewtonAttack, GradientMatchingAttack, IDLGAttack, RGAPAttack
+from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack, RGAPAttack
 from leakage.cli import quiet
 from leakage.compare import check_output
 from leakage.datamodules import GroundTruth, MNISTVictims, SampleVictims
@@ -50,6 +52,7 @@ CALLS, ITERATIONS, CHECK_EVERY, TOLERANCE = 300, 20, 10, 1e-6
 THRESHOLD = 1e-3
 METHODS: dict[str, Callable[..., GradientMatchingAttack]] = {
     "idlg": IDLGAttack,
+    "dlg": DLGAttack,
     "rgap": RGAPAttack,
     "gauss_newton": GaussNewtonAttack,
 }
@@ -72,25 +75,33 @@ class Outcome:
         return self.seconds / len(self.ids)
 
 
-def attack_plainly(model: nn.Module, gradients: dict[str, Tensor], start: Tensor) -> tuple[Tensor, int, int]:
-    """The published search for one victim: the image ``(1, C, H, W)``, the label and the number of evaluations."""
+def attack_plainly(
+    model: nn.Module, gradients: dict[str, Tensor], start: Tensor, logits: Tensor | None = None
+) -> tuple[Tensor, int, int]:
+    """The published search for one victim: the image ``(1, C, H, W)``, the label and the number of evaluations.
+
+    The label is searched for from the ``logits`` ``(1, K)`` (DLG), or read from the gradient without them (iDLG).
+    """
     parameters = dict(model.named_parameters())
     weights, targets = [parameters[name] for name in gradients], list(gradients.values())
-    label = gradients["classifier.bias"].argmin().reshape(1)
     image = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([image], lr=1.0, max_iter=ITERATIONS, history_size=100)
+    inferred = gradients["classifier.bias"].argmin().reshape(1)
+    searched = [] if logits is None else [logits.clone().requires_grad_()]
+    unknowns = [image, *searched]
+    optimizer = torch.optim.LBFGS(unknowns, lr=1.0, max_iter=ITERATIONS, history_size=100)
     evaluations = 0
 
     def closure() -> Tensor:
         nonlocal evaluations
         evaluations += 1
-        loss = F.cross_entropy(model(image), label)
+        loss = F.cross_entropy(model(image), searched[0].softmax(1) if searched else inferred)
         found = torch.autograd.grad(loss, weights, create_graph=True)
         distance = torch.stack(
             [(gradient - target).square().sum() for gradient, target in zip(found, targets, strict=True)]
         ).sum()
         # `backward` would also work out the gradient of the weights, which nobody needs.
-        (image.grad,) = torch.autograd.grad(distance, image)
+        for unknown, gradient in zip(unknowns, torch.autograd.grad(distance, unknowns), strict=True):
+            unknown.grad = gradient
         return distance.detach()
 
     for call in range(CALLS):
@@ -101,11 +112,11 @@ def attack_plainly(model: nn.Module, gradients: dict[str, Tensor], start: Tensor
                 break
         if not math.isfinite(distance):  # it does not come back from there
             break
-    return image.detach(), int(label), evaluations
+    return image.detach(), int(searched[0].argmax() if searched else inferred), evaluations
 
 
-def run_plainly(victims: ImageVictims, count: int, seed: int) -> Outcome:
-    """The first ``count`` victims, one after another."""
+def run_plainly(victims: ImageVictims, count: int, seed: int, method: str = "idlg") -> Outcome:
+    """The first ``count`` victims, one after another; ``method`` is that of our side."""
     shared: SharedGradient = victims.share(range(count))
     model = copy.deepcopy(victims.victim.model).requires_grad_()
     images, labels, evaluations, seconds = [], [], [], 0.0
@@ -114,8 +125,9 @@ def run_plainly(victims: ImageVictims, count: int, seed: int) -> Outcome:
         gradients = {name: tensor[index] for name, tensor in shared.gradients.items()}
         generator = torch.Generator().manual_seed(derive_seed(seed, index, "plain start"))
         start = torch.randn(1, *victims.victim.protocol.image_shape, generator=generator)
+        logits = torch.randn(1, victims.victim.protocol.num_classes, generator=generator) if method == "dlg" else None
         began = time.perf_counter()
-        image, label, count_of_victim = attack_plainly(model, gradients, start)
+        image, label, count_of_victim = attack_plainly(model, gradients, start, logits)
         seconds += time.perf_counter() - began
         images.append(image)
         labels.append([label])
@@ -226,13 +238,13 @@ def _measure(given: argparse.Namespace, dataset: str, victims: ImageVictims, pro
     probed = min(PROBE_PLAIN_VICTIMS, given.plain_victims)
     threads = {
         "leakage": best_threads("leakage", lambda: run_ours(probe, given.seed, given.precision, given.method)),
-        "plain": best_threads("plain", lambda: run_plainly(probe, probed, given.seed)),
+        "plain": best_threads("plain", lambda: run_plainly(probe, probed, given.seed, given.method)),
     }
     print(f"{given.victims} victims with leakage, then {given.plain_victims} of them plainly", flush=True)
     torch.set_num_threads(threads["leakage"])
     outcomes = {"leakage": run_ours(victims, given.seed, given.precision, given.method)}
     torch.set_num_threads(threads["plain"])
-    outcomes["plain"] = run_plainly(victims, given.plain_victims, given.seed)
+    outcomes["plain"] = run_plainly(victims, given.plain_victims, given.seed, given.method)
     rates = {name: rate(outcome, victims, given.threshold) for name, outcome in outcomes.items()}
     seconds = {name: outcome.seconds_per_victim for name, outcome in outcomes.items()}
     evaluations = {name: float(outcome.evaluations.double().mean()) for name, outcome in outcomes.items()}

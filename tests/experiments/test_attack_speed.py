@@ -66,8 +66,9 @@ def test_another_method_and_threshold(speed: ModuleType, tmp_path: Path, monkeyp
     assert result["mse_median"]["leakage"] < 1e-6
 
 
-def test_the_plain_search_is_the_published_one(speed: ModuleType) -> None:
-    """Against the loop as the papers' code has it, step by step."""
+@pytest.mark.parametrize("method", ["idlg", "dlg"])
+def test_the_plain_search_is_the_published_one(speed: ModuleType, method: str) -> None:
+    """Against the loops as the papers' code has them, step by step."""
     victims = SampleVictims(victims=1)
     victims.setup("fit")
     shared = victims.share(range(1))
@@ -75,11 +76,12 @@ def test_the_plain_search_is_the_published_one(speed: ModuleType) -> None:
     weights = {name: tensor[0].clone().requires_grad_() for name, tensor in shared.state.items()}
     model.load_state_dict(weights)
     gradients = {name: tensor[0] for name, tensor in shared.gradients.items()}
-    start = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    image, label, evaluations = speed.attack_plainly(model, gradients, start)
+    generator = torch.Generator().manual_seed(1)  # one from which both find the image
+    start, logits = torch.randn(1, 1, 28, 28, generator=generator), torch.randn(1, 10, generator=generator)
+    image, label, evaluations = speed.attack_plainly(model, gradients, start, logits if method == "dlg" else None)
 
-    expected = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([expected], lr=1, history_size=100)
+    expected, dummy_label = start.clone().requires_grad_(), logits.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([expected, dummy_label] if method == "dlg" else [expected], lr=1, history_size=100)
     target = gradients["classifier.weight"].sum(1).argmin().reshape(1)
     used = 0
 
@@ -87,7 +89,11 @@ def test_the_plain_search_is_the_published_one(speed: ModuleType) -> None:
         nonlocal used
         used += 1
         optimizer.zero_grad()
-        loss = F.cross_entropy(functional_call(model, weights, expected), target)
+        logits = functional_call(model, weights, expected)
+        if method == "dlg":
+            loss = -(F.softmax(dummy_label, dim=-1) * F.log_softmax(logits, dim=-1)).sum(1).mean()
+        else:
+            loss = F.cross_entropy(logits, target)
         found = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
         distance = sum(((a - gradients[name]) ** 2).sum() for name, a in zip(weights, found, strict=True))
         distance.backward()
@@ -97,7 +103,7 @@ def test_the_plain_search_is_the_published_one(speed: ModuleType) -> None:
         optimizer.step(closure)
         if call % 10 == 0 and closure().item() < 1e-6:
             break
-    assert label == int(target)
+    assert label == int(dummy_label.argmax() if method == "dlg" else target) == int(target)
     assert evaluations == used
     truth = next(iter(victims.val_dataloader())).images[0]
     assert float((image - truth).square().mean()) < 1e-3

@@ -51,7 +51,6 @@ def scripts(everything: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     job = everything.Job
     chosen = [
         job("bad", "bad.py", ["--size", "3"], "A bad one"),
-        job("no", "no.py", [], "A missing one", "there is none"),
         job("good", "good.py", [], "A good one"),
         job("throughput", "throughput.py", [], "One that is told the time"),
     ]
@@ -68,13 +67,12 @@ def test_goes_on_and_tells(
     (output / "bad.json").write_text("{}")  # of an earlier run
     with pytest.raises(SystemExit, match="Expected all benchmarks to succeed, but got failures of bad"):
         everything.main(["--output", str(output)])
-    assert "3 of 4, good: " in capsys.readouterr().out
+    assert "2 of 3, good: " in capsys.readouterr().out
     page = (output / "index.md").read_text()
     assert f"torch {torch.__version__}" in page
     for line in (
         "Failed: exit code 1: bad.py: error: no \\| luck",
         "`bad.py --size 3`",
-        "Skipped: there is none",
         "![A good one](good.png)",
         "| ratio: to plain | 2 |",
         "| figure | idlg | dlg |",
@@ -117,8 +115,6 @@ def test_every_benchmark_takes_its_options(
     measured = []
     for minutes in (0.5, 10):
         for job in everything.jobs(minutes, torch.device("cpu")):
-            if job.missing:
-                continue
             script = load(f"benchmarks/{job.script}")
             monkeypatch.setattr(script, "_measure", lambda *_, name=job.name: measured.append(name))
             script.main(["--output", str(tmp_path / f"{job.name}.json"), *job.options])
