@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.transforms import Normalize
 
-from leakage.chain_layers import ACTIVATIONS, Plan, Step
-from leakage.inversion.chain import module_calls
+from leakage.chain import module_calls, not_a_chain, show_module
+from leakage.chain_activations import ACTIVATIONS
+from leakage.chain_layers import Plan, Step
 from leakage.models.layers import AveragePooling
 from leakage.shared_gradient import SharedGradient
 from leakage.victim import Victim
@@ -158,9 +159,7 @@ def _plans(victim: Victim) -> list[Plan]:
     for name, module, inputs, outputs in module_calls(victim):
         if not isinstance(module, nn.Identity | nn.Flatten | _DropoutNd):
             if (reason := _why_refused(module, inputs, name, victim)) is not None:
-                raise ValueError(
-                    f"Expected a plain chain of layers, but got {type(module).__name__} {name!r}, {reason}. {_ONLY}"
-                )
+                raise not_a_chain(f"{show_module(name, module)}, {reason}. {_ONLY}")
             has_weights = isinstance(module, nn.Conv2d | nn.Linear)
             plans.append(Plan(name, module, tuple(inputs), tuple(outputs), first=has_weights and not covered))
             if has_weights:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.transforms import Normalize
 
+from leakage.chain import module_calls, not_a_chain, show_module
 from leakage.models.layers import AveragePooling
 from leakage.victim import Victim
 
@@ -80,7 +80,7 @@ class Elementwise:
         """Factor and summand of each channel, ``(V or 1, 1, C, 1, 1)``."""
         if isinstance(self.module, Normalize):
             both = (self.module.mean, self.module.std)
-            mean, std = (torch.as_tensor(value).to(like).reshape(1, -1) for value in both)
+            mean, std = (torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(1, -1) for value in both)
             scale, shift = 1 / std, -mean / std
         else:
             assert isinstance(self.module, nn.BatchNorm2d)
@@ -151,7 +151,7 @@ def find_chain(victim: Victim) -> Chain:
         if isinstance(module, nn.Identity | nn.Flatten | _DropoutNd):
             continue
         if (reason := _why_refused(module, inputs, f"{name}.weight" in victim.state)) is not None:
-            raise _not_a_chain(f"{_show(name, module)}, {reason}. {_ONLY}")
+            raise not_a_chain(f"{show_module(name, module)}, {reason}. {_ONLY}")
         if isinstance(module, nn.Conv2d | nn.Linear):
             stages.append(Stage(name, module, _three(inputs), _three(outputs), ()))
             continue
@@ -161,57 +161,6 @@ def find_chain(victim: Victim) -> Chain:
         else:
             before.append(function)
     return Chain(tuple(before), tuple(stages))
-
-
-@torch.no_grad()
-def module_calls(victim: Victim) -> list[tuple[str, nn.Module, torch.Size, torch.Size]]:
-    """Modules without children in the order of their calls, with the shapes of one image before and behind."""
-    like = next(victim.model.parameters())
-    noise = torch.rand(2, *victim.protocol.image_shape, generator=torch.Generator().manual_seed(0)).to(like)
-    calls: list[tuple[str, nn.Module, torch.Size, torch.Size]] = []
-    # The last output, its version (a change in place counts it up) and its values; all are kept, so that no later
-    # tensor takes the place of one in memory.
-    kept: list[tuple[str, Tensor, int, Tensor]] = [("the images", noise, noise._version, noise.clone())]
-    shapes: list[torch.Size] = []
-
-    def start(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            given = inputs[0] if len(inputs) == 1 else None
-            source, last, version, values = kept[-1]
-            if (
-                not isinstance(given, Tensor)
-                or (given.data_ptr(), given.numel(), given._version) != (last.data_ptr(), last.numel(), version)
-                or not torch.equal(given.reshape(-1), values.reshape(-1))
-            ):
-                raise _not_a_chain(
-                    f"{_show(name, module)}, whose input is not the output of {source}: "
-                    "there is an operation or a branch between them"
-                )
-            if any(name == other for other, *_ in calls):
-                raise _not_a_chain(f"{_show(name, module)}, which is called more than once")
-            shapes.append(given.shape[1:])
-
-        return hook
-
-    def end(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if not isinstance(output, Tensor):
-                raise _not_a_chain(f"{_show(name, module)}, whose output is not a tensor")
-            kept.append((_show(name, module), output, output._version, output.clone()))
-            calls.append((name, module, shapes[-1], output.shape[1:]))
-
-        return hook
-
-    hooks = []
-    try:
-        for name, module in victim.model.named_modules():
-            if not any(True for _ in module.children()):
-                hooks += [module.register_forward_pre_hook(start(name)), module.register_forward_hook(end(name))]
-        victim.model(noise)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
 
 
 def _why_refused(module: nn.Module, inputs: torch.Size, has_weight: bool) -> str | None:
@@ -234,14 +183,6 @@ def _why_refused(module: nn.Module, inputs: torch.Size, has_weight: bool) -> str
         if isinstance(module, types):
             return reason
     return "which is none that can be inverted"
-
-
-def _not_a_chain(got: str) -> ValueError:
-    return ValueError(f"Expected a plain chain of layers that can be inverted, but got {got.rstrip('.')}.")
-
-
-def _show(name: str, module: nn.Module) -> str:
-    return f"{type(module).__name__} {name!r}"
 
 
 def _three(shape: torch.Size) -> tuple[int, int, int]:

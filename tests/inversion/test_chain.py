@@ -184,3 +184,11 @@ def test_noise_of_a_relu_counts_as_zero() -> None:
         assert torch.equal(found[:, 1], scale * outputs[:, 500:])
         assert not slope[:, 0].any()
         assert not found[:, 0].any()
+
+
+def test_normalises_in_the_precision_of_the_images() -> None:
+    images = torch.rand(2, 1, 1, 3, 3, dtype=torch.float64)
+    normalize = Elementwise("normalize", Normalize([0.1], [0.3]), (1, 3, 3))
+    outputs = normalize.apply(images, {})
+    torch.testing.assert_close(outputs, (images - 0.1) / 0.3, rtol=0, atol=1e-12)
+    torch.testing.assert_close(normalize.invert(outputs, {})[0], images, rtol=0, atol=1e-12)
