@@ -14,6 +14,9 @@ from leakage.errors import check_count
 _DECAY, _KNEE = 0.7, 0.05
 # Amplitude of the two opponent colours (red-green, yellow-blue) relative to that of brightness.
 _COLOUR = 0.4
+# Amplitude of label logits relative to that of pixels: they move by about ten where a pixel moves by less than one. On
+# DLG's victims of MNIST, FashionMNIST and CIFAR-10 100 to 300 times the variance needs the fewest evaluations.
+_LOGIT = 10.0
 # Brightness, red-green and yellow-blue, orthonormal.
 _OPPONENT = ((3**-0.5, 3**-0.5, 3**-0.5), (2**-0.5, -(2**-0.5), 0.0), (6**-0.5, 6**-0.5, -2 * 6**-0.5))
 
@@ -28,7 +31,7 @@ class ImageSpectrum:
     three channels; otherwise the identity), whose two colours have 0.4 times the amplitude. As the
     initial inverse Hessian of L-BFGS this is the same as searching for :math:`T^{-1} x` in place of x:
     the objective and its minima stay as they are, but the search goes first where images differ most.
-    Unknowns after the images' are left as they are.
+    Unknowns after the images', the logits of labels, have ten times the amplitude of pixels.
 
     Args:
         num_images: N.
@@ -78,7 +81,7 @@ class ImageSpectrum:
         else:
             images = images * power
         images = rows.mT @ images @ columns
-        return torch.cat([images.flatten(1), vectors[:, size:]], dim=1)
+        return torch.cat([images.flatten(1), _LOGIT**2 * vectors[:, size:]], dim=1)
 
     def root(self, vectors: Tensor) -> Tensor:
         r""":math:`T v` of vectors ``(V, D)``, from frequencies to pixels; :math:`T T^\top` is P."""
@@ -88,7 +91,7 @@ class ImageSpectrum:
         if self.shape[1] == 3:
             images = torch.einsum("ij,vnihw->vnjhw", mixing, images)
         images = rows.mT @ images @ columns
-        return torch.cat([images.flatten(1), vectors[:, size:]], dim=1)
+        return torch.cat([images.flatten(1), _LOGIT * vectors[:, size:]], dim=1)
 
     def _matrices(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Cosines of rows and columns, powers and mixing, in the precision and on the device of ``like``."""

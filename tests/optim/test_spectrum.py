@@ -21,7 +21,7 @@ def matrix(spectrum: ImageSpectrum, unknowns: int) -> Tensor:
     width=st.integers(1, 6),
     others=st.integers(0, 4),
 )
-def test_is_symmetric_positive_definite_and_leaves_the_other_unknowns(
+def test_is_symmetric_positive_definite_and_widens_the_other_unknowns(
     images: int, channels: int, height: int, width: int, others: int
 ) -> None:
     size = images * channels * height * width
@@ -29,7 +29,7 @@ def test_is_symmetric_positive_definite_and_leaves_the_other_unknowns(
     torch.testing.assert_close(product, product.mT)
     assert float(torch.linalg.eigvalsh(product).min()) > 0
     identity = torch.eye(others, dtype=torch.float64)
-    assert torch.equal(product[size:, size:], identity)
+    assert torch.equal(product[size:, size:], 100 * identity)
     assert not product[:size, size:].any()
 
 
@@ -109,7 +109,7 @@ def test_its_root_times_the_roots_transpose_is_the_matrix(
     transposed = spectrum.root(torch.eye(unknowns, dtype=torch.float64))  # row i is T times the i-th unit vector
     torch.testing.assert_close(transposed.mT @ transposed, matrix(spectrum, unknowns))
     size = unknowns - others
-    assert torch.equal(transposed[size:, size:], torch.eye(others, dtype=torch.float64))
+    assert torch.equal(transposed[size:, size:], 10 * torch.eye(others, dtype=torch.float64))
     assert not transposed[:size, size:].any()
     assert not transposed[size:, :size].any()
 
