@@ -14,13 +14,15 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import lightning
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
@@ -43,6 +45,8 @@ _PARTS: dict[str, type] = {
 _VERSION = "pytorch-lightning_version"
 # Bytes up to which a tensor may hold one value in many places, as `expand` does it.
 _EXPANDED = 2**26
+# More than any run makes.
+_MOST_STEPS = 2**40
 
 
 class TimedCheckpoint(Checkpoint):
@@ -52,7 +56,9 @@ class TimedCheckpoint(Checkpoint):
     end the run; and the next one after a signal has asked the process to end, SIGTERM as a scheduler sends it some
     seconds before it kills, or SIGINT (Ctrl-C). Then the run ends, by a ``SystemExit`` with the code 143 or by a
     ``KeyboardInterrupt``, and goes on from this very step when it is resumed. A second Ctrl-C does not wait for the end
-    of the step; then, as when the process is killed, the last checkpoint stands. A signal for which the program has a
+    of the step; then, as when the process is killed, the last checkpoint stands. A signal after the last step ends the
+    program when the results are written. What Lightning does when SLURM is about to requeue the job, which is a
+    checkpoint and the requeue, waits for the end of the step, too. A signal for which the program has a
     handler of its own is left to that. In one process it also writes when an error ends the run between two steps, as
     one of a logger does.
 
@@ -78,6 +84,7 @@ class TimedCheckpoint(Checkpoint):
         self._between_steps = False
         self._signal = 0
         self._signals: list[signal.Signals] = []
+        self._requeue: set[signal.Signals] = set()
         self._handlers: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -94,7 +101,9 @@ class TimedCheckpoint(Checkpoint):
                 with contextlib.suppress(OSError):
                     partial.unlink()
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._heed) for number in self._signals}
+            numbers = [number for number in signal.Signals if isinstance(signal.getsignal(number), _HandlersCompose)]
+            self._requeue = {number for number in numbers if number != signal.SIGTERM}  # Lightning's, for SLURM
+            self._handlers = {number: signal.signal(number, self._heed) for number in {*self._signals, *self._requeue}}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Within a step there is nothing to write."""
@@ -107,21 +116,28 @@ class TimedCheckpoint(Checkpoint):
         self._between_steps = True
         last = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
         due = last or time.monotonic() - self._last >= self.seconds
-        wanted = max(int(due), self._signal)
+        wanted = max(due / 2, float(self._signal))
         if trainer.world_size > 1:
             # They end together, at the same step: the highest number is that of a signal, if there is one.
             own = torch.tensor(wanted, device=trainer.strategy.root_device)
-            wanted = int(trainer.strategy.reduce(own, reduce_op="max"))
+            wanted = float(trainer.strategy.reduce(own, reduce_op="max"))
         if wanted:
             self._write(trainer)
         if wanted == signal.SIGTERM:
             raise SIGTERMException(128 + signal.SIGTERM)
         if wanted == signal.SIGINT:
             raise KeyboardInterrupt
+        if wanted in self._requeue:
+            self._signal = 0
+            self._handlers[signal.Signals(int(wanted))](int(wanted), None)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All is done."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All is done, and other callbacks have written theirs; what comes after it heeds signals that came late."""
         self._leave()
+        if self._signal == signal.SIGTERM:
+            raise SIGTERMException(128 + signal.SIGTERM)
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what the last step has left, if the error is not one of a step."""
@@ -147,7 +163,8 @@ class TimedCheckpoint(Checkpoint):
     def _heed(self, number: int, frame: FrameType | None) -> None:
         if number == self._signal == signal.SIGINT:
             raise KeyboardInterrupt
-        self._signal = self._signal or number
+        if self._signal not in (signal.SIGTERM, signal.SIGINT):
+            self._signal = number
 
     def _leave(self) -> None:
         self._between_steps = False
@@ -309,6 +326,37 @@ def check_checkpoint(checkpoint: Mapping[str, Any], module: str, options: Mappin
         raise ValueError(
             f"Expected the checkpoint's precision {brief(repr(saved.get('precision')))}, but got {precision!r}."
         )
+    _check_lightning(checkpoint)
+
+
+def _check_lightning(checkpoint: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` unless what Lightning restores, which it takes for granted, is as Lightning writes it."""
+    for name in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks"):
+        if name not in checkpoint:
+            raise ValueError(f"Expected a checkpoint to go on from, with {name!r}, but got one without.")
+    count = [len(checkpoint[name]) for name in ("optimizer_states", "lr_schedulers")]
+    if count != [1, 0]:
+        raise ValueError(f"Expected a checkpoint of one optimizer and no scheduler, but got {count[0]} and {count[1]}.")
+    for name, state in checkpoint["callbacks"].items():
+        if not isinstance(state, Mapping):
+            raise ValueError(f"Expected a checkpoint with the state of {brief(name)}, but got {brief(repr(state))}.")
+    if "loops" in checkpoint:
+        found, like = checkpoint["loops"].get("fit_loop"), _FitLoop(cast(Trainer, None)).state_dict()
+        # Lightning passes over what is missing here, for the sake of older checkpoints.
+        like = {name: value for name, value in like.items() if not isinstance(found, Mapping) or name in found}
+        _check_progress("loops/fit_loop", found, like)
+
+
+def _check_progress(place: str, found: Any, like: Any) -> None:
+    if isinstance(like, Mapping):
+        if not isinstance(found, Mapping) or found.keys() != like.keys():
+            names = brief(sorted(map(str, found))) if isinstance(found, Mapping) else brief(repr(found))
+            raise ValueError(f"Expected {place!r} of a checkpoint with {sorted(like)}, but got {names}.")
+        for name, value in like.items():
+            _check_progress(f"{place}/{name}", found[name], value)
+    elif type(found) is not type(like) or not 0 <= found < _MOST_STEPS:
+        expected = "True or False" if isinstance(like, bool) else "a number of steps"
+        raise ValueError(f"Expected {place!r} of a checkpoint as {expected}, but got {brief(repr(found))}.")
 
 
 def _same(stored: Mapping[str, Any], name: str, value: object) -> bool:

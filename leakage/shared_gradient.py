@@ -20,6 +20,8 @@ from leakage.tensor_files import brief, header_value, read_safetensors, write_sa
 _FORMAT = "leakage.SharedGradient"
 # Values of all images behind one gradient: with more, not even one search would fit into a machine.
 _MOST_VALUES = 2**30
+# Local steps, through all of which an attack differentiates twice; federated averaging makes hundreds.
+_MOST_STEPS = 10_000
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -35,7 +37,8 @@ class Protocol:
         loss: the training loss, a key of :data:`leakage.objectives.LOSSES`.
         reduction: over the images of a step, ``"mean"`` or ``"sum"``.
         local_steps: steps of plain SGD that the client makes before it shares their average gradient;
-            with one it shares the gradient at the weights that it was given.
+            with one it shares the gradient at the weights that it was given. At most 10,000, since every
+            evaluation of an attack goes through all of them.
         learning_rate: of these steps; None with one step, where it cancels out.
         local_batch_size: images of one step; None for all N.
     """
@@ -278,6 +281,11 @@ def check_local_steps(
 ) -> None:
     """Raise a ``ValueError`` unless a client can make such steps, using every image equally often."""
     check_count(num_images=num_images, local_steps=local_steps)
+    if local_steps > _MOST_STEPS:
+        raise ValueError(
+            f"Expected `local_steps` of at most {_MOST_STEPS}, all of which an attack simulates at each of its "
+            f"evaluations, but got {local_steps}."
+        )
     if local_batch_size is not None:
         check_count(local_batch_size=local_batch_size)
         if num_images % local_batch_size:

@@ -54,7 +54,7 @@ class Victim:
         num_images: N, the images behind one gradient.
         loss: the training loss, a key of :data:`leakage.objectives.LOSSES`.
         reduction: over the images of a step, ``"mean"`` or ``"sum"``.
-        local_steps: T, the steps that the client makes.
+        local_steps: T, the steps that the client makes, at most 10,000.
         learning_rate: :math:`\eta`, required for several steps; with one it cancels out.
         local_batch_size: images of one step, by default all N. It divides N, and T steps use every image
             equally often.
@@ -360,3 +360,7 @@ def _check_tensors(
         shape = (*(() if victims is None else (victims,)), *expected[name].shape)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"Expected the {kind} of {name!r} to have shape {shape}, but got {tuple(tensor.shape)}.")
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(
+                f"Expected the {kind} of {name!r} of a type like {expected[name].dtype}, but got {tensor.dtype}."
+            )

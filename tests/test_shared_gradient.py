@@ -502,3 +502,18 @@ def test_lenet_of_the_example(tmp_path):
     loaded = SharedGradient.load(tmp_path / "client.safetensors")
     assert loaded.protocol.loss == "cross_entropy"
     victim.check(loaded)
+
+
+def test_more_local_steps_than_an_attack_can_simulate():
+    """A crafted file could otherwise make every evaluation endless."""
+    assert Protocol((1, 4, 4), 3, local_steps=10_000, learning_rate=0.1).local_steps == 10_000
+    with pytest.raises(ValueError, match=r"Expected `local_steps` of at most 10000, all of which .* but got 10001"):
+        Protocol((1, 4, 4), 3, local_steps=10_001, learning_rate=0.1)
+
+
+def test_a_file_with_endless_local_steps(tmp_path):
+    shared = make()
+    shared.protocol.local_steps, shared.protocol.learning_rate = 2**40, 0.1
+    shared.save(tmp_path / "client.safetensors")
+    with pytest.raises(ValueError, match=r"in the header of '.*client.safetensors', but got: Expected `local_steps`"):
+        SharedGradient.load(tmp_path / "client.safetensors")

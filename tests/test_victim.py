@@ -837,3 +837,10 @@ def test_check_of_a_gradient_for_a_frozen_parameter(mlp):
     model[1].weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"missing \[\] and unknown \['1\.weight'\]"):
         Victim(model, image_shape=IMAGE_SHAPE).check(shared)
+
+
+def test_check_of_weights_of_another_kind(mlp):
+    victim, shared = mlp
+    shared.state["1.weight"] = shared.state["1.weight"].long()
+    with pytest.raises(ValueError, match=r"state of '1\.weight' of a type like torch\.float64, but got torch\.int64"):
+        victim.check(shared)

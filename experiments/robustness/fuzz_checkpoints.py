@@ -16,14 +16,13 @@ from fuzz_common import ODD_VALUES, BrokenError, Outcome, attempt, mutated_bytes
 from fuzz_tensor_files import same, with_code
 from hypothesis import strategies as st
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from leakage.attacks import IDLGAttack
 from leakage.callbacks import Gallery, VictimTable
-from leakage.checkpoints import WholeCheckpointIO
+from leakage.checkpoints import TimedCheckpoint, WholeCheckpointIO
 from leakage.datamodules import SampleVictims
 from leakage.datamodules.images import LabelledImages
 
@@ -56,7 +55,7 @@ def resumed(folder: Path, checkpoint: Path | None, steps: int = _STEPS + 2) -> I
         callbacks=[
             VictimTable(folder),
             Gallery(folder, moments=[0, 3]),
-            ModelCheckpoint(folder / "checkpoints", filename="last", every_n_train_steps=_STEPS),
+            TimedCheckpoint(folder / "checkpoints"),
         ],
     )
     ckpt_path = None if checkpoint is None else str(checkpoint)

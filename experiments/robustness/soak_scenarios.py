@@ -129,9 +129,23 @@ def _compare(verdict: Verdict, whole: Job, job: Job) -> None:
         verdict.expect(False, problem)
 
 
+def _saved_at(job: Job) -> int:
+    """The iteration of the checkpoint, 0 without one."""
+    path = job.output / "idlg" / "last.ckpt"
+    saved: int = WholeCheckpointIO().load_checkpoint(path)["leakage"]["iteration"] if path.is_file() else 0
+    return saved
+
+
+def _expect_resumed(verdict: Verdict, ending: Ending, saved: int) -> None:
+    """It went on from its checkpoint, unless it ended before its first step or had none left."""
+    verdict.expect(ending.first in (saved, -1), f"went on from {ending.first}, where the checkpoint is of {saved}")
+
+
 def _resume(verdict: Verdict, whole: Job, job: Job) -> Ending:
     """Go on without any trouble to the end, and compare."""
+    saved = _saved_at(job)
     ending = run(replace(job, checkpoint_seconds=whole.checkpoint_seconds))
+    _expect_resumed(verdict, ending, saved)
     verdict.expect(ending.code == 0, f"resuming ended with {ending.code}: {ending.said[-500:]}")
     verdict.figures["resumed at"] = ending.first
     _compare(verdict, whole, job)
@@ -153,6 +167,7 @@ def killed(whole: Job, kills: int, tell: Callable[[], Any]) -> Verdict:
     moments = sorted(chance.randrange(alone.completed) for _ in range(kills))
     repeated = resumed = done = 0
     for at, kind in zip(moments, kinds, strict=True):
+        saved = _saved_at(job)
         if kind == "iteration":
             ending = run(job, signals=[signal.SIGKILL], at=at, after=chance.uniform(0, 0.02))
         elif kind == "start":
@@ -166,6 +181,7 @@ def killed(whole: Job, kills: int, tell: Callable[[], Any]) -> Verdict:
         verdict.expect(
             ending.code == -signal.SIGKILL, f"{kind} at {at}: ended with {ending.code}: {ending.said[-500:]}"
         )
+        _expect_resumed(verdict, ending, saved)
         if ending.first >= 0:
             repeated += done - ending.first
             resumed += ending.first > 0
@@ -236,7 +252,7 @@ def disk_full(whole: Job, iterations: int) -> Verdict:
         verdict.expect(ending.completed == iterations, f"ended after {ending.completed} of {iterations} iterations")
         for words in ("Expected to write the checkpoint", "could not be written", "Expected VictimTable to write all"):
             verdict.expect(words in ending.said, f"did not say {words!r}: {ending.said[-1500:]}")
-        saved = WholeCheckpointIO().load_checkpoint(job.output / "idlg" / "last.ckpt")["leakage"]["iteration"]
+        saved = _saved_at(job)
         verdict.figures["last whole checkpoint"] = saved
         verdict.expect(0 < saved <= iterations // 2 + 1, f"the last checkpoint is of iteration {saved}")
         if filler is not None:
@@ -356,7 +372,7 @@ def _end_and_resume(verdict: Verdict, command: list[str], table: Path, resume: l
     parts = sorted(table.parent.rglob("last.ckpt*"))
     saved = [WholeCheckpointIO().load_checkpoint(part)["leakage"]["iteration"] for part in parts]
     verdict.figures["checkpoints at"] = saved
-    verdict.expect(bool(saved), "no checkpoint was made")
+    verdict.expect(min(saved, default=0) > 0, f"the checkpoints are of the iterations {saved}")
     again = subprocess.run([*command, *resume], capture_output=True, text=True, check=False, timeout=600)
     verdict.expect(again.returncode == 0, f"resuming ended with {again.returncode}: {again.stderr[-500:]}")
 

@@ -12,6 +12,7 @@ from leakage.attacks.auditor import Auditor
 from leakage.attacks.engine import Engine
 from leakage.attacks.processes import check_strategy, gather, new_deal, sum_over_processes, take_part
 from leakage.attacks.protocols import ITERATIONS_PER_CALL, search_protocol
+from leakage.attacks.restored import check_lanes, check_results, check_victims
 from leakage.checkpoints import check_checkpoint, restoring
 from leakage.datamodules.base import GroundTruth
 from leakage.errors import check_choice, check_count, check_positive
@@ -338,7 +339,10 @@ class GradientMatchingAttack(Engine):
         check_checkpoint(checkpoint, type(self).__name__, dict(self.hparams), self.trainer.precision)
         with restoring("the state of an attack"):
             take_part(self.trainer, checkpoint, self.expected_victims)
-            saved = checkpoint["leakage"]
+            saved, parameters = checkpoint["leakage"], dict(self.named_parameters())
+            check_victims(saved, self.expected_victims)
+            check_lanes(saved, checkpoint["state_dict"], parameters, classes=self.victim.protocol.num_classes)
+            check_results(saved, self.dummy_images, classes=self.victim.protocol.num_classes)
             self.iteration, self._deal = saved["iteration"], saved["deal"]
             self._queue, self._asked, self._asked_at = saved["queue"], saved["asked"], saved["asked_at"]
             self._most_lanes = saved["most_lanes"]
@@ -349,8 +353,6 @@ class GradientMatchingAttack(Engine):
             if saved["shared"] is not None:
                 shared = SharedGradient(**saved["shared"], protocol=self.victim.protocol)
                 self.victim.check(shared)
-                self._shared = shared.to(device=self.device)
-            parameters = dict(self.named_parameters())
+                self._shared = shared.to(device=self.device, dtype=checkpoint["state_dict"]["dummy_images"].dtype)
             for name, tensor in checkpoint["state_dict"].items():
-                if name in parameters:
-                    parameters[name].data = torch.empty_like(tensor, device=self.device)
+                parameters[name].data = torch.empty_like(tensor, device=self.device)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from leakage.callbacks.condensation import CondensationCallback, as_condensation
 from leakage.callbacks.progress import RunProgressBar
+from leakage.checkpoints import restoring
 from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.evaluation import Evaluation, evaluate
 from leakage.condensation.gradient_matching import GradientMatchingCondensation
@@ -25,6 +26,7 @@ from leakage.condensation.networks import check_network
 from leakage.datamodules.labelled import LabelledDataModule
 from leakage.errors import check_count
 from leakage.plots import plot_accuracy, save_figure
+from leakage.tensor_files import brief
 
 COLUMNS = (
     "iteration",
@@ -171,8 +173,18 @@ class SyntheticEvaluation(CondensationCallback):
         return {"rows": [asdict(row) for row in self.rows]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was made."""
-        self.rows = [AccuracyRow(**{**row, "accuracies": tuple(row["accuracies"])}) for row in state_dict["rows"]]
+        """Go on where the checkpoint was made.
+
+        Raises:
+            ValueError: a state that is not as :meth:`state_dict` gives it.
+        """
+        with restoring("the accuracies"):
+            rows = [AccuracyRow(**{**row, "accuracies": tuple(row["accuracies"])}) for row in state_dict["rows"]]
+            for row in rows:
+                check_count(0, iteration=row.iteration, step=row.step)
+                if not row.accuracies or not all(isinstance(value, int | float) for value in row.values()):
+                    raise ValueError(f"Expected numbers in a row, but got {brief(row)}.")
+            self.rows = rows
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse other modules and a network that does not fit, find the folder and try to write there."""

@@ -15,13 +15,15 @@ from torch import Tensor, tensor
 
 from leakage.callbacks.loggers import log_table
 from leakage.callbacks.results import ResultsCallback, ground_truth
+from leakage.checkpoints import restoring
 from leakage.datamodules.base import GroundTruth
+from leakage.errors import check_count
 from leakage.optim import STATUS
 from leakage.plots import to_pixels
+from leakage.reconstruction import Reconstruction
 
 if TYPE_CHECKING:
     from leakage.attacks.base import GradientMatchingAttack
-    from leakage.reconstruction import Reconstruction
 
 COLUMNS = (
     "victim",
@@ -39,8 +41,9 @@ COLUMNS = (
     "status",
 )
 
-# Victims in a file of reconstructions, but for the last.
-_PER_FILE = 256
+# Files are written when so many further victims are done, and this share of those that were: as `victims.csv` is
+# written anew each time, what is written in all stays in proportion to the victims.
+_PER_FILE, _GROWTH = 256, 8
 # Pictures take about 1 kB each in W&B's table; its viewer gets slow with thousands.
 _ROWS_WITH_IMAGES = 100
 
@@ -57,16 +60,17 @@ class VictimTable(ResultsCallback):
       own objective), ``iterations``, ``evaluations``, ``restarts`` and ``status``. Without ground
       truth the columns that need it are empty.
     - ``reconstructions/part_0000.safetensors`` and so on, each a
-      :class:`~leakage.reconstruction.Reconstruction` of some 256 victims, in the order they finished.
+      :class:`~leakage.reconstruction.Reconstruction` of at least 256 victims but for the last, in the order they
+      finished.
 
     After an interrupt, or where the Trainer's limits ended the run, ``victims.csv`` ends with the victims
     that were still running (status ``running``), and ``reconstructions/unfinished.safetensors`` holds their
     best iterates so far.
 
-    They are written whenever 256 further victims are done, after every validation (which brings the scores) and
-    when the run ends; of several processes the first one writes, what the others have found at the end. W&B gets
-    the same rows as a table with the key ``victims`` at the end, the first 100 of them with the true and the
-    reconstructed images.
+    They are written whenever 256 further victims are done, and an eighth more than at the last time; after every
+    validation (which brings the scores) and when the run ends; of several processes the first one writes, what the
+    others have found at the end. W&B gets the same rows as a table with the key ``victims`` at the end, the first 100
+    of them with the true and the reconstructed images.
 
     Each file is written whole or not at all, and ``victims.csv`` anew each time: a run that is
     killed and resumed neither repeats nor loses a row. A run that starts from the beginning
@@ -84,8 +88,8 @@ class VictimTable(ResultsCallback):
         # Victims in the files that are complete, and the number of these files.
         self._saved: set[int] = set()
         self._files = 0
-        # What could not be written so far.
-        self._pending: dict[Path, Reconstruction] = {}
+        # Victims that were done when a file was last completed, or could not be.
+        self._tried = 0
         self._earlier: list[Path] = []
         self._labels: dict[int, list[int]] = {}
         self._truth: dict[int, Tensor] = {}
@@ -96,22 +100,34 @@ class VictimTable(ResultsCallback):
         return {"saved": sorted(self._saved), "files": self._files}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was made."""
-        self._saved, self._files = set(state_dict["saved"]), state_dict["files"]
+        """Go on where the checkpoint was made.
+
+        Raises:
+            ValueError: a state that is not as :meth:`state_dict` gives it.
+        """
+        with restoring("the state of VictimTable"):
+            saved, files = state_dict["saved"], state_dict["files"]
+            check_count(0, files=files)
+            for victim in saved:
+                check_count(0, saved=victim)
+            self._saved, self._files = set(saved), files
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of results that this run will replace, and remove what one that was killed left half written."""
         self._logged = 0
-        self._pending = {}
         if not trainer.is_global_zero:
             return
         for path in self.folder.glob("reconstructions/*.safetensors.*.partial"):  # of a run that was killed
             self._write(path, lambda path: path.unlink(missing_ok=True))
-        if trainer.ckpt_path is not None:
-            return
-        self._saved, self._files, self._labels, self._truth = set(), 0, {}, {}
-        self._earlier = sorted(self.folder.glob("reconstructions/part_*.safetensors"))
-        if self._earlier:
+        if trainer.ckpt_path is None:
+            self._labels, self._truth = {}, {}
+        if trainer.ckpt_path is None or not self._are_there():
+            self._saved, self._files = set(), 0  # the attack holds all that are done
+        self._tried = len(self._saved)
+        # What a later moment than that of the checkpoint has written would be there twice.
+        kept = {self._part(file) for file in range(self._files)}
+        self._earlier = sorted({*self.folder.glob("reconstructions/part_*.safetensors")} - kept)
+        if self._earlier and trainer.ckpt_path is None:
             rank_zero_warn(
                 f"'{self.folder}' holds the results of an earlier run, which this one will replace when its "
                 "first victims are done. Resume the earlier one with `ckpt_path`, or choose another `output`."
@@ -120,8 +136,9 @@ class VictimTable(ResultsCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Write what is done, if that fills a file."""
         attack = cast("GradientMatchingAttack", pl_module)
-        if attack.num_done - len(self._saved) >= _PER_FILE:
-            self._save(trainer, cast("GradientMatchingAttack", pl_module), complete=True)
+        if attack.num_done - self._tried >= max(_PER_FILE, self._tried // _GROWTH):
+            self._tried = attack.num_done
+            self._save(trainer, attack, complete=True)
 
     def on_validation_batch_end(
         self,
@@ -178,17 +195,18 @@ class VictimTable(ResultsCallback):
             return
         finished = attack.finished
         self._look_up_truth(trainer, finished)
-        for path in self._earlier:
-            self._write(path, lambda path: path.unlink(missing_ok=True))
-        self._earlier = []
         new = [index for index, victim in enumerate(finished.ids.tolist()) if victim not in self._saved]
+        part = self._part(self._files)
+        for path in self._earlier:
+            if not new or path != part:  # that one is there until the next is whole
+                self._write(path, lambda path: path.unlink(missing_ok=True))
+        self._earlier = []
         if new:
-            path = self.folder / "reconstructions" / f"part_{self._files:04d}.safetensors"
-            self._pending[path] = finished.select(tensor(new))
-        self._pending = {path: part for path, part in self._pending.items() if not self._write(path, part.save)}
-        if new and complete:
-            self._saved.update(finished.ids.tolist())
-            self._files += 1
+            written = self._write(part, finished.select(tensor(new)).save)
+            # What could not be written goes to the same file the next time.
+            if written and complete:
+                self._saved.update(finished.ids.tolist())
+                self._files += 1
         self._write(self.folder / "victims.csv", lambda path: _write_csv(path, self._rows(attack, finished)))
 
     def _save_unfinished(self, trainer: Trainer, attack: GradientMatchingAttack) -> None:
@@ -201,6 +219,17 @@ class VictimTable(ResultsCallback):
         self._write(self._unfinished, running.save)
         rows = self._rows(attack, attack.finished) + self._rows(attack, running)
         self._write(self.folder / "victims.csv", lambda path: _write_csv(path, rows))
+
+    def _part(self, file: int) -> Path:
+        return self.folder / "reconstructions" / f"part_{file:04d}.safetensors"
+
+    def _are_there(self) -> bool:
+        """Whether the complete files hold the victims that the checkpoint says, and are whole."""
+        try:
+            ids = [Reconstruction.load(self._part(file)).ids.tolist() for file in range(self._files)]
+        except (OSError, ValueError):
+            return False
+        return sorted(victim for part in ids for victim in part) == sorted(self._saved)
 
     @property
     def _unfinished(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from leakage.checkpoints import check_checkpoint
+from leakage.checkpoints import check_checkpoint, check_like, restoring
 from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.evaluation import random_images
 from leakage.condensation.matching import match, matched_parameters, real_gradients, train_on
@@ -27,6 +28,7 @@ from leakage.models import draw_state
 from leakage.objectives import DISTANCES
 from leakage.plots import save_figure
 from leakage.seeds import derive_seed
+from leakage.tensor_files import brief
 
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 # What the time of a run is spent on.
@@ -449,14 +451,35 @@ class GradientMatchingCondensation(LightningModule):
         free = set() if self.protocol.decay else {"iterations"}
         options = {name: value for name, value in self.hparams.items() if name not in free}
         check_checkpoint(checkpoint, type(self).__name__, options, self.trainer.precision)
-        saved = checkpoint["leakage"]
+        with restoring("the state of a condensation"):
+            self._restore(checkpoint, checkpoint["leakage"])
+
+    def _restore(self, checkpoint: dict[str, Any], saved: dict[str, Any]) -> None:
         if saved["network"] != digest_of(self.network):
             raise ValueError(
                 "Expected the network of the checkpoint, but got another: its architecture differs. Give the "
                 "`network` that the run began with."
             )
+        check_like("the images and the network", checkpoint["state_dict"], self.state_dict())
+        optimizer = self.configure_optimizers()
+        (wanted,) = optimizer.state_dict()["param_groups"]
+        (state,) = checkpoint["optimizer_states"]
+        (options,) = state["param_groups"]
+        differing = {name: options[name] for name in wanted if name != "lr" and options.get(name) != wanted[name]}
+        if differing:
+            raise ValueError(f"Expected the optimizer of the checkpoint as it is now, but got {brief(differing)}.")
+        optimizer.load_state_dict(state)
+        for momentum in optimizer.state.values():
+            check_like("the optimizer", momentum, {"momentum_buffer": self.synthetic_images})
+        seconds = saved["seconds"]
+        check_count(0, step=saved["step"], real_images_seen=saved["real_images_seen"])
+        for name, value in {"last_loss": saved["last_loss"], **seconds}.items():
+            if not isinstance(value, float) or (name in PARTS and not 0 <= value < math.inf):
+                raise ValueError(f"Expected {name!r} of a checkpoint as a number, but got {brief(repr(value))}.")
+        if seconds.keys() != set(PARTS):
+            raise ValueError(f"Expected the `seconds` of {PARTS} in a checkpoint, but got {brief(sorted(seconds))}.")
         self.step, self.last_loss = saved["step"], saved["last_loss"]
-        self.seconds, self._real_images_seen = dict(saved["seconds"]), saved["real_images_seen"]
+        self.seconds, self._real_images_seen = dict(seconds), saved["real_images_seen"]
         if self.step < self._steps and "loops" in checkpoint:
             # It may be of a run that was over with fewer iterations, whose one epoch Lightning takes for done.
             progress = checkpoint["loops"]["fit_loop"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from leakage.errors import check_count
 from leakage.shared_gradient import SharedGradient
+from leakage.tensor_files import brief
 from leakage.victim import Victim
 
 
@@ -70,10 +71,13 @@ class ConfiguredDataModule(LightningDataModule, ABC):
             ValueError: they differ; the message names each entry that does.
         """
         here = self.configuration
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"Expected a checkpoint of the same {self.holds}, but got {brief(repr(state_dict))}.")
         differing = [
-            f"{name} {state_dict.get(name)!r} in the checkpoint and {here.get(name)!r} here"
+            f"{brief(name)} {brief(repr(state_dict.get(name)))} in the checkpoint and {here.get(name)!r} here"
             for name in {**here, **state_dict}
-            if state_dict.get(name) != here.get(name)
+            # by their words, since tensors have no single answer
+            if repr(state_dict.get(name)) != repr(here.get(name))
         ]
         if differing:
             raise ValueError(f"Expected a checkpoint of the same {self.holds}, but got {'; '.join(differing)}.")

@@ -21,6 +21,9 @@ from leakage.errors import check_image_size
 # Those of the extensions that torchvision knows, and GIF, which bears them now and then. Pillow would hand others to
 # programs such as Ghostscript.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Pixels of an image that is not scaled; of one that is, Pillow's own limit holds (89 million). Decoding takes up to 8
+# bytes for each, and an attack many times that for each victim.
+_MOST_PIXELS = 2**24
 
 
 class ImageFolderVictims(ImageVictims):
@@ -33,7 +36,8 @@ class ImageFolderVictims(ImageVictims):
         root: the folder of the class folders.
         image_size: height and width in pixels, one number for square images; images are scaled
             (bilinear, with antialiasing) and cropped around the centre to fit. By default
-            they stay as they are, and must all be of one size.
+            they stay as they are, and must all be of one size, of at most 2**24 pixels. No image may have
+            more than Pillow's limit for safety, 89 million.
         channels: 3 for RGB or 1 for grey, converted where needed.
         **kwargs: as for :class:`~leakage.datamodules.images.ImageVictims`.
 
@@ -214,6 +218,8 @@ def _decode(path: str, *, size: tuple[int, int] | None, channels: int) -> Image.
         with file:
             if file.mode.startswith(("I", "F")):
                 raise ValueError(f"mode {file.mode}, of more than 8 bits per channel")
+            if size is None and file.width * file.height > _MOST_PIXELS:
+                raise ValueError(f"{file.width} x {file.height} pixels, more than 2**24. Set `image_size`.")
             image = file.convert("RGB" if channels == 3 else "L")
     except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, ValueError, ...
         raise ValueError(f"Expected an 8-bit image in '{path}', but got: {error}") from error

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from leakage.checkpoints import check_like, restoring
 from leakage.errors import check_choice
+from leakage.tensor_files import brief
 
 # How a victim stands: still searching, below the tolerance, without progress, not finite, out of budget.
 STATUS = ("running", "converged", "stalled", "diverged", "exhausted")
@@ -194,13 +196,53 @@ class PerVictimOptimizer(Optimizer):
             parameter.copy_(part)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore lanes of any number, with the dtypes they were saved in (the base class would cast them)."""
-        lanes = state_dict["state"][0]
-        if lanes.keys() != self.lanes.keys():
-            raise ValueError(f"Expected a state with {sorted(self.lanes)}, but got {sorted(lanes)}.")
-        for name, value in state_dict["param_groups"][0].items():
-            if name != "params":
-                check_choice("option", name, self._options)
-                self._options[name] = value
-        device = self._params[0].device
+        """Restore lanes of any number, with the dtypes they were saved in (the base class would cast them).
+
+        Raises:
+            ValueError: the state of another solver, or one with tensors or options that no such solver has.
+        """
+        with restoring("the state of the solver"):
+            lanes, options = state_dict["state"][0], state_dict["param_groups"][0]
+            if lanes.keys() != self.lanes.keys():
+                raise ValueError(f"Expected a state with {sorted(self.lanes)}, but got {brief(sorted(lanes))}.")
+            before = dict(self._options), self.lanes
+            try:
+                self._load_options(options)
+                self._load_lanes(lanes)
+            except Exception:
+                self._options.update(before[0])
+                self.state[self._params[0]] = before[1]
+                raise
+
+    def _load_options(self, options: dict[str, Any]) -> None:
+        for name, value in options.items():
+            if name == "params":
+                continue
+            check_choice("option", name, self._options)
+            kind = type(self._options[name])
+            if kind is str or value is None:
+                sound = isinstance(value, str) or name == "reference_loss"
+            else:
+                number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+                sound = number and (value > 0 or (value == 0 and name == "tolerance"))
+            if not sound:
+                raise ValueError(f"Expected the option {name!r} of a solver, but got {brief(repr(value))}.")
+            self._options[name] = value
+
+    def _load_lanes(self, lanes: dict[str, Tensor]) -> None:
+        device, victims = self._params[0].device, len(lanes["status"])
         self.state[self._params[0]] = {name: tensor.to(device).clone() for name, tensor in lanes.items()}
+        check_like("the solver", {name: tensor[:0] for name, tensor in self.lanes.items()}, self._match(self._fresh(0)))
+        lengths = {len(tensor) for tensor in self.lanes.values()}
+        if lengths != {victims} or len(self._params[0]) not in (0, victims):
+            raise ValueError(
+                f"Expected the solver of a checkpoint to have one number of lanes, that of the {len(self._params[0])} "
+                f"restored, but got {brief(sorted(lengths))}."
+            )
+        most = {"status": len(STATUS), "row": victims}
+        for name, tensor in self.lanes.items():
+            if not tensor.is_floating_point() and bool(((tensor < 0) | (tensor >= most.get(name, 2**62))).any()):
+                raise ValueError(
+                    f"Expected the solver of a checkpoint with {name!r} from 0 to below {most.get(name, 2**62)}, but "
+                    f"got {tensor.min().item()} to {tensor.max().item()}."
+                )

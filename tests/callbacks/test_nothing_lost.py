@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from leakage.attacks import IDLGAttack
 from leakage.callbacks import VictimTable
@@ -25,12 +26,14 @@ NEVER = 1e6
 AT = 32
 
 
-def fit(folder: Path, *callbacks: Callback, seconds: float = NEVER, resume: bool = False, **trainer: Any) -> IDLGAttack:
+def fit(
+    folder: Path, *callbacks: Callback, seconds: float = NEVER, resume: bool | Path = False, **trainer: Any
+) -> IDLGAttack:
     attack = IDLGAttack(max_evaluations=25, restarts=0)
     runner = Trainer(
         max_epochs=1,
         callbacks=[VictimTable(folder), TimedCheckpoint(folder, seconds), *callbacks],
-        plugins=[WholeCheckpointIO()],
+        plugins=[WholeCheckpointIO(), *trainer.pop("plugins", [])],
         accelerator="cpu",
         logger=trainer.pop("logger", False),
         val_check_interval=10,
@@ -39,7 +42,8 @@ def fit(folder: Path, *callbacks: Callback, seconds: float = NEVER, resume: bool
         enable_progress_bar=False,
         **trainer,
     )
-    runner.fit(attack, datamodule=SampleVictims(victims=3, lanes=2), ckpt_path=folder / "last.ckpt" if resume else None)
+    checkpoint = (folder / "last.ckpt" if resume is True else resume) if resume else None
+    runner.fit(attack, datamodule=SampleVictims(victims=3, lanes=2), ckpt_path=checkpoint)
     return attack
 
 
@@ -123,6 +127,52 @@ def test_a_second_ctrl_c_does_not_wait_and_saves_no_half_step(tmp_path: Path, wh
         fit(tmp_path, Act("on_train_batch_start", lambda: None), Act("on_train_batch_start", send(2, 2)), seconds=1e-9)
     assert iteration(tmp_path) == AT, "the checkpoint of the step before"
     assert_nothing_is_lost(tmp_path, whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+def test_a_signal_after_the_last_step_ends_the_program_when_all_is_written(
+    tmp_path: Path, whole: Path, number: int, code: int
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        fit(tmp_path, Act("on_train_end", send(number)))
+    assert end.value.code == code
+    assert (tmp_path / "victims.csv").read_bytes() == (whole / "victims.csv").read_bytes()
+    assert_nothing_is_lost(tmp_path, whole)
+
+
+def test_slurms_requeue_waits_for_the_end_of_the_step(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"NTASKS": "1", "JOB_ID": "17", "JOB_NAME": "attack", "NODEID": "0", "LOCALID": "0", "PROCID": "0"}
+    for name, value in names.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    called: list[list[str]] = []
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.signal_connector.call", called.append)
+    before, step, within, saved = signal.getsignal(signal.SIGUSR1), IDLGAttack.training_step, [False], []
+
+    def hit(self: IDLGAttack, batch: Any, batch_idx: int) -> None:
+        within[0] = True
+        if self.iteration == AT:
+            send(signal.SIGUSR1)()
+        step(self, batch, batch_idx)
+        within[0] = False
+
+    class Whole(WholeCheckpointIO):
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            saved.append((Path(path).name, checkpoint["leakage"]["iteration"], within[0]))
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IDLGAttack, "training_step", hit)
+        patch.setitem(globals(), "WholeCheckpointIO", Whole)
+        fit(tmp_path, plugins=[SLURMEnvironment(requeue_signal=signal.SIGUSR1)], default_root_dir=tmp_path)
+    assert saved[:2] == [("last.ckpt", AT + 1, False), ("hpc_ckpt_1.ckpt", AT + 1, False)]
+    assert called == [["scontrol", "requeue", "17"]]
+    assert signal.getsignal(signal.SIGUSR1) == before
+    again = tmp_path / "again"
+    again.mkdir()
+    fit(again, resume=tmp_path / "hpc_ckpt_1.ckpt", plugins=[LightningEnvironment()])
+    assert (again / "victims.csv").read_bytes() == (whole / "victims.csv").read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -53,7 +53,7 @@ def test_a_full_disk_does_not_end_the_run_but_is_told_at_its_end(run, monkeypatc
     attack = run.attack()
     with (
         pytest.warns(UserWarning, match="part_0000.safetensors' could not be written: .*No space left"),
-        pytest.raises(OSError, match=r"VictimTable to write all results, but got 3 files missing .*victims\.csv.*"),
+        pytest.raises(OSError, match=r"VictimTable to write all results, but got 2 files missing .*victims\.csv.*"),
     ):
         run.fit(attack, VictimTable(run.folder), Gallery(run.folder))
     assert len(attack.finished) == 6, "the results are still in memory"
@@ -80,7 +80,7 @@ def test_space_that_is_freed_in_time_loses_nothing(run, monkeypatch: pytest.Monk
     with pytest.warns(UserWarning, match="could not be written"):
         run.fit(run.attack(), VictimTable(run.folder), Gallery(run.folder), Free())
     parts = [Reconstruction.load(path) for path in sorted(run.folder.glob("reconstructions/*"))]
-    assert [len(part) for part in parts] == [3, 3]
+    assert sorted(Reconstruction.cat(parts).ids.tolist()) == list(range(6))
     assert len((run.folder / "victims.csv").read_text().splitlines()) == 7
     assert (run.folder / "gallery.png").is_file()
 

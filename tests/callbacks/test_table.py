@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from leakage.callbacks import VictimTable, table
 from leakage.reconstruction import Reconstruction
+
+from .conftest import Run
 
 
 def read(folder: Path) -> list[dict[str, str]]:
@@ -177,3 +180,137 @@ def test_an_earlier_run_is_kept_until_there_is_something_new(run) -> None:
         run.fit(run.attack(fail_at=0), VictimTable(run.folder))
     assert len(read(run.folder)) == 6
     assert len(reconstructions(run.folder)) == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "Expected the state of VictimTable of a checkpoint as leakage writes it, but got KeyError: 'saved'"),
+        ({"saved": 3, "files": 0}, "Expected the state of VictimTable .*, but got TypeError"),
+        ({"saved": [0], "files": None}, "Expected `files` to be a whole number of at least 0, but got None"),
+        ({"saved": [-1], "files": 1}, "Expected `saved` to be a whole number of at least 0, but got -1"),
+        ({"saved": [[0]], "files": 1}, r"Expected `saved` to be a whole number of at least 0, but got \[0\]"),
+    ],
+)
+def test_refuses_a_state_that_it_did_not_write(state: dict[str, object], message: str) -> None:
+    table = VictimTable()
+    with pytest.raises(ValueError, match=message):
+        table.load_state_dict(state)
+    assert table.state_dict() == {"saved": [], "files": 0}
+
+
+def test_what_is_written_is_in_proportion_to_the_victims(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    victims = 2000
+    in_table, in_files = [], []
+    monkeypatch.setattr(table, "_write_csv", lambda path, rows: in_table.append(len(rows)))
+    monkeypatch.setattr(Reconstruction, "save", lambda self, path: in_files.append(len(self)))
+    attack = run.attack()
+    attack.images, attack.labels = torch.rand(victims, 1, 1, 1, 1), torch.zeros(victims, 1, dtype=torch.long)
+    callback = VictimTable(run.folder)
+    trainer = Trainer(logger=False, accelerator="cpu", barebones=True)
+    callback.setup(trainer, attack, "fit")
+    callback.on_train_start(trainer, attack)
+    for victim in range(victims):
+        attack.done.append(victim)
+        callback._labels[victim] = [0]
+        callback.on_train_batch_start(trainer, attack, (), victim)
+    callback.on_fit_end(trainer, attack)
+    assert in_table[-1] == sum(in_files) == victims
+    assert in_table[:3] == [3, 6, 9]
+    assert sum(in_table) < 12 * victims
+
+
+class Stop(Callback):
+    """Makes a checkpoint and ends the run, as one that is killed."""
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def on_train_batch_start(self, trainer, attack, batch, batch_idx) -> None:
+        if attack.iteration == self.iteration:
+            trainer.save_checkpoint(trainer.default_root_dir + "/stopped.ckpt")
+            raise KeyboardInterrupt
+
+
+def assert_each_victim_once(folder: Path) -> None:
+    together = Reconstruction.cat(reconstructions(folder).values())
+    assert sorted(together.ids.tolist()) == list(range(10))
+    assert sorted(int(row["victim"]) for row in read(folder)) == list(range(10))
+
+
+@pytest.fixture
+def run_of_ten(tmp_path: Path) -> Run:
+    return Run(tmp_path, victims=10)
+
+
+def test_a_file_that_could_not_be_written_before_a_kill_is_written_after_it(
+    run_of_ten, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Reconstruction, path: Path) -> None:
+        raise OSError("No space left on device")
+
+    run, folder = run_of_ten, run_of_ten.folder / "results"
+    with monkeypatch.context() as patch:
+        patch.setattr(Reconstruction, "save", full)
+        with pytest.warns(UserWarning, match="No space left"), pytest.raises(SystemExit):
+            run.fit(run.attack(), VictimTable(folder), Stop(35))
+    assert not reconstructions(folder)
+    run.fit(run.attack(), VictimTable(folder), resume=run.folder / "stopped.ckpt")
+    assert_each_victim_once(folder)
+
+
+def test_a_full_disk_is_not_tried_at_every_step(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def full(self: Reconstruction, path: Path) -> None:
+        tried.append(len(self))
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Reconstruction, "save", full)
+    with pytest.warns(UserWarning, match="No space left"), pytest.raises(OSError, match="VictimTable to write all"):
+        run.fit(run.attack(), VictimTable(run.folder), truth=False)
+    assert [victims for victims in tried if victims < 6] == [3]
+    assert tried[-1] == 6
+
+
+@pytest.mark.parametrize("lost", ["removed", "truncated", "of other victims"])
+def test_a_complete_file_that_is_gone_when_the_run_goes_on_is_written_anew(run_of_ten, lost: str) -> None:
+    run, folder = run_of_ten, run_of_ten.folder / "results"
+    with pytest.raises(SystemExit):
+        run.fit(run.attack(), VictimTable(folder), Stop(35))
+    part = folder / "reconstructions" / "part_0000.safetensors"
+    if lost == "removed":
+        part.unlink()
+    elif lost == "truncated":
+        part.write_bytes(part.read_bytes()[:-10])
+    else:
+        whole = Reconstruction.load(part)
+        part.unlink()
+        whole.select(torch.tensor([0])).save(part)
+    run.fit(run.attack(), VictimTable(folder), resume=run.folder / "stopped.ckpt")
+    assert_each_victim_once(folder)
+
+
+def test_files_later_than_the_checkpoint_repeat_no_victim(run_of_ten) -> None:
+    run, folder = run_of_ten, run_of_ten.folder / "results"
+    with pytest.raises(SystemExit):
+        run.fit(run.attack(), VictimTable(folder), Stop(35))
+    # Another number of processes would have filled the files otherwise.
+    last = Reconstruction.load(folder / "reconstructions" / "part_0000.safetensors")
+    last.save(folder / "reconstructions" / "part_0007.safetensors")
+    run.fit(run.attack(), VictimTable(folder), resume=run.folder / "stopped.ckpt")
+    assert_each_victim_once(folder)
+
+
+def test_a_file_is_there_until_the_next_is_whole(run_of_ten, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Reconstruction, path: Path) -> None:
+        raise OSError("No space left on device")
+
+    run, folder = run_of_ten, run_of_ten.folder / "results"
+    with pytest.raises(SystemExit):
+        run.fit(run.attack(), VictimTable(folder), Stop(35))
+    before = reconstructions(folder)["part_0001"].ids.tolist()
+    monkeypatch.setattr(Reconstruction, "save", full)
+    with pytest.warns(UserWarning, match="No space left"), pytest.raises(SystemExit):
+        run.fit(run.attack(), VictimTable(folder), At(45, interrupt), resume=run.folder / "stopped.ckpt")
+    assert reconstructions(folder)["part_0001"].ids.tolist() == before

@@ -160,3 +160,20 @@ def test_shared_weights_belong_to_the_configuration():
     SampleVictims(victims=4, model=model).load_state_dict(state)
     with pytest.raises(ValueError, match=r"weights '[0-9a-f]+' in the checkpoint and '[0-9a-f]+' here\.$"):
         SampleVictims(victims=4, model=LeNet()).load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [None, [1], "x" * 10_000])
+def test_a_state_that_is_no_configuration(state):
+    with pytest.raises(
+        ValueError, match=r"Expected a checkpoint of the same victims, but got (None|\[1\]|'x{10,310}\.)"
+    ):
+        SampleVictims(victims=4).load_state_dict(state)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3), 4.0, True, [4] * 10_000])
+def test_a_configuration_with_odd_values(value):
+    """Tensors have no single answer to whether they are equal."""
+    state = SampleVictims(victims=4).state_dict() | {"victims": value}
+    with pytest.raises(ValueError, match=r"but got victims .* in the checkpoint and 4 here\.$") as refusal:
+        SampleVictims(victims=4).load_state_dict(state)
+    assert len(str(refusal.value)) < 500

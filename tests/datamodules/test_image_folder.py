@@ -202,3 +202,11 @@ def test_no_lfw(tmp_path, monkeypatch, given):
         FileNotFoundError, match=rf"Expected the LFW faces .* in '{place}'.* with `root` or .*LEAKAGE_DATA"
     ):
         ready(root, data_set=LFWVictims)
+
+
+def test_an_image_of_very_many_pixels_is_scaled_or_refused(folder):
+    """Each victim's search holds many times its pixels; decoding one such image takes little."""
+    Image.new("1", (5000, 4000)).save(folder / "cat" / "0.png")
+    with pytest.raises(ValueError, match=r"image in '.*0.png', but got: 5000 x 4000 pixels, .* Set `image_size`"):
+        ready(folder, victims=6)
+    assert ready(folder, victims=6, image_size=20).victim.protocol.image_shape == (3, 20, 20)

@@ -141,6 +141,20 @@ def test_a_problem_is_told_and_fails(soak: ModuleType) -> None:
     assert not found.passed
 
 
+@pytest.mark.parametrize(("first", "problems"), [(5, 0), (-1, 0), (0, 1), (4, 1)])
+def test_a_run_that_begins_anew_is_noticed(
+    soak: ModuleType, monkeypatch: pytest.MonkeyPatch, first: int, problems: int
+) -> None:
+    scenarios, child = sys.modules["soak_scenarios"], sys.modules["soak_child"]
+    monkeypatch.setattr(scenarios, "_saved_at", lambda job: 5)
+    monkeypatch.setattr(scenarios, "run", lambda job: child.Ending(0, first, 9, None, ""))
+    monkeypatch.setattr(scenarios, "_compare", lambda *given: None)
+    job = child.Job(Path(), "sample", None, 1, 1, 0, 1.0)
+    found = scenarios.Verdict("killed")
+    scenarios._resume(found, job, job)
+    assert found.problems == [f"went on from {first}, where the checkpoint is of 5"] * problems
+
+
 def test_without_the_right_to_mount_the_length_of_files_is_limited(
     soak: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,14 @@ def test_an_attack_goes_on_only_with_its_own_configuration(
 @settings(max_examples=100)
 @given(data=st.data())
 def test_another_configuration_is_refused(fuzz: SimpleNamespace, data: st.DataObject) -> None:
-    sound = {"leakage": {"module": "A", "precision": "32-true"}, "hyper_parameters": {"seed": 0}}
+    sound = {
+        "leakage": {"module": "A", "precision": "32-true"},
+        "hyper_parameters": {"seed": 0},
+        "state_dict": {},
+        "optimizer_states": [{}],
+        "lr_schedulers": [],
+        "callbacks": {},
+    }
     check_checkpoint(sound, "A", {"seed": 0}, "32-true")
     part, name = data.draw(
         st.sampled_from([("leakage", "module"), ("leakage", "precision"), ("hyper_parameters", "seed")])
@@ -149,3 +156,52 @@ def test_tensors_unlike_those_of_the_run(found: object) -> None:
     check_like("the lanes", {"a": torch.ones(2)}, {"a": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"Expected the lanes of a checkpoint with .*'a'.*, but got "):
         check_like("the lanes", found, {"a": torch.zeros(2)})
+
+
+COUNTS = {"ready": 6, "completed": 5, "started": 6, "processed": 6}
+
+
+def progress() -> dict[str, Any]:
+    return {"current": COUNTS, "total": COUNTS, "is_last_batch": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer_states": []}, "Expected a checkpoint of one optimizer and no scheduler, but got 0 and 0"),
+        ({"lr_schedulers": [{}]}, "Expected a checkpoint of one optimizer and no scheduler, but got 1 and 1"),
+        ({"callbacks": {"Gallery": 3}}, "Expected a checkpoint with the state of Gallery, but got 3"),
+        ({"loops": {}}, "Expected 'loops/fit_loop' of a checkpoint with .*'epoch_progress'.*, but got None"),
+        ({"loops": {"fit_loop": {"epoch_loop.batch_progress": {}}}}, r"with \['current', .*, but got \[\]"),
+        (
+            {"loops": {"fit_loop": {"epoch_loop.batch_progress": progress() | {"is_last_batch": 1}}}},
+            "batch_progress/is_last_batch' of a checkpoint as True or False, but got 1",
+        ),
+        (
+            {"loops": {"fit_loop": {"epoch_loop.batch_progress": progress() | {"total": {**COUNTS, "ready": -1}}}}},
+            "batch_progress/total/ready' of a checkpoint as a number of steps, but got -1",
+        ),
+        (
+            {"loops": {"fit_loop": {"epoch_loop.state_dict": {"_batches_that_stepped": 10**40}}}},
+            "_batches_that_stepped' of a checkpoint as a number of steps, but got 1000",
+        ),
+    ],
+)  # fmt: skip
+def test_what_lightning_takes_for_granted(change: dict[str, Any], message: str) -> None:
+    sound: dict[str, Any] = {
+        "leakage": {"module": "A", "precision": "32-true"}, "hyper_parameters": {},
+        "state_dict": {}, "optimizer_states": [{}], "lr_schedulers": [], "callbacks": {},
+        "loops": {"fit_loop": {"epoch_loop.batch_progress": progress()}},
+    }  # fmt: skip
+    check_checkpoint(sound, "A", {}, "32-true")
+    with pytest.raises(ValueError, match=message):
+        check_checkpoint(sound | change, "A", {}, "32-true")
+
+
+@pytest.mark.parametrize("name", ["state_dict", "optimizer_states", "lr_schedulers", "callbacks"])
+def test_a_checkpoint_of_weights_only(name: str) -> None:
+    held = {"leakage": {"module": "A", "precision": 32}, "hyper_parameters": {}}
+    held |= {"state_dict": {}, "optimizer_states": [{}], "lr_schedulers": [], "callbacks": {}}
+    del held[name]
+    with pytest.raises(ValueError, match=f"Expected a checkpoint to go on from, with '{name}', but got one without"):
+        check_checkpoint(held, "A", {}, 32)

@@ -223,3 +223,58 @@ def test_lanes_may_be_none_at_first(solver: Any, options: dict[str, Any]) -> Non
         optimizer.step(closure_for(optimizer, torch.zeros(2, 4)))
     assert not optimizer.running.any()
     assert bool((optimizer.best_loss < 1e-6).all())
+
+
+@every_solver
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("best", lambda tensor: tensor[:, :2], r"Expected the solver of a checkpoint with 'best' \(0, 4\) .* \(0, 2\)"),
+        ("best", lambda tensor: tensor.double(), "Expected the solver of a checkpoint with 'best' .*float64"),
+        ("best", lambda tensor: tensor.tolist(), "Expected the state of the solver of a checkpoint .* AttributeError"),
+        ("s", lambda tensor: tensor[:, :, None], r"Expected the solver of a checkpoint with 's' "),
+        ("iterations", lambda tensor: tensor[:1], r"Expected the solver .* the 2 restored, but got \[1, 2\]"),
+        ("status", lambda tensor: tensor + 5, "with 'status' from 0 to below 5, but got 5 to 5"),
+        ("pairs", lambda tensor: tensor - 9, "with 'pairs' from 0 to below"),
+    ],
+)
+def test_refuses_a_state_with_other_tensors(
+    solver: Any, options: dict[str, Any], name: str, change: Any, message: str
+) -> None:
+    optimizer = solver(params(2), **options)
+    state = optimizer.state_dict()
+    state["state"][0] = state["state"][0] | {name: change(state["state"][0][name])}
+    before = optimizer.lanes
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert optimizer.lanes is before
+
+
+def test_refuses_a_state_of_other_lanes_than_the_parameters() -> None:
+    with pytest.raises(ValueError, match=r"to have one number of lanes, that of the 2 restored, but got \[3\]"):
+        LBFGS(params(2)).load_state_dict(LBFGS(params(3)).state_dict())
+
+
+def test_refuses_a_history_that_lies_nowhere() -> None:
+    state = LBFGS(params(2)).state_dict()
+    state["state"][0] = state["state"][0] | {"row": torch.tensor([0, 7])}
+    with pytest.raises(ValueError, match="with 'row' from 0 to below 2, but got 0 to 7"):
+        LBFGS(params(2)).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", "1"), ("lr", 0), ("history_size", 0.5), ("history_size", True), ("max_step", None)]
+)
+def test_refuses_a_state_with_options_of_other_kinds(name: str, value: Any) -> None:
+    state = LBFGS(params(2)).state_dict()
+    state["param_groups"][0][name] = value
+    optimizer = LBFGS(params(2))
+    with pytest.raises(ValueError, match=f"Expected the option '{name}' of a solver, but got {value!r}"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+@pytest.mark.parametrize("state", [{}, {"state": {}}, {"state": [3], "param_groups": [{}]}])
+def test_refuses_what_is_no_state(state: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Expected the state of the solver of a checkpoint as leakage writes it"):
+        LBFGS(params(2)).load_state_dict(state)

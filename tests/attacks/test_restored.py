@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+
+from leakage.attacks import IDLGAttack
+from leakage.checkpoints import TimedCheckpoint, WholeCheckpointIO
+from leakage.datamodules import SampleVictims
+
+
+def run(folder: Path, steps: int, ckpt_path: Path | None = None) -> None:
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, max_steps=steps, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, plugins=[WholeCheckpointIO()],
+        callbacks=[TimedCheckpoint(folder)], default_root_dir=folder,
+    )  # fmt: skip
+    attack = IDLGAttack(max_evaluations=50)
+    trainer.fit(attack, datamodule=SampleVictims(victims=2), ckpt_path=None if ckpt_path is None else str(ckpt_path))
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound")
+    run(folder, 2)
+    return folder / "last.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("state_dict", "dummy_images"), torch.zeros(3, 1, 1, 28, 28), "Expected the unknowns of a checkpoint with"),
+        (("state_dict", "unknown"), torch.zeros(3), "Expected the unknowns of a checkpoint with .*dummy_images"),
+        (("leakage", "lanes", "best_loss"), torch.zeros(3), r"Expected the lanes .* 'best_loss' \(2,\) .* got \(3,\)"),
+        (("leakage", "lanes", "fixed"), torch.zeros(2, 0), r"with 'fixed' \(2, 1, 10\) .*, but got \(2, 0\)"),
+        (("leakage", "lanes", "fixed"), torch.zeros(2, 1, 10).double(), "with 'fixed' .* but got .* torch.float64"),
+        (("leakage", "lanes", "restarts"), torch.tensor([-1, 0]), "with 'restarts' of at least 0, but got less"),
+        (("leakage", "lanes", "place"), torch.tensor([0, 0]), r"each of 2 victims .* once, .*, but got \[0, 0\]"),
+        (("leakage", "lanes", "place"), torch.tensor([0, 9]), r"each of 2 victims .* once, .*, but got \[0, 9\]"),
+        (("leakage", "queue"), 3, "Expected the state of an attack of a checkpoint as leakage writes it"),
+        (("leakage", "queue"), ["1"], "Expected `place` to be a whole number of at least 0, but got '1'"),
+        (("leakage", "most_lanes"), None, "Expected `most_lanes` to be a whole number of at least 0, but got None"),
+        (("leakage", "shared"), None, "Expected the unknowns of a checkpoint with"),
+        (("leakage", "finished_places"), [7], "Expected each of 2 victims of a checkpoint once"),
+        (("leakage", "scores"), {0: {"mse": "0"}}, "Expected the score 'mse' of a checkpoint as a number, but got '0'"),
+    ],
+)
+def test_refuses_altered_contents(
+    sound: Path, tmp_path: Path, place: tuple[str, ...], value: object, message: str
+) -> None:
+    held = parent = torch.load(sound, weights_only=True)
+    for key in place[:-1]:
+        parent = parent[key]
+    parent[place[-1]] = value
+    torch.save(held, tmp_path / "altered.ckpt")
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, 3, tmp_path / "altered.ckpt")
+
+
+def test_goes_on_from_what_is_sound(sound: Path, tmp_path: Path) -> None:
+    run(tmp_path, 3, sound)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["leakage"]["iteration"] == 3
