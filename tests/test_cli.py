@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,24 @@ def test_help_tells_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(option in said for option in ("--output", "--victims", "--seed"))
     said = refused(capsys, "fit", "--help", code=0)
     assert all(option in said for option in ("--config", "--model", "--data", "--trainer.max_epochs", "--ckpt_path"))
+
+
+def test_the_start_imports_no_more_than_it_needs() -> None:
+    """Lightning itself imports a lot, through torchmetrics; what counts is what comes on top of it."""
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+import leakage
+assert not (set(sys.modules) - before) & {"lightning", "matplotlib", "scipy", "sympy", "torchmetrics", "torchvision"}
+import lightning.pytorch
+before = set(sys.modules)
+import leakage.__main__, leakage.cli
+more = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert not more & {"onnx", "pandas", "sklearn", "sympy", "tensorboard", "wandb"}, more
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_refuses_another_subcommand(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
     python experiments/benchmarks/start.py --output start.json
 
 Every figure is of a new process, from just before it is started to a moment that it tells: the end of importing torch,
-`leakage` or `leakage.cli`, or, for the demo, the end of the first evaluation of its first attack, after which the
+`leakage` or the command line, or, for the demo, the end of the first evaluation of its first attack, after which the
 process ends itself. That moment is had by wrapping `GradientMatchingAttack._evaluate` in that process; nothing else is
 changed. All take turns; the medians count. The first turn is told apart, as the files may not be in memory then.
 """
@@ -30,7 +30,8 @@ MARK = "the moment is "
 TELL = f"import sys, time; print('{MARK}', repr(time.time()), sep='', flush=True)"
 DEMO = f"""
 import os, sys
-from leakage.cli import main
+from leakage.__main__ import load
+main = load()
 from leakage.attacks import GradientMatchingAttack
 evaluate = GradientMatchingAttack._evaluate
 def first(attack):
@@ -46,7 +47,7 @@ MOMENTS = {
     "Python": TELL,
     "import torch": f"import torch\n{TELL}",
     "import leakage": f"import leakage\n{TELL}",
-    "import leakage.cli": f"import leakage.cli\n{TELL}",
+    "load the command line": f"from leakage.__main__ import load\nload()\n{TELL}",
     FIRST: DEMO,
 }
 

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
-from leakage.attacks.lanes import choose_lanes, is_out_of_memory
+from leakage.attacks.lanes import choose_lanes, is_out_of_memory, peak_memory
 from leakage.attacks.protocols import SearchProtocol
 from leakage.chain_objective import ChainObjective
 from leakage.datamodules.base import VictimDataModule
@@ -27,6 +27,8 @@ from leakage.victim import Victim
 _LEAVING_SHARE = 1 / 8
 # Each restart draws from a distribution this much wider: close to the start that failed lies the same failure.
 _WIDER = 3.0
+# Bytes that lanes evaluated at once may take on a CPU: with more its cores wait for the memory.
+_BYTES_AT_ONCE = 2**28
 # Victims on whom the number of lanes is tried.
 _SAMPLE = 8
 
@@ -45,6 +47,7 @@ class Engine(LightningModule):
         self._asked: list[int] = []  # those of them that have been asked for
         self._asked_at = -1  # and after which iteration
         self._most_lanes = 0
+        self._at_once = 0  # lanes that autograd evaluates at once; 0 for all
         self._chain: ChainObjective | None = None
         self._shared: SharedGradient | None = None  # of the victims in the lanes
         self._lanes: dict[str, Tensor] = {}
@@ -211,6 +214,8 @@ class Engine(LightningModule):
     def _evaluate(self) -> Tensor:
         """Objectives ``(lanes,)`` at the parameters; their gradients go to ``.grad``."""
         assert self._shared is not None
+        if self._chain is None and self.device.type == "cpu" and not self._at_once:
+            self._at_once = self._find_lanes_at_once(self._shared)
         values = [unknown.data for unknown in self._unknowns]
         losses, gradients = self._objective(self._shared, self._lanes["fixed"], self._lanes["scale"], values)
         for unknown, gradient in zip(self._unknowns, gradients, strict=True):
@@ -230,7 +235,8 @@ class Engine(LightningModule):
             gradients = self.victim.gradients(state, images, self._targets(fixed, *others))
             return scale * distance(gradients, targets)
 
-        evaluate = vmap(grad_and_value(objective), in_dims=(0, 0, 0, 0 if shared.own_weights else None, 0))
+        in_dims = (0, 0, 0, 0 if shared.own_weights else None, 0)
+        evaluate = vmap(grad_and_value(objective), in_dims=in_dims, chunk_size=self._at_once or None)
         gradients, losses = evaluate(tuple(values), fixed, scale, shared.state, shared.gradients)
         return losses, gradients
 
@@ -296,6 +302,14 @@ class Engine(LightningModule):
             self._objective(shared, self._begin(shared), values[0].new_ones(lanes), values)
 
         return choose_lanes(evaluate, self._bytes_per_lane(sample), most=most, device=self.device)
+
+    def _find_lanes_at_once(self, shared: SharedGradient) -> int:
+        """How many lanes to evaluate at once, by the memory that the first one takes."""
+        first = torch.zeros(1, dtype=torch.long)
+        values = [unknown.data[first] for unknown in self._unknowns]
+        fixed, scale = self._lanes["fixed"][first], self._lanes["scale"][first]
+        one = shared.select(first)
+        return max(1, _BYTES_AT_ONCE // peak_memory(lambda: self._objective(one, fixed, scale, values), self.device))
 
     def _bytes_per_lane(self, sample: SharedGradient) -> int:
         """What a victim takes while it is in a lane: its gradients, weights of its own, the optimizer's state."""
