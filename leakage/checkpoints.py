@@ -185,15 +185,23 @@ def run_folder(trainer: Trainer) -> Path:
 
 def part_of(path: str | os.PathLike[str], process: int) -> Path:
     """The file of one process' part of a checkpoint: the path itself of the first, ``last.ckpt.1`` of the second."""
-    return Path(path if process == 0 else f"{os.fspath(path)}.{process}")
+    return Path(path) if process == 0 else _beside(path, f".{process}")
 
 
 def parts_of(path: str | os.PathLike[str]) -> list[Path]:
     """The files of all processes but the first."""
+    begin = _beside(path, ".")
+    found = begin.parent.glob(f"{glob.escape(begin.name)}*")
+    return sorted(part for part in found if part.name[len(begin.name) :].isdigit())
+
+
+def _beside(path: str | os.PathLike[str], ending: str) -> Path:
+    """A file that belongs to a checkpoint.
+
+    Lightning takes all digits behind ``ckpt_`` in the names of a folder for versions of SLURM's ``hpc_ckpt_1.ckpt``.
+    """
     path = Path(path)
-    return sorted(
-        part for part in path.parent.glob(f"{glob.escape(path.name)}.*") if part.name[len(path.name) + 1 :].isdigit()
-    )
+    return path.with_name(path.name.replace("ckpt_", "part_") + ending)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -210,7 +218,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: the file can't be written; an earlier one is left as it was.
         """
-        partial = Path(f"{os.fspath(path)}.{os.getpid()}.partial")  # no other process writes to this one
+        partial = _beside(path, f".{os.getpid()}.partial")  # no other process writes to this one
         try:
             partial.parent.mkdir(parents=True, exist_ok=True)
             # Not by Lightning's way, which holds a second copy in memory and a third in the folder for temporary files.

@@ -32,7 +32,8 @@ class VictimParallel(DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Write this process' part."""
+        """Write this process' part, beside the first one's: the loggers of the others may name other folders."""
+        filepath = self.broadcast(os.fspath(filepath))
         self.checkpoint_io.save_checkpoint(checkpoint, part_of(filepath, self.global_rank), storage_options)
 
     @override

@@ -5,6 +5,7 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
+from lightning import Trainer
 
 from leakage.checkpoints import WholeCheckpointIO, part_of, parts_of
 
@@ -64,6 +65,15 @@ def test_parts_are_those_of_the_other_processes(tmp_path: Path) -> None:
     for name in others:
         (tmp_path / name).touch()
     assert set(parts_of(str(path))) == set(expected)
+
+
+def test_slurm_s_checkpoints_keep_their_versions(tmp_path: Path) -> None:
+    path = tmp_path / "hpc_ckpt_1.ckpt"
+    for one in (path, part_of(path, 1), part_of(path, 2)):
+        WholeCheckpointIO().save_checkpoint({}, one)
+    assert parts_of(path) == [tmp_path / "hpc_part_1.ckpt.1", tmp_path / "hpc_part_1.ckpt.2"]
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    assert trainer._checkpoint_connector._hpc_resume_path == str(path)
 
 
 def test_parts_of_a_path_that_another_begins_with(tmp_path: Path) -> None:

@@ -301,7 +301,8 @@ class Engine(LightningModule):
             values = [unknown.new_zeros(lanes, *unknown.shape[1:]) for unknown in self._unknowns]
             self._objective(shared, self._begin(shared), values[0].new_ones(lanes), values)
 
-        return choose_lanes(evaluate, self._bytes_per_lane(sample), most=most, device=self.device)
+        bytes_per_lane, processes = self._bytes_per_lane(sample), self.trainer.num_devices
+        return choose_lanes(evaluate, bytes_per_lane, most=most, device=self.device, processes=processes)
 
     def _find_lanes_at_once(self, shared: SharedGradient) -> int:
         """How many lanes to evaluate at once, by the memory that the first one takes."""

@@ -19,7 +19,9 @@ _SHARE_OF_MEMORY = 0.5
 _MOST_ON_A_CPU, _MOST = 256, 1024
 
 
-def choose_lanes(evaluate: Callable[[int], Any], bytes_per_lane: int, *, most: int, device: torch.device) -> int:
+def choose_lanes(
+    evaluate: Callable[[int], Any], bytes_per_lane: int, *, most: int, device: torch.device, processes: int = 1
+) -> int:
     """How many victims to attack at once: as many as save time, and as fit into half of the memory that is free.
 
     One and two lanes are evaluated to see how much memory one takes. On a CPU there are at most 256 lanes, on a GPU
@@ -30,6 +32,7 @@ def choose_lanes(evaluate: Callable[[int], Any], bytes_per_lane: int, *, most: i
         bytes_per_lane: what a victim takes beside the evaluation.
         most: lanes that are of use.
         device: where the evaluation takes place.
+        processes: how many of them there are on this machine, which share its memory; each has a GPU of its own.
 
     Returns:
         From 1 to ``most``; a power of two where the memory decides.
@@ -38,7 +41,7 @@ def choose_lanes(evaluate: Callable[[int], Any], bytes_per_lane: int, *, most: i
         MemoryError: one victim does not fit.
     """
     most = min(most, _MOST_ON_A_CPU if device.type == "cpu" else _MOST)
-    free = free_memory(device)
+    free = free_memory(device) // (processes if device.type == "cpu" else 1)
     needed = torch.inf
     try:
         needed = bytes_per_lane + peak_memory(lambda: evaluate(1), device)

@@ -60,8 +60,10 @@ def gather(
     parts: list[Any] = [(vars(finished), places, scores)]
     if trainer.world_size > 1:
         all_parts: list[Any] = [None] * trainer.world_size
-        distributed.gather_object(parts[0], all_parts if trainer.is_global_zero else None)
-        parts = all_parts if trainer.is_global_zero else parts
+        first = trainer.is_global_zero
+        # The first keeps its own, which may be far the largest: what is sent is padded to the size of the largest.
+        distributed.gather_object(None if first else parts[0], all_parts if first else None)
+        parts = [parts[0], *all_parts[1:]] if first else parts
     joined = Reconstruction.cat([Reconstruction(**part) for part, _, _ in parts])
     order = torch.tensor([place for _, places, _ in parts for place in places], dtype=torch.long).sort()
     all_scores = {victim: result for _, _, scores in parts for victim, result in scores.items()}
@@ -77,6 +79,10 @@ def take_part(trainer: Trainer, checkpoint: dict[str, Any], victims: int) -> Non
         trainer: knows this process and the path of the checkpoint.
         checkpoint: the first process' part, changed in place.
         victims: the number of all victims.
+
+    Raises:
+        ValueError: parts of different runs.
+        OSError: a part is missing.
     """
     processes = checkpoint["leakage"]["processes"]
     if processes == trainer.world_size == 1:
@@ -84,12 +90,24 @@ def take_part(trainer: Trainer, checkpoint: dict[str, Any], victims: int) -> Non
     path = str(trainer.ckpt_path)
     load = trainer.strategy.checkpoint_io.load_checkpoint
     parts = [checkpoint, *(load(part_of(path, process)) for process in range(1, processes))]
+    for process, part in enumerate(parts):
+        if _configuration(trainer, part) != _configuration(trainer, checkpoint):
+            raise ValueError(
+                f"Expected the parts of one run beside '{path}', but got '{part_of(path, process)}' of another "
+                "configuration or of other victims: it was left by an earlier run."
+            )
     deals = {part["leakage"]["deal"] for part in parts}
     if processes == trainer.world_size and len(deals) == 1:
         for name in ("leakage", "optimizer_states", "state_dict"):
             checkpoint[name] = parts[trainer.global_rank][name]
         return
     _deal_anew(trainer, checkpoint, parts, victims)
+
+
+def _configuration(trainer: Trainer, part: dict[str, Any]) -> list[Any]:
+    """What the parts of one run have in common: the attack, its options and its victims."""
+    victims = type(getattr(trainer, "datamodule", None)).__qualname__
+    return [part["leakage"]["module"], part["leakage"]["precision"], part["hyper_parameters"], part.get(victims)]
 
 
 def _deal_anew(trainer: Trainer, checkpoint: dict[str, Any], parts: list[dict[str, Any]], victims: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from leakage.attacks import IDLGAttack
+from leakage.attacks import engine
 from leakage.attacks import lanes as lanes_module
 from leakage.attacks.lanes import choose_lanes, is_out_of_memory, peak_memory
 
@@ -34,6 +35,27 @@ def test_as_many_lanes_as_there_are_victims_and_memory_for(
 ) -> None:
     monkeypatch.setattr(lanes_module, "free_memory", lambda device: free)
     assert choose_lanes(evaluation(2000), 1000, most=most, device=CPU) == expected
+
+
+def test_processes_share_the_memory_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes_module, "free_memory", lambda device: 2 * 20 * 3000)
+    assert choose_lanes(evaluation(2000), 1000, most=1000, device=CPU, processes=2) == 8
+
+
+@pytest.mark.parametrize("weights", ["own", "shared"])
+def test_lanes_evaluated_in_pieces_find_the_same(kit: Any, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, at_once = [], []
+    for pieces in (False, True):
+        if pieces:
+            monkeypatch.setattr(engine, "_BYTES_AT_ONCE", 1)
+        attack = IDLGAttack(distance="cosine", max_evaluations=4, restarts=0)
+        found.append(kit.fit(attack, kit.victims(victims=3, lanes=3, weights=weights)).finished)
+        at_once.append(attack._at_once)
+    assert at_once[0] > 3
+    assert at_once[1] == 1
+    assert not torch.equal(found[0].images, torch.zeros_like(found[0].images))
+    torch.testing.assert_close(found[0].images, found[1].images, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found[0].loss, found[1].loss)
 
 
 def test_one_victim_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,10 @@ def found(places: list[int]) -> dict[str, torch.Tensor]:
 def a_part(deal: str, done: list[list[int]], scored: dict[int, bool], rows: int) -> dict[str, Any]:
     """One of two processes' parts, with so many lanes."""
     return {
+        "hyper_parameters": {"seed": 0},
         "leakage": {
+            "module": "IDLGAttack",
+            "precision": "32-true",
             "processes": 2,
             "deal": deal,
             "iteration": 41,
@@ -250,6 +253,13 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
     trainer = SimpleNamespace(world_size=1, ckpt_path=path, strategy=SimpleNamespace(checkpoint_io=WholeCheckpointIO()))
     with pytest.raises(FileNotFoundError, match=r"last\.ckpt\.1', but got no such file"):
         take_part(trainer, a_part("a", [[0]], {}, 2), victims=8)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("place", "value"), [("hyper_parameters", {"seed": 1}), ("NoneType", {"victims": 9})])
+def test_a_part_that_an_earlier_run_left_is_named(place: str, value: dict[str, int]) -> None:
+    parts = [a_part("a", [[0]], {}, 2), a_part("b", [[1]], {}, 2) | {place: value}]
+    with pytest.raises(ValueError, match=r"but got 'last\.ckpt\.1' of another configuration or of other victims"):
+        take(parts, 0, 2)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
