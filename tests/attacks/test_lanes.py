@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from leakage.attacks import IDLGAttack
-from leakage.attacks import engine
+from leakage.attacks import IDLGAttack, engine
 from leakage.attacks import lanes as lanes_module
 from leakage.attacks.lanes import choose_lanes, is_out_of_memory, peak_memory
 
