@@ -44,8 +44,8 @@ class GradientMatchingAttack(Engine):
     One training step is one evaluation of the objective for
     every victim in the lanes. A victim that has converged, diverged, stalled or spent its budget
     leaves with its best iterate by this objective; the next ones take the lanes that are free,
-    and training ends when every victim is done: one epoch is all victims. Where the memory does not
-    suffice, half of the lanes are used and nothing is lost.
+    and training ends when every victim is done: one epoch is all victims. Where an evaluation finds no
+    memory, half of the lanes are used, and the victims that were searched for begin anew.
 
     Several processes, on one machine or many, share the victims out among them
     (``Trainer(strategy="victim_parallel", devices=2)``); the first one has all results in the end.

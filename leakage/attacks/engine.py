@@ -114,12 +114,16 @@ class Engine(LightningModule):
 
     def _advance(self) -> None:
         """One evaluation for every victim in the lanes."""
+        running = self._optimizer.running  # before the step, which may have settled some when it breaks off
         try:
             cast(Any, self.optimizers()).step(closure=self._evaluate)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            self._begin_anew_with_fewer_lanes(error)
+            cast(Any, self.trainer).profiler.stop(
+                "optimizer_step"
+            )  # which Lightning has begun for the step that failed
+            self._begin_anew_with_fewer_lanes(running, error)
             self._idle()
             return
         self.iteration += 1
@@ -192,7 +196,7 @@ class Engine(LightningModule):
             "evaluations": zeros.clone(),
             "best_loss": torch.full_like(norms, torch.inf),  # of the earlier starts
             "best_images": starts[0].clone(),
-            "best_labels": torch.zeros(starts[0].shape[:2], dtype=torch.long, device=self.device),
+            "best_labels": self._labels(fixed, *starts[1:]),
         }
 
     def _first_starts(self, shared: SharedGradient, fixed: Tensor) -> list[Tensor]:
@@ -300,6 +304,7 @@ class Engine(LightningModule):
             shared = sample.select(chosen)
             values = [unknown.new_zeros(lanes, *unknown.shape[1:]) for unknown in self._unknowns]
             self._objective(shared, self._begin(shared), values[0].new_ones(lanes), values)
+            self._chain = self._find_chain()  # the one that was tried holds tensors of these lanes
 
         bytes_per_lane, processes = self._bytes_per_lane(sample), self.trainer.num_devices
         return choose_lanes(evaluate, bytes_per_lane, most=most, device=self.device, processes=processes)
@@ -318,7 +323,7 @@ class Engine(LightningModule):
         shared: int = sum(tensor[0].nbytes for tensor in tensors)
         return shared + self._optimizer.bytes_per_lane
 
-    def _begin_anew_with_fewer_lanes(self, error: RuntimeError) -> None:
+    def _begin_anew_with_fewer_lanes(self, running: Tensor, error: RuntimeError) -> None:
         """Use half of the lanes: the victims in them go back to the queue, and begin anew where they began."""
         lanes = len(self._lanes["place"])
         if lanes == 1:
@@ -326,12 +331,12 @@ class Engine(LightningModule):
                 "Expected memory for one victim at least, but got none: take fewer images, or another precision, "
                 f"`history_size` or device. ({error})"
             ) from error
-        ended = (~self._optimizer.running).nonzero().squeeze(1)
+        ended = (~running).nonzero().squeeze(1)
         if len(ended):
             self._hand_out(ended)
-        running = self._optimizer.running
         self._queue = [*self._lanes["place"][running].tolist(), *self._queue]
         self._keep(torch.zeros_like(running))
+        self._chain = self._find_chain()  # the present one holds tensors of all these lanes
         self._most_lanes = max(1, lanes // 2)
         warnings.warn(
             f"{lanes} lanes are more than the memory holds ({error}). The attack goes on with {self._most_lanes}, in "

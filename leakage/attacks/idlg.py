@@ -95,7 +95,8 @@ class IDLGAttack(GradientMatchingAttack):
         if shared.own_weights or self.victim.protocol.num_images == 1:
             return self._infer(shared)
         if not self._inferred.keys() >= set(shared.ids.tolist()):
-            further = self._datamodule.share([*self._asked, *self._queue[: _INFERRED_AT_ONCE - len(self._asked)]])
+            more = max(0, _INFERRED_AT_ONCE - len(self._asked))
+            further = self._datamodule.share([*self._asked, *self._queue[:more]])
             further = further.to(device=self.device, dtype=self.dummy_images.dtype)
             self._inferred |= dict(zip(further.ids.tolist(), self._infer(further), strict=True))
         return torch.stack([self._inferred.pop(victim) for victim in shared.ids.tolist()])

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_iter
 
 # Of the memory that is free, what the lanes may take.
 _SHARE_OF_MEMORY = 0.5
+# What is said where torch's own error is not raised.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 # Further lanes save little time, and would make the first results wait.
 _MOST_ON_A_CPU, _MOST = 256, 1024
 
@@ -52,8 +54,9 @@ def choose_lanes(
             raise
         most = 1  # if any
     if needed > free:
+        wanted = f"{needed:,.0f} bytes of memory" if needed < torch.inf else "memory"
         raise MemoryError(
-            f"Expected {needed:,.0f} bytes of memory for one victim, but got {free:,} that are free. Take fewer "
+            f"Expected {wanted} for one victim, but got {free:,} bytes that are free. Take fewer "
             "images, a smaller `history_size` or another device."
         )
     fitting = max(1, int(_SHARE_OF_MEMORY * free / needed))
@@ -121,4 +124,4 @@ class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether it says that memory could not be had, on a GPU or a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)

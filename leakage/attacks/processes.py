@@ -97,7 +97,9 @@ def take_part(trainer: Trainer, checkpoint: dict[str, Any], victims: int) -> Non
                 "configuration or of other victims: it was left by an earlier run."
             )
     deals = {part["leakage"]["deal"] for part in parts}
-    if processes == trainer.world_size and len(deals) == 1:
+    done = [place for part in parts for place in part["leakage"]["finished_places"]]
+    # When a run is over the first one has the results of all.
+    if processes == trainer.world_size and len(deals) == 1 and len(set(done)) == len(done):
         for name in ("leakage", "optimizer_states", "state_dict"):
             checkpoint[name] = parts[trainer.global_rank][name]
         return
@@ -131,6 +133,7 @@ def _deal_anew(trainer: Trainer, checkpoint: dict[str, Any], parts: list[dict[st
     rest = sorted(set(range(victims)) - set(done))
     first = trainer.is_global_zero
     checkpoint["leakage"] |= {
+        "processes": trainer.world_size,
         "deal": "",
         "queue": rest[trainer.global_rank :: trainer.world_size],
         "asked": [],

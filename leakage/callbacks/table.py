@@ -65,7 +65,8 @@ class VictimTable(ResultsCallback):
 
     After an interrupt, or where the Trainer's limits ended the run, ``victims.csv`` ends with the victims
     that were still running (status ``running``), and ``reconstructions/unfinished.safetensors`` holds their
-    best iterates so far.
+    best iterates so far. Of several processes these are the first one's; what the others were searching for, and
+    after an interrupt what they had found, is in the checkpoint only.
 
     They are written whenever 256 further victims are done, and an eighth more than at the last time; after every
     validation (which brings the scores) and when the run ends; of several processes the first one writes, what the

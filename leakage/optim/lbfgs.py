@@ -136,12 +136,10 @@ class LBFGS(PerVictimOptimizer):
     def _history(self) -> dict[str, Tensor]:
         return {name: self.lanes[name] for name in HISTORY}
 
-    @property
-    def bytes_per_lane(self) -> int:
-        """What the state of one victim takes when its history is full."""
+    def _fullest(self) -> dict[str, Tensor]:
         fresh = self._fresh(1)
         grow(fresh, self._options["history_size"])
-        return sum(tensor.nbytes for tensor in fresh.values())
+        return fresh
 
     def _selected(self, kept: Tensor) -> dict[str, Tensor]:
         others = {name: tensor[kept] for name, tensor in self.lanes.items() if name not in HISTORY}

@@ -83,7 +83,11 @@ class PerVictimOptimizer(Optimizer):
     @property
     def bytes_per_lane(self) -> int:
         """What the state of one victim takes when it is largest."""
-        return sum(tensor.nbytes for tensor in self._fresh(1).values())
+        return sum(tensor.nbytes for tensor in self._fullest().values())
+
+    def _fullest(self) -> dict[str, Tensor]:
+        """The state of one lane when it is largest."""
+        return self._fresh(1)
 
     def best(self) -> list[Tensor]:
         """The parameters of lowest loss since each lane began, shaped as the parameters."""

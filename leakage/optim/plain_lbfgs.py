@@ -93,7 +93,7 @@ class PlainLBFGS(PerVictimOptimizer):
         like = fresh["best"]
         history = fresh_history(victims, like.shape[1], self._options["history_size"], like)
         return fresh | {
-            **{name: tensor for name, tensor in history.items() if name != "sy"},
+            **history,
             "loss": like.new_zeros(victims),  # at the previous iterate
             "gradient": like.clone(),
             "step": like.clone(),  # the step that led to the present point
@@ -103,6 +103,11 @@ class PlainLBFGS(PerVictimOptimizer):
 
     def _match(self, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
         grow(fresh, self.lanes["s"].shape[1])
+        return fresh
+
+    def _fullest(self) -> dict[str, Tensor]:
+        fresh = self._fresh(1)
+        grow(fresh, self._options["history_size"])
         return fresh
 
     def _move(self, point: Tensor, losses: Tensor, gradient: Tensor, finite: Tensor) -> Tensor:

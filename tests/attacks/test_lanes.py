@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from leakage.attacks import IDLGAttack, engine
+from leakage.attacks import IDLGAttack, engine, idlg
 from leakage.attacks import lanes as lanes_module
 from leakage.attacks.lanes import choose_lanes, is_out_of_memory, peak_memory
 
@@ -59,7 +59,7 @@ def test_lanes_evaluated_in_pieces_find_the_same(kit: Any, weights: str, monkeyp
 
 def test_one_victim_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes_module, "free_memory", lambda device: 2999)
-    with pytest.raises(MemoryError, match=r"Expected 3,000 bytes of memory for one victim, but got 2,999 that are"):
+    with pytest.raises(MemoryError, match=r"Expected 3,000 bytes of memory for one victim, but got 2,999 bytes"):
         choose_lanes(evaluation(2000), 1000, most=8, device=CPU)
 
     def fails(lanes: int) -> None:
@@ -125,7 +125,7 @@ def test_half_of_the_lanes_go_on_and_nothing_is_lost(kit: Any, room: int, after:
     usual = kit.fit(IDLGAttack(), kit.victims(victims=10, lanes=8))
     attack = Cramped(room, after)
     with pytest.warns(UserWarning, match=r"8 lanes are more than the memory holds .*goes on with 4"):
-        kit.fit(attack, kit.victims(victims=10, lanes=8))
+        kit.fit(attack, kit.victims(victims=10, lanes=8), profiler="simple")  # which counts begins and ends
     kit.assert_successful(attack, 10)  # each victim exactly once
     assert torch.equal(attack.finished.labels, usual.finished.labels)
     torch.testing.assert_close(attack.finished.images, usual.finished.images, rtol=0, atol=0.1)
@@ -147,3 +147,52 @@ def test_another_error_ends_the_run(kit: Any) -> None:
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         kit.fit(Broken(), kit.victims(victims=2))
+
+
+class Settles(IDLGAttack):
+    """An optimizer that settles a lane in the step that finds no memory."""
+
+    def _advance(self) -> None:
+        if self.iteration == 5 and not self.settled:
+            self.settled = True
+            self.before = self.num_running
+            optimizer, move = self._optimizer, self._optimizer._move
+
+            def fails(*arguments: Any) -> Any:
+                optimizer.lanes["status"][:2] = 3
+                optimizer._move = move  # type: ignore[method-assign]
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+            optimizer._move = fails  # type: ignore[method-assign]
+        super()._advance()
+
+    settled = False
+
+
+@pytest.mark.filterwarnings("ignore:. lanes are more than")
+def test_what_the_failing_step_settled_begins_anew_too(kit: Any) -> None:
+    attack = Settles()
+    kit.fit(attack, kit.victims(victims=4, lanes=4))
+    assert attack.before == 4
+    kit.assert_successful(attack, 4)
+
+
+def test_labels_are_told_of_victims_that_diverge_at_once(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(attack: IDLGAttack) -> torch.Tensor:
+        attack.dummy_images.grad = torch.zeros_like(attack.dummy_images)
+        return torch.full((len(attack.dummy_images),), torch.nan)
+
+    monkeypatch.setattr(IDLGAttack, "_evaluate", evaluate)
+    attack = kit.fit(IDLGAttack(restarts=0), kit.victims(victims=6, lanes=6))
+    assert all(score.label_accuracy == 1 for score in attack.scores.values())
+    assert attack.finished.labels.unique().numel() > 1
+
+
+def test_labels_are_inferred_ahead_of_no_more_than_so_many(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idlg, "_INFERRED_AT_ONCE", 3)
+    seen: list[int] = []
+    infer = IDLGAttack._infer
+    monkeypatch.setattr(IDLGAttack, "_infer", lambda attack, shared: seen.append(len(shared)) or infer(attack, shared))
+    victims = kit.victims(victims=9, lanes=5, num_images=2, weights="shared")
+    kit.fit(IDLGAttack(max_evaluations=2, restarts=0), victims)
+    assert max(seen) == 5, "the lanes, and no more"

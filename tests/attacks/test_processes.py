@@ -248,6 +248,14 @@ def test_each_process_takes_its_own_part_of_one_deal() -> None:
             assert taken[name] == parts[rank][name]
 
 
+def test_parts_of_a_run_that_is_over_count_once() -> None:
+    """The first process has then the results of all."""
+    parts = [a_part("a", [[0, 1, 2, 3, 4, 5, 6, 7]], {}, 0), a_part("a", [[1, 3, 5, 7]], {}, 0)]
+    taken = [take(parts, rank, 2)["leakage"] for rank in range(2)]
+    assert [len(saved["finished_places"]) for saved in taken] == [8, 0]
+    assert all(not saved["queue"] for saved in taken)
+
+
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     trainer = SimpleNamespace(world_size=1, ckpt_path=path, strategy=SimpleNamespace(checkpoint_io=WholeCheckpointIO()))

@@ -222,3 +222,15 @@ def test_a_diverging_victim_keeps_its_best_iterate_and_spoils_nobody(smooth: Any
 def test_names_a_bad_option(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PlainLBFGS([nn.Parameter(torch.zeros(2, 3))], **options)
+
+
+def test_a_lane_takes_as_many_bytes_as_its_full_history(matching: Any, closure_of: Any) -> None:
+    problem = matching(3, 2)
+    optimizer = PlainLBFGS(problem.params(), history_size=40)
+    expected = optimizer.bytes_per_lane
+    closure = closure_of(problem, optimizer)
+    for _ in range(45):
+        optimizer.step(closure)
+    lanes = len(optimizer.status)
+    assert optimizer.lanes["s"].shape[1] == 40
+    assert sum(tensor.nbytes for tensor in optimizer.lanes.values()) == expected * lanes
