@@ -11,14 +11,15 @@ from leakage.checkpoints import TimedCheckpoint, WholeCheckpointIO
 from leakage.datamodules import SampleVictims
 
 
-def run(folder: Path, steps: int, ckpt_path: Path | None = None) -> None:
+def run(folder: Path, steps: int, ckpt_path: Path | None = None, *, lanes: int = 2) -> None:
     trainer = Trainer(
         accelerator="cpu", max_epochs=1, max_steps=steps, logger=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, plugins=[WholeCheckpointIO()],
         callbacks=[TimedCheckpoint(folder)], default_root_dir=folder,
     )  # fmt: skip
     attack = IDLGAttack(max_evaluations=50)
-    trainer.fit(attack, datamodule=SampleVictims(victims=2), ckpt_path=None if ckpt_path is None else str(ckpt_path))
+    victims = SampleVictims(victims=2, lanes=lanes)
+    trainer.fit(attack, datamodule=victims, ckpt_path=None if ckpt_path is None else str(ckpt_path))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,16 @@ def test_refuses_altered_contents(
     torch.save(held, tmp_path / "altered.ckpt")
     with pytest.raises(ValueError, match=message):
         run(tmp_path, 3, tmp_path / "altered.ckpt")
+
+
+def test_refuses_one_without_some_of_the_victims(tmp_path: Path) -> None:
+    run(tmp_path, 2, lanes=1)
+    held = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert held["leakage"]["queue"] == [1]
+    held["leakage"]["queue"] = []
+    torch.save(held, tmp_path / "altered.ckpt")
+    with pytest.raises(ValueError, match="Expected a checkpoint of all 2 victims, but got 1 here"):
+        run(tmp_path, 3, tmp_path / "altered.ckpt", lanes=1)
 
 
 def test_goes_on_from_what_is_sound(sound: Path, tmp_path: Path) -> None:
