@@ -210,9 +210,7 @@ class GradientMatchingAttack(Engine):
         in_lanes = self._lanes["place"].tolist() if self._lanes else []
         mine = sorted({*self._finished_places, *in_lanes, *self._asked, *self._queue})
         if sum_over_processes(self.trainer, len(mine)) < self.expected_victims:
-            raise ValueError(
-                f"Expected a checkpoint of all {self.expected_victims} victims, but got {len(mine)} here."
-            )
+            raise ValueError(f"Expected a checkpoint of all {self.expected_victims} victims, but got {len(mine)} here.")
         # Lightning wants a batch in every process, also in one that has no victims: it scores none of the batch.
         datamodule.audited = (mine or [0]) if self.trainer.world_size > 1 else None
         if not self._most_lanes and self._queue:
