@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,17 +30,18 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from setting import check_file, cores, describe_machine, write_result  # beside this script
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack, RGAPAttack
 from leakage.cli import quiet
-from leakage.compare import check_output
 from leakage.datamodules import GroundTruth, MNISTVictims, SampleVictims
 from leakage.datamodules.images import ImageVictims
 from leakage.datamodules.named import DATASETS, victims_named
 from leakage.errors import check_count, check_positive
 from leakage.metrics import score, wilson_interval
+from leakage.plots_benchmarks import plot_parts
 from leakage.seeds import derive_seed
 from leakage.shared_gradient import SharedGradient
 
@@ -160,9 +159,8 @@ def run_ours(victims: ImageVictims, seed: int, precision: Any = "32-true", metho
 
 def best_threads(name: str, run: Callable[[], Outcome]) -> int:
     """1 or all cores, whichever takes less time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     seconds = {}
-    for threads in sorted({1, cores}):
+    for threads in sorted({1, cores()}):
         torch.set_num_threads(threads)
         seconds[threads] = run().seconds_per_victim
         print(f"  {name}, {threads} threads: {seconds[threads]:.3f} s per victim", flush=True)
@@ -189,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="attack_speed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; the picture lies beside it")
     parser.add_argument("--method", choices=tuple(METHODS), default="idlg", help="of our side (default: %(default)s)")
     parser.add_argument(
         "--threshold",
@@ -219,9 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"Expected `--plain-victims` to be at most the {given.victims} victims of our side, but got "
                 f"{given.plain_victims}."
             )
-        if given.output.is_dir():
-            raise IsADirectoryError(f"Expected `--output` to be a file, but got the folder '{given.output}'.")
-        check_output(given.output.parent)
+        check_file(given.output)
         dataset, victims = _victims(given, given.victims)
         _, probe = _victims(given, min(PROBE_VICTIMS, given.victims))
     except (ValueError, OSError) as error:
@@ -234,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure(given: argparse.Namespace, dataset: str, victims: ImageVictims, probe: ImageVictims) -> None:
+    machine = describe_machine() | {"threads": None}  # of each side its own
     print(f"{dataset}: probing threads", flush=True)
     probed = min(PROBE_PLAIN_VICTIMS, given.plain_victims)
     threads = {
@@ -261,11 +258,8 @@ def _measure(given: argparse.Namespace, dataset: str, victims: ImageVictims, pro
         "victims": {name: len(outcome.ids) for name, outcome in outcomes.items()},
         "threads": threads,
         "seed": given.seed,
-        "torch": torch.__version__,
+        "machine": machine,
     }
-    partial = given.output.with_name(given.output.name + ".partial")
-    partial.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(given.output)
     success = f"MSE < {given.threshold:g}"
     print(f"\n{'':8} {'victims':>8} {'threads':>8} {'s / victim':>11} {'evaluations':>12} {success:>22}")
     for name in ("plain", "leakage"):
@@ -276,7 +270,13 @@ def _measure(given: argparse.Namespace, dataset: str, victims: ImageVictims, pro
             f"{name:8} {len(outcomes[name].ids):>8} {threads[name]:>8} {seconds[name]:>11.3f} "
             f"{evaluations[name]:>12.0f} {success:>22}"
         )
-    print(f"\n{ratio:.1f} times fewer seconds per victim\n{given.output}")
+    print(f"\n{ratio:.1f} times fewer seconds per victim")
+    bars = {
+        f"{side}, {given.method}": {"seconds per victim": seconds[name]}
+        for name, side in (("plain", "plain loop"), ("leakage", "leakage"))
+    }
+    figure = plot_parts(bars, xlabel="seconds", title=f"{machine['cpu']}: {dataset}, {ratio:.1f} times less")
+    write_result(given.output, result, figure)
 
 
 def _victims(given: argparse.Namespace, count: int) -> tuple[str, ImageVictims]:

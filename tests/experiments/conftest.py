@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -28,5 +29,7 @@ def table1() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def speed() -> ModuleType:
-    return load("benchmarks/attack_speed.py")
+def speed() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXPERIMENTS / "benchmarks")  # as for a script that is run
+        yield load("benchmarks/attack_speed.py")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,7 @@ def test_writes_both_sides(
     speed: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speed, "CALLS", 2)
-    monkeypatch.setattr(speed.os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
     output = tmp_path / "speed.json"
     torch.set_num_threads(2)
     try:
@@ -26,6 +27,7 @@ def test_writes_both_sides(
         assert torch.get_num_threads() == 2, "as it was before"
     finally:
         torch.set_num_threads(1)
+    assert output.with_suffix(".png").stat().st_size > 0
     said = capsys.readouterr().out
     assert "MNIST is not found" in said
     result = json.loads(output.read_text())
@@ -45,7 +47,7 @@ def test_writes_both_sides(
 
 def test_another_data_set_and_precision(speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "CALLS", 1)
-    monkeypatch.setattr(speed.os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
     output = tmp_path / "speed.json"
     counts = ["--victims", "2", "--plain-victims", "1", "--lanes", "1"]
     speed.main([*counts, "--dataset", "sample", "--precision", "64-true", "--output", str(output)])
@@ -56,7 +58,7 @@ def test_another_data_set_and_precision(speed: ModuleType, tmp_path: Path, monke
 
 def test_another_method_and_threshold(speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "CALLS", 1)
-    monkeypatch.setattr(speed.os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
     output = tmp_path / "speed.json"
     counts = ["--victims", "2", "--plain-victims", "1", "--dataset", "sample"]
     speed.main([*counts, "--method", "gauss_newton", "--threshold", "1e-6", "--output", str(output)])
