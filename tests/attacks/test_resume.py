@@ -192,17 +192,25 @@ SCRIPT = textwrap.dedent(
     """
     import faulthandler
     import sys
+    import time
     import torch
     faulthandler.dump_traceback_later(100, exit=True)
     torch.set_num_threads(1)
     from pathlib import Path
+    from lightning import Callback
     from lightning.pytorch.callbacks import ModelCheckpoint
     from conftest import SmallVictims, fit
     from leakage.attacks import DLGAttack
     from leakage.callbacks import VictimTable, table
     table._PER_FILE = 3
     output, resume = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
+
+    class Slow(Callback):  # there must be time to break it off
+        def on_train_batch_end(self, *args):
+            time.sleep(0.02)
+
     callbacks = [
+        Slow(),
         VictimTable(output),
         ModelCheckpoint(output, filename="now", every_n_train_steps=2, save_last=True, save_top_k=1),
     ]
@@ -269,7 +277,7 @@ def test_survives_a_kill(uninterrupted: Path, tmp_path: Path) -> None:
 def test_an_interrupt_writes_what_is_there(uninterrupted: Path, tmp_path: Path) -> None:
     process = start(tmp_path)
     deadline = time.monotonic() + 300
-    while len(list(tmp_path.glob("reconstructions/*"))) < 2 and process.poll() is None:
+    while not list(tmp_path.glob("reconstructions/*.safetensors")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
