@@ -1,8 +1,8 @@
 """leakage: what a shared gradient gives away."""
 
+from leakage.clients.shared_gradient import Protocol, SharedGradient
+from leakage.clients.victim import Victim
 from leakage.models import LeNet
-from leakage.shared_gradient import Protocol, SharedGradient
-from leakage.victim import Victim
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,7 @@ def load() -> Callable[[], None]:
     # Nearly all that the imports make stays: looking for garbage among it, again and again, is a fourth of their time.
     gc.disable()
     try:
-        from leakage.cli import main
+        from leakage.cli.main import main
     finally:
         gc.enable()
     return main

@@ -19,10 +19,10 @@ from torch import Tensor
 from leakage.errors import check_positive
 from leakage.metrics import wilson_interval
 
-_INK = "#222222"
-_PALE = "#767676"
+INK = "#222222"
+PALE = "#767676"
 # Told apart also by readers who do not see red and green as different (Okabe and Ito).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # Inches.
 _CELL, _GAP, _CAPTION, _LINE = 1.15, 0.08, 0.30, 0.30
 # From this ratio of the largest to the smallest positive value on, an axis is logarithmic.
@@ -74,7 +74,7 @@ def plot_gallery(
     # A long title must not be cut by a narrow grid.
     width = max(width, 0.11 * len(title) + 0.3)
     height = top + len(images) * (_CELL + _GAP + caption_height) + 0.1
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     for i, row in enumerate(images):
         for j, image in enumerate(row):
             x = left + j * (_CELL + _GAP)
@@ -85,15 +85,15 @@ def plot_gallery(
                 pixels = to_pixels(image)
                 axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
                 if captions is not None and captions[i][j]:
-                    axes.text(0.5, -0.05, captions[i][j], transform=axes.transAxes, fontsize=7.5, color=_PALE,
+                    axes.text(0.5, -0.05, captions[i][j], transform=axes.transAxes, fontsize=7.5, color=PALE,
                               ha="center", va="top")  # fmt: skip
             if i == 0:
-                axes.text(0.5, 1.06, columns[j], transform=axes.transAxes, fontsize=10, color=_INK,
+                axes.text(0.5, 1.06, columns[j], transform=axes.transAxes, fontsize=10, color=INK,
                           ha="center", va="bottom")  # fmt: skip
         middle = height - top - i * (_CELL + _GAP + caption_height) - _CELL / 2
-        figure.text((left - 0.12) / width, middle / height, rows[i], fontsize=9, color=_INK, ha="right", va="center")
+        figure.text((left - 0.12) / width, middle / height, rows[i], fontsize=9, color=INK, ha="right", va="center")
     if title:
-        figure.text(0.5, 1 - 0.12 / height, title, fontsize=12, color=_INK, ha="center", va="top", weight="bold")
+        figure.text(0.5, 1 - 0.12 / height, title, fontsize=12, color=INK, ha="center", va="top", weight="bold")
     return figure
 
 
@@ -125,29 +125,29 @@ def plot_fidelity(curves: Mapping[str, Tensor], *, threshold: float = 1e-3, titl
     for name, errors in curves.items():
         if errors.ndim != 1 or not len(errors):
             raise ValueError(f"Expected the errors of {name!r} of shape (V,), but got {tuple(errors.shape)}.")
-    figure = _figure(6.4, 4.2)
+    figure = new_figure(6.4, 4.2)
     axes = figure.add_axes((0.13, 0.14, 0.83, 0.74 if title else 0.82))
     thresholds = _thresholds(curves, threshold)
     for index, (name, errors) in enumerate(curves.items()):
         errors = errors.detach().double().cpu()
         shares = (errors[:, None] < torch.from_numpy(thresholds)).double().mean(0)
         intervals = [wilson_interval(float(share), len(errors)) for share in shares]
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         share = float((errors < threshold).double().mean())
         axes.fill_between(
             thresholds, [low for low, _ in intervals], [high for _, high in intervals],
             color=colour, alpha=0.18, linewidth=0,
         )  # fmt: skip
-        style = "-" if index < len(_COLOURS) else "--"
+        style = "-" if index < len(COLOURS) else "--"
         axes.plot(thresholds, shares.numpy(), style, color=colour, linewidth=2,
                   label=f"{name}: {100 * share:.1f} % of {len(errors)}")  # fmt: skip
-    axes.axvline(threshold, color=_PALE, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
+    axes.axvline(threshold, color=PALE, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
     axes.set_xscale("log")
     axes.set_xlim(thresholds[0], thresholds[-1])
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.set_xlabel("threshold of the mean squared error", color=_INK)
-    axes.set_ylabel("victims under the threshold", color=_INK)
+    axes.set_xlabel("threshold of the mean squared error", color=INK)
+    axes.set_ylabel("victims under the threshold", color=INK)
     axes.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -155,7 +155,7 @@ def plot_fidelity(curves: Mapping[str, Tensor], *, threshold: float = 1e-3, titl
     axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9,
                 title=f"share under {_number(threshold)} (dashed)", title_fontsize=9)  # fmt: skip
     if title:
-        figure.text(0.5, 0.96, title, fontsize=12, color=_INK, ha="center", va="top", weight="bold")
+        figure.text(0.5, 0.96, title, fontsize=12, color=INK, ha="center", va="top", weight="bold")
     return figure
 
 
@@ -197,17 +197,17 @@ def plot_accuracy(
     for name, accuracy in (lines or {}).items():
         if not 0 <= accuracy <= 1:
             raise ValueError(f"Expected `lines` from 0 to 1, but got {accuracy} for {name!r}.")
-    figure = _figure(6.4, 4.2)
+    figure = new_figure(6.4, 4.2)
     axes = figure.add_axes((0.13, 0.14, 0.83, 0.74 if title else 0.82))
     for index, (name, curve) in enumerate(curves.items()):
         x, mean, low, high = curve.detach().double().cpu().numpy().T
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         axes.fill_between(x, low.clip(0, 1), high.clip(0, 1), color=colour, alpha=0.18, linewidth=0)
-        style = "o-" if index < len(_COLOURS) else "o--"
+        style = "o-" if index < len(COLOURS) else "o--"
         axes.plot(x, mean, style, color=colour, linewidth=2, markersize=4, clip_on=False,
                   label=f"{name}: {100 * mean[-1]:.1f} % at {round(x[-1], 1):g}")  # fmt: skip
     for index, (name, accuracy) in enumerate((lines or {}).items(), len(curves)):
-        axes.axhline(accuracy, color=_COLOURS[index % len(_COLOURS)], linewidth=1.5, linestyle=(0, (4, 3)),
+        axes.axhline(accuracy, color=COLOURS[index % len(COLOURS)], linewidth=1.5, linestyle=(0, (4, 3)),
                      label=f"{name}: {100 * accuracy:.1f} %", zorder=1.5)  # fmt: skip
     places = torch.cat([curve[:, 0].double().cpu() for curve in curves.values()])
     first, last = float(places[places > 0].min()) if bool((places > 0).any()) else 1.0, float(places.max())
@@ -221,15 +221,15 @@ def plot_accuracy(
     bottom, top = axes.get_ylim()
     axes.set_ylim(min(bottom, (bottom + top) / 2 - 0.02), max(top, (bottom + top) / 2 + 0.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
-    axes.set_xlabel(xlabel, color=_INK)
-    axes.set_ylabel("test accuracy", color=_INK)
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel("test accuracy", color=INK)
     axes.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
     if title:
-        figure.text(0.5, 0.96, title, fontsize=12, color=_INK, ha="center", va="top", weight="bold")
+        figure.text(0.5, 0.96, title, fontsize=12, color=INK, ha="center", va="top", weight="bold")
     return figure
 
 
@@ -284,7 +284,8 @@ def to_pixels(image: Tensor) -> NDArray[np.uint8]:
     return pixels
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, drawn off screen."""
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     return figure

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from setting import describe_machine, show_machine  # beside this script
 
-from leakage.compare import check_output
+from leakage.comparison.attacks import check_output
 from leakage.errors import check_choice, check_positive
 
 HERE = Path(__file__).resolve().parent

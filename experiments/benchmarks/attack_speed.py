@@ -29,21 +29,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_plots import plot_parts
 from lightning import Trainer
 from setting import check_file, cores, describe_machine, write_result  # beside this script
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack, RGAPAttack
-from leakage.cli import quiet
+from leakage.cli.main import quiet
+from leakage.clients.shared_gradient import SharedGradient
 from leakage.datamodules import GroundTruth, MNISTVictims, SampleVictims
 from leakage.datamodules.images import ImageVictims
 from leakage.datamodules.named import DATASETS, victims_named
 from leakage.errors import check_count, check_positive
 from leakage.metrics import score, wilson_interval
-from leakage.plots_benchmarks import plot_parts
 from leakage.seeds import derive_seed
-from leakage.shared_gradient import SharedGradient
 
 # The published protocol.
 CALLS, ITERATIONS, CHECK_EVERY, TOLERANCE = 300, 20, 10, 1e-6

@@ -37,15 +37,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leakage.cli import quiet
-from leakage.compare import check_output
+from leakage.cli.main import quiet
+from leakage.comparison.attacks import check_output
 from leakage.condensation import GradientMatchingCondensation
 from leakage.condensation.protocols import schedule
 from leakage.datamodules import FashionMNIST, LabelledDataModule
 from leakage.datamodules.named import LABELLED_DATASETS, images_named
 from leakage.errors import check_count
+from leakage.files.text import write_json
 from leakage.models import ConvNet, draw_state
-from leakage.overview import write_json
 from leakage.seeds import derive_seed
 
 SIDES = ("plain", "leakage")

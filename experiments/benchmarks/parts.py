@@ -30,6 +30,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from benchmark_plots import plot_parts
 from setting import (  # beside this script
     check_file,
     describe_machine,
@@ -44,12 +45,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
-from leakage.cli import quiet
+from leakage.cli.main import quiet
 from leakage.datamodules.images import ImageVictims
 from leakage.datamodules.named import DATASETS, victims_named
 from leakage.errors import check_count
-from leakage.optim import lbfgs
-from leakage.plots_benchmarks import plot_parts
+from leakage.solvers import lbfgs
 
 METHODS = {"idlg": IDLGAttack, "dlg": DLGAttack}
 OTHER = "Lightning and Python"

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_plots import plot_parts
 from lightning import Callback
 from setting import (  # beside this script
     check_file,
@@ -37,12 +38,11 @@ from setting import (  # beside this script
 )
 
 from leakage.attacks import IDLGAttack
-from leakage.cli import quiet
+from leakage.cli.main import quiet
 from leakage.datamodules.images import ImageVictims
 from leakage.datamodules.named import DATASETS, victims_named
 from leakage.errors import check_count
-from leakage.plots_benchmarks import plot_parts
-from leakage.strategy import VictimParallel
+from leakage.inversion.strategy import VictimParallel
 
 # Two images nearer than this are the same one.
 AGREE = 1e-3

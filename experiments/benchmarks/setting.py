@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from leakage.compare import check_output
+from leakage.comparison.attacks import check_output
 from leakage.datamodules.images import ImageVictims, LabelledImages
+from leakage.files.text import write_json
 from leakage.models import NETWORKS
-from leakage.overview import write_json
 from leakage.plots import save_figure
 
 CLASSES = 10

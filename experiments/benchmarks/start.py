@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmark_plots import plot_parts
 from setting import check_file, describe_machine, show_machine, write_result  # beside this script
 
 from leakage.errors import check_count
-from leakage.plots_benchmarks import plot_parts
 
 MARK = "the moment is "
 TELL = f"import sys, time; print('{MARK}', repr(time.time()), sep='', flush=True)"

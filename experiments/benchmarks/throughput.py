@@ -10,7 +10,7 @@ evaluations: the time of a step is from the start of one training step to that o
 warm-up, so that L-BFGS, Lightning and Python are in it. The objective's share of it is measured in the same steps.
 
 Peak memory is that of the tensors: on a GPU `torch.cuda.max_memory_allocated` of the same run; on a CPU the bytes of
-all tensors alive at once (`leakage.attacks.lanes.peak_memory`), counted in a run of its own, as counting takes time.
+all tensors alive at once (`leakage.inversion.memory.peak_memory`), counted in a run of its own, as counting takes time.
 That is exact and the same each time; what libraries take for themselves is not in it, and the history of L-BFGS, which
 grows with the evaluations, is only begun: what a full one takes is in the file as well. Lanes that the limits of time
 and memory do not leave room for are listed as skipped. Ratios compare lanes within one run.
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_plots import plot_over_lanes
 from lightning import Callback
 from setting import (  # beside this script
     RandomVictims,
@@ -43,11 +44,10 @@ from setting import (  # beside this script
 )
 
 from leakage.attacks import IDLGAttack
-from leakage.attacks.lanes import free_memory, is_out_of_memory, peak_memory
-from leakage.cli import quiet
+from leakage.cli.main import quiet
 from leakage.errors import check_choice, check_count, check_positive
+from leakage.inversion.memory import free_memory, is_out_of_memory, peak_memory
 from leakage.models import NETWORKS
-from leakage.plots_benchmarks import plot_over_lanes
 
 CELLS = (
     "lenet/own/28/1",

@@ -28,16 +28,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from leakage.cli import quiet
-from leakage.compare import align, check_output
+from leakage.cli.main import quiet
+from leakage.comparison.attacks import align, check_output
+from leakage.comparison.condensations import METHODS, accuracy_cells, read_accuracy_row
 from leakage.condensation import SiameseAugmentation, SyntheticSet, evaluate, random_images
-from leakage.condense import METHODS, accuracy_cells, read_accuracy_row
 from leakage.datamodules import LabelledDataModule
 from leakage.datamodules.images import digest
 from leakage.datamodules.named import LABELLED_DATASETS, images_named
 from leakage.errors import check_count
+from leakage.files.text import write_json
 from leakage.models import NETWORKS
-from leakage.overview import write_json
 from leakage.plots import save_figure
 
 FILES = ("summary.json", "accuracy.png")

@@ -22,10 +22,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from leakage.cli import quiet
-from leakage.compare import check_output, holds_results
+from leakage.cli.main import quiet
+from leakage.comparison.attacks import check_output, holds_results
+from leakage.comparison.condensations import FILES, METHODS, MOMENTS, condense, format_table
 from leakage.condensation import SiameseAugmentation
-from leakage.condense import FILES, METHODS, MOMENTS, condense, format_table
 from leakage.datamodules.named import LABELLED_DATASETS, images_named
 
 # Test accuracy in % with 1, 10 and 50 images per class in table 2 of DC and table 1 of DSA.

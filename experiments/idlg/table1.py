@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack, RGAPAttack
-from leakage.attacks.processes import is_first_process
-from leakage.cli import quiet
-from leakage.compare import FILES, check_output, compare, format_table, holds_results
+from leakage.cli.main import quiet
+from leakage.comparison.attacks import FILES, check_output, compare, format_table, holds_results
 from leakage.datamodules.images import ImageVictims
 from leakage.datamodules.named import DATASETS, victims_named
 from leakage.errors import check_count
+from leakage.inversion.processes import is_first_process
 
 METHODS: dict[str, Callable[..., GradientMatchingAttack]] = {
     "dlg": DLGAttack,

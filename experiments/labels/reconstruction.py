@@ -10,8 +10,8 @@ Each victim shares the gradient of a batch, of a freshly drawn network of its ow
     one-wrong   told to the attacker, one of them replaced by another class: what a wrong label costs.
 
 Files in the output folder: `summary.json`, a row for each kind of labels and batch size; `quality.png`, PSNR and
-success over the batch size; and a folder per batch size as of leakage.compare, with `gallery.png` (the first victims'
-images as each kind found them) and the tables of all victims. In the rows `label_accuracy` is the share of images that
+success over the batch size; and a folder per batch size as of `leakage.comparison`, with `gallery.png` (the first
+victims' images as each kind found them) and the tables of all victims. In the rows `label_accuracy` is the share of images that
 were found with their own label, `irec` the share of labels that were known, whichever image they came with.
 
 A run that was stopped, in whatever way, goes on with the same command and `--resume`, and ends with the results that it
@@ -39,20 +39,20 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
-from leakage.cli import quiet
-from leakage.compare import align, check_output, compare, holds_results
+from leakage.cli.main import quiet
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
+from leakage.comparison.attacks import align, check_output, compare, holds_results
 from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.datamodules.images import ImageVictims
 from leakage.datamodules.named import DATASETS, victims_named
 from leakage.errors import check_count
+from leakage.files.text import write_json
 from leakage.labels import RULES, check_label_rule
 from leakage.metrics import MeanOverVictims, ShareOverVictims
 from leakage.models import NETWORKS
-from leakage.overview import write_json
 from leakage.plots import save_figure
 from leakage.seeds import derive_seed
-from leakage.shared_gradient import SharedGradient
-from leakage.victim import Victim
 
 # Kinds of labels, and how they are drawn.
 KINDS = {

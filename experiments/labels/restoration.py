@@ -35,16 +35,16 @@ from restoration_options import check_together, make_parser
 from restoration_results import WRITTEN, RestorationRow, behind_best, draw_pictures, format_table, read_rows
 from torch import Tensor
 
-from leakage.cli import quiet
-from leakage.compare import check_output, holds_results, read_record
+from leakage.cli.main import quiet
+from leakage.clients.victim import Victim
+from leakage.comparison.attacks import check_output, holds_results, read_record
 from leakage.datamodules.images import digest
 from leakage.datamodules.named import images_named
 from leakage.errors import check_count
+from leakage.files.text import write_json
 from leakage.labels import RULES, InferredLabels, check_label_rule, infer_labels
 from leakage.metrics import LabelMetrics, score_labels, trivial_score
 from leakage.metrics.labels import LabelScore
-from leakage.overview import write_json
-from leakage.victim import Victim
 
 # Victims with networks of their own that are in memory at once.
 _NETWORKS_AT_ONCE = 64

@@ -17,15 +17,15 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms import Normalize
 
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.training import trained_network
+from leakage.clients.victim import Victim
 from leakage.datamodules import LabelledDataModule, draw_victims
 from leakage.datamodules.labelled import in_unit_range
 from leakage.errors import check_count
 from leakage.labels import Auxiliary, check_label_rule
 from leakage.models import NETWORKS, LeNet, draw_state
 from leakage.seeds import derive_seed
-from leakage.shared_gradient import SharedGradient
-from leakage.training import trained_network
-from leakage.victim import Victim
 
 # More parameters than this are shared by all victims, unless it is said otherwise.
 _SMALL = 2_000_000

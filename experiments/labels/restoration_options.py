@@ -6,12 +6,12 @@ import argparse
 import itertools
 from pathlib import Path
 
+from leakage.clients.shared_gradient import check_local_steps
 from leakage.datamodules.named import LABELLED_DATASETS
 from leakage.errors import check_count, check_positive
 from leakage.labels import RULES
 from leakage.models import NETWORKS
 from leakage.models.layers import ACTIVATIONS, NORMS
-from leakage.shared_gradient import check_local_steps
 
 TRAINING_IMAGES, AUXILIARY_IMAGES = 6000, 1000
 
@@ -68,7 +68,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--classes", type=int, help="spread the images over so many labels at random; for untrained networks")
     add("--epochs", nargs="+", type=int, default=[0], help="of training, 0 for none (default: 0)")
     add("--train-images", type=int, help=f"to train on (default: {TRAINING_IMAGES}, or half of them where few)")
-    add("--learning-rate", type=float, help="of the training (default: that of leakage.training)")
+    add("--learning-rate", type=float, help="of the training (default: that of leakage.clients.training)")
     add(
         "--precision",
         choices=("32-true", "bf16-mixed"),

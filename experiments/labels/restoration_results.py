@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from restoration_plots import plot_recall
 
-from leakage.compare import align
+from leakage.comparison.attacks import align
 from leakage.metrics import mean_interval
 from leakage.plots import save_figure
-from leakage.plots_labels import plot_recall
 
 # As the papers write them.
 WRITTEN = {

@@ -31,8 +31,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from leakage.cli import quiet
-from leakage.compare import check_output
+from leakage.cli.main import quiet
+from leakage.comparison.attacks import check_output
 from leakage.errors import check_count
 
 # Seconds between two lines of progress.

@@ -22,9 +22,10 @@ from torch.utils.data import TensorDataset
 
 from leakage.attacks import IDLGAttack
 from leakage.callbacks import Gallery, VictimTable
-from leakage.checkpoints import TimedCheckpoint, WholeCheckpointIO
+from leakage.callbacks.timed_checkpoint import TimedCheckpoint
 from leakage.datamodules import SampleVictims
 from leakage.datamodules.images import LabelledImages
+from leakage.files.checkpoints import WholeCheckpointIO
 
 _STEPS = 6
 _Edit = tuple[str, tuple[Any, ...], Any]

@@ -17,7 +17,7 @@ import yaml
 from fuzz_common import DEADLINE, ODD_VALUES, BrokenError, Outcome, TooSlowError, kind_of, mutated_bytes
 from hypothesis import strategies as st
 
-from leakage.cli import main
+from leakage.cli.main import main
 
 # Few steps on one victim; nothing here starts processes or waits for others.
 SOUND: dict[str, Any] = {

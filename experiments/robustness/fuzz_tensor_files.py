@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
+from leakage.clients.shared_gradient import Protocol, SharedGradient
 from leakage.condensation import SyntheticSet
-from leakage.reconstruction import Reconstruction
-from leakage.shared_gradient import Protocol, SharedGradient
+from leakage.inversion.reconstruction import Reconstruction
 
 _Header = dict[str, Any]
 _DTYPES = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F4", "C64", "I64", "I32", "I8"]

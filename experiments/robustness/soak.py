@@ -24,10 +24,10 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from soak_child import Job, run  # these lie beside this script
 from soak_scenarios import SCENARIOS, Verdict, killed
 
-from leakage.compare import check_output
+from leakage.comparison.attacks import check_output
 from leakage.datamodules.named import victims_named
 from leakage.errors import check_choice, check_count, check_positive
-from leakage.overview import write_json
+from leakage.files.text import write_json
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -21,10 +21,10 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from leakage.attacks import IDLGAttack
-from leakage.cli import quiet
-from leakage.compare import compare
+from leakage.cli.main import quiet
+from leakage.comparison.attacks import compare
 from leakage.datamodules.named import victims_named
-from leakage.strategy import VictimParallel
+from leakage.inversion.strategy import VictimParallel
 
 # Iterations between two validations, at which results so far are written.
 VALIDATED_EVERY = 50

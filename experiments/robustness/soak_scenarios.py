@@ -31,9 +31,9 @@ from soak_child import (
     unreachable_wandb,
 )
 
-from leakage.checkpoints import WholeCheckpointIO
 from leakage.datamodules.named import victims_named
-from leakage.reconstruction import Reconstruction
+from leakage.files.checkpoints import WholeCheckpointIO
+from leakage.inversion.reconstruction import Reconstruction
 
 # How runs are killed: each way once, and then drawn with these weights.
 _KINDS = {"iteration": 10, "start": 2, "checkpoint half written": 2, "file not yet replaced": 2}
@@ -327,7 +327,7 @@ def command_line(whole: Job, iterations: int) -> Verdict:
     options += ["--model.max_evaluations", whole.max_evaluations] if whole.max_evaluations is not None else []
     options += ["--data.root", whole.root] if whole.root is not None else []
     options += ["--trainer.logger", "false", "--trainer.default_root_dir", folder, "--trainer.accelerator", "cpu"]
-    command = [sys.executable, "-m", "leakage.cli", "fit", *map(str, options)]
+    command = [sys.executable, "-m", "leakage", "fit", *map(str, options)]
     _end_and_resume(
         verdict, command, folder / "victims.csv", ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
     )

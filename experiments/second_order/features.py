@@ -29,18 +29,18 @@ from reach_victims import WRITTEN, Cell, make_network, make_victims
 from restoration_options import TRAINING_IMAGES  # in experiments/labels, which reach_victims has put on the path
 from torch import Tensor
 
-from leakage.cli import quiet
-from leakage.compare import align, check_output
+from leakage.cli.main import quiet
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
+from leakage.closed_form.features import check_separable, separate_features
+from leakage.comparison.attacks import align, check_output
 from leakage.datamodules import LabelledDataModule
 from leakage.datamodules.named import LABELLED_DATASETS, images_named
-from leakage.inversion.features import check_separable, separate_features
+from leakage.files.text import write_json
 from leakage.labels.last_layer import last_layer
 from leakage.metrics import match, wilson_interval
 from leakage.models.layers import ACTIVATIONS
-from leakage.overview import write_json
 from leakage.seeds import derive_seed
-from leakage.shared_gradient import SharedGradient
-from leakage.victim import Victim
 
 # Wrong labels are told for sure where the residual grows by more than this.
 TOLD = 100.0

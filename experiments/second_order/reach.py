@@ -14,8 +14,8 @@ that can't be used in a cell are left out, and it is told why.
 
 Files in the output folder: `summary.json`, a row for each cell and method; `reach.png`, success over the number of
 equations per unknown; `noise.png`, the MSE over the noise, where there is some; and a folder per cell as of
-leakage.compare. In its `why/run.json` are measurements on some victims that `gauss_newton` failed with, and some that
-it solved: why it fails is told from them (see why.py).
+`leakage.comparison`. In its `why/run.json` are measurements on some victims that `gauss_newton` failed with, and
+some that it solved: why it fails is told from them (see why.py).
 
 A run that was stopped, in whatever way, goes on with the same command and `--resume`, and ends with the results that it
 would have had. Without `--resume` a folder that holds results is refused, so that none are lost by mistake.
@@ -38,15 +38,15 @@ from reach_victims import Cell, make_network, make_victims
 from why import FOUND, Diagnosis, diagnose, summarise
 
 from leakage.attacks.rgap import check_layers
-from leakage.cli import quiet
-from leakage.compare import Row as ComparedRow
-from leakage.compare import check_output, compare, holds_results, read_record
+from leakage.cli.main import quiet
+from leakage.comparison.attacks import Row as ComparedRow
+from leakage.comparison.attacks import check_output, compare, holds_results, read_record
 from leakage.datamodules import LabelledDataModule
 from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.datamodules.named import images_named
+from leakage.files.text import write_json
+from leakage.inversion.reconstruction import Reconstruction
 from leakage.metrics import score
-from leakage.overview import write_json
-from leakage.reconstruction import Reconstruction
 
 
 @dataclass

@@ -16,7 +16,7 @@ from leakage.datamodules.named import LABELLED_DATASETS
 from leakage.errors import check_count, check_positive
 from leakage.models import NETWORKS
 from leakage.models.layers import ACTIVATIONS, NORMS
-from leakage.optim import SOLVERS
+from leakage.solvers import SOLVERS
 
 METHODS = ("gauss_newton", "rgap", "idlg", "idlg_published")
 
@@ -61,7 +61,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         "--why", type=int, default=2, help="victims looked into, of the failed and of the solved (default: %(default)s)"
     )
     add("--train-images", type=int, help="to train on (default: 6000, or half of them where few)")
-    add("--learning-rate", type=float, help="of the training (default: that of leakage.training)")
+    add("--learning-rate", type=float, help="of the training (default: that of leakage.clients.training)")
     add("--networks", type=Path, help="folder that keeps trained networks (default: ~/.cache/leakage/networks)")
     add("--lanes", type=int, default=64, help="victims attacked at once (default: %(default)s)")
     add("--seed", type=int, default=0, help="of victims, networks, noise and starts (default: %(default)s)")

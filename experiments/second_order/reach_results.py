@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reach_plots import plot_noise, plot_reach
 from reach_victims import WRITTEN, Cell, cell_columns
 from torch import Tensor
 from why import FOUND
 
-from leakage.compare import align
+from leakage.comparison.attacks import align
 from leakage.metrics import ShareOverVictims
 from leakage.plots import save_figure
-from leakage.plots_reach import plot_noise, plot_reach
 
 METHODS_WRITTEN = {
     "gauss_newton": "Gauss-Newton", "rgap": "R-GAP", "idlg": "L-BFGS, robust", "idlg_published": "L-BFGS, published",

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import Normalize
 
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.training import trained_network
 from leakage.datamodules import LabelledDataModule, draw_victims
 from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.datamodules.images import ImageVictims, LabelledImages, digest
 from leakage.datamodules.labelled import LabelledTensors, in_unit_range
 from leakage.models import NETWORKS, LeNet, draw_state
 from leakage.seeds import derive_seed
-from leakage.shared_gradient import SharedGradient
-from leakage.training import trained_network
 
 sys.path.append(str(Path(__file__).parents[1] / "labels"))
 from restoration_clients import TorchLeNet

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 
-from leakage.optim.normal_equations import Equations, dense_jacobian
-from leakage.shared_gradient import SharedGradient
-from leakage.victim import Victim
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
+from leakage.solvers.normal_equations import Equations, dense_jacobian
 
 # An image below this MSE is found.
 FOUND = 1e-4

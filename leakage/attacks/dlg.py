@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from leakage.attacks.base import GradientMatchingAttack
-from leakage.shared_gradient import SharedGradient
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.inversion.gradient_inversion import GradientMatchingAttack
 
 
 class DLGAttack(GradientMatchingAttack):

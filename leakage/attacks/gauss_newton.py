@@ -13,12 +13,12 @@ from torch.func import vmap
 
 from leakage.attacks.idlg import IDLGAttack
 from leakage.attacks.rgap import check_layers, layers_start
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
 from leakage.errors import check_choice, check_count, check_flag, check_positive
 from leakage.labels import Auxiliary
-from leakage.optim import SOLVERS, GaussNewton, ImageSpectrum, PerVictimOptimizer
-from leakage.optim.normal_equations import dense_bytes
-from leakage.shared_gradient import SharedGradient
-from leakage.victim import Victim
+from leakage.solvers import SOLVERS, GaussNewton, ImageSpectrum, PerVictimOptimizer
+from leakage.solvers.normal_equations import dense_bytes
 
 STARTS = ("auto", "rgap", "noise")
 # Of more images the features take longer than all the rest, so "auto" does without.
@@ -36,7 +36,7 @@ class GaussNewtonAttack(IDLGAttack):
         \bigl(J^\top J + \lambda \, m \, P^{-1}\bigr) \, d = -J^\top r
 
     with J the Jacobian of r, :math:`\lambda` a damping of each victim's own, and P the covariance that images have
-    (:class:`~leakage.optim.ImageSpectrum`; :class:`~leakage.optim.GaussNewton` has the details). The objective is
+    (:class:`~leakage.solvers.ImageSpectrum`; :class:`~leakage.solvers.GaussNewton` has the details). The objective is
     :math:`\lVert r \rVert^2`, that of iDLG. One training step is one step of this kind for every victim in the lanes.
 
     Labels are those of iDLG: revealed, or inferred by ``rule``. With ``joint_labels`` the label distribution is
@@ -47,7 +47,7 @@ class GaussNewtonAttack(IDLGAttack):
     Args:
         start: ``"rgap"``: what :class:`RGAPAttack` finds, for networks that it can invert; ``"noise"``: random, as
             for all restarts; ``"auto"``: the first where it can be had, for up to 16 images.
-        solver: of the linear equations, see :class:`~leakage.optim.GaussNewton`.
+        solver: of the linear equations, see :class:`~leakage.solvers.GaussNewton`.
         joint_labels: search for the labels too.
         damping: the first :math:`\lambda`.
         max_products: products with J of one step, before ``"auto"`` forms the Jacobian.

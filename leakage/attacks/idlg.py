@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leakage.attacks.base import GradientMatchingAttack
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
 from leakage.datamodules.images import digest
 from leakage.errors import check_choice
+from leakage.inversion.gradient_inversion import GradientMatchingAttack
 from leakage.labels import RULES, Auxiliary, check_label_rule, infer_labels
-from leakage.shared_gradient import SharedGradient
-from leakage.victim import Victim
 
 # Victims whose labels are inferred together, where that may take a rule that learns.
 _INFERRED_AT_ONCE = 256

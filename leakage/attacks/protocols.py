@@ -30,7 +30,7 @@ class SearchProtocol:
             search; images lie in [0, 1], and far outside the network is so saturated that no way leads
             back.
         spectrum: whether L-BFGS begins from the power spectrum of images
-            (:class:`~leakage.optim.ImageSpectrum`).
+            (:class:`~leakage.solvers.ImageSpectrum`).
     """
 
     start_std: float

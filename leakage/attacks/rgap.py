@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from leakage.attacks.idlg import IDLGAttack
-from leakage.inversion import check_separable, find_chain, invert_layers, separate_features
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
+from leakage.closed_form import check_separable, find_chain, invert_layers, separate_features
 from leakage.labels import Auxiliary
-from leakage.shared_gradient import SharedGradient
-from leakage.victim import Victim
 
 # The layers of several images are seldom determined, and then further iterations find nothing more.
 _ITERATIONS_OF_BATCHES = 300
@@ -19,8 +19,8 @@ class RGAPAttack(IDLGAttack):
     r"""R-GAP: inverts a plain chain of convolutions and linear layers layer by layer, by linear equations alone.
 
     The gradient of the last layer gives its inputs, for a batch those of every image
-    (:func:`leakage.inversion.separate_features`); from a layer's outputs and their gradients its inputs follow as
-    the solution of linear least squares (:func:`leakage.inversion.invert_layers`), down to the images. Nothing is
+    (:func:`leakage.closed_form.separate_features`); from a layer's outputs and their gradients its inputs follow as
+    the solution of linear least squares (:func:`leakage.closed_form.invert_layers`), down to the images. Nothing is
     searched for: the objective, that of iDLG, is evaluated once.
 
     Where a layer has fewer equations than inputs, as with several images or behind ReLUs, the images are the

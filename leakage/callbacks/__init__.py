@@ -9,6 +9,7 @@ from leakage.callbacks.loggers import OfflineSafeWandbLogger
 from leakage.callbacks.progress import AttackProgressBar
 from leakage.callbacks.results import ResultsCallback
 from leakage.callbacks.table import VictimTable
+from leakage.callbacks.timed_checkpoint import TimedCheckpoint
 
 __all__ = [
     "AccuracyRow",
@@ -20,6 +21,7 @@ __all__ = [
     "ResultsCallback",
     "SyntheticEvaluation",
     "SyntheticImages",
+    "TimedCheckpoint",
     "VictimTable",
     "read_accuracies",
 ]

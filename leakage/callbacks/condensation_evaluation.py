@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from leakage.callbacks.condensation import CondensationCallback, as_condensation
 from leakage.callbacks.progress import RunProgressBar
-from leakage.checkpoints import restoring
 from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.evaluation import Evaluation, evaluate
 from leakage.condensation.gradient_matching import GradientMatchingCondensation
 from leakage.condensation.networks import check_network
 from leakage.datamodules.labelled import LabelledDataModule
 from leakage.errors import check_count
+from leakage.files.checkpoints import restoring
+from leakage.files.tensors import brief
 from leakage.plots import plot_accuracy, save_figure
-from leakage.tensor_files import brief
 
 COLUMNS = (
     "iteration",

@@ -13,15 +13,15 @@ from torch import Tensor, tensor
 
 from leakage.callbacks.loggers import log_image
 from leakage.callbacks.results import ResultsCallback, ground_truth
-from leakage.checkpoints import restoring
 from leakage.datamodules.base import GroundTruth
 from leakage.errors import check_count
+from leakage.files.checkpoints import restoring
 from leakage.metrics import score
 from leakage.plots import figure_pixels, plot_gallery, save_figure
 
 if TYPE_CHECKING:
-    from leakage.attacks.base import GradientMatchingAttack
-    from leakage.reconstruction import Reconstruction
+    from leakage.inversion.gradient_inversion import GradientMatchingAttack
+    from leakage.inversion.reconstruction import Reconstruction
 
 # Beyond this a picture can no longer be read on a screen.
 _MOST_ROWS = 24

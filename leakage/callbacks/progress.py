@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
 
-from leakage.optim import STATUS
+from leakage.solvers import STATUS
 
 if TYPE_CHECKING:
-    from leakage.attacks.base import GradientMatchingAttack
+    from leakage.inversion.gradient_inversion import GradientMatchingAttack
 
 # Seconds between two updates: a training step takes a few milliseconds, a line on the screen one.
 _PAUSE = 0.1

@@ -11,8 +11,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from leakage.checkpoints import run_folder
 from leakage.datamodules.base import GroundTruth, VictimDataModule
+from leakage.files.checkpoints import run_folder
 
 
 class ResultsCallback(Callback):

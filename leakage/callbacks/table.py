@@ -15,15 +15,15 @@ from torch import Tensor, tensor
 
 from leakage.callbacks.loggers import log_table
 from leakage.callbacks.results import ResultsCallback, ground_truth
-from leakage.checkpoints import restoring
 from leakage.datamodules.base import GroundTruth
 from leakage.errors import check_count
-from leakage.optim import STATUS
+from leakage.files.checkpoints import restoring
+from leakage.inversion.reconstruction import Reconstruction
 from leakage.plots import to_pixels
-from leakage.reconstruction import Reconstruction
+from leakage.solvers import STATUS
 
 if TYPE_CHECKING:
-    from leakage.attacks.base import GradientMatchingAttack
+    from leakage.inversion.gradient_inversion import GradientMatchingAttack
 
 COLUMNS = (
     "victim",
@@ -60,7 +60,7 @@ class VictimTable(ResultsCallback):
       own objective), ``iterations``, ``evaluations``, ``restarts`` and ``status``. Without ground
       truth the columns that need it are empty.
     - ``reconstructions/part_0000.safetensors`` and so on, each a
-      :class:`~leakage.reconstruction.Reconstruction` of at least 256 victims but for the last, in the order they
+      :class:`~leakage.inversion.Reconstruction` of at least 256 victims but for the last, in the order they
       finished.
 
     After an interrupt, or where the Trainer's limits ended the run, ``victims.csv`` ends with the victims

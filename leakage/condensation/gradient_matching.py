@@ -15,7 +15,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from leakage.checkpoints import check_checkpoint, check_like, restoring
 from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.evaluation import random_images
 from leakage.condensation.matching import match, matched_parameters, real_gradients, train_on
@@ -24,11 +23,12 @@ from leakage.condensation.protocols import condensation_protocol, schedule
 from leakage.condensation.synthetic_set import SyntheticSet
 from leakage.datamodules.labelled import ClassBatch, LabelledDataModule
 from leakage.errors import check_choice, check_count, check_positive
+from leakage.files.checkpoints import check_checkpoint, check_like, restoring
+from leakage.files.tensors import brief
 from leakage.models import draw_state
 from leakage.objectives import DISTANCES
 from leakage.plots import save_figure
 from leakage.seeds import derive_seed
-from leakage.tensor_files import brief
 
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 # What the time of a run is spent on.

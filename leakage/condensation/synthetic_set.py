@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from leakage.errors import check_count
+from leakage.files.tensors import brief, header_value, read_safetensors, write_safetensors
 from leakage.plots import to_pixels
-from leakage.tensor_files import brief, header_value, read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
     from leakage.datamodules.labelled import LabelledDataModule

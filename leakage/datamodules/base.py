@@ -13,10 +13,10 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
 from leakage.errors import check_count
-from leakage.shared_gradient import SharedGradient
-from leakage.tensor_files import brief
-from leakage.victim import Victim
+from leakage.files.tensors import brief
 
 
 @dataclass
@@ -103,7 +103,7 @@ class VictimDataModule(ConfiguredDataModule):
 
     Args:
         lanes: victims that are attacked at once at most, in each process; ``"auto"`` finds how many pay and fit into
-            the memory (:func:`leakage.attacks.lanes.choose_lanes`). What becomes of a victim does not depend on it,
+            the memory (:func:`leakage.inversion.memory.choose_lanes`). What becomes of a victim does not depend on it,
             but for rounding.
 
     Raises:

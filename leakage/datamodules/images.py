@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from leakage.clients.losses import LOSSES
+from leakage.clients.shared_gradient import SharedGradient, check_local_steps
+from leakage.clients.victim import Victim
 from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.errors import check_choice, check_count, check_flag
 from leakage.models import LeNet
-from leakage.objectives import LOSSES
 from leakage.seeds import derive_seed
-from leakage.shared_gradient import SharedGradient, check_local_steps
-from leakage.victim import Victim
 
 # Victims whose images one worker decodes at a time.
 _DECODED_AT_ONCE = 64
@@ -55,7 +55,7 @@ class ImageVictims(VictimDataModule):
             :class:`~leakage.LeNet` that fits images and classes.
         weights: ``"own"`` gives every victim a freshly drawn network, ``"shared"`` all of them
             the weights of ``model``. By default own without a ``model``, else shared.
-        loss: the clients' training loss, a key of :data:`leakage.objectives.LOSSES`.
+        loss: the clients' training loss, a key of :data:`leakage.clients.losses.LOSSES`.
         reduction: over the images of a step, ``"mean"`` or ``"sum"``.
         local_steps, learning_rate, local_batch_size: the clients' local training, see :class:`~leakage.Victim`.
         reveal_labels: tell the attacker the labels.

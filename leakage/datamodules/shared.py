@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
 from leakage.datamodules.base import VictimDataModule
 from leakage.datamodules.images import digest
-from leakage.shared_gradient import SharedGradient
-from leakage.victim import Victim
 
 
 class SharedGradientFiles(VictimDataModule):

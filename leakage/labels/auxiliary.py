@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from leakage.clients.shared_gradient import Protocol
 from leakage.labels.last_layer import LastLayer
 from leakage.seeds import derive_seed
-from leakage.shared_gradient import Protocol
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Images of noise for a network that victims share, and for each of their own.

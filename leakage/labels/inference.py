@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leakage.clients.shared_gradient import SharedGradient, check_local_steps
+from leakage.clients.victim import Victim
 from leakage.errors import check_choice, check_count
 from leakage.labels.auxiliary import Auxiliary, KnownFeatures, known_features
 from leakage.labels.calibrated import geng, llg_plus, llg_star, rlu
@@ -19,8 +21,6 @@ from leakage.labels.posterior import LabelPosterior
 from leakage.labels.separation import rlg
 from leakage.labels.simulation import draw_images, simulate
 from leakage.seeds import derive_seed
-from leakage.shared_gradient import SharedGradient, check_local_steps
-from leakage.victim import Victim
 
 # Victims with networks of their own that are looked at together; bounds the memory, not the result.
 _NETWORKS_AT_ONCE = 64

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack
 from leakage.datamodules import SampleVictims
 from leakage.datamodules.images import LabelledImages
-from leakage.reconstruction import Reconstruction
+from leakage.inversion.reconstruction import Reconstruction
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from lightning import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from leakage.clients.shared_gradient import SharedGradient
 from leakage.datamodules import SharedGradientFiles
 from leakage.datamodules.base import GroundTruth
 from leakage.models import LeNet
-from leakage.optim import STATUS
 from leakage.seeds import derive_seed
-from leakage.shared_gradient import SharedGradient
+from leakage.solvers import STATUS
 
 
 def mlp() -> nn.Module:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from leakage.attacks import IDLGAttack, engine, idlg
-from leakage.attacks import lanes as lanes_module
-from leakage.attacks.lanes import choose_lanes, is_out_of_memory, peak_memory
+from leakage.attacks import IDLGAttack, idlg
+from leakage.inversion import engine
+from leakage.inversion import memory as lanes_module
+from leakage.inversion.memory import choose_lanes, is_out_of_memory, peak_memory
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from leakage.attacks.processes import take_part
-from leakage.checkpoints import WholeCheckpointIO, part_of
-from leakage.reconstruction import Reconstruction
+from leakage.files.checkpoints import WholeCheckpointIO, part_of
+from leakage.inversion.processes import take_part
+from leakage.inversion.reconstruction import Reconstruction
 
 SCRIPT = textwrap.dedent(
     """
@@ -35,8 +35,8 @@ SCRIPT = textwrap.dedent(
     from conftest import SmallVictims, fit
     from leakage.attacks import IDLGAttack
     from leakage.callbacks import VictimTable
-    from leakage.checkpoints import WholeCheckpointIO
-    from leakage.strategy import VictimParallel
+    from leakage.files.checkpoints import WholeCheckpointIO
+    from leakage.inversion.strategy import VictimParallel
     output, processes, resume, dies = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] or None, int(sys.argv[4])
     cramped = int(sys.argv[5])
 

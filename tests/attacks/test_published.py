@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from leakage.attacks import DLGAttack
 from leakage.datamodules.base import GroundTruth
 from leakage.models import LeNet
-from leakage.optim import STATUS
 from leakage.seeds import derive_seed
+from leakage.solvers import STATUS
 
 CALLS = 4
 

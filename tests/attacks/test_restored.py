@@ -7,8 +7,9 @@ import torch
 from lightning import Trainer
 
 from leakage.attacks import IDLGAttack
-from leakage.checkpoints import TimedCheckpoint, WholeCheckpointIO
+from leakage.callbacks.timed_checkpoint import TimedCheckpoint
 from leakage.datamodules import SampleVictims
+from leakage.files.checkpoints import WholeCheckpointIO
 
 
 def run(folder: Path, steps: int, ckpt_path: Path | None = None, *, lanes: int = 2) -> None:

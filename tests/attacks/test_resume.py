@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from leakage.attacks import DLGAttack, IDLGAttack
-from leakage.reconstruction import Reconstruction
+from leakage.inversion.reconstruction import Reconstruction
 
 PROTOCOLS = ["robust", "published"]
 # More victims than lanes, so that some enter beside others; restarts while others go on.

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from leakage.datamodules.base import GroundTruth
+from leakage.inversion.reconstruction import Reconstruction
 from leakage.metrics import VictimScore, score
-from leakage.optim import STATUS
-from leakage.reconstruction import Reconstruction
+from leakage.solvers import STATUS
 
 COHORT = 4
 PASSES_PER_STEP = 5

@@ -17,9 +17,10 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 
 from leakage.attacks import IDLGAttack
 from leakage.callbacks import VictimTable
-from leakage.checkpoints import TimedCheckpoint, WholeCheckpointIO
+from leakage.callbacks.timed_checkpoint import TimedCheckpoint
 from leakage.datamodules import SampleVictims
-from leakage.reconstruction import Reconstruction
+from leakage.files.checkpoints import WholeCheckpointIO
+from leakage.inversion.reconstruction import Reconstruction
 
 NEVER = 1e6
 # An iteration at which two victims are done and the third is searched for.

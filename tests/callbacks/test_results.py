@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from leakage.callbacks import Gallery, ResultsCallback, VictimTable
-from leakage.reconstruction import Reconstruction
+from leakage.inversion.reconstruction import Reconstruction
 
 
 class FullDisk:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
-from leakage.cli import main
+from leakage.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ROOT / "experiments" / "idlg" / "sweep.yaml"

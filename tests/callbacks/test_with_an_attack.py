@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from leakage.attacks import IDLGAttack
 from leakage.callbacks import AttackProgressBar, Gallery, VictimTable, gallery
 from leakage.datamodules import SampleVictims
-from leakage.reconstruction import Reconstruction
+from leakage.inversion.reconstruction import Reconstruction
 
 
 def fit(folder: Path, *callbacks: Callback, max_steps: int = -1) -> IDLGAttack:

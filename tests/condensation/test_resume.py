@@ -10,8 +10,9 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from leakage.checkpoints import TimedCheckpoint, WholeCheckpointIO
+from leakage.callbacks.timed_checkpoint import TimedCheckpoint
 from leakage.condensation import GradientMatchingCondensation
+from leakage.files.checkpoints import WholeCheckpointIO
 
 INNER: dict[str, Any] = {"loops": (3, 2), "iterations": 2, "network_batch_size": 4}
 RUNS: dict[str, dict[str, Any]] = {

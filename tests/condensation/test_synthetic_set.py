@@ -15,8 +15,8 @@ from torchvision.datasets import ImageFolder
 
 from leakage import LeNet, Victim
 from leakage.condensation.synthetic_set import SyntheticSet
+from leakage.files.tensors import write_safetensors
 from leakage.plots import figure_pixels
-from leakage.tensor_files import write_safetensors
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 HEADER = {

@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch import nn
 
+from leakage.clients.shared_gradient import SharedGradient
 from leakage.datamodules import GroundTruth, SampleVictims, SharedGradientFiles
 from leakage.models import LeNet
-from leakage.shared_gradient import SharedGradient
 
 
 class Recorder(lightning.LightningModule):

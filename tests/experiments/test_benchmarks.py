@@ -16,7 +16,7 @@ import torch
 
 from leakage.attacks import GradientMatchingAttack, IDLGAttack
 from leakage.datamodules import SampleVictims
-from leakage.optim import lbfgs
+from leakage.solvers import lbfgs
 
 from .conftest import EXPERIMENTS, load
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.training import trained_network
+from leakage.clients.victim import Victim
 from leakage.labels import infer_labels
 from leakage.metrics import LabelMetrics, mean_interval, score_labels
 from leakage.models import MLP, NETWORKS, ConvNet
 from leakage.seeds import derive_seed
-from leakage.shared_gradient import SharedGradient
-from leakage.training import trained_network
-from leakage.victim import Victim
 
 from .conftest import EXPERIMENTS, load
 

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from leakage.clients.victim import Victim
 from leakage.datamodules import SampleVictims
 from leakage.datamodules.base import GroundTruth
 from leakage.metrics import wilson_interval
 from leakage.models import LeNet
-from leakage.victim import Victim
 
 from .conftest import EXPERIMENTS, load
 
@@ -149,7 +149,7 @@ def test_goes_on_and_refuses_to_overwrite(
     assert "Expected" in said
     assert "configuration" in said
     before = rows_of(output)
-    monkeypatch.setattr("leakage.compare._run", None)
+    monkeypatch.setattr("leakage.comparison.attacks._run", None)
     monkeypatch.setattr(reach, "diagnose", None)
     reach.main([*arguments, "--resume"])
     assert rows_of(output) == before, "taken from disk"

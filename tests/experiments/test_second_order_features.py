@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from leakage.inversion import SeparatedFeatures
+from leakage.clients.victim import Victim
+from leakage.closed_form import SeparatedFeatures
 from leakage.metrics import wilson_interval
 from leakage.models import LeNet
-from leakage.victim import Victim
 
 from .conftest import EXPERIMENTS, load
 

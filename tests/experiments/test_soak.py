@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from leakage.reconstruction import Reconstruction
+from leakage.inversion.reconstruction import Reconstruction
 
 from .conftest import EXPERIMENTS, load
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torchvision.utils import save_image
 
-from leakage.compare import FILES
-from leakage.reconstruction import Reconstruction
+from leakage.comparison.attacks import FILES
+from leakage.inversion.reconstruction import Reconstruction
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leakage.checkpoints import WholeCheckpointIO, check_checkpoint, check_like, restoring
+from leakage.files.checkpoints import WholeCheckpointIO, check_checkpoint, check_like, restoring
 
 
 @settings(max_examples=80)
@@ -134,7 +134,7 @@ def test_parts_of_other_types(path: Path, name: str, value: object) -> None:
 
 def test_no_other_process_writes_the_same_partial_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    monkeypatch.setattr("leakage.checkpoints.torch.save", lambda checkpoint, file: written.append(file.name))
+    monkeypatch.setattr("leakage.files.checkpoints.torch.save", lambda checkpoint, file: written.append(file.name))
     for process in (7, 8):
         monkeypatch.setattr(os, "getpid", lambda process=process: process)
         WholeCheckpointIO().save_checkpoint({}, path)

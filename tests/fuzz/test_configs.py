@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leakage.cli import check_config, main
+from leakage.cli.main import check_config, main
 
 
 @settings(max_examples=25)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
+from leakage.clients.shared_gradient import Protocol, SharedGradient
 from leakage.condensation import SyntheticSet
-from leakage.reconstruction import Reconstruction
-from leakage.shared_gradient import Protocol, SharedGradient
+from leakage.inversion.reconstruction import Reconstruction
 
 KINDS = ["shared", "reconstruction", "synthetic"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from leakage.clients.shared_gradient import Protocol
+from leakage.clients.victim import Victim
 from leakage.labels import Auxiliary
 from leakage.labels.last_layer import LastLayer
-from leakage.shared_gradient import Protocol
-from leakage.victim import Victim
 
 
 class Signed(nn.Module):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakage.clients.victim import Victim
 from leakage.labels import RULES, Auxiliary, infer_labels, inference
 from leakage.labels.auxiliary import KnownFeatures
 from leakage.labels.last_layer import LastLayer
-from leakage.victim import Victim
 from tests.labels.by_hand import auxiliary_images, images_and_labels, linear, network, recall, victim_of
 
 pytestmark = pytest.mark.usefixtures("quick_posterior")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from leakage.clients.victim import Victim
 from leakage.labels import NEEDS, RULES, Auxiliary, check_label_rule, infer_labels
-from leakage.victim import Victim
 from tests.labels.by_hand import auxiliary_images, images_and_labels, network, victim_of
 
 pytestmark = pytest.mark.usefixtures("hasty_posterior")

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from leakage.clients.victim import Victim
 from leakage.labels import Auxiliary, infer_labels
 from leakage.labels.from_gradients import idlg, llg, row_minimum
 from leakage.labels.separation import rlg
 from leakage.models import LeNet
-from leakage.victim import Victim
 from tests.labels.by_hand import (
     Constant,
     Signed,

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from leakage.clients.victim import Victim
 from leakage.labels import Auxiliary, auxiliary
 from leakage.labels import last_layer as module
 from leakage.labels.auxiliary import known_features, natural_noise
 from leakage.labels.last_layer import LastLayer, has_non_negative_features, last_layer
-from leakage.victim import Victim
 from tests.labels.by_hand import images_and_labels, linear, network, victim_of
 
 

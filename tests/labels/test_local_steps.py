@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from leakage.clients.victim import Victim
 from leakage.labels import Auxiliary, infer_labels
 from leakage.labels.auxiliary import known_features
 from leakage.labels.last_layer import LastLayer, last_layer
 from leakage.labels.simulation import draw_images, simulate
-from leakage.victim import Victim
 from tests.labels.by_hand import (
     Signed,
     auxiliary_images,

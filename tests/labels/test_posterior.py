@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakage.clients.victim import Victim
 from leakage.datamodules.sample import read_sheet
 from leakage.labels import Auxiliary, infer_labels
 from leakage.labels import posterior as module
 from leakage.labels.posterior import LabelPosterior, _between, _edges
-from leakage.victim import Victim
 from tests.labels.by_hand import auxiliary_images, counts_of, images_and_labels, network, recall, victim_of
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
 from leakage.labels import RULES, Auxiliary, InferredLabels, infer_labels, inference
-from leakage.shared_gradient import SharedGradient
-from leakage.victim import Victim
 from tests.labels.by_hand import auxiliary_images, images_and_labels, network, victim_of
 
 CLASSES, VICTIMS = 6, 5

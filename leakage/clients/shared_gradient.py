@@ -1,0 +1,315 @@
+"""What a client shares and an attacker sees, as plain data that travels in a safetensors file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leakage.clients.losses import LOSSES
+from leakage.errors import check_choice, check_count, check_positive
+from leakage.files.tensors import brief, header_value, read_safetensors, write_safetensors
+
+_FORMAT = "leakage.SharedGradient"
+# Values of all images behind one gradient: with more, not even one search would fit into a machine.
+_MOST_VALUES = 2**30
+# Local steps, through all of which an attack differentiates twice; federated averaging makes hundreds.
+_MOST_STEPS = 10_000
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass
+class Protocol:
+    """What the client did, as the attacker knows it.
+
+    Attributes:
+        image_shape: ``(C, H, W)``.
+        num_classes: K, the number of logits.
+        num_images: N, the images behind one gradient.
+        loss: the training loss, a key of :data:`leakage.clients.losses.LOSSES`.
+        reduction: over the images of a step, ``"mean"`` or ``"sum"``.
+        local_steps: steps of plain SGD that the client makes before it shares their average gradient;
+            with one it shares the gradient at the weights that it was given. At most 10,000, since every
+            evaluation of an attack goes through all of them.
+        learning_rate: of these steps; None with one step, where it cancels out.
+        local_batch_size: images of one step; None for all N.
+    """
+
+    image_shape: tuple[int, ...]
+    num_classes: int
+    num_images: int = 1
+    loss: str = "cross_entropy"
+    reduction: str = "mean"
+    local_steps: int = 1
+    learning_rate: float | None = None
+    local_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        self.image_shape = tuple(self.image_shape)
+        if len(self.image_shape) != 3:
+            raise ValueError(f"Expected `image_shape` (C, H, W), but got {self.image_shape}.")
+        check_count(**dict(zip("CHW", self.image_shape, strict=True)))
+        check_count(num_classes=self.num_classes, num_images=self.num_images)
+        if self.num_images * math.prod(self.image_shape) > _MOST_VALUES:
+            raise ValueError(
+                f"Expected `num_images` times `image_shape` of at most 2**30 values, but got {self.num_images} times "
+                f"{self.image_shape}."
+            )
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("reduction", self.reduction, ("mean", "sum"))
+        check_local_steps(self.num_images, self.local_steps, self.learning_rate, self.local_batch_size)
+        if self.local_batch_size == self.num_images:
+            self.local_batch_size = None  # one way to say it, so that equal protocols compare equal
+
+
+@dataclass
+class SharedGradient:
+    """The gradients of V victims, the weights they were taken at, and the protocol.
+
+    Attributes:
+        gradients: name to ``(V, *shape)``.
+        state: weights and buffers the gradients were taken at, name to ``(V, *shape)`` if every
+            victim has its own network, else to ``shape``.
+        ids: ``(V,)`` whole numbers that name the victims.
+        protocol: what the clients did.
+        own_weights: whether ``state`` carries the victims' dimension.
+        labels: ``(V, N)``, only where the attacker is told them.
+
+    Example:
+        >>> from leakage import LeNet, Victim
+        >>> victim = Victim(LeNet(), image_shape=(1, 28, 28))
+        >>> shared = victim.share(torch.rand(2, 1, 1, 28, 28), torch.tensor([[3], [8]]))
+        >>> shared.save("client.safetensors")                        # doctest: +SKIP
+        >>> SharedGradient.load("client.safetensors").protocol.loss  # doctest: +SKIP
+        'cross_entropy'
+    """
+
+    gradients: dict[str, Tensor]
+    state: dict[str, Tensor]
+    ids: Tensor
+    protocol: Protocol
+    own_weights: bool = False
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, *args: Any, **kwargs: Any) -> SharedGradient:
+        """Move to a device or a floating-point precision, as ``Tensor.to`` (ids stay on the CPU)."""
+
+        def move(tensor: Tensor) -> Tensor:
+            if tensor.is_floating_point():
+                return tensor.to(*args, **kwargs)
+            return tensor.to(torch.empty(0, device=tensor.device).to(*args, **kwargs).device)
+
+        return self._map(move, move)
+
+    def select(self, victims: Tensor) -> SharedGradient:
+        """The victims at the given indices (or of a boolean mask), in that order."""
+        selected = self._map(lambda tensor: tensor[victims.to(tensor.device)], None)
+        selected.ids = self.ids[victims.cpu()]
+        return selected
+
+    def replace(self, places: Tensor, others: SharedGradient) -> SharedGradient:
+        """The same tensors with ``others`` written over the victims at these indices; shared weights stay."""
+        pairs = [(self.gradients, others.gradients)]
+        if self.own_weights:
+            pairs.append((self.state, others.state))
+        for mine, theirs in pairs:
+            for name, tensor in mine.items():
+                tensor[places] = theirs[name].to(tensor)
+        self.ids[places.cpu()] = others.ids
+        if self.labels is not None and others.labels is not None:
+            self.labels[places] = others.labels.to(self.labels)
+        return dataclasses.replace(self)
+
+    @staticmethod
+    def cat(parts: list[SharedGradient]) -> SharedGradient:
+        """Victims of several parts after one another; shared weights are those of the first part.
+
+        Raises:
+            ValueError: the parts differ in protocol, in whose weights they hold, or in having labels.
+        """
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        for part in parts:
+            kind, expected = (
+                (shared.protocol, shared.own_weights, shared.labels is not None) for shared in (part, first)
+            )
+            if kind != expected:
+                raise ValueError(
+                    f"Expected parts of the same protocol, own weights and known labels, but got {expected} and {kind}."
+                )
+
+        def join(tensors: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+            return {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]}
+
+        labels = [part.labels for part in parts if part.labels is not None]
+        return SharedGradient(
+            gradients=join([part.gradients for part in parts]),
+            state=join([part.state for part in parts]) if first.own_weights else first.state,
+            ids=torch.cat([part.ids for part in parts]),
+            protocol=first.protocol,
+            own_weights=first.own_weights,
+            labels=torch.cat(labels) if labels else None,
+        )
+
+    def _map(self, change: Any, change_shared: Any) -> SharedGradient:
+        """Apply ``change`` to what has a victims' dimension, ``change_shared`` to shared weights."""
+        weights = change if self.own_weights else change_shared
+        return dataclasses.replace(
+            self,
+            gradients={name: change(tensor) for name, tensor in self.gradients.items()},
+            state={name: weights(tensor) for name, tensor in self.state.items()} if weights else self.state,
+            labels=None if self.labels is None else change(self.labels),
+        )
+
+    def check(self) -> None:
+        """Raise a ``ValueError`` unless shapes agree and every number is finite."""
+        if self.ids.ndim != 1 or not len(self.ids) or self.ids.dtype not in _WHOLE or bool((self.ids < 0).any()):
+            raise ValueError(
+                f"Expected `ids` as whole numbers of at least 0 and shape (V,), but got {self.ids.dtype} "
+                f"{tuple(self.ids.shape)}, {self.ids.flatten()[:5].tolist()}."
+            )
+        victims = len(self.ids)
+        if not self.gradients:
+            raise ValueError("Expected `gradients` to hold at least one tensor, but got none.")
+        for kind, tensors, leading in (
+            ("gradient", self.gradients, True),
+            ("state", self.state, self.own_weights),
+        ):
+            for name, tensor in tensors.items():
+                if leading and (tensor.ndim < 1 or len(tensor) != victims):
+                    raise ValueError(
+                        f"Expected the {kind} of {name!r} to have shape {show_shape(victims, '...')}, "
+                        f"but got {tuple(tensor.shape)}."
+                    )
+                if kind == "gradient" and tensor.dtype not in _REAL:
+                    raise ValueError(f"Expected the gradient of {name!r} in floating point, but got {tensor.dtype}.")
+                if tensor.dtype not in (*_REAL, *_WHOLE, torch.bool):
+                    raise ValueError(f"Expected the {kind} of {name!r} as real numbers, but got {tensor.dtype}.")
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    where = ""
+                    if leading:
+                        finite = torch.isfinite(tensor).reshape(victims, -1).all(1)
+                        bad = self.ids[~finite.cpu()].tolist()
+                        where = f" (victims {bad[:5]}{', ...' if len(bad) > 5 else ''})"
+                    raise ValueError(f"Expected finite numbers in the {kind} of {name!r}, but got NaN or inf{where}.")
+        if self.labels is not None:
+            expected = (victims, self.protocol.num_images)
+            if tuple(self.labels.shape) != expected:
+                raise ValueError(f"Expected `labels` of shape {expected}, but got {tuple(self.labels.shape)}.")
+            if self.labels.dtype not in _WHOLE:
+                raise ValueError(f"Expected `labels` as whole numbers, but got {self.labels.dtype}.")
+            if not bool(((self.labels >= 0) & (self.labels < self.protocol.num_classes)).all()):
+                raise ValueError(
+                    f"Expected `labels` from 0 to {self.protocol.num_classes - 1}, but got "
+                    f"{self.labels.min().item()} to {self.labels.max().item()}."
+                )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file with the protocol in its header.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        tensors = {f"gradients/{name}": tensor for name, tensor in self.gradients.items()}
+        tensors |= {f"state/{name}": tensor for name, tensor in self.state.items()}
+        tensors["ids"] = self.ids
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        header = {
+            "protocol": json.dumps(dataclasses.asdict(self.protocol)),
+            "own_weights": json.dumps(self.own_weights),
+        }
+        write_safetensors(path, _FORMAT, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SharedGradient:
+        """Read a file that :meth:`save`, or another federated-learning system, wrote.
+
+        The file holds tensors ``gradients/<name>`` of shape ``(V, *shape)``, ``state/<name>``,
+        ``ids (V,)`` and, where known, ``labels (V, N)``; its header the entries ``format``
+        (``leakage.SharedGradient``), ``version`` (``1``), ``protocol`` (JSON, the attributes of
+        :class:`Protocol`; one that has a default may be missing) and ``own_weights`` (JSON). No code of
+        the file is ever run.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a file of another kind, truncated, or with a wrong header.
+        """
+        header, tensors = read_safetensors(path, _FORMAT)
+        try:
+            protocol = Protocol(**header_value(header, "protocol"))
+            own_weights = header_value(header, "own_weights")
+            if not isinstance(own_weights, bool):
+                raise ValueError(f"Expected `own_weights` to be true or false, but got {own_weights!r}.")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Expected a protocol in the header of '{path}', but got: {brief(error)}") from error
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+        if "ids" not in tensors:
+            raise ValueError(f"Expected a tensor 'ids' in '{path}', but got {brief(sorted(tensors)[:5])}.")
+        shared = cls(
+            gradients=under("gradients/"),
+            state=under("state/"),
+            ids=tensors["ids"],
+            protocol=protocol,
+            own_weights=own_weights,
+            labels=tensors.get("labels"),
+        )
+        try:
+            shared.check()
+        except ValueError as error:
+            raise ValueError(f"Expected a sound shared gradient in '{path}', but got: {brief(error)}") from error
+        return shared
+
+
+def check_local_steps(
+    num_images: int, local_steps: int, learning_rate: float | None, local_batch_size: int | None
+) -> None:
+    """Raise a ``ValueError`` unless a client can make such steps, using every image equally often."""
+    check_count(num_images=num_images, local_steps=local_steps)
+    if local_steps > _MOST_STEPS:
+        raise ValueError(
+            f"Expected `local_steps` of at most {_MOST_STEPS}, all of which an attack simulates at each of its "
+            f"evaluations, but got {local_steps}."
+        )
+    if local_batch_size is not None:
+        check_count(local_batch_size=local_batch_size)
+        if num_images % local_batch_size:
+            raise ValueError(
+                f"Expected `local_batch_size` to divide `num_images` = {num_images}, so that every image is used "
+                f"equally often, but got {local_batch_size}. Choose a divisor of {num_images}, or None for all at once."
+            )
+        steps = num_images // local_batch_size
+        if local_steps % steps:
+            raise ValueError(
+                f"Expected `local_steps` to be a multiple of {steps} = `num_images` / `local_batch_size`, so that "
+                f"every image is used equally often, but got {local_steps}."
+            )
+    if local_steps > 1:
+        if learning_rate is None:
+            raise ValueError(f"Expected a `learning_rate` for {local_steps} local steps, but got None.")
+        check_positive(learning_rate=learning_rate)
+    elif learning_rate is not None:
+        raise ValueError(
+            f"Expected no `learning_rate` with one local step, where it cancels out, but got {learning_rate!r}. "
+            "Leave it out, or set `local_steps`."
+        )
+
+
+def show_shape(*sizes: int | str) -> str:
+    """A shape with letters for what is free, as in ``(V, 1, 28, 28)``."""
+    return f"({', '.join(str(size) for size in sizes)}{',' if len(sizes) == 1 else ''})"

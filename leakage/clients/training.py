@@ -1,0 +1,411 @@
+"""Networks after a few epochs of training: what a client's network is later in federated learning."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import Normalize
+
+from leakage.callbacks.progress import RunProgressBar
+from leakage.condensation.networks import check_network
+from leakage.datamodules import LabelledDataModule
+from leakage.datamodules.images import digest
+from leakage.datamodules.labelled import in_unit_range
+from leakage.errors import check_choice, check_count, check_positive
+from leakage.files.checkpoints import WholeCheckpointIO
+from leakage.files.text import write_json
+from leakage.models import draw_state
+from leakage.seeds import derive_seed
+
+_MOMENTUM, _WEIGHT_DECAY = 0.9, 5e-4
+_PRECISIONS = ("32-true", "bf16-mixed")
+# Seconds after which a checkpoint is kept whatever the epoch.
+_KEPT_AFTER = 600.0
+# Test images at a time; many more are slower on the CPU, whose caches don't hold them.
+_TESTED_AT_ONCE = 16
+
+
+@dataclass
+class TrainedNetwork:
+    """A network after some epochs of training.
+
+    Attributes:
+        model: in evaluation mode, on the CPU, float32; images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``. What
+            normalises the images is its first part.
+        epochs: how often it has seen each of its images.
+        seen: ``(M,)`` int64, ascending, the indices in ``data.train`` of the images it was trained on (for 0 epochs
+            would be).
+        accuracy: share of the test images that it labels correctly, 0 to 1.
+        train_accuracy: the same of its training images, during the last epoch; NaN for 0 epochs.
+    """
+
+    model: nn.Module
+    epochs: int
+    seen: Tensor
+    accuracy: float
+    train_accuracy: float
+
+
+@contextlib.contextmanager
+def _world_of_its_own() -> Iterator[None]:
+    """Whoever calls, be it under ``no_grad``: train, and leave torch's random state as it was."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        warnings.catch_warnings(),
+    ):
+        # The images are in memory: workers would only copy them.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        yield
+
+
+@_world_of_its_own()
+def trained_network(
+    model: nn.Module,
+    data: LabelledDataModule,
+    *,
+    epochs: int,
+    num_images: int | None = None,
+    learning_rate: float = 0.01,
+    batch_size: int = 64,
+    seed: int = 0,
+    precision: str = "32-true",
+    root: str | os.PathLike[str] | None = None,
+    accelerator: str = "auto",
+    logger: Logger | bool = False,
+    progress: bool = True,
+) -> TrainedNetwork:
+    """Train a network, or read it from the cache: plain SGD on the cross-entropy, no augmentation.
+
+    Momentum 0.9, weight decay 5e-4, the same rate in all epochs. The first weights are those that
+    :func:`~leakage.models.draw_state` draws from ``seed``; the images of epoch e are shuffled by ``seed`` and e. So
+    the network depends on the arguments alone (on the CPU; up to rounding elsewhere), and the global random state is
+    left as it was.
+
+    Each training has a folder under ``root``, named by a hash of all that decides its result but ``epochs``: the
+    network's layers and first weights, the data, ``num_images``, ``learning_rate``, ``batch_size``, ``seed`` and
+    ``precision``. In it are checkpoints after 1, 2, 5, 10, 20, 50, … epochs, after the number that was asked for, and
+    whenever ten minutes have passed. Training goes on from the last that is not beyond ``epochs``, to the same weights
+    as without a break. Networks whose layers print alike but compute differently need a ``root`` each.
+
+    Args:
+        model: an architecture, left as it is, see :data:`leakage.models.NETWORKS`; takes normalised images.
+        data: made ready (``prepare_data``, ``setup``) if it is not yet.
+        epochs: passes over the images; 0 for the first weights.
+        num_images: train on so many of the training images, drawn by ``seed``; by default on all.
+        learning_rate: of SGD. The default serves MLP, LeNet, ConvNet, and VGG11 and ResNet18 with
+            ``norm="batch"``. LeNet with ``"relu"`` or ``"silu"``, whose first weights are large, needs a tenth of it;
+            VGG11 with ``norm="none"`` stays at chance for epochs.
+        batch_size: images in a batch at most; an epoch's batches are of one size, give or take one image.
+        seed: of weights, images and orders.
+        precision: ``"32-true"`` or ``"bf16-mixed"``, of the training; weights and test are float32.
+        root: the folder of the cache, by default ``~/.cache/leakage/networks``.
+        accelerator: as for Lightning's Trainer.
+        logger: gets ``train/loss``, ``train/accuracy`` after each epoch and ``test/accuracy`` at the end.
+        progress: show a bar.
+
+    Raises:
+        ValueError: a network that does not fit the data or can't be drawn anew, an option out of its range, more
+            ``num_images`` than there are, or a checkpoint in the cache that is broken or of another training (the
+            message says which file to delete).
+        FloatingPointError: a loss or weights that are no longer finite, with the epoch and the rate.
+        OSError: the cache can't be written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from leakage.datamodules import Sample
+        >>> from leakage.models import MLP
+        >>> with TemporaryDirectory() as root:
+        ...     trained = trained_network(MLP(), Sample(), epochs=2, num_images=100, root=root, progress=False)
+        >>> trained.model(torch.rand(5, 1, 28, 28)).shape, len(trained.seen), 0 <= trained.accuracy <= 1
+        (torch.Size([5, 10]), 100, True)
+    """
+    if not isinstance(data, LabelledDataModule):
+        raise ValueError(f"Expected `data` to be a LabelledDataModule, but got {type(data).__name__}.")
+    check_count(0, epochs=epochs, seed=seed)
+    check_count(batch_size=batch_size)
+    check_positive(learning_rate=learning_rate)
+    check_choice("precision", precision, _PRECISIONS)
+    if not hasattr(data, "test"):
+        data.prepare_data()
+        data.setup("fit")
+    seen = _choose_images(data, num_images, seed)
+    network = copy.deepcopy(model).cpu().float()
+    check_network(network, data)
+    first = draw_state(network, seed)
+    network.load_state_dict(first, strict=False)  # of tied weights only the first are drawn
+    configuration = {
+        "data": {name: value for name, value in data.configuration.items() if name not in ("batch_size", "seed")},
+        "test": digest({"images": data.test.images[::97], "labels": data.test.labels}),
+        "layers": str(network),
+        "weights": digest(first),
+        "trained": [name for name, parameter in network.named_parameters() if parameter.requires_grad],
+        "images": len(seen),
+        "learning_rate": float(learning_rate),
+        "momentum": _MOMENTUM,
+        "weight_decay": _WEIGHT_DECAY,
+        "batch_size": batch_size,
+        "seed": seed,
+        "precision": precision,
+    }
+    cache = _Cache(Path(root or "~/.cache/leakage/networks").expanduser(), type(model).__name__, configuration)
+    cache.open()
+    classifier = Classifier(
+        nn.Sequential(Normalize(data.mean, data.std), network), data.num_classes, learning_rate, seed, cache.key
+    )
+    options: dict[str, Any] = {
+        "accelerator": accelerator,
+        "devices": 1,
+        "logger": logger,
+        "enable_model_summary": False,
+        "enable_progress_bar": progress,
+    }
+    done = cache.newest(epochs)
+    if done:
+        checkpoint = cache.read(done)
+        classifier.load_state_dict(checkpoint["state_dict"])
+        classifier.on_load_checkpoint(checkpoint)
+    if done < epochs:
+        trainer = Trainer(
+            max_epochs=epochs,
+            precision=cast('Literal["32-true", "bf16-mixed"]', precision),
+            callbacks=[_CachedEpochs(cache, epochs), *([_Bar()] if progress else [])],
+            plugins=[WholeCheckpointIO()],
+            log_every_n_steps=1,
+            **options,
+        )
+        batches: DataLoader[Any] = DataLoader(
+            TensorDataset(data.train.images, data.train.labels),
+            batch_size=None,
+            sampler=_Order(seen, batch_size, seed, done),
+            generator=torch.Generator(),  # nothing is drawn, but one without advances the global one
+        )
+        trainer.fit(classifier.train(), batches, ckpt_path=cache.path(done) if done else None)
+    classifier.eval()
+    result = cache.read_result(epochs)
+    if result is None:
+        (tested,) = Trainer(**options).test(classifier, data.test_dataloader(), verbose=False)
+        result = {"accuracy": round(tested["test/accuracy"], 6), "train_accuracy": classifier.last_accuracy}
+        cache.write_result(epochs, result)
+    classifier.zero_grad(set_to_none=True)
+    return TrainedNetwork(classifier.model.cpu(), epochs, seen, **result)
+
+
+class Classifier(LightningModule):
+    """A network that learns to label images: SGD on the cross-entropy.
+
+    Args:
+        model: images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``.
+        num_classes: K.
+        learning_rate: in all epochs.
+        seed: of what the network draws, as dropout does, in each epoch anew; from torch's global random state.
+        key: of the training, by which its checkpoints are recognised.
+    """
+
+    def __init__(self, model: nn.Module, num_classes: int, learning_rate: float, seed: int, key: str) -> None:
+        super().__init__()
+        self.model = model
+        self.learning_rate = learning_rate
+        self.seed = seed
+        self.key = key
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.last_accuracy = math.nan
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with momentum and weight decay."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(trained, self.learning_rate, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
+
+    def on_train_epoch_start(self) -> None:
+        """Dropout is the same whether or not the training had a break before."""
+        torch.manual_seed(derive_seed(self.seed, self.current_epoch, "training dropout"))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        images, labels = batch
+        logits = self.model(in_unit_range(images))
+        loss = F.cross_entropy(logits, labels)
+        if not torch.isfinite(loss):
+            raise self._not_finite(f"a loss of {loss.item()}")
+        self.train_accuracy.update(logits, labels)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Look at the weights before they are kept."""
+        for name, tensor in self.model.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise self._not_finite(f"NaN or inf in {name!r}")
+        self.last_accuracy = round(float(self.train_accuracy.compute()), 6)
+        self.train_accuracy.reset()
+        self.log("train/accuracy", self.last_accuracy)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count what is labelled correctly."""
+        for images, labels in zip(*(torch.split(part, _TESTED_AT_ONCE) for part in batch), strict=True):
+            self.test_accuracy.update(self.model(images), labels)
+        self.log("test/accuracy", self.test_accuracy, on_step=False, on_epoch=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the checkpoint is of."""
+        checkpoint["leakage"] = {"module": type(self).__name__, "key": self.key, "accuracy": self.last_accuracy}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.last_accuracy = checkpoint["leakage"]["accuracy"]
+
+    def _not_finite(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"Expected finite losses and weights in training, but got {what} in epoch {self.current_epoch + 1} with "
+            f"learning_rate={self.learning_rate:g}. Lower `learning_rate`."
+        )
+
+
+class _Cache:
+    """The folder of one training."""
+
+    def __init__(self, root: Path, name: str, configuration: dict[str, Any]) -> None:
+        self.key = json.dumps(configuration, sort_keys=True)
+        self.configuration = configuration
+        self.folder = root / f"{name.lower()}_{hashlib.sha256(self.key.encode()).hexdigest()[:16]}"
+
+    def open(self) -> None:
+        """Write what the training is; where that fails, better before it than after."""
+        path = self.folder / "configuration.json"
+        if not path.is_file():
+            with _whole(path) as partial:
+                write_json(partial, self.configuration)
+
+    def path(self, epoch: int) -> Path:
+        return self.folder / f"epoch_{epoch}.ckpt"
+
+    def newest(self, limit: int) -> int:
+        """The last epoch that is there and not beyond ``limit``, 0 without any."""
+        names = [re.fullmatch(r"epoch_(\d+)\.ckpt", path.name) for path in self.folder.glob("epoch_*.ckpt")]
+        return max((int(name[1]) for name in names if name and int(name[1]) <= limit), default=0)
+
+    def read(self, epoch: int) -> dict[str, Any]:
+        path = self.path(epoch)
+        try:
+            checkpoint = WholeCheckpointIO().load_checkpoint(path)
+        except (OSError, ValueError) as error:  # which of them depends on where it is truncated
+            raise ValueError(f"{str(error).rstrip('.')}. Delete it to train anew.") from error
+        if checkpoint["leakage"].get("key") != self.key:
+            raise ValueError(
+                f"Expected a checkpoint of this training at '{path}', but got one of another. Delete it to train anew."
+            )
+        return checkpoint
+
+    def write(self, trainer: Trainer, epoch: int) -> None:
+        with _whole(self.path(epoch)) as partial:
+            trainer.save_checkpoint(partial)
+
+    def read_result(self, epoch: int) -> dict[str, float] | None:
+        """Accuracies, None where they are not there or broken."""
+        try:
+            found = json.loads((self.folder / f"epoch_{epoch}.json").read_text(encoding="utf-8"))
+            # JSON knows no NaN
+            return {name: math.nan if found[name] is None else found[name] for name in ("accuracy", "train_accuracy")}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write_result(self, epoch: int, result: dict[str, float]) -> None:
+        with _whole(self.folder / f"epoch_{epoch}.json") as partial:
+            write_json(partial, result)
+
+
+class _CachedEpochs(Checkpoint):
+    """Keeps the epochs that are likely to be asked for: all would be 90 MB each for ResNet-18."""
+
+    def __init__(self, cache: _Cache, epochs: int) -> None:
+        self.cache = cache
+        self.epochs = epochs
+        self.last = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        series = re.fullmatch("[125]0*", str(epoch)) is not None
+        if series or epoch == self.epochs or time.monotonic() - self.last >= _KEPT_AFTER:
+            self.cache.write(trainer, epoch)
+            self.last = time.monotonic()
+
+
+class _Bar(RunProgressBar):
+    unit = "batches"
+
+    def count(self, pl_module: LightningModule) -> tuple[int, int]:
+        trainer = pl_module.trainer
+        return trainer.global_step, (trainer.max_epochs or 0) * int(trainer.num_training_batches)
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        accuracy = cast("Classifier", pl_module).last_accuracy
+        metrics: dict[str, int | str | float | dict[str, float]] = {"epoch": trainer.current_epoch + 1}
+        return metrics if math.isnan(accuracy) else metrics | {"accuracy": f"{accuracy:.3f}"}
+
+
+class _Order(Sampler[Tensor]):
+    """The indices of each batch of an epoch; Lightning tells which epoch, but for the first of a run."""
+
+    def __init__(self, indices: Tensor, batch_size: int, seed: int, epoch: int) -> None:
+        self.indices = indices
+        self.batches = math.ceil(len(indices) / batch_size)
+        self.seed = seed
+        self.epoch = epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, "training order"))
+        order = self.indices[torch.randperm(len(self.indices), generator=generator)]
+        # Of one size, so that no last batch is too small for BatchNorm.
+        return iter(order.tensor_split(self.batches))
+
+
+def _choose_images(data: LabelledDataModule, num_images: int | None, seed: int) -> Tensor:
+    """Indices, ascending, of the images to train on."""
+    there = len(data.train)
+    if num_images is None:
+        return torch.arange(there)
+    check_count(num_images=num_images)
+    if num_images > there:
+        raise ValueError(
+            f"Expected `num_images` of at most {there}, the training images of {data.name!r}, but got {num_images}."
+        )
+    generator = torch.Generator().manual_seed(derive_seed(seed, 0, "training images"))
+    return torch.randperm(there, generator=generator)[:num_images].sort().values
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that then takes its place at once, whoever else writes the same."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    yield partial
+    partial.replace(path)

@@ -1,0 +1,15 @@
+"""What follows from linear equations, nearly in closed form: no gradient is matched."""
+
+from leakage.closed_form.features import SeparatedFeatures, check_separable, separate_features
+from leakage.closed_form.layer_by_layer import LayerByLayer, invert_layers
+from leakage.closed_form.stages import Chain, find_chain
+
+__all__ = [
+    "Chain",
+    "LayerByLayer",
+    "SeparatedFeatures",
+    "check_separable",
+    "find_chain",
+    "invert_layers",
+    "separate_features",
+]

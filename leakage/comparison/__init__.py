@@ -1,0 +1,1 @@
+"""Several attacks on the same victims, several ways to make a small training set."""

@@ -1,0 +1,90 @@
+"""What an attack made of each victim."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leakage.files.tensors import brief, read_safetensors, write_safetensors
+
+_FORMAT = "leakage.Reconstruction"
+
+
+@dataclass
+class Reconstruction:
+    """The images and labels that an attack recovered, with the attack's own account of each victim.
+
+    Attributes:
+        ids: ``(V,)``, the victims' numbers.
+        images: ``(V, N, C, H, W)``; the truth lies in [0, 1], the reconstruction is not clamped.
+        labels: ``(V, N)``, class indices.
+        loss: ``(V,)``, the attack's own objective at ``images``; under the robust protocol relative to
+            the squared norm of the shared gradient.
+        iterations: ``(V,)``, accepted steps, over all restarts.
+        evaluations: ``(V,)``, evaluations of the objective and its gradient, over all restarts.
+        restarts: ``(V,)``, starts after the first.
+        status: ``(V,)``, indices into :data:`leakage.solvers.STATUS`.
+    """
+
+    ids: Tensor
+    images: Tensor
+    labels: Tensor
+    loss: Tensor
+    iterations: Tensor
+    evaluations: Tensor
+    restarts: Tensor
+    status: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def select(self, victims: Tensor) -> Reconstruction:
+        """The victims at the given indices (or of a boolean mask), in that order."""
+        return Reconstruction(**{name: tensor[victims] for name, tensor in self._tensors().items()})
+
+    @staticmethod
+    def cat(parts: Iterable[Reconstruction]) -> Reconstruction:
+        """Victims of several parts after one another."""
+        tensors = [part._tensors() for part in parts]
+        return Reconstruction(**{name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file of the attributes.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        write_safetensors(path, _FORMAT, self._tensors())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Reconstruction:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a file of another kind, truncated, or with tensors that are missing or don't fit together.
+        """
+        _, tensors = read_safetensors(path, _FORMAT)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if tensors.keys() != names:
+            raise ValueError(f"Expected tensors {sorted(names)} in '{path}', but got {brief(sorted(tensors))}.")
+        shape = tuple(tensors["images"].shape)
+        if len(shape) != 5:
+            raise ValueError(f"Expected images (V, N, C, H, W) in '{path}', but got {brief(shape)}.")
+        for name, tensor in tensors.items():
+            expected = {"images": shape, "labels": shape[:2]}.get(name, shape[:1])
+            dtypes = (torch.float32, torch.float64) if name in ("images", "loss") else (torch.int64,)
+            if tuple(tensor.shape) != expected or tensor.dtype not in dtypes:
+                raise ValueError(
+                    f"Expected `{name}` of shape {expected} as {dtypes[0]} in '{path}', but got "
+                    f"{brief(tuple(tensor.shape))}, {tensor.dtype}."
+                )
+        return cls(**tensors)

@@ -1,0 +1,378 @@
+"""The layers of a chain for V victims at once: outputs, derivatives, and both along the residual of the gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+from torch.nn import functional as F
+from torchvision.transforms import Normalize
+
+from leakage.models.layers import AveragePooling
+from leakage.objectives.chain_activations import ACTIVATIONS
+
+# With fewer channels per group than this a matrix product with all patches is faster than a grouped convolution.
+_FEWEST_CHANNELS = 4
+
+
+class Step(ABC):
+    """One module for V victims. All tensors are ``(V, N, *shape)``; each method keeps what the later ones need."""
+
+    @abstractmethod
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Outputs."""
+
+    @abstractmethod
+    def backward(self, delta: Tensor) -> Tensor:
+        """The loss's derivative by the inputs from that by the outputs; not defined before and at the first layer."""
+
+    @abstractmethod
+    def tangent(self, tangent: Tensor) -> Tensor:
+        """The outputs' derivative along the residual from that of the inputs."""
+
+    @abstractmethod
+    def tangent_backward(self, tangent: Tensor) -> Tensor:
+        """The derivative along the residual of what :meth:`backward` gives, from that of what it was given."""
+
+    def distances(self) -> list[Tensor]:
+        """Squared norms ``(V,)`` of the residuals of its parameters."""
+        return []
+
+
+class _Activation(Step):
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.bend: Tensor | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs, self.slope, self.curvature = ACTIVATIONS[type(self.module)](self.module, inputs)
+        return outputs
+
+    def backward(self, delta: Tensor) -> Tensor:
+        self.delta = delta
+        return self.slope * delta
+
+    def tangent(self, tangent: Tensor) -> Tensor:
+        if self.curvature is not None:
+            self.bend = (self.curvature * tangent).mul_(self.delta)
+        return self.slope * tangent
+
+    def tangent_backward(self, tangent: Tensor) -> Tensor:
+        return self.slope * tangent if self.bend is None else torch.addcmul(self.bend, self.slope, tangent)
+
+
+class _Scaling(Step):
+    def __init__(self, module: Normalize, like: Tensor) -> None:
+        mean, std = (
+            torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in (module.mean, module.std)
+        )
+        self.mean, self.std = mean[:, None, None], std[:, None, None]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (inputs - self.mean) / self.std
+
+    def backward(self, delta: Tensor) -> Tensor:
+        return delta / self.std
+
+    def tangent(self, tangent: Tensor) -> Tensor:
+        return tangent / self.std
+
+    def tangent_backward(self, tangent: Tensor) -> Tensor:
+        return tangent / self.std
+
+
+class _Pooling(Step):
+    def __init__(self, plan: Plan) -> None:
+        pool = plan.module if isinstance(plan.module, nn.AvgPool2d) else nn.AvgPool2d(2)
+        self.size = plan.input_shape[1:]
+        sizes = pool.kernel_size, pool.stride, pool.padding
+        self.options: Any = (*sizes, pool.ceil_mode, pool.count_include_pad, pool.divisor_override)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.shape, self.inputs = inputs.shape, self._merged(inputs)
+        return self.tangent(inputs)
+
+    def backward(self, delta: Tensor) -> Tensor:
+        by_inputs: Tensor = torch.ops.aten.avg_pool2d_backward(_merge(delta), self.inputs, *self.options)
+        return _split(by_inputs, len(delta)).reshape(self.shape)
+
+    def tangent(self, tangent: Tensor) -> Tensor:
+        return _split(F.avg_pool2d(self._merged(tangent), *self.options), len(tangent))
+
+    def tangent_backward(self, tangent: Tensor) -> Tensor:
+        return self.backward(tangent)
+
+    def _merged(self, inputs: Tensor) -> Tensor:
+        return _merge(inputs.reshape(*inputs.shape[:2], -1, *self.size))
+
+
+@dataclass
+class _Parameter:
+    """A weight or bias ``(V or 1, *shape)``, the gradient that victims shared (if they did), and what it lacks."""
+
+    value: Tensor
+    shared: Tensor | None
+    residual: Tensor = dataclasses.field(init=False)
+
+
+class _Layer(Step):
+    """A layer with weights: a linear map of its inputs, in the layout that is fastest for it."""
+
+    def __init__(self, plan: Plan, weight: _Parameter, bias: _Parameter | None) -> None:
+        self.first, self.weight, self.bias = plan.first, weight, bias
+        self.parameters = [weight] if bias is None else [weight, bias]
+
+    @abstractmethod
+    def _enter(self, inputs: Tensor) -> Tensor:
+        """Inputs in the layout of the layer."""
+
+    @abstractmethod
+    def _enter_back(self, delta: Tensor) -> Tensor:
+        """The same for derivatives by the outputs."""
+
+    @abstractmethod
+    def _apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Outputs, with any weight and bias."""
+
+    @abstractmethod
+    def _transposed(self, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+        """Derivatives by the inputs, summed over pairs of derivatives by the outputs and weights."""
+
+    @abstractmethod
+    def _by_parameters(self) -> list[Tensor]:
+        """Gradients of the parameters."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.shape = inputs.shape
+        self.inputs = self._enter(inputs)
+        return self._apply(self.inputs, self.weight.value, None if self.bias is None else self.bias.value)
+
+    def backward(self, delta: Tensor) -> Tensor:
+        self.delta = self._enter_back(delta)
+        for parameter, gradient in zip(self.parameters, self._by_parameters(), strict=True):
+            parameter.residual = gradient.zero_() if parameter.shared is None else gradient.sub_(parameter.shared)
+        return delta if self.first else self._transposed((self.delta, self.weight.value)).reshape(self.shape)
+
+    def distances(self) -> list[Tensor]:
+        return [vector_norm(parameter.residual.flatten(1), dim=1).square() for parameter in self.parameters]
+
+    def tangent(self, tangent: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.residual
+        outputs = self._apply(self.inputs, self.weight.residual, bias)
+        return outputs if self.first else outputs.add_(self._apply(self._enter(tangent), self.weight.value, None))
+
+    def tangent_backward(self, tangent: Tensor) -> Tensor:
+        pairs = (self._enter_back(tangent), self.weight.value), (self.delta, self.weight.residual)
+        return self._transposed(*pairs).reshape(self.shape)
+
+
+class _Linear(_Layer):
+    """Rows ``(V, N, D)``."""
+
+    def _enter(self, inputs: Tensor) -> Tensor:
+        return inputs.flatten(2)
+
+    def _enter_back(self, delta: Tensor) -> Tensor:
+        return delta
+
+    def _apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        outputs = inputs @ _one_or_each(weight).mT
+        return outputs if bias is None else outputs.add_(bias[:, None])
+
+    def _transposed(self, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+        return _sum([delta @ _one_or_each(weight) for delta, weight in pairs])
+
+    def _by_parameters(self) -> list[Tensor]:
+        one = self.shape[1] == 1  # image: the product of a column and a row
+        by_weight = self.delta.mT * self.inputs if one else self.delta.mT @ self.inputs
+        return [by_weight, self.delta.sum(1)][: len(self.parameters)]
+
+
+class _GroupedConvolution(_Layer):
+    """Maps ``(N, V * C, H, W)``, convolved in one group per victim; in a single one where they share the weights."""
+
+    def __init__(self, plan: Plan, weight: _Parameter, bias: _Parameter | None) -> None:
+        super().__init__(plan, weight, bias)
+        module = cast(nn.Conv2d, plan.module)
+        self.geometry = module.stride, _padding(module), module.dilation
+        self.input_shape = weight.value.shape[2], *plan.input_shape[1:]
+
+    def _enter(self, inputs: Tensor) -> Tensor:
+        return _merge(inputs.reshape(*inputs.shape[:2], *self.input_shape))
+
+    def _enter_back(self, delta: Tensor) -> Tensor:
+        return _merge(delta)
+
+    def _apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        groups = len(weight)
+        bias = None if bias is None else bias.flatten()
+        maps = F.conv2d(self._in_groups(inputs, groups), weight.flatten(0, 1), bias, *self.geometry, groups)
+        return self._split(maps)
+
+    def _transposed(self, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+        parts = [self._backward(delta, weight, (True, False, False))[0] for delta, weight in pairs]
+        return self._split(_sum([part.reshape(self.inputs.shape) for part in parts]))
+
+    def _by_parameters(self) -> list[Tensor]:
+        weight = self.weight.value.expand(self.shape[0], *self.weight.value.shape[1:])
+        gradients = self._backward(self.delta, weight, (False, True, self.bias is not None))[1:]
+        shapes = [weight.shape, weight.shape[:2]][: len(self.parameters)]
+        return [gradient.reshape(shape) for gradient, shape in zip(gradients, shapes, strict=False)]
+
+    def _backward(self, delta: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> list[Tensor]:
+        """Derivatives by inputs, weight and bias, those that are wanted."""
+        groups = len(weight)
+        delta, inputs = self._in_groups(delta, groups), self._in_groups(self.inputs, groups)
+        sizes, options = [groups * weight.shape[1]], (*self.geometry, False, [0, 0], groups, wanted)
+        derivatives: list[Tensor] = torch.ops.aten.convolution_backward(
+            delta, inputs, weight.flatten(0, 1), sizes, *options
+        )
+        return derivatives
+
+    def _in_groups(self, maps: Tensor, groups: int) -> Tensor:
+        return maps.reshape(-1, maps.shape[1] * groups // self.shape[0], *maps.shape[2:])
+
+    def _split(self, maps: Tensor) -> Tensor:
+        victims, images = self.shape[:2]
+        return maps.reshape(images, victims, -1, *maps.shape[2:]).transpose(0, 1)
+
+
+class _PatchProduct(_Layer):
+    """A convolution as the matrix product with all patches of the maps, ``(N, V, C * kH * kW, patches)``."""
+
+    def __init__(self, plan: Plan, weight: _Parameter, bias: _Parameter | None) -> None:
+        super().__init__(plan, weight, bias)
+        module = cast(nn.Conv2d, plan.module)
+        self.input_shape, self.output_size = plan.input_shape, plan.output_shape[1:]
+        self.kernel, self.stride, self.padding = module.kernel_size, module.stride, _padding(module)
+        self.dilation = module.dilation
+
+    def _enter(self, inputs: Tensor) -> Tensor:
+        victims, images = inputs.shape[:2]
+        channels, *size = self.input_shape
+        height, width = (side + 2 * around for side, around in zip(size, self.padding, strict=True))
+        top, left = self.padding
+        padded = inputs.new_zeros(images, victims, channels, height, width)
+        padded[..., top : height - top, left : width - left] = inputs.reshape(
+            victims, images, *self.input_shape
+        ).transpose(0, 1)
+        *outer, row, column = padded.stride()
+        strides = row * self.dilation[0], column * self.dilation[1], row * self.stride[0], column * self.stride[1]
+        patches = padded.as_strided((*padded.shape[:3], *self.kernel, *self.output_size), (*outer, *strides))
+        return patches.reshape(images, victims, -1, self.output_size[0] * self.output_size[1])
+
+    def _enter_back(self, delta: Tensor) -> Tensor:
+        return delta.transpose(0, 1).flatten(3)
+
+    def _apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        outputs = weight.flatten(2) @ inputs
+        outputs = outputs if bias is None else outputs.add_(bias[..., None])
+        return outputs.view(*outputs.shape[:3], *self.output_size).transpose(0, 1)
+
+    def _transposed(self, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+        patches = _sum([weight.flatten(2).mT @ delta for delta, weight in pairs])
+        size = self.input_shape[1:]
+        maps = F.fold(patches.flatten(0, 1), size, self.kernel, self.dilation, self.padding, self.stride)
+        return maps.view(*patches.shape[:2], *self.input_shape).transpose(0, 1)
+
+    def _by_parameters(self) -> list[Tensor]:
+        by_weight = _over_images(self.delta @ self.inputs.mT)
+        by_weight = by_weight.view(*by_weight.shape[:2], *self.weight.value.shape[2:])
+        return [by_weight, _over_images(self.delta.sum(-1))][: len(self.parameters)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A module of the chain.
+
+    Attributes:
+        name: of the module.
+        module: any that is supported.
+        input_shape: of one image.
+        output_shape: of one image.
+        first: whether it is the first layer with weights.
+        more_inputs: channels (features for ``Linear``) that the layer before adds where that is faster.
+        more_outputs: channels that it adds itself, whose outputs are zero behind the activation.
+        idle: the bias of these.
+    """
+
+    name: str
+    module: nn.Module
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    first: bool = False
+    more_inputs: int = 0
+    more_outputs: int = 0
+    idle: float = 0.0
+
+    def step(self, state: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Step:
+        """The module with the weights of victims, ``(V or 1, *shape)``, and the gradients that they shared."""
+        module = self.module
+        if isinstance(module, Normalize):
+            return _Scaling(module, next(iter(gradients.values())))
+        if isinstance(module, nn.AvgPool2d | AveragePooling):
+            return _Pooling(self)
+        if type(module) in ACTIVATIONS:
+            return _Activation(module)
+        weight, bias = (self._parameter(which, state, gradients) for which in ("weight", "bias"))
+        weight = cast(_Parameter, weight)
+        if isinstance(module, nn.Linear):
+            return _Linear(self, weight, bias)
+        few = weight.value.shape[2] < _FEWEST_CHANNELS and weight.value.device.type == "cpu"
+        return (_GroupedConvolution if _groups_well(weight.value) and not few else _PatchProduct)(self, weight, bias)
+
+    def _parameter(self, which: str, state: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> _Parameter | None:
+        name, weight = f"{self.name}.{which}", state[f"{self.name}.weight"]
+        value, shared = state.get(name), gradients.get(name)
+        if (self.more_inputs or self.more_outputs) and weight.device.type == "cpu" and _groups_well(weight):
+            if which == "bias" and value is None and self.idle:
+                value = weight.new_zeros(weight.shape[:2])
+            more = [0, self.more_outputs]
+            if which == "weight":
+                more = [*[0, 0] * (weight.ndim - 3), 0, self.more_inputs, *more]
+            value = None if value is None else F.pad(value, more, value=self.idle if which == "bias" else 0.0)
+            shared = None if shared is None else F.pad(shared, more)
+        return None if value is None else _Parameter(value, shared)
+
+
+def _groups_well(weight: Tensor) -> bool:
+    """Whether grouped convolutions with such weights are one operation, not a loop over the groups."""
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return weight.device.type != "cpu" or (weight.dtype == torch.float32 and has_onednn)
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, int]:
+    if not isinstance(module.padding, str):
+        return cast(tuple[int, int], module.padding)
+    if module.padding == "valid":
+        return 0, 0
+    height, width = (d * (size - 1) // 2 for size, d in zip(module.kernel_size, module.dilation, strict=True))
+    return height, width
+
+
+def _merge(maps: Tensor) -> Tensor:
+    """``(V, N, C, H, W)`` to ``(N, V * C, H, W)``: no copy for what convolutions and poolings gave."""
+    return maps.transpose(0, 1).flatten(1, 2).contiguous()
+
+
+def _split(maps: Tensor, victims: int) -> Tensor:
+    return maps.reshape(len(maps), victims, -1, *maps.shape[2:]).transpose(0, 1)
+
+
+def _one_or_each(weight: Tensor) -> Tensor:
+    return weight[0] if len(weight) == 1 else weight
+
+
+def _over_images(tensor: Tensor) -> Tensor:
+    """Sum over the first dimension, without a copy for a single image."""
+    return tensor[0] if len(tensor) == 1 else tensor.sum(0)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])

@@ -1,0 +1,268 @@
+"""Damped least-squares steps from products with a Jacobian, or from the Jacobian itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+
+from leakage.solvers.spectrum import ImageSpectrum
+
+# Residuals (L, M) of some lanes, from their unknowns (L, D) and the lanes' numbers (L,); row by row independent.
+Equations = Callable[[Tensor, Tensor], Tensor]
+
+# Directions of one pass of forward mode: more of them no longer pay.
+_DIRECTIONS_AT_ONCE = 256
+# Rows of the blocks in which the symmetric product is computed: half the work of the whole one.
+_BLOCK = 256
+# Lanes that have ended leave the conjugate gradients when they are this share of them.
+_LEAVING_SHARE = 1 / 2
+# Damping of a factorisation that failed grows by this, up to this many times.
+_FIRMER, _ATTEMPTS = 10.0, 12
+# Dampings that are tried with one Jacobian until the loss falls.
+_RETRIES = 5
+# Steps with one Jacobian go on as long as each leaves at most this share of the loss.
+_CHORD_SHARE = 0.25
+
+
+@dataclass
+class Step:
+    """Steps of L lanes.
+
+    Attributes:
+        step: ``(L, D)``.
+        promised: ``(L,)``, by how much the loss falls if the residuals are as linear as their Jacobian says.
+        products: ``(L,)``, products with the Jacobian, or its columns.
+        solved: ``(L,)``, whether the linear equations hold as well as was asked for.
+        damping: ``(L,)``, that was used, relative to the mean eigenvalue.
+    """
+
+    step: Tensor
+    promised: Tensor
+    products: Tensor
+    solved: Tensor
+    damping: Tensor
+
+
+def damping_scale(equations: Equations, point: Tensor, lanes: Tensor, spectrum: ImageSpectrum | None) -> Tensor:
+    r"""About the mean eigenvalue of :math:`T^\top J^\top J T`, by one product with random signs, ``(L,)``."""
+    signs = torch.randint(0, 2, point.shape[1:], generator=torch.Generator().manual_seed(0)).to(point) * 2 - 1
+    direction = _rooted(spectrum, signs[None]).expand_as(point)
+    image: Tensor = jvp(lambda points: equations(points, lanes), (point,), (direction,))[1]
+    return image.square().sum(1) / point.shape[1]
+
+
+def conjugate_gradients(
+    equations: Equations,
+    point: Tensor,
+    lanes: Tensor,
+    damping: Tensor,
+    *,
+    forcing: Tensor,
+    max_products: int,
+    max_step: float,
+    spectrum: ImageSpectrum | None,
+) -> Step:
+    r"""Steps that nearly solve :math:`(J^\top J + \lambda P^{-1}) d = -J^\top r` without forming J.
+
+    Conjugate gradients preconditioned by P need one product with J and one with its transpose each; a lane
+    ends when the norm of what is left, in the metric of P, has fallen to its share ``forcing``.
+
+    Args:
+        equations: r.
+        point: ``(L, D)``.
+        lanes: ``(L,)``, handed on to ``equations``.
+        damping: ``(L,)``, relative to :func:`damping_scale`.
+        forcing: ``(L,)`` in (0, 1).
+        max_products: pairs of products that a lane may take; one that needs more is not ``solved``.
+        max_step: entries of the step are clamped to this.
+        spectrum: P; None is the identity.
+    """
+    given = damping
+    damping = damping * damping_scale(equations, point, lanes, spectrum)
+
+    residuals, forward, back = _products(equations, point, lanes)
+    everyone = forward
+    right = -back(residuals)
+    step, products = torch.zeros_like(point), torch.zeros_like(lanes)
+    solved = torch.zeros_like(lanes, dtype=torch.bool)
+    gone = solved.clone()  # solved, or overflowed
+    # The lanes that go on, by their place; `dual` is P^-1 of `direction`.
+    at = torch.arange(len(point), device=point.device)
+    left, preconditioned = right, _times(spectrum, right)
+    product = (left * preconditioned).sum(1)
+    first, found = product, step.clone()
+    direction, dual = preconditioned, left
+    for _ in range(max_products):
+        image = forward(direction)
+        turned = back(image) + damping[at, None] * dual
+        length = product / (direction * turned).sum(1)
+        length = torch.where(torch.isfinite(length), length, 0.0)
+        found = found + length[:, None] * direction
+        left = left - length[:, None] * turned
+        preconditioned = _times(spectrum, left)
+        fresh = (left * preconditioned).sum(1)
+        running = ~gone[at]
+        products[at] += running
+        step[at] = torch.where(running[:, None], found, step[at])
+        solved[at] |= running & (fresh <= forcing[at].square() * first[at])
+        gone[at] |= solved[at] | ~torch.isfinite(fresh)
+        again = torch.where(product > 0, fresh / product, 0.0)[:, None]
+        direction, dual, product = preconditioned + again * direction, left + again * dual, fresh
+        leaving = gone[at]
+        if bool(leaving.all()):
+            break
+        if float(leaving.float().mean()) >= _LEAVING_SHARE:
+            kept = (~leaving).nonzero().squeeze(1)
+            at = at[kept]
+            left, direction, dual, product, found = (tensor[kept] for tensor in (left, direction, dual, product, found))
+            _, forward, back = _products(equations, point[at], lanes[at])
+    step = torch.where(torch.isfinite(step), step, 0.0).clamp(-max_step, max_step)
+    image = everyone(step)
+    return Step(step, 2 * (step * right).sum(1) - image.square().sum(1), products, solved, given)
+
+
+def _products(
+    equations: Equations, point: Tensor, lanes: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Residuals at ``point``, and products with J and with its transpose there.
+
+    J d is the transpose of the linear map u -> J^T u: in reverse mode twice, what depends on the point alone is
+    computed once, not with every product as forward mode would.
+    """
+    residuals, pull = vjp(lambda points: equations(points, lanes), point)[:2]
+    push = vjp(lambda images: pull(images)[0], torch.zeros_like(residuals))[1]
+    return residuals, lambda directions: push(directions)[0], lambda images: pull(images)[0]
+
+
+def dense_jacobian(equations: Equations, point: Tensor, lane: Tensor, spectrum: ImageSpectrum | None) -> Tensor:
+    """Jacobian times T of a single lane, ``(D, M)``: transposed, in forward mode, some columns at a time.
+
+    Args:
+        equations: r.
+        point: ``(1, D)``.
+        lane: ``(1,)``.
+        spectrum: T T^T; None for the Jacobian itself.
+    """
+    size = point.shape[1]
+
+    def along(direction: Tensor) -> Tensor:
+        image: Tensor = jvp(lambda points: equations(points, lane), (point,), (direction[None],))[1][0]
+        return image
+
+    jacobian = None  # filled in place: a list to concatenate would take its memory twice
+    for first in range(0, size, _DIRECTIONS_AT_ONCE):
+        basis = torch.zeros(min(_DIRECTIONS_AT_ONCE, size - first), size, dtype=point.dtype, device=point.device)
+        basis[torch.arange(len(basis)), first + torch.arange(len(basis))] = 1
+        rows = vmap(along)(_rooted(spectrum, basis))
+        if jacobian is None:
+            jacobian = rows.new_empty(size, rows.shape[1])
+        jacobian[first : first + len(rows)] = rows
+    assert jacobian is not None
+    return jacobian
+
+
+def cholesky_steps(
+    equations: Equations,
+    point: Tensor,
+    lane: Tensor,
+    damping: Tensor,
+    *,
+    max_step: float,
+    spectrum: ImageSpectrum | None,
+    max_chords: int,
+) -> Step:
+    r"""The step of a single lane that solves its damped normal equations, by the whole Jacobian and Cholesky.
+
+    In the coordinates u = T^{-1} d the damping is that of the identity. The Jacobian is what costs. So where a
+    step does not lower the loss, it serves another one with more damping; and where it does, further steps
+    (chords) as long as each leaves a quarter of the loss or less: with residuals of their own these also mend what
+    single precision loses in :math:`J^\top J`.
+
+    Args:
+        equations: r.
+        point: ``(1, D)``.
+        lane: ``(1,)``.
+        damping: ``(1,)``, relative to the mean of the diagonal.
+        max_step: entries of the whole step are clamped to this.
+        spectrum: T T^T; None is the identity.
+        max_chords: further steps with the same Jacobian, at most.
+    """
+    jacobian = dense_jacobian(equations, point, lane, spectrum)
+    normal = _symmetric_product(jacobian)
+    residual = equations(point, lane)
+    loss = residual.square().sum()
+    right = residual @ jacobian.mT
+    for attempt in range(_RETRIES):
+        factor, damping = _factorise(normal, damping * (_FIRMER if attempt else 1))
+        step = _solved(factor, right, spectrum).clamp(-max_step, max_step)
+        fresh = equations(point + step, lane)
+        if bool(fresh.square().sum() < loss):
+            break
+    image = jvp(lambda points: equations(points, lane), (point,), (step,))[1]
+    promised = loss - (residual + image).square().sum(1)
+    for _ in range(max_chords):
+        share = fresh.square().sum() / loss
+        if not bool(share <= _CHORD_SHARE):
+            break
+        loss = share * loss
+        longer = (step + _solved(factor, fresh @ jacobian.mT, spectrum)).clamp(-max_step, max_step)
+        fresh = equations(point + longer, lane)
+        if not bool(fresh.square().sum() < loss):
+            break
+        step = longer
+    products = torch.full_like(lane, len(jacobian))
+    return Step(step, promised, products, torch.ones_like(lane, dtype=torch.bool), damping)
+
+
+def _solved(factor: Tensor, right: Tensor, spectrum: ImageSpectrum | None) -> Tensor:
+    """The step in pixels for the right-hand side ``(1, D)``."""
+    return _rooted(spectrum, -torch.cholesky_solve(right.mT, factor).mT)
+
+
+def dense_bytes(equations: int, unknowns: int, itemsize: int) -> int:
+    """Bytes of the dense step of one lane: the Jacobian, its normal equations, their factor and a copy.
+
+    The activations of :data:`_DIRECTIONS_AT_ONCE` directions come on top, as their size is not known beforehand.
+    """
+    return itemsize * unknowns * (equations + 3 * unknowns)
+
+
+def _symmetric_product(rows: Tensor) -> Tensor:
+    """The lower triangle of ``rows @ rows.mT`` in blocks; what is above it is not filled in."""
+    product = rows.new_empty(len(rows), len(rows))
+    for first in range(0, len(rows), _BLOCK):
+        last = min(first + _BLOCK, len(rows))
+        product[first:last, :last] = rows[first:last] @ rows[:last].mT
+    return product
+
+
+def _factorise(normal: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factor of the damped lower triangle, and the damping: more where rounding has left it indefinite."""
+    diagonal = normal.diagonal()
+    exact = diagonal.clone()
+    mean, tiny = exact.mean(), torch.finfo(normal.dtype).tiny
+    least = torch.finfo(normal.dtype).eps * exact.max() / mean.clamp(min=tiny)
+    factor = None
+    for _ in range(_ATTEMPTS):
+        diagonal.copy_(exact + damping * mean)  # in place: the matrix is the largest there is
+        found, failed = torch.linalg.cholesky_ex(normal)
+        if not bool(failed) and bool(torch.isfinite(found.diagonal()).all()):
+            factor = found
+            break
+        damping = torch.maximum(damping * _FIRMER, least)
+    diagonal.copy_(exact)
+    if factor is None:  # nothing but noise or infinities: the steepest descent, no longer than is safe
+        factor = torch.diag(exact.abs().sum().clamp(min=tiny).sqrt().expand(len(normal)))
+    return factor, damping
+
+
+def _times(spectrum: ImageSpectrum | None, vectors: Tensor) -> Tensor:
+    return vectors if spectrum is None else spectrum(vectors)
+
+
+def _rooted(spectrum: ImageSpectrum | None, vectors: Tensor) -> Tensor:
+    return vectors if spectrum is None else spectrum.root(vectors)

@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torchvision.models import resnet18
+
+from leakage import Victim
+from leakage.attacks import IDLGAttack
+from leakage.cli.main import main
+from leakage.comparison.attacks import FILES
+from leakage.inversion.reconstruction import Reconstruction
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(path.name for path in (ROOT / "experiments" / "idlg").glob("*.yaml") if path.name != "sweep.yaml")
+FEW = ["--model.max_evaluations", "5", "--model.restarts", "0", "--trainer.accelerator", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
+    """What is said when the arguments are refused."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    if isinstance(end.value.code, str):
+        return end.value.code
+    assert end.value.code == code
+    said = capsys.readouterr()
+    return said.err + said.out
+
+
+def test_help_tells_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "--help", code=0)
+    assert "leakage demo " in said
+    assert "leakage fit " in said
+    said = refused(capsys, "demo", "--help", code=0)
+    assert all(option in said for option in ("--output", "--victims", "--seed"))
+    said = refused(capsys, "fit", "--help", code=0)
+    assert all(option in said for option in ("--config", "--model", "--data", "--trainer.max_epochs", "--ckpt_path"))
+
+
+def test_the_start_imports_no_more_than_it_needs() -> None:
+    """Lightning itself imports a lot, through torchmetrics; what counts is what comes on top of it."""
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+import leakage
+assert not (set(sys.modules) - before) & {"lightning", "matplotlib", "scipy", "sympy", "torchmetrics", "torchvision"}
+import lightning.pytorch
+before = set(sys.modules)
+import leakage.__main__, leakage.cli.main
+more = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert not more & {"onnx", "pandas", "sklearn", "sympy", "tensorboard", "wandb"}, more
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_refuses_another_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "invalid choice: 'fti' (choose from" in refused(capsys, "fti")
+    assert "required: command" in refused(capsys)
+
+
+@pytest.mark.parametrize("attack", ["DLGAttack", "IDLGAttack", "RGAPAttack", "GaussNewtonAttack"])
+def test_fits_every_attack(attack: str) -> None:
+    main(["fit", "--model", attack, "--data", "SampleVictims", "--data.victims", "2", "--trainer.accelerator", "cpu"])
+    (table,) = Path("lightning_logs").rglob("victims.csv")
+    assert table.read_text().count("converged") == 2
+
+
+# The demo.
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["demo", "--output", "out", "--victims", "3", "--seed", "0"])
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith(("DLG  ", "iDLG  ", "Gauss-Newton  "))] == ["3"] * 3
+    for name in FILES:
+        assert (tmp_path / "out" / name).stat().st_size > 0
+        assert str(Path("out") / name) in lines
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [(row["method"], row["dataset"], row["victims"]) for row in rows] == [
+        ("dlg", "sample", 3),
+        ("idlg", "sample", 3),
+        ("gauss_newton", "sample", 3),
+    ]
+    assert rows[2]["mse_median"] < 1e-6
+    assert rows[1]["label_accuracy"] == 1.0
+    for row in rows:
+        assert row["success_rate"] == 1.0, row["method"]
+        assert row["mse_median"] < 1e-3
+    # No terminal here: no flood of the bar's updates, and no warnings.
+    assert len(said.out) < 5000
+    assert said.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--victims", "0"], "Expected `victims` to be a whole number of at least 1, but got 0"),
+        (["--victims", "1001"], "at most the 1000 images of the data set, but got 1001 * 1 = 1001"),
+        (["--victims", "many"], "invalid int value: 'many'"),
+        (["--seed", "-1"], "Expected `seed` to be a whole number of at least 0, but got -1"),
+        (["--output", "file/demo"], "Expected `output` to be a folder that can be written, but got 'file/demo'"),
+    ],
+)
+def test_demo_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    (tmp_path / "file").touch()
+    said = refused(capsys, "demo", *arguments)
+    assert message in said
+    assert "DLG, iDLG and Gauss-Newton on" not in said, "nothing was begun"
+
+
+@pytest.mark.parametrize("command", ["demo", "fit"])
+def test_an_interrupt_ends_quietly(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    import signal
+
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupt(self: IDLGAttack, batch: object, batch_idx: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("leakage.attacks.GradientMatchingAttack.training_step", interrupt)
+    data = ["--victims", "2"] if command == "demo" else ["--model", "IDLGAttack", "--data", "SampleVictims", *FEW]
+    try:
+        said = refused(capsys, command, *data, code=130)
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning has turned it off
+    assert "Interrupted." in said
+    if command == "demo":
+        assert "Partial results: none yet" in said
+    assert "Traceback" not in said
+
+
+def test_an_interrupted_demo_tells_where_the_partial_results_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import signal
+
+    handler = signal.getsignal(signal.SIGINT)
+    step = IDLGAttack.training_step
+
+    def interrupt(self: IDLGAttack, batch: object, batch_idx: int) -> None:
+        if self.iteration == 5:
+            raise KeyboardInterrupt
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(IDLGAttack, "training_step", interrupt)
+    try:
+        said = refused(capsys, "demo", "--victims", "1", code=130)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert f"Partial results: {Path('demo/dlg')}, {Path('demo/idlg')}" in said
+    assert "running" in Path("demo/idlg/victims.csv").read_text()
+
+
+# Fit.
+
+
+def test_fit_needs_no_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--model", "IDLGAttack", "--data", "SampleVictims", "--data.victims", "2", *FEW])
+    folder = tmp_path / "lightning_logs" / "version_0"
+    assert f"Results: {folder}" in capsys.readouterr().out
+    assert len((folder / "victims.csv").read_text().splitlines()) == 3
+    assert (folder / "gallery.png").stat().st_size > 0
+    assert (folder / "reconstructions" / "part_0000.safetensors").exists()
+
+
+def test_fit_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    data = ["--data.victims", "3", "--data.lanes", "2", *FEW]
+    config = str(ROOT / "experiments" / "idlg" / "sample.yaml")
+    every = "--trainer.callbacks.init_args.seconds=1e-9"
+    main(["fit", "--config", config, every, *data])
+    folder = tmp_path / "results" / "idlg_sample" / "version_0"
+    table = (folder / "victims.csv").read_text()
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] > 0
+    resumed = ["--trainer.logger.version", "0", "--ckpt_path", str(checkpoint)]
+    main(["fit", "--config", str(folder / "config.yaml"), *resumed])
+    assert (folder / "victims.csv").read_text() == table
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_are_taken(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "fit", "--config", str(ROOT / "experiments" / "idlg" / name), "--print_config", code=0)
+    config = yaml.safe_load(said)
+    assert config["model"]["class_path"] == "leakage.attacks.IDLGAttack"
+    assert config["trainer"]["logger"]["init_args"]["save_dir"] == "results"
+    assert config["trainer"]["val_check_interval"] == 50
+    callbacks = [callback["class_path"].rsplit(".", 1)[-1] for callback in config["trainer"]["callbacks"]]
+    assert callbacks == ["AttackProgressBar", "VictimTable", "Gallery", "TimedCheckpoint"]
+
+
+def test_own_gradients_of_a_resnet(tmp_path: Path) -> None:
+    """BatchNorm included: a configuration can't call `eval()`."""
+    victim = Victim(resnet18(num_classes=10).eval(), image_shape=(3, 32, 32))
+    (tmp_path / "clients").mkdir()
+    victim.share(torch.rand(1, 1, 3, 32, 32), torch.tensor([[7]])).save(tmp_path / "clients" / "a.safetensors")
+    main(["fit", "--config", str(ROOT / "experiments" / "idlg" / "own_gradients.yaml"), *FEW])
+    folder = tmp_path / "results" / "idlg_own_gradients" / "version_0"
+    assert [line.split(",")[2] for line in (folder / "victims.csv").read_text().splitlines()[1:]] == ["7"]
+    assert (folder / "gallery.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.victims", "0"], "Expected `victims` to be a whole number of at least 1, but got 0."),
+        (["--data.victims", "2000"], "at most the 1000 images of the data set"),
+        (["--model.protocol", "fast"], "Expected `protocol` to be one of ['published', 'robust'], but got 'fast'."),
+        (
+            ["--model.protocol", "published", "--model.spectrum", "true"],
+            "Expected no `spectrum` with protocol='published'",
+        ),
+        (["--data", "MNISTVictims", "--data.root", "none", "--data.download", "false"], "the train split of MNIST in"),
+    ],
+)
+def test_fit_refuses_bad_input_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    said = refused(capsys, "fit", "--model", "IDLGAttack", "--data", "SampleVictims", *arguments)
+    assert said.startswith("leakage fit: error: Expected ")
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer", "SGD"], "nrecognized arguments: --optimizer SGD"),
+        (["--lr_scheduler", "StepLR"], "nrecognized arguments: --lr_scheduler StepLR"),
+        (["--data.victims", "many"], 'Parser key "data'),
+        (
+            ["--model", "Nope"],
+            "Expected `--model` to be one of DLGAttack, GaussNewtonAttack, GradientMatchingCondensation, IDLGAttack, "
+            "RGAPAttack, or the import path",
+        ),
+        (
+            ["--data", "torch.nn.Linear"],
+            "Expected `--data` to be one of CIFAR10, CIFAR100, CIFAR100Victims, CIFAR10Victims, Fashion",
+        ),
+    ],
+)
+def test_fit_refuses_what_it_does_not_know_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    said = refused(capsys, "fit", "--model", "IDLGAttack", "--data", "SampleVictims", *arguments)
+    assert said.startswith("leakage fit: error: ")
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.max_steps", "-5"], "`max_steps` must be a non-negative integer or -1"),
+        (["--trainer.accelerator", "nonsense"], "accelerator='nonsense'"),
+        (["--trainer.default_root_dir", "file/x"], "file/x"),
+        (["--ckpt_path", "none.ckpt"], "Expected a whole checkpoint of leakage at 'none.ckpt', but got no such file"),
+        (["--ckpt_path", "empty.ckpt"], "Expected a whole checkpoint of leakage at 'empty.ckpt', but got a file"),
+        (["--ckpt_path", "file"], "Expected a whole checkpoint of leakage at 'file', but got a file that is trunc"),
+        (["--ckpt_path", "foreign.ckpt"], "at 'foreign.ckpt', but got a file of another kind"),
+        (["--ckpt_path", "code.ckpt"], "at 'code.ckpt', but got a file that is truncated or of another kind"),
+    ],
+)
+def test_fit_tells_an_error_of_others_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "file").write_text("no checkpoint")
+    (tmp_path / "empty.ckpt").touch()
+    torch.save({"state_dict": {}, "hyper_parameters": {"lr": 0.1}}, tmp_path / "foreign.ckpt")
+    torch.save(Path, tmp_path / "code.ckpt")
+    data = ["--data.victims", "1", *FEW]
+    said = refused(capsys, "fit", "--model", "IDLGAttack", "--data", "SampleVictims", *data, *arguments)
+    assert said.startswith("leakage fit: error: ")
+    assert message in said
+    assert said.count("\n") == 1
+    assert "weights_only" not in said
+
+
+def test_the_scores_are_curves_and_change_no_reconstruction(tmp_path: Path) -> None:
+    config = str(ROOT / "experiments" / "idlg" / "sample.yaml")
+    data = ["--data.victims", "2", "--model.max_evaluations", "25", "--model.restarts", "0"]
+    steps = []
+    for name, every in (("often", "10"), ("once", "1000")):
+        main(
+            ["fit", "--config", config, *data, f"--trainer.logger.name={name}", f"--trainer.val_check_interval={every}"]
+        )
+        folder = tmp_path / "results" / name / "version_0"
+        with (folder / "metrics.csv").open(newline="") as file:
+            steps.append([int(row["step"]) for row in csv.DictReader(file) if row["val/mse"]])
+    assert len(steps[0]) == 3
+    assert len(steps[1]) == 1
+    often, once = (
+        Reconstruction.load(tmp_path / "results" / name / "version_0" / "reconstructions" / "part_0000.safetensors")
+        for name in ("often", "once")
+    )
+    for name, found in vars(often).items():  # the files' bytes differ: the header's entries have no order
+        assert torch.equal(found, vars(once)[name]), name
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: IDLGAttack, batch: object, batch_idx: int) -> None:
+        raise ValueError("a fault of somebody's own model")
+
+    monkeypatch.setattr(IDLGAttack, "training_step", fail)
+    with pytest.raises(ValueError, match="somebody's own model"):
+        main(["fit", "--model", "IDLGAttack", "--data", "SampleVictims", "--data.victims", "1", *FEW])
