@@ -79,24 +79,35 @@ class ChainObjective:
         self._steps: list[Step] = []
 
     @torch.no_grad()
-    def __call__(self, shared: SharedGradient, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Squared distances, and their gradients by images and class probabilities.
+    def __call__(
+        self, shared: SharedGradient, images: Tensor, targets: Tensor, unit: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Squared distances, and their gradients by images and class probabilities.
+
+        The square of a tiny gradient underflows, so a ``unit`` u multiplies each victim's residual before that:
+        :math:`D = \sum_l \lVert u R_l \rVert^2`. If it is a power of two, all results are exactly :math:`u^2` times
+        those without, as long as these are normal numbers.
 
         Args:
             shared: gradients and weights of V victims of this network.
             images: ``(V, N, C, H, W)``, any real values, in the precision and on the device of the weights.
             targets: class probabilities ``(V, N, K)``.
+            unit: ``(V,)``, positive, in the precision and on the device of the weights; None for 1. Shared gradients
+                are brought into it once, for as long as calls give the same tensor.
 
         Returns:
             ``(V,)``, at least 0; ``(V, N, C, H, W)``; ``(V, N, K)``.
         """
-        steps = self._steps_for(shared)
+        steps = self._steps_for(shared, unit)
         learned = steps[self._first :]
         outputs = images
         for step in steps:
             outputs = step.forward(outputs)
         factor = 1 / images.shape[1] if self._protocol.reduction == "mean" else 1.0
-        delta, tangents = _LOSSES[self._protocol.loss](outputs, targets, factor)
+        # The unit multiplies the loss, so the gradients and, on the way along the residual, its derivatives.
+        delta, tangents = _LOSSES[self._protocol.loss](
+            outputs, targets, factor, 1.0 if unit is None else unit[:, None, None]
+        )
         for step in reversed(learned):
             delta = step.backward(delta)
         distances = torch.stack([distance for step in learned for distance in step.distances()]).sum(0)
@@ -107,16 +118,21 @@ class ChainObjective:
             delta = step.tangent_backward(delta)
         return distances, (2 * delta).contiguous(), 2 * by_targets
 
-    def _steps_for(self, shared: SharedGradient) -> list[Step]:
+    def _steps_for(self, shared: SharedGradient, unit: Tensor | None) -> list[Step]:
         """The network with the weights of the victims, made anew when a tensor is another or has changed."""
-        tensors = [*shared.state.values(), *shared.gradients.values()]
+        tensors = [*shared.state.values(), *shared.gradients.values(), *([] if unit is None else [unit])]
         made_from = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
         if len(made_from) != len(self._made_from) or any(
             new[0] is not old[0] or new[1] != old[1] for new, old in zip(made_from, self._made_from, strict=True)
         ):
             self._steps = []  # before there are new ones
             state = {name: tensor if shared.own_weights else tensor[None] for name, tensor in shared.state.items()}
-            self._steps = [plan.step(state, shared.gradients) for plan in self._plans]
+            gradients = shared.gradients
+            if unit is not None:
+                gradients = {
+                    name: tensor * unit.view(-1, *[1] * (tensor.ndim - 1)) for name, tensor in gradients.items()
+                }
+            self._steps = [plan.step(state, gradients) for plan in self._plans]
             self._made_from = made_from
         return self._steps
 
@@ -126,23 +142,26 @@ class ChainObjective:
 _Tangents = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, _Tangents]:
+def _cross_entropy(logits: Tensor, targets: Tensor, factor: float, unit: Tensor | float) -> tuple[Tensor, _Tangents]:
+    scale = factor * unit
     probabilities = logits.softmax(-1)
-    weighted = probabilities * (factor * targets.sum(-1, keepdim=True))
+    weighted = probabilities * (scale * targets.sum(-1, keepdim=True))
 
     def tangents(tangent: Tensor) -> tuple[Tensor, Tensor]:
         difference = tangent - (probabilities * tangent).sum(-1, keepdim=True)
-        return weighted * difference, -factor * difference
+        return weighted * difference, -scale * difference
 
-    return weighted - factor * targets, tangents
-
-
-def _mean_squared_error(logits: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, _Tangents]:
-    factor *= 2 / logits.shape[-1]
-    return factor * (logits - targets), lambda tangent: (factor * tangent, -factor * tangent)
+    return weighted - scale * targets, tangents
 
 
-_LOSSES: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, _Tangents]]] = {
+def _mean_squared_error(
+    logits: Tensor, targets: Tensor, factor: float, unit: Tensor | float
+) -> tuple[Tensor, _Tangents]:
+    scale = factor * (2 / logits.shape[-1]) * unit
+    return scale * (logits - targets), lambda tangent: (scale * tangent, -scale * tangent)
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor, float, Tensor | float], tuple[Tensor, _Tangents]]] = {
     "cross_entropy": _cross_entropy,
     "mean_squared_error": _mean_squared_error,
 }

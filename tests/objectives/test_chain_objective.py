@@ -170,6 +170,48 @@ def test_the_result_follows_changes_of_what_was_shared() -> None:
     assert not torch.allclose(other, inside)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["64", "32"])
+@pytest.mark.parametrize("own", [True, False], ids=["own", "shared"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mean_squared_error"])
+@pytest.mark.parametrize("model", [LeNet(3, 8, 5), MLP(3, 8, width=6, activation="silu"), chain(nn.Tanh())])
+def test_a_unit_that_is_a_power_of_two_scales_exactly(
+    model: nn.Module, loss: str, own: bool, dtype: torch.dtype
+) -> None:
+    victim, shared, images, targets = make(model, num_images=3, own=own, loss=loss, dtype=dtype)
+    unit = torch.tensor([2.0**20, 1.0, 2.0**-5], dtype=dtype)
+    plain = ChainObjective(victim)(shared, images, targets)
+    for part, scaled in zip(plain, ChainObjective(victim)(shared, images, targets, unit), strict=True):
+        assert torch.equal(scaled, part * unit.square().view(-1, *[1] * (part.ndim - 1)))
+
+
+def test_a_unit_keeps_tiny_gradients_from_underflowing() -> None:
+    model = LeNet(3, 8, 5)
+    with torch.no_grad():
+        model.classifier.bias[2] = 75  # other classes have probabilities of about 1e-33
+    victim, shared, images, targets = make(model, own=False, dtype=torch.float32)
+    shared = victim.share(images.sigmoid(), torch.full((3, 1), 2))
+    targets = torch.eye(5)[torch.full((3, 1), 2)]
+    assert not any(part.any() for part in ChainObjective(victim)(shared, images, targets)[:2])
+    unit = torch.full((3,), 2.0**105)
+    found = ChainObjective(victim)(shared, images, targets, unit)
+    shared, images, targets, unit = shared.to(torch.float64), images.double(), targets.double(), unit.double()
+    exact = ChainObjective(Victim(model.double(), image_shape=SHAPE))(shared, images, targets, unit)
+    assert bool((found[0] > 1e-4).all())
+    for part, expected in zip(found[:2], exact, strict=False):
+        error = (part - expected).abs().max() / expected.abs().max()
+        assert error < 1e-3, error
+
+
+def test_the_result_follows_changes_of_the_unit() -> None:
+    victim, shared, images, targets = make(LeNet(3, 8, 5))
+    objective, unit = ChainObjective(victim), torch.ones(3, dtype=torch.float64)
+    plain = objective(shared, images, targets)[0]
+    assert torch.equal(objective(shared, images, targets, unit)[0], plain)
+    unit.mul_(2)
+    assert torch.equal(objective(shared, images, targets, unit)[0], 4 * plain)
+    assert torch.equal(objective(shared, images, targets)[0], plain)
+
+
 def test_inputs_are_left_as_they_were_and_no_graph_is_built() -> None:
     victim, shared, images, targets = make(LeNet(3, 8, 5), dtype=torch.float32)
     images.requires_grad_()
