@@ -13,6 +13,20 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"Expected `{name}` to be positive and finite, but got {value!r}.")
 
 
+def check_limit(**values: float) -> None:
+    """Raise a ``ValueError`` naming the first of ``values`` that is not a number above zero; it may be infinite."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"Expected `{name}` to be positive, but got {value!r}.")
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise a ``ValueError`` naming the first of ``values`` that is not a finite number of at least zero."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"Expected `{name}` of at least 0, but got {value!r}.")
+
+
 def check_count(at_least: int = 1, /, **values: int) -> None:
     """Raise a ``ValueError`` naming the first of ``values`` that is not a whole number of at least ``at_least``."""
     for name, value in values.items():

@@ -89,7 +89,7 @@ def match(
             logits = functional_call(network, {**state, **weights}, (images,))
             return F.cross_entropy(logits, label.expand(len(images)))
 
-        return DISTANCES[distance](grad(loss)(weights), targets)
+        return DISTANCES[distance]()(grad(loss)(weights), targets)
 
     at_once = None
     if images.device.type == "cpu":

@@ -1,5 +1,24 @@
-"""What a search lowers: distances between gradients."""
+"""What a search lowers: distances between gradients and priors of images, each with a weight."""
 
-from leakage.objectives.distances import DISTANCES, Gradients, cosine_distance, row_cosine_distance, squared_distance
+from leakage.objectives.chain_objective import ChainObjective
+from leakage.objectives.distances import DISTANCES, CosineDistance, RowCosineDistance, SquaredDistance
+from leakage.objectives.priors import L2, BatchNormStatistics, TotalVariation
+from leakage.objectives.terms import ActivationPrior, Distance, Gradients, Point, Prior, Sum, Term
 
-__all__ = ["DISTANCES", "Gradients", "cosine_distance", "row_cosine_distance", "squared_distance"]
+__all__ = [
+    "DISTANCES",
+    "L2",
+    "ActivationPrior",
+    "BatchNormStatistics",
+    "ChainObjective",
+    "CosineDistance",
+    "Distance",
+    "Gradients",
+    "Point",
+    "Prior",
+    "RowCosineDistance",
+    "SquaredDistance",
+    "Sum",
+    "Term",
+    "TotalVariation",
+]

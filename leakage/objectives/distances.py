@@ -1,69 +1,162 @@
-"""Distances between gradients, and the losses of the victims that made them."""
+"""Distances between gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-Gradients = Mapping[str, Tensor]
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
+from leakage.errors import check_flag
+from leakage.objectives.chain_objective import ChainObjective
+from leakage.objectives.terms import Batched, Distance, Gradients, Point
+from leakage.pieces import State
+
+# Norms within these bounds are squared as they are: nothing overflows, and nothing that matters vanishes.
+_PLAIN_NORMS = (2.0**-20, 2.0**40)
 
 
-def squared_distance(gradients: Gradients, targets: Gradients) -> Tensor:
-    r"""Sum of squared differences over all gradients of one victim, the distance of DLG and iDLG.
+class SquaredDistance(Distance):
+    r"""Sum of squared differences over all gradients, the distance of DLG and iDLG.
 
     .. math:: D(g, g^*) = \sum_l \lVert g_l - g_l^* \rVert_2^2
 
-    Args:
-        gradients: named gradients of the dummy images, any shapes.
-        targets: named gradients that the victim shared, the same names and shapes.
+    Where the network is a plain chain of layers, :class:`~leakage.objectives.ChainObjective` evaluates it for many
+    victims at once.
 
-    Returns:
-        A scalar, at least 0.
+    Args:
+        relative: divide it by :math:`\lVert g^* \rVert_2^2` in a search, so that losses and thresholds mean the same
+            for every network. A gradient whose squared norm is below the smallest number of the precision (norms
+            below about 1e-19 in single precision, 1e-154 in double) can't be compared with: its victim is
+            ``uninformative``.
 
     Raises:
-        ValueError: the names or shapes differ.
+        ValueError: the names or shapes of two gradients differ.
+
+    References:
+        Zhu, Liu and Han, *Deep Leakage from Gradients*, NeurIPS 2019, https://arxiv.org/abs/1906.08935.
 
     Example:
-        >>> squared_distance({"w": torch.ones(2, 2)}, {"w": torch.zeros(2, 2)})
+        >>> SquaredDistance()({"w": torch.ones(2, 2)}, {"w": torch.zeros(2, 2)})
         tensor(4.)
     """
-    _check_same(gradients, targets)
-    return torch.stack([(gradients[name] - target).square().sum() for name, target in targets.items()]).sum()
+
+    def __init__(self, relative: bool = True) -> None:
+        check_flag(relative=relative)
+        self.relative = relative
+
+    def __call__(self, gradients: Gradients, shared: Gradients) -> Tensor:
+        """The sum of squares, at least 0."""
+        _check_same(gradients, shared)
+        return torch.stack([(gradients[name] - wanted).square().sum() for name, wanted in shared.items()]).sum()
+
+    def value(self, point: Point, kept: State) -> Tensor:
+        """The sum of squares in the victim's unit."""
+        if "unit" not in kept:
+            return self(point.gradients, point.shared)
+        return torch.stack([part.square().sum() for part in self._differences(point, kept)]).sum()
+
+    def residuals(self, point: Point, kept: State) -> Tensor:
+        """The differences one after another."""
+        return torch.cat([part.flatten() for part in self._differences(point, kept)])
+
+    def _differences(self, point: Point, kept: State) -> list[Tensor]:
+        found = [point.gradients[name] - wanted for name, wanted in point.shared.items()]
+        return [kept["unit"] * part for part in found] if "unit" in kept else found
+
+    def state(self, dtype: torch.dtype) -> State:
+        """``unit``, a power of two by which a very small or large gradient is brought near 1; and the scale."""
+        return {name: torch.empty(0, dtype=dtype) for name in ("unit", "scale")} if self.relative else {}
+
+    def begin(self, shared: SharedGradient) -> State:
+        """By the norms of what was shared."""
+        if not self.relative:
+            return {}
+        largest = _largest(shared.gradients)
+        plain = (largest > _PLAIN_NORMS[0]) & (largest < _PLAIN_NORMS[1]) | (largest == 0)
+        # Powers of two change no digit.
+        unit = torch.where(plain, 1.0, torch.exp2(-largest.double().log2().floor()).to(largest))
+        sums: Tensor = sum(
+            ((unit.view(-1, *[1] * (tensor.ndim - 1)) * tensor).square().flatten(1).sum(1))
+            for tensor in shared.gradients.values()
+        )  # type: ignore[assignment]
+        scale = 1 / sums
+        # A gradient of zero leaves nothing to compare with.
+        return {"unit": unit, "scale": torch.where(torch.isfinite(scale), scale, 1.0)}
+
+    def informative(self, shared: SharedGradient) -> Tensor:
+        """Whether the squared norm is a number of this precision."""
+        largest = _largest(shared.gradients)
+        return largest > torch.finfo(largest.dtype).tiny ** 0.5 if self.relative else largest > 0
+
+    def batched(self, victim: Victim) -> Batched | None:
+        """Without differentiating twice, where the network is a chain."""
+        try:
+            chain = ChainObjective(victim)
+        except ValueError:
+            return None
+        return partial(_by_chain, chain)
 
 
-def cosine_distance(gradients: Gradients, targets: Gradients) -> Tensor:
+def _by_chain(
+    chain: ChainObjective, shared: SharedGradient, kept: State, images: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return chain(shared, images, targets, unit=kept["unit"]) if "unit" in kept else chain(shared, images, targets)
+
+
+class CosineDistance(Distance):
     r"""One minus the cosine of the angle between two gradients, each taken as one long vector.
 
-    .. math:: D(g, g^*) = 1 - \frac{\langle g, g^* \rangle}{\lVert g \rVert \, \lVert g^* \rVert + 10^{-12}}
+    .. math:: D(g, g^*) = 1 - \frac{\langle g, g^* \rangle}{\lVert g \rVert \, \lVert g^* \rVert}
+        = \frac{1}{2} \left\lVert \frac{g}{\lVert g \rVert} - \frac{g^*}{\lVert g^* \rVert} \right\rVert^2
 
-    Args:
-        gradients: named gradients of the dummy images, any shapes.
-        targets: named gradients to match, the same names and shapes.
+    It is computed in the second form, which keeps its digits where the two are near: rounding leaves less than 1e-12
+    of it in single precision, where the first one cancels to 1e-7. The lengths of the gradients do not matter.
 
     Returns:
-        A scalar from 0 to 2; the lengths of the gradients do not matter.
+        From 0 to 2; 1/2 where one of the gradients is zero.
 
     Raises:
-        ValueError: the names or shapes differ.
+        ValueError: the names or shapes of two gradients differ.
 
     References:
         Geiping et al., *Inverting Gradients*, NeurIPS 2020, https://arxiv.org/abs/2003.14053.
 
     Example:
-        >>> cosine_distance({"w": torch.ones(2, 2)}, {"w": -2 * torch.ones(2, 2)})
+        >>> CosineDistance()({"w": torch.ones(2, 2)}, {"w": -2 * torch.ones(2, 2)})
         tensor(2.)
     """
-    _check_same(gradients, targets)
-    found = torch.cat([gradients[name].reshape(-1) for name in targets])
-    wanted = torch.cat([target.reshape(-1) for target in targets.values()])
-    lengths: Tensor = vector_norm(found) * vector_norm(wanted)
-    return 1 - (found * wanted).sum() / (lengths + 1e-12)  # `@` would be rounded under autocast
+
+    def __call__(self, gradients: Gradients, shared: Gradients) -> Tensor:
+        """Half the squared difference of the two directions."""
+        return self._difference(gradients, shared).square().sum() / 2
+
+    def residuals(self, point: Point, kept: State) -> Tensor:
+        """The difference of the two directions, over the root of 2."""
+        return self._difference(point.gradients, point.shared) / 2**0.5
+
+    def informative(self, shared: SharedGradient) -> Tensor:
+        """Whether it has a direction."""
+        return _largest(shared.gradients) > 0
+
+    def _difference(self, gradients: Gradients, shared: Gradients) -> Tensor:
+        _check_same(gradients, shared)
+        found = torch.cat([gradients[name].reshape(-1) for name in shared])
+        return _direction(found) - _direction(torch.cat([wanted.reshape(-1) for wanted in shared.values()]))
 
 
-def row_cosine_distance(gradients: Gradients, targets: Gradients) -> Tensor:
+def _direction(vector: Tensor) -> Tensor:
+    """Its multiple of length 1, also where squares of its entries would vanish."""
+    largest = vector.detach().abs().amax()
+    vector = vector / torch.where(largest > 0, largest, 1.0)
+    # The gradient of a norm is not defined at zero.
+    return vector / torch.where(largest > 0, vector.square().sum(), 1.0).sqrt()
+
+
+class RowCosineDistance(Distance):
     r"""One minus the cosine for the weights of each output unit, summed: the distance of dataset condensation.
 
     The gradient of a layer's weights is taken as a matrix of one row per output (unit or channel):
@@ -74,12 +167,8 @@ def row_cosine_distance(gradients: Gradients, targets: Gradients) -> Tensor:
 
     Gradients of one dimension (biases, scales of normalisation) and of none are left out.
 
-    Args:
-        gradients: named gradients of the dummy images, any shapes.
-        targets: named gradients to match, the same names and shapes.
-
     Returns:
-        A scalar from 0 to twice the number of rows.
+        From 0 to twice the number of rows.
 
     Raises:
         ValueError: the names or shapes differ, or all gradients have fewer than two dimensions.
@@ -89,20 +178,32 @@ def row_cosine_distance(gradients: Gradients, targets: Gradients) -> Tensor:
         https://arxiv.org/abs/2006.05929.
 
     Example:
-        >>> row_cosine_distance({"w": torch.eye(2), "b": torch.ones(2)}, {"w": 3 * torch.eye(2), "b": torch.zeros(2)})
+        >>> RowCosineDistance()({"w": torch.eye(2), "b": torch.ones(2)}, {"w": 3 * torch.eye(2), "b": torch.zeros(2)})
         tensor(0.00)
     """
-    _check_same(gradients, targets)
-    layers = [name for name, target in targets.items() if target.ndim > 1]
-    if not layers:
-        raise ValueError(f"Expected a gradient of at least two dimensions, but got only {sorted(targets)}.")
-    return torch.stack([_one_minus_cosines(gradients[name], targets[name]).sum() for name in layers]).sum()
+
+    def __call__(self, gradients: Gradients, shared: Gradients) -> Tensor:
+        """The sum over all rows of all layers."""
+        _check_same(gradients, shared)
+        layers = [name for name, wanted in shared.items() if wanted.ndim > 1]
+        if not layers:
+            raise ValueError(f"Expected a gradient of at least two dimensions, but got only {sorted(shared)}.")
+        return torch.stack([_one_minus_cosines(gradients[name], shared[name]).sum() for name in layers]).sum()
+
+    def informative(self, shared: SharedGradient) -> Tensor:
+        """Whether any row has a direction."""
+        return _largest(shared.gradients) > 0
 
 
 def _one_minus_cosines(gradient: Tensor, target: Tensor) -> Tensor:
     found, wanted = gradient.flatten(1), target.flatten(1)
     lengths: Tensor = vector_norm(found, dim=1) * vector_norm(wanted, dim=1)
-    return 1 - (found * wanted).sum(1) / (lengths + 1e-6)
+    return 1 - (found * wanted).sum(1) / (lengths + 1e-6)  # `@` would be rounded under autocast
+
+
+def _largest(gradients: Gradients) -> Tensor:
+    """The largest size of an entry of each victim's gradient, ``(V,)``."""
+    return torch.stack([tensor.flatten(1).abs().amax(1) for tensor in gradients.values() if tensor[0].numel()]).amax(0)
 
 
 def _check_same(gradients: Gradients, targets: Gradients) -> None:
@@ -119,8 +220,8 @@ def _check_same(gradients: Gradients, targets: Gradients) -> None:
 
 
 # What `distance` may be, for attacks and for condensation alike.
-DISTANCES: dict[str, Callable[[Gradients, Gradients], Tensor]] = {
-    "squared": squared_distance,
-    "cosine": cosine_distance,
-    "row_cosine": row_cosine_distance,
+DISTANCES: dict[str, type[Distance]] = {
+    "squared": SquaredDistance,
+    "cosine": CosineDistance,
+    "row_cosine": RowCosineDistance,
 }

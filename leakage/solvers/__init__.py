@@ -1,9 +1,28 @@
 """Solvers with one state per victim."""
 
+from leakage.solvers.adam import Adam, SignedAdam
 from leakage.solvers.gauss_newton import SOLVERS, GaussNewton
 from leakage.solvers.lbfgs import LBFGS
-from leakage.solvers.per_victim import STATUS, PerVictimOptimizer
+from leakage.solvers.no_search import NoSearch
+from leakage.solvers.per_victim import PerVictimOptimizer
 from leakage.solvers.plain_lbfgs import PlainLBFGS
+from leakage.solvers.solver import STATUS, Evaluated, Problem, Solver, running, settle
 from leakage.solvers.spectrum import ImageSpectrum
 
-__all__ = ["LBFGS", "SOLVERS", "STATUS", "GaussNewton", "ImageSpectrum", "PerVictimOptimizer", "PlainLBFGS"]
+__all__ = [
+    "LBFGS",
+    "SOLVERS",
+    "STATUS",
+    "Adam",
+    "Evaluated",
+    "GaussNewton",
+    "ImageSpectrum",
+    "NoSearch",
+    "PerVictimOptimizer",
+    "PlainLBFGS",
+    "Problem",
+    "SignedAdam",
+    "Solver",
+    "running",
+    "settle",
+]

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable
-from typing import Any
+import warnings
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from leakage.errors import check_choice, check_count, check_positive
-from leakage.solvers.normal_equations import Equations, cholesky_steps, conjugate_gradients, dense_bytes
-from leakage.solvers.per_victim import CONVERGED, DIVERGED, EXHAUSTED, STALLED, PerVictimOptimizer
+from leakage.errors import check_choice, check_count, check_flag, check_limit, check_not_negative, check_positive
+from leakage.pieces import State
+from leakage.solvers.normal_equations import cholesky_steps, conjugate_gradients, dense_bytes
+from leakage.solvers.solver import (
+    CONVERGED,
+    DIVERGED,
+    EXHAUSTED,
+    STALLED,
+    Equations,
+    Evaluated,
+    Problem,
+    Solver,
+    running,
+    settle,
+)
 from leakage.solvers.spectrum import ImageSpectrum
 
 SOLVERS = ("auto", "cholesky", "cg")
+_TOLERANCE, _TOLERANCE_OF_BATCHES = 1e-11, 1e-13
 # A step that decreases the loss by more (less) than these shares of what it promised lowers (raises) the damping.
 _BOLD, _FIRM = 0.75, 0.25
 _BOLDER, _FIRMER = 0.1, 4.0
@@ -28,10 +43,11 @@ _HOPELESS = 1e4
 _NEAR, _NEAR_SHARE = 1e3, 0.5
 
 
-class GaussNewton(PerVictimOptimizer):
+@dataclass(kw_only=True, repr=False, eq=False)
+class GaussNewton(Solver):
     r"""Levenberg-Marquardt: solves nonlinear least squares by linear ones, with a damping per victim.
 
-    The loss of each victim is :math:`\lVert r(x) \rVert^2`, and at every :meth:`step` it moves by the d of
+    The loss of each victim is :math:`\lVert r(x) \rVert^2`, and at every step it moves by the d of
 
     .. math:: \bigl(J^\top J + \lambda \, m \, P^{-1}\bigr) \, d = -J^\top r, \qquad J = \partial r / \partial x
 
@@ -42,31 +58,28 @@ class GaussNewton(PerVictimOptimizer):
 
     ``"cholesky"`` forms each victim's Jacobian (forward mode) and lets it serve further steps while they pay;
     ``"cg"`` takes products with J alone, for all victims together; ``"auto"`` begins with those and changes to
-    Cholesky for a victim whose equations need more than ``max_products``, if its Jacobian fits into ``memory``.
+    Cholesky for a victim whose equations need more than ``max_products``.
 
     Args:
-        params: parameters ``(V, ...)``, a leading victims' dimension each.
-        equations: gives the residuals r ``(L, M)`` of L lanes for their flattened parameters ``(L, D)`` and the
-            lanes' numbers ``(L,)``; differentiable twice by ``torch.func``, each row by its own lane alone. The
-            closure's loss is their squared norm. Not part of the state.
-        tolerance: a victim has converged when its loss is at most this.
-        max_evaluations: evaluations of the closure, so steps and one more, after which a victim is exhausted.
+        tolerance: a victim has converged when its loss is at most this; by default 1e-11 for one image, and 1e-13, near
+            the rounding of single precision, for several, which depend more on the last digits.
+        max_evaluations: evaluations of the objective, so steps and one more, after which a victim is exhausted.
         damping: the first :math:`\lambda`.
         max_step: no unknown changes by more than this in one step.
         solver: ``"auto"``, ``"cholesky"`` or ``"cg"``.
         max_products: products with J, and as many with its transpose, of one step of conjugate gradients.
-        reference_loss: what rounding and the exactness of the linear equations are measured by; by default each
-            victim's first loss, which says nothing where the start is near the solution.
+        reference_loss: what rounding and the exactness of the linear equations are measured by; None for each victim's
+            first loss, which says nothing where the start is near the solution. 1 is right for distances that are
+            relative to the shared gradient.
         memory: bytes that the Jacobian and the normal equations of one victim may take; the activations of some
-            hundred directions come on top.
-        spectrum: P; None is the identity. Not part of the state.
-
-    Attributes:
-        products: ``(V,)``, products with the Jacobian, or columns of it, that each victim has taken.
+            hundred directions come on top. Where they need more, ``"cg"`` is used, with a warning.
+        spectrum: P is the covariance that images have (:class:`~leakage.solvers.ImageSpectrum`), where unknowns are
+            pixels; else the identity.
+        underdetermined: go on where there are more unknowns than equations.
 
     Raises:
-        ValueError: an option out of its range, or an unknown solver; at the first step, a Jacobian that does not
-            fit into ``memory`` with ``solver="cholesky"``.
+        ValueError: an option out of its range, or an unknown solver; in ``fit``, an objective that is no sum of squares,
+            or more unknowns than equations.
 
     References:
         Levenberg, *A method for the solution of certain non-linear problems in least squares*, 1944,
@@ -75,8 +88,10 @@ class GaussNewton(PerVictimOptimizer):
         methods*, 1982, https://doi.org/10.1137/0719025.
 
     Example:
+        >>> from leakage.solvers import PerVictimOptimizer, Problem
         >>> x = torch.nn.Parameter(torch.tensor([[3.0, -1.0], [5.0, 2.0]]))
-        >>> optimizer = GaussNewton([x], equations=lambda x, lanes: x.exp() - 1, tolerance=1e-10)
+        >>> problem = Problem(equations=lambda x, lanes: x.exp() - 1, num_equations=2, num_unknowns=2)
+        >>> optimizer = PerVictimOptimizer([x], GaussNewton(tolerance=1e-10), problem)
         >>> def closure():
         ...     losses = (x.exp() - 1).square().sum(1)
         ...     x.grad = torch.autograd.grad(losses.sum(), x)[0]
@@ -88,71 +103,80 @@ class GaussNewton(PerVictimOptimizer):
                 [True, True]])
     """
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        *,
-        equations: Equations,
-        tolerance: float = 0.0,
-        max_evaluations: int = 100,
-        damping: float = 1e-2,
-        max_step: float = math.inf,
-        solver: str = "auto",
-        max_products: int = 200,
-        memory: int = 2**32,
-        reference_loss: float | None = None,
-        spectrum: ImageSpectrum | None = None,
-    ) -> None:
-        check_positive(damping=damping)
-        if not max_step > 0:
-            raise ValueError(f"Expected `max_step` to be positive, but got {max_step!r}.")
-        if not tolerance >= 0:
-            raise ValueError(f"Expected `tolerance` of at least 0, but got {tolerance!r}.")
-        check_count(max_evaluations=max_evaluations, max_products=max_products, memory=memory)
-        if reference_loss is not None:
-            check_positive(reference_loss=reference_loss)
-        check_choice("solver", solver, SOLVERS)
-        self._equations, self._spectrum = equations, spectrum
-        self._rows: int | None = None  # of the Jacobian of one victim
-        super().__init__(
-            params,
-            {
-                "tolerance": tolerance,
-                "max_evaluations": max_evaluations,
-                "damping": damping,
-                "max_step": max_step,
-                "solver": solver,
-                "max_products": max_products,
-                "memory": memory,
-                "reference_loss": reference_loss,
-            },
+    tolerance: float | None = None
+    max_evaluations: int = 60
+    damping: float = 1e-2
+    max_step: float = math.inf
+    solver: str = "auto"
+    max_products: int = 100
+    reference_loss: float | None = 1.0
+    memory: int = 2**32
+    spectrum: bool = True
+    underdetermined: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(damping=self.damping)
+        check_limit(max_step=self.max_step)
+        if self.tolerance is not None:
+            check_not_negative(tolerance=self.tolerance)
+        check_count(max_evaluations=self.max_evaluations, max_products=self.max_products, memory=self.memory)
+        if self.reference_loss is not None:
+            check_positive(reference_loss=self.reference_loss)
+        check_choice("solver", self.solver, SOLVERS)
+        check_flag(spectrum=self.spectrum, underdetermined=self.underdetermined)
+
+    def fit(self, problem: Problem) -> GaussNewton:
+        """With the tolerance for so many images, and without the Jacobian where it has no room."""
+        if problem.equations is None:
+            raise ValueError(
+                "Expected an objective that is a sum of squares for GaussNewton, such as SquaredDistance, but got one "
+                "with a term that is none."
+            )
+        if problem.num_unknowns > problem.num_equations and not self.underdetermined:
+            raise ValueError(
+                f"Expected at most as many unknowns as equations, but got {problem.num_unknowns:,} unknowns "
+                f"({problem.written}) and {problem.num_equations:,} equations (the network's parameters). Pass "
+                "underdetermined=True to go on all the same."
+            )
+        solver = self.solver
+        needed = dense_bytes(problem.num_equations, problem.num_unknowns, problem.element_size)
+        if solver != "cg" and needed > self.memory:
+            warnings.warn(
+                f"The Jacobian and normal equations of one victim need {needed:,} bytes, `memory` is "
+                f"{self.memory:,}: the attack takes products with the Jacobian alone (solver='cg').",
+                stacklevel=1,  # of this module: the command line silences those of Lightning's
+            )
+            solver = "cg"
+        tolerance = _TOLERANCE if problem.num_images == 1 else _TOLERANCE_OF_BATCHES
+        return dataclasses.replace(
+            self, solver=solver, tolerance=tolerance if self.tolerance is None else self.tolerance
         )
 
-    products = property(lambda self: self.lanes["products"])
-
-    def _fresh(self, victims: int) -> dict[str, Tensor]:
-        fresh = super()._fresh(victims)
-        like = fresh["best"]
-        return fresh | {
-            "point": like.clone(),  # the last accepted point, its loss and the first of all losses
-            "loss": fresh["best_loss"].clone(),
-            "first_loss": fresh["best_loss"].clone(),
-            "promised": fresh["best_loss"].clone(),
-            "damping": torch.full_like(fresh["best_loss"], self._options["damping"]),
-            "slow": torch.zeros_like(fresh["evaluations"]),
-            "dense": torch.full_like(fresh["status"], self._options["solver"] == "cholesky", dtype=torch.bool),
-            "products": torch.zeros_like(fresh["evaluations"]),
+    def fresh(self, like: Tensor) -> State:
+        """The last accepted point, its loss and the first of all, what the step promised, damping, slow steps."""
+        losses = like.new_full((len(like),), torch.inf)
+        count = torch.zeros(len(like), dtype=torch.long, device=like.device)
+        return {
+            "point": torch.zeros_like(like),
+            "loss": losses,
+            "first_loss": losses.clone(),
+            "promised": losses.clone(),
+            "damping": torch.full_like(losses, self.damping),
+            "slow": count,
+            "dense": torch.full_like(count, self.solver == "cholesky", dtype=torch.bool),
+            "products": count.clone(),
         }
 
-    def _move(self, point: Tensor, losses: Tensor, gradient: Tensor, finite: Tensor) -> Tensor:
-        lanes = self.lanes
-        running, new = self.running, torch.isinf(lanes["loss"])
-        self._set_status(running & new & ~finite, DIVERGED)
-        accepted = running & finite & (new | (losses < lanes["loss"]))
+    def move(self, lanes: State, at: Evaluated) -> Tensor:
+        """Accept the points or take them back, and step from there."""
+        point, losses, gradient, finite = at.point, at.losses, at.gradient, at.finite
+        searching, new = running(lanes), torch.isinf(lanes["loss"])
+        settle(lanes, searching & new & ~finite, DIVERGED)
+        accepted = searching & finite & (new | (losses < lanes["loss"]))
         ratio = (lanes["loss"] - losses) / lanes["promised"]
         factor = torch.where(ratio > _BOLD, _BOLDER, torch.where(ratio < _FIRM, _FIRMER, 1.0))
         factor = torch.where(accepted, factor, _FIRMER)
-        tried = running & ~new
+        tried = searching & ~new
         least = torch.finfo(losses.dtype).eps / 100
         hopeless = tried & ~accepted & (lanes["damping"] > _HOPELESS)
         lanes["damping"] = torch.where(tried, (lanes["damping"] * factor).clamp(min=least), lanes["damping"])
@@ -165,24 +189,24 @@ class GaussNewton(PerVictimOptimizer):
         lanes["point"] = torch.where(accepted[:, None], point, lanes["point"])
         lanes["loss"] = torch.where(accepted, losses, lanes["loss"])
         lanes["first_loss"] = torch.where(accepted & new, losses, lanes["first_loss"])
-        self._judge(gradient, accepted)
-        self._set_status(hopeless | useless | (lanes["slow"] >= _SLOW_STEPS), STALLED)
+        self._judge(lanes, gradient, accepted)
+        settle(lanes, hopeless | useless | (lanes["slow"] >= _SLOW_STEPS), STALLED)
         target = point.clone()
-        moving = self.running.nonzero().squeeze(1)
+        moving = running(lanes).nonzero().squeeze(1)
         if len(moving):
-            target[moving] = lanes["point"][moving] + self._steps(moving)
+            target[moving] = lanes["point"][moving] + self._steps(lanes, moving, at.problem)
         return target
 
-    def _judge(self, gradient: Tensor, accepted: Tensor) -> None:
+    def _judge(self, lanes: State, gradient: Tensor, accepted: Tensor) -> None:
         """Converged, stalled or out of budget?"""
-        lanes, options = self.lanes, self._options
-        self._set_status(lanes["loss"] <= options["tolerance"], CONVERGED)
-        self._set_status(accepted & (gradient.abs().amax(1) == 0), STALLED)
-        self._set_status(lanes["evaluations"] >= options["max_evaluations"], EXHAUSTED)
+        settle(lanes, lanes["loss"] <= self.tolerance, CONVERGED)
+        settle(lanes, accepted & (gradient.abs().amax(1) == 0), STALLED)
+        settle(lanes, lanes["evaluations"] >= self.max_evaluations, EXHAUSTED)
 
-    def _steps(self, moving: Tensor) -> Tensor:
+    def _steps(self, lanes: State, moving: Tensor, problem: Problem) -> Tensor:
         """Steps of the lanes at the given indices."""
-        lanes, options = self.lanes, self._options
+        equations = cast(Equations, problem.equations)
+        spectrum = cast(ImageSpectrum | None, problem.preconditioner) if self.spectrum else None
         steps = torch.empty_like(lanes["point"][moving])
         dense = lanes["dense"][moving]
         matrix_free = (~dense).nonzero().squeeze(1)
@@ -190,34 +214,29 @@ class GaussNewton(PerVictimOptimizer):
             chosen = moving[matrix_free]
             fallen = (lanes["loss"][chosen] / self._reference(lanes["first_loss"][chosen])).sqrt()
             found = conjugate_gradients(
-                self._equations,
+                equations,
                 lanes["point"][chosen],
                 chosen,
                 lanes["damping"][chosen],
                 forcing=fallen.clamp(_TIGHTEST, _LOOSEST),
-                max_products=options["max_products"],
-                max_step=options["max_step"],
-                spectrum=self._spectrum,
+                max_products=self.max_products,
+                max_step=self.max_step,
+                spectrum=spectrum,
             )
             steps[matrix_free] = found.step
             lanes["promised"][chosen] = found.promised
             lanes["products"][chosen] += found.products
-            if options["solver"] == "auto" and not bool(found.solved.all()) and self._fits(chosen[:1]):
+            if self.solver == "auto" and not bool(found.solved.all()):
                 lanes["dense"][chosen] = ~found.solved
         for place in dense.nonzero().squeeze(1).tolist():
             chosen = moving[place : place + 1]
-            if options["solver"] == "cholesky" and not self._fits(chosen):
-                raise ValueError(
-                    f"Expected `memory` for the Jacobian of one victim, {self._needed(chosen)} bytes, but got "
-                    f"{options['memory']}. Use solver='cg', which forms none, or more `memory`."
-                )
             one = cholesky_steps(
-                self._equations,
+                equations,
                 lanes["point"][chosen],
                 chosen,
                 lanes["damping"][chosen],
-                max_step=options["max_step"],
-                spectrum=self._spectrum,
+                max_step=self.max_step,
+                spectrum=spectrum,
                 max_chords=4,
             )
             steps[place] = one.step[0]
@@ -228,14 +247,5 @@ class GaussNewton(PerVictimOptimizer):
 
     def _reference(self, first_loss: Tensor) -> Tensor:
         """The loss that others are measured by, ``(V,)``."""
-        given = self._options["reference_loss"]
+        given = self.reference_loss
         return first_loss if given is None else torch.full_like(first_loss, given)
-
-    def _needed(self, lane: Tensor) -> int:
-        """Bytes of the dense step of one lane."""
-        if self._rows is None:
-            self._rows = self._equations(self.lanes["point"][lane], lane).shape[1]
-        return dense_bytes(self._rows, sum(self._sizes), self.lanes["point"].element_size())
-
-    def _fits(self, lane: Tensor) -> bool:
-        return self._needed(lane) <= int(self._options["memory"])

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from leakage.errors import check_count, check_positive
+from leakage.errors import check_count, check_flag, check_limit, check_not_negative, check_positive
 from leakage.solvers.history import (
     HISTORY,
-    Preconditioner,
     begin_anew,
     forget,
     fresh_history,
@@ -22,7 +21,8 @@ from leakage.solvers.history import (
     push_and_direct,
     times,
 )
-from leakage.solvers.per_victim import CONVERGED, DIVERGED, EXHAUSTED, STALLED, PerVictimOptimizer
+from leakage.pieces import State
+from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, STALLED, Evaluated, Problem, Solver, running, settle
 
 # Armijo's condition asks for this share of the decrease that the slope promises.
 _SUFFICIENT_DECREASE = 1e-4
@@ -30,18 +30,21 @@ _SUFFICIENT_DECREASE = 1e-4
 _CURVATURE = 1e-10
 
 
-class LBFGS(PerVictimOptimizer):
+@dataclass(kw_only=True, repr=False, eq=False)
+class LBFGS(Solver):
     """L-BFGS with backtracking, safeguarded for each victim on its own.
 
-    At every :meth:`step` each victim is evaluated at its own trial point. Where Armijo's condition
+    At every step each victim is evaluated at its own trial point. Where Armijo's condition
     ``f(x + t d) <= f(x) + 1e-4 t <g, d>`` holds, the point is accepted and the next direction is
     tried with step length 1; elsewhere the victim shortens its own step by quadratic interpolation.
     So no victim waits for another one's line search. A victim whose step has become too short
     forgets its history and tries the steepest descent (times the preconditioner); if that fails too, it
     has stalled.
 
+    Where points have to stay in a box, entries that lie on its border and are pulled outwards stay there, and the others
+    move by the quasi-Newton direction among them.
+
     Args:
-        params: parameters ``(V, ...)``, a leading victims' dimension each.
         lr: length of the first trial along each quasi-Newton direction.
         max_step: no unknown changes by more than this in one step.
         history_size: pairs (s, y) each victim remembers.
@@ -50,119 +53,101 @@ class LBFGS(PerVictimOptimizer):
         stall_window: a victim has stalled if its loss has not fallen below ``stall_factor`` times what
             it was this many evaluations, or a third of all its evaluations, ago.
         stall_factor: see ``stall_window``.
-        preconditioner: multiplies vectors ``(V, D)``, the flattened parameters one after another, by a
-            symmetric, positive definite matrix that is near the inverse Hessian but for its scale; the
-            identity by default. Not part of the state.
+        spectrum: begin from the covariance that images have (:class:`~leakage.solvers.ImageSpectrum`), where unknowns
+            are pixels, in place of the identity.
 
     Raises:
         ValueError: an option out of its range.
 
     References:
         Liu and Nocedal, *On the limited memory BFGS method for large scale optimization*, 1989,
-        https://doi.org/10.1007/BF01589116.
+        https://doi.org/10.1007/BF01589116; Bertsekas, *Projected Newton methods for optimization problems with simple
+        constraints*, 1982, https://doi.org/10.1137/0320018.
 
     Example:
-        >>> x = torch.nn.Parameter(torch.tensor([[3.0, -1.0], [5.0, 2.0]]))
-        >>> optimizer = LBFGS([x], tolerance=1e-10)
-        >>> def closure():
-        ...     losses = (x - 1).square().sum(1)
-        ...     x.grad = torch.autograd.grad(losses.sum(), x)[0]
-        ...     return losses
-        >>> while optimizer.running.any():
-        ...     _ = optimizer.step(closure)
-        >>> x.detach()
-        tensor([[1., 1.],
-                [1., 1.]])
+        >>> LBFGS(tolerance=1e-8, max_evaluations=300).history_size
+        100
     """
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        *,
-        lr: float = 1.0,
-        max_step: float = math.inf,
-        history_size: int = 100,
-        tolerance: float = 0.0,
-        max_evaluations: int = 1000,
-        stall_window: int = 100,
-        stall_factor: float = 0.9,
-        preconditioner: Preconditioner | None = None,
-    ) -> None:
-        check_positive(lr=lr)
-        if not max_step > 0:
-            raise ValueError(f"Expected `max_step` to be positive, but got {max_step!r}.")
-        check_count(history_size=history_size, max_evaluations=max_evaluations, stall_window=stall_window)
-        if not tolerance >= 0:
-            raise ValueError(f"Expected `tolerance` of at least 0, but got {tolerance!r}.")
-        if not 0 < stall_factor <= 1:
-            raise ValueError(f"Expected `stall_factor` in (0, 1], but got {stall_factor!r}.")
-        self._preconditioner = preconditioner
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "max_step": max_step,
-                "history_size": history_size,
-                "tolerance": tolerance,
-                "max_evaluations": max_evaluations,
-                "stall_window": stall_window,
-                "stall_factor": stall_factor,
-            },
-        )
+    lr: float = 1.0
+    max_step: float = math.inf
+    history_size: int = 100
+    tolerance: float = 0.0
+    max_evaluations: int = 1000
+    stall_window: int = 100
+    stall_factor: float = 0.9
+    spectrum: bool = True
 
-    def _fresh(self, victims: int) -> dict[str, Tensor]:
-        fresh = super()._fresh(victims)
-        like = fresh["best"]
-        history = fresh_history(victims, like.shape[1], self._options["history_size"], like)
-        return fresh | {
+    def __post_init__(self) -> None:
+        check_positive(lr=self.lr)
+        check_limit(max_step=self.max_step)
+        check_not_negative(tolerance=self.tolerance)
+        check_count(
+            history_size=self.history_size, max_evaluations=self.max_evaluations, stall_window=self.stall_window
+        )
+        check_flag(spectrum=self.spectrum)
+        if isinstance(self.stall_factor, str) or not 0 < self.stall_factor <= 1:
+            raise ValueError(f"Expected `stall_factor` in (0, 1], but got {self.stall_factor!r}.")
+
+    def fresh(self, like: Tensor) -> State:
+        """History, last accepted point with loss and gradient, direction with slope and length, stall window."""
+        losses = like.new_full((len(like),), torch.inf)
+        history = fresh_history(len(like), like.shape[1], self.history_size, like)
+        return {
             **history,
             **fresh_products(history),
-            "point": like.clone(),  # the last accepted point, its loss and gradient
-            "loss": fresh["best_loss"].clone(),
-            "gradient": like.clone(),
-            "direction": like.clone(),
-            "slope": like.new_zeros(victims),
-            "length": like.new_zeros(victims),
-            "window_loss": fresh["best_loss"].clone(),
-            "window_end": torch.full_like(fresh["evaluations"], self._options["stall_window"]),
+            "point": torch.zeros_like(like),
+            "loss": losses,
+            "gradient": torch.zeros_like(like),
+            "direction": torch.zeros_like(like),
+            "slope": like.new_zeros(len(like)),
+            "length": like.new_zeros(len(like)),
+            "window_loss": losses.clone(),
+            "window_end": torch.full((len(like),), self.stall_window, device=like.device),
         }
 
-    def _match(self, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
-        grow(fresh, self.lanes["s"].shape[1])
-        fresh["row"] += len(self.lanes["row"])
+    def match(self, fresh: State, lanes: State) -> State:
+        """Histories of one length, and behind those that there are."""
+        grow(fresh, lanes["s"].shape[1])
+        fresh["row"] += len(lanes["row"])
         return fresh
 
-    @property
-    def _history(self) -> dict[str, Tensor]:
-        return {name: self.lanes[name] for name in HISTORY}
-
-    def _fullest(self) -> dict[str, Tensor]:
-        fresh = self._fresh(1)
-        grow(fresh, self._options["history_size"])
+    def largest(self, like: Tensor) -> State:
+        """With a full history."""
+        fresh = self.fresh(like)
+        grow(fresh, self.history_size)
         return fresh
 
-    def _selected(self, kept: Tensor) -> dict[str, Tensor]:
-        others = {name: tensor[kept] for name, tensor in self.lanes.items() if name not in HISTORY}
-        return others | keep(self._history, kept)
+    def select(self, lanes: State, kept: Tensor) -> State:
+        """Histories stay in the memory where they are, if most of them stay."""
+        others = {name: tensor[kept] for name, tensor in lanes.items() if name not in HISTORY}
+        return others | keep(_history(lanes), kept)
 
-    def _renew(self, chosen: Tensor) -> None:
-        for name, tensor in self._fresh(len(chosen)).items():
+    def renew(self, lanes: State, chosen: Tensor, fresh: State) -> None:
+        """Histories are emptied in place."""
+        for name, tensor in fresh.items():
             if name not in HISTORY:
-                self.lanes[name][chosen] = tensor
-        begin_anew(self._history, chosen)
+                lanes[name][chosen] = tensor
+        begin_anew(_history(lanes), chosen)
 
-    def _move(self, point: Tensor, losses: Tensor, gradient: Tensor, finite: Tensor) -> Tensor:
-        lanes, options = self.lanes, self._options
-        running, new = self.running, torch.isinf(lanes["loss"])
-        self._set_status(running & new & ~finite, DIVERGED)
-        promised = lanes["loss"] + _SUFFICIENT_DECREASE * lanes["length"] * lanes["slope"]
-        accepted = running & finite & (new | (losses <= promised) & (losses < lanes["loss"]))
-        rejected = self.running & ~accepted
-
+    def move(self, lanes: State, at: Evaluated) -> Tensor:
+        """Accept the trial points, or shorten the steps that led to them."""
+        point, losses, gradient, finite = at.point, at.losses, at.gradient, at.finite
+        preconditioner = at.problem.preconditioner if self.spectrum else None
+        searching, new = running(lanes), torch.isinf(lanes["loss"])
+        settle(lanes, searching & new & ~finite, DIVERGED)
         step, change = point - lanes["point"], gradient - lanes["gradient"]
+        # In a box the step is shorter than it was meant to be.
+        if at.problem.project is None:
+            decrease = _SUFFICIENT_DECREASE * lanes["length"] * lanes["slope"]
+        else:
+            decrease = _SUFFICIENT_DECREASE * (step * lanes["gradient"]).sum(1)
+        promised = lanes["loss"] + decrease
+        accepted = searching & finite & (new | (losses <= promised) & (losses < lanes["loss"]))
+        rejected = running(lanes) & ~accepted
         product = (step * change).sum(1)
         pushed = accepted & ~new & (product > _CURVATURE * change.square().sum(1)) & (product < torch.inf)
-        length = self._shorten(losses, finite)
+        length = _shorten(lanes, losses, finite)
         lanes["iterations"] += accepted & ~new
         for name, value in (("point", point), ("gradient", gradient)):
             torch.where(accepted[:, None], value, lanes[name], out=lanes[name])
@@ -174,53 +159,68 @@ class LBFGS(PerVictimOptimizer):
             <= torch.finfo(point.dtype).eps * (1 + lanes["point"].abs().amax(1))
         )
         hopeless = too_short & (lanes["pairs"] == 0)
-        self._set_status(hopeless, STALLED)
+        settle(lanes, hopeless, STALLED)
         again = too_short & ~hopeless
-        forget(self._history, again)
+        forget(_history(lanes), again)
 
         if bool((accepted | again).any()):
-            history = self._history
-            direction = push_and_direct(
-                history, options["history_size"], pushed, step, change, lanes["gradient"], self._preconditioner
+            history, free = _history(lanes), _free(lanes, at.problem)
+            downhill = push_and_direct(
+                history, self.history_size, pushed, step, change, free(lanes["gradient"]), preconditioner
             )
+            direction = free(downhill)
             lanes.update(history)
             slope = (direction * lanes["gradient"]).sum(1)
             uphill = (accepted | again) & ~(slope < 0)
             if bool(uphill.any()):
-                forget(self._history, uphill)
-                steepest = -times(self._preconditioner, lanes["gradient"])
+                forget(_history(lanes), uphill)
+                steepest = -free(times(preconditioner, free(lanes["gradient"])))
                 direction = torch.where(uphill[:, None], steepest, direction)
                 slope = torch.where(uphill, (steepest * lanes["gradient"]).sum(1), slope)
             first = lanes["pairs"] == 0
             cautious = torch.clamp(1 / direction.abs().sum(1), max=1.0)
-            longest = options["max_step"] / direction.abs().amax(1)
-            fresh_length = torch.minimum(options["lr"] * torch.where(first, cautious, 1.0), longest)
+            longest = self.max_step / direction.abs().amax(1)
+            fresh_length = torch.minimum(self.lr * torch.where(first, cautious, 1.0), longest)
             turned = accepted | again
             torch.where(turned[:, None], direction, lanes["direction"], out=lanes["direction"])
             lanes["slope"] = torch.where(turned, slope, lanes["slope"])
             length = torch.where(turned, fresh_length, length)
         lanes["length"] = torch.where(accepted | rejected, length, lanes["length"])
-        self._judge()
-        target = lanes["point"] + lanes["length"][:, None] * lanes["direction"]
-        return torch.where(self.running[:, None], target, point)
+        self._judge(lanes)
+        return lanes["point"] + lanes["length"][:, None] * lanes["direction"]
 
-    def _shorten(self, losses: Tensor, finite: Tensor) -> Tensor:
-        """Minimum of the parabola through the value, the slope and the rejected trial, within bounds."""
-        length, slope = self.lanes["length"], self.lanes["slope"]
-        parabola = -slope * length.square() / (2 * (losses - self.lanes["loss"] - slope * length))
-        parabola = torch.where(finite & torch.isfinite(parabola), parabola, 0.1 * length)
-        return torch.maximum(torch.minimum(parabola, 0.5 * length), 0.1 * length)
-
-    def _judge(self) -> None:
+    def _judge(self, lanes: State) -> None:
         """Converged, stalled or out of budget?"""
-        lanes, options = self.lanes, self._options
         flat = lanes["gradient"].abs().amax(1) == 0
-        self._set_status(self.running & (lanes["loss"] <= options["tolerance"]), CONVERGED)
-        self._set_status(self.running & flat, STALLED)
-        self._set_status(self.running & (lanes["evaluations"] >= options["max_evaluations"]), EXHAUSTED)
-        due = self.running & (lanes["evaluations"] >= lanes["window_end"])
-        self._set_status(due & (lanes["loss"] > options["stall_factor"] * lanes["window_loss"]), STALLED)
+        settle(lanes, lanes["loss"] <= self.tolerance, CONVERGED)
+        settle(lanes, flat, STALLED)
+        settle(lanes, lanes["evaluations"] >= self.max_evaluations, EXHAUSTED)
+        due = running(lanes) & (lanes["evaluations"] >= lanes["window_end"])
+        settle(lanes, due & (lanes["loss"] > self.stall_factor * lanes["window_loss"]), STALLED)
         # The longer a victim has made progress, the longer it may pause.
-        window = torch.clamp(lanes["evaluations"] // 2, min=options["stall_window"])
+        window = torch.clamp(lanes["evaluations"] // 2, min=self.stall_window)
         lanes["window_end"] = torch.where(due, lanes["evaluations"] + window, lanes["window_end"])
         lanes["window_loss"] = torch.where(due, lanes["loss"], lanes["window_loss"])
+
+
+def _history(lanes: State) -> State:
+    return {name: lanes[name] for name in HISTORY}
+
+
+def _free(lanes: State, problem: Problem) -> Callable[[Tensor], Tensor]:
+    """Makes zero of the entries that lie on the border of their box and are pulled outwards by the gradient."""
+    if problem.project is None:
+        return lambda vectors: vectors
+    point, gradient = lanes["point"], lanes["gradient"]
+    # A small step along the gradient that ends where it began.
+    pulled = problem.project(point - gradient.sign() * 1e-3 * (1 + point.abs()))
+    free = ((pulled != point) | (gradient == 0)).to(point)
+    return lambda vectors: free * vectors
+
+
+def _shorten(lanes: State, losses: Tensor, finite: Tensor) -> Tensor:
+    """Minimum of the parabola through the value, the slope and the rejected trial, within bounds."""
+    length, slope = lanes["length"], lanes["slope"]
+    parabola = -slope * length.square() / (2 * (losses - lanes["loss"] - slope * length))
+    parabola = torch.where(finite & torch.isfinite(parabola), parabola, 0.1 * length)
+    return torch.maximum(torch.minimum(parabola, 0.5 * length), 0.1 * length)

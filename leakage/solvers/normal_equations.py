@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
+from leakage.solvers.solver import Equations
 from leakage.solvers.spectrum import ImageSpectrum
-
-# Residuals (L, M) of some lanes, from their unknowns (L, D) and the lanes' numbers (L,); row by row independent.
-Equations = Callable[[Tensor, Tensor], Tensor]
 
 # Directions of one pass of forward mode: more of them no longer pay.
 _DIRECTIONS_AT_ONCE = 256

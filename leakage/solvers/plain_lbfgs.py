@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from leakage.errors import check_count, check_positive
+from leakage.errors import check_count, check_not_negative, check_positive
+from leakage.pieces import State
 from leakage.solvers.history import HISTORY, fresh_history, grow, push_and_recurse
-from leakage.solvers.per_victim import CONVERGED, DIVERGED, EXHAUSTED, STALLED, PerVictimOptimizer
+from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, STALLED, Evaluated, Problem, Solver, running, settle
 
 # As in torch.optim.LBFGS.
 _TOLERANCE_GRADIENT = 1e-7
@@ -18,17 +18,17 @@ _TOLERANCE_CHANGE = 1e-9
 _CURVATURE = 1e-10
 
 
-class PlainLBFGS(PerVictimOptimizer):
+@dataclass(kw_only=True, repr=False, eq=False)
+class PlainLBFGS(Solver):
     """The published search: every victim follows the iterates of ``torch.optim.LBFGS``.
 
     It is what DLG and iDLG were published with: full steps of length ``lr`` without a line search,
     ``max_calls`` calls of ``step`` with ``max_iterations`` iterations each, and the loss compared
     with ``tolerance`` every ``check_every`` calls. Nothing keeps a victim from diverging; the
     iterate of lowest loss is kept nevertheless. Use :class:`leakage.solvers.LBFGS` to succeed more
-    often in less time.
+    often in less time, and where pixels have to stay in a box.
 
     Args:
-        params: parameters ``(V, ...)``, a leading victims' dimension each.
         lr: length of every step but the first, which is ``lr * min(1, 1 / |g|_1)``.
         history_size: pairs (s, y) each victim remembers.
         max_iterations: iterations per call.
@@ -37,82 +37,66 @@ class PlainLBFGS(PerVictimOptimizer):
         tolerance: a victim has converged when its loss is below this.
 
     Raises:
-        ValueError: an option out of its range.
+        ValueError: an option out of its range; in ``fit``, a box.
 
     References:
         Zhu et al., *Deep Leakage from Gradients*, NeurIPS 2019, https://arxiv.org/abs/1906.08935.
 
     Example:
-        >>> x = torch.nn.Parameter(torch.tensor([[3.0, -1.0], [5.0, 2.0]]))
-        >>> optimizer = PlainLBFGS([x], tolerance=1e-10, check_every=1)
-        >>> def closure():
-        ...     losses = (x - 1).square().sum(1)
-        ...     x.grad = torch.autograd.grad(losses.sum(), x)[0]
-        ...     return losses
-        >>> while optimizer.running.any():
-        ...     _ = optimizer.step(closure)
-        >>> x.detach().round(decimals=3)
-        tensor([[1., 1.],
-                [1., 1.]])
+        >>> PlainLBFGS().max_calls * PlainLBFGS().max_iterations
+        6000
     """
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        *,
-        lr: float = 1.0,
-        history_size: int = 100,
-        max_iterations: int = 20,
-        max_calls: int = 300,
-        check_every: int = 10,
-        tolerance: float = 1e-6,
-    ) -> None:
-        check_positive(lr=lr)
-        check_count(
-            history_size=history_size,
-            max_iterations=max_iterations,
-            max_calls=max_calls,
-            check_every=check_every,
-        )
-        if not tolerance >= 0:
-            raise ValueError(f"Expected `tolerance` of at least 0, but got {tolerance!r}.")
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "history_size": history_size,
-                "max_iterations": max_iterations,
-                "max_calls": max_calls,
-                "check_every": check_every,
-                "tolerance": tolerance,
-            },
-        )
+    lr: float = 1.0
+    history_size: int = 100
+    max_iterations: int = 20
+    max_calls: int = 300
+    check_every: int = 10
+    tolerance: float = 1e-6
 
-    def _fresh(self, victims: int) -> dict[str, Tensor]:
-        fresh = super()._fresh(victims)
-        like = fresh["best"]
-        history = fresh_history(victims, like.shape[1], self._options["history_size"], like)
-        return fresh | {
-            **history,
-            "loss": like.new_zeros(victims),  # at the previous iterate
-            "gradient": like.clone(),
-            "step": like.clone(),  # the step that led to the present point
-            "calls": torch.zeros(victims, dtype=torch.long, device=like.device),
-            "in_call": torch.zeros(victims, dtype=torch.long, device=like.device),
+    def __post_init__(self) -> None:
+        check_positive(lr=self.lr)
+        check_count(
+            history_size=self.history_size,
+            max_iterations=self.max_iterations,
+            max_calls=self.max_calls,
+            check_every=self.check_every,
+        )
+        check_not_negative(tolerance=self.tolerance)
+
+    def fit(self, problem: Problem) -> Solver:
+        """The same, where points may be anywhere."""
+        if problem.project is not None:
+            raise ValueError("Expected no box with PlainLBFGS, which has no way to stay in it, but got one. Use LBFGS.")
+        return self
+
+    def fresh(self, like: Tensor) -> State:
+        """History, loss and gradient at the previous iterate, the step from there, and how many calls there were."""
+        count = torch.zeros(len(like), dtype=torch.long, device=like.device)
+        return {
+            **fresh_history(len(like), like.shape[1], self.history_size, like),
+            "loss": like.new_zeros(len(like)),
+            "gradient": torch.zeros_like(like),
+            "step": torch.zeros_like(like),
+            "calls": count,
+            "in_call": count.clone(),
         }
 
-    def _match(self, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
-        grow(fresh, self.lanes["s"].shape[1])
+    def match(self, fresh: State, lanes: State) -> State:
+        """Histories of one length."""
+        grow(fresh, lanes["s"].shape[1])
         return fresh
 
-    def _fullest(self) -> dict[str, Tensor]:
-        fresh = self._fresh(1)
-        grow(fresh, self._options["history_size"])
+    def largest(self, like: Tensor) -> State:
+        """With a full history."""
+        fresh = self.fresh(like)
+        grow(fresh, self.history_size)
         return fresh
 
-    def _move(self, point: Tensor, losses: Tensor, gradient: Tensor, finite: Tensor) -> Tensor:
-        lanes, options = self.lanes, self._options
-        self._set_status(~finite, DIVERGED)
+    def move(self, lanes: State, at: Evaluated) -> Tensor:
+        """One iteration for each victim."""
+        point, losses, gradient, finite = at.point, at.losses, at.gradient, at.finite
+        settle(lanes, ~finite, DIVERGED)
         flat = gradient.abs().amax(1) <= _TOLERANCE_GRADIENT
         # Does this evaluation end a call? Then the next call evaluates the same point first.
         ends = (lanes["in_call"] > 0) & (
@@ -120,39 +104,39 @@ class PlainLBFGS(PerVictimOptimizer):
             | (lanes["step"].abs().amax(1) <= _TOLERANCE_CHANGE)
             | ((losses - lanes["loss"]).abs() < _TOLERANCE_CHANGE)
         )
-        lanes["calls"] += ends & self.running
+        lanes["calls"] += ends & running(lanes)
         lanes["in_call"] = torch.where(ends, 0, lanes["in_call"])
         starts = lanes["in_call"] == 0
-        checked = starts & (lanes["calls"] > 0) & ((lanes["calls"] - 1) % options["check_every"] == 0)
-        self._set_status(checked & (losses < options["tolerance"]), CONVERGED)
-        self._set_status(lanes["calls"] >= options["max_calls"], EXHAUSTED)
-        lanes["evaluations"] += ends & self.running
+        checked = starts & (lanes["calls"] > 0) & ((lanes["calls"] - 1) % self.check_every == 0)
+        settle(lanes, checked & (losses < self.tolerance), CONVERGED)
+        settle(lanes, lanes["calls"] >= self.max_calls, EXHAUSTED)
+        lanes["evaluations"] += ends & running(lanes)
         # A call that starts where the gradient vanishes does nothing, and so would all that follow, until one
         # of them is compared.
-        below = losses < options["tolerance"] if options["tolerance"] > 0 else flat
-        self._set_status(starts & flat & below, CONVERGED)
-        self._set_status(starts & flat, STALLED)
+        below = losses < self.tolerance if self.tolerance > 0 else flat
+        settle(lanes, starts & flat & below, CONVERGED)
+        settle(lanes, starts & flat, STALLED)
 
         first = lanes["iterations"] == 0
         change = gradient - lanes["gradient"]
         product = (lanes["step"] * change).sum(1)
-        pushed = self.running & ~first & (product > _CURVATURE)
+        pushed = running(lanes) & ~first & (product > _CURVATURE)
         history = {name: lanes[name] for name in HISTORY if name in lanes}
-        direction = push_and_recurse(history, options["history_size"], pushed, lanes["step"], change, gradient)
+        direction = push_and_recurse(history, self.history_size, pushed, lanes["step"], change, gradient)
         lanes.update(history)
-        length = options["lr"] * torch.where(first, torch.clamp(1 / gradient.abs().sum(1), max=1.0), 1.0)
+        length = self.lr * torch.where(first, torch.clamp(1 / gradient.abs().sum(1), max=1.0), 1.0)
         # Nor does a call that finds no descent: the next one would start from the same state.
         uphill = (direction * gradient).sum(1) > -_TOLERANCE_CHANGE
-        self._set_status(uphill & below, CONVERGED)
-        self._set_status(uphill, STALLED)
+        settle(lanes, uphill & below, CONVERGED)
+        settle(lanes, uphill, STALLED)
 
-        running = self.running
-        lanes["iterations"] += running
-        lanes["in_call"] += running
-        full = running & (lanes["in_call"] == options["max_iterations"])
+        searching = running(lanes)
+        lanes["iterations"] += searching
+        lanes["in_call"] += searching
+        full = searching & (lanes["in_call"] == self.max_iterations)
         lanes["calls"] += full
         lanes["in_call"] = torch.where(full, 0, lanes["in_call"])
-        lanes["gradient"] = torch.where(running[:, None], gradient, lanes["gradient"])
-        lanes["loss"] = torch.where(running, losses, lanes["loss"])
-        lanes["step"] = torch.where(running[:, None], length[:, None] * direction, lanes["step"])
-        return torch.where(running[:, None], point + lanes["step"], point)
+        lanes["gradient"] = torch.where(searching[:, None], gradient, lanes["gradient"])
+        lanes["loss"] = torch.where(searching, losses, lanes["loss"])
+        lanes["step"] = torch.where(searching[:, None], length[:, None] * direction, lanes["step"])
+        return point + lanes["step"]

@@ -1,0 +1,20 @@
+"""What is searched for: images, pixel by pixel or through a generator, and labels."""
+
+from leakage.dummies.dummy import Dummy, Images, Labels, Target
+from leakage.dummies.labels import InferredLabels, JointLabels, RevealedLabels
+from leakage.dummies.latent import LatentCode
+from leakage.dummies.pixels import LayerByLayer, Pixels, Start
+
+__all__ = [
+    "Dummy",
+    "Images",
+    "InferredLabels",
+    "JointLabels",
+    "Labels",
+    "LatentCode",
+    "LayerByLayer",
+    "Pixels",
+    "RevealedLabels",
+    "Start",
+    "Target",
+]

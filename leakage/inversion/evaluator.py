@@ -1,0 +1,237 @@
+"""The objective of many victims at once, with its gradient by what is searched for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+
+from leakage.clients.precision import full_precision
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
+from leakage.dummies.dummy import Dummy, Images, Labels
+from leakage.inversion.memory import peak_memory
+from leakage.objectives.terms import Batched, Point, Term
+from leakage.pieces import State
+
+# Bytes that lanes evaluated at once may take on a CPU: with more its cores wait for the memory.
+_BYTES_AT_ONCE = 2**28
+
+
+class Evaluator:
+    """Evaluates the objective of V victims, each at its own unknowns.
+
+    Where every term has a faster way to be evaluated for many victims at once that way is taken, else the whole is
+    differentiated under ``vmap``: on a CPU in pieces that its caches hold.
+
+    Args:
+        victim: the clients' network and protocol, where the search takes place.
+        objective: what is lowered.
+        images: how dummy images are written.
+        labels: how class probabilities are.
+    """
+
+    def __init__(self, victim: Victim, objective: Term, images: Images, labels: Labels) -> None:
+        self.victim, self.images, self.labels = victim, images, labels
+        self.terms = {f"objective/{place}": pair for place, pair in enumerate(objective.parts())}
+        self.modules = list(dict.fromkeys(name for _, term in self.terms.values() for name in term.modules(victim.model)))
+        self.at_once = 0  # lanes that autograd evaluates at once; 0 for all
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what belongs to the lanes that were evaluated last, and takes memory."""
+        found = [term.batched(self.victim) for _, term in self.terms.values()]
+        ways = [way for way in found if way is not None]
+        self._batched: list[Batched] | None = ways if len(ways) == len(found) else None
+
+    @property
+    def dummies(self) -> dict[str, Dummy]:
+        """Images and labels, by these names."""
+        return {"images": self.images, "labels": self.labels}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one victim's unknowns, those of the images first."""
+        found = {name: dummy.shape(self.victim.protocol) for name, dummy in self.dummies.items()}
+        return {name: shape for name, shape in found.items() if shape is not None}
+
+    # What the pieces keep of each victim, under the name of the piece.
+
+    def state(self, dtype: torch.dtype) -> State:
+        """All that pieces keep, as tensors without a victim."""
+        protocol = self.victim.protocol
+        kept = {name: dummy.state(protocol, dtype) for name, dummy in self.dummies.items()}
+        kept |= {name: term.state(dtype) for name, (_, term) in self.terms.items()}
+        return _joined(kept)
+
+    def begin(self, shared: SharedGradient) -> State:
+        """The same of V victims, from what they shared."""
+        kept = {name: dummy.begin(shared, self.victim) for name, dummy in self.dummies.items()}
+        kept |= {name: term.begin(shared) for name, (_, term) in self.terms.items()}
+        return _joined(kept)
+
+    def informative(self, shared: SharedGradient) -> Tensor:
+        """``(V,)``, whether a victim's gradient says anything to every term."""
+        return torch.stack([term.informative(shared).cpu() for _, term in self.terms.values()]).all(0)
+
+    def write(self, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Images ``(V, N, C, H, W)`` and class probabilities ``(V, N, K)``."""
+        parts = _parted(kept)
+        images, targets = (
+            dummy.write_all(unknowns.get(name), parts.get(name, {})) for name, dummy in self.dummies.items()
+        )
+        return images, targets
+
+    # Evaluations.
+
+    def __call__(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+        """Objectives ``(V,)``, and their gradients by each of the unknowns.
+
+        Args:
+            shared: what V victims shared.
+            kept: what :meth:`begin` gave for them.
+            unknowns: ``(V, ...)`` each.
+        """
+        kept = _plain(kept)
+        with full_precision():
+            if self._batched is not None:
+                return self._by_terms(self._batched, shared, kept, unknowns)
+            if not self.at_once and next(iter(unknowns.values())).device.type == "cpu":
+                self.at_once = self._find_lanes_at_once(shared, kept, unknowns)
+            evaluate = vmap(
+                grad_and_value(self._objective),
+                in_dims=(0, 0, 0 if shared.own_weights else None, 0),
+                chunk_size=self.at_once or None,
+            )
+            gradients, losses = evaluate(dict(unknowns), _parted(kept), shared.state, shared.gradients)
+        return losses, gradients
+
+    def _objective(
+        self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any
+    ) -> Tensor:
+        """Of one victim."""
+        point = self._point(unknowns, kept, state, shared)
+        total: Tensor | None = None
+        for name, (weight, term) in self.terms.items():
+            value = _weighted(weight, kept.get(name, {}), term.value(point, kept.get(name, {})))
+            total = value if total is None else total + value
+        assert total is not None
+        return total
+
+    def _point(self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any) -> Point:
+        images = self.images.write(unknowns.get("images"), kept.get("images", {}))
+        targets = self.labels.write(unknowns.get("labels"), kept.get("labels", {}))
+        gradients, activations = self.victim.evaluate(state, images, targets, self.modules)
+        return Point(images, targets, gradients, shared, activations, state)
+
+    def _by_terms(
+        self, ways: Sequence[Batched], shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]
+    ) -> tuple[Tensor, State]:
+        """By the terms' own ways; only the writing of the dummies is left to autograd."""
+        parts = _parted(kept)
+        with torch.enable_grad():
+            leaves = {name: value.detach().requires_grad_() for name, value in unknowns.items()}
+            images, targets = self.write(kept, leaves)
+        found = [
+            (weight, parts.get(name, {}), way(shared, parts.get(name, {}), images.detach(), targets.detach()))
+            for way, (name, (weight, _)) in zip(ways, self.terms.items(), strict=True)
+        ]
+        if len(found) == 1:  # its factor comes last, so that nothing is rounded before
+            weight, own, (losses, by_images, by_targets) = found[0]
+        else:
+            weight, own = 1.0, {}
+            values, *derivatives = zip(*(
+                [None if part is None else _weighted(weight, own, part) for part in parts]
+                for weight, own, parts in found
+            ), strict=True)
+            losses = torch.stack(values).sum(0)
+            by_images, by_targets = (_sum(parts) for parts in derivatives)
+        pairs = [(images, by_images), (targets, by_targets)]
+        pairs = [(output, by) for output, by in pairs if output.requires_grad and by is not None]
+        gradients = torch.autograd.grad(
+            [output for output, _ in pairs], list(leaves.values()), [by for _, by in pairs], materialize_grads=True
+        )
+        return _weighted(weight, own, losses), {
+            name: _weighted(weight, own, gradient) for name, gradient in zip(leaves, gradients, strict=True)
+        }
+
+    # Equations.
+
+    @property
+    def has_equations(self) -> bool:
+        """Whether every term is a sum of squares."""
+        return all(term.is_sum_of_squares for _, term in self.terms.values())
+
+    def count_equations(self) -> int:
+        """Residuals of one victim."""
+        state = self.victim.state
+        like = state[self.victim.trainable[0]]
+        kept = {name: tensor.new_ones(tensor.shape[1:]) for name, tensor in self.state(like.dtype).items()}
+        kept = {name: tensor.to(like.device) for name, tensor in kept.items()}
+        size = sum(map(math.prod, self.shapes().values()))
+        shared = {name: torch.zeros_like(state[name]) for name in self.victim.trainable}
+        with torch.no_grad():
+            return len(self._residuals(like.new_zeros(size), _parted(kept), state, shared))
+
+    def equations(self, shared: SharedGradient, kept: State, points: Tensor) -> Tensor:
+        """Residuals ``(V, M)`` at unknowns ``(V, D)`` that lie one after another; their squares sum to the objective."""
+        evaluate = vmap(self._residuals, in_dims=(0, 0, 0 if shared.own_weights else None, 0))
+        with full_precision():
+            residuals: Tensor = evaluate(points, _parted(_plain(kept)), shared.state, shared.gradients)
+        return residuals
+
+    def _residuals(self, point: Tensor, kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:
+        shapes = self.shapes()
+        parts = torch.split(point, [math.prod(shape) for shape in shapes.values()])
+        unknowns = {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+        at = self._point(unknowns, kept, state, shared)
+        found = []
+        for name, (weight, term) in self.terms.items():
+            residuals = term.residuals(at, kept.get(name, {}))
+            found.append(_weighted(weight, kept.get(name, {}), point.new_ones(())).sqrt() * residuals)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _find_lanes_at_once(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> int:
+        """How many lanes to evaluate at once, by the memory that the first one takes."""
+        first = torch.zeros(1, dtype=torch.long)
+        one, kept = shared.select(first), _parted({name: tensor[first] for name, tensor in kept.items()})
+        values = {name: value[first] for name, value in unknowns.items()}
+        evaluate = vmap(grad_and_value(self._objective), in_dims=(0, 0, 0 if shared.own_weights else None, 0))
+        device = next(iter(values.values())).device
+        return max(1, _BYTES_AT_ONCE // peak_memory(lambda: evaluate(values, kept, one.state, one.gradients), device))
+
+
+def _joined(kept: Mapping[str, State]) -> State:
+    """Tensors of all pieces by one name each."""
+    return {f"{piece}/{name}": tensor for piece, tensors in kept.items() for name, tensor in tensors.items()}
+
+
+def _parted(kept: State) -> dict[str, State]:
+    """The other way round."""
+    parts: dict[str, State] = {}
+    for name, tensor in kept.items():
+        piece, _, own = name.rpartition("/")
+        parts.setdefault(piece, {})[own] = tensor
+    return parts
+
+
+def _plain(kept: State) -> State:
+    """Without units where all of them are 1, as they mostly are."""
+    ones = [name for name, tensor in kept.items() if name.endswith("/unit") and bool((tensor == 1).all())]
+    return {name: tensor for name, tensor in kept.items() if name not in ones}
+
+
+def _weighted(weight: float, kept: State, values: Tensor) -> Tensor:
+    """Values ``(V, ...)``, or of one victim, times the scale of each victim and the weight."""
+    if "scale" in kept:
+        scale = kept["scale"]
+        values = scale.view(-1, *[1] * (values.ndim - 1)) * values if scale.ndim else scale * values
+    return values if weight == 1 else weight * values
+
+
+def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.stack(found).sum(0) if found else None

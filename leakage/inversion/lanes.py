@@ -1,0 +1,266 @@
+"""Victims that are searched for at once: what they shared, what is kept of them, and their solver's state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from leakage.clients.shared_gradient import Protocol, SharedGradient
+from leakage.clients.victim import Victim
+from leakage.files.checkpoints import check_like
+from leakage.inversion.evaluator import Evaluator
+from leakage.inversion.reconstruction import Reconstruction
+from leakage.pieces import State
+from leakage.seeds import derive_seed
+from leakage.solvers import PerVictimOptimizer
+from leakage.solvers.solver import UNINFORMATIVE
+
+
+class Lanes:
+    """A lane holds one victim: it enters, is searched for, may start again, and leaves when it is done.
+
+    What is kept of a victim, beside what it shared and the solver's state, are the engine's own entries
+    (:meth:`state`) and those that the pieces of the attack declare.
+
+    Args:
+        evaluator: the objective.
+        unknowns: the parameters that are searched for, ``(lanes, ...)``, by the names of their dummies.
+        optimizer: moves them.
+        seed: of the starts; victim and restart have their own streams, however victims are grouped.
+    """
+
+    def __init__(
+        self, evaluator: Evaluator, unknowns: nn.ParameterDict, optimizer: PerVictimOptimizer, seed: int
+    ) -> None:
+        self.evaluator, self.unknowns, self.optimizer, self.seed = evaluator, unknowns, optimizer, seed
+        self.shared: SharedGradient | None = None
+        self.kept: State = {}
+
+    def __len__(self) -> int:
+        return 0 if self.shared is None else len(self.shared)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return next(iter(self.unknowns.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what precision."""
+        return next(iter(self.unknowns.values())).dtype
+
+    @staticmethod
+    def state(protocol: Protocol, dtype: torch.dtype) -> State:
+        """The engine's own entries, as tensors without a victim."""
+        whole, real = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=dtype)
+        return {
+            "place": whole,
+            "restarts": whole,
+            # Of the earlier starts:
+            "iterations": whole,
+            "evaluations": whole,
+            "best_loss": real,
+            "best_images": real.new_empty(0, protocol.num_images, *protocol.image_shape),
+            "best_labels": whole.new_empty(0, protocol.num_images),
+        }
+
+    # Victims enter.
+
+    def free(self, victims: int) -> Tensor:
+        """Indices of lanes whose victim is done, up to so many; others can take their place."""
+        return (~self.optimizer.running).nonzero().squeeze(1)[:victims]
+
+    def admit(self, shared: SharedGradient, places: Sequence[int], free: Tensor) -> None:
+        """Put new victims into lanes: first into those that are free, then into further ones."""
+        shared = shared.to(device=self.device, dtype=self.dtype)
+        fresh, starts = self._begin(shared, places)
+        informative = self.evaluator.informative(shared).to(self.device)
+        taken, further = slice(len(free)), torch.arange(len(free), len(shared))
+        if len(free):
+            assert self.shared is not None
+            self.optimizer.restart(free, *(start[taken] for start in starts.values()))
+            self.shared = self.shared.replace(free, shared.select(torch.arange(len(free))))
+            for name, tensor in fresh.items():
+                self.kept[name][free] = tensor[taken]
+        entered = [free]
+        if len(further):
+            entered.append(torch.arange(len(self), len(self) + len(further), device=self.device))
+            self.optimizer.extend(*(start[len(free) :] for start in starts.values()))
+            rest, fresh = shared.select(further), {name: tensor[len(free) :] for name, tensor in fresh.items()}
+            self.shared = rest if self.shared is None else SharedGradient.cat([self.shared, rest])
+            kept = self.kept or {name: tensor[:0] for name, tensor in fresh.items()}
+            self.kept = {name: torch.cat([tensor, fresh[name]]) for name, tensor in kept.items()}
+        silent = torch.cat(entered)[~informative]
+        if len(silent):
+            self.optimizer.settle(self._mask(silent), UNINFORMATIVE)
+
+    def _begin(self, shared: SharedGradient, places: Sequence[int]) -> tuple[State, dict[str, Tensor]]:
+        """What is kept of new victims, and where their unknowns start."""
+        evaluator, victim = self.evaluator, self.evaluator.victim
+        kept = evaluator.begin(shared)
+        none = torch.zeros(len(shared), dtype=torch.long, device=self.device)
+        starts = self._starts(shared.ids, none)
+        images, targets = evaluator.write(kept, starts)
+        labels = evaluator.labels.read(targets)
+        known = labels if evaluator.labels.known else None
+        if "images" in starts:
+            first = evaluator.images.first_starts(starts["images"], shared, victim, known, self.seed)
+            if first is not starts["images"]:
+                starts["images"] = self._projected(first)
+                images = evaluator.write(kept, starts)[0]
+        own = {
+            "place": torch.tensor(places, device=self.device),
+            "restarts": none,
+            "iterations": none.clone(),
+            "evaluations": none.clone(),
+            "best_loss": images.new_full((len(shared),), torch.inf),
+            "best_images": images.detach().clone(),
+            "best_labels": labels,
+        }
+        return own | kept, starts
+
+    def _starts(self, ids: Tensor, restarts: Tensor) -> dict[str, Tensor]:
+        """Starts from normally distributed noise, one stream per victim, restart and unknown."""
+        starts = {}
+        for name, shape in self.evaluator.shapes().items():
+            noise = []
+            for victim, restart in zip(ids.tolist(), restarts.tolist(), strict=True):
+                seed = derive_seed(self.seed, victim, f"start/{name}/{restart}")
+                generator = torch.Generator().manual_seed(seed)
+                # Drawn in float32 so that a start does not depend on the Trainer's precision.
+                noise.append(torch.randn(shape, generator=generator, dtype=torch.float32))
+            drawn = torch.stack(noise).to(device=self.device, dtype=self.dtype)
+            starts[name] = self.evaluator.dummies[name].starts(drawn, restarts)
+            if name == "images":
+                starts[name] = self._projected(starts[name])
+        return starts
+
+    def _projected(self, images: Tensor) -> Tensor:
+        project = self.evaluator.images.project()
+        return images if project is None else project(images)
+
+    # They are searched for.
+
+    def evaluate(self) -> Tensor:
+        """Objectives ``(lanes,)`` at the unknowns; their gradients go to ``.grad``."""
+        if self.shared is None:  # as many steps as in other processes, else their checkpoints miss
+            for unknown in self.unknowns.values():
+                unknown.grad = torch.zeros_like(unknown)
+            return torch.zeros(0, dtype=self.dtype, device=self.device)
+        values = {name: unknown.data for name, unknown in self.unknowns.items()}
+        losses, gradients = self.evaluator(self.shared, self._of_pieces(), values)
+        for name, unknown in self.unknowns.items():
+            unknown.grad = gradients[name]
+        return losses
+
+    def equations(self, points: Tensor, lanes: Tensor) -> Tensor:
+        """Residuals ``(L, M)`` of some lanes at their unknowns ``(L, D)``."""
+        assert self.shared is not None  # there are lanes
+        shared = self.shared
+        state = {name: tensor[lanes] for name, tensor in shared.state.items()} if shared.own_weights else shared.state
+        some = SharedGradient(
+            {name: tensor[lanes] for name, tensor in shared.gradients.items()},
+            state,
+            shared.ids,
+            shared.protocol,
+            shared.own_weights,
+        )
+        return self.evaluator.equations(
+            some, {name: tensor[lanes] for name, tensor in self._of_pieces().items()}, points
+        )
+
+    def _of_pieces(self) -> State:
+        return {name: tensor for name, tensor in self.kept.items() if "/" in name}
+
+    # They start again, or leave.
+
+    def restart(self, again: Tensor) -> None:
+        """Begin the lanes at these indices anew; what they have found so far is kept if it is the best."""
+        assert self.shared is not None
+        so_far = self.best()
+        for name in ("iterations", "evaluations"):
+            self.kept[name][again] = getattr(so_far, name)[again]
+        for name, tensor in (("loss", so_far.loss), ("images", so_far.images), ("labels", so_far.labels)):
+            self.kept[f"best_{name}"][again] = tensor[again]
+        self.kept["restarts"][again] += 1
+        starts = self._starts(self.shared.ids[again.cpu()], self.kept["restarts"][again])
+        self.optimizer.restart(again, *starts.values())
+
+    @torch.no_grad()
+    def best(self) -> Reconstruction:
+        """Best iterate of every lane over all its starts, by the attack's own objective."""
+        optimizer, kept = self.optimizer, self.kept
+        unknowns = dict(zip(self.unknowns, optimizer.best(), strict=True))
+        images, targets = self.evaluator.write(self._of_pieces(), unknowns)
+        newer = optimizer.best_loss < kept["best_loss"]
+        return Reconstruction(
+            ids=cast(SharedGradient, self.shared).ids.to(images.device),
+            images=torch.where(newer[:, None, None, None, None], images, kept["best_images"]),
+            labels=torch.where(newer[:, None], self.evaluator.labels.read(targets), kept["best_labels"]),
+            loss=torch.minimum(optimizer.best_loss, kept["best_loss"]),
+            iterations=kept["iterations"] + optimizer.iterations,
+            evaluations=kept["evaluations"] + optimizer.evaluations,
+            restarts=kept["restarts"],
+            status=optimizer.status,
+        )
+
+    def collect(self, lanes: Tensor) -> Reconstruction:
+        """The best iterates of the lanes at these indices."""
+        return Reconstruction(**{name: part.detach().cpu() for name, part in vars(self.best().select(lanes)).items()})
+
+    def keep(self, chosen: Tensor) -> None:
+        """Drop the lanes outside of a boolean mask."""
+        kept = chosen.nonzero().squeeze(1)
+        self.optimizer.select(kept)
+        assert self.shared is not None
+        self.shared = self.shared.select(kept) if len(kept) else None
+        self.kept = {name: tensor[kept] for name, tensor in self.kept.items()} if len(kept) else {}
+
+    def drop(self, lanes: Tensor) -> None:
+        """Drop the lanes at these indices."""
+        self.keep(~self._mask(lanes))
+
+    def _mask(self, lanes: Tensor) -> Tensor:
+        return torch.zeros(len(self), dtype=torch.bool, device=self.device).index_fill(0, lanes, True)
+
+    def bytes_per_lane(self, sample: SharedGradient) -> int:
+        """What a victim takes while it is in a lane: its gradients, weights of its own, the optimizer's state."""
+        tensors = [*sample.gradients.values(), *(sample.state.values() if sample.own_weights else ())]
+        shared: int = sum(tensor[0].nbytes for tensor in tensors)
+        return shared + self.optimizer.bytes_per_lane
+
+    # Checkpoints; the optimizer's state is Lightning's to keep.
+
+    def saved(self) -> dict[str, Any]:
+        """All lanes, for a checkpoint."""
+        shared = self.shared
+        return {
+            "kept": self.kept,
+            "shared": None if shared is None else {n: v for n, v in vars(shared).items() if n != "protocol"},
+        }
+
+
+def restored_lanes(
+    saved: dict[str, Any], victim: Victim, declared: State, *, device: torch.device
+) -> tuple[SharedGradient | None, State]:
+    """What :meth:`Lanes.saved` gave, on a device.
+
+    Args:
+        saved: of a checkpoint.
+        victim: of this run.
+        declared: the entries that lanes have in this run, as tensors without a victim.
+        device: where to.
+
+    Raises:
+        ValueError: other entries, or gradients of another victim.
+    """
+    if saved["shared"] is None:
+        return None, {}
+    shared = SharedGradient(**saved["shared"], protocol=victim.protocol)
+    victim.check(shared)
+    like = {name: tensor.new_empty(len(shared), *tensor.shape[1:]) for name, tensor in declared.items()}
+    check_like("the lanes", saved["kept"], like)
+    return shared.to(device=device), {name: tensor.to(device) for name, tensor in saved["kept"].items()}

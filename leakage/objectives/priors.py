@@ -1,0 +1,149 @@
+"""Priors: what images look like, whatever the gradient says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from leakage.clients.activations import Activation
+from leakage.clients.victim import Victim
+from leakage.errors import check_choice
+from leakage.objectives.terms import ActivationPrior, Point, Prior
+from leakage.pieces import State
+
+_KINDS = ("anisotropic", "isotropic", "squared")
+# Below this length a difference counts as none: the root has no slope at zero.
+_TINY = 1e-8
+
+
+class TotalVariation(Prior):
+    r"""How much neighbouring pixels differ: images are mostly smooth.
+
+    With :math:`d_h, d_w` the differences of each pixel and the next one below and to the right,
+
+    =============== ==================================================================
+    ``kind``        value
+    =============== ==================================================================
+    ``anisotropic`` :math:`\mathrm{mean}\,|d_h| + \mathrm{mean}\,|d_w|`, that of Inverting Gradients
+    ``isotropic``   :math:`\mathrm{mean}\,\sqrt{d_h^2 + d_w^2}`, over all pixels that have both
+    ``squared``     :math:`\mathrm{mean}\,d_h^2 + \mathrm{mean}\,d_w^2`, a sum of squares
+    =============== ==================================================================
+
+    The mean is over images, channels and pixels, so that weights mean the same for images of any size.
+
+    Args:
+        kind: of the table.
+
+    Raises:
+        ValueError: another kind.
+
+    References:
+        Rudin, Osher and Fatemi, *Nonlinear total variation based noise removal algorithms*, 1992,
+        https://doi.org/10.1016/0167-2789(92)90242-F; Geiping et al., *Inverting Gradients*, NeurIPS 2020,
+        https://arxiv.org/abs/2003.14053.
+
+    Example:
+        >>> TotalVariation()(torch.tensor([[0.0, 1.0], [0.0, 1.0]]).view(1, 1, 2, 2))
+        tensor(1.)
+    """
+
+    def __init__(self, kind: str = "anisotropic") -> None:
+        check_choice("kind", kind, _KINDS)
+        self.kind = kind
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """At least 0."""
+        down, across = images.diff(dim=-2), images.diff(dim=-1)
+        if self.kind == "squared":
+            return _mean(down.square()) + _mean(across.square())
+        if self.kind == "anisotropic":
+            return _mean(down.abs()) + _mean(across.abs())
+        squares = down[..., :-1].square() + across[..., :-1, :].square()
+        return _mean((squares + _TINY**2).sqrt() - _TINY)
+
+    @property
+    def is_sum_of_squares(self) -> bool:
+        """Only ``squared`` is."""
+        return self.kind == "squared"
+
+    def residuals(self, point: Point, kept: State) -> Tensor:
+        """The differences, each over the root of their number."""
+        parts = point.images.diff(dim=-2), point.images.diff(dim=-1)
+        return torch.cat([part.flatten() / max(1, part.numel()) ** 0.5 for part in parts])
+
+
+class L2(Prior):
+    r"""The mean square of the pixels, :math:`\mathrm{mean}\,x^2`: images are not arbitrarily bright.
+
+    References:
+        Yin et al., *See through Gradients*, CVPR 2021, https://arxiv.org/abs/2104.07586.
+
+    Example:
+        >>> L2()(torch.full((1, 3, 8, 8), 2.0))
+        tensor(4.)
+    """
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """At least 0."""
+        return images.square().mean()
+
+    def residuals(self, point: Point, kept: State) -> Tensor:
+        """The pixels, over the root of their number."""
+        return point.images.flatten() / point.images.numel() ** 0.5
+
+
+class BatchNormStatistics(ActivationPrior):
+    r"""How far the batch's statistics before each BatchNorm are from those of the training set.
+
+    .. math:: \sum_l \lVert \mu_l(x) - \hat\mu_l \rVert_2 + \lVert \sigma_l^2(x) - \hat\sigma_l^2 \rVert_2
+
+    with mean and variance over images and pixels for each channel, and the running ones of layer l, which travel with
+    the network's weights.
+
+    References:
+        Yin et al., *See through Gradients* (GradInversion), CVPR 2021, https://arxiv.org/abs/2104.07586.
+
+    Example:
+        >>> seen = {"norm": Activation(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))}
+        >>> state = {"norm.running_mean": torch.tensor([3.0, 0.0, 4.0]), "norm.running_var": torch.zeros(3)}
+        >>> BatchNormStatistics()(seen, state)
+        tensor(5.0000)
+    """
+
+    def modules(self, model: nn.Module) -> Sequence[str]:
+        """All BatchNorm layers that have running statistics."""
+        return [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None
+        ]
+
+    def check(self, victim: Victim) -> None:
+        """There must be one."""
+        if not self.modules(victim.model):
+            raise ValueError(
+                "Expected a network with BatchNorm in evaluation mode for BatchNormStatistics, whose running statistics "
+                f"it compares with, but got {type(victim.model).__name__} without any. Call `model.eval()`, or leave "
+                "the prior out."
+            )
+
+    def __call__(self, activations: Mapping[str, Activation], state: Mapping[str, Tensor]) -> Tensor:
+        """At least 0."""
+        distances = []
+        for name, seen in activations.items():
+            if f"{name}.running_mean" not in state:  # another term's module
+                continue
+            others = [dim for dim in range(seen.inputs.ndim) if dim != 1]
+            mean, variance = seen.inputs.mean(others), seen.inputs.var(others, correction=0)
+            for found, expected in ((mean, "running_mean"), (variance, "running_var")):
+                distances.append(vector_norm(found - state[f"{name}.{expected}"] + _TINY))
+        return torch.stack(distances).sum()
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Their mean; zero where there are none, as between the rows of an image of one row."""
+    return values.sum() / max(1, values.numel())

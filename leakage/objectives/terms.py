@@ -1,0 +1,233 @@
+"""What an objective is made of: terms that are added up with weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad_and_value, vmap
+
+from leakage.clients.activations import Activation
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
+from leakage.errors import check_positive
+from leakage.pieces import Piece, State
+
+Gradients = Mapping[str, Tensor]
+# Values (V,) of V victims with their derivatives by images (V, N, C, H, W) and by class probabilities (V, N, K), None
+# where they are zero, from what the victims shared, what the term keeps of them, images and class probabilities.
+Batched = Callable[[SharedGradient, State, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+
+
+@dataclass
+class Point:
+    """Where one victim's search is, and what its client shared: what a term may look at.
+
+    Attributes:
+        images: the dummy images, ``(N, C, H, W)``.
+        targets: their class probabilities, ``(N, K)``.
+        gradients: those of the dummies, by name.
+        shared: those that the victim shared, by name.
+        activations: inputs and outputs of the modules that the objective asks for, by their names.
+        state: weights and buffers of the victim's network, by name.
+    """
+
+    images: Tensor
+    targets: Tensor
+    gradients: Gradients
+    shared: Gradients
+    activations: Mapping[str, Activation]
+    state: Mapping[str, Tensor]
+
+
+class Term(Piece, ABC):
+    """A function of dummies that a search lowers. Terms add up: ``CosineDistance() + 1e-2 * TotalVariation()``.
+
+    Of your own: subclass :class:`Distance`, :class:`Prior` or :class:`ActivationPrior` and write ``__call__``.
+    """
+
+    @abstractmethod
+    def value(self, point: Point, kept: State) -> Tensor:
+        """The term at one victim's dummies, a scalar; differentiable.
+
+        Args:
+            point: the dummies, and what they give.
+            kept: what :meth:`begin` gave for this victim, without the victims' dimension.
+        """
+
+    @property
+    def is_sum_of_squares(self) -> bool:
+        """Whether it has :meth:`residuals`, which second-order solvers need."""
+        return type(self).residuals is not Term.residuals
+
+    def residuals(self, point: Point, kept: State) -> Tensor:
+        """Numbers ``(M,)`` whose squares add up to :meth:`value`."""
+        raise NotImplementedError(f"Expected a term that is a sum of squares, but got {self!r}.")
+
+    def modules(self, model: nn.Module) -> Sequence[str]:
+        """Names of the modules whose inputs and outputs it wants to see."""
+        return ()
+
+    def check(self, victim: Victim) -> None:
+        """Raise a ``ValueError`` if it can't be used on such victims."""
+
+    def state(self, dtype: torch.dtype) -> State:
+        """What it keeps of each victim while it is searched for, as tensors without a victim.
+
+        An entry ``"scale"`` of shape ``(V,)`` multiplies the term.
+        """
+        return {}
+
+    def begin(self, shared: SharedGradient) -> State:
+        """The entries of :meth:`state` for V victims, from what they shared."""
+        return {}
+
+    def informative(self, shared: SharedGradient) -> Tensor:
+        """``(V,)``, whether a victim's gradient says anything that this term can measure."""
+        return torch.ones(len(shared), dtype=torch.bool)
+
+    def batched(self, victim: Victim) -> Batched | None:
+        """A faster way to evaluate it for many victims at once, without its scale; None if there is none."""
+        return None
+
+    def parts(self) -> list[tuple[float, Term]]:
+        """The terms it adds up, with their weights."""
+        return [(1.0, self)]
+
+    def __add__(self, other: Term) -> Sum:
+        """Both, added up."""
+        if not isinstance(other, Term):
+            return NotImplemented
+        parts = [*self.parts(), *other.parts()]
+        return Sum([term for _, term in parts], [weight for weight, _ in parts])
+
+    def __mul__(self, weight: float) -> Sum:
+        """The same with a weight."""
+        if isinstance(weight, Term | Tensor):
+            return NotImplemented
+        return Sum([self], [weight])
+
+    __rmul__ = __mul__
+
+
+class Sum(Term):
+    """Terms added up with weights, as ``a + 0.1 * b`` makes it; by itself for YAML.
+
+    Args:
+        terms: what is added up.
+        weights: of each, positive; by default 1.
+
+    Raises:
+        ValueError: no terms, weights of another number, or one that is not positive.
+
+    Example:
+        >>> from leakage.objectives import SquaredDistance, TotalVariation
+        >>> SquaredDistance() + 0.1 * TotalVariation()
+        SquaredDistance(relative=True) + 0.1 * TotalVariation(kind='anisotropic')
+    """
+
+    def __init__(self, terms: Sequence[Term], weights: Sequence[float] | None = None) -> None:
+        weights = [1.0] * len(terms) if weights is None else list(weights)
+        if not terms or len(weights) != len(terms):
+            raise ValueError(f"Expected `terms` with one of `weights` each, but got {len(terms)} and {len(weights)}.")
+        for term, weight in zip(terms, weights, strict=True):
+            if not isinstance(term, Term):
+                raise ValueError(
+                    f"Expected `terms` of leakage.objectives, such as a Prior, but got {type(term).__name__}."
+                )
+            check_positive(weight=weight)
+        found = [
+            (weight * inner, part) for term, weight in zip(terms, weights, strict=True) for inner, part in term.parts()
+        ]
+        self.terms, self.weights = [part for _, part in found], [weight for weight, _ in found]
+
+    def parts(self) -> list[tuple[float, Term]]:
+        """The single terms, with their weights."""
+        return list(zip(self.weights, self.terms, strict=True))
+
+    def value(self, point: Point, kept: State) -> Tensor:
+        """Not asked for: an evaluation takes the parts one by one, each with what it keeps."""
+        raise NotImplementedError("Expected the parts of a sum to be evaluated one by one.")
+
+    def __repr__(self) -> str:
+        return " + ".join(f"{'' if weight == 1 else f'{weight:g} * '}{term!r}" for weight, term in self.parts())
+
+
+class Distance(Term):
+    """Between the gradient of the dummies and that which was shared; a subclass is a function of the two.
+
+    Example:
+        >>> class LargestDifference(Distance):
+        ...     def __call__(self, gradients, shared):
+        ...         return torch.stack([(gradients[name] - shared[name]).abs().max() for name in shared]).max()
+        >>> float(LargestDifference()({"w": torch.tensor([3.0])}, {"w": torch.tensor([1.0])}))
+        2.0
+    """
+
+    @abstractmethod
+    def __call__(self, gradients: Gradients, shared: Gradients) -> Tensor:
+        """The distance of one victim, a scalar of at least 0.
+
+        Args:
+            gradients: named gradients of the dummies, any shapes.
+            shared: those that the victim shared, the same names and shapes.
+        """
+
+    def value(self, point: Point, kept: State) -> Tensor:
+        """The distance at this point."""
+        return self(point.gradients, point.shared)
+
+
+class Prior(Term):
+    """What images look like, whatever the gradient says; a subclass is a function of the images of one victim.
+
+    Example:
+        >>> class Bright(Prior):
+        ...     def __call__(self, images):
+        ...         return (1 - images).square().mean()
+        >>> float(Bright()(torch.full((1, 3, 8, 8), 0.5)))
+        0.25
+    """
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Tensor:
+        """A scalar, from ``(N, C, H, W)``."""
+
+    def value(self, point: Point, kept: State) -> Tensor:
+        """The prior at this point."""
+        return self(point.images)
+
+    def batched(self, victim: Victim) -> Batched:
+        """Without the network: it only looks at images."""
+        evaluate = vmap(grad_and_value(self))
+
+        def values(
+            shared: SharedGradient, kept: State, images: Tensor, targets: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor | None]:
+            by_images, found = evaluate(images)
+            return found, by_images, None
+
+        return values
+
+
+class ActivationPrior(Term):
+    """What images look like inside the network; a subclass names modules and is a function of their activations.
+
+    They are collected in the one forward pass that also gives the gradients. With local steps they are those of the
+    first pass over all images.
+    """
+
+    @abstractmethod
+    def modules(self, model: nn.Module) -> Sequence[str]:
+        """Names of the modules, as ``model.named_modules()`` has them."""
+
+    @abstractmethod
+    def __call__(self, activations: Mapping[str, Activation], state: Mapping[str, Tensor]) -> Tensor:
+        """A scalar, from the activations of one victim's images and the weights and buffers of its network."""
+
+    def value(self, point: Point, kept: State) -> Tensor:
+        """The prior at this point."""
+        return self(point.activations, point.state)

@@ -1,0 +1,70 @@
+"""What attacks are made of: objects that tell what they were made with."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What is kept of each victim beside its gradient: a name to a tensor that begins with the victims' dimension.
+State = dict[str, Tensor]
+
+
+class Piece:
+    """A part of an attack, chosen once and never changed: a distance, a prior, a solver, a way to write images.
+
+    It keeps each argument of its constructor as an attribute of the same name. So its ``repr`` says what it was made
+    with, by which checkpoints and loggers know it again; tensors, modules and other large things are told by a hash.
+
+    Example:
+        >>> class Brightness(Piece):
+        ...     def __init__(self, mean: float = 0.5) -> None:
+        ...         self.mean = mean
+        >>> Brightness(0.4)
+        Brightness(mean=0.4)
+    """
+
+    def __repr__(self) -> str:
+        names = [
+            name for name in inspect.signature(type(self).__init__).parameters if name != "self" and hasattr(self, name)
+        ]
+        return f"{type(self).__name__}({', '.join(f'{name}={tell(getattr(self, name))}' for name in names)})"
+
+
+def tell(value: Any) -> str:
+    """A value in words that are the same in every process: plain ones as they are, tensors by a hash.
+
+    Example:
+        >>> tell((0, 1.5)), tell(None), tell(torch.zeros(2)) == tell(torch.zeros(2)) != tell(torch.ones(2))
+        ('(0, 1.5)', 'None', True)
+    """
+    if isinstance(value, nn.Module):
+        return f"{type(value).__name__} {digest(dict(value.state_dict()))}"
+    if isinstance(value, Tensor):
+        return f"Tensor {tuple(value.shape)} {digest({'': value})}"
+    if isinstance(value, list | tuple):
+        items = ", ".join(map(tell, value))
+        return f"[{items}]" if isinstance(value, list) else f"({items}{',' if len(value) == 1 else ''})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name!r}: {tell(entry)}" for name, entry in value.items()) + "}"
+    if type(value).__repr__ is object.__repr__:  # which has an address
+        return type(value).__name__ if not hasattr(value, "__dict__") else f"{type(value).__name__}({tell(vars(value))})"
+    return repr(value)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of tensors, to recognise them.
+
+    Example:
+        >>> digest({"a": torch.zeros(2)}) == digest({"a": torch.zeros(2)}) != digest({"a": torch.ones(2)})
+        True
+    """
+    hashed = hashlib.sha256()
+    for name, tensor in tensors.items():
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return hashed.hexdigest()[:16]

@@ -1,0 +1,127 @@
+"""Adam, and Adam on signs, for many victims at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leakage.errors import check_choice, check_count, check_not_negative, check_positive
+from leakage.pieces import State
+from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, Evaluated, Solver, settle
+
+SCHEDULES = ("steps", "cosine", "constant")
+# Shares of the steps after which the rate falls, and to what part of it, as in Inverting Gradients.
+_MILESTONES, _FALL = (3 / 8, 5 / 8, 7 / 8), 0.1
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class Adam(Solver):
+    r"""Adam, with moments and a learning rate of each victim's own.
+
+    .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+        x \leftarrow x - \eta_t \, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    Nothing keeps the loss from rising; the iterate of lowest loss is kept.
+
+    ============= ===============================================================================
+    ``schedule``  :math:`\eta_t`
+    ============= ===============================================================================
+    ``steps``     ``lr``, a tenth of it after 3/8, 5/8 and 7/8 of the steps: Inverting Gradients
+    ``cosine``    ``lr`` falling to zero by half a cosine: GradInversion
+    ``constant``  ``lr``
+    ============= ===============================================================================
+
+    Args:
+        lr: the first learning rate.
+        steps: after which a victim is exhausted.
+        schedule: of the table.
+        warmup: steps in which the rate rises to ``lr`` linearly.
+        betas: :math:`\beta_1, \beta_2`, each from 0 to below 1.
+        eps: :math:`\epsilon`.
+        tolerance: a victim has converged when its loss is at most this.
+
+    Raises:
+        ValueError: an option out of its range.
+
+    References:
+        Kingma and Ba, *Adam: A Method for Stochastic Optimization*, 2015, https://arxiv.org/abs/1412.6980.
+
+    Example:
+        >>> Adam(lr=0.1, steps=4800).schedule
+        'steps'
+    """
+
+    lr: float = 0.1
+    steps: int = 1000
+    schedule: str = "steps"
+    warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive(lr=self.lr, eps=self.eps)
+        check_count(steps=self.steps)
+        check_count(0, warmup=self.warmup)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_not_negative(tolerance=self.tolerance)
+        self.betas = (self.betas[0], self.betas[1])
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"Expected `betas` from 0 to below 1, but got {self.betas!r}.")
+
+    def fresh(self, like: Tensor) -> State:
+        """The two moments."""
+        return {"mean": torch.zeros_like(like), "square": torch.zeros_like(like)}
+
+    def move(self, lanes: State, at: Evaluated) -> Tensor:
+        """One step for each victim."""
+        settle(lanes, ~at.finite, DIVERGED)
+        settle(lanes, at.losses <= self.tolerance, CONVERGED)
+        settle(lanes, lanes["evaluations"] >= self.steps, EXHAUSTED)
+        lanes["iterations"] += at.finite
+        gradient = self._gradient(torch.where(at.finite[:, None], at.gradient, 0.0))
+        step = lanes["evaluations"].to(gradient).clamp(min=1)
+        mean, square = (
+            torch.lerp(gradient**power, lanes[name], beta)
+            for power, name, beta in ((1, "mean", self.betas[0]), (2, "square", self.betas[1]))
+        )
+        lanes["mean"], lanes["square"] = mean, square
+        first, second = (1 - beta**step for beta in self.betas)
+        rate = self._rate(step) / first
+        return at.point - rate[:, None] * mean / ((square / second[:, None]).sqrt() + self.eps)
+
+    def _gradient(self, gradient: Tensor) -> Tensor:
+        return gradient
+
+    def _rate(self, step: Tensor) -> Tensor:
+        """Learning rates ``(V,)`` of victims at their steps, from 1 on."""
+        share = (step - 1) / self.steps
+        if self.schedule == "steps":
+            rate = self.lr * _FALL ** sum((share >= milestone).to(step) for milestone in _MILESTONES)
+        elif self.schedule == "cosine":
+            rate = self.lr * (1 + torch.cos(math.pi * share)) / 2
+        else:
+            rate = torch.full_like(step, self.lr)
+        return rate * (step / self.warmup).clamp(max=1) if self.warmup else rate
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class SignedAdam(Adam):
+    """Adam on the sign of the gradient: each pixel moves by about the learning rate, however small its gradient is.
+
+    Args:
+        options: see :class:`Adam`.
+
+    References:
+        Geiping et al., *Inverting Gradients*, NeurIPS 2020, https://arxiv.org/abs/2003.14053.
+
+    Example:
+        >>> SignedAdam(lr=0.1, steps=24000).lr
+        0.1
+    """
+
+    def _gradient(self, gradient: Tensor) -> Tensor:
+        return gradient.sign()

@@ -1,0 +1,44 @@
+"""For what needs no search: the start is the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leakage.errors import check_not_negative
+from leakage.pieces import State
+from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, Evaluated, Solver, settle
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class NoSearch(Solver):
+    """Evaluates the start once, to tell how well it fits, and stays there: for images in closed form.
+
+    Args:
+        tolerance: a victim whose loss is at most this has converged; the others are exhausted.
+
+    Raises:
+        ValueError: a negative tolerance.
+
+    Example:
+        >>> NoSearch()
+        NoSearch(tolerance=1e-08)
+    """
+
+    tolerance: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check_not_negative(tolerance=self.tolerance)
+
+    def fresh(self, like: Tensor) -> State:
+        """Nothing."""
+        return {}
+
+    def move(self, lanes: State, at: Evaluated) -> Tensor:
+        """Nowhere."""
+        settle(lanes, ~at.finite, DIVERGED)
+        settle(lanes, at.losses <= self.tolerance, CONVERGED)
+        settle(lanes, torch.ones_like(at.finite), EXHAUSTED)
+        return at.point
