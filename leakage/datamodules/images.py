@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from leakage.clients.losses import LOSSES
-from leakage.clients.shared_gradient import SharedGradient, check_local_steps
+from leakage.clients.protocol import check_local_steps
+from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.errors import check_choice, check_count, check_flag

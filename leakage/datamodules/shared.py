@@ -62,18 +62,7 @@ class SharedGradientFiles(VictimDataModule):
         if hasattr(self, "victim"):
             return
         parts = {path: SharedGradient.load(path) for path in self._files()}
-        protocol = next(iter(parts.values())).protocol
-        channels, height, width = protocol.image_shape
-        victim = Victim(
-            self.model,
-            image_shape=(channels, height, width),
-            num_images=protocol.num_images,
-            loss=protocol.loss,
-            reduction=protocol.reduction,
-            local_steps=protocol.local_steps,
-            learning_rate=protocol.learning_rate,
-            local_batch_size=protocol.local_batch_size,
-        )
+        victim = Victim.of(self.model, next(iter(parts.values())).protocol)
         for path, part in parts.items():
             try:
                 victim.check(part)
