@@ -1,6 +1,8 @@
 """The labels of a whole batch, read off its gradient."""
 
 from leakage.labels.auxiliary import Auxiliary
-from leakage.labels.inference import NEEDS, RULES, InferredLabels, check_label_rule, infer_labels
+from leakage.labels.counts import LabelCounts
+from leakage.labels.inference import LabelReader, check_label_rule, infer_labels
+from leakage.labels.rules import NEEDS, RULES
 
-__all__ = ["NEEDS", "RULES", "Auxiliary", "InferredLabels", "check_label_rule", "infer_labels"]
+__all__ = ["NEEDS", "RULES", "Auxiliary", "LabelCounts", "LabelReader", "check_label_rule", "infer_labels"]

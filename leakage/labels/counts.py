@@ -1,9 +1,46 @@
-"""From estimates to whole numbers of images that sum to N."""
+"""What rules find: counts, and from estimates to whole numbers of images that sum to N."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass
+class LabelCounts:
+    """The labels of V victims as a rule found them.
+
+    Attributes:
+        counts: ``(V, K)`` int64, images of each class; each row sums to N.
+        scores: ``(V, K)``, the higher the more of that class; for rules that count, images before rounding.
+        present: ``(V, K)`` bool, the classes that the rule holds to be there. A rule that finds the set of
+            classes only spreads the N images over them in ``counts``.
+        rule: the rule's name; of ``"auto"`` the one that it chose.
+    """
+
+    counts: Tensor
+    scores: Tensor
+    present: Tensor
+    rule: str
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def labels(self) -> Tensor:
+        """``(V, N)`` class indices, sorted."""
+        victims, classes = self.counts.shape
+        every = torch.arange(classes, device=self.counts.device).repeat(victims)
+        return every.repeat_interleave(self.counts.flatten()).view(victims, -1)
+
+    @staticmethod
+    def cat(parts: list[LabelCounts]) -> LabelCounts:
+        """Victims of several parts after one another, of one rule."""
+        fields = ("counts", "scores", "present")
+        counts, scores, present = (torch.cat([getattr(part, name) for part in parts]) for name in fields)
+        return LabelCounts(counts, scores, present, parts[0].rule)
 
 
 def round_counts(estimates: Tensor, num_images: int) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +27,7 @@ _BINS = 64
 _VICTIMS_AT_ONCE = 256
 
 
+@dataclass
 class LabelPosterior:
     r"""How many images of each class a gradient speaks for, learnt from clients that the attacker makes up.
 
@@ -48,31 +52,68 @@ class LabelPosterior:
     long as the images it learnt from are of the victims' kind; learnt from noise it may, on a trained network.
     This library's own.
 
-    Args:
-        layer: the victims' last layer; they share their weights.
-        known: images of the attacker's own; every class has some.
-        seed: of the simulation and the learning.
+    Attributes:
+        num_images: N.
+        scale: mean size of the features.
+        centre, spread: of the statistics over the simulated clients.
+        edges: the first count of each bin.
+        network: statistics to logits of the bins.
     """
 
-    def __init__(self, layer: LastLayer, known: LabelledFeatures, seed: int) -> None:
-        self.num_images = layer.num_images
-        self.scale = known.features.abs().mean().clamp(min=1e-12)
+    num_images: int
+    scale: Tensor
+    centre: Tensor
+    spread: Tensor
+    edges: Tensor
+    network: nn.Module
+
+    @classmethod
+    def learn(cls, layer: LastLayer, known: LabelledFeatures, seed: int) -> LabelPosterior:
+        """Learn about one network.
+
+        Args:
+            layer: the victims' last layer; they share their weights.
+            known: images of the attacker's own; every class has some.
+            seed: of the simulation and the learning.
+        """
+        scale = known.features.abs().mean().clamp(min=1e-12)
         clients = min(max(_PRODUCT // (layer.num_images * layer.num_classes), _FEWEST), _MOST)
         drawn, counts = draw_images(known.labels, layer, clients, derive_seed(seed, 0, "posterior's clients"))
         statistics = torch.cat(
-            [self._statistics(simulate(layer, known, part)) for part in torch.split(drawn, _at_once(layer))]
+            [_statistics(simulate(layer, known, part), scale) for part in torch.split(drawn, _at_once(layer))]
         )
-        self.centre, self.spread = statistics.mean(0), statistics.std(0) + 1e-6
-        self.edges = _edges(counts).to(statistics.device)
-        bins = torch.bucketize(counts.to(statistics.device), self.edges, right=True) - 1
-        self.network = self._learn(self._normalised(statistics), bins, seed)
+        centre, spread = statistics.mean(0), statistics.std(0) + 1e-6
+        edges = _edges(counts).to(statistics.device)
+        bins = torch.bucketize(counts.to(statistics.device), edges, right=True) - 1
+        network = _learn(_normalised(statistics, centre, spread), bins, len(edges), seed)
+        return cls(layer.num_images, scale, centre, spread, edges, network)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was learnt, as tensors and numbers."""
+        return vars(self) | {"network": dict(self.network.state_dict())}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> LabelPosterior:
+        """The posterior that :meth:`state_dict` was taken of."""
+        width, inputs = state["network"]["0.weight"].shape
+        with torch.device("meta"):  # its first weights play no part, and shall draw nothing
+            network = _network(inputs, width, len(state["edges"])).requires_grad_(False)
+        network.load_state_dict(state["network"], assign=True)
+        return cls(**state | {"network": network})
+
+    def to(self, device: torch.device) -> LabelPosterior:
+        """The same on a device."""
+        scale, centre, spread, edges = (
+            tensor.to(device) for tensor in (self.scale, self.centre, self.spread, self.edges)
+        )
+        return LabelPosterior(self.num_images, scale, centre, spread, edges, self.network.to(device))
 
     @torch.no_grad()
     def __call__(self, layer: LastLayer) -> Found:
         """Counts and expected counts of the victims."""
         victims = torch.arange(len(layer), device=layer.weight.device)
-        statistics = [self._statistics(layer.select(part)) for part in torch.split(victims, _at_once(layer))]
-        inputs = self._normalised(torch.cat(statistics))
+        statistics = [_statistics(layer.select(part), self.scale) for part in torch.split(victims, _at_once(layer))]
+        inputs = _normalised(torch.cat(statistics), self.centre, self.spread)
         parts = [self._find(part) for part in torch.split(inputs, _VICTIMS_AT_ONCE)]
         counts, expected = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return counts, expected.to(layer.gradients), None
@@ -87,59 +128,64 @@ class LabelPosterior:
         counts.scatter_add_(1, largest, torch.ones_like(largest))
         return counts, tails.sum(2)
 
-    def _statistics(self, layer: LastLayer) -> Tensor:
-        """``(V, K, F)``."""
-        rows = layer.weight_gradient
-        assert rows is not None
-        push = layer.bias_gradient if layer.bias_gradient is not None else torch.zeros_like(rows[..., 0])
-        push = push * layer.num_images
-        rows = rows * (layer.num_images / self.scale)
-        # The row along its own weights: the sum of (p - y) times the logit, less the mean logit.
-        apart = layer.weight - layer.weight.mean(1, keepdim=True)
-        along = (rows * apart).sum(2) * self.scale
-        negative = rows.clamp(max=0).mean(2)
-        shape = [rows.mean(2), negative, rows.square().mean(2).sqrt(), rows.amin(2), rows.amax(2)]
-        sums, entries = torch.stack([push, along], dim=2), torch.stack(shape, dim=2)
-        statistics = torch.cat(
-            [
-                *(sums, (sums / 0.3).asinh(), (sums / 0.01).asinh()),
-                *((20 * entries / 0.3).asinh(), (20 * entries / 0.01).asinh()),
-                (rows < 0).to(rows).mean(2, keepdim=True),
-            ],
-            dim=2,
-        )
-        over_classes = [statistics.mean(1), statistics.amin(1), statistics.amax(1)]
-        around = torch.cat(over_classes, dim=1)[:, None].expand(-1, statistics.shape[1], -1)
-        return torch.cat([statistics, around], dim=2)
 
-    def _normalised(self, statistics: Tensor) -> Tensor:
-        # Limited, as victims may lie outside what was simulated.
-        inputs = ((statistics - self.centre) / self.spread).clamp(-6, 6)
-        classes = torch.eye(inputs.shape[1]).to(inputs)
-        return torch.cat([inputs, classes.expand(len(inputs), -1, -1)], dim=2)
+def _statistics(layer: LastLayer, scale: Tensor) -> Tensor:
+    """``(V, K, F)``."""
+    rows = layer.weight_gradient
+    assert rows is not None
+    push = layer.bias_gradient if layer.bias_gradient is not None else torch.zeros_like(rows[..., 0])
+    push = push * layer.num_images
+    rows = rows * (layer.num_images / scale)
+    # The row along its own weights: the sum of (p - y) times the logit, less the mean logit.
+    apart = layer.weight - layer.weight.mean(1, keepdim=True)
+    along = (rows * apart).sum(2) * scale
+    negative = rows.clamp(max=0).mean(2)
+    shape = [rows.mean(2), negative, rows.square().mean(2).sqrt(), rows.amin(2), rows.amax(2)]
+    sums, entries = torch.stack([push, along], dim=2), torch.stack(shape, dim=2)
+    statistics = torch.cat(
+        [
+            *(sums, (sums / 0.3).asinh(), (sums / 0.01).asinh()),
+            *((20 * entries / 0.3).asinh(), (20 * entries / 0.01).asinh()),
+            (rows < 0).to(rows).mean(2, keepdim=True),
+        ],
+        dim=2,
+    )
+    over_classes = [statistics.mean(1), statistics.amin(1), statistics.amax(1)]
+    around = torch.cat(over_classes, dim=1)[:, None].expand(-1, statistics.shape[1], -1)
+    return torch.cat([statistics, around], dim=2)
 
-    @torch.inference_mode(False)  # learning works where the caller records no gradients, too
-    @torch.enable_grad()
-    def _learn(self, inputs: Tensor, bins: Tensor, seed: int) -> nn.Module:
-        inputs, bins = inputs.clone(), bins.clone()
-        generator = torch.Generator().manual_seed(derive_seed(seed, 0, "posterior's batches"))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive_seed(seed, 0, "posterior's weights"))
-            network = nn.Sequential(
-                *(nn.Linear(inputs.shape[2], _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, _WIDTH), nn.ReLU()),
-                nn.Linear(_WIDTH, len(self.edges)),
-            ).to(inputs)
-        steps = _PASSES * len(inputs) // _BATCH
-        optimizer = torch.optim.AdamW(network.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)
-        for _ in range(steps):
-            batch = torch.randint(len(inputs), (_BATCH,), generator=generator).to(inputs.device)
-            loss = F.cross_entropy(network(inputs[batch]).flatten(0, 1), bins[batch].flatten())
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-        return network.requires_grad_(False)
+
+def _normalised(statistics: Tensor, centre: Tensor, spread: Tensor) -> Tensor:
+    # Limited, as victims may lie outside what was simulated.
+    inputs = ((statistics - centre) / spread).clamp(-6, 6)
+    classes = torch.eye(inputs.shape[1]).to(inputs)
+    return torch.cat([inputs, classes.expand(len(inputs), -1, -1)], dim=2)
+
+
+def _network(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    hidden = nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+    return nn.Sequential(*hidden, nn.Linear(width, outputs))
+
+
+@torch.inference_mode(False)  # learning works where the caller records no gradients, too
+@torch.enable_grad()
+def _learn(inputs: Tensor, bins: Tensor, num_bins: int, seed: int) -> nn.Module:
+    inputs, bins = inputs.clone(), bins.clone()
+    generator = torch.Generator().manual_seed(derive_seed(seed, 0, "posterior's batches"))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(seed, 0, "posterior's weights"))
+        network = _network(inputs.shape[2], _WIDTH, num_bins).to(inputs)
+    steps = _PASSES * len(inputs) // _BATCH
+    optimizer = torch.optim.AdamW(network.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)
+    for _ in range(steps):
+        batch = torch.randint(len(inputs), (_BATCH,), generator=generator).to(inputs.device)
+        loss = F.cross_entropy(network(inputs[batch]).flatten(0, 1), bins[batch].flatten())
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    return network.requires_grad_(False)
 
 
 def _at_once(layer: LastLayer) -> int:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakage.clients.victim import Victim
-from leakage.labels import RULES, Auxiliary, infer_labels, inference
+from leakage.labels import RULES, Auxiliary, infer_labels, inference, rules
 from leakage.labels.auxiliary import KnownFeatures
 from leakage.labels.last_layer import LastLayer
+from leakage.labels.rules import Knowledge, Rule
 from tests.labels.by_hand import auxiliary_images, images_and_labels, linear, network, recall, victim_of
 
 pytestmark = pytest.mark.usefixtures("quick_posterior")
@@ -132,21 +133,26 @@ def test_the_victims_gradients_have_no_say_in_the_choice() -> None:
     assert infer_labels(shared.select(torch.tensor([5])), victim, auxiliary=auxiliary).rule == expected
 
 
+def only_rules(monkeypatch: pytest.MonkeyPatch, **some: Rule) -> None:
+    for module in (inference, rules):
+        monkeypatch.setattr(module, "RULES", some)
+
+
 def test_rules_are_tried_on_images_that_they_did_not_learn_from(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[Tensor]] = {"learnt": [], "tried": []}
 
-    def learn(layer: LastLayer, known: Any, seed: int) -> Any:
-        seen["learnt"].append(known().features[0])
-        return RULES["geng"].find(layer, known, seed)
+    def learn(layer: LastLayer, known: Knowledge) -> Any:
+        seen["learnt"].append(known.features.features[0])
+        return geng.find(layer, known)
 
     def simulate(layer: LastLayer, known: KnownFeatures, drawn: Tensor) -> LastLayer:
         seen["tried"].append(known.features[0])
         return real(layer, known, drawn)
 
-    real = inference.simulate
+    real, geng = inference.simulate, RULES["geng"]
     monkeypatch.setattr(inference, "_GOOD_ENOUGH", 2.0)
     monkeypatch.setattr(inference, "simulate", simulate)
-    monkeypatch.setattr(inference, "RULES", {"geng": RULES["geng"], "posterior": inference.Rule(learn)})
+    only_rules(monkeypatch, geng=geng, posterior=Rule(learn))
     victim = victim_of(linear(CLASSES, 12), 4)
     images, labels = images_and_labels(0, 3, 4, CLASSES)
     auxiliary = auxiliary_images(1, CLASSES, each=8)
@@ -159,11 +165,12 @@ def test_rules_are_tried_on_images_that_they_did_not_learn_from(monkeypatch: pyt
 
 @pytest.mark.parametrize("missing", ["weight", "bias"])
 def test_rules_are_tried_on_what_victims_share(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def look(layer: LastLayer, known: Any, seed: int) -> Any:
+    def look(layer: LastLayer, known: Knowledge) -> Any:
         assert getattr(layer, f"{missing}_gradient") is None
-        return RULES["geng"].find(layer, known, seed)
+        return geng.find(layer, known)
 
-    monkeypatch.setattr(inference, "RULES", {"geng": inference.Rule(look), "posterior": inference.Rule(look)})
+    geng = RULES["geng"]
+    only_rules(monkeypatch, geng=Rule(look), posterior=Rule(look))
     monkeypatch.setattr(inference, "_GOOD_ENOUGH", 2.0)
     victim = victim_of(frozen(missing), 4)
     images, labels = images_and_labels(0, 3, 4, CLASSES)

@@ -12,7 +12,7 @@ from torch import nn
 
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.labels import RULES, Auxiliary, InferredLabels, infer_labels, inference
+from leakage.labels import RULES, Auxiliary, LabelCounts, infer_labels, inference
 from tests.labels.by_hand import auxiliary_images, images_and_labels, network, victim_of
 
 CLASSES, VICTIMS = 6, 5
@@ -39,7 +39,7 @@ def setting(rule: str, own: bool, steps: bool) -> tuple[Victim, SharedGradient, 
     return victim, shared, auxiliary
 
 
-def assert_same(inferred: InferredLabels, expected: InferredLabels) -> None:
+def assert_same(inferred: LabelCounts, expected: LabelCounts) -> None:
     assert torch.equal(inferred.counts, expected.counts)
     assert torch.equal(inferred.present, expected.present)
     torch.testing.assert_close(inferred.scores, expected.scores, rtol=1e-3, atol=1e-4)
@@ -54,7 +54,7 @@ def test_a_victim_does_not_depend_on_the_others(rule: str, own: bool, steps: boo
     for group in ([3], [4, 0]) if learns else ([0], [1], [2], [3], [4], [4, 0], [1, 3, 2]):
         some = torch.tensor(group)
         alone = infer_labels(shared.select(some), victim, rule=rule, auxiliary=auxiliary)
-        expected = InferredLabels(together.counts[some], together.scores[some], together.present[some], rule)
+        expected = LabelCounts(together.counts[some], together.scores[some], together.present[some], rule)
         assert_same(alone, expected)
         assert alone.rule == together.rule
 
@@ -182,7 +182,7 @@ def test_auxiliary_images_without_labels(rule: str) -> None:
     together = infer_labels(shared, victim, rule=rule, auxiliary=auxiliary)
     some = torch.tensor([3, 1])
     alone = infer_labels(shared.select(some), victim, rule=rule, auxiliary=auxiliary)
-    assert_same(alone, InferredLabels(together.counts[some], together.scores[some], together.present[some], rule))
+    assert_same(alone, LabelCounts(together.counts[some], together.scores[some], together.present[some], rule))
 
 
 @pytest.mark.parametrize("rule", ["ilrg", "mean_feature", "posterior"])

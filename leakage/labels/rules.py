@@ -1,0 +1,122 @@
+"""The rules by name, what each needs, and what it may know of the victims' network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from leakage.clients.victim import Victim
+from leakage.labels.auxiliary import Auxiliary, KnownFeatures, LabelledFeatures, known_features
+from leakage.labels.calibrated import geng, llg_plus, llg_star, rlu
+from leakage.labels.from_gradients import Found, idlg, ilrg, llg, row_minimum
+from leakage.labels.last_layer import LastLayer, has_non_negative_features
+from leakage.labels.mean_feature import mean_feature
+from leakage.labels.posterior import LabelPosterior
+from leakage.labels.separation import rlg
+
+
+class Knowledge:
+    """What the attacker knows of the victims' network; not every rule asks for it, so it is worked out on demand.
+
+    Args:
+        layer: the victims' last layer.
+        auxiliary: the attacker's own images, if there are any.
+        seed: of noise, of labels for images that have none, of simulated clients and of learning.
+    """
+
+    def __init__(self, layer: LastLayer, auxiliary: Auxiliary | None, seed: int) -> None:
+        self.layer, self.auxiliary, self.seed = layer, auxiliary, seed
+
+    @cached_property
+    def features(self) -> KnownFeatures:
+        """The attacker's images as the last layer sees them."""
+        return known_features(self.layer, self.auxiliary, self.seed)
+
+    @cached_property
+    def labelled(self) -> LabelledFeatures:
+        """The same with labels."""
+        return self.features.with_labels(self.seed)
+
+    @cached_property
+    def posterior(self) -> LabelPosterior:
+        """What is learnt from simulated clients."""
+        return LabelPosterior.learn(self.layer, self.labelled, self.seed)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule.
+
+    Attributes:
+        find: counts, scores and presence of classes from the last layer.
+        needs: some of the keys of :data:`NEEDS`.
+        learns: whether it learns what is worth keeping for further victims of the same network.
+    """
+
+    find: Callable[[LastLayer, Knowledge], Found]
+    needs: tuple[str, ...] = ()
+    learns: bool = False
+
+
+#: What rules may need, in words that follow "Expected".
+NEEDS = {
+    "weight": "the last layer's weights to share their gradient",
+    "bias": "the last layer's bias to share its gradient",
+    "one image": "one image per gradient",
+    "distinct": "at most as many images as classes",
+    "fewer": "at least two images fewer than classes",
+    "non-negative": "inputs of the last layer that can't be negative, as behind a ReLU or a sigmoid",
+    "auxiliary": "`auxiliary` images",
+    "shared weights": "victims that share their weights",
+}
+
+#: Rules by name, each with its paper in its docstring; ``mean_feature`` and ``posterior`` are this library's own.
+RULES: dict[str, Rule] = {
+    "idlg": Rule(lambda layer, known: idlg(layer), ("one image",)),
+    "row_minimum": Rule(lambda layer, known: row_minimum(layer), ("weight", "distinct")),
+    "llg": Rule(lambda layer, known: llg(layer), ("weight", "non-negative")),
+    "llg_star": Rule(lambda layer, known: llg_star(layer, known.seed), ("weight", "non-negative")),
+    "rlg": Rule(lambda layer, known: rlg(layer), ("weight", "fewer")),
+    "ilrg": Rule(lambda layer, known: ilrg(layer), ("weight", "bias")),
+    "geng": Rule(lambda layer, known: geng(layer, known.seed)),
+    "mean_feature": Rule(lambda layer, known: mean_feature(layer, known.features), ("weight", "bias")),
+    "llg_plus": Rule(lambda layer, known: llg_plus(layer, known.features), ("weight", "non-negative", "auxiliary")),
+    "rlu": Rule(lambda layer, known: rlu(layer, known.labelled, known.seed), ("bias", "auxiliary", "shared weights")),
+    "posterior": Rule(lambda layer, known: known.posterior(layer), ("weight", "shared weights"), learns=True),
+}
+
+
+def needs_met(
+    victim: Victim, auxiliary: Auxiliary | None, num_images: int, *, own_weights: bool
+) -> dict[str, str | None]:
+    """For every need None if it is met, else what there is instead."""
+    weight, bias = (f"{victim.classifier}.{name}" in victim.trainable for name in ("weight", "bias"))
+    classes = victim.protocol.num_classes
+    images = f"{num_images} images and {classes} classes"
+    return {
+        "weight": None if weight else "frozen ones",
+        "bias": None if bias else "none",
+        "one image": None if num_images == 1 else f"{num_images}",
+        "distinct": None if num_images <= classes else images,
+        "fewer": None if num_images <= classes - 2 else images,
+        "non-negative": None if has_non_negative_features(victim) else "negative ones",
+        "auxiliary": None if auxiliary is not None else "none",
+        "shared weights": "a network for each" if own_weights else None,
+    }
+
+
+def usable_rules(met: dict[str, str | None]) -> list[str]:
+    """Names of the rules whose needs are all met."""
+    return [name for name, rule in RULES.items() if all(met[need] is None for need in rule.needs)]
+
+
+def check_needs(rule: str, met: dict[str, str | None]) -> None:
+    """Raise a ``ValueError`` that names the rules that would work, unless this one does; ``"auto"`` always does."""
+    missing = [need for need in RULES[rule].needs if met[need] is not None] if rule != "auto" else []
+    if missing:
+        working = ["auto", *usable_rules(met)]
+        raise ValueError(
+            f"Expected {NEEDS[missing[0]]} for rule={rule!r}, but got {met[missing[0]]}. "
+            f"Rules that would work: {', '.join(map(repr, working))}."
+        )
