@@ -1,6 +1,7 @@
 """leakage: what a shared gradient gives away."""
 
-from leakage.clients.shared_gradient import Protocol, SharedGradient
+from leakage.clients.protocol import Protocol
+from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.models import LeNet
 

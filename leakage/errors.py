@@ -45,3 +45,8 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     choices = sorted(choices)
     if value not in choices:
         raise ValueError(f"Expected `{name}` to be one of {choices}, but got {value!r}.")
+
+
+def show_shape(*sizes: int | str) -> str:
+    """A shape with letters for what is free, as in ``(V, 1, 28, 28)``."""
+    return f"({', '.join(str(size) for size in sizes)}{',' if len(sizes) == 1 else ''})"

@@ -6,7 +6,7 @@ import argparse
 import itertools
 from pathlib import Path
 
-from leakage.clients.shared_gradient import check_local_steps
+from leakage.clients.protocol import check_local_steps
 from leakage.datamodules.named import LABELLED_DATASETS
 from leakage.errors import check_count, check_positive
 from leakage.labels import RULES

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from leakage.clients.shared_gradient import Protocol, SharedGradient
+from leakage.clients.protocol import Protocol
+from leakage.clients.shared_gradient import SharedGradient
 from leakage.condensation import SyntheticSet
 from leakage.inversion.reconstruction import Reconstruction
 

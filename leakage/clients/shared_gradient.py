@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,61 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leakage.clients.losses import LOSSES
-from leakage.errors import check_choice, check_count, check_positive
+from leakage.clients.protocol import Protocol
+from leakage.errors import show_shape
 from leakage.files.tensors import brief, header_value, read_safetensors, write_safetensors
 
 _FORMAT = "leakage.SharedGradient"
-# Values of all images behind one gradient: with more, not even one search would fit into a machine.
-_MOST_VALUES = 2**30
-# Local steps, through all of which an attack differentiates twice; federated averaging makes hundreds.
-_MOST_STEPS = 10_000
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass
-class Protocol:
-    """What the client did, as the attacker knows it.
-
-    Attributes:
-        image_shape: ``(C, H, W)``.
-        num_classes: K, the number of logits.
-        num_images: N, the images behind one gradient.
-        loss: the training loss, a key of :data:`leakage.clients.losses.LOSSES`.
-        reduction: over the images of a step, ``"mean"`` or ``"sum"``.
-        local_steps: steps of plain SGD that the client makes before it shares their average gradient;
-            with one it shares the gradient at the weights that it was given. At most 10,000, since every
-            evaluation of an attack goes through all of them.
-        learning_rate: of these steps; None with one step, where it cancels out.
-        local_batch_size: images of one step; None for all N.
-    """
-
-    image_shape: tuple[int, ...]
-    num_classes: int
-    num_images: int = 1
-    loss: str = "cross_entropy"
-    reduction: str = "mean"
-    local_steps: int = 1
-    learning_rate: float | None = None
-    local_batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        self.image_shape = tuple(self.image_shape)
-        if len(self.image_shape) != 3:
-            raise ValueError(f"Expected `image_shape` (C, H, W), but got {self.image_shape}.")
-        check_count(**dict(zip("CHW", self.image_shape, strict=True)))
-        check_count(num_classes=self.num_classes, num_images=self.num_images)
-        if self.num_images * math.prod(self.image_shape) > _MOST_VALUES:
-            raise ValueError(
-                f"Expected `num_images` times `image_shape` of at most 2**30 values, but got {self.num_images} times "
-                f"{self.image_shape}."
-            )
-        check_choice("loss", self.loss, LOSSES)
-        check_choice("reduction", self.reduction, ("mean", "sum"))
-        check_local_steps(self.num_images, self.local_steps, self.learning_rate, self.local_batch_size)
-        if self.local_batch_size == self.num_images:
-            self.local_batch_size = None  # one way to say it, so that equal protocols compare equal
 
 
 @dataclass
@@ -253,7 +204,7 @@ class SharedGradient:
             own_weights = header_value(header, "own_weights")
             if not isinstance(own_weights, bool):
                 raise ValueError(f"Expected `own_weights` to be true or false, but got {own_weights!r}.")
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"Expected a protocol in the header of '{path}', but got: {brief(error)}") from error
 
         def under(prefix: str) -> dict[str, Tensor]:
@@ -274,42 +225,3 @@ class SharedGradient:
         except ValueError as error:
             raise ValueError(f"Expected a sound shared gradient in '{path}', but got: {brief(error)}") from error
         return shared
-
-
-def check_local_steps(
-    num_images: int, local_steps: int, learning_rate: float | None, local_batch_size: int | None
-) -> None:
-    """Raise a ``ValueError`` unless a client can make such steps, using every image equally often."""
-    check_count(num_images=num_images, local_steps=local_steps)
-    if local_steps > _MOST_STEPS:
-        raise ValueError(
-            f"Expected `local_steps` of at most {_MOST_STEPS}, all of which an attack simulates at each of its "
-            f"evaluations, but got {local_steps}."
-        )
-    if local_batch_size is not None:
-        check_count(local_batch_size=local_batch_size)
-        if num_images % local_batch_size:
-            raise ValueError(
-                f"Expected `local_batch_size` to divide `num_images` = {num_images}, so that every image is used "
-                f"equally often, but got {local_batch_size}. Choose a divisor of {num_images}, or None for all at once."
-            )
-        steps = num_images // local_batch_size
-        if local_steps % steps:
-            raise ValueError(
-                f"Expected `local_steps` to be a multiple of {steps} = `num_images` / `local_batch_size`, so that "
-                f"every image is used equally often, but got {local_steps}."
-            )
-    if local_steps > 1:
-        if learning_rate is None:
-            raise ValueError(f"Expected a `learning_rate` for {local_steps} local steps, but got None.")
-        check_positive(learning_rate=learning_rate)
-    elif learning_rate is not None:
-        raise ValueError(
-            f"Expected no `learning_rate` with one local step, where it cancels out, but got {learning_rate!r}. "
-            "Leave it out, or set `local_steps`."
-        )
-
-
-def show_shape(*sizes: int | str) -> str:
-    """A shape with letters for what is free, as in ``(V, 1, 28, 28)``."""
-    return f"({', '.join(str(size) for size in sizes)}{',' if len(sizes) == 1 else ''})"

@@ -136,7 +136,8 @@ def trained_network(
         >>> from leakage.datamodules import LabelledImages
         >>> from leakage.models import MLP
         >>> with TemporaryDirectory() as root:
-        ...     trained = trained_network(MLP(), LabelledImages("sample"), epochs=2, num_images=100, root=root, progress=False)
+        ...     data = LabelledImages("sample")
+        ...     trained = trained_network(MLP(), data, epochs=2, num_images=100, root=root, progress=False)
         >>> trained.model(torch.rand(5, 1, 28, 28)).shape, len(trained.seen), 0 <= trained.accuracy <= 1
         (torch.Size([5, 10]), 100, True)
     """

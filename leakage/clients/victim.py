@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
+from leakage.clients.activations import Activation, check_names, joined, recorded
+from leakage.clients.inspection import (
+    black_images,
+    check_no_dropout,
+    check_tensors,
+    drop_unused_statistics,
+    inspect_model,
+)
 from leakage.clients.losses import LOSSES
-from leakage.clients.shared_gradient import Protocol, SharedGradient, check_local_steps, show_shape
-from leakage.errors import check_choice
+from leakage.clients.precision import full_precision
+from leakage.clients.protocol import Protocol
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.defenses.base import Defense, check_defenses, defend
+from leakage.errors import check_count, show_shape
 from leakage.models.draw import draw_states, state_of
 
 # Victims whose gradients are captured at once; bounds the memory of a capture, not its result.
@@ -58,11 +67,13 @@ class Victim:
         learning_rate: :math:`\eta`, required for several steps; with one it cancels out.
         local_batch_size: images of one step, by default all N. It divides N, and T steps use every image
             equally often.
+        defenses: what the client does, one after the other, to this gradient before it shares it (with local steps
+            to their average): objects of :class:`leakage.defenses.Defense`.
 
     Raises:
-        ValueError: an unknown loss or reduction, local steps that can't be made, a model that does not take
-            such images or gives no logits, has no parameter that requires gradients, or whose gradient
-            depends on more than the images and weights (dropout in training mode), or BatchNorm in
+        ValueError: an unknown loss or reduction, local steps that can't be made, something else than defenses, a
+            model that does not take such images or gives no logits, has no parameter that requires gradients, or
+            whose gradient depends on more than the images and weights (dropout in training mode), or BatchNorm in
             training mode with one value per channel.
 
     References:
@@ -82,46 +93,76 @@ class Victim:
         ...                 local_batch_size=1)
         >>> len(client.share(torch.rand(5, 2, 1, 28, 28), torch.randint(10, (5, 2))))
         5
+
+        Noise on what is shared:
+
+        >>> from leakage.defenses import GaussianNoise
+        >>> Victim(LeNet(), image_shape=(1, 28, 28), defenses=[GaussianNoise(1e-4)]).protocol.defenses
+        ({'name': 'GaussianNoise', 'std': 0.0001, 'relative': False},)
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         num_images: int = 1,
         loss: str = "cross_entropy",
         reduction: str = "mean",
         local_steps: int = 1,
         learning_rate: float | None = None,
         local_batch_size: int | None = None,
+        defenses: Sequence[Defense] = (),
     ) -> None:
-        check_local_steps(num_images, local_steps, learning_rate, local_batch_size)
-        check_choice("loss", loss, LOSSES)
-        check_choice("reduction", reduction, ("mean", "sum"))
-        _check_no_dropout(model)
-        self.model = copy.deepcopy(model)
-        self._unused_statistics = _drop_unused_statistics(self.model)
-        self.model.zero_grad(set_to_none=True)
-        self.trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        if not self.trainable:
-            raise ValueError(
-                "Expected `model` to have parameters that require gradients, but got none: nothing is shared."
-            )
-        self.classifier, self.logits_from, num_classes = _inspect(
-            self.model, tuple(image_shape), num_images if local_batch_size is None else local_batch_size
-        )
-        self.model.requires_grad_(False)
-        self.protocol = Protocol(
-            image_shape=tuple(image_shape),
-            num_classes=num_classes,
+        self.defenses = check_defenses(defenses)
+        protocol = Protocol(
+            image_shape=image_shape,
+            num_classes=1,  # the model tells it
             num_images=num_images,
             loss=loss,
             reduction=reduction,
             local_steps=local_steps,
             learning_rate=learning_rate,
             local_batch_size=local_batch_size,
+            defenses=tuple(defense.describe() for defense in self.defenses),
         )
+        check_no_dropout(model)
+        self.model = copy.deepcopy(model)
+        self._unused_statistics = drop_unused_statistics(self.model)
+        self.model.zero_grad(set_to_none=True)
+        self.trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        if not self.trainable:
+            raise ValueError(
+                "Expected `model` to have parameters that require gradients, but got none: nothing is shared."
+            )
+        batch_size = protocol.local_batch_size or num_images
+        self.classifier, self.logits_from, num_classes = inspect_model(self.model, protocol.image_shape, batch_size)
+        self.model.requires_grad_(False)
+        self.protocol = dataclasses.replace(protocol, num_classes=num_classes)
+
+    @classmethod
+    def of(cls, model: nn.Module, protocol: Protocol) -> Victim:
+        """The client of a protocol, as an attacker makes it who was told no more.
+
+        It has no defenses of its own: one whose protocol tells of some can't :meth:`share`.
+
+        Raises:
+            ValueError: a model that does not fit.
+
+        Example:
+            >>> from leakage import LeNet
+            >>> Victim.of(LeNet(), Protocol((1, 28, 28), 10, defenses=({"name": "Secret"},))).protocol.defenses
+            ({'name': 'Secret'},)
+        """
+        told = {name: value for name, value in vars(protocol).items() if name not in ("num_classes", "defenses")}
+        victim = cls(model, **told)
+        if victim.protocol.num_classes != protocol.num_classes:
+            raise ValueError(
+                f"Expected a `model` for the protocol with num_classes={protocol.num_classes}, but got one with "
+                f"num_classes={victim.protocol.num_classes}."
+            )
+        victim.protocol = dataclasses.replace(protocol)
+        return victim
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -145,33 +186,74 @@ class Victim:
     def gradients(self, state: Mapping[str, Tensor], images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Gradients of one victim, averaged over its local steps: pure and twice differentiable (made for ``vmap``).
 
+        They are those before its defenses.
+
         Args:
             state: weights and buffers by name.
             images: ``(N, C, H, W)``.
             targets: class probabilities ``(N, K)``.
         """
+        return self.evaluate(state, images, targets)[0]
+
+    def evaluate(
+        self, state: Mapping[str, Tensor], images: Tensor, targets: Tensor, modules: Sequence[str] = ()
+    ) -> tuple[dict[str, Tensor], dict[str, Activation]]:
+        """:meth:`gradients`, and what some modules took and gave in the forward pass that they come from.
+
+        Args:
+            state: weights and buffers by name.
+            images: ``(N, C, H, W)``.
+            targets: class probabilities ``(N, K)``.
+            modules: names that :meth:`check_modules` has let pass.
+
+        Returns:
+            Gradients and activations by name, both differentiable. With local steps the activations are those of the
+            first pass over all images, batch after batch, the weights of each as they are then.
+        """
         protocol = self.protocol
         loss_per_image = LOSSES[protocol.loss]
         fixed = {name: tensor for name, tensor in state.items() if name not in self._trainable_set}
 
-        def loss(weights: dict[str, Tensor], images: Tensor, targets: Tensor) -> Tensor:
-            logits = functional_call(self.model, (weights, fixed), (images,))
+        def loss(
+            weights: dict[str, Tensor], images: Tensor, targets: Tensor, modules: Sequence[str] = modules
+        ) -> tuple[Tensor, dict[str, Activation]]:
+            with recorded(self.model, modules) as activations:
+                logits = functional_call(self.model, (weights, fixed), (images,))
             losses = loss_per_image(logits, targets)
-            return losses.mean() if protocol.reduction == "mean" else losses.sum()
+            return losses.mean() if protocol.reduction == "mean" else losses.sum(), activations
 
         weights = {name: state[name] for name in self.trainable}
         size = protocol.local_batch_size or len(images)
-        gradients: dict[str, Tensor] = grad(loss)(weights, images[:size], targets[:size])
+        step_gradients = grad(loss, has_aux=True)
+        gradients, first = step_gradients(weights, images[:size], targets[:size])
         if protocol.learning_rate is None:  # one step
-            return gradients
-        total = gradients
+            return gradients, first
+        total, passed = gradients, [first]
         for step in range(1, protocol.local_steps):
             weights = {name: weights[name] - protocol.learning_rate * gradients[name] for name in weights}
-            first = step * size % len(images)
-            batch = slice(first, first + size)
-            gradients = grad(loss)(weights, images[batch], targets[batch])
+            start = step * size % len(images)
+            batch = slice(start, start + size)
+            is_first_pass = step * size < len(images)
+            gradients, activations = step_gradients(
+                weights, images[batch], targets[batch], modules if is_first_pass else ()
+            )
+            if is_first_pass:
+                passed.append(activations)
             total = {name: total[name] + gradients[name] for name in total}
-        return {name: tensor / protocol.local_steps for name, tensor in total.items()}
+        return {name: tensor / protocol.local_steps for name, tensor in total.items()}, joined(passed)
+
+    def check_modules(self, modules: Sequence[str]) -> None:
+        """Raise a ``ValueError`` unless :meth:`evaluate` can give the activations of these modules.
+
+        The model runs once on black images.
+        """
+        check_names(self.model, modules)
+        with torch.no_grad(), recorded(self.model, modules):
+            self.model(
+                black_images(
+                    self.model, self.protocol.image_shape, self.protocol.local_batch_size or self.protocol.num_images
+                )
+            )
 
     @property
     def _trainable_set(self) -> frozenset[str]:
@@ -185,8 +267,9 @@ class Victim:
         states: Mapping[str, Tensor] | None = None,
         ids: Tensor | None = None,
         reveal_labels: bool = False,
+        seed: int = 0,
     ) -> SharedGradient:
-        """Capture the gradients of V victims.
+        """Capture the gradients of V victims, in full precision, and what their defenses make of them.
 
         Args:
             images: ``(V, N, C, H, W)``, values in [0, 1].
@@ -195,12 +278,20 @@ class Victim:
                 it. By default all victims share the model's weights.
             ids: ``(V,)`` whole numbers that name the victims, by default 0 to V - 1.
             reveal_labels: put the labels into what is shared.
+            seed: with a victim's id, it decides what its defenses draw.
 
         Raises:
             ValueError: images or labels of another shape or range, images of another precision than the
-                weights, states that don't fit the model, or gradients that are not finite.
+                weights, states that don't fit the model, gradients that are not finite, a defense that returns
+                something else than finite gradients, or a victim that does not have the defenses of its protocol.
         """
         protocol = self.protocol
+        if len(self.defenses) != len(protocol.defenses):
+            raise ValueError(
+                "Expected a victim with defenses of its own to share, but got one that was only told of "
+                f"{[defense['name'] for defense in protocol.defenses]}. Make it by Victim(model, ..., defenses=[...])."
+            )
+        check_count(0, seed=seed)
         expected = (protocol.num_images, *protocol.image_shape)
         if images.ndim != 5 or tuple(images.shape[1:]) != expected or not len(images):
             raise ValueError(f"Expected `images` of shape {show_shape('V', *expected)}, but got {tuple(images.shape)}.")
@@ -230,7 +321,7 @@ class Victim:
             in_dims=(0 if own else None, 0, 0),
             chunk_size=_CAPTURED_AT_ONCE,
         )
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             gradients = capture(states, images, targets)
         shared = SharedGradient(
             gradients=gradients,
@@ -241,6 +332,8 @@ class Victim:
             labels=labels.long() if reveal_labels else None,
         )
         shared.check()
+        if self.defenses:
+            shared.gradients = defend(self.defenses, shared.gradients, shared.ids, seed)
         return shared
 
     def fingerprint(self) -> str:
@@ -255,7 +348,7 @@ class Victim:
             raise ValueError(f"Expected a shared gradient of the protocol {self.protocol}, but got {shared.protocol}.")
         parameters = dict(self.model.named_parameters())
         trainable = {name: parameters[name] for name in self.trainable}
-        _check_tensors("gradient", shared.gradients, trainable, victims=len(shared))
+        check_tensors("gradient", shared.gradients, trainable, victims=len(shared))
         self._check_state(shared.state, victims=len(shared) if shared.own_weights else None)
 
     def _check_state(self, state: Mapping[str, Tensor], *, victims: int | None) -> None:
@@ -266,101 +359,4 @@ class Victim:
                 f"mode, or without running statistics), but got {unused}. Call `model.eval()` if the client "
                 "normalised by them, else leave them out of the state."
             )
-        _check_tensors("state", state, self.state, victims=victims)
-
-
-def _check_no_dropout(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
-            raise ValueError(
-                f"Expected a network without dropout in training mode, but got {name!r}: its gradient "
-                "depends on a random mask that the attacker does not know, so no image reproduces it. Call "
-                "`model.eval()` to audit the network without dropout, or set p=0."
-            )
-
-
-def _drop_unused_statistics(model: nn.Module) -> frozenset[str]:
-    """Take from BatchNorm the running statistics that it does not normalise by; returns the names of all such.
-
-    In training mode it updates them in place, which ``vmap`` can't do, and its output does not depend on them.
-    """
-    names = []
-    for prefix, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            module.track_running_stats = False
-            for name in ("running_mean", "running_var", "num_batches_tracked"):
-                setattr(module, name, None)
-                names.append(f"{prefix}.{name}" if prefix else name)
-    return frozenset(names)
-
-
-def _inspect(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> tuple[str | None, str, int]:
-    """The linear layer whose output are the logits (None if there is none), their origin and their number."""
-    parameter = next(model.parameters())
-    # Two images stand for any more of them: BatchNorm in training mode only refuses a single value.
-    images = torch.zeros(min(batch_size, 2), *image_shape, dtype=parameter.dtype, device=parameter.device)
-    outputs: list[tuple[str, Tensor]] = []
-
-    def record(name: str) -> Any:
-        return lambda module, inputs, output: outputs.append((name, output))
-
-    leaves = {name: module for name, module in model.named_modules() if not any(True for _ in module.children())}
-    hooks = [module.register_forward_hook(record(name)) for name, module in leaves.items()]
-    try:
-        with torch.no_grad():
-            logits = model(images)
-    except Exception as error:
-        own_batch = any(isinstance(module, _BatchNorm) and module.running_mean is None for module in model.modules())
-        if own_batch and "more than 1 value per channel" in str(error):
-            raise ValueError(
-                "Expected several values per channel for BatchNorm to normalise by (in training mode, or without "
-                "running statistics), but got one: a single image whose map has a single pixel. Choose `num_images` "
-                "(and `local_batch_size`) of at least 2, or larger images, or call `model.eval()`."
-            ) from error
-        raise ValueError(
-            f"Expected `model` to take images of shape {show_shape('N', *image_shape)}, but got: {error}"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        number = "one image" if len(images) == 1 else f"{len(images)} images"
-        raise ValueError(f"Expected `model` to give logits of shape (N, K), but got {got} for {number}.")
-    try:
-        with torch.no_grad():
-            vmap(model)(images[None])
-    except Exception as error:
-        raise ValueError(
-            "Expected `model` to be a function of images and weights alone that `torch.func.vmap` can run "
-            f"(no dropout by `torch.nn.functional`, no statistics updated on the way), but got: {error}"
-        ) from error
-    if not outputs:
-        return None, type(model).__name__, logits.shape[1]
-    # An nn.Identity behind the linear layer hands its output on.
-    linear = [pair for pair in outputs if pair[1] is logits and isinstance(leaves[pair[0]], nn.Linear)]
-    with_weights = [pair for pair in outputs if [*leaves[pair[0]].parameters()]]
-    name, output = (linear or with_weights or outputs)[-1]
-    times = sum(1 for other, _ in outputs if other == name)
-    origin = f"{type(leaves[name]).__name__} {name!r}"
-    origin += f", applied {times} times" if times > 1 else "" if output is logits else " and operations after it"
-    return name if linear and times == 1 else None, origin, logits.shape[1]
-
-
-def _check_tensors(
-    kind: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, victims: int | None
-) -> None:
-    """Names and shapes as in the model, with a leading dimension of ``victims`` unless that is None."""
-    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"Expected a {kind} for every tensor of the model, but got missing {missing} and unknown {unknown}."
-        )
-    for name, tensor in given.items():
-        shape = (*(() if victims is None else (victims,)), *expected[name].shape)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"Expected the {kind} of {name!r} to have shape {shape}, but got {tuple(tensor.shape)}.")
-        if tensor.is_floating_point() != expected[name].is_floating_point():
-            raise ValueError(
-                f"Expected the {kind} of {name!r} of a type like {expected[name].dtype}, but got {tensor.dtype}."
-            )
+        check_tensors("state", state, self.state, victims=victims)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from leakage.clients.shared_gradient import Protocol, SharedGradient
+from leakage.clients.protocol import Protocol
+from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.datamodules.base import GroundTruth, VictimDataModule, digest
 from leakage.datamodules.draws import check_distribution, draw_victims
 from leakage.datamodules.sources import AnySource, OpenSource, Source
+from leakage.defenses.base import Defense, check_defenses
 from leakage.errors import check_choice, check_count, check_flag
 from leakage.models import LeNet
 from leakage.seeds import derive_seed
@@ -72,6 +74,7 @@ class Victims(VictimDataModule):
         reduction: over the images of a step, ``"mean"`` or ``"sum"``.
         local_steps, learning_rate, local_batch_size: the clients' local training, see :class:`~leakage.Victim`.
         reveal_labels: tell the attacker the labels.
+        defenses: what clients do to their gradients before they share them, see :class:`~leakage.Victim`.
         split: ``"train"`` or ``"test"``, where the data set has both.
         root: where a named data set lies; by default the environment variable ``LEAKAGE_DATA``, else
             ``~/.cache/leakage``.
@@ -125,6 +128,7 @@ class Victims(VictimDataModule):
         learning_rate: float | None = None,
         local_batch_size: int | None = None,
         reveal_labels: bool = False,
+        defenses: Sequence[Defense] = (),
         split: str = "train",
         root: str | os.PathLike[str] | None = None,
         download: bool = True,
@@ -168,6 +172,7 @@ class Victims(VictimDataModule):
         self.weights = weights
         self.client = {name: value for name, value in vars(protocol).items() if name in _OF_THE_CLIENT}
         self.reveal_labels = reveal_labels
+        self.defenses = check_defenses(defenses)
         self.split = split
         self.num_workers = num_workers
 
@@ -188,7 +193,7 @@ class Victims(VictimDataModule):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(self.seed)
                 model = LeNet(channels=channels, image_size=(height, width), num_classes=source.num_classes)
-        victim = Victim(model, image_shape=(channels, height, width), **self.client)
+        victim = Victim(model, image_shape=(channels, height, width), defenses=self.defenses, **self.client)
         if victim.protocol.num_classes < source.num_classes:
             raise ValueError(
                 f"Expected `model` to have a logit for each of the {source.num_classes} classes of the data set, "
@@ -232,6 +237,7 @@ class Victims(VictimDataModule):
             states=states,
             ids=truth.ids,
             reveal_labels=self.reveal_labels,
+            seed=self.seed,
         )
 
     def val_dataloader(self) -> DataLoader[GroundTruth] | list[Any]:
@@ -262,6 +268,7 @@ class Victims(VictimDataModule):
             "seed": self.seed,
             "weights": self.weights if self.weights == "own" else digest(self.victim.state),
             "reveal_labels": self.reveal_labels,
+            "defenses": [repr(defense) for defense in self.defenses],
             "first_victim": digest({"images": first.images, "labels": first.labels}),
         }
 

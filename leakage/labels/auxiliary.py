@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leakage.clients.shared_gradient import Protocol
+from leakage.clients.protocol import Protocol
 from leakage.labels.last_layer import LastLayer
 from leakage.seeds import derive_seed
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leakage.clients.shared_gradient import SharedGradient, check_local_steps
+from leakage.clients.protocol import check_local_steps
+from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_choice, check_count
 from leakage.labels.auxiliary import Auxiliary, KnownFeatures, known_features

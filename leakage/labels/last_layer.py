@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from leakage.clients.shared_gradient import Protocol, SharedGradient
+from leakage.clients.protocol import Protocol
+from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 
 # Networks whose features of the same images are computed at once.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from leakage import LeNet, Protocol, SharedGradient, Victim
-from leakage.clients.shared_gradient import show_shape
+from leakage.errors import show_shape
 from leakage.files import tensors as tensor_files
 from leakage.files.tensors import write_safetensors
 
@@ -90,6 +90,7 @@ def test_protocol_in_header_as_documented(tmp_path):
         "local_steps": 1,
         "learning_rate": None,
         "local_batch_size": None,
+        "defenses": [],
     }
     assert {"ids", "labels", "gradients/0.weight", "state/1.running_mean"} <= names
     assert not any(name.startswith("gradients/1.running") for name in names)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from leakage.clients.shared_gradient import Protocol, SharedGradient
+from leakage.clients.protocol import Protocol
+from leakage.clients.shared_gradient import SharedGradient
 from leakage.condensation import SyntheticSet
 from leakage.inversion.reconstruction import Reconstruction
 

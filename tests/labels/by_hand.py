@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from leakage.clients.shared_gradient import Protocol
+from leakage.clients.protocol import Protocol
 from leakage.clients.victim import Victim
 from leakage.labels import Auxiliary
 from leakage.labels.last_layer import LastLayer

@@ -1,0 +1,117 @@
+"""What a client needs to know of a model: whether its gradient says something, and where its logits come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from leakage.errors import show_shape
+
+
+def check_no_dropout(model: nn.Module) -> None:
+    """Raise a ``ValueError`` for dropout that is in force."""
+    for name, module in model.named_modules():
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"Expected a network without dropout in training mode, but got {name!r}: its gradient "
+                "depends on a random mask that the attacker does not know, so no image reproduces it. Call "
+                "`model.eval()` to audit the network without dropout, or set p=0."
+            )
+
+
+def drop_unused_statistics(model: nn.Module) -> frozenset[str]:
+    """Take from BatchNorm the running statistics that it does not normalise by; returns the names of all such.
+
+    In training mode it updates them in place, which ``vmap`` can't do, and its output does not depend on them.
+    """
+    names = []
+    for prefix, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            module.track_running_stats = False
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                setattr(module, name, None)
+                names.append(f"{prefix}.{name}" if prefix else name)
+    return frozenset(names)
+
+
+def black_images(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> Tensor:
+    """Images for a trial of a model that takes ``batch_size`` at a time."""
+    parameter = next(model.parameters())
+    # Two images stand for any more of them: BatchNorm in training mode only refuses a single value.
+    return torch.zeros(min(batch_size, 2), *image_shape, dtype=parameter.dtype, device=parameter.device)
+
+
+def inspect_model(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> tuple[str | None, str, int]:
+    """The linear layer whose output are the logits (None if there is none), their origin and their number."""
+    images = black_images(model, image_shape, batch_size)
+    outputs: list[tuple[str, Tensor]] = []
+
+    def record(name: str) -> Any:
+        return lambda module, inputs, output: outputs.append((name, output))
+
+    leaves = {name: module for name, module in model.named_modules() if not any(True for _ in module.children())}
+    hooks = [module.register_forward_hook(record(name)) for name, module in leaves.items()]
+    try:
+        with torch.no_grad():
+            logits = model(images)
+    except Exception as error:
+        own_batch = any(isinstance(module, _BatchNorm) and module.running_mean is None for module in model.modules())
+        if own_batch and "more than 1 value per channel" in str(error):
+            raise ValueError(
+                "Expected several values per channel for BatchNorm to normalise by (in training mode, or without "
+                "running statistics), but got one: a single image whose map has a single pixel. Choose `num_images` "
+                "(and `local_batch_size`) of at least 2, or larger images, or call `model.eval()`."
+            ) from error
+        raise ValueError(
+            f"Expected `model` to take images of shape {show_shape('N', *image_shape)}, but got: {error}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        number = "one image" if len(images) == 1 else f"{len(images)} images"
+        raise ValueError(f"Expected `model` to give logits of shape (N, K), but got {got} for {number}.")
+    try:
+        with torch.no_grad():
+            vmap(model)(images[None])
+    except Exception as error:
+        raise ValueError(
+            "Expected `model` to be a function of images and weights alone that `torch.func.vmap` can run "
+            f"(no dropout by `torch.nn.functional`, no statistics updated on the way), but got: {error}"
+        ) from error
+    if not outputs:
+        return None, type(model).__name__, logits.shape[1]
+    # An nn.Identity behind the linear layer hands its output on.
+    linear = [pair for pair in outputs if pair[1] is logits and isinstance(leaves[pair[0]], nn.Linear)]
+    with_weights = [pair for pair in outputs if [*leaves[pair[0]].parameters()]]
+    name, output = (linear or with_weights or outputs)[-1]
+    times = sum(1 for other, _ in outputs if other == name)
+    origin = f"{type(leaves[name]).__name__} {name!r}"
+    origin += f", applied {times} times" if times > 1 else "" if output is logits else " and operations after it"
+    return name if linear and times == 1 else None, origin, logits.shape[1]
+
+
+def check_tensors(
+    kind: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, victims: int | None
+) -> None:
+    """Names and shapes as in the model, with a leading dimension of ``victims`` unless that is None."""
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"Expected a {kind} for every tensor of the model, but got missing {missing} and unknown {unknown}."
+        )
+    for name, tensor in given.items():
+        shape = (*(() if victims is None else (victims,)), *expected[name].shape)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"Expected the {kind} of {name!r} to have shape {shape}, but got {tuple(tensor.shape)}.")
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(
+                f"Expected the {kind} of {name!r} of a type like {expected[name].dtype}, but got {tensor.dtype}."
+            )

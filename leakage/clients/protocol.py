@@ -1,0 +1,118 @@
+"""What a client did, as the attacker knows it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from leakage.clients.losses import LOSSES
+from leakage.errors import check_choice, check_count, check_positive
+from leakage.files.tensors import brief
+
+# Values of all images behind one gradient: with more, not even one search would fit into a machine.
+_MOST_VALUES = 2**30
+# Local steps, through all of which an attack differentiates twice; federated averaging makes hundreds.
+_MOST_STEPS = 10_000
+# Characters of what a file may tell of all defenses: errors repeat it.
+_LONGEST_DEFENSES = 10_000
+
+
+@dataclass
+class Protocol:
+    """What the client did, as the attacker knows it.
+
+    Attributes:
+        image_shape: ``(C, H, W)``.
+        num_classes: K, the number of logits.
+        num_images: N, the images behind one gradient.
+        loss: the training loss, a key of :data:`leakage.clients.losses.LOSSES`.
+        reduction: over the images of a step, ``"mean"`` or ``"sum"``.
+        local_steps: steps of plain SGD that the client makes before it shares their average gradient;
+            with one it shares the gradient at the weights that it was given. At most 10,000, since every
+            evaluation of an attack goes through all of them.
+        learning_rate: of these steps; None with one step, where it cancels out.
+        local_batch_size: images of one step; None for all N.
+        defenses: what the attacker knows of the client's defenses, in their order, as
+            :meth:`leakage.defenses.Defense.describe` tells it: each a dict with a ``"name"``, of what JSON can hold.
+    """
+
+    image_shape: tuple[int, ...]
+    num_classes: int
+    num_images: int = 1
+    loss: str = "cross_entropy"
+    reduction: str = "mean"
+    local_steps: int = 1
+    learning_rate: float | None = None
+    local_batch_size: int | None = None
+    defenses: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        self.image_shape = tuple(self.image_shape)
+        if len(self.image_shape) != 3:
+            raise ValueError(f"Expected `image_shape` (C, H, W), but got {self.image_shape}.")
+        check_count(**dict(zip("CHW", self.image_shape, strict=True)))
+        check_count(num_classes=self.num_classes, num_images=self.num_images)
+        if self.num_images * math.prod(self.image_shape) > _MOST_VALUES:
+            raise ValueError(
+                f"Expected `num_images` times `image_shape` of at most 2**30 values, but got {self.num_images} times "
+                f"{self.image_shape}."
+            )
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("reduction", self.reduction, ("mean", "sum"))
+        check_local_steps(self.num_images, self.local_steps, self.learning_rate, self.local_batch_size)
+        if self.local_batch_size == self.num_images:
+            self.local_batch_size = None  # one way to say it, so that equal protocols compare equal
+        self.defenses = _plain(self.defenses)
+
+
+def check_local_steps(
+    num_images: int, local_steps: int, learning_rate: float | None, local_batch_size: int | None
+) -> None:
+    """Raise a ``ValueError`` unless a client can make such steps, using every image equally often."""
+    check_count(num_images=num_images, local_steps=local_steps)
+    if local_steps > _MOST_STEPS:
+        raise ValueError(
+            f"Expected `local_steps` of at most {_MOST_STEPS}, all of which an attack simulates at each of its "
+            f"evaluations, but got {local_steps}."
+        )
+    if local_batch_size is not None:
+        check_count(local_batch_size=local_batch_size)
+        if num_images % local_batch_size:
+            raise ValueError(
+                f"Expected `local_batch_size` to divide `num_images` = {num_images}, so that every image is used "
+                f"equally often, but got {local_batch_size}. Choose a divisor of {num_images}, or None for all at once."
+            )
+        steps = num_images // local_batch_size
+        if local_steps % steps:
+            raise ValueError(
+                f"Expected `local_steps` to be a multiple of {steps} = `num_images` / `local_batch_size`, so that "
+                f"every image is used equally often, but got {local_steps}."
+            )
+    if local_steps > 1:
+        if learning_rate is None:
+            raise ValueError(f"Expected a `learning_rate` for {local_steps} local steps, but got None.")
+        check_positive(learning_rate=learning_rate)
+    elif learning_rate is not None:
+        raise ValueError(
+            f"Expected no `learning_rate` with one local step, where it cancels out, but got {learning_rate!r}. "
+            "Leave it out, or set `local_steps`."
+        )
+
+
+def _plain(defenses: object) -> tuple[dict[str, Any], ...]:
+    """The descriptions as a file gives them back; a ``ValueError`` if it can't hold them."""
+    if isinstance(defenses, list | tuple) and all(
+        isinstance(defense, dict) and isinstance(defense.get("name"), str) for defense in defenses
+    ):
+        try:
+            text = json.dumps(defenses, allow_nan=False)
+            if len(text) <= _LONGEST_DEFENSES:
+                return tuple(json.loads(text))
+        except (TypeError, ValueError, RecursionError):
+            pass
+    raise ValueError(
+        "Expected `defenses` as descriptions such as [{'name': 'GaussianNoise', 'std': 0.1}], made of words, finite "
+        f"numbers, lists and dicts, of {_LONGEST_DEFENSES} characters at most, but got {brief(repr(defenses))}."
+    )

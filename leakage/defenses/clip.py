@@ -1,0 +1,40 @@
+"""Clipping of the gradient's norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leakage.defenses.base import Defense, Gradients, whole_norm
+from leakage.errors import check_positive
+
+
+class Clip(Defense):
+    r"""Shortens the whole gradient to the Euclidean norm C, :math:`g \cdot \min(1, C / \lVert g \rVert_2)`.
+
+    The norm is that of all tensors together, of what the client would share: of its gradient over all its images, with
+    local steps of their average. A gradient that is no longer than C stays as it is.
+
+    Args:
+        norm: C, positive.
+
+    Raises:
+        ValueError: ``norm`` is not positive and finite.
+
+    References:
+        McMahan et al., *Learning Differentially Private Recurrent Language Models*, ICLR 2018,
+        https://arxiv.org/abs/1710.06963.
+
+    Example:
+        >>> Clip(1.0)({"weight": torch.tensor([3.0, 4.0])}, torch.Generator())
+        {'weight': tensor([0.6000, 0.8000])}
+    """
+
+    def __init__(self, norm: float) -> None:
+        check_positive(norm=norm)
+        self.norm = norm
+
+    def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
+        """The gradients, of norm C at most."""
+        norm = whole_norm(gradients)
+        return {name: tensor * (self.norm / norm) if norm > self.norm else tensor for name, tensor in gradients.items()}

@@ -1,0 +1,48 @@
+"""Gaussian noise on the gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leakage.defenses.base import Defense, Gradients, whole_norm
+from leakage.errors import check_flag, check_positive
+
+
+class GaussianNoise(Defense):
+    r"""Adds independent noise to every entry of the gradient, :math:`g + \sigma \epsilon`, :math:`\epsilon \sim N(0, 1)`.
+
+    With ``relative`` the size is that of the gradient, :math:`\sigma \cdot \mathrm{rms}(g)`, where the root mean square
+    is over all D entries of the whole gradient, :math:`\mathrm{rms}(g) = \lVert g \rVert_2 / \sqrt{D}`.
+
+    Args:
+        std: :math:`\sigma`, positive.
+        relative: in units of the gradient's root mean square.
+
+    Raises:
+        ValueError: ``std`` is not positive and finite, or ``relative`` neither True nor False.
+
+    References:
+        Zhu et al., *Deep Leakage from Gradients*, NeurIPS 2019, section 5, https://arxiv.org/abs/1906.08935.
+
+    Example:
+        >>> noise = GaussianNoise(0.5, relative=True)
+        >>> noise({"weight": torch.tensor([3.0, 4.0])}, torch.Generator().manual_seed(0))
+        {'weight': tensor([5.7240, 3.4814])}
+    """
+
+    def __init__(self, std: float, relative: bool = False) -> None:
+        check_positive(std=std)
+        check_flag(relative=relative)
+        self.std = std
+        self.relative = relative
+
+    def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
+        """The gradients with noise."""
+        std = self.std
+        if self.relative:
+            std *= whole_norm(gradients) / sum(tensor.numel() for tensor in gradients.values()) ** 0.5
+        return {
+            name: tensor + std * torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
+            for name, tensor in gradients.items()
+        }
