@@ -296,7 +296,7 @@ def _victims(given: argparse.Namespace, count: int) -> tuple[str, ImageVictims]:
         print("MNIST is not found (see --root), so this is the bundled sample of FashionMNIST.", flush=True)
     else:
         return "mnist", mnist
-    sample = SampleVictims(**options)
+    sample = Victims("sample", **options)
     sample.setup("fit")
     return "sample", sample
 

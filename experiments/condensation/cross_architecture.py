@@ -33,7 +33,7 @@ from leakage.comparison.attacks import align, check_output
 from leakage.comparison.condensations import METHODS, accuracy_cells, read_accuracy_row
 from leakage.condensation import SiameseAugmentation, SyntheticSet, evaluate, random_images
 from leakage.datamodules import LabelledDataModule
-from leakage.datamodules.images import digest
+from leakage.datamodules.base import digest
 from leakage.datamodules.named import LABELLED_DATASETS, images_named
 from leakage.errors import check_count
 from leakage.files.text import write_json

@@ -38,7 +38,7 @@ from torch import Tensor
 from leakage.cli.main import quiet
 from leakage.clients.victim import Victim
 from leakage.comparison.attacks import check_output, holds_results, read_record
-from leakage.datamodules.images import digest
+from leakage.datamodules.base import digest
 from leakage.datamodules.named import images_named
 from leakage.errors import check_count
 from leakage.files.text import write_json

@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset
 from leakage.attacks import IDLGAttack
 from leakage.callbacks import Gallery, VictimTable
 from leakage.callbacks.timed_checkpoint import TimedCheckpoint
-from leakage.datamodules import SampleVictims
+from leakage.datamodules import Victims
 from leakage.datamodules.images import LabelledImages
 from leakage.files.checkpoints import WholeCheckpointIO
 
