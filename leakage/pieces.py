@@ -51,9 +51,10 @@ def tell(value: Any) -> str:
         return f"[{items}]" if isinstance(value, list) else f"({items}{',' if len(value) == 1 else ''})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name!r}: {tell(entry)}" for name, entry in value.items()) + "}"
-    if type(value).__repr__ is object.__repr__:  # which has an address
-        return type(value).__name__ if not hasattr(value, "__dict__") else f"{type(value).__name__}({tell(vars(value))})"
-    return repr(value)
+    words = repr(value)
+    if words == object.__repr__(value):  # which has an address
+        return f"{type(value).__name__}({tell(vars(value)) if hasattr(value, '__dict__') else ''})"
+    return words
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

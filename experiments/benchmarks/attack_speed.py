@@ -30,17 +30,17 @@ from typing import Any
 
 import torch
 from benchmark_plots import plot_parts
+from leakage.datamodules.images import ImageVictims
+from leakage.datamodules.named import DATASETS, victims_named
 from lightning import Trainer
 from setting import check_file, cores, describe_machine, write_result  # beside this script
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack, RGAPAttack
+from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientInversion, IDLGAttack, RGAPAttack
 from leakage.cli.main import quiet
 from leakage.clients.shared_gradient import SharedGradient
-from leakage.datamodules import GroundTruth, MNISTVictims, SampleVictims
-from leakage.datamodules.images import ImageVictims
-from leakage.datamodules.named import DATASETS, victims_named
+from leakage.datamodules import GroundTruth, MNISTVictims
 from leakage.errors import check_count, check_positive
 from leakage.metrics import score, wilson_interval
 from leakage.seeds import derive_seed
@@ -49,7 +49,7 @@ from leakage.seeds import derive_seed
 CALLS, ITERATIONS, CHECK_EVERY, TOLERANCE = 300, 20, 10, 1e-6
 # An image counts as reconstructed if its mean squared error is below this.
 THRESHOLD = 1e-3
-METHODS: dict[str, Callable[..., GradientMatchingAttack]] = {
+METHODS: dict[str, Callable[..., GradientInversion]] = {
     "idlg": IDLGAttack,
     "dlg": DLGAttack,
     "rgap": RGAPAttack,

@@ -31,6 +31,8 @@ from unittest import mock
 
 import torch
 from benchmark_plots import plot_parts
+from leakage.datamodules.images import ImageVictims
+from leakage.datamodules.named import DATASETS, victims_named
 from setting import (  # beside this script
     check_file,
     describe_machine,
@@ -44,10 +46,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
+from leakage.attacks import DLGAttack, GradientInversion, IDLGAttack
 from leakage.cli.main import quiet
-from leakage.datamodules.images import ImageVictims
-from leakage.datamodules.named import DATASETS, victims_named
 from leakage.errors import check_count
 from leakage.solvers import lbfgs
 
@@ -104,7 +104,7 @@ class Parts:
 
 def run_once(method: str, victims: ImageVictims, given: argparse.Namespace, parts: Parts | None) -> dict[str, Any]:
     """One attack from beginning to end; with ``parts`` its functions are wrapped."""
-    attack: GradientMatchingAttack = METHODS[method](seed=given.seed)
+    attack: GradientInversion = METHODS[method](seed=given.seed)
     lanes: list[int] = []
     fit = make_trainer(given.device).fit
     with contextlib.ExitStack() as stack:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from leakage.datamodules.named import LABELLED_DATASETS, images_named
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -34,7 +35,6 @@ from leakage.comparison.condensations import METHODS, accuracy_cells, read_accur
 from leakage.condensation import SiameseAugmentation, SyntheticSet, evaluate, random_images
 from leakage.datamodules import LabelledDataModule
 from leakage.datamodules.base import digest
-from leakage.datamodules.named import LABELLED_DATASETS, images_named
 from leakage.errors import check_count
 from leakage.files.text import write_json
 from leakage.models import NETWORKS

@@ -23,15 +23,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack, RGAPAttack
-from leakage.cli.main import quiet
-from leakage.comparison.attacks import FILES, check_output, compare, format_table, holds_results
 from leakage.datamodules.images import ImageVictims
 from leakage.datamodules.named import DATASETS, victims_named
+
+from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientInversion, IDLGAttack, RGAPAttack
+from leakage.cli.main import quiet
+from leakage.comparison.attacks import FILES, check_output, compare, format_table, holds_results
 from leakage.errors import check_count
 from leakage.inversion.processes import is_first_process
 
-METHODS: dict[str, Callable[..., GradientMatchingAttack]] = {
+METHODS: dict[str, Callable[..., GradientInversion]] = {
     "dlg": DLGAttack,
     "idlg": IDLGAttack,
     "rgap": RGAPAttack,

@@ -34,18 +34,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from leakage.datamodules.images import ImageVictims
+from leakage.datamodules.named import DATASETS, victims_named
 from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader
 
-from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
+from leakage.attacks import DLGAttack, GradientInversion, IDLGAttack
 from leakage.cli.main import quiet
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.comparison.attacks import align, check_output, compare, holds_results
 from leakage.datamodules.base import GroundTruth, VictimDataModule
-from leakage.datamodules.images import ImageVictims
-from leakage.datamodules.named import DATASETS, victims_named
 from leakage.errors import check_count
 from leakage.files.text import write_json
 from leakage.labels import RULES, check_label_rule
@@ -230,7 +230,7 @@ def _network(given: argparse.Namespace, image_shape: tuple[int, ...], num_classe
         return NETWORKS[given.network](image_shape[0], image_shape[1:], num_classes).eval()
 
 
-def _attack(kind: str, given: argparse.Namespace) -> GradientMatchingAttack:
+def _attack(kind: str, given: argparse.Namespace) -> GradientInversion:
     options = {name: getattr(given, name) for name in ("protocol", "seed", "max_evaluations", "restarts")}
     if kind == "joint":
         return DLGAttack(**options)

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from leakage.datamodules.named import images_named
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from restoration_clients import Cell, Clients, Network  # these three lie beside this script
 from restoration_options import check_together, make_parser
@@ -39,7 +40,6 @@ from leakage.cli.main import quiet
 from leakage.clients.victim import Victim
 from leakage.comparison.attacks import check_output, holds_results, read_record
 from leakage.datamodules.base import digest
-from leakage.datamodules.named import images_named
 from leakage.errors import check_count
 from leakage.files.text import write_json
 from leakage.labels import RULES, LabelCounts, check_label_rule, infer_labels

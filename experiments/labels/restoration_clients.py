@@ -20,8 +20,7 @@ from torchvision.transforms import Normalize
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.training import trained_network
 from leakage.clients.victim import Victim
-from leakage.datamodules import LabelledDataModule, draw_victims
-from leakage.datamodules import in_unit_range
+from leakage.datamodules import LabelledDataModule, draw_victims, in_unit_range
 from leakage.errors import check_count
 from leakage.labels import Auxiliary, check_label_rule
 from leakage.models import NETWORKS, LeNet, draw_state

@@ -15,6 +15,7 @@ import torch
 from fuzz_common import ODD_VALUES, BrokenError, Outcome, attempt, mutated_bytes
 from fuzz_tensor_files import same, with_code
 from hypothesis import strategies as st
+from leakage.datamodules.images import LabelledImages
 from lightning import Trainer
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,8 +24,6 @@ from torch.utils.data import TensorDataset
 from leakage.attacks import IDLGAttack
 from leakage.callbacks import Gallery, VictimTable
 from leakage.callbacks.timed_checkpoint import TimedCheckpoint
-from leakage.datamodules import Victims
-from leakage.datamodules.images import LabelledImages
 from leakage.files.checkpoints import WholeCheckpointIO
 
 _STEPS = 6

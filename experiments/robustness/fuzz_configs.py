@@ -50,7 +50,7 @@ _CLASSES = [
     "builtins.exec",
     "pathlib.Path.touch",
     "leakage.attacks",
-    "leakage.attacks.GradientMatchingAttack",
+    "leakage.attacks.GradientInversion",
     "leakage.attacks.IDLGAttack",
     "leakage.datamodules.SampleVictims",
     "torch.nn.Linear",

@@ -1,18 +1,20 @@
-"""Attacks: one paper per file, on the loop of :class:`GradientMatchingAttack`."""
+"""Attacks: :class:`GradientInversion` is made of pieces, and a paper is a choice of them, one file each."""
 
 from leakage.attacks.dlg import DLGAttack
 from leakage.attacks.gauss_newton import GaussNewtonAttack
 from leakage.attacks.idlg import IDLGAttack
+from leakage.attacks.inverting_gradients import InvertingGradientsAttack
 from leakage.attacks.protocols import PROTOCOLS, SearchProtocol
 from leakage.attacks.rgap import RGAPAttack
-from leakage.inversion.gradient_inversion import GradientMatchingAttack
+from leakage.inversion import GradientInversion
 
 __all__ = [
     "PROTOCOLS",
     "DLGAttack",
     "GaussNewtonAttack",
-    "GradientMatchingAttack",
+    "GradientInversion",
     "IDLGAttack",
+    "InvertingGradientsAttack",
     "RGAPAttack",
     "SearchProtocol",
 ]

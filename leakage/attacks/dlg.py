@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any
 
-from leakage.clients.shared_gradient import SharedGradient
-from leakage.inversion.gradient_inversion import GradientMatchingAttack
+from leakage.attacks.protocols import LBFGSAttack, search_protocol
+from leakage.dummies import JointLabels
 
 
-class DLGAttack(GradientMatchingAttack):
+class DLGAttack(LBFGSAttack):
     r"""DLG: recovers images and labels together by matching the shared gradient.
 
     Dummy images x and dummy label logits u minimise
@@ -18,11 +17,17 @@ class DLGAttack(GradientMatchingAttack):
 
     for every victim; the recovered label is the largest entry of u.
 
+    Pieces: :class:`~leakage.objectives.SquaredDistance`, :class:`~leakage.dummies.Pixels`,
+    :class:`~leakage.dummies.JointLabels`, :class:`~leakage.solvers.LBFGS` (:class:`~leakage.solvers.PlainLBFGS` as
+    published).
+
     Shapes: images ``(V, N, C, H, W)`` (searched without bounds; the truth lies in [0, 1]), label
     logits ``(V, N, K)``.
 
     Args:
-        options: see :class:`~leakage.attacks.GradientMatchingAttack`.
+        protocol: ``"robust"`` or ``"published"``.
+        start_std: of the start of images and of label logits; by default the protocol's.
+        options: see :class:`~leakage.attacks.protocols.LBFGSAttack`.
 
     References:
         Zhu, Liu and Han, *Deep Leakage from Gradients*, NeurIPS 2019, https://arxiv.org/abs/1906.08935.
@@ -38,23 +43,6 @@ class DLGAttack(GradientMatchingAttack):
         torch.Size([2, 1, 1, 28, 28])
     """
 
-    def setup(self, stage: str) -> None:
-        """Make dummy label logits too."""
-        super().setup(stage)
-        protocol = self.victim.protocol
-        self.dummy_labels = nn.Parameter(
-            torch.empty(0, protocol.num_images, protocol.num_classes, dtype=self.dummy_images.dtype)
-        )
-
-    @property
-    def _unknowns(self) -> list[nn.Parameter]:
-        return [self.dummy_images, self.dummy_labels]
-
-    def _begin(self, shared: SharedGradient) -> Tensor:
-        return torch.zeros(len(shared), 0, device=self.device)
-
-    def _targets(self, fixed: Tensor, *unknowns: Tensor) -> Tensor:
-        return unknowns[0].softmax(dim=-1)
-
-    def _labels(self, fixed: Tensor, *unknowns: Tensor) -> Tensor:
-        return unknowns[0].argmax(dim=-1)
+    def __init__(self, *, protocol: str = "robust", start_std: float | None = None, **options: Any) -> None:
+        labels = JointLabels(search_protocol(protocol, start_std=start_std).start_std)
+        super().__init__(labels=labels, protocol=protocol, start_std=start_std, **options)

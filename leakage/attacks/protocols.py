@@ -1,13 +1,16 @@
-"""How attacks search: the protocol of the papers, and the robust one."""
+"""How DLG and iDLG search: L-BFGS, as published and robust."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
+from leakage.dummies import Labels, Pixels
 from leakage.errors import check_choice, check_count, check_flag, check_positive
+from leakage.inversion import GradientInversion
+from leakage.objectives import DISTANCES, SquaredDistance
+from leakage.solvers import LBFGS, PlainLBFGS, Solver
 
 # Calls of the published protocol have 20 iterations, one evaluation each.
 ITERATIONS_PER_CALL = 20
@@ -15,7 +18,7 @@ ITERATIONS_PER_CALL = 20
 
 @dataclass(frozen=True)
 class SearchProtocol:
-    """How an attack searches; the values of ``protocol="robust"`` and ``protocol="published"``.
+    """How an attack by L-BFGS searches; the values of ``protocol="robust"`` and ``protocol="published"``.
 
     Attributes:
         start_std: standard deviation of the normal distribution that dummies start from; it is three
@@ -24,13 +27,11 @@ class SearchProtocol:
         tolerance: the objective at which a victim has converged.
         max_evaluations: evaluations of the objective per start.
         restarts: further starts for a victim that ended above ``restart_above``.
-        relative: whether the objective is divided by the squared norm of the shared gradient.
-        line_search: whether every victim shortens its own steps.
-        max_step: the most that an unknown, a pixel or a label's logit, changes in one step of the line
-            search; images lie in [0, 1], and far outside the network is so saturated that no way leads
-            back.
         spectrum: whether L-BFGS begins from the power spectrum of images
             (:class:`~leakage.solvers.ImageSpectrum`).
+        relative: whether the objective is divided by the squared norm of the shared gradient.
+        line_search: whether every victim shortens its own steps. Then no unknown changes by more than 1 in one
+            step: images lie in [0, 1], and far outside the network is so saturated that no way leads back.
     """
 
     start_std: float
@@ -38,10 +39,34 @@ class SearchProtocol:
     tolerance: float
     max_evaluations: int
     restarts: int
+    spectrum: bool
     relative: bool
     line_search: bool
-    max_step: float
-    spectrum: bool
+
+    def __post_init__(self) -> None:
+        check_positive(start_std=self.start_std, tolerance=self.tolerance)
+        check_count(history_size=self.history_size, max_evaluations=self.max_evaluations)
+        check_count(0, restarts=self.restarts)
+        check_flag(spectrum=self.spectrum)
+        if self.spectrum and not self.line_search:
+            raise ValueError("Expected no `spectrum` with protocol='published', whose L-BFGS is torch's, but got True.")
+
+    def solver(self) -> Solver:
+        """L-BFGS."""
+        if self.line_search:
+            return LBFGS(
+                history_size=self.history_size,
+                tolerance=self.tolerance,
+                max_evaluations=self.max_evaluations,
+                max_step=1.0,
+                spectrum=self.spectrum,
+            )
+        return PlainLBFGS(
+            history_size=self.history_size,
+            tolerance=self.tolerance,
+            max_iterations=ITERATIONS_PER_CALL,
+            max_calls=-(-self.max_evaluations // ITERATIONS_PER_CALL),
+        )
 
 
 PROTOCOLS = {
@@ -51,10 +76,9 @@ PROTOCOLS = {
         tolerance=1e-8,
         max_evaluations=6000,
         restarts=3,
+        spectrum=True,
         relative=True,
         line_search=True,
-        max_step=1.0,
-        spectrum=True,
     ),
     "published": SearchProtocol(
         start_std=1.0,
@@ -62,12 +86,69 @@ PROTOCOLS = {
         tolerance=1e-6,
         max_evaluations=300 * ITERATIONS_PER_CALL,
         restarts=0,
+        spectrum=False,
         relative=False,
         line_search=False,
-        max_step=math.inf,
-        spectrum=False,
     ),
 }
+
+
+class LBFGSAttack(GradientInversion):
+    """What DLG and iDLG share: pixels that L-BFGS moves, so that the distance of gradients falls.
+
+    Args:
+        labels: where labels come from.
+        protocol: ``"robust"`` (every victim its own line search, restarts) or ``"published"`` (the
+            search of the papers: full steps, N(0, 1) start, 300 calls of 20 iterations).
+        seed: of the starts; victim and restart have their own streams, however victims are grouped.
+        success_threshold: an image counts as reconstructed if its MSE is below this.
+        restart_above: a victim that ends above this objective may start again, within ``restarts``.
+        distance: a key of :data:`leakage.objectives.DISTANCES`; ``"squared"`` is that of the papers.
+        start_std, history_size, tolerance, max_evaluations, restarts, spectrum: replace the protocol's
+            value, see :class:`SearchProtocol`.
+
+    Raises:
+        ValueError: an unknown protocol or distance, or a number out of its range; in ``fit``, what
+            :class:`~leakage.attacks.GradientInversion` raises.
+    """
+
+    def __init__(
+        self,
+        *,
+        labels: Labels,
+        protocol: str = "robust",
+        seed: int = 0,
+        success_threshold: float = 1e-3,
+        restart_above: float = 1e-5,
+        distance: str = "squared",
+        start_std: float | None = None,
+        history_size: int | None = None,
+        tolerance: float | None = None,
+        max_evaluations: int | None = None,
+        restarts: int | None = None,
+        spectrum: bool | None = None,
+    ) -> None:
+        check_positive(restart_above=restart_above)
+        check_choice("distance", distance, DISTANCES)
+        self.search = search_protocol(
+            protocol,
+            start_std=start_std,
+            history_size=history_size,
+            tolerance=tolerance,
+            max_evaluations=max_evaluations,
+            restarts=restarts,
+            spectrum=spectrum,
+        )
+        super().__init__(
+            objective=SquaredDistance(self.search.relative) if distance == "squared" else DISTANCES[distance](),
+            images=Pixels(std=self.search.start_std),
+            labels=labels,
+            solver=self.search.solver(),
+            restarts=self.search.restarts,
+            restart_above=restart_above,
+            seed=seed,
+            success_threshold=success_threshold,
+        )
 
 
 def search_protocol(name: str, **replaced: Any) -> SearchProtocol:
@@ -81,12 +162,5 @@ def search_protocol(name: str, **replaced: Any) -> SearchProtocol:
         ValueError: an unknown name, a value out of its range, or ``spectrum`` without a line search.
     """
     check_choice("protocol", name, PROTOCOLS)
-    named = PROTOCOLS[name]
-    search = dataclasses.replace(named, **{key: value for key, value in replaced.items() if value is not None})
-    check_positive(start_std=search.start_std, tolerance=search.tolerance)
-    check_count(history_size=search.history_size, max_evaluations=search.max_evaluations)
-    check_count(0, restarts=search.restarts)
-    check_flag(spectrum=search.spectrum)
-    if search.spectrum and not search.line_search:
-        raise ValueError(f"Expected no `spectrum` with protocol={name!r}, whose L-BFGS is torch's, but got True.")
-    return search
+    given = {key: value for key, value in replaced.items() if value is not None}
+    return dataclasses.replace(PROTOCOLS[name], **given)

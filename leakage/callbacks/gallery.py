@@ -20,7 +20,7 @@ from leakage.metrics import score
 from leakage.plots import figure_pixels, plot_gallery, save_figure
 
 if TYPE_CHECKING:
-    from leakage.inversion.gradient_inversion import GradientMatchingAttack
+    from leakage.inversion.gradient_inversion import GradientInversion
     from leakage.inversion.reconstruction import Reconstruction
 
 # Beyond this a picture can no longer be read on a screen.
@@ -102,7 +102,7 @@ class Gallery(ResultsCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take the snapshots that are due."""
-        attack = cast("GradientMatchingAttack", pl_module)
+        attack = cast("GradientInversion", pl_module)
         # A batch that holds something has brought victims not seen before.
         wanted = len(batch) > 0 and len(self._snapshots) < self.victims
         if trainer.is_global_zero and (wanted or attack.iteration >= self._next_look):
@@ -124,20 +124,20 @@ class Gallery(ResultsCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, if a victim that is shown was finished."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._draw(trainer, cast("GradientMatchingAttack", pl_module), unfinished=False)
+            self._draw(trainer, cast("GradientInversion", pl_module), unfinished=False)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, also the victims that are not finished."""
-        self._draw(trainer, cast("GradientMatchingAttack", pl_module), unfinished=True)
+        self._draw(trainer, cast("GradientInversion", pl_module), unfinished=True)
         super().on_fit_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Draw what there is."""
         # An exception before `setup` leaves neither a folder nor results.
         if self._folder is not None:
-            self._draw(trainer, cast("GradientMatchingAttack", pl_module), unfinished=True)
+            self._draw(trainer, cast("GradientInversion", pl_module), unfinished=True)
 
-    def _look(self, attack: GradientMatchingAttack) -> None:
+    def _look(self, attack: GradientInversion) -> None:
         current = attack.current()
         self._next_look = math.inf
         for index, (victim, iterations) in enumerate(
@@ -163,7 +163,7 @@ class Gallery(ResultsCallback):
             if victim in self._snapshots and victim not in self._truth:
                 self._truth[victim] = (batch.images[index].detach().cpu(), batch.labels[index].detach().cpu())
 
-    def _results(self, attack: GradientMatchingAttack, *, unfinished: bool) -> dict[int, Reconstruction]:
+    def _results(self, attack: GradientInversion, *, unfinished: bool) -> dict[int, Reconstruction]:
         """What is shown of each victim, in the order they were first seen."""
         results: dict[int, Reconstruction] = {}
         for part in (attack.finished, attack.current()) if unfinished else (attack.finished,):
@@ -175,7 +175,7 @@ class Gallery(ResultsCallback):
                     results[victim] = part.select(tensor([index]))
         return {victim: results[victim] for victim in self._snapshots if victim in results}
 
-    def _draw(self, trainer: Trainer, attack: GradientMatchingAttack, *, unfinished: bool) -> None:
+    def _draw(self, trainer: Trainer, attack: GradientInversion, *, unfinished: bool) -> None:
         if not trainer.is_global_zero:
             return
         results = self._results(attack, unfinished=unfinished)

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm, TQDMProgres
 from leakage.solvers import STATUS
 
 if TYPE_CHECKING:
-    from leakage.inversion.gradient_inversion import GradientMatchingAttack
+    from leakage.inversion.gradient_inversion import GradientInversion
 
 # Seconds between two updates: a training step takes a few milliseconds, a line on the screen one.
 _PAUSE = 0.1
@@ -118,7 +118,7 @@ class AttackProgressBar(RunProgressBar):
 
     def count(self, pl_module: LightningModule) -> tuple[int, int]:
         """Victims done, and all of them."""
-        attack = cast("GradientMatchingAttack", pl_module)
+        attack = cast("GradientInversion", pl_module)
         return attack.num_done, attack.expected_victims
 
     def init_sanity_tqdm(self) -> Tqdm:
@@ -133,7 +133,7 @@ class AttackProgressBar(RunProgressBar):
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         """What is told behind the bar."""
-        attack = cast("GradientMatchingAttack", pl_module)
+        attack = cast("GradientInversion", pl_module)
         success = [score.success for score in attack.scores.values() if score.final]
         metrics: dict[str, int | str | float | dict[str, float]] = {}
         if success:
@@ -151,7 +151,7 @@ class AttackProgressBar(RunProgressBar):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.tell(trainer, pl_module)
 
-    def _count_converged(self, attack: GradientMatchingAttack) -> int:
+    def _count_converged(self, attack: GradientInversion) -> int:
         # Putting all results together at every step would cost more than the step.
         if self._converged[0] != attack.num_done:
             count = int((attack.finished.status == STATUS.index("converged")).sum())

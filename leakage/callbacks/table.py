@@ -23,7 +23,7 @@ from leakage.plots import to_pixels
 from leakage.solvers import STATUS
 
 if TYPE_CHECKING:
-    from leakage.inversion.gradient_inversion import GradientMatchingAttack
+    from leakage.inversion.gradient_inversion import GradientInversion
 
 COLUMNS = (
     "victim",
@@ -136,7 +136,7 @@ class VictimTable(ResultsCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Write what is done, if that fills a file."""
-        attack = cast("GradientMatchingAttack", pl_module)
+        attack = cast("GradientInversion", pl_module)
         if attack.num_done - self._tried >= max(_PER_FILE, self._tried // _GROWTH):
             self._tried = attack.num_done
             self._save(trainer, attack, complete=True)
@@ -157,17 +157,17 @@ class VictimTable(ResultsCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what is done, now with its scores."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._save(trainer, cast("GradientMatchingAttack", pl_module))
+            self._save(trainer, cast("GradientInversion", pl_module))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write everything, what could not be written before included, and log the table."""
-        attack = cast("GradientMatchingAttack", pl_module)
+        attack = cast("GradientInversion", pl_module)
         if trainer.is_global_zero:
             self._write(self._unfinished, lambda path: path.unlink(missing_ok=True))
         self._save(trainer, attack)
         # The Trainer's own limits (max_steps, max_time) end a run before all victims are done.
         self._save_unfinished(trainer, attack)
-        self._log(trainer, cast("GradientMatchingAttack", pl_module))
+        self._log(trainer, cast("GradientInversion", pl_module))
         super().on_fit_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -175,7 +175,7 @@ class VictimTable(ResultsCallback):
         # An exception before `setup` leaves neither a folder nor results.
         if self._folder is None:
             return
-        attack = cast("GradientMatchingAttack", pl_module)
+        attack = cast("GradientInversion", pl_module)
         try:
             attack.score_finished()
         except (OSError, RuntimeError, ValueError) as error:
@@ -190,7 +190,7 @@ class VictimTable(ResultsCallback):
             if len(self._truth) < _ROWS_WITH_IMAGES and victim not in self._truth:
                 self._truth[victim] = images.detach().cpu()
 
-    def _save(self, trainer: Trainer, attack: GradientMatchingAttack, *, complete: bool = False) -> None:
+    def _save(self, trainer: Trainer, attack: GradientInversion, *, complete: bool = False) -> None:
         """Write the victims that are done; ``complete`` says that the next go to the next file."""
         if not trainer.is_global_zero or not attack.num_done:
             return
@@ -210,7 +210,7 @@ class VictimTable(ResultsCallback):
                 self._files += 1
         self._write(self.folder / "victims.csv", lambda path: _write_csv(path, self._rows(attack, finished)))
 
-    def _save_unfinished(self, trainer: Trainer, attack: GradientMatchingAttack) -> None:
+    def _save_unfinished(self, trainer: Trainer, attack: GradientInversion) -> None:
         """Write the best iterates so far of the victims that were still running."""
         running = attack.current()
         running = running.select(running.iterations > 0)
@@ -246,7 +246,7 @@ class VictimTable(ResultsCallback):
         except (OSError, RuntimeError, ValueError) as error:
             rank_zero_warn(f"The true labels are left out of victims.csv since they could not be read: {error}")
 
-    def _rows(self, attack: GradientMatchingAttack, finished: Reconstruction) -> list[list[Any]]:
+    def _rows(self, attack: GradientInversion, finished: Reconstruction) -> list[list[Any]]:
         rows = []
         for index, victim in enumerate(finished.ids.tolist()):
             score = attack.scores.get(victim)
@@ -271,7 +271,7 @@ class VictimTable(ResultsCallback):
             )
         return rows
 
-    def _log(self, trainer: Trainer, attack: GradientMatchingAttack) -> None:
+    def _log(self, trainer: Trainer, attack: GradientInversion) -> None:
         if not trainer.is_global_zero or not trainer.loggers or self._logged == attack.num_done:
             return
         finished = attack.finished

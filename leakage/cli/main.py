@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import nn
 
 from leakage import attacks, condensation, datamodules
-from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack
+from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientInversion, IDLGAttack
 from leakage.callbacks.results import ResultsCallback
 from leakage.comparison.attacks import FILES, check_output, compare, format_table
 from leakage.condensation import GradientMatchingCondensation, SiameseAugmentation, SyntheticSet, evaluate
@@ -288,7 +288,7 @@ def demo(arguments: Sequence[str]) -> None:
     started = time.monotonic()
     quiet()
     try:
-        compared: dict[str, GradientMatchingAttack] = {
+        compared: dict[str, GradientInversion] = {
             "dlg": DLGAttack(seed=given.seed),
             "idlg": IDLGAttack(seed=given.seed),
             "gauss_newton": GaussNewtonAttack(seed=given.seed),

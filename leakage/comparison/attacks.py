@@ -19,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loggers import Logger
 
-from leakage.attacks import GradientMatchingAttack
+from leakage.attacks import GradientInversion
 from leakage.callbacks import AttackProgressBar, Gallery, VictimTable
 from leakage.callbacks.timed_checkpoint import TimedCheckpoint
 from leakage.comparison.overview import WRITTEN, write_overview
@@ -73,7 +73,7 @@ class Row:
 
 
 def compare(
-    attacks: Mapping[str, GradientMatchingAttack],
+    attacks: Mapping[str, GradientInversion],
     victims: VictimDataModule | Mapping[str, VictimDataModule],
     output: str | os.PathLike[str],
     *,
@@ -279,7 +279,7 @@ def check_trainer(trainer: dict[str, Any]) -> None:
 
 def _run(
     name: str,
-    attack: GradientMatchingAttack,
+    attack: GradientInversion,
     victims: VictimDataModule,
     folder: Path,
     checkpoint_seconds: float,
@@ -303,7 +303,7 @@ def _run(
     return timer.time_elapsed("train")
 
 
-def _summarise(name: str, attack: GradientMatchingAttack, dataset: str, published: float | None, seconds: float) -> Row:
+def _summarise(name: str, attack: GradientInversion, dataset: str, published: float | None, seconds: float) -> Row:
     scores = list(attack.scores.values())
     # The first process has the scores of all.
     accuracy, success = (ShareOverVictims(sync_on_compute=False) for _ in range(2))

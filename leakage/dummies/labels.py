@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leakage.clients.shared_gradient import Protocol, SharedGradient
+from leakage.clients.protocol import Protocol
+from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.dummies.dummy import Labels, Target, widen
 from leakage.errors import check_choice, check_count, check_positive
@@ -59,7 +60,7 @@ class RevealedLabels(_FixedLabels):
         """They must be told."""
         if not target.labels_revealed:
             raise ValueError(
-                "Expected victims that reveal their labels (reveal_labels=True) for RevealedLabels, but got victims that "
+                "Expected victims that reveal their labels (reveal_labels=True) for RevealedLabels, but got some that "
                 "don't. Use InferredLabels or JointLabels."
             )
 

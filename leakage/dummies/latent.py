@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from leakage.clients.shared_gradient import Protocol
+from leakage.clients.protocol import Protocol
 from leakage.clients.victim import Victim
 from leakage.dummies.dummy import Images, Target
 from leakage.errors import check_count, check_positive
@@ -82,8 +82,8 @@ class LatentCode(Images):
                 found = tuple(vmap(self.generator)(codes.to(like)).shape[1:])
         except Exception as error:
             raise ValueError(
-                f"Expected `generator` to take codes of shape {self.shape(protocol)} and to be a function of them alone "
-                f"that `torch.func.vmap` can run, but got: {error}"
+                f"Expected `generator` to take codes of shape {self.shape(protocol)} and to be a function of them "
+                f"alone that `torch.func.vmap` can run, but got: {error}"
             ) from error
         if found != expected:
             raise ValueError(f"Expected `generator` to make the victims' images {expected}, but got {found}.")

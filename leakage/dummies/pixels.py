@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from leakage.clients.shared_gradient import Protocol, SharedGradient
+from leakage.clients.protocol import Protocol
+from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.closed_form import check_layers, images_by_layers
 from leakage.dummies.dummy import Images, Target, widen
@@ -80,9 +81,7 @@ class Pixels(Images):
         Pixels(start='noise', std=0.01, box=(0, 1))
     """
 
-    def __init__(
-        self, start: str | Start = "noise", std: float = 0.01, box: tuple[float, float] | None = None
-    ) -> None:
+    def __init__(self, start: str | Start = "noise", std: float = 0.01, box: tuple[float, float] | None = None) -> None:
         if not isinstance(start, Start):
             check_choice("start", start, STARTS)
         check_positive(std=std)

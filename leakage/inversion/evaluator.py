@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ class Evaluator:
     def __init__(self, victim: Victim, objective: Term, images: Images, labels: Labels) -> None:
         self.victim, self.images, self.labels = victim, images, labels
         self.terms = {f"objective/{place}": pair for place, pair in enumerate(objective.parts())}
-        self.modules = list(dict.fromkeys(name for _, term in self.terms.values() for name in term.modules(victim.model)))
+        wanted = [name for _, term in self.terms.values() for name in term.modules(victim.model)]
+        self.modules = list(dict.fromkeys(wanted))
         self.at_once = 0  # lanes that autograd evaluates at once; 0 for all
         self.forget()
 
@@ -109,9 +110,7 @@ class Evaluator:
             gradients, losses = evaluate(dict(unknowns), _parted(kept), shared.state, shared.gradients)
         return losses, gradients
 
-    def _objective(
-        self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any
-    ) -> Tensor:
+    def _objective(self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:
         """Of one victim."""
         point = self._point(unknowns, kept, state, shared)
         total: Tensor | None = None
@@ -139,16 +138,14 @@ class Evaluator:
             (weight, parts.get(name, {}), way(shared, parts.get(name, {}), images.detach(), targets.detach()))
             for way, (name, (weight, _)) in zip(ways, self.terms.items(), strict=True)
         ]
-        if len(found) == 1:  # its factor comes last, so that nothing is rounded before
-            weight, own, (losses, by_images, by_targets) = found[0]
-        else:
-            weight, own = 1.0, {}
-            values, *derivatives = zip(*(
-                [None if part is None else _weighted(weight, own, part) for part in parts]
-                for weight, own, parts in found
-            ), strict=True)
-            losses = torch.stack(values).sum(0)
-            by_images, by_targets = (_sum(parts) for parts in derivatives)
+        if len(found) > 1:
+            rows = [[part if part is None else _weighted(w, own, part) for part in row] for w, own, row in found]
+            found = [
+                (1.0, {}, (cast(Tensor, _sum(a)), cast(Tensor, _sum(b)), _sum(c)))
+                for a, b, c in [tuple(zip(*rows, strict=True))]
+            ]
+        # The factor of a single term comes last, so that nothing is rounded before.
+        weight, own, (losses, by_images, by_targets) = found[0]
         pairs = [(images, by_images), (targets, by_targets)]
         pairs = [(output, by) for output, by in pairs if output.requires_grad and by is not None]
         gradients = torch.autograd.grad(
@@ -177,7 +174,7 @@ class Evaluator:
             return len(self._residuals(like.new_zeros(size), _parted(kept), state, shared))
 
     def equations(self, shared: SharedGradient, kept: State, points: Tensor) -> Tensor:
-        """Residuals ``(V, M)`` at unknowns ``(V, D)`` that lie one after another; their squares sum to the objective."""
+        """Residuals ``(V, M)`` at unknowns ``(V, D)`` that lie one after another; their squares are the objective."""
         evaluate = vmap(self._residuals, in_dims=(0, 0, 0 if shared.own_weights else None, 0))
         with full_precision():
             residuals: Tensor = evaluate(points, _parted(_plain(kept)), shared.state, shared.gradients)
@@ -197,11 +194,11 @@ class Evaluator:
     def _find_lanes_at_once(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> int:
         """How many lanes to evaluate at once, by the memory that the first one takes."""
         first = torch.zeros(1, dtype=torch.long)
-        one, kept = shared.select(first), _parted({name: tensor[first] for name, tensor in kept.items()})
+        one, own = shared.select(first), _parted({name: tensor[first] for name, tensor in kept.items()})
         values = {name: value[first] for name, value in unknowns.items()}
         evaluate = vmap(grad_and_value(self._objective), in_dims=(0, 0, 0 if shared.own_weights else None, 0))
         device = next(iter(values.values())).device
-        return max(1, _BYTES_AT_ONCE // peak_memory(lambda: evaluate(values, kept, one.state, one.gradients), device))
+        return max(1, _BYTES_AT_ONCE // peak_memory(lambda: evaluate(values, own, one.state, one.gradients), device))
 
 
 def _joined(kept: Mapping[str, State]) -> State:

@@ -1,51 +1,62 @@
-"""The loop that every attack shares: admit victims, search for many of them at once, hand out the finished."""
+"""The attack that all attacks are: admit victims, search for many of them at once, hand out the finished."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+import inspect
+from typing import Any, cast
 
 import torch
-from torch import nn
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.parsing import collect_init_args
+from torch import Tensor, nn
 
-from leakage.attacks.protocols import ITERATIONS_PER_CALL, search_protocol
 from leakage.clients.shared_gradient import SharedGradient
-from leakage.datamodules.base import GroundTruth
+from leakage.clients.victim import Victim
+from leakage.datamodules.base import GroundTruth, VictimDataModule
+from leakage.dummies import Images, InferredLabels, Labels, Pixels, Target
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.files.checkpoints import check_checkpoint, restoring
 from leakage.inversion.auditor import Auditor
-from leakage.inversion.engine import Engine
+from leakage.inversion.evaluator import Evaluator
+from leakage.inversion.lanes import Lanes
+from leakage.inversion.memory import is_out_of_memory
 from leakage.inversion.processes import check_strategy, gather, new_deal, sum_over_processes, take_part
+from leakage.inversion.queue import Queue
 from leakage.inversion.reconstruction import Reconstruction
-from leakage.inversion.restored import check_lanes, check_results, check_victims
+from leakage.inversion.search import Search
 from leakage.metrics import ReconstructionMetrics, VictimScore
-from leakage.objectives import DISTANCES
-from leakage.solvers import LBFGS, ImageSpectrum, PerVictimOptimizer, PlainLBFGS
+from leakage.objectives import SquaredDistance, Term
+from leakage.pieces import tell
+from leakage.solvers import LBFGS, PerVictimOptimizer, Problem, Solver
 
-# L-BFGS needs gradients that are more precise than those of half precision.
+# What is matched needs gradients that are more precise than those of half precision.
 _PRECISIONS = ("32-true", "64-true")
 # Iterations between two that are logged.
 _LOGGED_EVERY = 10
 # Steps between two at which several processes tell one another how many victims are done.
 _AGREED_EVERY = 20
+_PIECES = {"objective": Term, "images": Images, "labels": Labels, "solver": Solver}
 
 
-class GradientMatchingAttack(Engine):
+class GradientInversion(LightningModule):
     r"""Searches for the images whose gradient is the one that was shared, for many victims at once.
 
-    For each victim the dummy images x (and whatever else a subclass searches for) minimise
+    It is made of pieces: for each victim the dummy images x and class probabilities y, as ``images`` and ``labels``
+    write them, are moved by ``solver`` so that they lower ``objective``,
 
-    .. math:: D(x) = \sum_l \lVert \nabla_{\theta_l} \ell(x) - g^*_l \rVert_2^2
+    .. math:: \min_{x, y} \; \sum_k w_k \, D_k\bigl(\nabla_\theta \ell(f_\theta(x), y), \, g^*\bigr) +
+        \sum_j w_j \, R_j(x)
 
-    by L-BFGS with a state of its own; the robust protocol divides D by :math:`\lVert g^* \rVert_2^2`, so
-    that its losses and thresholds mean the same for every network. ``distance`` takes another one in place
-    of D, which is not divided.
+    with distances D to the shared gradient :math:`g^*` and priors R. A published attack is a choice of pieces: see
+    :mod:`leakage.attacks`.
 
     One training step is one evaluation of the objective for
     every victim in the lanes. A victim that has converged, diverged, stalled or spent its budget
     leaves with its best iterate by this objective; the next ones take the lanes that are free,
     and training ends when every victim is done: one epoch is all victims. Where an evaluation finds no
-    memory, half of the lanes are used, and the victims that were searched for begin anew.
+    memory, half of the lanes are used, and the victims that were searched for begin anew. A victim whose gradient is
+    zero, or too small to be compared with, is ``uninformative``, and not searched for.
 
     Several processes, on one machine or many, share the victims out among them
     (``Trainer(strategy="victim_parallel", devices=2)``); the first one has all results in the end.
@@ -55,77 +66,101 @@ class GradientMatchingAttack(Engine):
         scores: by victim id, how near the truth its reconstruction is.
 
     Args:
-        protocol: ``"robust"`` (every victim its own line search, restarts) or ``"published"`` (the
-            search of the papers: full steps, N(0, 1) start, 300 calls of 20 iterations).
+        objective: what is lowered: terms of :mod:`leakage.objectives`, added up with weights.
+        images: how dummy images are written, see :mod:`leakage.dummies`.
+        labels: where labels come from, see :mod:`leakage.dummies`.
+        solver: how unknowns are moved, see :mod:`leakage.solvers`.
+        restarts: further starts for a victim that ended above ``restart_above``; the best of all starts is kept.
+        restart_above: see ``restarts``; by default every victim starts again.
         seed: of the starts; victim and restart have their own streams, however victims are grouped.
         success_threshold: an image counts as reconstructed if its MSE is below this.
-        restart_above: a victim that ends above this objective may start again, within ``restarts``.
-        distance: a key of :data:`leakage.objectives.DISTANCES`; ``"squared"`` is that of the papers.
-        start_std, history_size, tolerance, max_evaluations, restarts, spectrum: replace the protocol's
-            value, see :class:`SearchProtocol`.
 
     Raises:
-        ValueError: an unknown protocol or a number out of its range; in ``fit``, a DataModule that is
-            no :class:`~leakage.datamodules.VictimDataModule`, a precision other than ``"32-true"`` and
-            ``"64-true"``, or a checkpoint of another configuration.
+        ValueError: a piece of another kind or a number out of its range; in ``fit``, what a piece says of victims that
+            it can't be used on, a DataModule that is no :class:`~leakage.datamodules.VictimDataModule`, a precision
+            other than ``"32-true"`` and ``"64-true"``, an MPS device, or a checkpoint of another configuration.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> from leakage.datamodules import Victims
+        >>> from leakage.objectives import CosineDistance, TotalVariation
+        >>> from leakage.solvers import SignedAdam
+        >>> attack = GradientInversion(
+        ...     objective=CosineDistance() + 1e-2 * TotalVariation(), images=Pixels(box=(0, 1)),
+        ...     labels=InferredLabels("auto"), solver=SignedAdam(lr=0.1, steps=5))
+        >>> trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False,
+        ...                   enable_checkpointing=False, enable_model_summary=False)
+        >>> trainer.fit(attack, datamodule=Victims("sample", victims=2))
+        >>> attack.finished.images.shape
+        torch.Size([2, 1, 1, 28, 28])
     """
 
     def __init__(
         self,
         *,
-        protocol: str = "robust",
+        objective: Term | None = None,
+        images: Images | None = None,
+        labels: Labels | None = None,
+        solver: Solver | None = None,
+        restarts: int = 0,
+        restart_above: float = 0.0,
         seed: int = 0,
         success_threshold: float = 1e-3,
-        restart_above: float = 1e-5,
-        distance: str = "squared",
-        start_std: float | None = None,
-        history_size: int | None = None,
-        tolerance: float | None = None,
-        max_evaluations: int | None = None,
-        restarts: int | None = None,
-        spectrum: bool | None = None,
     ) -> None:
         super().__init__()
-        check_positive(success_threshold=success_threshold, restart_above=restart_above)
-        check_count(0, seed=seed)
-        check_choice("distance", distance, DISTANCES)
-        self.search = search_protocol(
-            protocol,
-            start_std=start_std,
-            history_size=history_size,
-            tolerance=tolerance,
-            max_evaluations=max_evaluations,
-            restarts=restarts,
-            spectrum=spectrum,
-        )
-        self.save_hyperparameters()
-        # The same under LightningCLI, which keeps what the signature of the class itself names and nothing more.
-        self.save_hyperparameters(
-            {
-                "protocol": protocol,
-                "seed": seed,
-                "success_threshold": success_threshold,
-                "restart_above": restart_above,
-                "distance": distance,
-                "start_std": start_std,
-                "history_size": history_size,
-                "tolerance": tolerance,
-                "max_evaluations": max_evaluations,
-                "restarts": restarts,
-                "spectrum": spectrum,
-            }
-        )
+        self.objective = SquaredDistance() if objective is None else objective
+        self.images = Pixels() if images is None else images
+        self.labels = InferredLabels() if labels is None else labels
+        self.solver = LBFGS() if solver is None else solver
+        for name, kind in _PIECES.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"Expected `{name}` to be a {kind.__module__.rpartition('.')[0]}.{kind.__name__}, but got "
+                    f"{getattr(self, name)!r}."
+                )
+        check_positive(success_threshold=success_threshold)
+        check_count(0, restarts=restarts, seed=seed)
+        if isinstance(restart_above, bool) or not isinstance(restart_above, int | float) or not restart_above >= 0:
+            raise ValueError(f"Expected `restart_above` to be at least 0, but got {restart_above!r}.")
+        self._save_options()
         self.automatic_optimization = False
-        self.dummy_images = nn.Parameter(torch.empty(0, 1, 1, 1, 1))
+        self.unknowns = nn.ParameterDict()
         self.expected_victims = 0
         self._reset()
 
+    def _save_options(self) -> None:
+        """The arguments of this class and of the preset that it is, and the pieces, as plain values for loggers."""
+        given = collect_init_args(cast(Any, inspect.currentframe()).f_back, [])
+        options = {name: value for arguments in reversed(given) for name, value in arguments.items()}
+        options |= {name: getattr(self, name) for name in _PIECES}
+        plain = (str, int, float, bool, type(None))
+        self.save_hyperparameters({name: v if isinstance(v, plain) else tell(v) for name, v in options.items()})
+
     def _reset(self) -> None:
-        super()._reset()
+        """Begin with no victim."""
+        self._victim: Victim | None = None
+        self._search = Search(Queue())
         self._deal = ""  # which victims are whose, if there are several processes
         self._auditor = Auditor(self.hparams["success_threshold"])
 
     # What callers and callbacks read.
+
+    @property
+    def victim(self) -> Victim:
+        """The clients' model, loss and protocol, as the attacker knows them."""
+        if self._victim is None:
+            raise RuntimeError("Expected the attack to be inside `Trainer.fit`, but got no victim yet.")
+        return self._victim
+
+    @property
+    def iteration(self) -> int:
+        """Evaluations of the objective so far, each for all victims in the lanes."""
+        return self._search.iteration
+
+    @property
+    def lanes(self) -> Lanes:
+        """The victims that are searched for at present."""
+        return self._search.lanes
 
     @property
     def scores(self) -> dict[int, VictimScore]:
@@ -135,32 +170,39 @@ class GradientMatchingAttack(Engine):
     @property
     def num_running(self) -> int:
         """Victims in the lanes that are still searched for."""
-        return int(self._optimizer.running.sum()) if self._searches else 0
+        return self._search.num_running
 
     @property
     def num_done(self) -> int:
         """Victims whose search has ended."""
-        in_lanes = len(self._optimizer.status) - self.num_running if self._searches else 0
-        return sum(map(len, self._finished)) + in_lanes
+        return self._search.num_done
 
     @property
     def finished(self) -> Reconstruction:
         """The victims done so far, in the order they left the lanes; after ``fit`` all, in their own order."""
-        parts = [*self._finished]
-        if self._searches:
-            parts.append(self._collect((~self._optimizer.running).nonzero().squeeze(1)))
-        return Reconstruction.cat(parts) if parts else self._empty()
+        return self._joined([*self._search.finished, *self._search.in_lanes(running=False)])
 
     def current(self) -> Reconstruction:
         """The best iterates so far of the victims still running."""
-        if not self._searches:
-            return self._empty()
-        return self._collect(self._optimizer.running.nonzero().squeeze(1))
+        return self._joined(self._search.in_lanes(running=True))
+
+    def _joined(self, parts: list[Reconstruction]) -> Reconstruction:
+        return Reconstruction.cat(parts) if parts else Reconstruction.empty(self.victim.protocol)
 
     # Lightning's hooks.
 
+    @property
+    def _datamodule(self) -> VictimDataModule:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, VictimDataModule):
+            raise ValueError(
+                "Expected `Trainer.fit(attack, datamodule=...)` with a DataModule of `leakage.datamodules` (for your "
+                f"own gradients: `SharedGradients`), but got {type(datamodule).__name__}."
+            )
+        return datamodule
+
     def setup(self, stage: str) -> None:
-        """Look at the victims, and make dummies of their shape."""
+        """Look at the victims, and make unknowns of the shape that the dummies need."""
         if stage != "fit":
             raise ValueError(
                 f"Expected `Trainer.fit`, which runs and scores an attack, but got `Trainer.{str.__str__(stage)}`."
@@ -168,95 +210,134 @@ class GradientMatchingAttack(Engine):
         datamodule = self._datamodule
         check_choice("precision", self.trainer.precision, _PRECISIONS)
         check_strategy(self.trainer)
+        if self.trainer.strategy.root_device.type == "mps":
+            raise ValueError(
+                "Expected a CPU or a CUDA device, but got 'mps', which knows no double precision: labels and closed "
+                "forms need it. Pass accelerator='cpu' to the Trainer."
+            )
         self._reset()
-        self._victim = datamodule.victim
+        victim = self._victim = datamodule.victim
         self.expected_victims = datamodule.victims
-        self._queue = list(range(self.trainer.global_rank, datamodule.victims, self.trainer.world_size))
-        self._check_victim(self._victim, labels_revealed=datamodule.reveal_labels)
-        protocol = self._victim.protocol
-        self.dummy_images = nn.Parameter(
-            torch.empty(0, protocol.num_images, *protocol.image_shape, dtype=self.dummy_images.dtype)
+        self._search = Search(Queue(range(self.trainer.global_rank, datamodule.victims, self.trainer.world_size)))
+        target = Target(
+            victim,
+            labels_revealed=datamodule.reveal_labels,
+            own_weights=getattr(datamodule, "weights", None) == "own",
+            labels_known=self.labels.known,
         )
+        for dummy in (self.labels, self.images):
+            dummy.check(target)
+        for _, term in self.objective.parts():
+            term.check(victim)
+        evaluator = self._make_evaluator()
+        victim.check_modules(evaluator.modules)
+        dtype = torch.float64 if self.trainer.precision == "64-true" else torch.float32
+        shapes = evaluator.shapes()
+        if not shapes:
+            raise ValueError("Expected `images` or `labels` with something to search for, but got neither.")
+        self.unknowns = nn.ParameterDict({name: torch.empty(0, *shape, dtype=dtype) for name, shape in shapes.items()})
+
+    def _make_evaluator(self) -> Evaluator:
+        return Evaluator(self.victim, self.objective, self.images, self.labels)
 
     def configure_optimizers(self) -> PerVictimOptimizer:
-        """The solver of the protocol."""
-        search = self.search
-        if search.line_search:
-            protocol = self.victim.protocol
-            return LBFGS(
-                self._unknowns,
-                history_size=search.history_size,
-                tolerance=search.tolerance,
-                max_evaluations=search.max_evaluations,
-                max_step=search.max_step,
-                preconditioner=ImageSpectrum(protocol.num_images, protocol.image_shape) if search.spectrum else None,
-            )
-        return PlainLBFGS(
-            self._unknowns,
-            history_size=search.history_size,
-            tolerance=search.tolerance,
-            max_iterations=ITERATIONS_PER_CALL,
-            max_calls=-(-search.max_evaluations // ITERATIONS_PER_CALL),
+        """The solver, on the unknowns."""
+        evaluator, protocol = self._make_evaluator(), self.victim.protocol
+        shapes = evaluator.shapes()
+        pixels = torch.Size(shapes.get("images", ())).numel() if "images" in shapes else 0
+        project = self.images.project()
+
+        def boxed(points: Tensor) -> Tensor:
+            assert project is not None
+            return torch.cat([project(points[:, :pixels]), points[:, pixels:]], dim=1)
+
+        squares = evaluator.has_equations
+        images = "an image" if protocol.num_images == 1 else f"{protocol.num_images} images"
+        problem = Problem(
+            num_images=protocol.num_images,
+            project=None if project is None else boxed,
+            preconditioner=self.images.preconditioner(protocol),
+            equations=(lambda points, lanes: self.lanes.equations(points, lanes)) if squares else None,
+            num_equations=evaluator.count_equations() if squares else 0,
+            num_unknowns=sum(torch.Size(shape).numel() for shape in shapes.values()),
+            element_size=next(iter(self.unknowns.values())).element_size(),
+            written=f"{images} of {protocol.image_shape}{' and their labels' if 'labels' in shapes else ''}",
         )
+        optimizer = PerVictimOptimizer(self.unknowns.values(), self.solver, problem)
+        self._search.put_lanes(Lanes(evaluator, self.unknowns, optimizer, self.hparams["seed"]))
+        return optimizer
 
     def on_fit_start(self) -> None:
         """Go where the Trainer computes, find how many lanes there shall be, and ask for the first victims."""
         # A copy of its own: the DataModule's captures further gradients where its images are.
-        self._victim = copy.deepcopy(self.victim)
-        self._victim.model.to(device=self.device, dtype=self.dummy_images.dtype)
-        self._chain = self._find_chain()
-        datamodule = self._datamodule
+        victim = self._victim = copy.deepcopy(self.victim)
+        victim.model.to(device=self.device, dtype=self.lanes.dtype)
+        self.images.prepare(victim)
+        self.labels.prepare(victim)
+        datamodule, search = self._datamodule, self._search
+        search.move(self._make_evaluator())
         self._deal = self._deal or new_deal(self.trainer)
-        in_lanes = self._lanes["place"].tolist() if self._lanes else []
-        mine = sorted({*self._finished_places, *in_lanes, *self._asked, *self._queue})
+        mine = search.victims()
         if sum_over_processes(self.trainer, len(mine)) < self.expected_victims:
             raise ValueError(f"Expected a checkpoint of all {self.expected_victims} victims, but got {len(mine)} here.")
         # Lightning wants a batch in every process, also in one that has no victims: it scores none of the batch.
         datamodule.audited = (mine or [0]) if self.trainer.world_size > 1 else None
-        if not self._most_lanes and self._queue:
-            self._most_lanes = self._find_lanes()
-            self._ask(self._most_lanes)
-            self._asked_at = -1
-        # Before the first batch is fetched, and after a checkpoint's lanes are back. Victims enter two steps
-        # after they were asked for, as Lightning fetches one batch ahead: also if the run was resumed in between.
-        delayed = self._asked_at == self.iteration
-        datamodule.wanted = self._asked if self._asked and not delayed else None
+        search.begin(datamodule, processes=self.trainer.num_devices)
 
     def on_train_start(self) -> None:
         """Ask for the victims whose turn is not the first batch."""
-        if self._asked and self._asked_at == self.iteration:
-            self._datamodule.wanted = self._asked
+        self._search.queue.after_first_fetch(self._datamodule, self.iteration)
 
     def training_step(self, batch: SharedGradient | tuple[()], batch_idx: int) -> None:
         """Admit the victims of the batch, if there are any, and move every victim in the lanes by one evaluation."""
+        search = self._search
         if isinstance(batch, SharedGradient):
-            self._admit(batch)
-        if self.num_running:
-            self._advance()
-        else:
-            self._idle()
+            self.victim.check(batch)
+            search.admit(batch)
+        # All processes make the same number of steps, else their checkpoints miss.
+        if search.num_running or self.trainer.world_size > 1:
+            self._step()
+        search.retire(self._datamodule, restarts=self.hparams["restarts"], above=self.hparams["restart_above"])
         # Processes that agreed at every step would each time wait for the slowest.
         if self.trainer.world_size == 1 or batch_idx % _AGREED_EVERY == 0:
-            self._end_when_all_are_done()
-        self._tell()
+            done = sum_over_processes(self.trainer, self.num_done)
+            self.trainer.should_stop = self.trainer.should_stop or done == self.expected_victims
+        self._tell(batch_idx)
 
-    def _tell(self) -> None:
+    def _step(self) -> None:
+        """One evaluation for every victim in the lanes."""
+        search, step = self._search, cast(Any, self.optimizers()).step
+        if not search.num_running:
+            step(closure=search.lanes.rest)
+            return
+        running = search.lanes.optimizer.running  # before the step, which may have settled some when it breaks off
+        try:
+            step(closure=search.lanes.evaluate)
+            search.iteration += 1
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            # Lightning has begun this for the step that failed.
+            cast(Any, self.trainer).profiler.stop("optimizer_step")
+            search.begin_anew_with_fewer_lanes(running, self._datamodule, error)
+            if self.trainer.world_size > 1:
+                step(closure=search.lanes.rest)
+
+    def _tell(self, batch_idx: int) -> None:
         """Log how far it is; every tenth time, as that takes as long as a good part of a small evaluation."""
-        due = self.iteration % _LOGGED_EVERY == 1 or self.trainer.should_stop
-        if not self.iteration or not (due or self.trainer._logger_connector.should_update_logs):
+        # What is logged in other steps than those of `log_every_n_steps` reaches the progress bar alone.
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = (
+            self.iteration % _LOGGED_EVERY == 1 or self.trainer.should_stop or (every and (batch_idx + 1) % every == 0)
+        )
+        losses = self._search.losses()
+        if not self.iteration or not due or losses is None:
             return
-        if not self._lanes and not self._finished:  # they begin anew, or are other processes'
-            return
-        best = torch.minimum(self._lanes["best_loss"], self._optimizer.best_loss) if self._lanes else None
-        losses = self._finished[-1].loss if best is None else best
         self.log("train/loss", losses.median(), prog_bar=True, batch_size=len(losses))
         self.log("train/running", float(self.num_running), batch_size=1)
         self.log("train/done", float(self.num_done), prog_bar=True, batch_size=1)
 
-    def _end_when_all_are_done(self) -> None:
-        done = sum_over_processes(self.trainer, self.num_done)
-        if done == self.expected_victims:
-            self.trainer.should_stop = True
+    # Scores.
 
     def validation_step(self, batch: GroundTruth, batch_idx: int) -> None:
         """Score the victims of the batch."""
@@ -277,55 +358,36 @@ class GradientMatchingAttack(Engine):
             self._audit(batch)
         self._auditor.release()
 
-    def on_train_end(self) -> None:
-        """Score what ended after the last validation."""
-        unscored = any(not self._auditor.is_final(victim) for victim in self.finished.ids.tolist())
-        if unscored:
-            self.score_finished()
-        if self._shared is not None:
-            running = self._optimizer.running
-            if not bool(running.all()):
-                self._hand_out((~running).nonzero().squeeze(1))
-            self._keep(running)
-        self._finished, self._finished_places, self._auditor.scores = gather(
-            self.trainer, self.finished, self._finished_places, self.scores
-        )
-        self._datamodule.audited = None
-
     def _audit(self, truth: GroundTruth) -> None:
         if not self._auditor.has_taken:
             self._auditor.take(self.finished, self.current())
         self._auditor.compare(truth)
 
+    def on_train_end(self) -> None:
+        """Score what ended after the last validation."""
+        unscored = any(not self._auditor.is_final(victim) for victim in self.finished.ids.tolist())
+        if unscored:
+            self.score_finished()
+        search = self._search
+        search.hand_out_all()
+        search.finished, search.places, self._auditor.scores = gather(
+            self.trainer, self.finished, search.places, self.scores
+        )
+        self._datamodule.audited = None
+
     # Checkpoints: the lanes, their victims and the finished; the optimizer's state is Lightning's to keep.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the lanes, their victims and those that are done, of this process."""
-        shared = self._shared
         checkpoint["leakage"] = {
             "module": type(self).__name__,
             "precision": self.trainer.precision,
             "processes": self.trainer.world_size,
             "deal": self._deal,
-            "iteration": self.iteration,
-            "queue": self._queue,
-            "asked": self._asked,
-            "asked_at": self._asked_at,
-            "most_lanes": self._most_lanes,
-            "lanes": self._lanes,
-            "finished": [vars(part) for part in self._finished],
-            "finished_places": self._finished_places,
+            **self._search.saved(),
+            "learnt": {name: getattr(self, name).learnt() for name in ("images", "labels")},
             # A run that is resumed when it is over validates no more.
             "scores": {victim: vars(result) for victim, result in self.scores.items()},
-            "shared": None
-            if shared is None
-            else {
-                "gradients": shared.gradients,
-                "state": shared.state,
-                "ids": shared.ids,
-                "own_weights": shared.own_weights,
-                "labels": shared.labels,
-            },
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -341,20 +403,13 @@ class GradientMatchingAttack(Engine):
         check_checkpoint(checkpoint, type(self).__name__, dict(self.hparams), self.trainer.precision)
         with restoring("the state of an attack"):
             take_part(self.trainer, checkpoint, self.expected_victims)
-            saved, parameters = checkpoint["leakage"], dict(self.named_parameters())
-            check_victims(saved, self.expected_victims)
-            check_lanes(saved, checkpoint["state_dict"], parameters, classes=self.victim.protocol.num_classes)
-            check_results(saved, self.dummy_images, classes=self.victim.protocol.num_classes)
-            self.iteration, self._deal = saved["iteration"], saved["deal"]
-            self._queue, self._asked, self._asked_at = saved["queue"], saved["asked"], saved["asked_at"]
-            self._most_lanes = saved["most_lanes"]
-            self._lanes = {name: tensor.to(self.device) for name, tensor in saved["lanes"].items()}
-            self._finished = [Reconstruction(**part) for part in saved["finished"]]
-            self._finished_places = saved["finished_places"]
+            saved = checkpoint["leakage"]
+            self._deal = saved["deal"]
             self._auditor.scores = {victim: VictimScore(**result) for victim, result in saved["scores"].items()}
-            if saved["shared"] is not None:
-                shared = SharedGradient(**saved["shared"], protocol=self.victim.protocol)
-                self.victim.check(shared)
-                self._shared = shared.to(device=self.device, dtype=checkpoint["state_dict"]["dummy_images"].dtype)
+            for name, learnt in saved["learnt"].items():
+                getattr(self, name).load_learnt(learnt)
+            dtype = next(iter(self.unknowns.values())).dtype
+            declared = Lanes.state(self.victim.protocol, dtype) | self._make_evaluator().state(dtype)
+            self._search = Search.restored(saved, self.victim, declared)
             for name, tensor in checkpoint["state_dict"].items():
-                parameters[name].data = torch.empty_like(tensor, device=self.device)
+                self.get_parameter(name).data = torch.empty_like(tensor, device=self.device)

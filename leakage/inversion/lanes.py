@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from leakage.clients.shared_gradient import Protocol, SharedGradient
+from leakage.clients.protocol import Protocol
+from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.files.checkpoints import check_like
 from leakage.inversion.evaluator import Evaluator
@@ -45,12 +46,14 @@ class Lanes:
     @property
     def device(self) -> torch.device:
         """Where they are."""
-        return next(iter(self.unknowns.values())).device
+        device: torch.device = next(iter(self.unknowns.values())).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """In what precision."""
-        return next(iter(self.unknowns.values())).dtype
+        dtype: torch.dtype = next(iter(self.unknowns.values())).dtype
+        return dtype
 
     @staticmethod
     def state(protocol: Protocol, dtype: torch.dtype) -> State:
@@ -146,15 +149,18 @@ class Lanes:
 
     def evaluate(self) -> Tensor:
         """Objectives ``(lanes,)`` at the unknowns; their gradients go to ``.grad``."""
-        if self.shared is None:  # as many steps as in other processes, else their checkpoints miss
-            for unknown in self.unknowns.values():
-                unknown.grad = torch.zeros_like(unknown)
-            return torch.zeros(0, dtype=self.dtype, device=self.device)
+        assert self.shared is not None  # there are lanes
         values = {name: unknown.data for name, unknown in self.unknowns.items()}
         losses, gradients = self.evaluator(self.shared, self._of_pieces(), values)
         for name, unknown in self.unknowns.items():
             unknown.grad = gradients[name]
         return losses
+
+    def rest(self) -> Tensor:
+        """In place of an evaluation where no victim is searched for any more: it moves nobody."""
+        for unknown in self.unknowns.values():
+            unknown.grad = torch.zeros_like(unknown)
+        return torch.zeros(len(self), dtype=self.dtype, device=self.device)
 
     def equations(self, points: Tensor, lanes: Tensor) -> Tensor:
         """Residuals ``(L, M)`` of some lanes at their unknowns ``(L, D)``."""
@@ -207,6 +213,10 @@ class Lanes:
             status=optimizer.status,
         )
 
+    def best_losses(self) -> Tensor:
+        """Of every lane over all its starts, ``(lanes,)``."""
+        return torch.minimum(self.kept["best_loss"], self.optimizer.best_loss)
+
     def collect(self, lanes: Tensor) -> Reconstruction:
         """The best iterates of the lanes at these indices."""
         return Reconstruction(**{name: part.detach().cpu() for name, part in vars(self.best().select(lanes)).items()})
@@ -243,16 +253,13 @@ class Lanes:
         }
 
 
-def restored_lanes(
-    saved: dict[str, Any], victim: Victim, declared: State, *, device: torch.device
-) -> tuple[SharedGradient | None, State]:
-    """What :meth:`Lanes.saved` gave, on a device.
+def restored_lanes(saved: dict[str, Any], victim: Victim, declared: State) -> tuple[SharedGradient | None, State]:
+    """What :meth:`Lanes.saved` gave.
 
     Args:
         saved: of a checkpoint.
         victim: of this run.
         declared: the entries that lanes have in this run, as tensors without a victim.
-        device: where to.
 
     Raises:
         ValueError: other entries, or gradients of another victim.
@@ -263,4 +270,4 @@ def restored_lanes(
     victim.check(shared)
     like = {name: tensor.new_empty(len(shared), *tensor.shape[1:]) for name, tensor in declared.items()}
     check_like("the lanes", saved["kept"], like)
-    return shared.to(device=device), {name: tensor.to(device) for name, tensor in saved["kept"].items()}
+    return shared, saved["kept"]

@@ -97,7 +97,7 @@ def take_part(trainer: Trainer, checkpoint: dict[str, Any], victims: int) -> Non
                 "configuration or of other victims: it was left by an earlier run."
             )
     deals = {part["leakage"]["deal"] for part in parts}
-    done = [place for part in parts for place in part["leakage"]["finished_places"]]
+    done = [place for part in parts for place in part["leakage"]["places"]]
     # When a run is over the first one has the results of all.
     if processes == trainer.world_size and len(deals) == 1 and len(set(done)) == len(done):
         for name in ("leakage", "optimizer_states", "state_dict"):
@@ -120,7 +120,7 @@ def _deal_anew(trainer: Trainer, checkpoint: dict[str, Any], parts: list[dict[st
     for part in parts:
         saved = part["leakage"]
         known = set(done)
-        places = saved["finished_places"]
+        places = saved["places"]
         new = [row for row, place in enumerate(places) if place not in known]
         if new:
             joined = Reconstruction.cat([Reconstruction(**one) for one in saved["finished"]])
@@ -135,15 +135,12 @@ def _deal_anew(trainer: Trainer, checkpoint: dict[str, Any], parts: list[dict[st
     checkpoint["leakage"] |= {
         "processes": trainer.world_size,
         "deal": "",
-        "queue": rest[trainer.global_rank :: trainer.world_size],
-        "asked": [],
-        "asked_at": -1,
+        "queue": {"waiting": rest[trainer.global_rank :: trainer.world_size], "asked": [], "asked_at": -1},
         "most_lanes": 0,
-        "lanes": {},
+        "lanes": {"kept": {}, "shared": None},
         "finished": finished if first else [],
-        "finished_places": done if first else [],
+        "places": done if first else [],
         "scores": scores if first else {},
-        "shared": None,
     }
     for name, tensor in checkpoint["state_dict"].items():
         checkpoint["state_dict"][name] = tensor[:0]

@@ -11,8 +11,8 @@ from leakage.datamodules.base import VictimDataModule
 class Queue:
     """The victims of this process that no lane has had yet, by their places in the data.
 
-    An attack has room when victims leave, but Lightning fetches batches one ahead of the step that uses them. So it asks,
-    and the victims come two steps later; steps in between are given ``()``.
+    An attack has room when victims leave, but Lightning fetches batches one ahead of the step that uses them. So it
+    asks, and the victims come two steps later; steps in between are given ``()``.
 
     ::
 
@@ -22,8 +22,8 @@ class Queue:
            │               └── resumed from a checkpoint: asked for again ──────┤
            └───────────────── put_back(): there was no memory for them ─────────┘
 
-    A victim is asked for at most once at a time: ``asked`` is empty or is being fetched. A checkpoint has both lists and
-    the step ``asked_at`` after which the asking was done. When a run is resumed it asks again: before the first
+    A victim is asked for at most once at a time: ``asked`` is empty or is being fetched. A checkpoint has both lists
+    and the step ``asked_at`` after which the asking was done. When a run is resumed it asks again: before the first
     batch is fetched; but if it had asked right after the last step before the checkpoint, only after the first batch.
     Then victims enter at the very step at which they would have entered, and the run goes on bit for bit.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leakage.clients.protocol import Protocol
 from leakage.files.tensors import brief, read_safetensors, write_safetensors
 
 _FORMAT = "leakage.Reconstruction"
@@ -42,6 +43,13 @@ class Reconstruction:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @classmethod
+    def empty(cls, protocol: Protocol) -> Reconstruction:
+        """Of no victim."""
+        whole, real = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+        images = real.new_zeros(0, protocol.num_images, *protocol.image_shape)
+        return cls(whole, images, whole.new_zeros(0, protocol.num_images), real, whole, whole, whole, whole)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

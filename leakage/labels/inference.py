@@ -11,7 +11,7 @@ import torch
 from leakage.clients.protocol import check_local_steps
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.datamodules.images import digest
+from leakage.pieces import digest
 from leakage.errors import check_choice, check_count
 from leakage.labels.auxiliary import Auxiliary
 from leakage.labels.counts import LabelCounts

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.linalg import vector_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from leakage.clients.activations import Activation
@@ -93,7 +93,7 @@ class L2(Prior):
 
     def residuals(self, point: Point, kept: State) -> Tensor:
         """The pixels, over the root of their number."""
-        return point.images.flatten() / point.images.numel() ** 0.5
+        return point.images.flatten() / math.sqrt(point.images.numel())
 
 
 class BatchNormStatistics(ActivationPrior):
@@ -126,8 +126,8 @@ class BatchNormStatistics(ActivationPrior):
         """There must be one."""
         if not self.modules(victim.model):
             raise ValueError(
-                "Expected a network with BatchNorm in evaluation mode for BatchNormStatistics, whose running statistics "
-                f"it compares with, but got {type(victim.model).__name__} without any. Call `model.eval()`, or leave "
+                "Expected a network with BatchNorm in evaluation mode for BatchNormStatistics, which compares with its "
+                f"running statistics, but got {type(victim.model).__name__} without any. Call `model.eval()`, or leave "
                 "the prior out."
             )
 
@@ -140,7 +140,7 @@ class BatchNormStatistics(ActivationPrior):
             others = [dim for dim in range(seen.inputs.ndim) if dim != 1]
             mean, variance = seen.inputs.mean(others), seen.inputs.var(others, correction=0)
             for found, expected in ((mean, "running_mean"), (variance, "running_var")):
-                distances.append(vector_norm(found - state[f"{name}.{expected}"] + _TINY))
+                distances.append((found - state[f"{name}.{expected}"]).square().sum().clamp(min=_TINY**2).sqrt())
         return torch.stack(distances).sum()
 
 

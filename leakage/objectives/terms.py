@@ -106,8 +106,6 @@ class Term(Piece, ABC):
 
     def __mul__(self, weight: float) -> Sum:
         """The same with a weight."""
-        if isinstance(weight, Term | Tensor):
-            return NotImplemented
         return Sum([self], [weight])
 
     __rmul__ = __mul__

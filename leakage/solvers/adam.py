@@ -100,7 +100,8 @@ class Adam(Solver):
         """Learning rates ``(V,)`` of victims at their steps, from 1 on."""
         share = (step - 1) / self.steps
         if self.schedule == "steps":
-            rate = self.lr * _FALL ** sum((share >= milestone).to(step) for milestone in _MILESTONES)
+            passed = torch.stack([share >= milestone for milestone in _MILESTONES]).sum(0)
+            rate = self.lr * _FALL ** passed.to(step)
         elif self.schedule == "cosine":
             rate = self.lr * (1 + torch.cos(math.pi * share)) / 2
         else:

@@ -78,8 +78,8 @@ class GaussNewton(Solver):
         underdetermined: go on where there are more unknowns than equations.
 
     Raises:
-        ValueError: an option out of its range, or an unknown solver; in ``fit``, an objective that is no sum of squares,
-            or more unknowns than equations.
+        ValueError: an option out of its range, or an unknown solver; in ``fit``, an objective that is no sum of
+            squares, or more unknowns than equations.
 
     References:
         Levenberg, *A method for the solution of certain non-linear problems in least squares*, 1944,
@@ -199,7 +199,7 @@ class GaussNewton(Solver):
 
     def _judge(self, lanes: State, gradient: Tensor, accepted: Tensor) -> None:
         """Converged, stalled or out of budget?"""
-        settle(lanes, lanes["loss"] <= self.tolerance, CONVERGED)
+        settle(lanes, lanes["loss"] <= cast(float, self.tolerance), CONVERGED)
         settle(lanes, accepted & (gradient.abs().amax(1) == 0), STALLED)
         settle(lanes, lanes["evaluations"] >= self.max_evaluations, EXHAUSTED)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from leakage.errors import check_count, check_flag, check_limit, check_not_negative, check_positive
+from leakage.pieces import State
 from leakage.solvers.history import (
     HISTORY,
     begin_anew,
@@ -21,7 +22,6 @@ from leakage.solvers.history import (
     push_and_direct,
     times,
 )
-from leakage.pieces import State
 from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, STALLED, Evaluated, Problem, Solver, running, settle
 
 # Armijo's condition asks for this share of the decrease that the slope promises.
@@ -41,8 +41,8 @@ class LBFGS(Solver):
     forgets its history and tries the steepest descent (times the preconditioner); if that fails too, it
     has stalled.
 
-    Where points have to stay in a box, entries that lie on its border and are pulled outwards stay there, and the others
-    move by the quasi-Newton direction among them.
+    Where points have to stay in a box, entries that lie on its border and are pulled outwards stay there, and the
+    others move by the quasi-Newton direction among them.
 
     Args:
         lr: length of the first trial along each quasi-Newton direction.
@@ -86,7 +86,8 @@ class LBFGS(Solver):
             history_size=self.history_size, max_evaluations=self.max_evaluations, stall_window=self.stall_window
         )
         check_flag(spectrum=self.spectrum)
-        if isinstance(self.stall_factor, str) or not 0 < self.stall_factor <= 1:
+        check_positive(stall_factor=self.stall_factor)
+        if self.stall_factor > 1:
             raise ValueError(f"Expected `stall_factor` in (0, 1], but got {self.stall_factor!r}.")
 
     def fresh(self, like: Tensor) -> State:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from leakage.pieces import Piece, State
 
-# How a victim stands: still searching, below the tolerance, without progress, not finite, out of budget, with a gradient
-# that says nothing.
+# How a victim stands: still searching, below the tolerance, without progress, not finite, out of budget, with a
+# gradient that says nothing.
 STATUS = ("running", "converged", "stalled", "diverged", "exhausted", "uninformative")
 RUNNING, CONVERGED, STALLED, DIVERGED, EXHAUSTED, UNINFORMATIVE = range(6)
 

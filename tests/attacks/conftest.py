@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from leakage.datamodules.images import LabelledImages
 from lightning import Trainer
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack
-from leakage.datamodules import Victims
-from leakage.datamodules.images import LabelledImages
+from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientInversion, IDLGAttack
 from leakage.inversion.reconstruction import Reconstruction
 
 
@@ -35,14 +34,14 @@ class Case:
         defaults: options of every test.
     """
 
-    kind: type[GradientMatchingAttack]
+    kind: type[GradientInversion]
     infers_labels: bool
     needs_linear_last_layer: bool
     needs_cross_entropy: bool
     few: int = 8
     defaults: dict[str, Any] = field(default_factory=dict)
 
-    def attack(self, *arguments: Any, **options: Any) -> GradientMatchingAttack:
+    def attack(self, *arguments: Any, **options: Any) -> GradientInversion:
         """One, with these options."""
         return self.kind(*arguments, **{**self.defaults, **options})
 
@@ -91,12 +90,12 @@ class SmallVictims(SampleVictims):
 
 
 def fit(
-    attack: GradientMatchingAttack,
+    attack: GradientInversion,
     victims: Any,
     *,
     ckpt_path: str | None = None,
     **options: Any,
-) -> GradientMatchingAttack:
+) -> GradientInversion:
     """Run an attack with a plain Trainer."""
     options = {
         "accelerator": "cpu",
@@ -111,21 +110,21 @@ def fit(
     return attack
 
 
-def by_id(attack: GradientMatchingAttack) -> Reconstruction:
+def by_id(attack: GradientInversion) -> Reconstruction:
     """All victims in the order of their numbers, each exactly once."""
     finished = attack.finished
     assert sorted(finished.ids.tolist()) == list(range(attack.expected_victims))
     return finished.select(finished.ids.argsort())
 
 
-def assert_same(one: GradientMatchingAttack, other: GradientMatchingAttack) -> None:
+def assert_same(one: GradientInversion, other: GradientInversion) -> None:
     """The same results bit for bit."""
     first, second = by_id(one), by_id(other)
     for name in vars(first):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
 
 
-def assert_successful(attack: GradientMatchingAttack, victims: int) -> None:
+def assert_successful(attack: GradientInversion, victims: int) -> None:
     """Every image found, with its label: what an attack that does nothing can't show."""
     assert sorted(attack.scores) == list(range(victims))
     for score in attack.scores.values():

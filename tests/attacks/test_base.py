@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from leakage.attacks import PROTOCOLS, IDLGAttack
-from leakage.datamodules import Victims, SharedGradientFiles
+from leakage.datamodules import SharedGradientFiles, Victims
 from leakage.models import LeNet
 
 BAD: list[tuple[dict[str, Any], str]] = [

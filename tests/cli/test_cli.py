@@ -133,7 +133,7 @@ def test_an_interrupt_ends_quietly(
     def interrupt(self: IDLGAttack, batch: object, batch_idx: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("leakage.attacks.GradientMatchingAttack.training_step", interrupt)
+    monkeypatch.setattr("leakage.attacks.GradientInversion.training_step", interrupt)
     data = ["--victims", "2"] if command == "demo" else ["--model", "IDLGAttack", "--data", "SampleVictims", *FEW]
     try:
         said = refused(capsys, command, *data, code=130)

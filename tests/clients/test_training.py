@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import leakage.clients.training as training
 from leakage import Victim
 from leakage.clients.training import TrainedNetwork, trained_network
-from leakage.datamodules import LabelledDataModule, LabelledTensors, SampleVictims
+from leakage.datamodules import LabelledDataModule, LabelledTensors
 from leakage.files.checkpoints import WholeCheckpointIO
 from leakage.models import MLP, ConvNet, draw_state
 from leakage.seeds import derive_seed

@@ -14,7 +14,7 @@ from leakage import LeNet, Victim
 from leakage.attacks import DLGAttack, IDLGAttack
 from leakage.comparison import attacks as module
 from leakage.comparison.attacks import FILES, Row, compare, format_table, holds_results
-from leakage.datamodules import Victims, SharedGradientFiles
+from leakage.datamodules import SharedGradientFiles, Victims
 
 COLUMNS = [
     "method",

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from leakage.condensation import SiameseAugmentation
 from leakage.condensation.matching import match, matched_parameters, real_gradients
-from leakage.datamodules import LabelledDataModule, Sample
+from leakage.datamodules import LabelledDataModule
 from leakage.models import ConvNet, draw_state
 from leakage.seeds import derive_seed
 

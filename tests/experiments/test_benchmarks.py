@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from leakage.attacks import GradientMatchingAttack, IDLGAttack
+from leakage.attacks import GradientInversion, IDLGAttack
 from leakage.datamodules import Victims
 from leakage.solvers import lbfgs
 
@@ -130,14 +130,14 @@ def test_what_the_limits_leave_out_is_told(
 
 
 def test_an_allocation_that_fails_is_no_measurement(throughput: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    objective = GradientMatchingAttack._objective
+    objective = GradientInversion._objective
 
     def little_memory(self: Any, shared: Any, *rest: Any) -> Any:
         if len(shared) > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return objective(self, shared, *rest)
 
-    monkeypatch.setattr(GradientMatchingAttack, "_objective", little_memory)
+    monkeypatch.setattr(GradientInversion, "_objective", little_memory)
     cell = throughput.Cell.parse("lenet/own/28/1")
     with pytest.raises(throughput.UnmeasuredError, match="allocation failed with 2 lanes"):
         throughput.attack(cell, 2, 4, torch.device("cpu"), 0)
@@ -291,8 +291,8 @@ def test_the_first_evaluation_of_the_demo_ends_it(
     def end(code: int) -> None:
         raise EndError(code)
 
-    evaluate, calls = GradientMatchingAttack._evaluate, []
-    monkeypatch.setattr(GradientMatchingAttack, "_evaluate", lambda self: (calls.append(self), evaluate(self))[1])
+    evaluate, calls = GradientInversion._evaluate, []
+    monkeypatch.setattr(GradientInversion, "_evaluate", lambda self: (calls.append(self), evaluate(self))[1])
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path), "2"])
     with pytest.raises(EndError):

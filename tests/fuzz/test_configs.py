@@ -75,6 +75,6 @@ def test_a_checkpoint_does_not_choose_the_class(
 
 def test_what_attacks_share_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["fit", "--model", "leakage.attacks.GradientMatchingAttack", "--data", "SampleVictims"])
+        main(["fit", "--model", "leakage.attacks.GradientInversion", "--data", "SampleVictims"])
     assert end.value.code == 2
-    assert "to be an attack or a condensation, but got GradientMatchingAttack" in capsys.readouterr().err
+    assert "to be an attack or a condensation, but got GradientInversion" in capsys.readouterr().err
