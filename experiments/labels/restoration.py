@@ -29,7 +29,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from leakage.datamodules.named import images_named
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from restoration_clients import Cell, Clients, Network  # these three lie beside this script
 from restoration_options import check_together, make_parser
@@ -39,10 +38,10 @@ from torch import Tensor
 from leakage.cli.main import quiet
 from leakage.clients.victim import Victim
 from leakage.comparison.attacks import check_output, holds_results, read_record
-from leakage.datamodules.base import digest
+from leakage.datamodules import LabelledImages, digest
 from leakage.errors import check_count
 from leakage.files.text import write_json
-from leakage.labels import RULES, LabelCounts, check_label_rule, infer_labels
+from leakage.labels import RULES, InferredLabels, check_label_rule, infer_labels
 from leakage.metrics import LabelMetrics, score_labels, trivial_score
 from leakage.metrics.labels import LabelScore
 
@@ -72,7 +71,8 @@ class Restoration:
         for name in ("epochs", "batch_sizes", "local_steps"):
             for value in getattr(given, name):
                 check_count(0 if name == "epochs" else 1, **{name: value})
-        self.dataset, data = images_named(given.dataset, root=given.root, image_size=given.image_size, seed=given.seed)
+        data = LabelledImages(given.dataset, root=given.root, image_size=given.image_size, seed=given.seed)
+        self.dataset = data.name
         check_output(given.output)
         if not given.resume and holds_results(given.output):
             raise ValueError(
@@ -185,7 +185,7 @@ class Restoration:
         client = seen_by_rules if cell.local_steps == 1 else clients.victim(network.model, cell, all_layers=True)
         # What rules learn of a shared network is learnt once for all victims.
         groups = torch.arange(given.victims).split(_NETWORKS_AT_ONCE if clients.own(cell) else given.victims)
-        found: dict[str, list[LabelCounts]] = {rule: [] for rule in rules}
+        found: dict[str, list[InferredLabels]] = {rule: [] for rule in rules}
         seconds = dict.fromkeys(rules, 0.0)
         for group in groups:
             shared = clients.share(client, seen_by_rules.trainable, cell, drawn[group], group)
@@ -247,7 +247,7 @@ class Restoration:
         )
 
 
-def _scores(found: list[LabelCounts], labels: Tensor) -> list[LabelScore]:
+def _scores(found: list[InferredLabels], labels: Tensor) -> list[LabelScore]:
     counts, present = (torch.cat([getattr(part, name) for part in found]) for name in ("counts", "present"))
     return score_labels(counts, labels, present=present)
 

@@ -6,9 +6,8 @@ import argparse
 import itertools
 from pathlib import Path
 
-from leakage.datamodules.named import LABELLED_DATASETS
-
 from leakage.clients.protocol import check_local_steps
+from leakage.datamodules import LABELLED_DATASETS
 from leakage.errors import check_count, check_positive
 from leakage.labels import RULES
 from leakage.models import NETWORKS

@@ -15,7 +15,6 @@ import torch
 from fuzz_common import ODD_VALUES, BrokenError, Outcome, attempt, mutated_bytes
 from fuzz_tensor_files import same, with_code
 from hypothesis import strategies as st
-from leakage.datamodules.images import LabelledImages
 from lightning import Trainer
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,19 +23,17 @@ from torch.utils.data import TensorDataset
 from leakage.attacks import IDLGAttack
 from leakage.callbacks import Gallery, VictimTable
 from leakage.callbacks.timed_checkpoint import TimedCheckpoint
+from leakage.datamodules import Source, Victims
 from leakage.files.checkpoints import WholeCheckpointIO
 
 _STEPS = 6
 _Edit = tuple[str, tuple[Any, ...], Any]
 
 
-class _TinyVictims(SampleVictims):
+def _tiny() -> TensorDataset:
     """The bundled sample at 8 x 8 pixels."""
-
-    def open_images(self) -> tuple[LabelledImages, int]:
-        sheet, classes = super().open_images()
-        images, labels = sheet.tensors  # type: ignore[attr-defined]
-        return TensorDataset(F.interpolate(images, size=(8, 8), mode="area"), labels), classes
+    images, labels = zip(*Source("sample").open(), strict=True)
+    return TensorDataset(F.interpolate(torch.stack(images), size=(8, 8), mode="area"), torch.tensor(labels))
 
 
 def resumed(folder: Path, checkpoint: Path | None, steps: int = _STEPS + 2) -> IDLGAttack:
@@ -59,7 +56,7 @@ def resumed(folder: Path, checkpoint: Path | None, steps: int = _STEPS + 2) -> I
         ],
     )
     ckpt_path = None if checkpoint is None else str(checkpoint)
-    trainer.fit(attack, datamodule=_TinyVictims(victims=2), ckpt_path=ckpt_path)
+    trainer.fit(attack, datamodule=Victims(_tiny(), victims=2), ckpt_path=ckpt_path)
     return attack
 
 

@@ -53,7 +53,6 @@ def open_folder(
     *,
     image_size: tuple[int, int] | None,
     channels: int,
-    argument: str = "dataset",
 ) -> datasets.ImageFolder:
     """A folder in ImageFolder layout, each image decoded when it is asked for, to uint8 ``(C, H, W)``.
 
@@ -61,15 +60,12 @@ def open_folder(
         folder: the folder of the class folders.
         image_size: height and width to scale and crop to, None for those of the files.
         channels: 1 or 3.
-        argument: what the caller's user calls the folder.
 
     Raises:
-        FileNotFoundError: no such folder, or one without class folders or images.
+        FileNotFoundError: a folder without class folders or images.
         ValueError: fewer than two classes, or a folder that is there twice; when an image is asked for, one that
             can't be decoded.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"Expected `{argument}` to be a folder of images, but got no folder '{folder}'.")
     entries = list(folder.iterdir())
     if not any(entry.is_dir() for entry in entries):
         loose = sum(entry.suffix.lower() in IMG_EXTENSIONS for entry in entries)

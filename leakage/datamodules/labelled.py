@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from leakage.datamodules.base import ConfiguredDataModule, digest
+from leakage.datamodules.memory import in_memory
 from leakage.datamodules.sources import (
     LABELLED_DATASETS,
     AnySource,
@@ -33,12 +30,6 @@ from leakage.seeds import derive_seed
 _TEST_BATCH = 1000
 # Training images, evenly spread, by which a checkpoint recognises a data set.
 _RECOGNISED_BY = 100
-# Seconds of decoding after which a bar is shown.
-_PATIENCE = 3.0
-# Seconds between two updates of the bar in a file or a pipe, in which no update replaces the one before.
-_PAUSE_IN_A_FILE = 30.0
-# Images that a worker decodes before it hands them over.
-_DECODED_AT_ONCE = 64
 
 
 @dataclass
@@ -86,14 +77,9 @@ class LabelledImages(ConfiguredDataModule):
         batch_size: real images of each class in a batch; a class with fewer gives all it has. By default what
             trains decides: 256 in dataset condensation's published protocol.
         seed: decides which images each batch holds.
-        test_root: a folder of test images, with the same class folders as that of ``dataset``.
         test_share: share of the images of each class that are held out, above 0 and below 1; by default 0.2. Only
             where nothing else says which are test images.
-        root: as for :class:`~leakage.datamodules.Victims`.
-        download: as for :class:`~leakage.datamodules.Victims`.
-        image_size: as for :class:`~leakage.datamodules.Victims`.
-        channels: as for :class:`~leakage.datamodules.Victims`.
-        num_classes: as for :class:`~leakage.datamodules.Victims`.
+        root, download, image_size, channels, num_classes: as for :class:`~leakage.datamodules.Victims`.
         num_workers: processes that decode images; 0 decodes in this one, faster for small images.
 
     Raises:
@@ -119,6 +105,7 @@ class LabelledImages(ConfiguredDataModule):
     train: LabelledTensors
     test: LabelledTensors
     class_names: tuple[str, ...]
+    name: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -128,7 +115,6 @@ class LabelledImages(ConfiguredDataModule):
         *,
         batch_size: int | None = None,
         seed: int = 0,
-        test_root: str | os.PathLike[str] | None = None,
         test_share: float | None = None,
         root: str | os.PathLike[str] | None = None,
         download: bool = True,
@@ -149,25 +135,29 @@ class LabelledImages(ConfiguredDataModule):
         pair = list(dataset) if isinstance(dataset, tuple | list) else [dataset]
         if len(pair) not in (1, 2):
             raise ValueError(f"Expected `dataset` as one data set or as a pair, but got {len(pair)}.")
-        options = {"root": root, "image_size": image_size, "channels": channels, "num_classes": num_classes}
-        self.sources = [Source(each, download=download, **options) for each in pair]
-        self.name = self.sources[0].name
-        apart = len(pair) == 2 or self.sources[0].parts or self.name == "sample"
-        for option, value in (("test_root", test_root), ("test_share", test_share)):
-            if value is not None and apart:
-                raise ValueError(
-                    f"Expected no `{option}` with {self.name!r}, whose test images are known, but got {value!r}."
-                )
-        if test_root is not None:
+        self.sources = [
+            Source(
+                each,
+                root=root,
+                download=download,
+                image_size=image_size,
+                channels=channels,
+                num_classes=num_classes,
+            )
+            for each in pair
+        ]
+        first = self.sources[0]
+        self.name = first.name
+        self.test_share = test_share
+        if len(pair) == 2 or first.parts or first.kind == "sample":
             if test_share is not None:
                 raise ValueError(
-                    f"Expected `test_root` or `test_share`, but got both: '{test_root}' and {test_share!r}."
+                    f"Expected no `test_share` with {self.name!r}, whose test images are known, but got {test_share!r}."
                 )
-            self.sources.append(Source(Path(test_root), download=download, argument="test_root", **options))
-        share = 0.2 if test_share is None else test_share
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-            raise ValueError(f"Expected `test_share` to be above 0 and below 1, but got {share!r}.")
-        self.test_share = None if apart or test_root is not None else share
+        elif test_share is None:
+            self.test_share = 0.2
+        elif isinstance(test_share, bool) or not isinstance(test_share, int | float) or not 0 < test_share < 1:
+            raise ValueError(f"Expected `test_share` to be above 0 and below 1, but got {test_share!r}.")
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
@@ -237,8 +227,7 @@ class LabelledImages(ConfiguredDataModule):
             if len(members) < 2:
                 raise ValueError(
                     f"Expected at least two images of class {name!r} in {self.name!r}, to hold one out as test "
-                    f"image, but got {len(members)}. Add some, or say where test images are with `test_root`, or by a "
-                    "pair of data sets."
+                    f"image, but got {len(members)}. Add some, or give training and test images as a pair."
                 )
             generator = torch.Generator().manual_seed(derive_seed(0, label, "held-out images"))
             count = min(max(round(self.test_share * len(members)), 1), len(members) - 1)
@@ -357,63 +346,6 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     mean = (share * values).sum(dim=1, keepdim=True)
     std = (share * (values - mean).square()).sum(dim=1).sqrt()
     return tuple(mean.flatten().tolist()), tuple(std.tolist())
-
-
-def in_memory(images: OpenSource, num_workers: int = 0) -> LabelledTensors:
-    """All images, decoded; a bar is shown where that lasts.
-
-    Args:
-        images: M of them.
-        num_workers: processes that decode; 0 decodes in this one.
-
-    Raises:
-        ValueError: an image that can't be used, images of different sizes, or more than fit into memory.
-    """
-    if isinstance(images.dataset, LabelledTensors):
-        return LabelledTensors(images.dataset.images.contiguous(), images.dataset.labels)
-    loader = DataLoader(
-        _Items(images),
-        batch_size=_DECODED_AT_ONCE if num_workers else 1,
-        num_workers=num_workers,
-        collate_fn=list,  # of images whose sizes may differ, so that the message can name the file
-        generator=torch.Generator(),  # else the loader advances the global one
-    )
-    found, labels = torch.empty(0), torch.empty(len(images), dtype=torch.int64)
-    pause = 0.1 if sys.stderr.isatty() else _PAUSE_IN_A_FILE
-    with Tqdm(
-        total=len(images), desc=f"Decoding {images.name}", unit=" images", delay=_PATIENCE, mininterval=pause
-    ) as bar:
-        for index, (image, label) in enumerate(chain.from_iterable(loader)):
-            if index == 0:
-                found = _room_for(images, image)
-            images.check_size(image, found.shape[1:], index)
-            found[index], labels[index] = image, label
-            bar.update()
-    return LabelledTensors(found, labels)
-
-
-def _room_for(images: OpenSource, image: Tensor) -> Tensor:
-    try:
-        return torch.empty(len(images), *image.shape, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise ValueError(
-            f"Expected images of {images.name!r} that fit into memory together, but got {len(images)} of "
-            f"{tuple(image.shape)}. Set `image_size`."
-        ) from error
-
-
-class _Items(Dataset[tuple[Tensor, int]]):
-    """Images as uint8; all that a worker runs."""
-
-    def __init__(self, images: OpenSource) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.images.item(index)
-        return image if image.dtype == torch.uint8 else (image * 255).round().byte(), label
 
 
 class _ClassBatches(IterableDataset[ClassBatch]):

@@ -62,20 +62,11 @@ class Source:
     """A data set with the options to open it, which are checked at once; it is not yet read.
 
     Args:
-        dataset: one of :data:`DATASETS`, the path of a folder in ImageFolder layout (``<folder>/<class>/<image>``,
-            or two of them as ``train/`` and ``test/`` inside), or a map-style Dataset of (image, label): a PIL
-            image, a uint8 tensor, or floats in [0, 1], of shape ``(C, H, W)``, not normalised; and a class index.
-        root: the folder that torchvision calls ``root``, or that of LFW's persons; by default the environment
-            variable ``LEAKAGE_DATA``, else ``~/.cache/leakage``.
-        download: fetch what torchvision can fetch if it is not there.
-        image_size: height and width to scale (bilinear, with antialiasing) and crop a folder's images to, one number
-            for square images. By default they stay as they are; those of LFW become 32 x 32.
-        channels: of a folder's images, 3 for RGB (the default) or 1 for grey, converted where needed.
-        num_classes: of a Dataset, by default the number of its ``classes``, else what its ``targets`` or ``labels``
-            ask for.
-        argument: what the caller's user calls the data set.
+        dataset: one of :data:`DATASETS`, the path of a folder in ImageFolder layout, or a map-style Dataset.
+        root, download, image_size, channels, num_classes: as for :class:`~leakage.datamodules.Victims`.
 
     Attributes:
+        kind: ``"benchmark"`` for a data set of torchvision, ``"lfw"``, ``"sample"``, ``"folder"`` or ``"own"``.
         name: what to call it: its name, that of the folder, or that of the Dataset's class.
         parts: whether there are training and test images, told apart by whoever published them.
         statistics: mean and standard deviation per channel that papers normalise by, where there are any.
@@ -83,6 +74,11 @@ class Source:
     Raises:
         FileNotFoundError: a ``dataset`` that is neither a name nor a folder.
         ValueError: what is no data set, or an option that the data set does not take.
+
+    Example:
+        >>> images = Source("sample").open()
+        >>> len(images), images.num_classes, images[0][0].shape
+        (1000, 10, torch.Size([1, 28, 28]))
     """
 
     def __init__(
@@ -94,37 +90,40 @@ class Source:
         image_size: int | tuple[int, int] | None = None,
         channels: int | None = None,
         num_classes: int | None = None,
-        argument: str = "dataset",
     ) -> None:
         self.dataset = dataset
-        self.folder: Path | None = None
-        if isinstance(dataset, str | os.PathLike):
-            if dataset not in DATASETS:
-                self.folder = Path(dataset).expanduser()
-                if not self.folder.is_dir():
-                    raise FileNotFoundError(
-                        f"Expected `{argument}` to be one of {list(DATASETS)} or a folder of images, but got no folder "
-                        f"'{dataset}'."
-                    )
-        elif isinstance(dataset, IterableDataset | list | tuple) or not all(
-            hasattr(dataset, name) for name in ("__len__", "__getitem__")
+        self.benchmark: Benchmark | None = None
+        self.folder = Path()
+        folders: dict[str, Path] = {}
+        if not isinstance(dataset, str | os.PathLike):
+            mapping = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+            if not mapping or isinstance(dataset, IterableDataset | list | tuple):
+                raise ValueError(
+                    f"Expected `dataset` to be one of {list(DATASETS)}, a folder of images, or a Dataset with "
+                    f"`__len__` and `__getitem__`, but got {type(dataset).__name__}."
+                )
+            self.kind, self.name = "own", type(dataset).__name__
+        elif dataset in DATASETS:
+            self.name = str(dataset)
+            self.benchmark = BENCHMARKS.get(self.name)
+            self.kind = "benchmark" if self.benchmark else self.name
+        else:
+            self.folder = Path(dataset).expanduser()
+            if not self.folder.is_dir():
+                raise FileNotFoundError(
+                    f"Expected `dataset` to be one of {list(DATASETS)} or a folder of images, but got no folder "
+                    f"'{dataset}'."
+                )
+            self.kind, self.name = "folder", self.folder.resolve().name
+            folders = parts_of(self.folder)
+        for option, value, users in (
+            ("root", root, ("benchmark", "lfw")),
+            ("image_size", image_size, ("lfw", "folder")),
+            ("channels", channels, ("lfw", "folder")),
+            ("num_classes", num_classes, ("own",)),
         ):
-            raise ValueError(
-                f"Expected `{argument}` to be one of {list(DATASETS)}, a folder of images, or a Dataset with `__len__` "
-                f"and `__getitem__`, but got {type(dataset).__name__}."
-            )
-        own = not isinstance(dataset, str | os.PathLike)
-        self.name = type(dataset).__name__ if own else self.folder.resolve().name if self.folder else str(dataset)
-        self.benchmark: Benchmark | None = None if own or self.folder else BENCHMARKS.get(self.name)
-        of_files = self.folder is not None or dataset == "lfw"
-        for option, value, used in (
-            ("root", root, self.benchmark is not None or dataset == "lfw"),
-            ("image_size", image_size, of_files),
-            ("channels", channels, of_files),
-            ("num_classes", num_classes, own),
-        ):
-            if value is not None and not used:
-                mend = " Give it a transform." if own and option != "root" else ""
+            if value is not None and self.kind not in users:
+                mend = " Give it a transform." if self.kind == "own" and option != "root" else ""
                 raise ValueError(f"Expected no `{option}` with {self.name!r}, but got {value!r}.{mend}")
         if channels not in (None, 1, 3):
             raise ValueError(f"Expected `channels` to be 1 or 3, but got {channels!r}.")
@@ -133,12 +132,12 @@ class Source:
         self.root = root
         self.download = download
         self.image_size = check_image_size(image_size) if image_size is not None else None
-        if dataset == "lfw" and image_size is None:
+        if self.kind == "lfw" and image_size is None:
             self.image_size = _FACES_SIZE
-        self.channels = (channels or 3) if of_files else None
+        self.channels = (channels or 3) if self.kind in ("lfw", "folder") else None
         self.num_classes = num_classes
-        self._parts = parts_of(self.folder) if self.folder else {}
-        self.parts = self.benchmark is not None or bool(self._parts)
+        self.folders = folders
+        self.parts = self.benchmark is not None or bool(folders)
         self.statistics = (self.benchmark.mean, self.benchmark.std) if self.benchmark else None
 
     def fetch(self, *splits: str) -> None:
@@ -165,11 +164,11 @@ class Source:
             labels = opened.labels if hasattr(opened, "labels") else opened.targets
             labels = torch.as_tensor(labels, dtype=torch.int64)
             images: Any = LabelledTensors(images_in_memory(opened), labels, tuple(names))
-        elif self.dataset == "sample":
+        elif self.kind == "sample":
             names = datasets.FashionMNIST.classes
             images = LabelledTensors(read_sheet().flatten(0, 1), torch.arange(10).repeat_interleave(100), tuple(names))
-        elif self.folder or self.dataset == "lfw":
-            folder = self._parts.get(split, self.folder) or find_faces(self.root)
+        elif self.kind in ("lfw", "folder"):
+            folder = find_faces(self.root) if self.kind == "lfw" else self.folders.get(split, self.folder)
             images = open_folder(folder, image_size=self.image_size, channels=self.channels or 3)
         else:
             images = self.dataset
@@ -178,8 +177,8 @@ class Source:
     @property
     def configuration(self) -> dict[str, Any]:
         """By what a checkpoint recognises it, wherever it lies."""
-        found = {"dataset": "ImageFolder" if self.folder else self.name}
-        return found | {"image_size": self.image_size, "channels": self.channels}
+        name = "ImageFolder" if self.kind == "folder" else self.name
+        return {"dataset": name, "image_size": self.image_size, "channels": self.channels}
 
 
 class OpenSource(Dataset[tuple[Tensor, int]]):

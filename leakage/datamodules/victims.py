@@ -58,6 +58,9 @@ class Victims(VictimDataModule):
 
     The images of all victims are decoded once at ``setup``, so that none of them can fail during the attack.
 
+    Attributes:
+        name: what the data set is called.
+
     Args:
         dataset: see above.
         victims: number of victims.
@@ -110,6 +113,8 @@ class Victims(VictimDataModule):
         >>> data.victim.protocol.num_classes
         4
     """
+
+    name: str
 
     def __init__(
         self,
@@ -201,7 +206,7 @@ class Victims(VictimDataModule):
             )
         if self.weights == "own":
             victim.fresh_states([self.seed])  # a module that can't be drawn anew shall fail now
-        for index in order.unique().tolist():
+        for index in sorted(set(order.flatten().tolist())):
             source.check_size(source[index][0], victim.protocol.image_shape, index)
         self._images = _VictimImages(source, order)
         self.victim = victim

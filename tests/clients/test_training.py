@@ -20,41 +20,36 @@ from torch.nn import functional as F
 import leakage.clients.training as training
 from leakage import Victim
 from leakage.clients.training import TrainedNetwork, trained_network
-from leakage.datamodules import LabelledDataModule, LabelledTensors
+from leakage.datamodules import LabelledImages, LabelledTensors, Victims
 from leakage.files.checkpoints import WholeCheckpointIO
 from leakage.models import MLP, ConvNet, draw_state
 from leakage.seeds import derive_seed
 
 
-class Brightness(LabelledDataModule):
+class Brightness(LabelledImages):
     """Noise of three brightnesses."""
 
-    name = "brightness"
-
     def __init__(self, size: int = 42, spoilt: Tensor | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.size = size
-        self.spoilt = spoilt
-
-    def load_images(self) -> tuple[LabelledTensors, LabelledTensors, tuple[str, ...]]:
         generator = torch.Generator().manual_seed(1)
-        labels = torch.arange(self.size + 21) % 3
+        labels = torch.arange(size + 21) % 3
         noise = torch.randint(100, (len(labels), 1, 4, 4), generator=generator)
         images = (noise + 60 * labels[:, None, None, None]).byte()
-        if self.spoilt is not None:
-            images[self.spoilt] = 255 - images[self.spoilt]
-        train, test = images[: self.size], images[self.size :]
-        return (
-            LabelledTensors(train, labels[: self.size]),
-            LabelledTensors(test, labels[self.size :]),
-            ("dark", "grey", "light"),
+        if spoilt is not None:
+            images[spoilt] = 255 - images[spoilt]
+        train, test = (
+            LabelledTensors(images[part], labels[part], ("dark", "grey", "light"))
+            for part in (slice(size), slice(size, None))
         )
+        super().__init__((train, test), **options)
+        self.name = "brightness"
 
 
 class SameScale(Brightness):
     """With the same normalisation whatever is spoilt."""
 
-    statistics = ((0.4,), (0.25,))
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        self.mean, self.std = (0.4,), (0.25,)
 
 
 def perceptron() -> MLP:
@@ -67,7 +62,7 @@ def with_memory() -> nn.Module:
     return nn.Sequential(convolution.features, nn.Flatten(), nn.Dropout(0.3), nn.Linear(16, 3))
 
 
-def train(root: Path, model: nn.Module | None = None, data: LabelledDataModule | None = None, **options: Any) -> Any:
+def train(root: Path, model: nn.Module | None = None, data: LabelledImages | None = None, **options: Any) -> Any:
     return trained_network(
         perceptron() if model is None else model,
         Brightness() if data is None else data,
@@ -457,7 +452,7 @@ class Scale(nn.Module):
         ({"num_images": 43}, "`num_images` of at most 42, the training images of 'brightness', but got 43"),
         ({"learning_rate": 0.0}, "`learning_rate` to be positive and finite, but got 0.0"),
         ({"precision": "16"}, r"`precision` to be one of \['32-true', 'bf16-mixed'\], but got '16'"),
-        ({"data": Victims("sample")}, "`data` to be a LabelledDataModule, but got SampleVictims"),
+        ({"data": Victims("sample")}, "`data` to be a LabelledImages, but got Victims"),
         ({"model": MLP(1, 4, 4)}, r"a `network` for images \(1, 4, 4\) and 3 classes, .* but got MLP, which makes"),
         ({"model": MLP(3, 4, 3)}, r"a `network` for images \(1, 4, 4\) and 3 classes, .* but got MLP, which fails"),
         (

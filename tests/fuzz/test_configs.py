@@ -65,7 +65,7 @@ def test_a_checkpoint_does_not_choose_the_class(
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "evil_module.py").write_text("from pathlib import Path\nPath('marker').touch()\n")
     torch.save({"leakage": {}, "hyper_parameters": {"_class_path": "evil_module.Attack"}}, "evil.ckpt")
-    model = ["--model", "IDLGAttack", "--data", "SampleVictims", "--data.victims", "1"]
+    model = ["--model", "IDLGAttack", "--data", "Victims", "--data.dataset", "sample", "--data.victims", "1"]
     with pytest.raises(SystemExit) as end:
         main(["fit", *model, "--trainer.logger", "false", "--trainer.callbacks", "[]", "--ckpt_path", "evil.ckpt"])
     assert end.value.code == 2
@@ -75,6 +75,16 @@ def test_a_checkpoint_does_not_choose_the_class(
 
 def test_what_attacks_share_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["fit", "--model", "leakage.attacks.GradientInversion", "--data", "SampleVictims"])
+        main(
+            [
+                "fit",
+                "--model",
+                "leakage.attacks.GradientInversion",
+                "--data",
+                "Victims",
+                "--data.dataset",
+                "sample",
+            ]
+        )
     assert end.value.code == 2
     assert "to be an attack or a condensation, but got GradientInversion" in capsys.readouterr().err
