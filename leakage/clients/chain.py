@@ -15,6 +15,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from leakage.clients.victim import Victim
 
+_Pair = tuple[int, int]
+_Shape = tuple[int, int, int]
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -28,11 +31,11 @@ class Geometry:
         groups: of channels.
     """
 
-    input_shape: tuple[int, int, int]
-    output_shape: tuple[int, int, int]
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
+    input_shape: _Shape
+    output_shape: _Shape
+    kernel: _Pair = (1, 1)
+    stride: _Pair = (1, 1)
+    dilation: _Pair = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     groups: int = 1
 
@@ -98,14 +101,15 @@ class Link:
         if isinstance(self.module, nn.Linear):
             return Geometry((self.input_shape[0], 1, 1), (self.output_shape[0], 1, 1))
         layer = cast(nn.Conv2d, self.module)
-        pairs = cast(Any, (layer.kernel_size, layer.stride, layer.dilation))
+        kernel, dilation = cast(_Pair, layer.kernel_size), cast(_Pair, layer.dilation)
         if layer.padding == "same":  # puts the odd one behind
-            rows, columns = (step * (size - 1) for size, step in zip(pairs[0], pairs[2], strict=True))
+            rows, columns = (step * (size - 1) for size, step in zip(kernel, dilation, strict=True))
             padding = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
         else:
-            top, left = (0, 0) if layer.padding == "valid" else cast(tuple[int, int], layer.padding)
+            top, left = (0, 0) if layer.padding == "valid" else cast(_Pair, layer.padding)
             padding = (left, left, top, top)
-        return Geometry(cast(Any, self.input_shape), cast(Any, self.output_shape), *pairs, padding, layer.groups)
+        inputs, outputs = cast(_Shape, self.input_shape), cast(_Shape, self.output_shape)
+        return Geometry(inputs, outputs, kernel, cast(_Pair, layer.stride), dilation, padding, layer.groups)
 
 
 def find_links(

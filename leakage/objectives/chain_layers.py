@@ -265,7 +265,7 @@ class _PatchProduct(_Layer):
     def _apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         outputs = weight.flatten(2) @ inputs
         outputs = outputs if bias is None else outputs.add_(bias[..., None])
-        return outputs.unflatten(-1, self.geometry.output_shape[1:]).transpose(0, 1)
+        return outputs.view(*outputs.shape[:3], *self.geometry.output_shape[1:]).transpose(0, 1)
 
     def _transposed(self, *pairs: tuple[Tensor, Tensor]) -> Tensor:
         maps = self.geometry.fold(_sum([weight.flatten(2).mT @ delta for delta, weight in pairs]))

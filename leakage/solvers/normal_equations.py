@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
+from leakage.solvers.linear import least_squares
 from leakage.solvers.spectrum import ImageSpectrum
 
 # Residuals (L, M) of some lanes, from their unknowns (L, D) and the lanes' numbers (L,); row by row independent.
@@ -18,8 +19,6 @@ Equations = Callable[[Tensor, Tensor], Tensor]
 _DIRECTIONS_AT_ONCE = 256
 # Rows of the blocks in which the symmetric product is computed: half the work of the whole one.
 _BLOCK = 256
-# Lanes that have ended leave the conjugate gradients when they are this share of them.
-_LEAVING_SHARE = 1 / 2
 # Damping of a factorisation that failed grows by this, up to this many times.
 _FIRMER, _ATTEMPTS = 10.0, 12
 # Dampings that are tried with one Jacobian until the loss falls.
@@ -81,61 +80,44 @@ def conjugate_gradients(
         max_step: entries of the step are clamped to this.
         spectrum: P; None is the identity.
     """
-    given = damping
-    damping = damping * damping_scale(equations, point, lanes, spectrum)
-
-    residuals, forward, back = _products(equations, point, lanes)
-    everyone = forward
-    right = -back(residuals)
-    step, products = torch.zeros_like(point), torch.zeros_like(lanes)
-    solved = torch.zeros_like(lanes, dtype=torch.bool)
-    gone = solved.clone()  # solved, or overflowed
-    # The lanes that go on, by their place; `dual` is P^-1 of `direction`.
-    at = torch.arange(len(point), device=point.device)
-    left, preconditioned = right, _times(spectrum, right)
-    product = (left * preconditioned).sum(1)
-    first, found = product, step.clone()
-    direction, dual = preconditioned, left
-    for _ in range(max_products):
-        image = forward(direction)
-        turned = back(image) + damping[at, None] * dual
-        length = product / (direction * turned).sum(1)
-        length = torch.where(torch.isfinite(length), length, 0.0)
-        found = found + length[:, None] * direction
-        left = left - length[:, None] * turned
-        preconditioned = _times(spectrum, left)
-        fresh = (left * preconditioned).sum(1)
-        running = ~gone[at]
-        products[at] += running
-        step[at] = torch.where(running[:, None], found, step[at])
-        solved[at] |= running & (fresh <= forcing[at].square() * first[at])
-        gone[at] |= solved[at] | ~torch.isfinite(fresh)
-        again = torch.where(product > 0, fresh / product, 0.0)[:, None]
-        direction, dual, product = preconditioned + again * direction, left + again * dual, fresh
-        leaving = gone[at]
-        if bool(leaving.all()):
-            break
-        if float(leaving.float().mean()) >= _LEAVING_SHARE:
-            kept = (~leaving).nonzero().squeeze(1)
-            at = at[kept]
-            left, direction, dual, product, found = (tensor[kept] for tensor in (left, direction, dual, product, found))
-            _, forward, back = _products(equations, point[at], lanes[at])
-    step = torch.where(torch.isfinite(step), step, 0.0).clamp(-max_step, max_step)
-    image = everyone(step)
-    return Step(step, 2 * (step * right).sum(1) - image.square().sum(1), products, solved, given)
+    system = _Linearised(equations, point, lanes, spectrum)
+    found = least_squares(
+        system,
+        [-system.residuals],
+        tolerance=forcing,
+        max_products=max_products,
+        damping=damping * damping_scale(equations, point, lanes, spectrum),
+    )
+    step = torch.where(torch.isfinite(found.x), found.x, 0.0).clamp(-max_step, max_step)
+    (image,) = system.product(step)
+    promised = -(image * (2 * system.residuals + image)).sum(1)
+    return Step(step, promised, found.products, found.solved, damping)
 
 
-def _products(
-    equations: Equations, point: Tensor, lanes: Tensor
-) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Residuals at ``point``, and products with J and with its transpose there.
+class _Linearised:
+    """J, T of some lanes.
 
     J d is the transpose of the linear map u -> J^T u: in reverse mode twice, what depends on the point alone is
     computed once, not with every product as forward mode would.
     """
-    residuals, pull = vjp(lambda points: equations(points, lanes), point)[:2]
-    push = vjp(lambda images: pull(images)[0], torch.zeros_like(residuals))[1]
-    return residuals, lambda directions: push(directions)[0], lambda images: pull(images)[0]
+
+    def __init__(self, equations: Equations, point: Tensor, lanes: Tensor, spectrum: ImageSpectrum | None) -> None:
+        self.equations, self.point, self.lanes, self.spectrum = equations, point, lanes, spectrum
+        self.residuals, self._pull = vjp(lambda points: equations(points, lanes), point)[:2]
+        self._push = vjp(lambda images: self._pull(images)[0], torch.zeros_like(self.residuals))[1]
+
+    def product(self, x: Tensor) -> list[Tensor]:
+        return [self._push(x)[0]]
+
+    def transposed(self, parts: list[Tensor]) -> Tensor:
+        gradient: Tensor = self._pull(parts[0])[0]
+        return gradient
+
+    def precondition(self, x: Tensor) -> Tensor:
+        return x if self.spectrum is None else self.spectrum(x)
+
+    def select(self, lanes: Tensor) -> _Linearised:
+        return _Linearised(self.equations, self.point[lanes], self.lanes[lanes], self.spectrum)
 
 
 def dense_jacobian(equations: Equations, point: Tensor, lane: Tensor, spectrum: ImageSpectrum | None) -> Tensor:
@@ -258,10 +240,6 @@ def _factorise(normal: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     if factor is None:  # nothing but noise or infinities: the steepest descent, no longer than is safe
         factor = torch.diag(exact.abs().sum().clamp(min=tiny).sqrt().expand(len(normal)))
     return factor, damping
-
-
-def _times(spectrum: ImageSpectrum | None, vectors: Tensor) -> Tensor:
-    return vectors if spectrum is None else spectrum(vectors)
 
 
 def _rooted(spectrum: ImageSpectrum | None, vectors: Tensor) -> Tensor:
