@@ -19,8 +19,13 @@ Equations = Callable[[Tensor, Tensor], Tensor]
 _DIRECTIONS_AT_ONCE = 256
 # Rows of the blocks in which the symmetric product is computed: half the work of the whole one.
 _BLOCK = 256
+# A step that decreases the loss by more (less) than these shares of what it promised lowers (raises) the damping.
+_BOLD, _FIRM = 0.75, 0.25
+_BOLDER, _FIRMER = 0.1, 4.0
+# Where steps with this damping still do not lower the loss, none will.
+_HOPELESS = 1e4
 # Damping of a factorisation that failed grows by this, up to this many times.
-_FIRMER, _ATTEMPTS = 10.0, 12
+_REPAIR, _ATTEMPTS = 10.0, 12
 # Dampings that are tried with one Jacobian until the loss falls.
 _RETRIES = 5
 # Steps with one Jacobian go on as long as each leaves at most this share of the loss.
@@ -44,6 +49,50 @@ class Step:
     products: Tensor
     solved: Tensor
     damping: Tensor
+
+
+@dataclass
+class Judgement:
+    """What follows from steps of L lanes.
+
+    Attributes:
+        accepted: ``(L,)``, whether the loss has fallen.
+        damping: ``(L,)``, of the next step.
+        slow: ``(L,)``, accepted steps in a row that left nearly all of the loss.
+        hopeless: ``(L,)``, whether no damping seems to be enough.
+    """
+
+    accepted: Tensor
+    damping: Tensor
+    slow: Tensor
+    hopeless: Tensor
+
+
+def judge_steps(
+    loss: Tensor, reached: Tensor, promised: Tensor, damping: Tensor, slow: Tensor, *, slow_share: float
+) -> Judgement:
+    """The rules of Levenberg-Marquardt, for all that search by it.
+
+    A step that does not lower the loss is not accepted. The damping falls to a tenth where the loss fell by more than
+    three quarters of what the linear equations promised, and grows fourfold where it fell by less than a quarter.
+
+    Args:
+        loss: ``(L,)``, before the step; infinite where there was none yet.
+        reached: ``(L,)``, behind it; not a number or infinite where it led nowhere.
+        promised: ``(L,)``, see :class:`Step`.
+        damping: ``(L,)``, of the step.
+        slow: ``(L,)``, accepted steps in a row, until then, that left more than ``slow_share`` of the loss.
+        slow_share: below 1.
+    """
+    accepted = reached < loss
+    ratio = (loss - reached) / promised
+    factor = torch.where(ratio > _BOLD, _BOLDER, torch.where(ratio < _FIRM, _FIRMER, 1.0))
+    return Judgement(
+        accepted,
+        (damping * torch.where(accepted, factor, _FIRMER)).clamp(min=torch.finfo(loss.dtype).eps / 100),
+        torch.where(accepted, torch.where(reached > slow_share * loss, slow + 1, 0), slow),
+        ~accepted & (damping > _HOPELESS),
+    )
 
 
 def damping_scale(equations: Equations, point: Tensor, lanes: Tensor, spectrum: ImageSpectrum | None) -> Tensor:
@@ -179,7 +228,7 @@ def cholesky_steps(
     loss = residual.square().sum()
     right = residual @ jacobian.mT
     for attempt in range(_RETRIES):
-        factor, damping = _factorise(normal, damping * (_FIRMER if attempt else 1))
+        factor, damping = _factorise(normal, damping * (_REPAIR if attempt else 1))
         step = _solved(factor, right, spectrum).clamp(-max_step, max_step)
         fresh = equations(point + step, lane)
         if bool(fresh.square().sum() < loss):
@@ -235,7 +284,7 @@ def _factorise(normal: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
         if not bool(failed) and bool(torch.isfinite(found.diagonal()).all()):
             factor = found
             break
-        damping = torch.maximum(damping * _FIRMER, least)
+        damping = torch.maximum(damping * _REPAIR, least)
     diagonal.copy_(exact)
     if factor is None:  # nothing but noise or infinities: the steepest descent, no longer than is safe
         factor = torch.diag(exact.abs().sum().clamp(min=tiny).sqrt().expand(len(normal)))
