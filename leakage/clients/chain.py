@@ -1,66 +1,203 @@
-"""Whether a network is a plain chain of modules, and which."""
+"""Networks that are a plain chain: each module's input is the output of the one before it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 
 from leakage.clients.victim import Victim
 
+_Pair = tuple[int, int]
+_Shape = tuple[int, int, int]
 
-@torch.no_grad()
-def module_calls(victim: Victim) -> list[tuple[str, nn.Module, torch.Size, torch.Size]]:
-    """Modules without children in the order of their calls, with the shapes of one image before and behind.
 
-    The model runs once on noise; nothing is left behind on it.
+@dataclass(frozen=True)
+class Geometry:
+    """How a layer takes patches from its inputs; a ``Linear`` is a convolution of a single pixel.
+
+    Attributes:
+        input_shape: ``(C, H, W)``.
+        output_shape: the same of the outputs.
+        kernel, stride, dilation: by rows and by columns.
+        padding: zeros left, right, above and below.
+        groups: of channels.
+    """
+
+    input_shape: _Shape
+    output_shape: _Shape
+    kernel: _Pair = (1, 1)
+    stride: _Pair = (1, 1)
+    dilation: _Pair = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    groups: int = 1
+
+    @property
+    def patch(self) -> int:
+        """Numbers in one patch of one group of channels."""
+        return self.input_shape[0] // self.groups * math.prod(self.kernel)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether both sides are padded alike."""
+        left, right, top, bottom = self.padding
+        return (left, top) == (right, bottom)
+
+    def unfold(self, inputs: Tensor) -> Tensor:
+        """Patches ``(A, B, groups, patch, positions)`` of ``(A, B, C, H, W)``; faster than ``F.unfold``."""
+        padded = F.pad(inputs, self.padding).contiguous()
+        *outer, row, column = padded.stride()
+        inner = (row * self.dilation[0], column * self.dilation[1], row * self.stride[0], column * self.stride[1])
+        patches = padded.as_strided((*inputs.shape[:3], *self.kernel, *self.output_shape[1:]), (*outer, *inner))
+        return patches.reshape(*inputs.shape[:2], self.groups, self.patch, -1)
+
+    def fold(self, patches: Tensor) -> Tensor:
+        """The transposed of :meth:`unfold`, flattened: ``(A, B, C*H*W)`` of ``(A, B, ...)``."""
+        if self.kernel == self.input_shape[1:] == (1, 1):
+            return patches.flatten(2)
+        _, height, width = self.input_shape
+        left, right, top, bottom = self.padding
+        size = (height + bottom - top, width + right - left)  # `F.fold` knows only equal paddings
+        merged = patches.reshape(-1, self.groups * self.patch, math.prod(self.output_shape[1:]))
+        sums = F.fold(merged, size, self.kernel, self.dilation, (top, left), self.stride)
+        return sums[..., :height, :width].reshape(*patches.shape[:2], -1)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A module of a chain.
+
+    Attributes:
+        name: of the module.
+        module: without children.
+        input_shape: of one image.
+        output_shape: of one image.
+    """
+
+    name: str
+    module: nn.Module
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """As errors name it."""
+        return f"{type(self.module).__name__} {self.name!r}"
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a linear layer, with weights; the others map each element by itself, or pool."""
+        return type(self.module) in (nn.Conv2d, nn.Linear)
+
+    @property
+    def geometry(self) -> Geometry:
+        """That of a layer."""
+        if isinstance(self.module, nn.Linear):
+            return Geometry((self.input_shape[0], 1, 1), (self.output_shape[0], 1, 1))
+        layer = cast(nn.Conv2d, self.module)
+        kernel, dilation = cast(_Pair, layer.kernel_size), cast(_Pair, layer.dilation)
+        if layer.padding == "same":  # puts the odd one behind
+            rows, columns = (step * (size - 1) for size, step in zip(kernel, dilation, strict=True))
+            padding = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+        else:
+            top, left = (0, 0) if layer.padding == "valid" else cast(_Pair, layer.padding)
+            padding = (left, left, top, top)
+        inputs, outputs = cast(_Shape, self.input_shape), cast(_Shape, self.output_shape)
+        return Geometry(inputs, outputs, kernel, cast(_Pair, layer.stride), dilation, padding, layer.groups)
+
+
+def find_links(
+    victim: Victim, functions: Collection[type[nn.Module]], refused: Callable[[Link], str | None]
+) -> list[Link]:
+    """The modules of a plain chain up to its classifier, without ``Identity``, ``Flatten`` and dropout.
+
+    The model runs once on noise. Nothing is left behind on it.
+
+    Args:
+        victim: the network.
+        functions: modules that may stand between ``Conv2d`` (padded with zeros) and ``Linear``, by their types.
+        refused: why a module is not supported although it is one of these, or in better words; None if nothing
+            is to be said.
 
     Raises:
-        ValueError: a module is called twice, or with something else than the output of the one before it.
+        ValueError: logits that are not the output of a linear layer, a module that is called twice or with something
+            else than the output of the one before it, or that is not supported. The message names it.
     """
+    if victim.classifier is None:
+        raise ValueError(
+            f"Expected a network whose logits are the output of a linear layer, but got those of {victim.logits_from}."
+        )
+    links = []
+    for link in _calls(victim):
+        if not isinstance(link.module, nn.Identity | nn.Flatten | _DropoutNd):
+            if reason := _why_refused(link, victim, functions, refused):
+                names = ", ".join(kind.__name__ for kind in (nn.Conv2d, nn.Linear, *functions))
+                raise _not_a_chain(f"{link}, {reason}. Supported are {names}")
+            links.append(link)
+        if link.name == victim.classifier:
+            break
+    return links
+
+
+def _why_refused(
+    link: Link, victim: Victim, functions: Collection[type[nn.Module]], refused: Callable[[Link], str | None]
+) -> str | None:
+    module = link.module
+    if not link.is_layer:
+        return refused(link) or (None if type(module) in functions else "which is not supported")
+    names = [f"{link.name}.{name}" for name in ("weight", "bias") if getattr(module, name) is not None]
+    if not set(names) <= victim.state.keys():
+        return "whose parameters are computed from others or shared with another layer"
+    if isinstance(module, nn.Linear) and len(link.input_shape) > 1:
+        return "applied to several vectors of each image"
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return f"padded by {module.padding_mode!r} instead of zeros"
+    return refused(link)
+
+
+@torch.no_grad()
+def _calls(victim: Victim) -> list[Link]:
+    """Modules without children in the order of their calls."""
     like = next(victim.model.parameters())
     noise = torch.rand(2, *victim.protocol.image_shape, generator=torch.Generator().manual_seed(0)).to(like)
-    calls: list[tuple[str, nn.Module, torch.Size, torch.Size]] = []
-    # The last output, its version (a change in place counts it up) and its values; all are kept, so that no later
+    calls: list[Link] = []
+    # The outputs with their versions (a change in place counts them up) and values; all are kept, so that no later
     # tensor takes the place of one in memory.
-    kept: list[tuple[str, Tensor, int, Tensor]] = [("the images", noise, noise._version, noise.clone())]
-    shapes: list[torch.Size] = []
+    kept: list[tuple[Tensor, int, Tensor]] = [(noise, noise._version, noise.clone())]
 
-    def start(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            given = inputs[0] if len(inputs) == 1 else None
-            source, last, version, values = kept[-1]
-            if (
-                not isinstance(given, Tensor)
-                or (given.data_ptr(), given.numel(), given._version) != (last.data_ptr(), last.numel(), version)
-                or not torch.equal(given.reshape(-1), values.reshape(-1))
-            ):
-                raise not_a_chain(
-                    f"{show_module(name, module)}, whose input is not the output of {source}: "
-                    "there is an operation or a branch between them"
-                )
-            if any(name == other for other, *_ in calls):
-                raise not_a_chain(f"{show_module(name, module)}, which is called more than once")
-            shapes.append(given.shape[1:])
+    def before(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        link, given = Link(name, module, (), ()), inputs[0] if len(inputs) == 1 else None
+        last, version, values = kept[-1]
+        if (
+            not isinstance(given, Tensor)
+            or (given.data_ptr(), given.numel(), given._version) != (last.data_ptr(), last.numel(), version)
+            or not torch.equal(given.reshape(-1), values.reshape(-1))
+        ):
+            source = calls[-1] if calls else "the images"
+            raise _not_a_chain(
+                f"{link}, whose input is not the output of {source}: there is an operation or a branch between them"
+            )
+        if any(name == other.name for other in calls):
+            raise _not_a_chain(f"{link}, which is called more than once")
 
-        return hook
+    def after(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise _not_a_chain(f"{Link(name, module, (), ())}, whose output is not a tensor")
+        kept.append((output, output._version, output.clone()))
+        calls.append(Link(name, module, tuple(inputs[0].shape[1:]), tuple(output.shape[1:])))
 
-    def end(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if not isinstance(output, Tensor):
-                raise not_a_chain(f"{show_module(name, module)}, whose output is not a tensor")
-            kept.append((show_module(name, module), output, output._version, output.clone()))
-            calls.append((name, module, shapes[-1], output.shape[1:]))
-
-        return hook
-
-    hooks = []
+    hooks: list[Any] = []
     try:
         for name, module in victim.model.named_modules():
             if not any(True for _ in module.children()):
-                hooks += [module.register_forward_pre_hook(start(name)), module.register_forward_hook(end(name))]
+                hooks.append(module.register_forward_pre_hook(partial(before, name)))
+                hooks.append(module.register_forward_hook(partial(after, name)))
         victim.model(noise)
     finally:
         for hook in hooks:
@@ -68,11 +205,5 @@ def module_calls(victim: Victim) -> list[tuple[str, nn.Module, torch.Size, torch
     return calls
 
 
-def not_a_chain(got: str) -> ValueError:
-    """The error that says so."""
-    return ValueError(f"Expected a plain chain of layers, but got {got.rstrip('.')}.")
-
-
-def show_module(name: str, module: nn.Module) -> str:
-    """Its kind and name, as errors say them."""
-    return f"{type(module).__name__} {name!r}"
+def _not_a_chain(got: str) -> ValueError:
+    return ValueError(f"Expected a plain chain of layers, but got {got}.")

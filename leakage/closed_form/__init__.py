@@ -1,12 +1,10 @@
 """What follows from linear equations, nearly in closed form: no gradient is matched."""
 
 from leakage.closed_form.features import SeparatedFeatures, check_separable, separate_features
-from leakage.closed_form.images import check_layers, images_by_layers
-from leakage.closed_form.layer_by_layer import LayerByLayer, invert_layers
-from leakage.closed_form.stages import Chain, find_chain
+from leakage.closed_form.inverses import find_chain
+from leakage.closed_form.layer_by_layer import LayerByLayer, check_layers, images_by_layers, invert_layers
 
 __all__ = [
-    "Chain",
     "LayerByLayer",
     "SeparatedFeatures",
     "check_layers",

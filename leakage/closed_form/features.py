@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +14,16 @@ from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_count
 from leakage.seeds import derive_seed
+from leakage.solvers.linear import select_lanes
+from leakage.solvers.normal_equations import judge_steps
 
 # Starts of a victim, in rounds: those whose equations hold to rounding need no further one.
 _ROUNDS = (2, 6, 24)
 # Equations hold to rounding below this many units of it (or what float64 itself leaves), or below the second number
 # where two starts agree on what is left: near one, a probability has lost digits that the equations can't know.
 _ROUNDING, _AGREEING, _LEAST = 16.0, 50.0, 1e-12
-# A search ends after so many steps, or so many in a row that gained less than this share.
-_STEPS, _PATIENCE, _GAIN = 200, 8, 1e-3
-_FALLS, _RISES = 0.2, 4.0  # of the damping, after a step that helped and one that did not
+# A search ends after so many steps, or so many in a row that left more than this share of what the errors are.
+_STEPS, _SLOW_STEPS, _SLOW_SHARE = 200, 8, 1 - 1e-3
 # Bytes of the normal equations of all searches at once.
 _MEMORY = 2**28
 
@@ -181,10 +180,7 @@ class _Equations:
     loss: str
 
     def __getitem__(self, searches: Tensor) -> _Equations:
-        tensors: dict[str, Any] = {
-            name: value[searches] for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return dataclasses.replace(self, **tensors)
+        return select_lanes(self, searches)
 
     @property
     def has_bias(self) -> bool:
@@ -344,10 +340,10 @@ def _search(equations: _Equations, unknowns: Tensor) -> tuple[Tensor, Tensor]:
     """Levenberg-Marquardt with geodesic acceleration in each of L searches; unknowns and errors ``(L,)`` at its end."""
     unknowns = unknowns.clone()
     costs = equations.errors(unknowns).square().sum((1, 2))
-    damping, idle = torch.full_like(costs, 0.1), torch.zeros_like(costs)
+    damping, slow = torch.full_like(costs, 0.1), torch.zeros_like(costs)
     active = torch.arange(len(costs), device=costs.device)
     for _ in range(_STEPS):
-        some, at, cost = equations[active], unknowns[active], costs[active]
+        some, at = equations[active], unknowns[active]
         errors, pull = vjp(some.errors, at)  # type: ignore[misc]
         normal = some.normal(at)
         diagonal = normal.diagonal(dim1=1, dim2=2)
@@ -358,20 +354,21 @@ def _search(equations: _Equations, unknowns: Tensor) -> tuple[Tensor, Tensor]:
             return torch.cholesky_solve(right.flatten(1)[..., None], factor).view_as(right)
 
         step = -solve(pull(errors)[0])
-        # How the errors bend along the step, and half the step that straightens them.
-        bend = jvp(lambda at, some=some, step=step: jvp(some.errors, (at,), (step,))[1], (at,), (step,))[1]
+        # How the errors move and bend along the step, and half the step that straightens them.
+        change, bend = jvp(  # type: ignore[misc]
+            lambda at, some=some, step=step: jvp(some.errors, (at,), (step,))[1], (at,), (step,)
+        )
         turn = -solve(pull(bend)[0]) / 2
         small = turn.norm(dim=(1, 2)) < 0.375 * step.norm(dim=(1, 2))
         moved = at + step + torch.where(small[:, None, None], turn, 0.0)
-        reached = some.errors(moved).square().sum((1, 2))
-        helped = (reached < cost) & (failed == 0)
-        gained = helped & (reached < cost * (1 - _GAIN))
-        stuck = (helped & ~gained) | (~helped & (damping[active] > 1e6))
-        idle[active] = torch.where(gained, 0.0, idle[active] + stuck)
-        unknowns[active] = torch.where(helped[:, None, None], moved, at)
-        costs[active] = torch.where(helped, reached, cost)
-        damping[active] = (damping[active] * torch.where(helped, _FALLS, _RISES)).clamp(1e-15, 1e8)
-        active = active[(costs[active] > 1e-30) & (idle[active] < _PATIENCE)]
+        reached = torch.where(failed == 0, some.errors(moved).square().sum((1, 2)), torch.inf)
+        promised = -(change * (2 * errors + change)).sum((1, 2))
+        judged = judge_steps(costs[active], reached, promised, damping[active], slow[active], slow_share=_SLOW_SHARE)
+        damping[active], slow[active] = judged.damping, judged.slow
+        unknowns[active] = torch.where(judged.accepted[:, None, None], moved, at)
+        costs[active] = torch.where(judged.accepted, reached, costs[active])
+        ended = (costs[active] <= 1e-30) | (judged.slow >= _SLOW_STEPS) | judged.hopeless
+        active = active[~ended]
         if not len(active):
             break
     return unknowns, costs.sqrt()

@@ -6,16 +6,20 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from leakage.clients.chain import Link
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.closed_form.features import SeparatedFeatures
-from leakage.closed_form.linear_system import LinearSystem, conjugate_gradients, geometry_of
-from leakage.closed_form.stages import Chain, Elementwise, Stage, find_chain
+from leakage.closed_form.features import SeparatedFeatures, check_separable, separate_features
+from leakage.closed_form.inverses import apply, find_chain, invert
+from leakage.closed_form.linear_system import LinearSystem
+from leakage.solvers.linear import least_squares
 
 # Bytes that the patches and weights of the victims solved at once may take: on the CPU they should stay in its cache.
 _MEMORY = {"cpu": 2**23, "cuda": 2**30}
+# Of one layer.
+_ITERATIONS, _ITERATIONS_OF_BATCHES = 2000, 300
 
 
 @dataclass
@@ -49,7 +53,7 @@ def invert_layers(
     separated: SeparatedFeatures,
     *,
     tolerance: float = 1e-8,
-    max_iterations: int = 2000,
+    max_iterations: int = _ITERATIONS,
 ) -> LayerByLayer:
     r"""The images of each victim from the inputs of its last linear layer (R-GAP, for several images).
 
@@ -111,139 +115,172 @@ def invert_layers(
             "Expected victims with `local_steps` 1, whose gradient is that of one network, but got "
             f"{protocol.local_steps}."
         )
-    chain = find_chain(victim)
+    *links, classifier = find_chain(victim)
     victim.check(shared)
-    classifier = victim.model.get_submodule(str(victim.classifier))
-    assert isinstance(classifier, nn.Linear)
     for name, tensor, width in (
-        ("features", separated.features, classifier.in_features),
-        ("logit_gradients", separated.logit_gradients, classifier.out_features),
+        ("features", separated.features, classifier.input_shape[0]),
+        ("logit_gradients", separated.logit_gradients, classifier.output_shape[0]),
     ):
         expected = (len(shared), protocol.num_images, width)
         if tuple(tensor.shape) != expected:
             raise ValueError(f"Expected `{name}` of shape {expected}, but got {tuple(tensor.shape)}.")
     parts = []
-    size = _at_once(chain, protocol.num_images, separated.features.device)
-    for victims in torch.split(torch.arange(len(shared)), size):
-        part = _Inversion(shared.select(victims), victim, chain, tolerance, max_iterations)
-        parts.append(part.run(separated.features[victims], separated.logit_gradients[victims]))
+    for victims in torch.split(
+        torch.arange(len(shared)), _at_once(links, protocol.num_images, separated.features.device)
+    ):
+        inversion = _Inversion(shared.select(victims), links, tolerance, max_iterations)
+        features, gradients = separated.features[victims].double(), separated.logit_gradients[victims].double()
+        parts.append(inversion.run(features, gradients @ inversion.state[f"{classifier.name}.weight"]))
+    images, equations, residual = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    layers = [link for link in links if link.is_layer]
     return LayerByLayer(
-        images=torch.cat([part.images for part in parts]),
-        layers=parts[0].layers,
-        equations=torch.cat([part.equations for part in parts]),
-        unknowns=parts[0].unknowns,
-        residual=torch.cat([part.residual for part in parts]),
+        images=images,
+        layers=tuple(link.name for link in layers),
+        equations=equations,
+        unknowns=torch.tensor(
+            [protocol.num_images * math.prod(link.input_shape) for link in layers], device=images.device
+        ).long(),
+        residual=residual,
     )
 
 
-def _at_once(chain: Chain, num_images: int, device: torch.device) -> int:
+def check_layers(victim: Victim) -> None:
+    """Raise a ``ValueError`` unless :func:`images_by_layers` can find the images of such victims.
+
+    Args:
+        victim: model and protocol.
+
+    Raises:
+        ValueError: what :func:`check_separable` and :func:`find_chain` raise, or several images with loss
+            ``"mean_squared_error"``.
+    """
+    check_separable(victim)
+    protocol = victim.protocol
+    if protocol.loss == "mean_squared_error" and protocol.num_images > 1:
+        raise ValueError(
+            "Expected one image with loss 'mean_squared_error', which can't tell apart the features of several images "
+            f"whose labels repeat, but got {protocol.num_images}."
+        )
+    find_chain(victim)
+
+
+def images_by_layers(shared: SharedGradient, victim: Victim, labels: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """All of R-GAP: the features of each image from the last layer's gradient, then the layers down to the images.
+
+    Args:
+        shared: what V victims shared.
+        victim: their model and protocol, as :func:`check_layers` asks for.
+        labels: ``(V, N)``, class indices.
+        seed: of the separation of features.
+
+    Returns:
+        Images ``(V, N, C, H, W)`` in float64, in [0, 1], and ``(V,)``, false where the equations gave no numbers.
+
+    Example:
+        >>> from leakage.models import LeNet
+        >>> victim = Victim(LeNet(image_size=12), image_shape=(1, 12, 12))
+        >>> images, labels = torch.rand(2, 1, 1, 12, 12), torch.tensor([[3], [8]])
+        >>> found, usable = images_by_layers(victim.share(images, labels), victim, labels)
+        >>> bool((found - images).abs().max() < 1e-3), usable.tolist()
+        (True, [True, True])
+    """
+    separated = separate_features(shared, victim, labels, seed=seed)
+    # The layers of several images are seldom determined, and then further iterations find nothing more.
+    most = _ITERATIONS_OF_BATCHES if shared.protocol.num_images > 1 else _ITERATIONS
+    found = invert_layers(shared, victim, separated, max_iterations=most)
+    usable = torch.isfinite(found.images).flatten(1).all(1) & torch.isfinite(found.residual)
+    return found.images.clamp(0, 1), usable
+
+
+def _at_once(links: list[Link], num_images: int, device: torch.device) -> int:
     """Victims whose patches and weights fit the memory."""
-    size = max((num_images * (_patches(stage) + stage.layer.weight.numel()) for stage in chain.stages), default=1)
-    return max(1, _MEMORY.get(device.type, 2**30) // (8 * size))
-
-
-def _patches(stage: Stage) -> int:
-    """Numbers that one image's patches hold."""
-    return math.prod(stage.output_shape[1:]) * stage.input_shape[0] * math.prod(geometry_of(stage).kernel)
+    sizes = [1]
+    for geometry in (link.geometry for link in links if link.is_layer):
+        positions, weights = math.prod(geometry.output_shape[1:]), geometry.output_shape[0] * geometry.patch
+        sizes.append(num_images * (positions * geometry.groups * geometry.patch + weights))
+    return max(1, _MEMORY.get(device.type, 2**30) // (8 * max(sizes)))
 
 
 class _Inversion:
     """Some victims' layers, from the last to the first."""
 
-    def __init__(
-        self, shared: SharedGradient, victim: Victim, chain: Chain, tolerance: float, max_iterations: int
-    ) -> None:
-        self.chain, self.tolerance, self.max_iterations = chain, tolerance, max_iterations
+    def __init__(self, shared: SharedGradient, links: list[Link], tolerance: float, max_iterations: int) -> None:
+        self.links, self.tolerance, self.max_iterations = links, tolerance, max_iterations
         self.protocol = shared.protocol
         self.scale = 1 / self.protocol.num_images if self.protocol.reduction == "mean" else 1.0
         self.gradients = {name: tensor.double() for name, tensor in shared.gradients.items()}
         self.state = {
             name: (tensor if shared.own_weights else tensor[None]).double() for name, tensor in shared.state.items()
         }
-        self.classifier_weight = self.state[f"{victim.classifier}.weight"]
 
-    def run(self, features: Tensor, logit_gradients: Tensor) -> LayerByLayer:
-        outputs = features.double()
-        gradients = logit_gradients.double() @ self.classifier_weight
-        equations, residuals = [], [outputs.new_zeros(len(outputs))]
-        for number in reversed(range(len(self.chain.stages))):
-            stage = self.chain.stages[number]
-            outputs, slopes = self._invert(stage.after, outputs.reshape(*outputs.shape[:2], -1))
-            gradients = gradients.reshape(outputs.shape) * slopes
-            shape = (*outputs.shape[:2], *stage.output_shape)
-            outputs, slopes, gradients = (tensor.reshape(shape) for tensor in (outputs, slopes, gradients))
-            system = self._system(stage, slopes, gradients, first=number == 0)
-            equations.append(system.count)
-            outputs, residual = self._solve(system, stage, outputs, self._start(number))
-            residuals.append(residual)
-            gradients = system.geometry.fold(system.weight.mT @ system.per_group(gradients), shape[:2])
-        images, _ = self._invert(self.chain.before, outputs)
-        victims, device = len(images), images.device
-        empty = torch.zeros(victims, 0, dtype=torch.long, device=device)
-        return LayerByLayer(
-            images=images.reshape(victims, -1, *self.protocol.image_shape),
-            layers=tuple(stage.name for stage in self.chain.stages),
-            equations=torch.stack(equations[::-1], dim=1) if equations else empty,
-            unknowns=torch.tensor(
-                [self.protocol.num_images * math.prod(stage.input_shape) for stage in self.chain.stages],
-                dtype=torch.long,
-                device=device,
-            ),
-            residual=torch.stack(residuals).amax(0),
-        )
-
-    def _invert(self, functions: tuple[Elementwise, ...], outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs of the functions and their slopes there."""
+    def run(self, outputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, numbers of equations and residuals, from the last link's outputs and their gradients."""
+        equations, residuals = [outputs.new_zeros(len(outputs), 0).long()], [outputs.new_zeros(len(outputs))]
         slopes = torch.ones_like(outputs)
-        for function in reversed(functions):
-            outputs, slope = function.invert(outputs, self.state)
-            slopes = slopes.reshape(outputs.shape) * slope
-        return outputs, slopes
+        for number, link in reversed([*enumerate(self.links)]):
+            if not link.is_layer:
+                outputs, slope = invert(link, outputs, self.state)
+                slopes = slopes.reshape(outputs.shape) * slope
+                continue
+            gradients = gradients.reshape(slopes.shape) * slopes
+            first = not any(other.is_layer for other in self.links[:number])
+            system = self._system(link, slopes, gradients, first=first)
+            outputs, residual = self._solve(system, link.name, outputs, self._start(number))
+            gradients = system.geometry.fold(system.weight.mT @ gradients.reshape(system.slopes.shape))
+            slopes = torch.ones_like(outputs)
+            equations.append(system.count[:, None])
+            residuals.append(residual)
+        images = outputs.reshape(*outputs.shape[:2], *self.protocol.image_shape)
+        return images, torch.cat(equations[::-1], dim=1), torch.stack(residuals).amax(0)
 
     def _start(self, number: int) -> Tensor:
         """Where the search for the inputs of a layer begins, ``(V or 1, 1, D)``."""
-        stages = self.chain.stages
-        functions = stages[number - 1].after if number else self.chain.before
-        shape = stages[number - 1].output_shape if number else self.protocol.image_shape
-        start = torch.full((1, 1, *shape), 0.0 if number else 0.5).to(self.classifier_weight)
-        for function in functions:
-            start = function.apply(start, self.state)
+        first = number
+        while first and not self.links[first - 1].is_layer:
+            first -= 1
+        shape, value = (self.links[first - 1].output_shape, 0.0) if first else (self.protocol.image_shape, 0.5)
+        start = torch.full((1, 1, *shape), value).to(next(iter(self.state.values())))
+        for link in self.links[first:number]:
+            start = apply(link, start, self.state)
         return start.flatten(2)
 
-    def _system(self, stage: Stage, slopes: Tensor, gradients: Tensor, *, first: bool) -> LinearSystem:
-        geometry = geometry_of(stage)
+    def _system(self, link: Link, slopes: Tensor, gradients: Tensor, *, first: bool) -> LinearSystem:
+        geometry = link.geometry
         victims, count = slopes.shape[:2]
-        grouped = (victims, count, geometry.groups, -1, math.prod(geometry.output_size))
-        weight = self.state[f"{stage.name}.weight"]
+        grouped = (victims, count, geometry.groups, -1, math.prod(geometry.output_shape[1:]))
+        weight = self.state[f"{link.name}.weight"]
         weight = weight.reshape(len(weight), 1, geometry.groups, -1, geometry.patch)
         largest = slopes.abs().flatten(1).amax(1)
-        slopes = slopes.abs() / torch.where(largest > 0, largest, 1).reshape(-1, 1, 1, 1, 1)
-        errors = None
-        if f"{stage.name}.weight" in self.gradients:
-            errors = self.scale * gradients.reshape(grouped)
-        system = LinearSystem(
-            geometry=geometry,
+        slopes = slopes.abs() / torch.where(largest > 0, largest, 1).view(-1, *[1] * (slopes.ndim - 1))
+        known = f"{link.name}.weight" in self.gradients
+        return LinearSystem.weighted(
+            geometry,
             weight=weight.expand(victims, count, *weight.shape[2:]).contiguous(),
             slopes=slopes.reshape(grouped),
-            errors=errors,
+            errors=self.scale * gradients.reshape(grouped) if known else None,
+            image_shape=self.protocol.image_shape if first else None,
         )
-        system.prepare(self.protocol.image_shape if first else None)
-        return system
 
-    def _solve(self, system: LinearSystem, stage: Stage, outputs: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = system.per_group(outputs)
-        if (bias := self.state.get(f"{stage.name}.bias")) is not None:
+    def _solve(self, system: LinearSystem, name: str, outputs: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs ``(V, N, D)``, and what is left of the equations, relative to their right-hand side."""
+        victims, count = outputs.shape[:2]
+        outputs = outputs.reshape(system.slopes.shape)
+        if (bias := self.state.get(f"{name}.bias")) is not None:
             outputs = outputs - bias.reshape(len(bias), 1, *outputs.shape[2:4], 1)
         given = [system.slopes * outputs]
         if system.errors is not None:
-            gradient = self.gradients[f"{stage.name}.weight"]
+            gradient = self.gradients[f"{name}.weight"]
             given.append(gradient.reshape(len(gradient), *system.weight.shape[2:]) * system.scale)
-        victims, count = outputs.shape[:2]
-        start = start.expand(victims, count, -1).reshape(victims, -1)
-        found = conjugate_gradients(system, given, start, self.tolerance, self.max_iterations)
-        left = sum((b - a).flatten(1).square().sum(1) for a, b in zip(system.product(found), given, strict=True))
-        size = sum(part.flatten(1).square().sum(1) for part in given)
-        assert isinstance(left, Tensor)
-        assert isinstance(size, Tensor)
-        residual = torch.where(size > 0, left / size, left).sqrt()
-        return found.reshape(victims, count, -1), residual
+        x = start.expand(victims, count, -1).reshape(victims, -1)
+        rest = _less(given, system.product(x))
+        x = x + least_squares(system, rest, tolerance=self.tolerance, max_products=self.max_iterations).x
+        left, size = _squares(_less(given, system.product(x))), _squares(given)
+        return x.reshape(victims, count, -1), torch.where(size > 0, left / size, left).sqrt()
+
+
+def _less(given: list[Tensor], product: list[Tensor]) -> list[Tensor]:
+    return [b - a for a, b in zip(product, given, strict=True)]
+
+
+def _squares(parts: list[Tensor]) -> Tensor:
+    return torch.stack([part.flatten(1).square().sum(1) for part in parts]).sum(0)

@@ -8,10 +8,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torchvision.transforms import Normalize
 
-from leakage.clients.chain import module_calls, not_a_chain, show_module
+from leakage.clients.chain import Link, find_links
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.models.layers import AveragePooling
@@ -23,8 +22,6 @@ from leakage.objectives.chain_layers import Plan, Step
 _FAST_CHANNELS = (4, 8, 16)
 # Where a sigmoid is exactly 0 in every precision.
 _SIGMOID_ZERO = -1e4
-
-_ONLY = "Only Conv2d, Linear, Sigmoid, Tanh, ReLU, LeakyReLU, SiLU, AvgPool2d and Normalize are supported."
 
 
 class ChainObjective:
@@ -168,32 +165,29 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor, float, Tensor | float], tuple[Tenso
 
 
 def _plans(victim: Victim) -> list[Plan]:
-    """What the chain of a victim's network consists of, without what does nothing."""
-    if victim.classifier is None:
-        raise ValueError(
-            f"Expected a network whose logits are the output of a linear layer, but got those of {victim.logits_from}."
-        )
-    plans: list[Plan] = []
-    covered: set[str] = set()
-    for name, module, inputs, outputs in module_calls(victim):
-        if not isinstance(module, nn.Identity | nn.Flatten | _DropoutNd):
-            if (reason := _why_refused(module, inputs, name, victim)) is not None:
-                raise not_a_chain(f"{show_module(name, module)}, {reason}. {_ONLY}")
-            has_weights = isinstance(module, nn.Conv2d | nn.Linear)
-            plans.append(Plan(name, module, tuple(inputs), tuple(outputs), first=has_weights and not covered))
-            if has_weights:
-                covered |= {f"{name}.weight", f"{name}.bias"}
-        if name == victim.classifier:
-            break
+    """How the chain of a victim's network is computed."""
+    links = find_links(victim, (*ACTIVATIONS, nn.AvgPool2d, AveragePooling, Normalize), _why_refused)
+    layers = [link.name for link in links if link.is_layer]
+    covered = {f"{name}.{which}" for name in layers for which in ("weight", "bias")}
     if others := sorted(set(victim.trainable) - covered):
         raise ValueError(f"Expected a plain chain of layers that hold all trainable parameters, but got {others[:5]}.")
-    return _widen(plans)
+    return _widen([Plan(**vars(link), first=link.name == layers[0]) for link in links])
+
+
+def _why_refused(link: Link) -> str | None:
+    """Why a layer is not supported; None if it is."""
+    if isinstance(link.module, nn.Conv2d):
+        if link.module.groups != 1:
+            return f"of {link.module.groups} groups"
+        if not link.geometry.symmetric:
+            return "padded by more pixels on one side than on the other"
+    return None
 
 
 def _widen(plans: list[Plan]) -> list[Plan]:
     """The same with numbers of channels that are fast, where what follows can take them."""
     plans = list(plans)
-    layers = [index for index, plan in enumerate(plans) if isinstance(plan.module, nn.Conv2d | nn.Linear)]
+    layers = [index for index, plan in enumerate(plans) if plan.is_layer]
     for index, following in pairwise(layers):
         channels = plans[index].output_shape[0]
         more = next((fast for fast in _FAST_CHANNELS if fast >= channels), channels) - channels
@@ -211,28 +205,3 @@ def _widen(plans: list[Plan]) -> list[Plan]:
             each = features[0] // channels if len(features) == 1 else 1
             plans[following] = dataclasses.replace(plans[following], more_inputs=more * each)
     return plans
-
-
-def _why_refused(module: nn.Module, inputs: tuple[int, ...], name: str, victim: Victim) -> str | None:
-    """Why a module is not supported; None if it is."""
-    if type(module) in (nn.Conv2d, nn.Linear):
-        names = [f"{name}.weight"] if module.bias is None else [f"{name}.weight", f"{name}.bias"]
-        if not set(names) <= victim.state.keys():
-            return "whose parameters are computed from others or shared with another layer"
-    if type(module) is nn.Conv2d:
-        if module.padding_mode != "zeros":
-            return f"padded by {module.padding_mode!r} instead of zeros"
-        if module.groups != 1:
-            return f"of {module.groups} groups"
-        if module.padding == "same" and any(
-            dilation * (size - 1) % 2 for size, dilation in zip(module.kernel_size, module.dilation, strict=True)
-        ):
-            return "padded by more pixels on one side than on the other"
-        return None
-    if type(module) is nn.Linear:
-        return None if len(inputs) == 1 else "applied to several vectors of each image"
-    return (
-        None
-        if type(module) in (*ACTIVATIONS, nn.AvgPool2d, AveragePooling, Normalize)
-        else "which is none of those supported"
-    )

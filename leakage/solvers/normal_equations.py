@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from leakage.solvers.solver import Equations
+from leakage.solvers.linear import least_squares
 from leakage.solvers.spectrum import ImageSpectrum
 
 # Directions of one pass of forward mode: more of them no longer pay.
 _DIRECTIONS_AT_ONCE = 256
 # Rows of the blocks in which the symmetric product is computed: half the work of the whole one.
 _BLOCK = 256
-# Lanes that have ended leave the conjugate gradients when they are this share of them.
-_LEAVING_SHARE = 1 / 2
+# A step that decreases the loss by more (less) than these shares of what it promised lowers (raises) the damping.
+_BOLD, _FIRM = 0.75, 0.25
+_BOLDER, _FIRMER = 0.1, 4.0
+# Where steps with this damping still do not lower the loss, none will.
+_HOPELESS = 1e4
 # Damping of a factorisation that failed grows by this, up to this many times.
-_FIRMER, _ATTEMPTS = 10.0, 12
+_REPAIR, _ATTEMPTS = 10.0, 12
 # Dampings that are tried with one Jacobian until the loss falls.
 _RETRIES = 5
 # Steps with one Jacobian go on as long as each leaves at most this share of the loss.
@@ -43,6 +46,50 @@ class Step:
     products: Tensor
     solved: Tensor
     damping: Tensor
+
+
+@dataclass
+class Judgement:
+    """What follows from steps of L lanes.
+
+    Attributes:
+        accepted: ``(L,)``, whether the loss has fallen.
+        damping: ``(L,)``, of the next step.
+        slow: ``(L,)``, accepted steps in a row that left nearly all of the loss.
+        hopeless: ``(L,)``, whether no damping seems to be enough.
+    """
+
+    accepted: Tensor
+    damping: Tensor
+    slow: Tensor
+    hopeless: Tensor
+
+
+def judge_steps(
+    loss: Tensor, reached: Tensor, promised: Tensor, damping: Tensor, slow: Tensor, *, slow_share: float
+) -> Judgement:
+    """The rules of Levenberg-Marquardt, for all that search by it.
+
+    A step that does not lower the loss is not accepted. The damping falls to a tenth where the loss fell by more than
+    three quarters of what the linear equations promised, and grows fourfold where it fell by less than a quarter.
+
+    Args:
+        loss: ``(L,)``, before the step; infinite where there was none yet.
+        reached: ``(L,)``, behind it; not a number or infinite where it led nowhere.
+        promised: ``(L,)``, see :class:`Step`.
+        damping: ``(L,)``, of the step.
+        slow: ``(L,)``, accepted steps in a row, until then, that left more than ``slow_share`` of the loss.
+        slow_share: below 1.
+    """
+    accepted = reached < loss
+    ratio = (loss - reached) / promised
+    factor = torch.where(ratio > _BOLD, _BOLDER, torch.where(ratio < _FIRM, _FIRMER, 1.0))
+    return Judgement(
+        accepted,
+        (damping * torch.where(accepted, factor, _FIRMER)).clamp(min=torch.finfo(loss.dtype).eps / 100),
+        torch.where(accepted, torch.where(reached > slow_share * loss, slow + 1, 0), slow),
+        ~accepted & (damping > _HOPELESS),
+    )
 
 
 def damping_scale(equations: Equations, point: Tensor, lanes: Tensor, spectrum: ImageSpectrum | None) -> Tensor:
@@ -79,61 +126,44 @@ def conjugate_gradients(
         max_step: entries of the step are clamped to this.
         spectrum: P; None is the identity.
     """
-    given = damping
-    damping = damping * damping_scale(equations, point, lanes, spectrum)
-
-    residuals, forward, back = _products(equations, point, lanes)
-    everyone = forward
-    right = -back(residuals)
-    step, products = torch.zeros_like(point), torch.zeros_like(lanes)
-    solved = torch.zeros_like(lanes, dtype=torch.bool)
-    gone = solved.clone()  # solved, or overflowed
-    # The lanes that go on, by their place; `dual` is P^-1 of `direction`.
-    at = torch.arange(len(point), device=point.device)
-    left, preconditioned = right, _times(spectrum, right)
-    product = (left * preconditioned).sum(1)
-    first, found = product, step.clone()
-    direction, dual = preconditioned, left
-    for _ in range(max_products):
-        image = forward(direction)
-        turned = back(image) + damping[at, None] * dual
-        length = product / (direction * turned).sum(1)
-        length = torch.where(torch.isfinite(length), length, 0.0)
-        found = found + length[:, None] * direction
-        left = left - length[:, None] * turned
-        preconditioned = _times(spectrum, left)
-        fresh = (left * preconditioned).sum(1)
-        running = ~gone[at]
-        products[at] += running
-        step[at] = torch.where(running[:, None], found, step[at])
-        solved[at] |= running & (fresh <= forcing[at].square() * first[at])
-        gone[at] |= solved[at] | ~torch.isfinite(fresh)
-        again = torch.where(product > 0, fresh / product, 0.0)[:, None]
-        direction, dual, product = preconditioned + again * direction, left + again * dual, fresh
-        leaving = gone[at]
-        if bool(leaving.all()):
-            break
-        if float(leaving.float().mean()) >= _LEAVING_SHARE:
-            kept = (~leaving).nonzero().squeeze(1)
-            at = at[kept]
-            left, direction, dual, product, found = (tensor[kept] for tensor in (left, direction, dual, product, found))
-            _, forward, back = _products(equations, point[at], lanes[at])
-    step = torch.where(torch.isfinite(step), step, 0.0).clamp(-max_step, max_step)
-    image = everyone(step)
-    return Step(step, 2 * (step * right).sum(1) - image.square().sum(1), products, solved, given)
+    system = _Linearised(equations, point, lanes, spectrum)
+    found = least_squares(
+        system,
+        [-system.residuals],
+        tolerance=forcing,
+        max_products=max_products,
+        damping=damping * damping_scale(equations, point, lanes, spectrum),
+    )
+    step = torch.where(torch.isfinite(found.x), found.x, 0.0).clamp(-max_step, max_step)
+    (image,) = system.product(step)
+    promised = -(image * (2 * system.residuals + image)).sum(1)
+    return Step(step, promised, found.products, found.solved, damping)
 
 
-def _products(
-    equations: Equations, point: Tensor, lanes: Tensor
-) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Residuals at ``point``, and products with J and with its transpose there.
+class _Linearised:
+    """J, T of some lanes.
 
     J d is the transpose of the linear map u -> J^T u: in reverse mode twice, what depends on the point alone is
     computed once, not with every product as forward mode would.
     """
-    residuals, pull = vjp(lambda points: equations(points, lanes), point)[:2]
-    push = vjp(lambda images: pull(images)[0], torch.zeros_like(residuals))[1]
-    return residuals, lambda directions: push(directions)[0], lambda images: pull(images)[0]
+
+    def __init__(self, equations: Equations, point: Tensor, lanes: Tensor, spectrum: ImageSpectrum | None) -> None:
+        self.equations, self.point, self.lanes, self.spectrum = equations, point, lanes, spectrum
+        self.residuals, self._pull = vjp(lambda points: equations(points, lanes), point)[:2]
+        self._push = vjp(lambda images: self._pull(images)[0], torch.zeros_like(self.residuals))[1]
+
+    def product(self, x: Tensor) -> list[Tensor]:
+        return [self._push(x)[0]]
+
+    def transposed(self, parts: list[Tensor]) -> Tensor:
+        gradient: Tensor = self._pull(parts[0])[0]
+        return gradient
+
+    def precondition(self, x: Tensor) -> Tensor:
+        return x if self.spectrum is None else self.spectrum(x)
+
+    def select(self, lanes: Tensor) -> _Linearised:
+        return _Linearised(self.equations, self.point[lanes], self.lanes[lanes], self.spectrum)
 
 
 def dense_jacobian(equations: Equations, point: Tensor, lane: Tensor, spectrum: ImageSpectrum | None) -> Tensor:
@@ -195,7 +225,7 @@ def cholesky_steps(
     loss = residual.square().sum()
     right = residual @ jacobian.mT
     for attempt in range(_RETRIES):
-        factor, damping = _factorise(normal, damping * (_FIRMER if attempt else 1))
+        factor, damping = _factorise(normal, damping * (_REPAIR if attempt else 1))
         step = _solved(factor, right, spectrum).clamp(-max_step, max_step)
         fresh = equations(point + step, lane)
         if bool(fresh.square().sum() < loss):
@@ -251,15 +281,11 @@ def _factorise(normal: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
         if not bool(failed) and bool(torch.isfinite(found.diagonal()).all()):
             factor = found
             break
-        damping = torch.maximum(damping * _FIRMER, least)
+        damping = torch.maximum(damping * _REPAIR, least)
     diagonal.copy_(exact)
     if factor is None:  # nothing but noise or infinities: the steepest descent, no longer than is safe
         factor = torch.diag(exact.abs().sum().clamp(min=tiny).sqrt().expand(len(normal)))
     return factor, damping
-
-
-def _times(spectrum: ImageSpectrum | None, vectors: Tensor) -> Tensor:
-    return vectors if spectrum is None else spectrum(vectors)
 
 
 def _rooted(spectrum: ImageSpectrum | None, vectors: Tensor) -> Tensor:

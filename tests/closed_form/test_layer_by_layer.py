@@ -12,11 +12,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torchvision.transforms import Normalize
 
+from leakage.clients.chain import Link
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.closed_form import SeparatedFeatures, invert_layers, layer_by_layer, linear_system
-from leakage.closed_form.linear_system import LinearSystem, geometry_of
-from leakage.closed_form.stages import Stage
+from leakage.closed_form.linear_system import LinearSystem
 from leakage.models import MLP, ConvNet, LeNet
 
 Case = tuple[SharedGradient, Victim, SeparatedFeatures, Tensor]
@@ -231,19 +231,16 @@ def test_products_with_the_system(layer: nn.Conv2d | nn.Linear, gradient: bool, 
     inputs = torch.randn(victims, count, 4, 7, 5, generator=generator, dtype=torch.float64)
     given = inputs.flatten(2) if isinstance(layer, nn.Linear) else inputs
     outputs = torch.stack([layer(part) for part in given])
-    size = outputs.shape[2:] if outputs.ndim == 5 else (6, 1, 1)
-    stage = Stage("", layer, (140, 1, 1) if isinstance(layer, nn.Linear) else (4, 7, 5), tuple(size), ())
-    geometry = geometry_of(stage)
+    geometry = Link("", layer, tuple(given.shape[2:]), tuple(outputs.shape[2:])).geometry
     grouped = (victims, count, geometry.groups, 6 // geometry.groups, -1)
     slopes, errors = torch.rand(2, *outputs.shape, generator=generator, dtype=torch.float64)
     weight = layer.weight.detach().reshape(1, 1, geometry.groups, 6 // geometry.groups, -1)
-    system = LinearSystem(
-        geometry=geometry,
+    system = LinearSystem.weighted(
+        geometry,
         weight=weight.expand(victims, count, -1, -1, -1),
         slopes=slopes.reshape(grouped),
         errors=errors.reshape(grouped) if gradient else None,
     )
-    system.prepare(None)
     x = inputs.reshape(victims, -1)
     product = system.product(x)
     biased = layer.bias.detach().reshape(-1, *[1] * (outputs.ndim - 3))
@@ -270,15 +267,14 @@ def dense_matrix(system: LinearSystem, size: int) -> Tensor:
 def test_the_dense_preconditioner(groups: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_system, "_FEWEST_CHANNELS", 1)
     layer = nn.Conv2d(4, 6, 3, stride=(2, 1), padding=1, dilation=(1, 2), groups=groups).double()
-    geometry = geometry_of(Stage("", layer, (4, 7, 5), (6, 4, 3), ()))
+    geometry = Link("", layer, (4, 7, 5), (6, 4, 3)).geometry
     shape = (2, 3, groups, 6 // groups, 12)
-    system = LinearSystem(
-        geometry=geometry,
+    system = LinearSystem.weighted(
+        geometry,
         weight=layer.weight.detach().reshape(1, 1, groups, 6 // groups, -1).expand(2, 3, -1, -1, -1),
         slopes=torch.rand(shape, generator=generator, dtype=torch.float64),
         errors=torch.randn(shape, generator=generator, dtype=torch.float64),
     )
-    system.prepare(None)
     assert system.blocks is not None
     dense = dense_matrix(system.select(torch.tensor([1])), 3 * 4 * 35)
     gradient = dense[3 * 6 * 12 :]  # rows of the gradient

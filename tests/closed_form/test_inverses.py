@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
+from leakage.clients.chain import Link
 from leakage.clients.victim import Victim
 from leakage.closed_form import find_chain
-from leakage.closed_form.stages import Elementwise
+from leakage.closed_form.inverses import apply, invert
 from leakage.models import MLP, ConvNet, LeNet, ResNet18
 
 SHAPE = (3, 8, 8)
@@ -52,18 +53,18 @@ class Net(nn.Module):
 @pytest.mark.parametrize(
     ("model", "names"),
     [
-        (LeNet(3, 8), ["features.0", "features.2", "features.4"]),
-        (MLP(3, 8, width=6), ["features.0", "features.2"]),
+        (LeNet(3, 8), ["features.0", "features.2", "features.4", "classifier"]),
+        (MLP(3, 8, width=6), ["features.0", "features.2", "classifier"]),
         (
             ConvNet(3, 8, width=4, norm="none", pooling="none", activation="leaky_relu"),
-            ["features.0", "features.2", "features.4"],
+            ["features.0", "features.2", "features.4", "classifier"],
         ),
-        (behind(nn.ReLU(inplace=True), nn.Identity(), nn.Dropout(0.5), nn.Conv2d(4, 4, 1)).eval(), ["0", "4"]),
-        (nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), []),
+        (behind(nn.ReLU(inplace=True), nn.Identity(), nn.Dropout(0.5), nn.Conv2d(4, 4, 1)).eval(), ["0", "4", "6"]),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), ["1"]),
     ],
 )
 def test_plain_chains(model: nn.Module, names: list[str]) -> None:
-    assert [stage.name for stage in find_chain(victim_of(model)).stages] == names
+    assert [link.name for link in find_chain(victim_of(model)) if link.is_layer] == names
 
 
 def test_what_a_chain_holds() -> None:
@@ -71,10 +72,13 @@ def test_what_a_chain_holds() -> None:
     scaled = Normalize([0.1, 0.2, 0.3], [1.0, 2.0, 3.0])
     model = nn.Sequential(scaled, nn.Conv2d(3, 4, 3, stride=2), norm, nn.Tanh(), nn.Flatten(), nn.Linear(36, 5))
     chain = find_chain(victim_of(model))
-    assert [function.name for function in chain.before] == ["0"]
-    (stage,) = chain.stages
-    assert (stage.input_shape, stage.output_shape) == ((3, 8, 8), (4, 3, 3))
-    assert [(function.name, function.shape) for function in stage.after] == [("2", (4, 3, 3)), ("3", (4, 3, 3))]
+    assert [(link.name, link.input_shape, link.output_shape) for link in chain] == [
+        ("0", SHAPE, SHAPE),
+        ("1", SHAPE, (4, 3, 3)),
+        ("2", (4, 3, 3), (4, 3, 3)),
+        ("3", (4, 3, 3), (4, 3, 3)),
+        ("5", (36,), (5,)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,7 @@ def test_what_a_chain_holds() -> None:
         (behind(nn.GroupNorm(2, 4)), "got GroupNorm '1', a norm by the statistics of each image"),
         (behind(nn.BatchNorm2d(4)), r"got BatchNorm2d '1', which normalises by the client's own batch: .*eval\(\)"),
         (behind(nn.LeakyReLU(0.0)), "got LeakyReLU '1', with a negative slope of 0.0, which is not one-to-one"),
-        (behind(nn.Softplus()), "got Softplus '1', which is none that can be inverted. Only Conv2d"),
+        (behind(nn.Softplus()), "got Softplus '1', which is not supported. Supported are Conv2d"),
         (
             nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(192, 5)),
             "padded by 'circular' instead of zeros",
@@ -152,11 +156,11 @@ def batch_norm() -> nn.Module:
 )
 def test_inverse_and_slope(module: nn.Module, generator: torch.Generator) -> None:
     inputs = torch.randn(2, 4, *SHAPE, generator=generator, dtype=torch.float64).requires_grad_()
-    function = Elementwise("name", module, SHAPE)
+    function = Link("name", module, SHAPE, SHAPE)
     state = {f"name.{name}": tensor[None] for name, tensor in module.state_dict().items()}
     outputs = torch.stack([module(part) for part in inputs])
-    torch.testing.assert_close(function.apply(inputs.flatten(2), state), outputs)
-    found, slope = function.invert(outputs.detach().flatten(2), state)
+    torch.testing.assert_close(apply(function, inputs.flatten(2), state), outputs)
+    found, slope = invert(function, outputs.detach().flatten(2), state)
     (expected,) = torch.autograd.grad(outputs.sum(), inputs)
     torch.testing.assert_close(slope, expected)
     known = slope != 0
@@ -167,7 +171,7 @@ def test_inverse_and_slope(module: nn.Module, generator: torch.Generator) -> Non
 @pytest.mark.parametrize("module", [nn.Sigmoid(), nn.Tanh(), nn.ReLU()])
 def test_outputs_beyond_the_range_count_as_its_nearest_value(module: nn.Module) -> None:
     outputs = torch.tensor([-2.0, 2.0], dtype=torch.float64).reshape(1, 1, 2)
-    found, slope = Elementwise("name", module, (2,)).invert(outputs, {})
+    found, slope = invert(Link("name", module, (2,), (2,)), outputs, {})
     assert found.isfinite().all()
     assert found[0, 0, 0] < found[0, 0, 1]
     assert (slope >= 0).all()
@@ -179,7 +183,7 @@ def test_noise_of_a_relu_counts_as_zero() -> None:
     outputs = torch.cat([noise, 2e-4 + torch.rand(2, 500, generator=generator, dtype=torch.float64)], dim=1)
     outputs[1, :500] = 0
     for scale in (1.0, 1e-20):
-        found, slope = Elementwise("name", nn.ReLU(), (500,)).invert(scale * outputs.reshape(2, 2, 500), {})
+        found, slope = invert(Link("name", nn.ReLU(), (500,), (500,)), scale * outputs.reshape(2, 2, 500), {})
         assert torch.equal(slope[:, 1], torch.ones_like(slope[:, 1]))
         assert torch.equal(found[:, 1], scale * outputs[:, 500:])
         assert not slope[:, 0].any()
@@ -188,7 +192,7 @@ def test_noise_of_a_relu_counts_as_zero() -> None:
 
 def test_normalises_in_the_precision_of_the_images() -> None:
     images = torch.rand(2, 1, 1, 3, 3, dtype=torch.float64)
-    normalize = Elementwise("normalize", Normalize([0.1], [0.3]), (1, 3, 3))
-    outputs = normalize.apply(images, {})
+    normalize = Link("normalize", Normalize([0.1], [0.3]), (1, 3, 3), (1, 3, 3))
+    outputs = apply(normalize, images, {})
     torch.testing.assert_close(outputs, (images - 0.1) / 0.3, rtol=0, atol=1e-12)
-    torch.testing.assert_close(normalize.invert(outputs, {})[0], images, rtol=0, atol=1e-12)
+    torch.testing.assert_close(invert(normalize, outputs, {})[0], images, rtol=0, atol=1e-12)

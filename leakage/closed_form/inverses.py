@@ -1,0 +1,139 @@
+"""Which chains can be inverted layer by layer, and the inverses of the functions between their layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.transforms import Normalize
+
+from leakage.clients.chain import Link, find_links
+from leakage.clients.victim import Victim
+from leakage.models.layers import AveragePooling
+from leakage.objectives.chain_activations import ACTIVATIONS
+
+# How near a sigmoid's or tanh's output may come to its bounds: what is found overshoots them.
+_MARGIN = 1e-9
+# What is found is never exactly zero: outputs of a ReLU count as zero below the widest gap (in logarithms) that
+# begins between these parts of the victim's largest output.
+_NOISE = (1e-7, 1e-3)
+
+_REFUSED: dict[tuple[type[nn.Module], ...], str] = {
+    (nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish): "which is not one-to-one: two inputs give the same output",
+    (
+        *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d),
+        *(nn.FractionalMaxPool2d, AveragePooling),
+    ): "pooling that forgets most of its input",
+    (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d, nn.LocalResponseNorm): "a norm by the statistics of each image",
+}
+
+
+def find_chain(victim: Victim) -> list[Link]:
+    """The layers and functions of a network that is a plain chain and can be inverted, the classifier last.
+
+    Each module must be called once, with the output of the one before it, flattened or not. They may be ``Conv2d``
+    (padded with zeros), ``Linear``, ``Sigmoid``, ``Tanh``, ``LeakyReLU``, ``ReLU`` (inverted where it is positive),
+    ``BatchNorm2d`` in evaluation mode, ``torchvision.transforms.Normalize``, and what does nothing: ``Identity``,
+    ``Flatten``, dropout in evaluation mode.
+
+    Raises:
+        ValueError: another network, or a classifier that is not a linear layer. The message names the module.
+
+    Example:
+        >>> from leakage.models import LeNet
+        >>> [link.name for link in find_chain(Victim(LeNet(), image_shape=(1, 28, 28))) if link.is_layer]
+        ['features.0', 'features.2', 'features.4', 'classifier']
+    """
+    return find_links(victim, (*_INVERSES, nn.BatchNorm2d, Normalize), _why_refused)
+
+
+def _why_refused(link: Link) -> str | None:
+    module = link.module
+    if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+        return "which normalises by the client's own batch: call `model.eval()` if the client did not"
+    if isinstance(module, nn.LeakyReLU) and module.negative_slope <= 0:
+        return f"with a negative slope of {module.negative_slope}, which is not one-to-one"
+    return next((reason for types, reason in _REFUSED.items() if isinstance(module, types)), None)
+
+
+def apply(link: Link, inputs: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """Outputs ``(V, N, *shape)`` of a function, a link that is no layer, for inputs of that many elements.
+
+    Args:
+        link: an activation, ``BatchNorm2d`` or ``Normalize``.
+        inputs: ``(V, N, ...)``.
+        state: weights and buffers by name, ``(V, *shape)`` or ``(1, *shape)``.
+    """
+    inputs = inputs.reshape(*inputs.shape[:2], *link.output_shape)
+    if type(link.module) in _INVERSES:
+        # Not the module itself, which may work in place.
+        return ACTIVATIONS[type(link.module)](link.module, inputs)[0]
+    scale, shift = _affine(link, inputs, state)
+    return inputs * scale + shift
+
+
+def invert(link: Link, outputs: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The inputs that gave ``outputs``, and the slope there, 0 where they are not known; each ``(V, N, *shape)``.
+
+    Outputs beyond the function's range count as its nearest value. Arguments are those of :func:`apply`.
+    """
+    outputs = outputs.reshape(*outputs.shape[:2], *link.output_shape)
+    if type(link.module) in _INVERSES:
+        return _INVERSES[type(link.module)](link.module, outputs)
+    scale, shift = _affine(link, outputs, state)
+    inputs = torch.where(scale == 0, 0, (outputs - shift) / torch.where(scale == 0, 1, scale))
+    return inputs, scale.expand_as(outputs)
+
+
+def _affine(link: Link, like: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Factor and summand of each channel, ``(V or 1, 1, C, 1, 1)``."""
+    if isinstance(link.module, Normalize):
+        both = (link.module.mean, link.module.std)
+        mean, std = (torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(1, -1) for value in both)
+        scale, shift = 1 / std, -mean / std
+    else:
+        assert isinstance(link.module, nn.BatchNorm2d)
+        mean, variance = (state[f"{link.name}.running_{which}"] for which in ("mean", "var"))
+        scale = (variance + link.module.eps).rsqrt() * state.get(f"{link.name}.weight", torch.ones_like(mean))
+        shift = state.get(f"{link.name}.bias", torch.zeros_like(mean)) - mean * scale
+    return scale[:, None, :, None, None], shift[:, None, :, None, None]
+
+
+def _sigmoid(_: nn.Module, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = outputs.clamp(_MARGIN, 1 - _MARGIN)
+    return torch.logit(outputs), outputs * (1 - outputs)
+
+
+def _tanh(_: nn.Module, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = outputs.clamp(_MARGIN - 1, 1 - _MARGIN)
+    return torch.atanh(outputs), 1 - outputs.square()
+
+
+def _leaky_relu(activation: nn.Module, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    assert isinstance(activation, nn.LeakyReLU)
+    slope = torch.where(outputs > 0, 1.0, activation.negative_slope).to(outputs)
+    return outputs / slope, slope
+
+
+def _relu(_: nn.Module, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    values = outputs.flatten(1)
+    lowest, highest = _NOISE
+    largest = values.amax(1, keepdim=True)
+    parts = (values / torch.where(largest > 0, largest, 1)).clamp(min=lowest).sort(dim=1).values
+    parts = torch.cat([torch.full_like(largest, lowest), parts], dim=1).log()
+    gaps = torch.where(parts[:, :-1] < math.log(highest), parts.diff(dim=1), -1)
+    threshold = parts[:, :-1].gather(1, gaps.argmax(1, keepdim=True)).exp() * (1 + 1e-9) * largest
+    active = (values > threshold).to(outputs).reshape(outputs.shape)
+    return outputs * active, active
+
+
+# From outputs to inputs and the slope there.
+_INVERSES: dict[type[nn.Module], Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]] = {
+    nn.Sigmoid: _sigmoid,
+    nn.Tanh: _tanh,
+    nn.LeakyReLU: _leaky_relu,
+    nn.ReLU: _relu,
+}
