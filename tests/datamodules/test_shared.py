@@ -134,7 +134,7 @@ def test_gradients_that_do_not_fit_the_model(tmp_path, shared):
         match=rf"{fit} of 'classifier.weight' to have .* \(.*10, 147\), but got \(.*10, 588\)",
     ):
         ready(path, model=LeNet(width=3))
-    with pytest.raises(ValueError, match="`model` for the protocol with num_classes=10, but got .* num_classes=7"):
+    with pytest.raises(ValueError, match=r"`model` for the protocol with num_classes=10, but got .* num_classes=7"):
         ready(path, model=LeNet(num_classes=7))
     with pytest.raises(ValueError, match="Expected `model` to take images of shape"):
         ready(path, model=LeNet(channels=3))
