@@ -11,8 +11,8 @@ Each victim shares the gradient of a batch, of a freshly drawn network of its ow
 
 Files in the output folder: `summary.json`, a row for each kind of labels and batch size; `quality.png`, PSNR and
 success over the batch size; and a folder per batch size as of `leakage.comparison`, with `gallery.png` (the first
-victims' images as each kind found them) and the tables of all victims. In the rows `label_accuracy` is the share of images that
-were found with their own label, `irec` the share of labels that were known, whichever image they came with.
+victims' images as each kind found them) and the tables of all victims. In the rows `label_accuracy` is the share of
+images that were found with their own label, `irec` the share of labels that were known, whichever image they came with.
 
 A run that was stopped, in whatever way, goes on with the same command and `--resume`, and ends with the results that it
 would have had. Without `--resume` a folder that holds results is refused, so that none are lost by mistake.

@@ -295,8 +295,7 @@ class _Cache:
         """Write what the training is; where that fails, better before it than after."""
         path = self.folder / "configuration.json"
         if not path.is_file():
-            with _whole(path) as partial:
-                write_json(partial, self.configuration)
+            write_json(path, self.configuration)
 
     def path(self, epoch: int) -> Path:
         return self.folder / f"epoch_{epoch}.ckpt"
@@ -319,8 +318,7 @@ class _Cache:
         return checkpoint
 
     def write(self, trainer: Trainer, epoch: int) -> None:
-        with _whole(self.path(epoch)) as partial:
-            trainer.save_checkpoint(partial)
+        trainer.save_checkpoint(self.path(epoch))
 
     def read_result(self, epoch: int) -> dict[str, float] | None:
         """Accuracies, None where they are not there or broken."""
@@ -332,8 +330,7 @@ class _Cache:
             return None
 
     def write_result(self, epoch: int, result: dict[str, float]) -> None:
-        with _whole(self.folder / f"epoch_{epoch}.json") as partial:
-            write_json(partial, result)
+        write_json(self.folder / f"epoch_{epoch}.json", result)
 
 
 class _CachedEpochs(Checkpoint):
@@ -401,11 +398,3 @@ def _choose_images(data: LabelledDataModule, num_images: int | None, seed: int) 
         )
     generator = torch.Generator().manual_seed(derive_seed(seed, 0, "training images"))
     return torch.randperm(there, generator=generator)[:num_images].sort().values
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Where to write a file that then takes its place at once, whoever else writes the same."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    yield partial
-    partial.replace(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -360,18 +359,6 @@ def test_checkpoint_of_another_training(tmp_path):
     WholeCheckpointIO().save_checkpoint({"leakage": {"module": "DLG"}}, path)
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "one", epochs=3)
-
-
-def test_two_processes_that_write_the_same(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    with training._whole(path) as one:
-        one.write_text("one")
-        monkeypatch.setattr(os, "getpid", lambda: -1)
-        with training._whole(path) as other:
-            other.write_text("other")
-        assert path.read_text() == "other"
-    assert path.read_text() == "one"
-    assert folders(tmp_path) == ["file"]
 
 
 def test_nothing_else_is_written(tmp_path, monkeypatch):
