@@ -38,9 +38,7 @@ from torch.nn import functional as F
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack, RGAPAttack
 from leakage.cli.main import quiet
 from leakage.clients.shared_gradient import SharedGradient
-from leakage.datamodules import GroundTruth, MNISTVictims, SampleVictims
-from leakage.datamodules.images import ImageVictims
-from leakage.datamodules.named import DATASETS, victims_named
+from leakage.datamodules import DATASETS, GroundTruth, Victims
 from leakage.errors import check_count, check_positive
 from leakage.metrics import score, wilson_interval
 from leakage.seeds import derive_seed
@@ -114,7 +112,7 @@ def attack_plainly(
     return image.detach(), int(searched[0].argmax() if searched else inferred), evaluations
 
 
-def run_plainly(victims: ImageVictims, count: int, seed: int, method: str = "idlg") -> Outcome:
+def run_plainly(victims: Victims, count: int, seed: int, method: str = "idlg") -> Outcome:
     """The first ``count`` victims, one after another; ``method`` is that of our side."""
     shared: SharedGradient = victims.share(range(count))
     model = copy.deepcopy(victims.victim.model).requires_grad_()
@@ -134,7 +132,7 @@ def run_plainly(victims: ImageVictims, count: int, seed: int, method: str = "idl
     return Outcome(seconds, shared.ids, torch.stack(images), torch.tensor(labels), torch.tensor(evaluations))
 
 
-def run_ours(victims: ImageVictims, seed: int, precision: Any = "32-true", method: str = "idlg") -> Outcome:
+def run_ours(victims: Victims, seed: int, precision: Any = "32-true", method: str = "idlg") -> Outcome:
     """All victims, through ``Trainer.fit``."""
     attack = METHODS[method](seed=seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -167,7 +165,7 @@ def best_threads(name: str, run: Callable[[], Outcome]) -> int:
     return min(seconds, key=lambda threads: seconds[threads])
 
 
-def rate(outcome: Outcome, victims: ImageVictims, threshold: float = THRESHOLD) -> dict[str, Any]:
+def rate(outcome: Outcome, victims: Victims, threshold: float = THRESHOLD) -> dict[str, Any]:
     """Share of images under the threshold and of labels found, with 95 % intervals."""
     truth = GroundTruth.cat(list(victims.val_dataloader()))
     ids = outcome.ids
@@ -229,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(threads_before)
 
 
-def _measure(given: argparse.Namespace, dataset: str, victims: ImageVictims, probe: ImageVictims) -> None:
+def _measure(given: argparse.Namespace, dataset: str, victims: Victims, probe: Victims) -> None:
     machine = describe_machine() | {"threads": None}  # of each side its own
     print(f"{dataset}: probing threads", flush=True)
     probed = min(PROBE_PLAIN_VICTIMS, given.plain_victims)
@@ -279,24 +277,24 @@ def _measure(given: argparse.Namespace, dataset: str, victims: ImageVictims, pro
     write_result(given.output, result, figure)
 
 
-def _victims(given: argparse.Namespace, count: int) -> tuple[str, ImageVictims]:
+def _victims(given: argparse.Namespace, count: int) -> tuple[str, Victims]:
     """The victims, ready to share their gradients, and what to call their data set."""
     options: dict[str, Any] = {"victims": count, "seed": given.seed}
     if given.lanes is not None:
         options["lanes"] = given.lanes
     if given.dataset is not None:
-        dataset, victims = victims_named(given.dataset, root=given.root, image_size=given.image_size, **options)
+        victims = Victims(given.dataset, root=given.root, image_size=given.image_size, **options)
         victims.prepare_data()
         victims.setup("fit")
-        return dataset, victims
-    mnist = MNISTVictims(root=given.root, download=False, **options)
+        return victims.name, victims
+    mnist = Victims("mnist", root=given.root, download=False, **options)
     try:
         mnist.setup("fit")
     except FileNotFoundError:
         print("MNIST is not found (see --root), so this is the bundled sample of FashionMNIST.", flush=True)
     else:
         return "mnist", mnist
-    sample = SampleVictims(**options)
+    sample = Victims("sample", **options)
     sample.setup("fit")
     return "sample", sample
 

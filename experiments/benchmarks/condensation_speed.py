@@ -41,8 +41,7 @@ from leakage.cli.main import quiet
 from leakage.comparison.attacks import check_output
 from leakage.condensation import GradientMatchingCondensation
 from leakage.condensation.protocols import schedule
-from leakage.datamodules import FashionMNIST, LabelledDataModule
-from leakage.datamodules.named import LABELLED_DATASETS, images_named
+from leakage.datamodules import LABELLED_DATASETS, LabelledImages
 from leakage.errors import check_count
 from leakage.files.text import write_json
 from leakage.models import ConvNet, draw_state
@@ -81,7 +80,7 @@ def distance(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def run_plainly(data: LabelledDataModule, options: argparse.Namespace, turn: Turn) -> Tensor:
+def run_plainly(data: LabelledImages, options: argparse.Namespace, turn: Turn) -> Tensor:
     """The images ``(M, C, H, W)``, normalised, that the plain loop ends with; each iteration waits for its ``turn``."""
     device, count, seed = torch.device(options.accelerator), options.images_per_class, options.seed
     outer, inner = schedule(count, None)
@@ -156,7 +155,7 @@ class TakeTurns(Callback):
         self.turn(pl_module.seconds)
 
 
-def run_ours(data: LabelledDataModule, options: argparse.Namespace, turn: Turn) -> Tensor:
+def run_ours(data: LabelledImages, options: argparse.Namespace, turn: Turn) -> Tensor:
     """The images ``(M, C, H, W)``, normalised, that the library ends with; each iteration waits for its ``turn``."""
     network = ConvNet(data.image_shape[0], data.image_shape[1:], data.num_classes, width=options.width)
     condensation = GradientMatchingCondensation(
@@ -369,22 +368,22 @@ def _memory(device: torch.device, entry: str) -> float | None:
     return found[0] if found else None
 
 
-def start(data: LabelledDataModule, options: argparse.Namespace) -> Tensor:
+def start(data: LabelledImages, options: argparse.Namespace) -> Tensor:
     """What the library starts from, ``(M, C, H, W)``, normalised."""
     generator = torch.Generator().manual_seed(derive_seed(options.seed, 0, "start"))
     return torch.randn(data.num_classes * options.images_per_class, *data.image_shape, generator=generator)
 
 
-def _data(given: argparse.Namespace) -> LabelledDataModule:
+def _data(given: argparse.Namespace) -> LabelledImages:
     options = {"batch_size": given.batch_size, "seed": given.seed}
-    return images_named(given.dataset, root=given.root, image_size=given.image_size, **options)[1]
+    return LabelledImages(given.dataset, root=given.root, image_size=given.image_size, **options)
 
 
 def _find_data(given: argparse.Namespace) -> str:
     """Name or folder of the data set, which is there."""
     if given.dataset is None:
         try:
-            FashionMNIST(root=given.root, download=False).setup("fit")
+            LabelledImages("fashion_mnist", root=given.root, download=False).setup("fit")
         except FileNotFoundError:
             print("FashionMNIST is not found (see --root), so this is the bundled sample of it.", flush=True)
             given.root = None

@@ -22,8 +22,7 @@ from leakage.cli.main import quiet
 from leakage.comparison.attacks import check_output
 from leakage.condensation.evaluation import Evaluation, evaluate, random_images
 from leakage.condensation.synthetic_set import SyntheticSet
-from leakage.datamodules.labelled import LabelledDataModule, LabelledTensors
-from leakage.datamodules.named import LABELLED_DATASETS, images_named
+from leakage.datamodules import LABELLED_DATASETS, LabelledImages, LabelledTensors
 from leakage.errors import check_count
 from leakage.models import NETWORKS
 
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise IsADirectoryError(f"Expected `--output` to be a file, but got the folder '{given.output}'.")
         check_output(given.output.parent)
         given.device = _device(given.device)
-        dataset, data = images_named(given.dataset, root=given.root, image_size=given.image_size)
+        data = LabelledImages(given.dataset, root=given.root, image_size=given.image_size)
         data.prepare_data()
         data.setup("fit")
         data.test = LabelledTensors(data.test.images[: given.test_images], data.test.labels[: given.test_images])
@@ -76,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     threads_before = torch.get_num_threads()
     torch.set_num_threads(given.threads)
     try:
-        _measure(given, dataset, data, images)
+        _measure(given, data.name, data, images)
     finally:
         torch.set_num_threads(threads_before)
 
@@ -90,7 +89,7 @@ def _device(name: str | None) -> str:
     return found
 
 
-def _measure(given: argparse.Namespace, dataset: str, data: LabelledDataModule, images: SyntheticSet) -> None:
+def _measure(given: argparse.Namespace, dataset: str, data: LabelledImages, images: SyntheticSet) -> None:
     on_gpu = torch.device(given.device).type == "cuda"
     channels, height, width = data.image_shape
     with torch.random.fork_rng(devices=[]):

@@ -46,8 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
 from leakage.cli.main import quiet
-from leakage.datamodules.images import ImageVictims
-from leakage.datamodules.named import DATASETS, victims_named
+from leakage.datamodules import DATASETS, Victims
 from leakage.errors import check_count
 from leakage.solvers import lbfgs
 
@@ -102,7 +101,7 @@ class Parts:
         return timed
 
 
-def run_once(method: str, victims: ImageVictims, given: argparse.Namespace, parts: Parts | None) -> dict[str, Any]:
+def run_once(method: str, victims: Victims, given: argparse.Namespace, parts: Parts | None) -> dict[str, Any]:
     """One attack from beginning to end; with ``parts`` its functions are wrapped."""
     attack: GradientMatchingAttack = METHODS[method](seed=given.seed)
     lanes: list[int] = []
@@ -154,7 +153,7 @@ def run_once(method: str, victims: ImageVictims, given: argparse.Namespace, part
     }
 
 
-def measure(method: str, victims: ImageVictims, given: argparse.Namespace) -> dict[str, Any]:
+def measure(method: str, victims: Victims, given: argparse.Namespace) -> dict[str, Any]:
     """Runs with and without wrapping in turn; the parts are those of the run of median time."""
     plain, wrapped = [], []
     for turn in range(given.repeats):
@@ -203,7 +202,7 @@ def multiplication_rate(device: torch.device) -> dict[str, float]:
     return rates
 
 
-def count_operations(victims: ImageVictims, given: argparse.Namespace) -> dict[str, int]:
+def count_operations(victims: Victims, given: argparse.Namespace) -> dict[str, int]:
     """Floating-point operations of one evaluation for one victim, by plain autograd and by the library."""
     shared = victims.share([0])
     protocol = victims.victim.protocol
@@ -265,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Not "auto": it might find other numbers for the runs that are compared.
         options = {"lanes": (1024 if given.device.type == "cuda" else 64) if given.lanes is None else given.lanes}
         check_file(given.output)
-        dataset, victims = victims_named(
+        victims = Victims(
             given.dataset,
             root=given.root,
             image_size=given.image_size,
@@ -278,10 +277,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     with threads(given.threads):
-        _measure(given, dataset, victims)
+        _measure(given, victims.name, victims)
 
 
-def _measure(given: argparse.Namespace, dataset: str, victims: ImageVictims) -> None:
+def _measure(given: argparse.Namespace, dataset: str, victims: Victims) -> None:
     machine = describe_machine(given.device)
     print(f"{show_machine(machine)}: {given.victims} victims of {dataset}", flush=True)
     operations = count_operations(victims, given)

@@ -39,8 +39,7 @@ from setting import (  # beside this script
 
 from leakage.attacks import IDLGAttack
 from leakage.cli.main import quiet
-from leakage.datamodules.images import ImageVictims
-from leakage.datamodules.named import DATASETS, victims_named
+from leakage.datamodules import DATASETS, Victims
 from leakage.errors import check_count
 from leakage.inversion.strategy import VictimParallel
 
@@ -80,16 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"Expected `--victims` to be at least the {given.processes} processes, but got {given.victims}."
             )
         check_file(given.output)
-        dataset, victims = _victims(given)
+        victims = _victims(given)
         victims.prepare_data()
         victims.setup("fit")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    _measure(given, dataset)
+    _measure(given, victims.name)
 
 
-def _victims(given: argparse.Namespace) -> tuple[str, ImageVictims]:
-    return victims_named(
+def _victims(given: argparse.Namespace) -> Victims:
+    return Victims(
         given.dataset, root=given.root, image_size=given.image_size, victims=given.victims, seed=given.seed,
         lanes=given.lanes,
     )  # fmt: skip
@@ -209,7 +208,7 @@ def _be_a_side(options: argparse.Namespace) -> None:
     attack = IDLGAttack(seed=options.seed)
     several = {"strategy": VictimParallel(), "devices": options.processes} if options.processes > 1 else {}
     trainer = make_trainer(torch.device("cpu"), clock, **several)
-    _, victims = _victims(options)
+    victims = _victims(options)
     trainer.fit(attack, datamodule=victims)
     if trainer.is_global_zero:
         found = attack.finished

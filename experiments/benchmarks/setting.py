@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from leakage.comparison.attacks import check_output
-from leakage.datamodules.images import ImageVictims, LabelledImages
+from leakage.datamodules import Victims
 from leakage.files.text import write_json
 from leakage.models import NETWORKS
 from leakage.plots import save_figure
@@ -117,20 +117,18 @@ def make_network(name: str, image_size: int) -> nn.Module:
         return NETWORKS[name](1 if image_size == 28 else 3, image_size, CLASSES).eval()
 
 
-class RandomVictims(ImageVictims):
+class RandomVictims(Victims):
     """Victims with uniformly random images and revealed labels, for what does not depend on the images; not scored."""
 
-    def __init__(self, *, image_size: int, **options: Any) -> None:
-        super().__init__(reveal_labels=True, **options)
-        self.image_size = image_size
+    def __init__(self, *, victims: int, images: int, image_size: int, seed: int = 0, **options: Any) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        count, channels = victims * images, 1 if image_size == 28 else 3
+        held = torch.rand(count, channels, image_size, image_size, generator=generator)
+        data = TensorDataset(held, torch.arange(count) % CLASSES)
+        super().__init__(
+            data, victims=victims, images=images, seed=seed, num_classes=CLASSES, reveal_labels=True, **options
+        )
 
-    def open_images(self) -> tuple[LabelledImages, int]:
-        """As many as there are victims."""
-        generator = torch.Generator().manual_seed(self.seed)
-        count, channels = self.victims * self.num_images, 1 if self.image_size == 28 else 3
-        images = torch.rand(count, channels, self.image_size, self.image_size, generator=generator)
-        return TensorDataset(images, torch.arange(count) % CLASSES), CLASSES
-
-    def val_dataloader(self) -> list[Any]:  # type: ignore[override]
+    def val_dataloader(self) -> list[Any]:
         """Nothing."""
         return []

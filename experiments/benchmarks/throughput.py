@@ -143,7 +143,7 @@ def attack(cell: Cell, lanes: int, evaluations: int, device: torch.device, seed:
         victims=lanes,
         lanes=lanes,
         image_size=cell.image_size,
-        num_images=cell.images,
+        images=cell.images,
         model=make_network(cell.network, cell.image_size),
         weights=cell.weights,
         seed=seed,

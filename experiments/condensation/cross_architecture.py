@@ -32,9 +32,7 @@ from leakage.cli.main import quiet
 from leakage.comparison.attacks import align, check_output
 from leakage.comparison.condensations import METHODS, accuracy_cells, read_accuracy_row
 from leakage.condensation import SiameseAugmentation, SyntheticSet, evaluate, random_images
-from leakage.datamodules import LabelledDataModule
-from leakage.datamodules.images import digest
-from leakage.datamodules.named import LABELLED_DATASETS, images_named
+from leakage.datamodules import LABELLED_DATASETS, LabelledImages, digest
 from leakage.errors import check_count
 from leakage.files.text import write_json
 from leakage.models import NETWORKS
@@ -101,7 +99,7 @@ def read_sets(path: Path) -> dict[str, SyntheticSet]:
 
 def cross_architecture(
     sets: Mapping[str, SyntheticSet],
-    data: LabelledDataModule,
+    data: LabelledImages,
     architectures: Sequence[str],
     output: Path,
     *,
@@ -240,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dataset = given.dataset or next(iter(sets.values())).dataset
         if not dataset:
             raise ValueError(f"Expected `--dataset`, as '{given.synthetic}' names none, but got none.")
-        _, data = images_named(dataset, root=given.root, image_size=given.image_size, seed=given.seed)
+        data = LabelledImages(dataset, root=given.root, image_size=given.image_size, seed=given.seed)
         check_output(given.output)
         if not given.resume and (given.output / "summary.json").exists():
             raise ValueError(

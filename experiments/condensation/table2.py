@@ -26,7 +26,7 @@ from leakage.cli.main import quiet
 from leakage.comparison.attacks import check_output, holds_results
 from leakage.comparison.condensations import FILES, METHODS, MOMENTS, condense, format_table
 from leakage.condensation import SiameseAugmentation
-from leakage.datamodules.named import LABELLED_DATASETS, images_named
+from leakage.datamodules import LABELLED_DATASETS, LabelledImages
 
 # Test accuracy in % with 1, 10 and 50 images per class in table 2 of DC and table 1 of DSA.
 _COUNTS = (1, 10, 50)
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     quiet()
     try:
-        dataset, data = images_named(given.dataset, root=given.root, image_size=given.image_size, seed=given.seed)
+        data = LabelledImages(given.dataset, root=given.root, image_size=given.image_size, seed=given.seed)
         check_output(given.output)
         if not given.resume and holds_results(given.output):
             raise ValueError(
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     methods = list(dict.fromkeys(given.method))
     augments = given.dataset == "mnist" if given.augment_test is None else given.augment_test
-    print(f"{'/'.join(methods)} on {dataset}, {given.images_per_class} per class:", flush=True)
+    print(f"{'/'.join(methods)} on {data.name}, {given.images_per_class} per class:", flush=True)
     try:
         rows = condense(
             methods,

@@ -26,8 +26,7 @@ from typing import Any
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack, RGAPAttack
 from leakage.cli.main import quiet
 from leakage.comparison.attacks import FILES, check_output, compare, format_table, holds_results
-from leakage.datamodules.images import ImageVictims
-from leakage.datamodules.named import DATASETS, victims_named
+from leakage.datamodules import DATASETS, Victims
 from leakage.errors import check_count
 from leakage.inversion.processes import is_first_process
 
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet()
     try:
         check_count(devices=given.devices)
-        dataset, victims = _victims(given)
+        victims = _victims(given)
         if given.protocol == "published" and not set(given.methods) & set(SEARCHES):
             raise ValueError(
                 f"Expected `--protocol published` with one of {', '.join(SEARCHES)}, but got others alone."
@@ -74,13 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     written = "/".join(given.methods)
-    print(f"{written} ({given.protocol}) on {victims.victims} victims of {dataset}:", flush=True)
+    print(f"{written} ({given.protocol}) on {victims.victims} victims of {victims.name}:", flush=True)
     try:
         rows = compare(
             attacks,
             victims,
             given.output,
-            dataset=dataset,
+            dataset=victims.name,
             published=PUBLISHED.get(given.dataset),
             resume=given.resume,
             accelerator=given.accelerator,
@@ -143,10 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _victims(given: argparse.Namespace) -> tuple[str, ImageVictims]:
-    """What to call the data set, and its victims."""
+def _victims(given: argparse.Namespace) -> Victims:
     options: dict[str, Any] = {} if given.lanes is None else {"lanes": given.lanes}
-    return victims_named(
+    return Victims(
         given.dataset,
         root=given.root,
         image_size=given.image_size,

@@ -38,8 +38,7 @@ from torch import Tensor
 from leakage.cli.main import quiet
 from leakage.clients.victim import Victim
 from leakage.comparison.attacks import check_output, holds_results, read_record
-from leakage.datamodules.images import digest
-from leakage.datamodules.named import images_named
+from leakage.datamodules import LabelledImages, digest
 from leakage.errors import check_count
 from leakage.files.text import write_json
 from leakage.labels import RULES, InferredLabels, check_label_rule, infer_labels
@@ -72,7 +71,8 @@ class Restoration:
         for name in ("epochs", "batch_sizes", "local_steps"):
             for value in getattr(given, name):
                 check_count(0 if name == "epochs" else 1, **{name: value})
-        self.dataset, data = images_named(given.dataset, root=given.root, image_size=given.image_size, seed=given.seed)
+        data = LabelledImages(given.dataset, root=given.root, image_size=given.image_size, seed=given.seed)
+        self.dataset = data.name
         check_output(given.output)
         if not given.resume and holds_results(given.output):
             raise ValueError(

@@ -20,8 +20,7 @@ from torchvision.transforms import Normalize
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.training import trained_network
 from leakage.clients.victim import Victim
-from leakage.datamodules import LabelledDataModule, draw_victims
-from leakage.datamodules.labelled import in_unit_range
+from leakage.datamodules import LabelledImages, draw_victims, in_unit_range
 from leakage.errors import check_count
 from leakage.labels import Auxiliary, check_label_rule
 from leakage.models import NETWORKS, LeNet, draw_state
@@ -78,9 +77,7 @@ class Clients:
         ValueError: options that don't fit the network or the data.
     """
 
-    def __init__(
-        self, given: argparse.Namespace, dataset: str, data: LabelledDataModule, cells: Sequence[Cell]
-    ) -> None:
+    def __init__(self, given: argparse.Namespace, dataset: str, data: LabelledImages, cells: Sequence[Cell]) -> None:
         self.given = given
         self.dataset = dataset
         self.data = data

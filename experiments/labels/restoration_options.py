@@ -7,7 +7,7 @@ import itertools
 from pathlib import Path
 
 from leakage.clients.protocol import check_local_steps
-from leakage.datamodules.named import LABELLED_DATASETS
+from leakage.datamodules import LABELLED_DATASETS
 from leakage.errors import check_count, check_positive
 from leakage.labels import RULES
 from leakage.models import NETWORKS

@@ -27,8 +27,15 @@ SOUND: dict[str, Any] = {
         "init_args": {"protocol": "robust", "seed": 0, "distance": "squared", "max_evaluations": 3, "restarts": 0},
     },
     "data": {
-        "class_path": "leakage.datamodules.SampleVictims",
-        "init_args": {"victims": 1, "num_images": 1, "seed": 0, "loss": "cross_entropy", "reveal_labels": False},
+        "class_path": "leakage.datamodules.Victims",
+        "init_args": {
+            "dataset": "sample",
+            "victims": 1,
+            "images": 1,
+            "seed": 0,
+            "loss": "cross_entropy",
+            "reveal_labels": False,
+        },
     },
     "trainer": {
         "accelerator": "cpu",
@@ -52,7 +59,7 @@ _CLASSES = [
     "leakage.attacks",
     "leakage.attacks.GradientMatchingAttack",
     "leakage.attacks.IDLGAttack",
-    "leakage.datamodules.SampleVictims",
+    "leakage.datamodules.Victims",
     "torch.nn.Linear",
     "lightning.LightningModule",
     "nothing.at.all",

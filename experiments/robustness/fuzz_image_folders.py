@@ -17,7 +17,7 @@ from fuzz_tensor_files import with_code
 from hypothesis import strategies as st
 from PIL import Image
 
-from leakage.datamodules import ImageFolder, ImageFolderVictims
+from leakage.datamodules import LabelledImages, Victims
 
 # Where a file goes below the folder, what it is, and its bytes or where it links to.
 _Entry = tuple[bytes, str, Any]
@@ -142,10 +142,10 @@ def check(entries: list[_Entry], options: dict[str, Any], folder: Path, marker: 
     shutil.rmtree(root, ignore_errors=True)
     _lay_out(root, entries)
 
-    def read() -> tuple[ImageFolder, ImageFolderVictims]:
-        labelled = ImageFolder(root, **options)
+    def read() -> tuple[LabelledImages, Victims]:
+        labelled = LabelledImages(root, **options)
         labelled.setup("fit")
-        victims = ImageFolderVictims(root, victims=len(labelled.train) + len(labelled.test), **options)
+        victims = Victims(root, victims=len(labelled.train) + len(labelled.test), **options)
         victims.setup("fit")
         return labelled, victims
 

@@ -25,7 +25,7 @@ from soak_child import Job, run  # these lie beside this script
 from soak_scenarios import SCENARIOS, Verdict, killed
 
 from leakage.comparison.attacks import check_output
-from leakage.datamodules.named import victims_named
+from leakage.datamodules import Victims, data_folder
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.files.text import write_json
 
@@ -57,9 +57,8 @@ def find_dataset(given: argparse.Namespace) -> str:
     """The data set that is asked for, ready to use; otherwise MNIST if it lies where it is looked for."""
     name = given.dataset
     if name is None:
-        _, mnist = victims_named("mnist", root=given.root, victims=1)
-        name = "mnist" if (Path(mnist.root) / "MNIST" / "raw").is_dir() else "sample"  # type: ignore[attr-defined]
-    _, victims = victims_named(name, root=given.root, victims=max(given.victims, given.scenario_victims))
+        name = "mnist" if (data_folder(given.root) / "MNIST" / "raw").is_dir() else "sample"
+    victims = Victims(name, root=given.root, victims=max(given.victims, given.scenario_victims))
     victims.prepare_data()
     victims.setup("fit")
     return name

@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import Logger
 from leakage.attacks import IDLGAttack
 from leakage.cli.main import quiet
 from leakage.comparison.attacks import compare
-from leakage.datamodules.named import victims_named
+from leakage.datamodules import Victims
 from leakage.inversion.strategy import VictimParallel
 
 # Iterations between two validations, at which results so far are written.
@@ -43,7 +43,7 @@ class Job:
 
     Attributes:
         output: the folder of the comparison.
-        dataset: a key of :data:`leakage.datamodules.named.DATASETS`, or a folder of images.
+        dataset: one of :data:`leakage.datamodules.DATASETS`, or a folder of images.
         root: where the named data set lies.
         victims: their number.
         lanes: victims at once; fixed, as the rounding depends on them.
@@ -160,12 +160,12 @@ def attack(job: Job, options: dict[str, Any]) -> None:
     """What a user would write; ``options`` are further arguments of ``compare``."""
     torch.set_num_threads(1)
     quiet()
-    name, victims = victims_named(job.dataset, root=job.root, victims=job.victims, lanes=job.lanes, seed=job.seed)
+    victims = Victims(job.dataset, root=job.root, victims=job.victims, lanes=job.lanes, seed=job.seed)
     compare(
         {"idlg": IDLGAttack(seed=job.seed, max_evaluations=job.max_evaluations)},
         victims,
         job.output,
-        dataset=name,
+        dataset=victims.name,
         resume=True,
         checkpoint_seconds=job.checkpoint_seconds,
         accelerator="cpu",

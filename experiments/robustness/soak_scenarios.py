@@ -31,7 +31,6 @@ from soak_child import (
     unreachable_wandb,
 )
 
-from leakage.datamodules.named import victims_named
 from leakage.files.checkpoints import WholeCheckpointIO
 from leakage.inversion.reconstruction import Reconstruction
 
@@ -325,8 +324,8 @@ def command_line(whole: Job, iterations: int) -> Verdict:
     """SIGTERM to `leakage fit`, which goes on with `--ckpt_path`."""
     verdict = Verdict("command_line")
     folder = whole.output.with_name("command_line")
-    kind = type(victims_named(whole.dataset)[1]).__name__
-    options = ["--model", "IDLGAttack", "--model.seed", whole.seed, "--data", kind]
+    options = ["--model", "IDLGAttack", "--model.seed", whole.seed]
+    options += ["--data", "Victims", "--data.dataset", whole.dataset]
     options += ["--data.victims", whole.victims, "--data.lanes", whole.lanes, "--data.seed", whole.seed]
     options += ["--model.max_evaluations", whole.max_evaluations] if whole.max_evaluations is not None else []
     options += ["--data.root", whole.root] if whole.root is not None else []

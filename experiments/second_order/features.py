@@ -34,8 +34,7 @@ from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.closed_form.features import check_separable, separate_features
 from leakage.comparison.attacks import align, check_output
-from leakage.datamodules import LabelledDataModule
-from leakage.datamodules.named import LABELLED_DATASETS, images_named
+from leakage.datamodules import LABELLED_DATASETS, LabelledImages
 from leakage.files.text import write_json
 from leakage.labels.last_layer import last_layer
 from leakage.metrics import match, wilson_interval
@@ -132,7 +131,7 @@ def with_a_wrong_label(labels: Tensor, ids: Tensor, num_classes: int, seed: int)
     return wrong
 
 
-def measure(cell: Cell, given: argparse.Namespace, data: LabelledDataModule) -> FeaturesRow:
+def measure(cell: Cell, given: argparse.Namespace, data: LabelledImages) -> FeaturesRow:
     """Separate the features of all victims of a cell, and compare them with the truth."""
     network = make_network(cell, given, data)
     victims = make_victims(cell, given, data, network)
@@ -169,7 +168,7 @@ def measure(cell: Cell, given: argparse.Namespace, data: LabelledDataModule) -> 
     )
 
 
-def check_cell(cell: Cell, given: argparse.Namespace, data: LabelledDataModule) -> None:
+def check_cell(cell: Cell, given: argparse.Namespace, data: LabelledImages) -> None:
     """Raise a ``ValueError`` if there is no such network, too few images, or more than can be told apart."""
     network = make_network(dataclasses.replace(cell, epochs=0), given, data)
     if cell.epochs:  # which it then is trained on
@@ -230,7 +229,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def prepare(given: argparse.Namespace) -> tuple[list[Cell], LabelledDataModule]:
+def prepare(given: argparse.Namespace) -> tuple[list[Cell], LabelledImages]:
     """All cells and the images, checked.
 
     Raises:
@@ -245,11 +244,11 @@ def prepare(given: argparse.Namespace) -> tuple[list[Cell], LabelledDataModule]:
             f"Expected `--output` to be a new file, but got '{given.output}', which is there. Add --force to replace "
             "it, or choose another."
         )
-    name, data = images_named(given.dataset, root=given.root, image_size=given.image_size, seed=given.seed)
+    data = LabelledImages(given.dataset, root=given.root, image_size=given.image_size, seed=given.seed)
     check_output(given.output.parent)
     data.prepare_data()
     data.setup("fit")
-    cells = make_cells(given, [name])
+    cells = make_cells(given, [data.name])
     for cell in cells:
         check_cell(cell, given, data)
     return cells, data

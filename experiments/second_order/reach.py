@@ -41,9 +41,7 @@ from leakage.attacks.rgap import check_layers
 from leakage.cli.main import quiet
 from leakage.comparison.attacks import Row as ComparedRow
 from leakage.comparison.attacks import check_output, compare, holds_results, read_record
-from leakage.datamodules import LabelledDataModule
-from leakage.datamodules.base import GroundTruth, VictimDataModule
-from leakage.datamodules.named import images_named
+from leakage.datamodules import GroundTruth, LabelledImages, VictimDataModule
 from leakage.files.text import write_json
 from leakage.inversion.reconstruction import Reconstruction
 from leakage.metrics import score
@@ -71,10 +69,10 @@ class Reach:
         self.methods = list(dict.fromkeys(given.methods))
         for method in self.methods:
             make_attack(method, given)
-        self.data: dict[str, LabelledDataModule] = {}
+        self.data: dict[str, LabelledImages] = {}
         for dataset in dict.fromkeys(given.dataset):
-            name, data = images_named(dataset, root=given.root, image_size=given.image_size, seed=given.seed)
-            self.data[name] = data
+            data = LabelledImages(dataset, root=given.root, image_size=given.image_size, seed=given.seed)
+            self.data[data.name] = data
         check_output(given.output)
         if not given.resume and any(map(holds_results, (given.output, *given.output.glob("*/")))):
             raise ValueError(

@@ -12,7 +12,7 @@ from reach_victims import WRITTEN, Cell
 
 from leakage.attacks import GaussNewtonAttack, GradientMatchingAttack, IDLGAttack, RGAPAttack
 from leakage.attacks.gauss_newton import STARTS
-from leakage.datamodules.named import LABELLED_DATASETS
+from leakage.datamodules import LABELLED_DATASETS
 from leakage.errors import check_count, check_positive
 from leakage.models import NETWORKS
 from leakage.models.layers import ACTIVATIONS, NORMS

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import Subset
 from torchvision.transforms import Normalize
 
-from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.training import trained_network
-from leakage.datamodules import LabelledDataModule, draw_victims
-from leakage.datamodules.base import GroundTruth, VictimDataModule
-from leakage.datamodules.images import ImageVictims, LabelledImages, digest
-from leakage.datamodules.labelled import LabelledTensors, in_unit_range
+from leakage.datamodules import LabelledImages, Victims
+from leakage.defenses import Defense, GaussianNoise
 from leakage.models import NETWORKS, LeNet, draw_state
-from leakage.seeds import derive_seed
 
 sys.path.append(str(Path(__file__).parents[1] / "labels"))
 from restoration_clients import TorchLeNet
@@ -84,7 +78,7 @@ class Network:
     accuracy: float | None
 
 
-def make_network(cell: Cell, given: argparse.Namespace, data: LabelledDataModule) -> Network:
+def make_network(cell: Cell, given: argparse.Namespace, data: LabelledImages) -> Network:
     """The network of a cell, trained if the cell says so (from the cache, if it is there).
 
     Untrained LeNets take images as they are, as in the papers on attacks, all others normalised images.
@@ -125,153 +119,40 @@ def make_network(cell: Cell, given: argparse.Namespace, data: LabelledDataModule
     return Network(model.eval(), there, small, None)
 
 
-def make_victims(cell: Cell, given: argparse.Namespace, data: LabelledDataModule, network: Network) -> VictimDataModule:
+def make_victims(cell: Cell, given: argparse.Namespace, data: LabelledImages, network: Network) -> Victims:
     """The victims of a cell."""
-    victims = DrawnVictims(
-        data.train,
-        network.images,
-        data.num_classes,
-        labels=cell.labels,
+    defenses: list[Defense] = [GaussianNoise(cell.noise, relative=True)] if cell.noise else []
+    return Victims(
+        Subset(data.train, network.images.tolist()),
+        num_classes=data.num_classes,
+        labels="single-class" if cell.labels == "equal" else None,
         victims=given.victims,
-        num_images=cell.images,
+        images=cell.images,
         seed=given.seed,
         lanes=given.lanes,
         model=network.model,
         weights="own" if network.own else "shared",
         reveal_labels=not given.infer_labels,
+        defenses=[*defenses, Float16()] if cell.half else defenses,
     )
-    if not cell.noise and not cell.half:
-        return victims
-    return PerturbedVictims(victims, noise=cell.noise, half=cell.half)
 
 
-class DrawnVictims(ImageVictims):
-    """Victims of images in memory, of any classes or each of a single one.
+class Float16(Defense):
+    """Gradients rounded to float16 and back."""
 
-    Args:
-        data: all images.
-        images: ``(M,)``, indices of those that victims may hold.
-        num_classes: of ``data``.
-        labels: ``"random"``, no image twice; or ``"equal"``, where all images of a victim are of one class.
-        options: see :class:`~leakage.datamodules.images.ImageVictims`.
-    """
+    def __call__(self, gradients: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """The rounded gradients.
 
-    def __init__(
-        self, data: LabelledTensors, images: Tensor, num_classes: int, *, labels: str = "random", **options: Any
-    ) -> None:
-        super().__init__(**options)
-        self.data, self.images, self.num_classes, self.labels = data, images, num_classes, labels
-
-    def open_images(self) -> tuple[LabelledImages, int]:
-        """The images that victims may hold."""
-        return _InMemory(self.data, self.images), self.num_classes
-
-    def setup(self, stage: str | None = None) -> None:
-        """Draw the victims' images."""
-        if hasattr(self, "victim"):
-            return
-        super().setup(stage)
-        if self.labels == "equal":
-            self._order = draw_victims(
-                self.data.labels[self.images],
-                victims=self.victims,
-                num_images=self.num_images,
-                distribution="single-class",
-                seed=self.seed,
-            )
-
-    @cached_property
-    def configuration(self) -> dict[str, Any]:
-        """As in the base class, with what the draws are made from."""
-        return super().configuration | {"labels": self.labels, "images": digest({"images": self.images})}
-
-
-@dataclass
-class _InMemory:
-    data: LabelledTensors
-    images: Tensor
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        place = self.images[index]
-        return in_unit_range(self.data.images[place]), int(self.data.labels[place])
-
-
-class PerturbedVictims(VictimDataModule):
-    """Victims whose gradients don't arrive as they were.
-
-    Args:
-        victims: the same whose gradients do; their seed draws the noise.
-        noise: see :func:`perturb`.
-        half: see :func:`perturb`.
-    """
-
-    def __init__(self, victims: ImageVictims, *, noise: float = 0.0, half: bool = False) -> None:
-        super().__init__(lanes=victims.lanes)
-        self.reveal_labels, self.weights = victims.reveal_labels, victims.weights
-        self.honest, self.noise, self.half = victims, noise, half
-
-    def prepare_data(self) -> None:
-        """Fetch the data set."""
-        self.honest.prepare_data()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Take on the victims' network and number."""
-        self.honest.setup(stage)
-        self.victim, self.victims = self.honest.victim, self.honest.victims
-
-    def share(self, victims: Sequence[int]) -> SharedGradient:
-        """Their gradients with noise, rounded."""
-        return perturb(self.honest.share(victims), noise=self.noise, half=self.half, seed=self.honest.seed)
-
-    def val_dataloader(self) -> DataLoader[GroundTruth]:
-        """The truth."""
-        self.honest.audited = self.audited
-        return self.honest.val_dataloader()
-
-    @cached_property
-    def configuration(self) -> dict[str, Any]:
-        """As that of the victims, told apart."""
-        return self.honest.configuration | {"noise": self.noise, "half": self.half}
-
-
-def perturb(shared: SharedGradient, *, noise: float, half: bool, seed: int) -> SharedGradient:
-    r"""Gradients :math:`g + \nu \, \mathrm{rms}(g) \, \epsilon` with :math:`\epsilon \sim N(0, 1)`, then as float16.
-
-    The root mean square is that of a victim's whole gradient, over all its tensors. The noise is drawn
-    for each victim's number: it neither depends on the others nor, but for its size, on :math:`\nu`.
-
-    Args:
-        shared: V victims.
-        noise: :math:`\nu`, at least 0.
-        half: round to float16 and back.
-        seed: of the noise.
-
-    Raises:
-        ValueError: gradients that float16 can't hold.
-    """
-    gradients: Mapping[str, Tensor] = shared.gradients
-    if noise:
-        flat = torch.cat([tensor.flatten(1) for tensor in gradients.values()], 1).double()
-        sizes = [tensor[0].numel() for tensor in gradients.values()]
-        drawn = []
-        for victim in shared.ids.tolist():
-            generator = torch.Generator().manual_seed(derive_seed(seed, victim, "gradient noise"))
-            drawn.append(torch.randn(flat.shape[1], generator=generator, dtype=torch.float64))
-        flat = flat + noise * flat.square().mean(1, keepdim=True).sqrt() * torch.stack(drawn).to(flat)
-        parts = zip(gradients.items(), flat.split(sizes, 1), strict=True)
-        gradients = {name: part.view_as(tensor).to(tensor) for (name, tensor), part in parts}
-    if half:
+        Raises:
+            ValueError: some that float16 can't hold.
+        """
         largest = max(float(tensor.abs().max()) for tensor in gradients.values())
         if largest > torch.finfo(torch.float16).max:
             raise ValueError(
                 f"Expected gradients that float16 can hold, up to 65,504, with `--half`, but got {largest:.3g}. Use "
                 "another `--init` or `--activations`."
             )
-        gradients = {name: tensor.half().to(tensor) for name, tensor in gradients.items()}
-    return dataclasses.replace(shared, gradients=dict(gradients))
+        return {name: tensor.half().to(tensor) for name, tensor in gradients.items()}
 
 
 def cell_columns(cell: Cell) -> dict[str, Any]:

@@ -29,11 +29,11 @@ class DLGAttack(GradientMatchingAttack):
 
     Example:
         >>> from lightning import Trainer
-        >>> from leakage.datamodules import SampleVictims
+        >>> from leakage.datamodules import Victims
         >>> attack = DLGAttack(max_evaluations=3, restarts=0)
         >>> trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False,
         ...                   enable_checkpointing=False, enable_model_summary=False)
-        >>> trainer.fit(attack, datamodule=SampleVictims(victims=2))
+        >>> trainer.fit(attack, datamodule=Victims("sample", victims=2))
         >>> attack.finished.images.shape
         torch.Size([2, 1, 1, 28, 28])
     """

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.datamodules.images import digest
+from leakage.datamodules.base import digest
 from leakage.errors import check_choice
 from leakage.inversion.gradient_inversion import GradientMatchingAttack
 from leakage.labels import RULES, Auxiliary, check_label_rule, infer_labels
@@ -51,11 +51,11 @@ class IDLGAttack(GradientMatchingAttack):
 
     Example:
         >>> from lightning import Trainer
-        >>> from leakage.datamodules import SampleVictims
+        >>> from leakage.datamodules import Victims
         >>> attack = IDLGAttack(max_evaluations=3, restarts=0)
         >>> trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False,
         ...                   enable_checkpointing=False, enable_model_summary=False)
-        >>> trainer.fit(attack, datamodule=SampleVictims(victims=2))
+        >>> trainer.fit(attack, datamodule=Victims("sample", victims=2))
         >>> [score.label_accuracy for score in attack.scores.values()]
         [1.0, 1.0]
     """

@@ -42,11 +42,11 @@ class RGAPAttack(IDLGAttack):
 
     Example:
         >>> from lightning import Trainer
-        >>> from leakage.datamodules import SampleVictims
+        >>> from leakage.datamodules import Victims
         >>> attack = RGAPAttack()
         >>> trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False,
         ...                   enable_checkpointing=False, enable_model_summary=False)
-        >>> trainer.fit(attack, datamodule=SampleVictims(victims=2))
+        >>> trainer.fit(attack, datamodule=Victims("sample", victims=2))
         >>> all(score.mse < 1e-6 for score in attack.scores.values())
         True
     """

@@ -21,7 +21,7 @@ from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.evaluation import Evaluation, evaluate
 from leakage.condensation.gradient_matching import GradientMatchingCondensation
 from leakage.condensation.networks import check_network
-from leakage.datamodules.labelled import LabelledDataModule
+from leakage.datamodules.labelled import LabelledImages
 from leakage.errors import check_count
 from leakage.files.text import write_csv
 from leakage.plots import plot_accuracy, save_figure
@@ -181,7 +181,7 @@ class SyntheticEvaluation(CondensationCallback):
         self.rows, self._failed_at, self._failure, self.evaluating = [], -1, "", False
         # Otherwise the module, which is set up next, tells what is wrong with the data.
         data = getattr(trainer, "datamodule", None)
-        if self.network is not None and isinstance(data, LabelledDataModule):
+        if self.network is not None and isinstance(data, LabelledImages):
             check_network(self.network, data)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -213,7 +213,7 @@ class SyntheticEvaluation(CondensationCallback):
             with condensation.clock("evaluation"):
                 evaluation = evaluate(
                     condensation.synthetic_set(),
-                    cast(LabelledDataModule, trainer.datamodule),  # type: ignore[attr-defined]
+                    cast(LabelledImages, trainer.datamodule),  # type: ignore[attr-defined]
                     network=condensation.network if self.network is None else self.network,
                     device=trainer.strategy.root_device,
                     progress=False,

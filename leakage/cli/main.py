@@ -26,8 +26,7 @@ from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack
 from leakage.callbacks.results import ResultsCallback
 from leakage.comparison.attacks import FILES, check_output, compare, format_table
 from leakage.condensation import GradientMatchingCondensation, SiameseAugmentation, SyntheticSet, evaluate
-from leakage.datamodules import SampleVictims
-from leakage.datamodules.named import LABELLED_DATASETS, images_named
+from leakage.datamodules import LABELLED_DATASETS, LabelledImages, Victims
 from leakage.files.checkpoints import WholeCheckpointIO
 from leakage.models import NETWORKS
 
@@ -40,8 +39,8 @@ _DESCRIPTION = """What a shared gradient gives away.
 
 `leakage demo --help` and so on tell their options. For example:
 
-  leakage fit --model IDLGAttack --data SampleVictims --data.victims 8
-  leakage fit --model GradientMatchingCondensation --model.protocol fast --data FashionMNIST
+  leakage fit --model IDLGAttack --data Victims --data.dataset sample --data.victims 8
+  leakage fit --model GradientMatchingCondensation --data LabelledImages --data.dataset fashion_mnist
 """
 _SUBCOMMANDS = ("demo", "fit", "evaluate")
 # Of a configuration: those that are written by hand have fewer than a hundred.
@@ -294,7 +293,7 @@ def demo(arguments: Sequence[str]) -> None:
             "idlg": IDLGAttack(seed=given.seed),
             "gauss_newton": GaussNewtonAttack(seed=given.seed),
         }
-        victims = SampleVictims(victims=given.victims, seed=given.seed)
+        victims = Victims("sample", victims=given.victims, seed=given.seed)
         victims.setup("fit")
         check_output(given.output)
     except (ValueError, OSError) as error:
@@ -339,7 +338,7 @@ def evaluate_saved(arguments: Sequence[str]) -> None:
         synthetic = SyntheticSet.load(given.file)
         if not (given.dataset or synthetic.dataset):
             raise ValueError("Expected `--dataset` for a set that does not name its data set, but got none.")
-        _, data = images_named(given.dataset or synthetic.dataset, root=given.root, image_size=given.image_size)
+        data = LabelledImages(given.dataset or synthetic.dataset, root=given.root, image_size=given.image_size)
         data.prepare_data()
         data.setup("fit")
         augmentation = None

@@ -28,9 +28,8 @@ from torchvision.transforms import Normalize
 
 from leakage.callbacks.progress import RunProgressBar
 from leakage.condensation.networks import check_network
-from leakage.datamodules import LabelledDataModule
-from leakage.datamodules.images import digest
-from leakage.datamodules.labelled import in_unit_range
+from leakage.datamodules import LabelledImages, in_unit_range
+from leakage.datamodules.base import digest
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.files.checkpoints import WholeCheckpointIO
 from leakage.files.text import write_json
@@ -83,7 +82,7 @@ def _world_of_its_own() -> Iterator[None]:
 @_world_of_its_own()
 def trained_network(
     model: nn.Module,
-    data: LabelledDataModule,
+    data: LabelledImages,
     *,
     epochs: int,
     num_images: int | None = None,
@@ -134,15 +133,16 @@ def trained_network(
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from leakage.datamodules import Sample
+        >>> from leakage.datamodules import LabelledImages
         >>> from leakage.models import MLP
         >>> with TemporaryDirectory() as root:
-        ...     trained = trained_network(MLP(), Sample(), epochs=2, num_images=100, root=root, progress=False)
+        ...     data = LabelledImages("sample")
+        ...     trained = trained_network(MLP(), data, epochs=2, num_images=100, root=root, progress=False)
         >>> trained.model(torch.rand(5, 1, 28, 28)).shape, len(trained.seen), 0 <= trained.accuracy <= 1
         (torch.Size([5, 10]), 100, True)
     """
-    if not isinstance(data, LabelledDataModule):
-        raise ValueError(f"Expected `data` to be a LabelledDataModule, but got {type(data).__name__}.")
+    if not isinstance(data, LabelledImages):
+        raise ValueError(f"Expected `data` to be a LabelledImages, but got {type(data).__name__}.")
     check_count(0, epochs=epochs, seed=seed)
     check_count(batch_size=batch_size)
     check_positive(learning_rate=learning_rate)
@@ -386,7 +386,7 @@ class _Order(Sampler[Tensor]):
         return iter(order.tensor_split(self.batches))
 
 
-def _choose_images(data: LabelledDataModule, num_images: int | None, seed: int) -> Tensor:
+def _choose_images(data: LabelledImages, num_images: int | None, seed: int) -> Tensor:
     """Indices, ascending, of the images to train on."""
     there = len(data.train)
     if num_images is None:

@@ -26,7 +26,7 @@ from leakage.condensation import (
     evaluate_full,
     random_images,
 )
-from leakage.datamodules import LabelledDataModule
+from leakage.datamodules import LabelledImages
 from leakage.errors import check_choice, check_count
 from leakage.files.text import write_json
 from leakage.plots import plot_accuracy, save_figure
@@ -80,7 +80,7 @@ class CondensationRow:
 
 def condense(
     methods: Sequence[str],
-    data: LabelledDataModule,
+    data: LabelledImages,
     output: str | os.PathLike[str],
     *,
     images_per_class: int = 1,
@@ -275,7 +275,7 @@ def _augmentation(method: str, given: SiameseAugmentation | None) -> SiameseAugm
 def _run(
     method: str,
     condensation: GradientMatchingCondensation,
-    data: LabelledDataModule,
+    data: LabelledImages,
     folder: Path,
     callbacks: list[Callback],
     logger: Logger | bool,

@@ -25,7 +25,7 @@ from leakage.models import draw_state
 from leakage.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from leakage.datamodules.labelled import LabelledDataModule
+    from leakage.datamodules.labelled import LabelledImages
 
 # Epochs without and with augmentation, as in the paper.
 _EPOCHS, _EPOCHS_AUGMENTED = 300, 1000
@@ -89,7 +89,7 @@ class Evaluation:
 
 def evaluate(
     synthetic: SyntheticSet,
-    data: LabelledDataModule,
+    data: LabelledImages,
     *,
     network: nn.Module | None = None,
     networks: int = 10,
@@ -144,9 +144,9 @@ def evaluate(
         https://arxiv.org/abs/2006.05929.
 
     Example:
-        >>> from leakage.datamodules import Sample
+        >>> from leakage.datamodules import LabelledImages
         >>> from leakage.models import ConvNet
-        >>> data = Sample()
+        >>> data = LabelledImages("sample")
         >>> random = random_images(data, images_per_class=1)
         >>> evaluation = evaluate(
         ...     random, data, network=ConvNet(width=4), networks=2, epochs=3, device="cpu", progress=False
@@ -167,7 +167,7 @@ def evaluate(
     )
 
 
-def random_images(data: LabelledDataModule, images_per_class: int, seed: int = 0) -> SyntheticSet:
+def random_images(data: LabelledImages, images_per_class: int, seed: int = 0) -> SyntheticSet:
     """Random real training images, the same number of each class: what a synthetic set has to beat.
 
     Args:
@@ -179,8 +179,8 @@ def random_images(data: LabelledDataModule, images_per_class: int, seed: int = 0
         ValueError: more images than a class has.
 
     Example:
-        >>> from leakage.datamodules import Sample
-        >>> random_images(Sample(), images_per_class=3).images_per_class.tolist()
+        >>> from leakage.datamodules import LabelledImages
+        >>> random_images(LabelledImages("sample"), images_per_class=3).images_per_class.tolist()
         [3, 3, 3, 3, 3, 3, 3, 3, 3, 3]
     """
     check_count(images_per_class=images_per_class)
@@ -208,7 +208,7 @@ def random_images(data: LabelledDataModule, images_per_class: int, seed: int = 0
 
 
 def evaluate_full(
-    data: LabelledDataModule,
+    data: LabelledImages,
     *,
     network: nn.Module | None = None,
     networks: int = 1,
@@ -264,15 +264,15 @@ def evaluate_full(
     return _cached(Path(cache), _describe(data, network, networks, options), run)
 
 
-def _make_ready(data: LabelledDataModule) -> None:
+def _make_ready(data: LabelledImages) -> None:
     if not hasattr(data, "test"):
         data.prepare_data()
         data.setup("fit")
 
 
-def _describe(data: LabelledDataModule, network: nn.Module, networks: int, options: TrainingOptions) -> dict[str, Any]:
+def _describe(data: LabelledImages, network: nn.Module, networks: int, options: TrainingOptions) -> dict[str, Any]:
     """All that decides the result, as plain numbers and words."""
-    from leakage.datamodules.images import digest
+    from leakage.datamodules.base import digest
 
     # How it draws batches of classes plays no part.
     of_data = {name: value for name, value in data.configuration.items() if name not in ("batch_size", "seed")}

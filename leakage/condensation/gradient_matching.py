@@ -21,7 +21,7 @@ from leakage.condensation.matching import match, matched_parameters, real_gradie
 from leakage.condensation.networks import batch_norms, digest_of, fitting_network, take_statistics
 from leakage.condensation.protocols import condensation_protocol, schedule
 from leakage.condensation.synthetic_set import SyntheticSet
-from leakage.datamodules.labelled import ClassBatch, LabelledDataModule
+from leakage.datamodules.labelled import ClassBatch, LabelledImages
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.files.checkpoints import check_checkpoint, check_like, restoring
 from leakage.files.tensors import brief
@@ -81,7 +81,7 @@ class GradientMatchingCondensation(LightningModule):
 
     Raises:
         ValueError: an unknown choice or a number out of its range; in ``fit``, a DataModule that is no
-            :class:`~leakage.datamodules.LabelledDataModule`, a network that does not fit its images, more images
+            :class:`~leakage.datamodules.LabelledImages`, a network that does not fit its images, more images
             per class than a class has with ``initialization="real"``, a checkpoint of another configuration, or a
             Trainer that has already fitted.
         FloatingPointError: in ``fit``, a loss or derivative that is not finite; the images are then the last for which
@@ -94,11 +94,11 @@ class GradientMatchingCondensation(LightningModule):
 
     Example:
         >>> from lightning import Trainer
-        >>> from leakage.datamodules import Sample
+        >>> from leakage.datamodules import LabelledImages
         >>> from leakage.models import ConvNet
         >>> condensation = GradientMatchingCondensation(network=ConvNet(width=4), iterations=2)
         >>> trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        >>> trainer.fit(condensation, datamodule=Sample(batch_size=8))
+        >>> trainer.fit(condensation, datamodule=LabelledImages("sample", batch_size=8))
         >>> len(condensation.synthetic_dataset())
         10
     """
@@ -318,12 +318,12 @@ class GradientMatchingCondensation(LightningModule):
     # The engine.
 
     @property
-    def _datamodule(self) -> LabelledDataModule:
+    def _datamodule(self) -> LabelledImages:
         datamodule = getattr(self.trainer, "datamodule", None)
-        if not isinstance(datamodule, LabelledDataModule):
+        if not isinstance(datamodule, LabelledImages):
             raise ValueError(
                 "Expected `Trainer.fit(condensation, datamodule=...)` with a labelled data set of "
-                f"`leakage.datamodules`, such as FashionMNIST, but got {type(datamodule).__name__}."
+                f"`leakage.datamodules`, `LabelledImages`, but got {type(datamodule).__name__}."
             )
         return datamodule
 
@@ -338,7 +338,7 @@ class GradientMatchingCondensation(LightningModule):
     def _generator(self, stream: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.hparams["seed"], self.step, stream))
 
-    def _start(self, data: LabelledDataModule) -> Tensor:
+    def _start(self, data: LabelledImages) -> Tensor:
         """Normalised synthetic images to begin with, class by class."""
         count = self.hparams["images_per_class"]
         if self.protocol.initialization == "real":

@@ -11,21 +11,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from leakage.condensation.matching import matched_parameters
-from leakage.datamodules.labelled import LabelledDataModule
+from leakage.datamodules.labelled import LabelledImages
 from leakage.models import ConvNet, draw_state
 
 # Real images of each class that BatchNorm takes its statistics from.
 _IMAGES_FOR_STATISTICS = 16
 
 
-def default_network(data: LabelledDataModule) -> ConvNet:
+def default_network(data: LabelledImages) -> ConvNet:
     """The network of the paper for a data set; its first weights play no part."""
     channels, height, width = data.image_shape
     with torch.random.fork_rng(devices=[]):
         return ConvNet(channels, (height, width), data.num_classes)
 
 
-def fitting_network(given: nn.Module | None, data: LabelledDataModule, distance: str) -> nn.Module:
+def fitting_network(given: nn.Module | None, data: LabelledImages, distance: str) -> nn.Module:
     """A copy of ``given`` in single precision, or the :class:`~leakage.models.ConvNet` that fits.
 
     Raises:
@@ -44,7 +44,7 @@ def fitting_network(given: nn.Module | None, data: LabelledDataModule, distance:
     return network
 
 
-def check_network(model: nn.Module, data: LabelledDataModule, device: torch.device | str = "cpu") -> None:
+def check_network(model: nn.Module, data: LabelledImages, device: torch.device | str = "cpu") -> None:
     """Raise a ``ValueError`` unless the network takes the images and has a logit for each class."""
     shape = tuple(data.image_shape)
     expected = f"Expected a `network` for images {shape} and {data.num_classes} classes, as {data.name!r} has, but got"
@@ -64,7 +64,7 @@ def batch_norms(network: nn.Module) -> list[_BatchNorm]:
     return [module for module in network.modules() if isinstance(module, _BatchNorm)]
 
 
-def take_statistics(network: nn.Module, data: LabelledDataModule, classes: Sequence[Tensor]) -> None:
+def take_statistics(network: nn.Module, data: LabelledImages, classes: Sequence[Tensor]) -> None:
     """Give BatchNorm the statistics of real images of all classes; training the network spoils them.
 
     Args:

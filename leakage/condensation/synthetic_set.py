@@ -24,7 +24,7 @@ from leakage.files.tensors import brief, header_value, read_safetensors, write_s
 from leakage.plots import to_pixels
 
 if TYPE_CHECKING:
-    from leakage.datamodules.labelled import LabelledDataModule
+    from leakage.datamodules.labelled import LabelledImages
 
 _FORMAT = "leakage.SyntheticSet"
 # Inches of the figure: one image, a letter of a class's name.
@@ -130,7 +130,7 @@ class SyntheticSet:
         """Pairs of an image ``(C, H, W)`` in the data's scale, not normalised, and its label."""
         return TensorDataset(self.images, self.labels)
 
-    def check(self, data: LabelledDataModule) -> None:
+    def check(self, data: LabelledImages) -> None:
         """Raise a ``ValueError`` unless the set has the image shape, the classes and the statistics of a data set.
 
         Args:

@@ -22,7 +22,7 @@ from leakage.models import draw_state
 from leakage.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from leakage.datamodules.labelled import LabelledDataModule
+    from leakage.datamodules.labelled import LabelledImages
 
 # Images at a time on the CPU, whose caches hold no more: twice as fast as 256, in training as in testing.
 _PIECE = 16
@@ -77,7 +77,7 @@ class TrainingOptions:
 def train_and_test(
     images: Tensor,
     labels: Tensor,
-    data: LabelledDataModule,
+    data: LabelledImages,
     network: nn.Module,
     networks: int,
     options: TrainingOptions,
@@ -128,7 +128,7 @@ class _Run:
         model: nn.Module,
         images: Tensor,
         labels: Tensor,
-        data: LabelledDataModule,
+        data: LabelledImages,
         options: TrainingOptions,
         device: torch.device,
     ) -> None:
@@ -311,7 +311,7 @@ def _check_losses(losses: Tensor, numbers: Sequence[int], first: int, epochs: in
 
 
 def _choose_stacked(
-    stacked: bool | None, model: nn.Module, data: LabelledDataModule, networks: int, device: torch.device
+    stacked: bool | None, model: nn.Module, data: LabelledImages, networks: int, device: torch.device
 ) -> bool:
     if stacked is False or networks == 1 or (stacked is None and device.type == "cpu"):
         return False

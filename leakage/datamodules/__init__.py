@@ -1,44 +1,26 @@
-"""Data sets as Lightning DataModules: victims of each for the attacks, all of its images for condensation."""
+"""Data as Lightning DataModules: victims of any data set, whole sets in memory, gradients that were shared."""
 
-from leakage.datamodules.base import GroundTruth, VictimDataModule
-from leakage.datamodules.benchmarks import (
-    CIFAR10Victims,
-    CIFAR100Victims,
-    FashionMNISTVictims,
-    MNISTVictims,
-    SVHNVictims,
-)
+from leakage.datamodules.base import GroundTruth, VictimDataModule, digest
+from leakage.datamodules.benchmarks import data_folder
 from leakage.datamodules.draws import draw_victims
-from leakage.datamodules.image_folder import ImageFolderVictims, LFWVictims
-from leakage.datamodules.images import ImageVictims
-from leakage.datamodules.labelled import ClassBatch, LabelledDataModule, LabelledTensors
-from leakage.datamodules.labelled_benchmarks import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
-from leakage.datamodules.labelled_folder import ImageFolder, Sample
-from leakage.datamodules.sample import SampleVictims
-from leakage.datamodules.shared import SharedGradientFiles
+from leakage.datamodules.labelled import ClassBatch, LabelledImages
+from leakage.datamodules.shared import SharedGradients
+from leakage.datamodules.sources import DATASETS, LABELLED_DATASETS, LabelledTensors, Source, in_unit_range
+from leakage.datamodules.victims import Victims
 
 __all__ = [
-    "CIFAR10",
-    "CIFAR100",
-    "MNIST",
-    "SVHN",
-    "CIFAR10Victims",
-    "CIFAR100Victims",
+    "DATASETS",
+    "LABELLED_DATASETS",
     "ClassBatch",
-    "FashionMNIST",
-    "FashionMNISTVictims",
     "GroundTruth",
-    "ImageFolder",
-    "ImageFolderVictims",
-    "ImageVictims",
-    "LFWVictims",
-    "LabelledDataModule",
+    "LabelledImages",
     "LabelledTensors",
-    "MNISTVictims",
-    "SVHNVictims",
-    "Sample",
-    "SampleVictims",
-    "SharedGradientFiles",
+    "SharedGradients",
+    "Source",
     "VictimDataModule",
+    "Victims",
+    "data_folder",
+    "digest",
     "draw_victims",
+    "in_unit_range",
 ]

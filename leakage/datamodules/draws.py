@@ -61,11 +61,11 @@ def draw_victims(
     """
     check_count(0, victims=victims, seed=seed)
     check_count(num_images=num_images)
-    concentration = _concentration(distribution)
+    concentration = check_distribution("distribution", distribution)
     _check_labels(labels)
     if num_images > len(labels):
         raise ValueError(
-            f"Expected `num_images` to be at most {len(labels)}, the images of the data set, but got {num_images}."
+            f"Expected at most {len(labels)} images for each victim, all of the data set, but got {num_images}."
         )
     classes = labels.cpu().numpy()
     members = [np.flatnonzero(classes == label) for label in np.unique(classes)]
@@ -73,8 +73,8 @@ def draw_victims(
         most = max(map(len, members))
         if num_images > most:
             raise ValueError(
-                f"Expected `num_images` to be at most {most}, the images of the largest class, as distribution "
-                f"'single-class' takes all of a victim's images from one, but got {num_images}."
+                f"Expected at most {most} images for each victim, those of the largest class, as 'single-class' takes "
+                f"all of them from one, but got {num_images}."
             )
         members = [images for images in members if len(images) >= num_images]
 
@@ -107,10 +107,18 @@ def _dirichlet(
     return rng.permutation(np.concatenate(chosen))
 
 
-def _concentration(distribution: str) -> float | None:
-    """A of ``dirichlet:A``, None for the other distributions."""
+def check_distribution(name: str, distribution: str) -> float | None:
+    """A of ``dirichlet:A``, None for the other distributions.
+
+    Args:
+        name: what the caller's user calls it.
+        distribution: as for :func:`draw_victims`.
+
+    Raises:
+        ValueError: another distribution.
+    """
     if not isinstance(distribution, str) or not distribution.startswith(_DIRICHLET):
-        check_choice("distribution", distribution, _CHOICES)
+        check_choice(name, distribution, _CHOICES)
         return None
     try:
         concentration = float(distribution.removeprefix(_DIRICHLET))
@@ -119,7 +127,7 @@ def _concentration(distribution: str) -> float | None:
     # Far beyond any use numbers overflow; NaN is refused too.
     if not 0 < concentration <= 1e100:
         raise ValueError(
-            f"Expected `distribution` as 'dirichlet:A' with a positive number A up to 1e100, but got {distribution!r}."
+            f"Expected `{name}` as 'dirichlet:A' with a positive number A up to 1e100, but got {distribution!r}."
         )
     return concentration
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from leakage.datamodules.base import ConfiguredDataModule
-from leakage.datamodules.images import digest
+from leakage.datamodules.base import ConfiguredDataModule, digest
+from leakage.datamodules.memory import in_memory
+from leakage.datamodules.sources import (
+    LABELLED_DATASETS,
+    AnySource,
+    LabelledTensors,
+    OpenSource,
+    Source,
+    in_unit_range,
+)
 from leakage.errors import check_count
 from leakage.seeds import derive_seed
 
@@ -22,22 +30,6 @@ from leakage.seeds import derive_seed
 _TEST_BATCH = 1000
 # Training images, evenly spread, by which a checkpoint recognises a data set.
 _RECOGNISED_BY = 100
-
-
-@dataclass
-class LabelledTensors:
-    """A labelled data set in memory.
-
-    Attributes:
-        images: ``(M, C, H, W)``, uint8, 0 to 255.
-        labels: ``(M,)``, int64, class indices from 0.
-    """
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 @dataclass
@@ -55,73 +47,134 @@ class ClassBatch:
     step: int
 
 
-class LabelledDataModule(ConfiguredDataModule):
-    r"""A labelled data set, seen by what trains on all of its classes at once.
+class LabelledImages(ConfiguredDataModule):
+    r"""A labelled data set in memory, seen by what trains on all of its classes at once.
 
     Training gives :class:`ClassBatch`\ es, ``batch_size`` real images *of each class*. Which images
     batch t of seed s holds depends on s and t alone, so that a run resumed at t goes on as if it had
-    never stopped; within a class no image comes twice in a batch. Images stay uint8 in memory, and
-    are normalised when they are used, on the device where they are.
+    never stopped; within a class no image comes twice in a batch. Images are decoded at ``setup``, stay uint8 in
+    memory (floats are rounded to it), and are normalised when they are used, on the device where they are.
 
-    A subclass supplies :meth:`load_images` and :attr:`name`.
+    Data sets of torchvision, and folders with ``train/`` and ``test/`` inside, have test images. Of others
+    :math:`\min(\max(\mathrm{round}(\text{test\_share} \cdot n_c), 1), n_c - 1)` of the :math:`n_c` images of class c
+    are held out as test images, the same whatever the seed; of the bundled sample the last 20 of each class.
 
     Attributes:
         train: the training images, after ``setup``.
         test: the test images, after ``setup``.
         class_names: the names of the classes, in the order of their indices, after ``setup``.
-        mean: per channel, of the training images in [0, 1], after ``setup``.
+        mean: per channel, of images in [0, 1], after ``setup``: the published one of a data set of torchvision, else
+            that of the training images.
         std: as ``mean``.
         name: what the data set is called.
-        statistics: published ``mean`` and ``std``; None to compute them from the training images.
         default_batch_size: used where ``batch_size`` is None; what trains sets it.
         batches_per_epoch: batches of one epoch; what trains sets it.
         first_batch: the batch at which the next epoch starts; what trains sets it.
 
     Args:
+        dataset: as for :class:`~leakage.datamodules.Victims`, but for ``"lfw"``, most of whose persons have a single
+            image; or a pair of such, training and test images.
         batch_size: real images of each class in a batch; a class with fewer gives all it has. By default what
             trains decides: 256 in dataset condensation's published protocol.
         seed: decides which images each batch holds.
+        test_share: share of the images of each class that are held out, above 0 and below 1; by default 0.2. Only
+            where nothing else says which are test images.
+        root, download, image_size, channels, num_classes: as for :class:`~leakage.datamodules.Victims`.
+        num_workers: processes that decode images; 0 decodes in this one, faster for small images.
 
     Raises:
-        ValueError: at construction, a ``batch_size`` or ``seed`` that is no such count; at ``setup``,
-            fewer than two classes, a class without training images (the message names it), labels
-            outside the range, or training images that are all of one colour.
+        ValueError: at construction, options out of range or that the data set does not take; at ``setup``, an image
+            that can't be used (the message names it), images of different sizes, training and test images of
+            different classes, fewer than two classes, a class without training images or with too few to hold one
+            out, labels outside the range, or training images that are all of one colour.
+        FileNotFoundError: as :class:`~leakage.datamodules.Victims`.
 
     References:
         Zhao et al., *Dataset Condensation with Gradient Matching*, ICLR 2021,
         https://arxiv.org/abs/2006.05929.
+
+    Example:
+        >>> data = LabelledImages("sample", batch_size=8)
+        >>> data.setup("fit")
+        >>> len(data.train), len(data.test), data.image_shape
+        (800, 200, (1, 28, 28))
+        >>> data.class_batch(0).labels.bincount().tolist()
+        [8, 8, 8, 8, 8, 8, 8, 8, 8, 8]
     """
 
     train: LabelledTensors
     test: LabelledTensors
     class_names: tuple[str, ...]
+    name: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    name: str
-    statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]] | None] = None
 
-    def __init__(self, *, batch_size: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: AnySource | tuple[AnySource, AnySource],
+        *,
+        batch_size: int | None = None,
+        seed: int = 0,
+        test_share: float | None = None,
+        root: str | os.PathLike[str] | None = None,
+        download: bool = True,
+        image_size: int | tuple[int, int] | None = None,
+        channels: int | None = None,
+        num_classes: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
         super().__init__()
         if batch_size is not None:
             check_count(batch_size=batch_size)
-        check_count(0, seed=seed)
+        check_count(0, seed=seed, num_workers=num_workers)
+        if isinstance(dataset, str) and dataset == "lfw":
+            raise ValueError(
+                f"Expected `dataset` to be one of {list(LABELLED_DATASETS)}, a folder of images or a Dataset, but got "
+                "'lfw', most of whose persons have no image to learn from besides one to test with."
+            )
+        pair = list(dataset) if isinstance(dataset, tuple | list) else [dataset]
+        if len(pair) not in (1, 2):
+            raise ValueError(f"Expected `dataset` as one data set or as a pair, but got {len(pair)}.")
+        self.sources = [
+            Source(
+                each,
+                root=root,
+                download=download,
+                image_size=image_size,
+                channels=channels,
+                num_classes=num_classes,
+            )
+            for each in pair
+        ]
+        first = self.sources[0]
+        self.name = first.name
+        self.test_share = test_share
+        if len(pair) == 2 or first.parts or first.kind == "sample":
+            if test_share is not None:
+                raise ValueError(
+                    f"Expected no `test_share` with {self.name!r}, whose test images are known, but got {test_share!r}."
+                )
+        elif test_share is None:
+            self.test_share = 0.2
+        elif isinstance(test_share, bool) or not isinstance(test_share, int | float) or not 0 < test_share < 1:
+            raise ValueError(f"Expected `test_share` to be above 0 and below 1, but got {test_share!r}.")
         self.batch_size = batch_size
         self.seed = seed
+        self.num_workers = num_workers
         self.default_batch_size = 256
         self.batches_per_epoch = 1
         self.first_batch = 0
 
-    @abstractmethod
-    def load_images(self) -> tuple[LabelledTensors, LabelledTensors, tuple[str, ...]]:
-        """The training images, the test images and the names of the classes."""
+    def prepare_data(self) -> None:
+        """Download what is not there yet."""
+        for source in self.sources:
+            source.fetch("train", "test")
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images; later calls do nothing."""
         if hasattr(self, "train"):
             return
-        train, test, class_names = self.load_images()
-        if len(class_names) < 2:
-            raise ValueError(f"Expected at least two classes in '{self.name}', but got only {list(class_names)}.")
+        train, test, class_names = self._load()
         self._check(train, "training", class_names)
         self._check(test, "test", class_names)
         if train.images.shape[1:] != test.images.shape[1:]:
@@ -133,7 +186,7 @@ class LabelledDataModule(ConfiguredDataModule):
         empty = [name for name, members in zip(class_names, by_class, strict=True) if len(members) == 0]
         if empty:
             raise ValueError(f"Expected training images of every class of '{self.name}', but got none of {empty}.")
-        self.mean, self.std = self.statistics or channel_statistics(train.images)
+        self.mean, self.std = self.sources[0].statistics or channel_statistics(train.images)
         if min(self.std) == 0:
             raise ValueError(
                 f"Expected training images of '{self.name}' that can be normalised, but got the same value in "
@@ -142,6 +195,44 @@ class LabelledDataModule(ConfiguredDataModule):
         self._by_class = by_class
         self.class_names = class_names
         self.train, self.test = train, test
+
+    def _load(self) -> tuple[LabelledTensors, LabelledTensors, tuple[str, ...]]:
+        """The training images, the test images and the names of the classes."""
+        first = self.sources[0]
+        train = first.open("train")
+        if len(self.sources) == 1 and not first.parts:
+            held_out = self._hold_out(train)
+            data = in_memory(train, self.num_workers)
+            parts = [LabelledTensors(data.images[which], data.labels[which]) for which in (~held_out, held_out)]
+            return parts[0], parts[1], train.class_names
+        test = self.sources[-1].open("test")
+        if train.named and test.named and train.class_names != test.class_names:
+            mine, others = set(train.class_names), set(test.class_names)
+            raise ValueError(
+                f"Expected test images of the classes of {self.name!r}, but got {sorted(others - mine)} besides, and "
+                f"none of {sorted(mine - others)}."
+            )
+        # Labels alone need not show the last classes.
+        class_names = max((train, test), key=lambda part: part.num_classes).class_names
+        return in_memory(train, self.num_workers), in_memory(test, self.num_workers), class_names
+
+    def _hold_out(self, images: OpenSource) -> Tensor:
+        """``(M,)``, whether an image is held out."""
+        labels = images.labels
+        if self.test_share is None:  # the bundled sample, 100 images of each class after one another
+            return torch.arange(len(labels)) % 100 >= 80
+        held_out = torch.zeros(len(labels), dtype=torch.bool)
+        for label, name in enumerate(images.class_names):
+            members = (labels == label).nonzero().flatten()
+            if len(members) < 2:
+                raise ValueError(
+                    f"Expected at least two images of class {name!r} in {self.name!r}, to hold one out as test "
+                    f"image, but got {len(members)}. Add some, or give training and test images as a pair."
+                )
+            generator = torch.Generator().manual_seed(derive_seed(0, label, "held-out images"))
+            count = min(max(round(self.test_share * len(members)), 1), len(members) - 1)
+            held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+        return held_out
 
     @property
     def num_classes(self) -> int:
@@ -213,6 +304,7 @@ class LabelledDataModule(ConfiguredDataModule):
             "mean": list(self.mean),
             "std": list(self.std),
             "content": digest({"images": some, "labels": self.train.labels}),
+            "test_share": self.test_share,
         }
 
     def _draw(self, members: Tensor, generator: torch.Generator) -> Tensor:
@@ -222,16 +314,13 @@ class LabelledDataModule(ConfiguredDataModule):
         return members[torch.randperm(len(members), generator=generator)[:batch_size]]
 
     def _check(self, data: LabelledTensors, split: str, class_names: tuple[str, ...]) -> None:
-        if data.images.dtype != torch.uint8 or data.images.dim() != 4:
+        if data.images.dtype != torch.uint8 or data.images.dim() != 4 or len(data.images) != len(data.labels):
             raise ValueError(
-                f"Expected {split} images of '{self.name}' as uint8 (M, C, H, W), but got {data.images.dtype} "
-                f"{tuple(data.images.shape)}."
+                f"Expected {split} images of '{self.name}' as uint8 (M, C, H, W), each with a label, but got "
+                f"{data.images.dtype} {tuple(data.images.shape)} and {len(data.labels)} labels."
             )
-        if len(data.images) != len(data.labels) or len(data) == 0:
-            raise ValueError(
-                f"Expected {split} images of '{self.name}', each with a label, but got {len(data.images)} images "
-                f"and {len(data.labels)} labels."
-            )
+        if len(data) == 0:
+            raise ValueError(f"Expected {split} images of '{self.name}', but got none.")
         outside = data.labels[(data.labels < 0) | (data.labels >= len(class_names))]
         if len(outside):
             raise ValueError(
@@ -259,17 +348,8 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(mean.flatten().tolist()), tuple(std.tolist())
 
 
-def in_unit_range(images: Tensor) -> Tensor:
-    """Images as float32 where 0 is black and 1 white; floats are in that scale already.
-
-    Args:
-        images: any shape, uint8 from 0 to 255 or floats.
-    """
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
-
-
 class _ClassBatches(IterableDataset[ClassBatch]):
-    def __init__(self, datamodule: LabelledDataModule) -> None:
+    def __init__(self, datamodule: LabelledImages) -> None:
         self.datamodule = datamodule
 
     def __iter__(self) -> Iterator[ClassBatch]:

@@ -7,108 +7,134 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.datamodules.base import VictimDataModule
-from leakage.datamodules.images import digest
+from leakage.datamodules.base import VictimDataModule, digest
+
+# A shared gradient, or a file of one, or a pattern of several files.
+AnyShared: TypeAlias = SharedGradient | str | os.PathLike[str]
+_KINDS = (SharedGradient, str, os.PathLike)
 
 
-class SharedGradientFiles(VictimDataModule):
+class SharedGradients(VictimDataModule):
     """Victims of whom only the shared gradients are known: there is no ground truth, so no validation.
 
-    The files are those of :meth:`leakage.SharedGradient.save`, of one protocol; their victims
-    follow one another in the order of ``paths``, and of the names that match a pattern. The
-    victims keep their ids, or are numbered from 0 on where ids clash.
+    The gradients are of one protocol; their victims follow one another in the order of ``shared``, and of the names
+    that match a pattern. The victims keep their ids, or are numbered from 0 on where ids clash.
 
     Args:
-        paths: files or patterns such as ``"round-*.safetensors"``.
-        model: the network that the gradients were taken of; its weights are those in the files.
+        shared: a :class:`~leakage.SharedGradient`, the path of a file of :meth:`leakage.SharedGradient.save`, a
+            pattern such as ``"round-*.safetensors"``, or a sequence of these.
+        victim: the client that the gradients are of, or its network alone, for which the protocol of the gradients
+            tells the rest. Its weights are those that come with the gradients.
         lanes: victims that are attacked at once, see :class:`VictimDataModule`.
 
     Raises:
-        ValueError: no paths; at ``setup``, a file that is truncated, of another kind or does not
-            fit the model, or files of different protocols.
+        ValueError: nothing shared, something else, or a ``victim`` that is neither; at ``setup``, a file that is
+            truncated or of another kind, or gradients that do not fit the victim or one another.
         FileNotFoundError: at ``setup``, no such file, or none that matches a pattern.
 
     Example:
-        >>> from leakage import LeNet
-        >>> data = SharedGradientFiles("clients/*.safetensors", model=LeNet())
-        >>> data.setup("fit")  # doctest: +SKIP
+        >>> from leakage import LeNet, Victim
+        >>> victim = Victim(LeNet(), image_shape=(1, 28, 28))
+        >>> shared = victim.share(torch.rand(5, 1, 1, 28, 28), torch.randint(10, (5, 1)))
+        >>> data = SharedGradients(shared, victim)
+        >>> data.setup("fit")
+        >>> data.victims
+        5
+        >>> files = SharedGradients("clients/*.safetensors", LeNet())
+        >>> files.setup("fit")  # doctest: +SKIP
     """
 
     def __init__(
         self,
-        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        shared: AnyShared | Sequence[AnyShared],
+        victim: Victim | nn.Module,
         *,
-        model: nn.Module,
         lanes: int | str = "auto",
     ) -> None:
         super().__init__(lanes=lanes)
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"Expected `model` to be a torch.nn.Module, but got {type(model).__name__}.")
-        patterns = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-        if not patterns:
-            raise ValueError(f"Expected `paths` to name at least one file, but got {paths!r}.")
-        self.paths = [Path(pattern).expanduser() for pattern in patterns]
-        self.model = model
+        if not isinstance(victim, Victim | nn.Module):
+            raise ValueError(f"Expected `victim` to be a Victim or a torch.nn.Module, but got {type(victim).__name__}.")
+        parts = [shared] if isinstance(shared, _KINDS) else list(shared)
+        if not parts:
+            raise ValueError(f"Expected `shared` to hold at least one shared gradient or path, but got {shared!r}.")
+        for part in parts:
+            if not isinstance(part, _KINDS):
+                raise ValueError(
+                    f"Expected `shared` as a SharedGradient, a path, or a sequence of these, but got "
+                    f"{type(part).__name__}."
+                )
+        self.shared = parts
+        # A network is given as it is, so that the command line can put it into evaluation mode.
+        self.model = victim if isinstance(victim, nn.Module) else None
+        self._given = victim
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the files and check them against the model; later calls do nothing."""
+        """Read the files and check all gradients against the victim; later calls do nothing."""
         if hasattr(self, "victim"):
             return
-        parts = {path: SharedGradient.load(path) for path in self._files()}
-        victim = Victim.of(self.model, next(iter(parts.values())).protocol)
-        for path, part in parts.items():
+        parts = self._read()
+        victim = self._given
+        if isinstance(victim, nn.Module):
+            victim = Victim.of(victim, next(iter(parts.values())).protocol)
+        for name, part in parts.items():
             try:
                 victim.check(part)
             except ValueError as error:
-                raise ValueError(f"Expected '{path}' to fit the model and the other files, but got: {error}") from error
+                raise ValueError(f"Expected {name} to fit the victim and the others, but got: {error}") from error
         self._shared = _join(list(parts.values()))
         self.victims = len(self._shared)
         self.reveal_labels = self._shared.labels is not None
         self.victim = victim
 
     def share(self, victims: Sequence[int]) -> SharedGradient:
-        """What the files hold of the victims at these places."""
+        """What the victims at these places shared."""
         return self._shared.select(torch.tensor(victims))
 
-    def _files(self) -> list[Path]:
-        files: list[Path] = []
-        for path in self.paths:
+    def _read(self) -> dict[str, SharedGradient]:
+        """All that was shared, by what to call it; each file once."""
+        parts: dict[str, SharedGradient] = {}
+        for number, part in enumerate(self.shared):
+            if isinstance(part, SharedGradient):
+                parts[f"`shared[{number}]`"] = part.to("cpu")
+                continue
+            path = Path(part).expanduser()
             matches = [path]
             if not path.exists():  # a pattern, which may be absolute
                 matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
             if not matches:
                 raise FileNotFoundError(f"Expected safetensors files at '{path}', but got none.")
-            files += matches
-        return list(dict.fromkeys(files))
+            parts |= {f"'{file}'": SharedGradient.load(file) for file in matches if f"'{file}'" not in parts}
+        return parts
 
     @cached_property
     def configuration(self) -> dict[str, Any]:
         """As in the base class, with a hash of gradients and weights."""
+        configuration = super().configuration
         hashes = {"gradients": digest(self._shared.gradients), "weights": digest(self._shared.state)}
-        return super().configuration | hashes
+        return configuration | hashes
 
 
 def _join(parts: list[SharedGradient]) -> SharedGradient:
     told = [part.labels is not None for part in parts]
     if any(told) and not all(told):
-        raise ValueError("Expected labels in all files or in none, but got them in some.")
+        raise ValueError("Expected labels with all shared gradients or with none, but got them with some.")
     if any(part.own_weights for part in parts) or len({digest(part.state) for part in parts}) > 1:
         parts = [_with_own_weights(part) for part in parts]
     joined = SharedGradient.cat(parts)
     if len(set(joined.ids.tolist())) < len(joined):
-        joined.ids = torch.arange(len(joined))
+        joined = dataclasses.replace(joined, ids=torch.arange(len(joined)))
     return joined
 
 
 def _with_own_weights(part: SharedGradient) -> SharedGradient:
-    """The same with a victims' dimension on the weights, as files of several rounds need it."""
+    """The same with a victims' dimension on the weights, as gradients of several rounds need it."""
     if part.own_weights:
         return part
     state = {name: tensor.expand(len(part), *tensor.shape) for name, tensor in part.state.items()}

@@ -137,7 +137,7 @@ class Engine(LightningModule):
         if not isinstance(datamodule, VictimDataModule):
             raise ValueError(
                 "Expected `Trainer.fit(attack, datamodule=...)` with a DataModule of `leakage.datamodules` (for your "
-                f"own gradients: `SharedGradientFiles`), but got {type(datamodule).__name__}."
+                f"own gradients: `SharedGradients`), but got {type(datamodule).__name__}."
             )
         return datamodule
 

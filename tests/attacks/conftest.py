@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack
-from leakage.datamodules import SampleVictims
+from leakage.datamodules import Victims
 from leakage.datamodules.images import LabelledImages
 from leakage.inversion.reconstruction import Reconstruction
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from leakage.attacks import PROTOCOLS, IDLGAttack
-from leakage.datamodules import SampleVictims, SharedGradientFiles
+from leakage.datamodules import Victims, SharedGradientFiles
 from leakage.models import LeNet
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -81,7 +81,7 @@ def test_the_spectrum_of_images_saves_evaluations(kit: Any) -> None:
     evaluations = {}
     for spectrum in (True, False):
         attack = IDLGAttack(spectrum=spectrum)
-        kit.fit(attack, SampleVictims(victims=8))
+        kit.fit(attack, Victims("sample", victims=8))
         assert max(score.mse for score in attack.scores.values()) < 1e-3
         evaluations[spectrum] = attack.finished.evaluations.double().mean()
     assert evaluations[True] < evaluations[False]

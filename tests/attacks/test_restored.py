@@ -8,7 +8,7 @@ from lightning import Trainer
 
 from leakage.attacks import IDLGAttack
 from leakage.callbacks.timed_checkpoint import TimedCheckpoint
-from leakage.datamodules import SampleVictims
+from leakage.datamodules import Victims
 from leakage.files.checkpoints import WholeCheckpointIO
 
 
@@ -19,7 +19,7 @@ def run(folder: Path, steps: int, ckpt_path: Path | None = None, *, lanes: int =
         callbacks=[TimedCheckpoint(folder)], default_root_dir=folder,
     )  # fmt: skip
     attack = IDLGAttack(max_evaluations=50)
-    victims = SampleVictims(victims=2, lanes=lanes)
+    victims = Victims("sample", victims=2, lanes=lanes)
     trainer.fit(attack, datamodule=victims, ckpt_path=None if ckpt_path is None else str(ckpt_path))
 
 

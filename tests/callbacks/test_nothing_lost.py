@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 from leakage.attacks import IDLGAttack
 from leakage.callbacks import VictimTable
 from leakage.callbacks.timed_checkpoint import TimedCheckpoint
-from leakage.datamodules import SampleVictims
+from leakage.datamodules import Victims
 from leakage.files.checkpoints import WholeCheckpointIO
 from leakage.inversion.reconstruction import Reconstruction
 
@@ -44,7 +44,7 @@ def fit(
         **trainer,
     )
     checkpoint = (folder / "last.ckpt" if resume is True else resume) if resume else None
-    runner.fit(attack, datamodule=SampleVictims(victims=3, lanes=2), ckpt_path=checkpoint)
+    runner.fit(attack, datamodule=Victims("sample", victims=3, lanes=2), ckpt_path=checkpoint)
     return attack
 
 

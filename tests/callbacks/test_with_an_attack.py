@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from leakage.attacks import IDLGAttack
 from leakage.callbacks import AttackProgressBar, Gallery, VictimTable, gallery
-from leakage.datamodules import SampleVictims
+from leakage.datamodules import Victims
 from leakage.inversion.reconstruction import Reconstruction
 
 
@@ -29,7 +29,7 @@ def fit(folder: Path, *callbacks: Callback, max_steps: int = -1) -> IDLGAttack:
         num_sanity_val_steps=0,
         default_root_dir=folder,
     )
-    trainer.fit(attack, datamodule=SampleVictims(victims=5, lanes=3))
+    trainer.fit(attack, datamodule=Victims("sample", victims=5, lanes=3))
     return attack
 
 

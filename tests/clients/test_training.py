@@ -444,7 +444,7 @@ class Scale(nn.Module):
         ({"num_images": 43}, "`num_images` of at most 42, the training images of 'brightness', but got 43"),
         ({"learning_rate": 0.0}, "`learning_rate` to be positive and finite, but got 0.0"),
         ({"precision": "16"}, r"`precision` to be one of \['32-true', 'bf16-mixed'\], but got '16'"),
-        ({"data": SampleVictims()}, "`data` to be a LabelledDataModule, but got SampleVictims"),
+        ({"data": Victims("sample")}, "`data` to be a LabelledDataModule, but got SampleVictims"),
         ({"model": MLP(1, 4, 4)}, r"a `network` for images \(1, 4, 4\) and 3 classes, .* but got MLP, which makes"),
         ({"model": MLP(3, 4, 3)}, r"a `network` for images \(1, 4, 4\) and 3 classes, .* but got MLP, which fails"),
         (

@@ -14,7 +14,7 @@ from leakage import LeNet, Victim
 from leakage.attacks import DLGAttack, IDLGAttack
 from leakage.comparison import attacks as module
 from leakage.comparison.attacks import FILES, Row, compare, format_table, holds_results
-from leakage.datamodules import SampleVictims, SharedGradientFiles
+from leakage.datamodules import Victims, SharedGradientFiles
 
 COLUMNS = [
     "method",
@@ -44,7 +44,7 @@ def attacks(**options: Any) -> dict[str, Any]:
 def run(output: Path, *, methods: Any = None, victims: Any = None, **options: Any) -> list[Row]:
     return compare(
         attacks() if methods is None else methods,
-        SampleVictims(victims=4, lanes=3) if victims is None else victims,
+        Victims("sample", victims=4, lanes=3) if victims is None else victims,
         output,
         dataset="sample",
         accelerator="cpu",
@@ -147,7 +147,7 @@ def test_resume_refuses_another_configuration(done: Path) -> None:
     with pytest.raises(ValueError, match=r"one that differs in `attack.max_evaluations`: 60 there, 61 here"):
         run(done, methods=attacks(max_evaluations=61), resume=True)
     with pytest.raises(ValueError, match=r"`data.victims`: 4 there, 5 here"):
-        run(done, victims=SampleVictims(victims=5, lanes=3), resume=True)
+        run(done, victims=Victims("sample", victims=5, lanes=3), resume=True)
     with pytest.raises(ValueError, match=r"`attack.class`: 'IDLGAttack' there, 'DLGAttack' here"):
         run(done, methods={"idlg": attacks()["dlg"]}, resume=True)
     with pytest.raises(ValueError, match=r"`precision`: None there, '64-true' here"):
@@ -217,8 +217,8 @@ def test_the_victims_of_all_methods_are_written_whole_or_not_at_all(
 
 def test_without_resume_replaces_an_earlier_comparison(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     method = {"idlg": attacks()["idlg"]}
-    run(tmp_path, methods=method, victims=SampleVictims(victims=3, lanes=1))
-    run(tmp_path, methods=method, victims=SampleVictims(victims=2))
+    run(tmp_path, methods=method, victims=Victims("sample", victims=3, lanes=1))
+    run(tmp_path, methods=method, victims=Victims("sample", victims=2))
     assert len(rows_of(tmp_path / "victims.csv")) == 2
     assert len(list((tmp_path / "idlg" / "reconstructions").iterdir())) == 1
     assert not [warning for warning in recwarn if "earlier run" in str(warning.message)]
@@ -226,7 +226,7 @@ def test_without_resume_replaces_an_earlier_comparison(tmp_path: Path, recwarn: 
 
 def test_several_images_per_victim(tmp_path: Path) -> None:
     (row,) = run(
-        tmp_path, methods={"dlg": attacks(max_evaluations=5)["dlg"]}, victims=SampleVictims(victims=2, num_images=2)
+        tmp_path, methods={"dlg": attacks(max_evaluations=5)["dlg"]}, victims=Victims("sample", victims=2, num_images=2)
     )
     assert row.victims == 2
     assert (tmp_path / "gallery.png").stat().st_size > 0
@@ -279,8 +279,8 @@ def test_refuses_victims_without_ground_truth(tmp_path: Path) -> None:
 def test_victims_for_each_attack(tmp_path: Path) -> None:
     """The same victims, who tell one of the attacks their labels."""
     both = {
-        "told": SampleVictims(victims=3, num_images=2, reveal_labels=True),
-        "read": SampleVictims(victims=3, num_images=2),
+        "told": Victims("sample", victims=3, num_images=2, reveal_labels=True),
+        "read": Victims("sample", victims=3, num_images=2),
     }
     attacks = {name: IDLGAttack(max_evaluations=5, restarts=0, rule="row_minimum") for name in both}
     run(tmp_path, methods=attacks, victims=both)
@@ -295,7 +295,7 @@ def test_victims_for_each_attack(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Expected `victims` for the attacks \['told', 'read'\], but got \['told'\]"):
         run(tmp_path, methods=attacks, victims={"told": both["told"]})
     with pytest.raises(ValueError, match="Expected the same `victims` for every attack, but got 3 for 'told', 2 for"):
-        run(tmp_path, methods=attacks, victims=both | {"read": SampleVictims(victims=2)})
-    for others in (SampleVictims(victims=3, num_images=2, seed=1), SampleVictims(victims=3)):
+        run(tmp_path, methods=attacks, victims=both | {"read": Victims("sample", victims=2)})
+    for others in (Victims("sample", victims=3, num_images=2, seed=1), Victims("sample", victims=3)):
         with pytest.raises(ValueError, match="Expected the same `victims` for every attack, but got others"):
             run(tmp_path, methods=attacks, victims=both | {"read": others})

@@ -20,7 +20,7 @@ from leakage.condensation import (
     evaluate_full,
     random_images,
 )
-from leakage.datamodules import Sample
+from leakage.datamodules import LabelledImages
 from leakage.models import ConvNet
 
 FEW: dict[str, Any] = {
@@ -34,7 +34,7 @@ def network() -> ConvNet:
 
 
 def run(output: Path, methods: list[str], **options: Any) -> Any:
-    return condense(methods, Sample(batch_size=4), output, network=network(), **{**FEW, **options})
+    return condense(methods, LabelledImages("sample", batch_size=4), output, network=network(), **{**FEW, **options})
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,9 @@ def test_a_row_per_method_with_what_it_measured(done: tuple[Path, Any]) -> None:
     options = {"network": network(), "networks": 2, "epochs": 2, "device": "cpu", "progress": False}
     for row in rows[:3]:
         synthetic = SyntheticSet.load(folder / row.method / "synthetic.safetensors")
-        assert evaluate(synthetic, Sample(), **options).mean == row.accuracy_mean
-    assert torch.equal(synthetic.images, random_images(Sample(), 1, 0).images)
-    full = evaluate_full(Sample(), network=network(), epochs=1, device="cpu", progress=False)
+        assert evaluate(synthetic, LabelledImages("sample"), **options).mean == row.accuracy_mean
+    assert torch.equal(synthetic.images, random_images(LabelledImages("sample"), 1, 0).images)
+    full = evaluate_full(LabelledImages("sample"), network=network(), epochs=1, device="cpu", progress=False)
     assert (rows[3].accuracy_mean, rows[3].networks) == (full.mean, 1)
     assert math.isnan(rows[3].accuracy_std)
 
@@ -122,7 +122,7 @@ def test_dsa_trains_the_networks_of_its_test_with_its_own_augmentation(tmp_path:
     (row,) = run(tmp_path, ["dsa"], moments=(), augmentation=SiameseAugmentation.mnist_evaluation())
     synthetic = SyntheticSet.load(tmp_path / "synthetic.safetensors")
     options = {"network": network(), "networks": 2, "epochs": 2, "device": "cpu", "progress": False}
-    assert row.accuracy_mean == evaluate(synthetic, Sample(), augmentation=SiameseAugmentation(), **options).mean
+    assert row.accuracy_mean == evaluate(synthetic, LabelledImages("sample"), augmentation=SiameseAugmentation(), **options).mean
 
 
 @pytest.mark.parametrize(

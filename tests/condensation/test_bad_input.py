@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from leakage.condensation import GradientMatchingCondensation, gradient_matching
-from leakage.datamodules import SampleVictims
+from leakage.datamodules import Victims
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"images_per_class": 0}, "Expected `images_per_class` to be a whole number of at least 1, but got 0"),
@@ -122,7 +122,7 @@ def test_wants_a_labelled_data_set(kit: Any) -> None:
         def train_dataloader(self) -> Any:
             return [torch.zeros(1)]
 
-    for data, name in ((Other(), "Other"), (SampleVictims(victims=1), "SampleVictims")):
+    for data, name in ((Other(), "Other"), (Victims("sample", victims=1), "SampleVictims")):
         with pytest.raises(ValueError, match=rf"labelled data set of `leakage\.datamodules`.*FashionMNIST.*got {name}"):
             kit.trainer().fit(GradientMatchingCondensation(), datamodule=data)
     with pytest.raises(ValueError, match=r"Trainer\.fit\(condensation, datamodule=\.\.\.\).*but got NoneType"):

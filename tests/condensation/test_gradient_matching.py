@@ -191,7 +191,7 @@ def losses_on_fixed_networks(data: LabelledDataModule, runs: list[Tensor]) -> li
 
 
 def test_condensed_images_match_better_than_noise_on_networks_they_have_not_seen(kit: Any) -> None:
-    data = Sample(batch_size=16)
+    data = LabelledImages("sample", batch_size=16)
 
     def run(**options: Any) -> Tensor:
         images: Tensor = kit.images(kit.condense(network=ConvNet(width=8), data=data, **options))

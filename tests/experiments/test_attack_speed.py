@@ -10,7 +10,7 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from leakage.datamodules import SampleVictims
+from leakage.datamodules import Victims
 
 
 def test_writes_both_sides(
@@ -71,7 +71,7 @@ def test_another_method_and_threshold(speed: ModuleType, tmp_path: Path, monkeyp
 @pytest.mark.parametrize("method", ["idlg", "dlg"])
 def test_the_plain_search_is_the_published_one(speed: ModuleType, method: str) -> None:
     """Against the loops as the papers' code has them, step by step."""
-    victims = SampleVictims(victims=1)
+    victims = Victims("sample", victims=1)
     victims.setup("fit")
     shared = victims.share(range(1))
     model = victims.victim.model.requires_grad_()

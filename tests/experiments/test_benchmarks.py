@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from leakage.attacks import GradientMatchingAttack, IDLGAttack
-from leakage.datamodules import SampleVictims
+from leakage.datamodules import Victims
 from leakage.solvers import lbfgs
 
 from .conftest import EXPERIMENTS, load
@@ -195,7 +195,7 @@ def test_parts_of_a_run(parts: ModuleType, tmp_path: Path, monkeypatch: pytest.M
 
 def test_idle_lanes_are_counted(parts: ModuleType) -> None:
     """Against the evaluations of each victim: two lanes that run until the slower one is done."""
-    victims = SampleVictims(victims=2, lanes=2)
+    victims = Victims("sample", victims=2, lanes=2)
     victims.setup("fit")
     given = parts.argparse.Namespace(seed=0, device=torch.device("cpu"))
     run = parts.run_once("idlg", victims, given, None)
@@ -213,7 +213,7 @@ def test_only_the_innermost_part_counts(parts: ModuleType, monkeypatch: pytest.M
 
 def test_operations_of_plain_autograd(parts: ModuleType) -> None:
     """LeNet has 0.9 million multiplications and additions forwards; both derivatives take six to eight times that."""
-    victims = SampleVictims(victims=1)
+    victims = Victims("sample", victims=1)
     victims.setup("fit")
     counts = parts.count_operations(victims, parts.argparse.Namespace(seed=0))
     forwards = 2 * (14**2 * 25 * 12 + 7**2 * 25 * 144 * 2 + 5880)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from leakage.condensation import GradientMatchingCondensation
-from leakage.datamodules import Sample
+from leakage.datamodules import LabelledImages
 from leakage.models import ConvNet, draw_state
 
 from .conftest import EXPERIMENTS, load
@@ -36,7 +36,7 @@ def no_turn(seconds: Mapping[str, float]) -> None:
 
 
 def sample(given: argparse.Namespace) -> Sample:
-    data = Sample(batch_size=given.batch_size, seed=given.seed)
+    data = LabelledImages("sample", batch_size=given.batch_size, seed=given.seed)
     data.setup("fit")
     return data
 

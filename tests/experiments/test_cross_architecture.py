@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from leakage.condensation import SiameseAugmentation, SyntheticSet, evaluate, random_images
-from leakage.datamodules import Sample
+from leakage.datamodules import LabelledImages
 from leakage.models import MLP, ConvNet
 
 from .conftest import load
@@ -37,7 +37,7 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved set of two images per class."""
     path = tmp_path_factory.mktemp("saved") / "dc" / "synthetic.safetensors"
     path.parent.mkdir()
-    random_images(Sample(), 2, seed=7).save(path)
+    random_images(LabelledImages("sample"), 2, seed=7).save(path)
     return path
 
 
@@ -82,7 +82,7 @@ def test_tests_a_set_and_the_baseline(
     assert [(row["architecture"], row["source"]) for row in rows] == [
         ("convnet", "dc"), ("convnet", "random"), ("mlp", "dc"), ("mlp", "random"),
     ]  # fmt: skip
-    data = Sample()
+    data = LabelledImages("sample")
     sets = {"dc": SyntheticSet.load(synthetic), "random": random_images(data, 2, seed=3)}
     models = {"convnet": ConvNet(width=4), "mlp": MLP(width=8)}
     for row in rows:
@@ -139,7 +139,7 @@ def test_resumes_what_is_done_and_nothing_else(
         assert differing in refused(cross, capsys, *arguments, "convnet", "--resume", *options)
     other = tmp_path / "dc" / "synthetic.safetensors"
     other.parent.mkdir()
-    random_images(Sample(), 2, seed=8).save(other)
+    random_images(LabelledImages("sample"), 2, seed=8).save(other)
     assert "`set`: " in refused(cross, capsys, *arguments, "convnet", "--resume", "--synthetic", str(other))
     assert len(calls) == 1, "nothing more was run"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from leakage.datamodules import SampleVictims
+from leakage.datamodules import Victims
 from leakage.datamodules.base import GroundTruth
 from leakage.metrics import mean_interval
 
@@ -102,7 +102,7 @@ def test_goes_on_and_refuses_to_overwrite(
 
 @pytest.mark.parametrize("num_images", [1, 3])
 def test_exactly_one_label_is_wrong(script: ModuleType, num_images: int) -> None:
-    victims = script.OneWrong(SampleVictims(victims=30, num_images=num_images, reveal_labels=True, lanes=20))
+    victims = script.OneWrong(Victims("sample", victims=30, num_images=num_images, reveal_labels=True, lanes=20))
     victims.setup("fit")
     assert victims.lanes == 20
     labels = [victims.share(range(first, last)).labels for first, last in ((0, 20), (20, 30))]

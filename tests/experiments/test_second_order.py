@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from leakage.clients.victim import Victim
-from leakage.datamodules import SampleVictims
+from leakage.datamodules import Victims
 from leakage.datamodules.base import GroundTruth
 from leakage.metrics import wilson_interval
 from leakage.models import LeNet
@@ -184,7 +184,7 @@ def test_trained_and_other_networks(
 
 
 def test_noise_is_relative_to_each_victims_root_mean_square(victims: ModuleType) -> None:
-    honest = SampleVictims(victims=4, lanes=3)
+    honest = Victims("sample", victims=4, lanes=3)
     data = victims.PerturbedVictims(honest, noise=0.1)
     data.setup("fit")
     assert (data.weights, data.reveal_labels, data.lanes) == ("own", False, 3)
@@ -201,7 +201,7 @@ def test_noise_is_relative_to_each_victims_root_mean_square(victims: ModuleType)
 
 
 def test_noise_is_the_victims_own(victims: ModuleType) -> None:
-    honest = SampleVictims(victims=5)
+    honest = Victims("sample", victims=5)
     data = victims.PerturbedVictims(honest, noise=0.1)
     data.setup("fit")
     whole, part, fine = (
@@ -222,7 +222,7 @@ def test_noise_is_the_victims_own(victims: ModuleType) -> None:
 
 
 def test_half_rounds_and_refuses_what_it_cannot_hold(victims: ModuleType) -> None:
-    shared = SampleVictims(victims=2)
+    shared = Victims("sample", victims=2)
     shared.setup("fit")
     true = shared.share(range(2))
     rounded = victims.perturb(true, noise=0, half=True, seed=0)
@@ -234,7 +234,7 @@ def test_half_rounds_and_refuses_what_it_cannot_hold(victims: ModuleType) -> Non
 
 
 def test_configurations_differ(victims: ModuleType) -> None:
-    honest = SampleVictims(victims=2)
+    honest = Victims("sample", victims=2)
     made = [victims.PerturbedVictims(honest, noise=noise, half=half) for noise, half in ((0.1, False), (0.2, True))]
     first, second = (data.configuration for data in made)
     assert (first["noise"], second["half"]) == (0.1, True)

@@ -67,7 +67,7 @@ def test_colours_vary_less_than_brightness() -> None:
 
 def test_is_near_the_spectrum_of_the_sample() -> None:
     """Of real images it leaves coefficients of more nearly equal size than the images' own."""
-    data = SampleVictims(victims=200)
+    data = Victims("sample", victims=200)
     data.setup("fit")
     images = GroundTruth.cat(list(data.val_dataloader())).images[:, 0, 0].double()
     spectrum = ImageSpectrum(1, (1, 28, 28))

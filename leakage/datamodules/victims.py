@@ -1,0 +1,313 @@
+"""Victims made from a data set of labelled images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from leakage.clients.protocol import Protocol
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
+from leakage.datamodules.base import GroundTruth, VictimDataModule, digest
+from leakage.datamodules.draws import check_distribution, draw_victims
+from leakage.datamodules.sources import AnySource, OpenSource, Source
+from leakage.defenses.base import Defense, check_defenses
+from leakage.errors import check_choice, check_count, check_flag
+from leakage.models import LeNet
+from leakage.seeds import derive_seed
+
+# Those entries of a protocol that say what the clients do, and not what of.
+_OF_THE_CLIENT = ("num_images", "loss", "reduction", "local_steps", "learning_rate", "local_batch_size")
+# Victims whose images one worker decodes at a time.
+_DECODED_AT_ONCE = 64
+# Victims whose reconstructions are scored at a time.
+_SCORED_AT_ONCE = 256
+
+
+class Victims(VictimDataModule):
+    r"""Clients that each hold a few images of a data set, no image twice.
+
+    With :math:`\pi_s` a permutation of the data set drawn from the seed alone, victim i holds the
+    images :math:`\pi_s(iN), \ldots, \pi_s(iN + N - 1)`: the same whatever the number of victims,
+    the lanes, the workers or the processes. With ``labels`` the images are those of
+    :func:`~leakage.datamodules.draw_victims` instead, of which two victims may hold the same. The
+    global random state is left as it was.
+
+    ====================== =================================================================================
+    ``dataset``            images
+    ====================== =================================================================================
+    ``"mnist"``            handwritten digits, 60,000 and 10,000 of (1, 28, 28), 10 classes (LeCun et al. 1998)
+    ``"fashion_mnist"``    clothes, of the same numbers (Xiao et al. 2017, https://arxiv.org/abs/1708.07747)
+    ``"cifar10"``          photographs, 50,000 and 10,000 of (3, 32, 32), 10 classes (Krizhevsky 2009)
+    ``"cifar100"``         the same with 100 classes
+    ``"svhn"``             house numbers, 73,257 and 26,032 of (3, 32, 32), 10 classes (Netzer et al. 2011)
+    ``"lfw"``              faces, 13,233 photographs of 5,749 persons, scaled to (3, 32, 32) (Huang et al. 2007);
+                           networks have 4.4 million parameters each, and nothing is downloaded
+    ``"sample"``           the bundled sample: 1,000 of FashionMNIST's test images, 100 of each class
+    the path of a folder   ``<folder>/<class>/<image>``, or two of them as ``train/`` and ``test/`` inside; classes
+                           are numbered in the order of their names
+    a map-style Dataset    items (image, label): a PIL image, a uint8 tensor or floats in [0, 1], ``(C, H, W)``, not
+                           normalised, the same whenever it is asked for; and a class index
+    ====================== =================================================================================
+
+    The images of all victims are decoded once at ``setup``, so that none of them can fail during the attack.
+
+    Attributes:
+        name: what the data set is called.
+
+    Args:
+        dataset: see above.
+        victims: number of victims.
+        images: N, the images behind one gradient.
+        seed: decides images, networks and the noise of defenses.
+        labels: how the victims' labels are spread: None as above, or ``"uniform"``, ``"single-class"`` or
+            ``"dirichlet:A"`` as for :func:`~leakage.datamodules.draw_victims`.
+        lanes: victims that are attacked at once, see :class:`VictimDataModule`.
+        model: the clients' network, images in [0, 1] to logits; by default a
+            :class:`~leakage.LeNet` that fits images and classes.
+        weights: ``"own"`` gives every victim a freshly drawn network, ``"shared"`` all of them
+            the weights of ``model``. By default own without a ``model``, else shared.
+        loss: the clients' training loss, a key of :data:`leakage.clients.losses.LOSSES`.
+        reduction: over the images of a step, ``"mean"`` or ``"sum"``.
+        local_steps, learning_rate, local_batch_size: the clients' local training, see :class:`~leakage.Victim`.
+        reveal_labels: tell the attacker the labels.
+        defenses: what clients do to their gradients before they share them, see :class:`~leakage.Victim`.
+        split: ``"train"`` or ``"test"``, where the data set has both.
+        root: where a named data set lies; by default the environment variable ``LEAKAGE_DATA``, else
+            ``~/.cache/leakage``.
+        download: fetch a data set of torchvision if it is not there.
+        image_size: height and width to scale and crop a folder's images to, one number for square images. By default
+            they stay as they are, and must all be of one size, of at most 2**24 pixels. No image may have
+            more than Pillow's limit for safety, 89 million.
+        channels: of a folder's images, 3 for RGB (the default) or 1 for grey, converted where needed.
+        num_classes: of a Dataset, by default the number of its ``classes``, else what its ``targets`` or ``labels``
+            ask for.
+        num_workers: processes that decode images.
+
+    Raises:
+        ValueError: at construction, an unknown choice, a count out of range or an option that the data set does not
+            take; at ``setup``, more images wanted than there are, an image that can't be used (the message names it),
+            images of different sizes, fewer than two classes, or a model that does not fit images and classes.
+        FileNotFoundError: at construction, no such data set; at ``prepare_data`` or ``setup``, one that is not there
+            and can't be downloaded, or a folder without class folders or images.
+
+    Example:
+        >>> data = Victims("sample", victims=3)
+        >>> data.setup("fit")
+        >>> shared = data.share(range(3))
+        >>> len(shared), shared.labels
+        (3, None)
+
+        A data set of one's own:
+
+        >>> from torch.utils.data import TensorDataset
+        >>> noise = TensorDataset(torch.rand(40, 3, 16, 16), torch.arange(40) % 4)
+        >>> data = Victims(noise, victims=5, images=8, labels="single-class")
+        >>> data.setup("fit")
+        >>> data.victim.protocol.num_classes
+        4
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        dataset: AnySource,
+        *,
+        victims: int = 100,
+        images: int = 1,
+        seed: int = 0,
+        labels: str | None = None,
+        lanes: int | str = "auto",
+        model: nn.Module | None = None,
+        weights: str | None = None,
+        loss: str = "cross_entropy",
+        reduction: str = "mean",
+        local_steps: int = 1,
+        learning_rate: float | None = None,
+        local_batch_size: int | None = None,
+        reveal_labels: bool = False,
+        defenses: Sequence[Defense] = (),
+        split: str = "train",
+        root: str | os.PathLike[str] | None = None,
+        download: bool = True,
+        image_size: int | tuple[int, int] | None = None,
+        channels: int | None = None,
+        num_classes: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(lanes=lanes)
+        check_count(victims=victims, images=images)
+        check_count(0, seed=seed, num_workers=num_workers)
+        check_flag(reveal_labels=reveal_labels)
+        if labels is not None:
+            check_distribution("labels", labels)
+        if model is not None and not isinstance(model, nn.Module):
+            raise ValueError(f"Expected `model` to be a torch.nn.Module, but got {type(model).__name__}.")
+        if weights is None:
+            weights = "own" if model is None else "shared"
+        check_choice("weights", weights, ("own", "shared"))
+        # What can be said of the protocol before there is a model or an image.
+        protocol = Protocol((1, 1, 1), 2, images, loss, reduction, local_steps, learning_rate, local_batch_size)
+        check_choice("split", split, ("train", "test"))
+        self.source = Source(
+            dataset,
+            root=root,
+            download=download,
+            image_size=image_size,
+            channels=channels,
+            num_classes=num_classes,
+        )
+        if split == "test" and not self.source.parts:
+            raise ValueError(
+                f"Expected `split` 'train' with {self.source.name!r}, which has no test images apart, but got 'test'."
+            )
+        self.name = self.source.name
+        self.victims = victims
+        self.images = images
+        self.seed = seed
+        self.labels = labels
+        self.model = model
+        self.weights = weights
+        self.client = {name: value for name, value in vars(protocol).items() if name in _OF_THE_CLIENT}
+        self.reveal_labels = reveal_labels
+        self.defenses = check_defenses(defenses)
+        self.split = split
+        self.num_workers = num_workers
+
+    def prepare_data(self) -> None:
+        """Download what is not there yet."""
+        self.source.fetch(self.split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draw the victims' images and build their network; later calls do nothing."""
+        if hasattr(self, "victim"):
+            return
+        source = self.source.open(self.split)
+        order = self._draw(source)
+        first = int(order[0, 0])
+        channels, height, width = source[first][0].shape
+        model = self.model
+        if model is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(self.seed)
+                model = LeNet(channels=channels, image_size=(height, width), num_classes=source.num_classes)
+        victim = Victim(model, image_shape=(channels, height, width), defenses=self.defenses, **self.client)
+        if victim.protocol.num_classes < source.num_classes:
+            raise ValueError(
+                f"Expected `model` to have a logit for each of the {source.num_classes} classes of the data set, "
+                f"but got {victim.protocol.num_classes}."
+            )
+        if self.weights == "own":
+            victim.fresh_states([self.seed])  # a module that can't be drawn anew shall fail now
+        for index in sorted(set(order.flatten().tolist())):
+            source.check_size(source[index][0], victim.protocol.image_shape, index)
+        self._images = _VictimImages(source, order)
+        self.victim = victim
+
+    def _draw(self, source: OpenSource) -> Tensor:
+        """``(V, N)``, indices of the images that victims hold."""
+        if self.labels is not None:
+            return draw_victims(
+                source.labels,
+                victims=self.victims,
+                num_images=self.images,
+                distribution=self.labels,
+                seed=self.seed,
+            )
+        available, wanted = len(source), self.victims * self.images
+        if wanted > available:
+            raise ValueError(
+                f"Expected `victims` * `images` to be at most the {available} images of the data set, "
+                f"but got {self.victims} * {self.images} = {wanted}."
+            )
+        order = torch.randperm(available, generator=torch.Generator().manual_seed(self.seed))
+        return order[:wanted].view(self.victims, self.images)
+
+    def share(self, victims: Sequence[int]) -> SharedGradient:
+        """The gradients of the victims at these places, in the precision of their network."""
+        truth = GroundTruth.cat(list(self._load(victims, _DECODED_AT_ONCE)))
+        states = None
+        if self.weights == "own":
+            states = self.victim.fresh_states([derive_seed(self.seed, victim, "weights") for victim in victims])
+        return self.victim.share(
+            truth.images.to(next(self.victim.model.parameters()).dtype),
+            truth.labels,
+            states=states,
+            ids=truth.ids,
+            reveal_labels=self.reveal_labels,
+            seed=self.seed,
+        )
+
+    def val_dataloader(self) -> DataLoader[GroundTruth] | list[Any]:
+        """The ground truth of the victims that are audited, in order."""
+        return self._load(range(self.victims) if self.audited is None else self.audited, _SCORED_AT_ONCE)
+
+    def _load(self, victims: Sequence[int], batch_size: int) -> DataLoader[GroundTruth]:
+        return DataLoader(
+            self._images,
+            batch_size=batch_size,
+            sampler=_Just(victims),
+            num_workers=self.num_workers,
+            collate_fn=GroundTruth.cat,
+            generator=torch.Generator(),  # else the loader advances the global one
+        )
+
+    @cached_property
+    def configuration(self) -> dict[str, Any]:
+        """As in the base class, with what the victims' images, networks and losses depend on."""
+        self.setup("fit")
+        first = self._images[0]
+        return super().configuration | {
+            **self.source.configuration,
+            "split": self.split if self.source.parts else None,
+            "size": len(self._images.source),
+            **self.client,
+            "labels": self.labels,
+            "seed": self.seed,
+            "weights": self.weights if self.weights == "own" else digest(self.victim.state),
+            "reveal_labels": self.reveal_labels,
+            "defenses": [repr(defense) for defense in self.defenses],
+            "first_victim": digest({"images": first.images, "labels": first.labels}),
+        }
+
+
+class _Just(DistributedSampler[GroundTruth]):
+    """The victims that are asked for; of this type, so that Lightning does not deal them out to the processes again."""
+
+    def __init__(self, victims: Sequence[int]) -> None:
+        self.victims = victims
+
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]
+        return iter(self.victims)
+
+    def __len__(self) -> int:
+        return len(self.victims)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing: the order is always the same."""
+
+
+class _VictimImages(Dataset[GroundTruth]):
+    """The ground truth victim by victim; all that a worker runs."""
+
+    def __init__(self, source: OpenSource, order: Tensor) -> None:
+        self.source = source
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, victim: int) -> GroundTruth:
+        images, labels = zip(*(self.source[index] for index in self.order[victim].tolist()), strict=True)
+        return GroundTruth(
+            ids=torch.tensor([victim]),
+            images=torch.stack(images)[None],
+            labels=torch.tensor(labels)[None],
+        )
