@@ -19,41 +19,36 @@ from torch.nn import functional as F
 import leakage.clients.training as training
 from leakage import Victim
 from leakage.clients.training import TrainedNetwork, trained_network
-from leakage.datamodules import LabelledDataModule, LabelledTensors, SampleVictims
+from leakage.datamodules import LabelledImages, LabelledTensors, Victims
 from leakage.files.checkpoints import WholeCheckpointIO
 from leakage.models import MLP, ConvNet, draw_state
 from leakage.seeds import derive_seed
 
 
-class Brightness(LabelledDataModule):
+class Brightness(LabelledImages):
     """Noise of three brightnesses."""
 
-    name = "brightness"
-
     def __init__(self, size: int = 42, spoilt: Tensor | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.size = size
-        self.spoilt = spoilt
-
-    def load_images(self) -> tuple[LabelledTensors, LabelledTensors, tuple[str, ...]]:
         generator = torch.Generator().manual_seed(1)
-        labels = torch.arange(self.size + 21) % 3
+        labels = torch.arange(size + 21) % 3
         noise = torch.randint(100, (len(labels), 1, 4, 4), generator=generator)
         images = (noise + 60 * labels[:, None, None, None]).byte()
-        if self.spoilt is not None:
-            images[self.spoilt] = 255 - images[self.spoilt]
-        train, test = images[: self.size], images[self.size :]
-        return (
-            LabelledTensors(train, labels[: self.size]),
-            LabelledTensors(test, labels[self.size :]),
-            ("dark", "grey", "light"),
+        if spoilt is not None:
+            images[spoilt] = 255 - images[spoilt]
+        train, test = (
+            LabelledTensors(images[part], labels[part], ("dark", "grey", "light"))
+            for part in (slice(size), slice(size, None))
         )
+        super().__init__((train, test), **options)
+        self.name = "brightness"
 
 
 class SameScale(Brightness):
     """With the same normalisation whatever is spoilt."""
 
-    statistics = ((0.4,), (0.25,))
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        self.mean, self.std = (0.4,), (0.25,)
 
 
 def perceptron() -> MLP:
@@ -66,7 +61,7 @@ def with_memory() -> nn.Module:
     return nn.Sequential(convolution.features, nn.Flatten(), nn.Dropout(0.3), nn.Linear(16, 3))
 
 
-def train(root: Path, model: nn.Module | None = None, data: LabelledDataModule | None = None, **options: Any) -> Any:
+def train(root: Path, model: nn.Module | None = None, data: LabelledImages | None = None, **options: Any) -> Any:
     return trained_network(
         perceptron() if model is None else model,
         Brightness() if data is None else data,
@@ -166,7 +161,7 @@ def test_a_break_changes_nothing(tmp_path, precision):
     assert same(whole, resumed)
     assert (whole.accuracy, whole.train_accuracy) == (resumed.accuracy, resumed.train_accuracy)
     # One that was not kept is trained from an earlier one.
-    assert kept(tmp_path / "whole") == [1, 2, 4]
+    assert kept(tmp_path / "whole") == [4]
     assert same(train(tmp_path / "whole", epochs=3, **options), early[1])
     assert not same(early[0], early[1])
 
@@ -317,22 +312,12 @@ def test_no_batch_is_a_single_image(tmp_path):
 
 
 def test_kept_epochs(tmp_path, monkeypatch):
-    train(tmp_path / "few", epochs=12)
-    assert kept(tmp_path / "few") == [1, 2, 5, 10, 12]
-    assert kept(tmp_path / "few", "json") == [12]
+    train(tmp_path / "quick", epochs=2)
+    train(tmp_path / "quick", epochs=4)
+    assert kept(tmp_path / "quick") == kept(tmp_path / "quick", "json") == [2, 4]
     monkeypatch.setattr(training, "_KEPT_AFTER", 0.0)
     train(tmp_path / "slow", epochs=4)
     assert kept(tmp_path / "slow") == [1, 2, 3, 4]
-
-
-def test_accuracies_that_are_broken_are_measured_again(tmp_path):
-    accuracy = train(tmp_path).accuracy
-    (path,) = tmp_path.glob("*/epoch_2.json")
-    whole = path.read_text()
-    for broken in ("", "[]", "{}", whole[:-20]):
-        path.write_text(broken)
-        assert train(tmp_path).accuracy == accuracy
-        assert path.read_text() == whole
 
 
 @pytest.mark.parametrize("epochs", [2, 4])
@@ -391,40 +376,27 @@ def test_logger(tmp_path):
 
 
 def test_progress(tmp_path, capsys):
-    train(tmp_path, epochs=1, progress=True)
-    assert "5/5" in capsys.readouterr().out
     train(tmp_path, epochs=2, progress=True)
     told = capsys.readouterr().out
-    assert "10/10" in told
-    assert "epoch=2, accuracy=0." in told
+    assert "5/5" in told
+    assert "train/accuracy=0." in told
     train(tmp_path, epochs=5, progress=False)
     assert not capsys.readouterr().out
 
 
-def test_diverging_losses(tmp_path):
-    message = r"^Expected finite losses and weights in training, but got a loss of (nan|inf) in epoch 1 with learning_"
-    with pytest.raises(FloatingPointError, match=message + r"rate=1e\+20\. Lower `learning_rate`\.$"):
-        train(tmp_path, learning_rate=1e20)
+@pytest.mark.parametrize("batch_size", [10, 42])
+def test_weights_that_diverge(tmp_path, batch_size):
+    """Long before the end of the epoch, and in its last step."""
+    model = nn.Sequential(nn.Flatten(), Louder(), nn.Linear(16, 3))
+    message = r"^Expected finite weights in training, but got NaN or inf in '1\.[a-z0-9.]*' in epoch 1 with learning_"
+    with pytest.raises(FloatingPointError, match=message + r"rate=1e\+38\. Lower `learning_rate`\.$"):
+        train(tmp_path, model, batch_size=batch_size, learning_rate=1e38)
     assert kept(tmp_path) == []
 
 
 class Louder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return 1e3 * images
-
-
-def test_weights_that_diverge_in_the_last_step(tmp_path):
-    with pytest.raises(
-        FloatingPointError, match=r"but got NaN or inf in '1\.[a-z0-9.]*' in epoch 1 with learning_rate"
-    ):
-        train(
-            tmp_path,
-            nn.Sequential(nn.Flatten(), Louder(), nn.Linear(16, 3)),
-            epochs=1,
-            batch_size=42,
-            learning_rate=1e38,
-        )
-    assert kept(tmp_path) == []
 
 
 class Scale(nn.Module):
@@ -444,12 +416,12 @@ class Scale(nn.Module):
         ({"num_images": 43}, "`num_images` of at most 42, the training images of 'brightness', but got 43"),
         ({"learning_rate": 0.0}, "`learning_rate` to be positive and finite, but got 0.0"),
         ({"precision": "16"}, r"`precision` to be one of \['32-true', 'bf16-mixed'\], but got '16'"),
-        ({"data": Victims("sample")}, "`data` to be a LabelledDataModule, but got SampleVictims"),
-        ({"model": MLP(1, 4, 4)}, r"a `network` for images \(1, 4, 4\) and 3 classes, .* but got MLP, which makes"),
-        ({"model": MLP(3, 4, 3)}, r"a `network` for images \(1, 4, 4\) and 3 classes, .* but got MLP, which fails"),
+        ({"data": Victims("sample")}, "`data` to be a LabelledImages, but got Victims"),
+        ({"model": MLP(1, 4, 4)}, "a `model` with a logit for each of the 3 classes of 'brightness', but got 4"),
+        ({"model": MLP(3, 4, 3)}, r"`model` to take images of shape \(N, 1, 4, 4\), but got: "),
         (
             {"model": nn.Sequential(perceptron(), Scale())},
-            r"a `network` for images|every module with weights to have `reset_parameters",
+            r"`model` to take images of shape|every module with weights to have `reset_parameters",
         ),
     ],
     ids=str,
