@@ -72,3 +72,27 @@ def one_at_a_time(
         value = squares.mean() if reduction == "mean" else squares.sum()
     parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     return dict(zip(parameters, torch.autograd.grad(value, list(parameters.values())), strict=True))
+
+
+def everything(model: nn.Module) -> dict[str, object]:
+    """All that somebody could leave behind on a model."""
+    hooks = [name for name in vars(model) if name.endswith("hooks")]
+    assert "_forward_hooks" in hooks
+    return {
+        "hooks": [[list(getattr(module, hook) or ()) for hook in hooks] for module in model.modules()],
+        "mode": [module.training for module in model.modules()],
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+        "grad": [None if tensor.grad is None else tensor.grad.tolist() for tensor in model.parameters()],
+        "state": {name: tensor.tolist() for name, tensor in model.state_dict().items()},
+        "parameters": [id(parameter) for parameter in model.parameters()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+    }
+
+
+class LogSoftmaxAtTheEnd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(60, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(images.flatten(1)).log_softmax(1)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from leakage import Protocol, SharedGradient, Victim
 from leakage.defenses import Clip, Defense, GaussianNoise, TopK
 from leakage.seeds import derive_seed
 from tests.clients.networks import CLASSES, IMAGE_SHAPE, network, private
+from tests.clients.shared import rewrite
 
 ALL = [TopK(0.3), Clip(0.05), GaussianNoise(0.1, relative=True), GaussianNoise(1e-3)]
 TOLD = ({"name": "Clip", "norm": 0.05}, {"name": "GaussianNoise", "std": 1e-3, "relative": False})
@@ -231,27 +231,13 @@ def test_hostile_headers(tmp_path):
     for _ in range(500):
         nested = [nested]
     for defenses in (3, [3], [{"norm": 1}], [{"name": "Clip", "norm": float("inf")}], [{"name": "x" * 10**6}], nested):
-        spoiled = dataclasses.replace(shared)
-        spoiled.save(path)
+        shared.save(path)
+        rewrite(path, protocol=json.dumps(dataclasses.asdict(shared.protocol) | {"defenses": defenses}))
         with pytest.raises(
             ValueError, match=r"a protocol in the header of '.*', but got: Expected `defenses`"
         ) as error:
-            load_with(path, dataclasses.asdict(shared.protocol) | {"defenses": defenses})
+            SharedGradient.load(path)
         assert len(str(error.value)) < 1000
-
-
-def load_with(path: Any, protocol: dict[str, Any]) -> SharedGradient:
-    header = {"format": "leakage.SharedGradient", "version": "1", "own_weights": "false"}
-    save_file(load_file(path), path, header | {"protocol": json.dumps(protocol)})
-    return SharedGradient.load(path)
-
-
-def test_an_older_file_tells_of_no_defenses(tmp_path):
-    shared = client().share(*private(2))
-    shared.save(tmp_path / "client.safetensors")
-    protocol = dataclasses.asdict(shared.protocol)
-    del protocol["defenses"]
-    assert load_with(tmp_path / "client.safetensors", protocol).protocol == shared.protocol
 
 
 # -- errors
