@@ -29,7 +29,7 @@ class SharedGradients(VictimDataModule):
 
     Args:
         shared: a :class:`~leakage.SharedGradient`, the path of a file of :meth:`leakage.SharedGradient.save`, a
-            pattern such as ``"round-*.safetensors"``, or a sequence of these.
+            pattern such as ``"round-*.safetensors"``, or a list of these.
         victim: the client that the gradients are of, or its network alone, for which the protocol of the gradients
             tells the rest. Its weights are those that come with the gradients.
         lanes: victims that are attacked at once, see :class:`VictimDataModule`.
@@ -53,7 +53,7 @@ class SharedGradients(VictimDataModule):
 
     def __init__(
         self,
-        shared: AnyShared | Sequence[AnyShared],
+        shared: AnyShared | list[AnyShared] | tuple[AnyShared, ...],
         victim: Victim | nn.Module,
         *,
         lanes: int | str = "auto",
@@ -61,14 +61,13 @@ class SharedGradients(VictimDataModule):
         super().__init__(lanes=lanes)
         if not isinstance(victim, Victim | nn.Module):
             raise ValueError(f"Expected `victim` to be a Victim or a torch.nn.Module, but got {type(victim).__name__}.")
-        parts = [shared] if isinstance(shared, _KINDS) else list(shared)
+        parts = list(shared) if isinstance(shared, list | tuple) else [shared]
         if not parts:
             raise ValueError(f"Expected `shared` to hold at least one shared gradient or path, but got {shared!r}.")
         for part in parts:
             if not isinstance(part, _KINDS):
                 raise ValueError(
-                    f"Expected `shared` as a SharedGradient, a path, or a sequence of these, but got "
-                    f"{type(part).__name__}."
+                    f"Expected `shared` as a SharedGradient, a path, or a list of these, but got {type(part).__name__}."
                 )
         self.shared = parts
         # A network is given as it is, so that the command line can put it into evaluation mode.

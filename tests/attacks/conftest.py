@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack
-from leakage.datamodules import Victims
-from leakage.datamodules.images import LabelledImages
+from leakage.datamodules import Source, Victims
 from leakage.inversion.reconstruction import Reconstruction
 
 
@@ -81,13 +80,17 @@ def case(request: pytest.FixtureRequest) -> Case:
     return chosen
 
 
-class SmallVictims(SampleVictims):
+def small_images() -> TensorDataset:
     """The bundled sample, four ninths of the pixels on each side, so that an attack takes a second."""
+    images, labels = zip(*Source("sample").open(), strict=True)
+    return TensorDataset(F.interpolate(torch.stack(images), size=(12, 12), mode="area"), torch.tensor(labels))
 
-    def open_images(self) -> tuple[LabelledImages, int]:
-        sheet, classes = super().open_images()
-        images, labels = sheet.tensors  # type: ignore[attr-defined]
-        return TensorDataset(F.interpolate(images, size=(12, 12), mode="area"), labels), classes
+
+class SmallVictims(Victims):
+    """Victims of the small images."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(small_images(), **options)
 
 
 def fit(
@@ -150,6 +153,7 @@ def kit() -> SimpleNamespace:
     """What the tests of attacks share."""
     return SimpleNamespace(
         victims=SmallVictims,
+        images=small_images,
         fit=fit,
         by_id=by_id,
         assert_same=assert_same,

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from leakage.attacks import PROTOCOLS, IDLGAttack
-from leakage.datamodules import Victims, SharedGradientFiles
+from leakage.datamodules import SharedGradients, Victims
 from leakage.models import LeNet
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -103,7 +103,7 @@ def test_wants_a_datamodule_of_victims(case: Any) -> None:
             return [torch.zeros(1)]
 
     options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    with pytest.raises(ValueError, match=r"DataModule of `leakage\.datamodules` .*SharedGradientFiles.*but got Other"):
+    with pytest.raises(ValueError, match=r"DataModule of `leakage\.datamodules` .*SharedGradients.*but got Other"):
         Trainer(**options).fit(case.attack(), datamodule=Other())
     with pytest.raises(ValueError, match=r"Trainer\.fit\(attack, datamodule=\.\.\.\).*but got NoneType"):
         Trainer(**options).fit(case.attack(), [torch.zeros(1)])
@@ -174,7 +174,7 @@ def test_names_a_gradient_that_does_not_fit_the_network(case: Any, kit: Any, tmp
     victims = kit.victims(victims=2)
     victims.setup("fit")
     victims.share(range(2)).save(tmp_path / "client.safetensors")
-    files = SharedGradientFiles(tmp_path / "client.safetensors", model=LeNet(1, 12, width=7))
+    files = SharedGradients(tmp_path / "client.safetensors", LeNet(1, 12, width=7))
     with pytest.raises(
         ValueError, match=r"to fit the model .*but got: Expected the gradient of .classifier\.weight. to have"
     ):

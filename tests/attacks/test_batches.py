@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import Subset
 
 from leakage.attacks import IDLGAttack
-from leakage.datamodules.base import GroundTruth
-from leakage.datamodules.images import LabelledImages
+from leakage.datamodules import GroundTruth, Victims
 from leakage.labels import Auxiliary, infer_labels
 from leakage.models import LeNet
 
@@ -32,9 +31,9 @@ def auxiliary_images(kit: Any, count: int = 60) -> Auxiliary:
 
 @pytest.mark.parametrize("num_images", [2, 4])
 def test_finds_the_images_of_a_batch(case: Any, kit: Any, num_images: int) -> None:
-    victims = kit.victims(victims=4, num_images=num_images)
+    victims = kit.victims(victims=4, images=num_images)
     attack = kit.fit(case.attack(max_evaluations=100 * num_images, restarts=0), victims)
-    start = kit.fit(case.attack(max_evaluations=1, restarts=0), kit.victims(victims=4, num_images=num_images))
+    start = kit.fit(case.attack(max_evaluations=1, restarts=0), kit.victims(victims=4, images=num_images))
     found, scores = kit.by_id(attack), [attack.scores[victim] for victim in range(4)]
     # In whatever order: the truth's own is not the reconstructions'. One network may leave nothing to find.
     assert sum(score.success == 1 for score in scores) >= 3
@@ -45,15 +44,9 @@ def test_finds_the_images_of_a_batch(case: Any, kit: Any, num_images: int) -> No
 
 
 def test_finds_images_of_the_same_class(case: Any, kit: Any) -> None:
-    class OneClass(kit.victims):  # type: ignore[misc, name-defined]
-        """Each victim holds trousers only."""
-
-        def open_images(self) -> tuple[LabelledImages, int]:
-            images, classes = super().open_images()
-            trousers = (images.tensors[1] == 1).nonzero().flatten().tolist()
-            return Subset(images, trousers), classes
-
-    victims = OneClass(victims=3, num_images=2)
+    images = kit.images()
+    trousers = (images.tensors[1] == 1).nonzero().flatten().tolist()
+    victims = Victims(Subset(images, trousers), num_classes=10, victims=3, images=2)
     attack = kit.fit(case.attack(max_evaluations=250, restarts=0), victims)
     found = kit.by_id(attack)
     assert found.labels.tolist() == [[1, 1]] * 3
@@ -91,7 +84,7 @@ def test_labels_are_those_of_the_rule_whatever_the_cohorts(kit: Any, rule: str, 
 
 
 def test_the_rule_decides(kit: Any) -> None:
-    victims = kit.victims(victims=40, num_images=4)
+    victims = kit.victims(victims=40, images=4)
     labels = [
         kit.by_id(kit.fit(IDLGAttack(rule=rule, max_evaluations=1, restarts=0), victims)).labels
         for rule in ("row_minimum", "mean_feature")
@@ -101,7 +94,7 @@ def test_the_rule_decides(kit: Any) -> None:
 
 
 def test_labels_that_are_told_keep_their_order(kit: Any) -> None:
-    victims = kit.victims(victims=8, num_images=3, reveal_labels=True)
+    victims = kit.victims(victims=8, images=3, reveal_labels=True)
     # No rule is asked, so none is refused.
     found = kit.by_id(kit.fit(IDLGAttack(rule="idlg", max_evaluations=1, restarts=0), victims))
     assert torch.equal(found.labels, truth_of(victims).labels)
@@ -136,7 +129,7 @@ def test_refuses_victims_that_the_rule_can_not_read(
 ) -> None:
     auxiliary = None if shape is None else Auxiliary(torch.rand(20, *shape), torch.arange(20) % 10)
     with pytest.raises(ValueError, match=message):
-        kit.fit(IDLGAttack(rule=rule, auxiliary=auxiliary), kit.victims(victims=2, num_images=2, **victims))
+        kit.fit(IDLGAttack(rule=rule, auxiliary=auxiliary), kit.victims(victims=2, images=2, **victims))
 
 
 def test_options_are_plain_values_and_a_checkpoint_knows_other_auxiliary_images(kit: Any, tmp_path: Path) -> None:
@@ -146,7 +139,7 @@ def test_options_are_plain_values_and_a_checkpoint_knows_other_auxiliary_images(
     model = LeNet(1, 12)
 
     def run(attack: IDLGAttack, checkpoint: str | None = None) -> Any:
-        victims = kit.victims(victims=2, num_images=2, model=model)
+        victims = kit.victims(victims=2, images=2, model=model)
         saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
         return kit.fit(attack, victims, ckpt_path=checkpoint, callbacks=[saver], enable_checkpointing=True)
 
@@ -177,4 +170,4 @@ def test_inferred_labels_have_no_order_for_clients_that_take_images_in_turns(kit
 
 def test_a_rule_for_one_network_is_refused_before_the_search(kit: Any) -> None:
     with pytest.raises(ValueError, match="Expected victims that share their weights for rule='posterior'"):
-        kit.fit(IDLGAttack(rule="posterior"), kit.victims(victims=2, num_images=2))
+        kit.fit(IDLGAttack(rule="posterior"), kit.victims(victims=2, images=2))

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from leakage.clients.shared_gradient import SharedGradient
-from leakage.datamodules import SharedGradientFiles
-from leakage.datamodules.base import GroundTruth
+from leakage.datamodules import GroundTruth, SharedGradients
 from leakage.models import LeNet
 from leakage.seeds import derive_seed
 from leakage.solvers import STATUS
@@ -295,7 +294,7 @@ def test_own_gradients_in_files_without_a_truth(case: Any, kit: Any, tmp_path: P
     victims.setup("fit")
     victims.share(range(3)).save(tmp_path / "first.safetensors")
     victims.share(range(3, 5)).save(tmp_path / "second.safetensors")
-    files = SharedGradientFiles(str(tmp_path / "*.safetensors"), model=LeNet(1, 12), lanes=2)
+    files = SharedGradients(str(tmp_path / "*.safetensors"), LeNet(1, 12), lanes=2)
     attack = kit.fit(case.attack(), files)
     found = kit.by_id(attack)
     assert attack.scores == {}
@@ -311,7 +310,7 @@ def test_a_gradient_of_zero_is_no_trouble_for_the_other_victims(case: Any, kit: 
     for gradient in shared.gradients.values():
         gradient[1] = 0
     shared.save(tmp_path / "client.safetensors")
-    files = SharedGradientFiles(tmp_path / "client.safetensors", model=LeNet(1, 12))
+    files = SharedGradients(tmp_path / "client.safetensors", LeNet(1, 12))
     found = kit.by_id(kit.fit(case.attack(max_evaluations=200, restarts=0), files))
     truth = GroundTruth.cat(list(victims.val_dataloader()))
     errors = (found.images - truth.images).square().flatten(1).mean(1)

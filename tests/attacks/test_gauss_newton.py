@@ -57,7 +57,7 @@ def test_either_solver_finds_the_images(kit: Any, solver: str) -> None:
 
 
 def test_two_images_of_one_label_come_out_exactly(kit: Any) -> None:
-    victims = kit.victims(victims=4, num_images=2, reveal_labels=True)
+    victims = kit.victims(victims=4, images=2, reveal_labels=True)
     victims.setup("fit")
     attack = kit.fit(GaussNewtonAttack(), victims)
     assert sum(score.mse < 1e-6 for score in attack.scores.values()) >= 3
@@ -78,7 +78,7 @@ def test_refuses_more_unknowns_than_equations_unless_asked(kit: Any) -> None:
     with pytest.raises(ValueError, match=r"but got 144 unknowns \(an image of \(1, 12, 12\)\) and 100 equations"):
         kit.fit(GaussNewtonAttack(), victims)
     with pytest.raises(ValueError, match=r"but got 308 unknowns \(2 images of \(1, 12, 12\) and their labels\)"):
-        kit.fit(GaussNewtonAttack(joint_labels=True), kit.victims(victims=2, num_images=2, model=few_equations()))
+        kit.fit(GaussNewtonAttack(joint_labels=True), kit.victims(victims=2, images=2, model=few_equations()))
     found = kit.by_id(
         kit.fit(GaussNewtonAttack(underdetermined=True, restarts=0), kit.victims(victims=2, model=few_equations()))
     )
@@ -108,7 +108,7 @@ def test_names_the_module_that_is_no_plain_chain(kit: Any, attack: Any) -> None:
     with pytest.raises(ValueError, match=r"SiLU"):
         kit.fit(attack, kit.victims(victims=2, model=LeNet(1, 12, activation="silu")))
     with pytest.raises(ValueError, match=r"Expected at most 9 images"):
-        kit.fit(attack, kit.victims(victims=2, num_images=12, reveal_labels=True, model=ConvNet(1, 12)))
+        kit.fit(attack, kit.victims(victims=2, images=12, reveal_labels=True, model=ConvNet(1, 12)))
 
 
 @pytest.mark.parametrize("attack", [RGAPAttack(), GaussNewtonAttack(start="rgap")], ids=["RGAP", "GaussNewton"])

@@ -194,6 +194,6 @@ def test_labels_are_inferred_ahead_of_no_more_than_so_many(kit: Any, monkeypatch
     seen: list[int] = []
     infer = IDLGAttack._infer
     monkeypatch.setattr(IDLGAttack, "_infer", lambda attack, shared: seen.append(len(shared)) or infer(attack, shared))
-    victims = kit.victims(victims=9, lanes=5, num_images=2, weights="shared")
+    victims = kit.victims(victims=9, lanes=5, images=2, weights="shared")
     kit.fit(IDLGAttack(max_evaluations=2, restarts=0), victims)
     assert max(seen) == 5, "the lanes, and no more"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from leakage.attacks import DLGAttack
-from leakage.datamodules.base import GroundTruth
+from leakage.datamodules import GroundTruth
 from leakage.models import LeNet
 from leakage.seeds import derive_seed
 from leakage.solvers import STATUS

@@ -12,26 +12,21 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from leakage.callbacks import CondensationProgressBar, SyntheticEvaluation
 from leakage.condensation import GradientMatchingCondensation
-from leakage.datamodules import LabelledDataModule, LabelledTensors
+from leakage.datamodules import LabelledImages, LabelledTensors
 from leakage.models import ConvNet
 
 
-class Stripes(LabelledDataModule):
+class Stripes(LabelledImages):
     """Noisy stripes of three widths."""
 
-    name = "stripes"
-
     def __init__(self, channels: int = 1) -> None:
-        super().__init__(batch_size=4)
-        self.channels = channels
-
-    def load_images(self) -> tuple[LabelledTensors, LabelledTensors, tuple[str, ...]]:
         generator = torch.Generator().manual_seed(5)
         labels = torch.arange(3).repeat_interleave(10)
         stripes = torch.arange(8)[None, None, None, :] // (labels + 1)[:, None, None, None] % 2
-        noise = torch.randint(100, (len(labels), self.channels, 8, 8), generator=generator)
-        images = LabelledTensors((stripes * 120 + noise).byte(), labels)
-        return images, images, ("narrow", "middle", "wide")
+        noise = torch.randint(100, (len(labels), channels, 8, 8), generator=generator)
+        images = LabelledTensors((stripes * 120 + noise).byte(), labels, ("narrow", "middle", "wide"))
+        super().__init__((images, images), batch_size=4)
+        self.name = "stripes"
 
 
 def network(channels: int = 1) -> ConvNet:

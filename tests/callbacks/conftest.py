@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from leakage.datamodules.base import GroundTruth
+from leakage.datamodules import GroundTruth
 from leakage.inversion.reconstruction import Reconstruction
 from leakage.metrics import VictimScore, score
 from leakage.solvers import STATUS

@@ -65,11 +65,11 @@ def test_leakage_takes_every_command(sweep, capsys, monkeypatch: pytest.MonkeyPa
         assert config["trainer"]["logger"]["class_path"].endswith("OfflineSafeWandbLogger")
         seen.add(
             (
-                config["data"]["class_path"].rsplit(".", 1)[-1],
+                config["data"]["init_args"]["dataset"],
                 config["data"]["init_args"]["seed"],
                 config["model"]["init_args"]["protocol"],
             )
         )
     assert seen == set(
-        itertools.product(["MNISTVictims", "FashionMNISTVictims"], [0, 1, 2], ["published", "robust"])
+        itertools.product(["mnist", "fashion_mnist"], [0, 1, 2], ["published", "robust"])
     )  # fmt: skip

@@ -19,6 +19,7 @@ from leakage.inversion.reconstruction import Reconstruction
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.name for path in (ROOT / "experiments" / "idlg").glob("*.yaml") if path.name != "sweep.yaml")
+SAMPLE = ["--data", "Victims", "--data.dataset", "sample"]
 FEW = ["--model.max_evaluations", "5", "--model.restarts", "0", "--trainer.accelerator", "cpu"]
 
 
@@ -73,7 +74,18 @@ def test_refuses_another_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("attack", ["DLGAttack", "IDLGAttack", "RGAPAttack", "GaussNewtonAttack"])
 def test_fits_every_attack(attack: str) -> None:
-    main(["fit", "--model", attack, "--data", "SampleVictims", "--data.victims", "2", "--trainer.accelerator", "cpu"])
+    main(
+        [
+            "fit",
+            "--model",
+            attack,
+            *SAMPLE,
+            "--data.victims",
+            "2",
+            "--trainer.accelerator",
+            "cpu",
+        ]
+    )
     (table,) = Path("lightning_logs").rglob("victims.csv")
     assert table.read_text().count("converged") == 2
 
@@ -134,7 +146,7 @@ def test_an_interrupt_ends_quietly(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("leakage.attacks.GradientMatchingAttack.training_step", interrupt)
-    data = ["--victims", "2"] if command == "demo" else ["--model", "IDLGAttack", "--data", "SampleVictims", *FEW]
+    data = ["--victims", "2"] if command == "demo" else ["--model", "IDLGAttack", *SAMPLE, *FEW]
     try:
         said = refused(capsys, command, *data, code=130)
     finally:
@@ -171,7 +183,7 @@ def test_an_interrupted_demo_tells_where_the_partial_results_are(
 
 
 def test_fit_needs_no_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["fit", "--model", "IDLGAttack", "--data", "SampleVictims", "--data.victims", "2", *FEW])
+    main(["fit", "--model", "IDLGAttack", *SAMPLE, "--data.victims", "2", *FEW])
     folder = tmp_path / "lightning_logs" / "version_0"
     assert f"Results: {folder}" in capsys.readouterr().out
     assert len((folder / "victims.csv").read_text().splitlines()) == 3
@@ -225,13 +237,15 @@ def test_own_gradients_of_a_resnet(tmp_path: Path) -> None:
             ["--model.protocol", "published", "--model.spectrum", "true"],
             "Expected no `spectrum` with protocol='published'",
         ),
-        (["--data", "MNISTVictims", "--data.root", "none", "--data.download", "false"], "the train split of MNIST in"),
+        (["--data.dataset", "mnist", "--data.root", "none", "--data.download", "false"], "the train split of MNIST in"),
+        (["--data.dataset", "imagenet"], "Expected `dataset` to be one of ['mnist', 'fashion_mnist', 'cifar10',"),
+        (["--data.split", "test"], "Expected `split` 'train' with 'sample', which has no test images apart"),
     ],
 )
 def test_fit_refuses_bad_input_in_one_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    said = refused(capsys, "fit", "--model", "IDLGAttack", "--data", "SampleVictims", *arguments)
+    said = refused(capsys, "fit", "--model", "IDLGAttack", *SAMPLE, *arguments)
     assert said.startswith("leakage fit: error: Expected ")
     assert message in said
     assert said.count("\n") == 1
@@ -250,14 +264,14 @@ def test_fit_refuses_bad_input_in_one_line(
         ),
         (
             ["--data", "torch.nn.Linear"],
-            "Expected `--data` to be one of CIFAR10, CIFAR100, CIFAR100Victims, CIFAR10Victims, Fashion",
+            "Expected `--data` to be one of LabelledImages, SharedGradients, Victims, or the import path",
         ),
     ],
 )
 def test_fit_refuses_what_it_does_not_know_in_one_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    said = refused(capsys, "fit", "--model", "IDLGAttack", "--data", "SampleVictims", *arguments)
+    said = refused(capsys, "fit", "--model", "IDLGAttack", *SAMPLE, *arguments)
     assert said.startswith("leakage fit: error: ")
     assert message in said
     assert said.count("\n") == 1
@@ -284,7 +298,7 @@ def test_fit_tells_an_error_of_others_in_one_line(
     torch.save({"state_dict": {}, "hyper_parameters": {"lr": 0.1}}, tmp_path / "foreign.ckpt")
     torch.save(Path, tmp_path / "code.ckpt")
     data = ["--data.victims", "1", *FEW]
-    said = refused(capsys, "fit", "--model", "IDLGAttack", "--data", "SampleVictims", *data, *arguments)
+    said = refused(capsys, "fit", "--model", "IDLGAttack", *SAMPLE, *data, *arguments)
     assert said.startswith("leakage fit: error: ")
     assert message in said
     assert said.count("\n") == 1
@@ -318,4 +332,14 @@ def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(IDLGAttack, "training_step", fail)
     with pytest.raises(ValueError, match="somebody's own model"):
-        main(["fit", "--model", "IDLGAttack", "--data", "SampleVictims", "--data.victims", "1", *FEW])
+        main(
+            [
+                "fit",
+                "--model",
+                "IDLGAttack",
+                *SAMPLE,
+                "--data.victims",
+                "1",
+                *FEW,
+            ]
+        )

@@ -69,7 +69,10 @@ def test_fit_resumes_from_a_checkpoint(tmp_path: Path, saved: Path) -> None:
         (["--model.protocol", "quick"], "Expected `protocol` to be one of ['fast', 'published'], but got 'quick'"),
         (["--model.loops", "[0, 1]"], "Expected `loops` to be a whole number of at least 1, but got 0"),
         (["--model.images_per_class", "7"], "Expected `loops` (outer, inner) with images_per_class=7, but got None"),
-        (["--data", "SampleVictims"], "with a labelled data set of `leakage.datamodules`, such as FashionMNIST"),
+        (
+            ["--data", "Victims", "--data.dataset", "sample"],
+            "with a labelled data set of `leakage.datamodules`, `LabelledImages`, but got Victims",
+        ),
         (
             ["--model.network", "LeNet"],
             "Expected a `network` for images (1, 28, 28) and 10 classes, as 'sample' has, but got LeNet",
@@ -81,7 +84,7 @@ def test_fit_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str], m
     if arguments[-1] == "LeNet":
         arguments = [*arguments, "--model.network.image_size", "32"]
     # What belongs to the DataModule goes with it.
-    given = FIT[:9] if arguments[-1] == "SampleVictims" else FIT
+    given = FIT[:9] if "Victims" in arguments else FIT
     said = refused(capsys, *given, *arguments)
     assert said.startswith("leakage fit: error: ")
     assert message in said

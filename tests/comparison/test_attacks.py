@@ -14,7 +14,7 @@ from leakage import LeNet, Victim
 from leakage.attacks import DLGAttack, IDLGAttack
 from leakage.comparison import attacks as module
 from leakage.comparison.attacks import FILES, Row, compare, format_table, holds_results
-from leakage.datamodules import Victims, SharedGradientFiles
+from leakage.datamodules import SharedGradients, Victims
 
 COLUMNS = [
     "method",
@@ -226,7 +226,7 @@ def test_without_resume_replaces_an_earlier_comparison(tmp_path: Path, recwarn: 
 
 def test_several_images_per_victim(tmp_path: Path) -> None:
     (row,) = run(
-        tmp_path, methods={"dlg": attacks(max_evaluations=5)["dlg"]}, victims=Victims("sample", victims=2, num_images=2)
+        tmp_path, methods={"dlg": attacks(max_evaluations=5)["dlg"]}, victims=Victims("sample", victims=2, images=2)
     )
     assert row.victims == 2
     assert (tmp_path / "gallery.png").stat().st_size > 0
@@ -271,16 +271,16 @@ def test_refuses_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_refuses_victims_without_ground_truth(tmp_path: Path) -> None:
     victim = Victim(LeNet(), image_shape=(1, 28, 28))
     victim.share(torch.rand(2, 1, 1, 28, 28), torch.tensor([[1], [2]])).save(tmp_path / "a.safetensors")
-    victims = SharedGradientFiles(tmp_path / "a.safetensors", model=LeNet())
-    with pytest.raises(ValueError, match=r"Expected `victims` with a ground truth .* got SharedGradientFiles"):
+    victims = SharedGradients(tmp_path / "a.safetensors", LeNet())
+    with pytest.raises(ValueError, match=r"Expected `victims` with a ground truth .* got SharedGradients"):
         run(tmp_path / "out", victims=victims)
 
 
 def test_victims_for_each_attack(tmp_path: Path) -> None:
     """The same victims, who tell one of the attacks their labels."""
     both = {
-        "told": Victims("sample", victims=3, num_images=2, reveal_labels=True),
-        "read": Victims("sample", victims=3, num_images=2),
+        "told": Victims("sample", victims=3, images=2, reveal_labels=True),
+        "read": Victims("sample", victims=3, images=2),
     }
     attacks = {name: IDLGAttack(max_evaluations=5, restarts=0, rule="row_minimum") for name in both}
     run(tmp_path, methods=attacks, victims=both)
@@ -296,6 +296,6 @@ def test_victims_for_each_attack(tmp_path: Path) -> None:
         run(tmp_path, methods=attacks, victims={"told": both["told"]})
     with pytest.raises(ValueError, match="Expected the same `victims` for every attack, but got 3 for 'told', 2 for"):
         run(tmp_path, methods=attacks, victims=both | {"read": Victims("sample", victims=2)})
-    for others in (Victims("sample", victims=3, num_images=2, seed=1), Victims("sample", victims=3)):
+    for others in (Victims("sample", victims=3, images=2, seed=1), Victims("sample", victims=3)):
         with pytest.raises(ValueError, match="Expected the same `victims` for every attack, but got others"):
             run(tmp_path, methods=attacks, victims=both | {"read": others})

@@ -122,7 +122,10 @@ def test_dsa_trains_the_networks_of_its_test_with_its_own_augmentation(tmp_path:
     (row,) = run(tmp_path, ["dsa"], moments=(), augmentation=SiameseAugmentation.mnist_evaluation())
     synthetic = SyntheticSet.load(tmp_path / "synthetic.safetensors")
     options = {"network": network(), "networks": 2, "epochs": 2, "device": "cpu", "progress": False}
-    assert row.accuracy_mean == evaluate(synthetic, LabelledImages("sample"), augmentation=SiameseAugmentation(), **options).mean
+    assert (
+        row.accuracy_mean
+        == evaluate(synthetic, LabelledImages("sample"), augmentation=SiameseAugmentation(), **options).mean
+    )
 
 
 @pytest.mark.parametrize(

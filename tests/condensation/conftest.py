@@ -11,32 +11,26 @@ from lightning import Trainer
 from torch import Tensor, nn
 
 from leakage.condensation.gradient_matching import GradientMatchingCondensation
-from leakage.datamodules import LabelledDataModule, LabelledTensors
+from leakage.datamodules import LabelledImages, LabelledTensors
 from leakage.models import ConvNet
 
 COUNTS = (9, 5, 7)
 
 
-class Stripes(LabelledDataModule):
+class Stripes(LabelledImages):
     """Noisy stripes of three widths; the classes have 9, 5 and 7 training images."""
 
-    name = "stripes"
-
     def __init__(self, *, channels: int = 1, side: int = 8, **options: Any) -> None:
-        super().__init__(**options)
-        self.channels = channels
-        self.side = side
-
-    def load_images(self) -> tuple[LabelledTensors, LabelledTensors, tuple[str, ...]]:
         generator = torch.Generator().manual_seed(5)
         labels = torch.cat([torch.full((count,), label) for label, count in enumerate(COUNTS)])
         # Not in the order of the classes.
         labels = labels[torch.randperm(len(labels), generator=generator)]
-        stripes = torch.arange(self.side)[None, None, None, :] // (labels + 1)[:, None, None, None] % 2
-        noise = torch.randint(100, (len(labels), self.channels, self.side, self.side), generator=generator)
-        images = (stripes * 120 + noise + 20 * torch.arange(self.channels)[None, :, None, None]).byte()
-        train = LabelledTensors(images, labels)
-        return train, LabelledTensors(images[:6], labels[:6]), ("narrow", "middle", "wide")
+        stripes = torch.arange(side)[None, None, None, :] // (labels + 1)[:, None, None, None] % 2
+        noise = torch.randint(100, (len(labels), channels, side, side), generator=generator)
+        images = (stripes * 120 + noise + 20 * torch.arange(channels)[None, :, None, None]).byte()
+        names = ("narrow", "middle", "wide")
+        super().__init__((LabelledTensors(images, labels, names), LabelledTensors(images[:6], labels[:6])), **options)
+        self.name = "stripes"
 
 
 def small(**options: Any) -> ConvNet:
@@ -60,7 +54,7 @@ def trainer(**options: Any) -> Trainer:
 def condense(
     images_per_class: int = 1,
     *,
-    data: LabelledDataModule | None = None,
+    data: LabelledImages | None = None,
     network: nn.Module | None = None,
     ckpt_path: Any = None,
     trainer: dict[str, Any] | None = None,

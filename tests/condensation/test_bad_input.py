@@ -122,8 +122,8 @@ def test_wants_a_labelled_data_set(kit: Any) -> None:
         def train_dataloader(self) -> Any:
             return [torch.zeros(1)]
 
-    for data, name in ((Other(), "Other"), (Victims("sample", victims=1), "SampleVictims")):
-        with pytest.raises(ValueError, match=rf"labelled data set of `leakage\.datamodules`.*FashionMNIST.*got {name}"):
+    for data, name in ((Other(), "Other"), (Victims("sample", victims=1), "Victims")):
+        with pytest.raises(ValueError, match=rf"data set of `leakage\.datamodules`, `LabelledImages`.*got {name}"):
             kit.trainer().fit(GradientMatchingCondensation(), datamodule=data)
     with pytest.raises(ValueError, match=r"Trainer\.fit\(condensation, datamodule=\.\.\.\).*but got NoneType"):
         kit.trainer().fit(GradientMatchingCondensation(), [torch.zeros(1)])

@@ -21,32 +21,27 @@ from leakage.condensation.evaluation import Evaluation, evaluate, evaluate_full,
 from leakage.condensation.stacking import SingleNetwork, StackedNetworks, stacking_error, works_image_by_image
 from leakage.condensation.synthetic_set import SyntheticSet
 from leakage.condensation.training import TrainingOptions, train
-from leakage.datamodules.labelled import LabelledDataModule, LabelledTensors
+from leakage.datamodules import LabelledImages, LabelledTensors
 from leakage.models import MLP, ConvNet, draw_state
 from leakage.seeds import derive_seed
 
 CPU = torch.device("cpu")
 
 
-class Stripes(LabelledDataModule):
+class Stripes(LabelledImages):
     """Three classes, bright at the top, in the middle or at the bottom, under noise."""
 
-    name = "stripes"
-
     def __init__(self, per_class: int = 6, size: int = 8) -> None:
-        super().__init__()
-        self.per_class, self.size = per_class, size
-
-    def load_images(self) -> tuple[LabelledTensors, LabelledTensors, tuple[str, ...]]:
         generator = torch.Generator().manual_seed(0)
-        return self._draw(self.per_class, generator), self._draw(60, generator), ("top", "middle", "bottom")
+        super().__init__((self._draw(per_class, size, generator), self._draw(60, size, generator)))
+        self.name = "stripes"
 
-    def _draw(self, per_class: int, generator: torch.Generator) -> LabelledTensors:
+    def _draw(self, per_class: int, size: int, generator: torch.Generator) -> LabelledTensors:
         labels = torch.arange(3).repeat_interleave(per_class)[torch.randperm(3 * per_class, generator=generator)]
-        rows = torch.arange(self.size) * 3 // self.size
+        rows = torch.arange(size) * 3 // size
         bright = (rows == labels[:, None])[:, None, :, None] * 90
-        noise = torch.randint(0, 150, (len(labels), 1, self.size, self.size), generator=generator)
-        return LabelledTensors((bright + noise).to(torch.uint8), labels)
+        noise = torch.randint(0, 150, (len(labels), 1, size, size), generator=generator)
+        return LabelledTensors((bright + noise).to(torch.uint8), labels, ("top", "middle", "bottom"))
 
 
 @pytest.fixture

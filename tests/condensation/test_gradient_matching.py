@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from leakage.condensation import SiameseAugmentation
 from leakage.condensation.matching import match, matched_parameters, real_gradients
-from leakage.datamodules import LabelledDataModule, Sample
+from leakage.datamodules import LabelledImages
 from leakage.models import ConvNet, draw_state
 from leakage.seeds import derive_seed
 
@@ -32,7 +32,7 @@ def plain_distance(distance: str, gradients: list[Tensor], targets: list[Tensor]
 
 
 def plain_condensation(
-    data: LabelledDataModule,
+    data: LabelledImages,
     network: nn.Module,
     *,
     images_per_class: int,
@@ -175,7 +175,7 @@ def test_with_one_outer_step_the_network_is_never_trained(kit: Any) -> None:
     assert results[0].images_per_second > 0
 
 
-def losses_on_fixed_networks(data: LabelledDataModule, runs: list[Tensor]) -> list[float]:
+def losses_on_fixed_networks(data: LabelledImages, runs: list[Tensor]) -> list[float]:
     """Matching losses on networks that no run has seen and that are not trained, for real images of their own."""
     batch = data.class_batch(10_000)
     classes = list(torch.split(batch.images, torch.bincount(batch.labels).tolist()))

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from leakage.clients.shared_gradient import SharedGradient
-from leakage.datamodules import GroundTruth, SampleVictims, SharedGradientFiles
+from leakage.datamodules import GroundTruth, SharedGradients, Victims
+from leakage.defenses import Clip
 from leakage.models import LeNet
 
 
@@ -56,7 +57,7 @@ def trainer(tmp_path, **kwargs):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_victims_come_when_they_are_wanted_and_validation_gives_all_victims(tmp_path, num_workers):
     module = Recorder()
-    data = SampleVictims(victims=5, num_workers=num_workers)
+    data = Victims("sample", victims=5, num_workers=num_workers)
     trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(module, data)
     cohorts = [batch for batch in module.seen[:12] if batch != ()]
     assert cohorts == [[0, 1], [2, 3], [4]]
@@ -65,18 +66,18 @@ def test_victims_come_when_they_are_wanted_and_validation_gives_all_victims(tmp_
 
 
 def test_without_ground_truth_there_is_no_validation(tmp_path):
-    data = SampleVictims(victims=3)
+    data = Victims("sample", victims=3)
     data.setup("fit")
     data.share(range(3)).save(tmp_path / "clients.safetensors")
     module = Recorder()
-    files = SharedGradientFiles(tmp_path / "clients.safetensors", model=LeNet())
+    files = SharedGradients(tmp_path / "clients.safetensors", LeNet())
     assert files.val_dataloader() == []
     trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(module, files)
     assert [batch for batch in module.seen if batch != ()] == [[0, 1], [2]]
 
 
 def test_train_loader_gives_what_is_wanted_once():
-    data = SampleVictims(victims=5)
+    data = Victims("sample", victims=5)
     data.setup("fit")
     batches = iter(data.train_dataloader())
     assert next(batches) == ()
@@ -88,7 +89,7 @@ def test_train_loader_gives_what_is_wanted_once():
 
 
 def test_validation_shows_the_audited_victims_to_several_processes_too():
-    data = SampleVictims(victims=5)
+    data = Victims("sample", victims=5)
     data.setup("fit")
     data.audited = [4, 1]
     loader = data.val_dataloader()
@@ -100,25 +101,25 @@ def test_validation_shows_the_audited_victims_to_several_processes_too():
 @pytest.mark.parametrize("lanes", [0, -1, 2.0, True, "8", "Auto"])
 def test_lanes_are_a_count_or_auto(lanes):
     with pytest.raises(ValueError, match=r"Expected `lanes` to be a whole number of at least 1.*, but got"):
-        SampleVictims(lanes=lanes)
-    assert SampleVictims().lanes == "auto"
+        Victims("sample", lanes=lanes)
+    assert Victims("sample").lanes == "auto"
 
 
 def test_checkpoint_of_another_configuration_is_refused(tmp_path):
     path = tmp_path / "last.ckpt"
     first = trainer(tmp_path, max_epochs=1)
-    first.fit(Recorder(), SampleVictims(victims=4))
+    first.fit(Recorder(), Victims("sample", victims=4))
     first.save_checkpoint(path)
 
     resumed = Recorder(first=2)
-    trainer(tmp_path, max_epochs=2).fit(resumed, SampleVictims(victims=4), ckpt_path=path)
+    trainer(tmp_path, max_epochs=2).fit(resumed, Victims("sample", victims=4), ckpt_path=path)
     assert resumed.seen[0] == [2, 3]
 
     with pytest.raises(
         ValueError,
         match="Expected a checkpoint of the same victims, but got seed 0 in the checkpoint and 7 here; first",
     ):
-        trainer(tmp_path, max_epochs=2).fit(Recorder(), SampleVictims(victims=4, seed=7), ckpt_path=path)
+        trainer(tmp_path, max_epochs=2).fit(Recorder(), Victims("sample", victims=4, seed=7), ckpt_path=path)
 
 
 def change_bias(model):
@@ -132,11 +133,13 @@ def change_bias(model):
     ("change", "named"),
     [
         ({"victims": 5}, "victims 4 in the checkpoint and 5 here"),
-        ({"num_images": 2}, "num_images 1 in the checkpoint and 2 here"),
+        ({"images": 2}, "num_images 1 in the checkpoint and 2 here"),
         (
             {"loss": "mean_squared_error"},
             "loss 'cross_entropy' in the checkpoint and 'mean_squared_error' here",
         ),
+        ({"images": 2, "labels": "uniform"}, "labels None in the checkpoint and 'uniform' here"),
+        ({"defenses": [Clip(1.0)]}, r"defenses \[\] in the checkpoint and \['Clip\(.*\)'\] here"),
         ({"reduction": "sum"}, "reduction 'mean' in the checkpoint and 'sum' here"),
         ({"reveal_labels": True}, "reveal_labels False in the checkpoint and True here"),
         ({"weights": "shared"}, "weights 'own' in the checkpoint and '[0-9a-f]+' here"),
@@ -148,18 +151,18 @@ def change_bias(model):
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_the_refusal_names_what_differs(change, named):
-    state = SampleVictims(victims=4).state_dict()
-    SampleVictims(victims=4).load_state_dict(state)
+    state = Victims("sample", victims=4).state_dict()
+    Victims("sample", victims=4).load_state_dict(state)
     with pytest.raises(ValueError, match=named):
-        SampleVictims(**({"victims": 4} | change)).load_state_dict(state)
+        Victims("sample", **({"victims": 4} | change)).load_state_dict(state)
 
 
 def test_shared_weights_belong_to_the_configuration():
     model = LeNet()
-    state = SampleVictims(victims=4, model=model).state_dict()
-    SampleVictims(victims=4, model=model).load_state_dict(state)
+    state = Victims("sample", victims=4, model=model).state_dict()
+    Victims("sample", victims=4, model=model).load_state_dict(state)
     with pytest.raises(ValueError, match=r"weights '[0-9a-f]+' in the checkpoint and '[0-9a-f]+' here\.$"):
-        SampleVictims(victims=4, model=LeNet()).load_state_dict(state)
+        Victims("sample", victims=4, model=LeNet()).load_state_dict(state)
 
 
 @pytest.mark.parametrize("state", [None, [1], "x" * 10_000])
@@ -167,13 +170,13 @@ def test_a_state_that_is_no_configuration(state):
     with pytest.raises(
         ValueError, match=r"Expected a checkpoint of the same victims, but got (None|\[1\]|'x{10,310}\.)"
     ):
-        SampleVictims(victims=4).load_state_dict(state)
+        Victims("sample", victims=4).load_state_dict(state)
 
 
 @pytest.mark.parametrize("value", [torch.zeros(3), 4.0, True, [4] * 10_000])
 def test_a_configuration_with_odd_values(value):
     """Tensors have no single answer to whether they are equal."""
-    state = SampleVictims(victims=4).state_dict() | {"victims": value}
+    state = Victims("sample", victims=4).state_dict() | {"victims": value}
     with pytest.raises(ValueError, match=r"but got victims .* in the checkpoint and 4 here\.$") as refusal:
-        SampleVictims(victims=4).load_state_dict(state)
+        Victims("sample", victims=4).load_state_dict(state)
     assert len(str(refusal.value)) < 500

@@ -131,13 +131,15 @@ def test_the_concentration_must_be_a_positive_number(number: str) -> None:
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_there_must_be_enough_images(distribution: str) -> None:
-    with pytest.raises(ValueError, match=r"at most 1000, the images of the data set, but got 1001\."):
+    with pytest.raises(ValueError, match=r"at most 1000 images for each victim, all of the data set, but got 1001\."):
         draw(num_images=1001, distribution=distribution)
 
 
 def test_one_class_must_have_enough_images() -> None:
     assert draw(num_images=100, distribution="single-class").shape == (2, 100)
-    with pytest.raises(ValueError, match=r"at most 100, the images of the largest class, .*, but got 101\."):
+    with pytest.raises(
+        ValueError, match=r"at most 100 images for each victim, those of the largest class, .*, but got 101\."
+    ):
         draw(num_images=101, distribution="single-class")
 
 

@@ -2,9 +2,11 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from torch.utils.data import Dataset, TensorDataset
 
-from leakage.datamodules import LabelledDataModule, LabelledTensors, Sample
+from leakage.datamodules import LabelledImages, LabelledTensors
 from leakage.datamodules.labelled import channel_statistics
 
 COUNTS = (9, 4, 6)
@@ -17,22 +19,17 @@ def tensors(labels, size=5, channels=2):
     return LabelledTensors(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), labels)
 
 
-class Data(LabelledDataModule):
+class Data(LabelledImages):
     """Three classes of 9, 4 and 6 training images, mixed."""
 
-    name = "toy"
-
     def __init__(self, train=None, test=None, class_names=("ant", "bee", "cow"), **kwargs):
-        super().__init__(**kwargs)
         order = torch.randperm(sum(COUNTS), generator=torch.Generator().manual_seed(0))
-        self.parts = (
-            tensors(torch.arange(3).repeat_interleave(torch.tensor(COUNTS))[order]) if train is None else train,
-            tensors([2, 0, 1, 1]) if test is None else test,
-            class_names,
+        train = tensors(torch.arange(3).repeat_interleave(torch.tensor(COUNTS))[order]) if train is None else train
+        test = tensors([2, 0, 1, 1]) if test is None else test
+        super().__init__(
+            tuple(LabelledTensors(part.images, part.labels, class_names) for part in (train, test)), **kwargs
         )
-
-    def load_images(self):
-        return self.parts
+        self.name = "toy"
 
 
 def ready(**kwargs):
@@ -228,19 +225,19 @@ def test_bad_step(step):
         ),
         ({"train": tensors([0, 1, 2, 3])}, "^Expected labels from 0 to 2 in the training images of 'toy', but got 3"),
         ({"test": tensors([0, -1])}, "^Expected labels from 0 to 2 in the test images of 'toy', but got -1"),
-        ({"class_names": ("ant",)}, r"^Expected at least two classes in 'toy', but got only \['ant'\]"),
+        ({"class_names": ("ant",)}, "^Expected at least two classes in 'LabelledTensors', but got 1: with one class"),
         (
             {"train": LabelledTensors(tensors([0, 1, 2]).images, torch.tensor([0, 1]))},
-            "^Expected training images of 'toy', each with a label, but got 3 images and 2 labels",
+            r"^Expected training images of 'toy' as uint8 \(M, C, H, W\), each .* got torch.uint8 \(3, 2, 5, 5\) and 2",
         ),
-        ({"test": tensors(torch.empty(0, dtype=torch.int64))}, "^Expected test images .*, but got 0 images and 0"),
+        ({"test": tensors(torch.empty(0, dtype=torch.int64))}, "^Expected test images of 'toy', but got none"),
         (
             {"train": LabelledTensors(torch.rand(3, 2, 5, 5), torch.arange(3))},
-            r"^Expected training images of 'toy' as uint8 \(M, C, H, W\), but got torch.float32 \(3, 2, 5, 5\)",
+            r"^Expected training images of 'toy' as uint8 \(M, C, H, W\), each .* got torch.float32 \(3, 2, 5, 5\)",
         ),
         (
             {"test": LabelledTensors(torch.zeros(3, 5, 5, dtype=torch.uint8), torch.arange(3))},
-            r"^Expected test images of 'toy' as uint8 \(M, C, H, W\), but got torch.uint8 \(3, 5, 5\)",
+            r"^Expected test images of 'toy' as uint8 \(M, C, H, W\), each .* got torch.uint8 \(3, 5, 5\)",
         ),
         (
             {"test": tensors([0, 1, 2], size=6)},
@@ -261,7 +258,7 @@ def test_data_that_cannot_be_used(options, message):
 
 def test_the_configuration_holds_plain_values():
     configuration = Data(batch_size=7, seed=3).configuration
-    assert {type(value) for value in configuration.values()} == {str, int, list}
+    assert {type(value) for value in configuration.values()} <= {str, int, list, type(None)}
     assert configuration["batch_size"] == 7
     assert configuration["images"] == 19
 
@@ -291,5 +288,91 @@ def test_a_checkpoint_of_other_data_is_refused(change, named):
 
 
 def test_the_sample_is_not_the_toy():
-    with pytest.raises(ValueError, match="same data, but got data 'Data' in the checkpoint and 'Sample' here; name"):
-        Sample().load_state_dict(Data().state_dict())
+    with pytest.raises(ValueError, match="same data, but got data 'Data' in the checkpoint and 'LabelledImages' here"):
+        LabelledImages("sample").load_state_dict(Data().state_dict())
+
+
+class Pictures(Dataset):
+    """PIL images of one's own."""
+
+    def __init__(self, labels, classes=None, mode="RGB"):
+        self.held, self.mode = labels, mode
+        if classes is not None:
+            self.classes = classes
+
+    def __len__(self):
+        return len(self.held)
+
+    def __getitem__(self, index):
+        generator = np.random.default_rng(index)
+        return Image.fromarray(generator.integers(0, 256, (6, 5, 3), dtype=np.uint8)).convert(self.mode), self.held[
+            index
+        ]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_pair_of_ones_own(num_workers):
+    train, test = Pictures([0, 1, 2, 0], ["x", "y", "z"]), Pictures([2, 1], ["x", "y", "z"])
+    data = LabelledImages((train, test), num_workers=num_workers)
+    data.setup("fit")
+    assert (data.name, data.class_names, data.image_shape) == ("Pictures", ("x", "y", "z"), (3, 6, 5))
+    for found, given in ((data.train, train), (data.test, test)):
+        assert found.images.dtype == torch.uint8
+        assert found.labels.tolist() == given.held
+        for index in range(len(given)):
+            assert np.array_equal(found.images[index].permute(1, 2, 0).numpy(), np.asarray(given[index][0]))
+
+
+def test_one_of_ones_own_is_parted():
+    """Floats become 8 bits; labels are read item by item where the data set does not hold them."""
+    images = torch.randint(0, 256, (30, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    floats = TensorDataset(images.float() / 255, torch.arange(30) % 3)
+    data = LabelledImages(floats)
+    data.setup("fit")
+    assert (data.train.labels.bincount().tolist(), data.test.labels.bincount().tolist()) == ([8] * 3, [2] * 3)
+    both = torch.cat([data.train.images, data.test.images])
+    assert sorted(map(bytes, both.flatten(1).numpy())) == sorted(map(bytes, images.flatten(1).numpy()))
+    unnamed = LabelledImages(Pictures([0, 1] * 5, mode="L"), num_classes=2, test_share=0.4)
+    unnamed.setup("fit")
+    assert unnamed.test.labels.bincount().tolist() == [2, 2]
+
+
+def test_classes_that_labels_of_one_part_do_not_show():
+    train, test = (TensorDataset(torch.rand(9, 1, 4, 4), torch.arange(9) % classes) for classes in (3, 2))
+    data = LabelledImages((train, test))
+    data.setup("fit")
+    assert data.class_names == ("0", "1", "2")
+
+
+def test_a_pair_of_other_classes():
+    pair = (Pictures([0, 1], ["x", "y"]), Pictures([0, 1], ["x", "w"]))
+    message = r"Expected test images of the classes of 'Pictures', but got \['w'\] besides, and none of \['y'\]"
+    with pytest.raises(ValueError, match=message):
+        LabelledImages(pair).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        (
+            "lfw",
+            {},
+            r"Expected `dataset` to be one of \['mnist', .*'svhn', 'sample'\], a .*, but got 'lfw', most of",
+        ),
+        (("mnist",) * 3, {}, "Expected `dataset` as one data set or as a pair, but got 3"),
+        (
+            "mnist",
+            {"test_share": 0.1},
+            r"Expected no `test_share` with 'mnist', whose test images are known, but got 0\.",
+        ),
+        ("sample", {"test_share": 0.1}, "Expected no `test_share` with 'sample', whose test images are known"),
+        (
+            ("sample", "mnist"),
+            {"test_share": 0.1},
+            "Expected no `test_share` with 'sample', whose test images are known",
+        ),
+    ],
+)
+def test_data_sets_that_cannot_be_parted(dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        LabelledImages(dataset, **options)

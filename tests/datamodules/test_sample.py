@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import leakage.datamodules
-from leakage.datamodules import SampleVictims
+from leakage.datamodules import Source
 
 FOLDER = Path(leakage.datamodules.__file__).parent
 
 
 def all_images():
-    images, num_classes = SampleVictims().open_images()
-    assert num_classes == 10
+    images = Source("sample").open()
+    assert images.num_classes == 10
     return torch.stack([image for image, _ in images]), torch.tensor([int(label) for _, label in images])
 
 

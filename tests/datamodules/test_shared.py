@@ -3,21 +3,24 @@ import pickle
 
 import pytest
 import torch
+from lightning import Trainer
 from safetensors.torch import save_file
 
-from leakage.datamodules import SampleVictims, SharedGradientFiles
+from leakage.attacks import IDLGAttack
+from leakage.clients.victim import Victim
+from leakage.datamodules import SharedGradients, Victims
 from leakage.models import LeNet
 
 
 @pytest.fixture
 def shared():
-    data = SampleVictims(victims=5, model=LeNet())
+    data = Victims("sample", victims=5, model=LeNet())
     data.setup("fit")
     return data.share(range(5))
 
 
-def ready(*args, **kwargs):
-    data = SharedGradientFiles(*args, **({"model": LeNet()} | kwargs))
+def ready(shared, victim=None, **kwargs):
+    data = SharedGradients(shared, LeNet() if victim is None else victim, **kwargs)
     data.setup("fit")
     return data
 
@@ -57,7 +60,7 @@ def test_ids_that_clash_are_numbered_anew(tmp_path, shared):
 
 def test_files_of_several_rounds_keep_their_weights(tmp_path, shared):
     other = dataclasses.replace(shared, state={name: tensor + 1 for name, tensor in shared.state.items()})
-    fresh = SampleVictims(victims=2)
+    fresh = Victims("sample", victims=2)
     fresh.setup("fit")
     own = fresh.share(range(2))
     for number, part in enumerate((shared, other, own)):
@@ -72,8 +75,15 @@ def test_files_of_several_rounds_keep_their_weights(tmp_path, shared):
 
 
 def test_files_of_clients_that_train(tmp_path, shared):
-    data = SampleVictims(
-        victims=3, model=LeNet(), num_images=2, local_steps=4, learning_rate=0.1, local_batch_size=1, reduction="sum"
+    data = Victims(
+        "sample",
+        victims=3,
+        model=LeNet(),
+        images=2,
+        local_steps=4,
+        learning_rate=0.1,
+        local_batch_size=1,
+        reduction="sum",
     )
     data.setup("fit")
     data.share(range(3)).save(tmp_path / "1.safetensors")
@@ -89,13 +99,21 @@ def test_labels_that_are_told_in_some_files_only(tmp_path, shared):
     shared.save(tmp_path / "1.safetensors")
     dataclasses.replace(shared, labels=torch.zeros(5, 1, dtype=torch.int64)).save(tmp_path / "2.safetensors")
     assert ready(tmp_path / "2.safetensors").share(range(5)).labels.shape == (5, 1)
-    with pytest.raises(ValueError, match="Expected labels in all files or in none, but got them in some"):
+    with pytest.raises(ValueError, match="Expected labels with all shared gradients or with none, but got them"):
         ready(str(tmp_path / "*"))
 
 
-def test_no_paths():
-    with pytest.raises(ValueError, match=r"Expected `paths` to name at least one file, but got \[\]"):
-        SharedGradientFiles([], model=LeNet())
+@pytest.mark.parametrize(
+    ("shared", "message"),
+    [
+        ([], r"Expected `shared` to hold at least one shared gradient or path, but got \[\]"),
+        (3, "Expected `shared` as a SharedGradient, a path, or a list of these, but got int"),
+        (["a.safetensors", None], "Expected `shared` as a SharedGradient, a path, or a list of these, but got None"),
+    ],
+)
+def test_nothing_shared(shared, message):
+    with pytest.raises(ValueError, match=message):
+        SharedGradients(shared, LeNet())
 
 
 def test_no_such_files(tmp_path):
@@ -128,18 +146,18 @@ def test_files_of_another_kind(tmp_path, shared, kind):
 def test_gradients_that_do_not_fit_the_model(tmp_path, shared):
     path = tmp_path / "clients.safetensors"
     shared.save(path)
-    fit = f"Expected '{path}' to fit the model and the other files, but got: Expected the gradient"
+    fit = f"Expected '{path}' to fit the victim and the others, but got: Expected the gradient"
     with pytest.raises(
         ValueError,
         match=rf"{fit} of 'classifier.weight' to have .* \(.*10, 147\), but got \(.*10, 588\)",
     ):
-        ready(path, model=LeNet(width=3))
+        ready(path, LeNet(width=3))
     with pytest.raises(ValueError, match=r"`model` for the protocol with num_classes=10, but got .* num_classes=7"):
-        ready(path, model=LeNet(num_classes=7))
+        ready(path, LeNet(num_classes=7))
     with pytest.raises(ValueError, match="Expected `model` to take images of shape"):
-        ready(path, model=LeNet(channels=3))
-    with pytest.raises(ValueError, match=r"Expected `model` to be a torch\.nn\.Module, but got NoneType"):
-        SharedGradientFiles(path, model=None)
+        ready(path, LeNet(channels=3))
+    with pytest.raises(ValueError, match=r"Expected `victim` to be a Victim or a torch\.nn\.Module, but got NoneType"):
+        SharedGradients(path, None)
 
 
 def test_files_of_two_protocols(tmp_path, shared):
@@ -161,3 +179,61 @@ def test_checkpoint_of_other_gradients(tmp_path, shared):
     ready(tmp_path / "1.safetensors").load_state_dict(state)
     with pytest.raises(ValueError, match=r"gradients '[0-9a-f]+' in the checkpoint and '[0-9a-f]+' here\.$"):
         ready(tmp_path / "2.safetensors").load_state_dict(state)
+
+
+def test_from_memory(shared):
+    data = ready(shared, lanes=2)
+    assert (data.victims, data.lanes, data.reveal_labels, data.val_dataloader()) == (5, 2, False, [])
+    assert data.victim.protocol == shared.protocol
+    data.wanted = [3, 1]
+    batch = next(iter(data.train_dataloader()))
+    assert batch.ids.tolist() == [3, 1]
+    for name, gradient in shared.gradients.items():
+        assert torch.equal(batch.gradients[name], gradient[[3, 1]])
+
+
+def test_the_victim_is_taken_as_it_is(shared):
+    victim = Victim(LeNet(), image_shape=(1, 28, 28))
+    assert ready(shared, victim).victim is victim
+    other = Victim(LeNet(), image_shape=(1, 28, 28), reduction="sum")
+    with pytest.raises(
+        ValueError,
+        match=r"Expected `shared\[0\]` to fit the victim .* got: .*protocol .*reduction='sum'.* got .*reduction='mean'",
+    ):
+        ready(shared, other)
+
+
+def test_memory_and_files_together(tmp_path, shared):
+    shared.select(torch.tensor([2, 3])).save(tmp_path / "1.safetensors")
+    joined = ready([shared.select(torch.tensor([4])), tmp_path / "1.safetensors"]).share(range(3))
+    assert joined.ids.tolist() == [4, 2, 3]
+    assert torch.equal(joined.gradients["classifier.bias"], shared.gradients["classifier.bias"][[4, 2, 3]])
+
+
+def test_what_was_given_is_left_as_it_was(shared):
+    twice = dataclasses.replace(shared, ids=torch.zeros(5, dtype=torch.int64))
+    data = ready(twice)
+    assert data.share(range(5)).ids.tolist() == list(range(5))
+    assert twice.ids.tolist() == [0] * 5
+    data.share([0]).gradients["classifier.bias"].zero_()
+    assert bool(shared.gradients["classifier.bias"].abs().sum() > 0)
+
+
+def test_an_attack_from_memory(shared, tmp_path):
+    told = dataclasses.replace(shared, labels=None).select(torch.tensor([0, 1]))
+    attack = IDLGAttack(max_evaluations=60, restarts=0)
+    Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    ).fit(attack, datamodule=SharedGradients(told, Victim(LeNet(), image_shape=(1, 28, 28))))
+    truth = Victims("sample", victims=2)
+    truth.setup("fit")
+    (expected,) = truth.val_dataloader()
+    found = attack.finished.select(attack.finished.ids.argsort())
+    assert torch.equal(found.labels, expected.labels)
+    assert float((found.images - expected.images).square().mean()) < 0.05, "noise has 0.2"

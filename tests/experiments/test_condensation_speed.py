@@ -35,7 +35,7 @@ def no_turn(seconds: Mapping[str, float]) -> None:
     pass
 
 
-def sample(given: argparse.Namespace) -> Sample:
+def sample(given: argparse.Namespace) -> LabelledImages:
     data = LabelledImages("sample", batch_size=given.batch_size, seed=given.seed)
     data.setup("fit")
     return data

@@ -47,7 +47,7 @@ def calls(cross: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, 
     seen: list[dict[str, Any]] = []
     real = cross.evaluate
 
-    def counted(synthetic: SyntheticSet, data: Sample, **options: Any) -> Any:
+    def counted(synthetic: SyntheticSet, data: LabelledImages, **options: Any) -> Any:
         seen.append({"synthetic": synthetic, **options})
         return real(synthetic, data, **options)
 

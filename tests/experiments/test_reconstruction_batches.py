@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from leakage.datamodules import Victims
-from leakage.datamodules.base import GroundTruth
+from leakage.datamodules import GroundTruth, Victims
 from leakage.metrics import mean_interval
 
 from .conftest import load
@@ -102,7 +101,7 @@ def test_goes_on_and_refuses_to_overwrite(
 
 @pytest.mark.parametrize("num_images", [1, 3])
 def test_exactly_one_label_is_wrong(script: ModuleType, num_images: int) -> None:
-    victims = script.OneWrong(Victims("sample", victims=30, num_images=num_images, reveal_labels=True, lanes=20))
+    victims = script.OneWrong("sample", victims=30, images=num_images, reveal_labels=True, lanes=20)
     victims.setup("fit")
     assert victims.lanes == 20
     labels = [victims.share(range(first, last)).labels for first, last in ((0, 20), (20, 30))]
@@ -112,9 +111,11 @@ def test_exactly_one_label_is_wrong(script: ModuleType, num_images: int) -> None
     assert wrong.any(0).all(), "any image of a batch"
     assert torch.cat(labels).unique().tolist() == list(range(10))
     assert torch.equal(victims.share(range(17, 23)).labels, torch.cat(labels)[17:23]), "whatever the cohort"
-    shared, honest = victims.share(range(2)), victims.honest.share(range(2))
+    honest_victims = Victims("sample", victims=30, images=num_images, reveal_labels=True)
+    honest_victims.setup("fit")
+    shared, honest = victims.share(range(2)), honest_victims.share(range(2))
     assert all(torch.equal(shared.gradients[name], honest.gradients[name]) for name in honest.gradients)
-    assert victims.configuration != victims.honest.configuration
+    assert victims.configuration != honest_victims.configuration
 
 
 def test_another_network_and_fewer_kinds(script: ModuleType, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.training import trained_network
 from leakage.clients.victim import Victim
+from leakage.datamodules import LabelledImages
 from leakage.labels import infer_labels
 from leakage.metrics import LabelMetrics, mean_interval, score_labels
 from leakage.models import MLP, NETWORKS, ConvNet
@@ -236,7 +237,7 @@ def test_trained_networks(
     for name in ("restoration.png", "restoration_epochs.png"):
         assert (tmp_path / "out" / name).is_file()
 
-    data = restoration.images_named("sample")[1]
+    data = LabelledImages("sample")
     data.setup("fit")
     network = small_mlp(1, (28, 28), 10)
     trained = trained_network(network, data, epochs=1, num_images=300, root=cache, progress=False)
@@ -262,7 +263,7 @@ def test_auxiliary_images_are_test_images(
     monkeypatch.setattr(restoration, "infer_labels", watched)
     (_, row) = run(restoration, tmp_path / "out", "--rules", "llg_plus", "--auxiliary-images", "30")
     auxiliary = seen[0]["auxiliary"]
-    data = restoration.images_named("sample")[1]
+    data = LabelledImages("sample")
     data.setup("fit")
     equal = (auxiliary.images[:, None] == data.test.images[None] / 255).flatten(2).all(2)
     assert bool(equal.any(1).all())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -14,8 +15,7 @@ from PIL import Image
 from torch import nn
 
 from leakage.clients.victim import Victim
-from leakage.datamodules import Victims
-from leakage.datamodules.base import GroundTruth
+from leakage.datamodules import GroundTruth, LabelledImages, LabelledTensors, Victims
 from leakage.metrics import wilson_interval
 from leakage.models import LeNet
 
@@ -183,82 +183,61 @@ def test_trained_and_other_networks(
 # What happens to the gradients.
 
 
-def test_noise_is_relative_to_each_victims_root_mean_square(victims: ModuleType) -> None:
-    honest = Victims("sample", victims=4, lanes=3)
-    data = victims.PerturbedVictims(honest, noise=0.1)
-    data.setup("fit")
-    assert (data.weights, data.reveal_labels, data.lanes) == ("own", False, 3)
-    true, noisy = honest.share(range(4)), data.share(range(4))
-    for row in range(4):
-        before = torch.cat([tensor[row].flatten() for tensor in true.gradients.values()])
-        change = torch.cat([tensor[row].flatten() for tensor in noisy.gradients.values()]) - before
-        assert change.std().item() == pytest.approx(0.1 * before.square().mean().sqrt().item(), rel=0.03)
-        assert abs(change.mean().item()) < 0.05 * change.std().item()
-        assert (
-            torch.corrcoef(torch.stack([change[: len(change) // 2], change[-(len(change) // 2) :]]))[0, 1].abs() < 0.1
-        )
-    assert all(noisy.gradients[name].dtype == true.gradients[name].dtype for name in true.gradients)
-
-
-def test_noise_is_the_victims_own(victims: ModuleType) -> None:
-    honest = Victims("sample", victims=5)
-    data = victims.PerturbedVictims(honest, noise=0.1)
-    data.setup("fit")
-    whole, part, fine = (
-        data.share(range(5)),
-        data.share(range(2, 4)),
-        victims.perturb(honest.share(range(5)), noise=0.01, half=False, seed=0),
-    )
-    true = honest.share(range(5))
-    for name, tensor in whole.gradients.items():
-        torch.testing.assert_close(tensor[2:4], part.gradients[name], rtol=1e-4, atol=1e-5)  # whatever the cohort
-        torch.testing.assert_close(  # of another size, else the same
-            tensor - true.gradients[name], 10 * (fine.gradients[name] - true.gradients[name]), rtol=1e-2, atol=1e-4
-        )
-    bias = [whole.gradients["classifier.bias"][row] - true.gradients["classifier.bias"][row] for row in (0, 1)]
-    assert not torch.allclose(bias[0] / bias[0].norm(), bias[1] / bias[1].norm(), atol=0.1)
-    other = victims.perturb(true, noise=0.1, half=False, seed=1)
-    assert not torch.equal(other.gradients["classifier.bias"], whole.gradients["classifier.bias"])
-
-
-def test_half_rounds_and_refuses_what_it_cannot_hold(victims: ModuleType) -> None:
-    shared = Victims("sample", victims=2)
-    shared.setup("fit")
-    true = shared.share(range(2))
-    rounded = victims.perturb(true, noise=0, half=True, seed=0)
-    for name, tensor in true.gradients.items():
-        assert torch.equal(rounded.gradients[name], tensor.to(torch.float16).float())
-    true.gradients["classifier.bias"][1, 3] = 7e4
-    with pytest.raises(ValueError, match=r"Expected gradients that float16 can hold, up to 65,504, .* got 7e\+04"):
-        victims.perturb(true, noise=0, half=True, seed=0)
-
-
-def test_configurations_differ(victims: ModuleType) -> None:
-    honest = Victims("sample", victims=2)
-    made = [victims.PerturbedVictims(honest, noise=noise, half=half) for noise, half in ((0.1, False), (0.2, True))]
-    first, second = (data.configuration for data in made)
-    assert (first["noise"], second["half"]) == (0.1, True)
-    assert {name: value for name, value in first.items() if name not in ("noise", "half")} == honest.configuration
-
-
-def test_equal_labels_and_images_that_may_be_held(victims: ModuleType) -> None:
-    labelled = victims.LabelledTensors(
+def victims_of(module: ModuleType, allowed: torch.Tensor | None = None, **options: Any) -> Victims:
+    """The victims of a cell of noise: each with a network of its own."""
+    labelled = LabelledTensors(
         torch.randint(256, (60, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
         torch.arange(60) % 3,
     )
+    data = LabelledImages((labelled, labelled))
+    data.setup("fit")
+    chosen = {"labels": "random", "images": 1, "noise": 0.0, "half": False} | options
+    cell = module.Cell(dataset="noise", network="lenet", norm="none", activation="sigmoid", epochs=0, **chosen)
+    given = argparse.Namespace(victims=4, seed=0, lanes=3, infer_labels=True)
+    allowed = torch.arange(60) if allowed is None else allowed
+    network = module.Network(LeNet(1, 8, 3), allowed, own=True, accuracy=None)
+    victims: Victims = module.make_victims(cell, given, data, network)
+    victims.setup("fit")
+    return victims
+
+
+def test_noise_is_relative_to_each_victims_root_mean_square(victims: ModuleType) -> None:
+    data = victims_of(victims, noise=0.1)
+    assert (data.weights, data.reveal_labels, data.lanes) == ("own", False, 3)
+    true, noisy = victims_of(victims).share(range(4)), data.share(range(4))
+    assert noisy.protocol.defenses == ({"name": "GaussianNoise", "std": 0.1, "relative": True},)
+    for row in range(4):
+        before = torch.cat([tensor[row].flatten() for tensor in true.gradients.values()])
+        change = torch.cat([tensor[row].flatten() for tensor in noisy.gradients.values()]) - before
+        assert change.std().item() == pytest.approx(0.1 * before.square().mean().sqrt().item(), rel=0.05)
+    assert all(noisy.gradients[name].dtype == true.gradients[name].dtype for name in true.gradients)
+
+
+def test_half_rounds_after_the_noise_and_refuses_what_it_cannot_hold(victims: ModuleType) -> None:
+    noisy, rounded = (victims_of(victims, noise=0.1, half=half).share(range(2)) for half in (False, True))
+    for name, tensor in noisy.gradients.items():
+        assert torch.equal(rounded.gradients[name], tensor.to(torch.float16).float())
+    with pytest.raises(ValueError, match=r"Expected gradients that float16 can hold, up to 65,504, .* got 7e\+04"):
+        victims.Float16()({"bias": torch.tensor([1.0, 7e4])}, torch.Generator())
+
+
+def test_configurations_differ(victims: ModuleType) -> None:
+    cells = [{}, {"noise": 0.1}, {"noise": 0.2}, {"half": True}, {"images": 2}, {"images": 2, "labels": "equal"}]
+    configurations = [victims_of(victims, **cell).configuration for cell in cells]
+    assert len({json.dumps(configuration) for configuration in configurations}) == len(cells)
+
+
+def test_equal_labels_and_images_that_may_be_held(victims: ModuleType) -> None:
     allowed = torch.arange(20, 60)
     for labels in ("random", "equal"):
-        data = victims.DrawnVictims(
-            labelled, allowed, 3, labels=labels, victims=6, num_images=4, model=LeNet(1, 8, 3), weights="own"
-        )
-        data.setup("fit")
+        data = victims_of(victims, allowed, labels=labels, images=4)
         truth = GroundTruth.cat(list(data.val_dataloader()))
         assert (truth.labels == truth.labels[:, :1]).all() == (labels == "equal")
+        images = torch.randint(256, (60, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         for image, label in zip(truth.images.flatten(0, 1), truth.labels.flatten(), strict=True):
-            (same,) = (labelled.images == (image * 255).round().to(torch.uint8)).flatten(1).all(1).nonzero()[:, 0]
+            (same,) = (images == (image * 255).round().to(torch.uint8)).flatten(1).all(1).nonzero()[:, 0]
             assert same >= 20
-            assert labelled.labels[same] == label
-        assert data.configuration["labels"] == labels
+            assert same % 3 == label
 
 
 # Why it fails.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from leakage.condensation import SiameseAugmentation, SyntheticSet
+from leakage.datamodules import LabelledImages
 from leakage.models import ConvNet
 
 from .conftest import load
@@ -146,8 +147,8 @@ def test_networks_on_mnist_are_trained_with_augmentation(
     flags: list[str],
     augments: bool,
 ) -> None:
-    sample = table2.images_named("sample")
-    monkeypatch.setattr(table2, "images_named", lambda name, **_: sample)
+    sample = LabelledImages("sample")
+    monkeypatch.setattr(table2, "LabelledImages", lambda name, **_: sample)
     table2.main(["--dataset", dataset, *flags, "--output", str(tmp_path)])
     augmentation = asked["augmentation"]
     assert (augmentation is not None) == augments

@@ -67,7 +67,7 @@ def test_a_checkpoint_does_not_choose_the_class(
     (tmp_path / "evil_module.py").write_text("from pathlib import Path\nPath('marker').touch()\n")
     version = {"pytorch-lightning_version": lightning.__version__}
     torch.save({"leakage": {}, "hyper_parameters": {"_class_path": "evil_module.Attack"}} | version, "evil.ckpt")
-    model = ["--model", "IDLGAttack", "--data", "SampleVictims", "--data.victims", "1"]
+    model = ["--model", "IDLGAttack", "--data", "Victims", "--data.dataset", "sample", "--data.victims", "1"]
     with pytest.raises(SystemExit) as end:
         main(["fit", *model, "--trainer.logger", "false", "--trainer.callbacks", "[]", "--ckpt_path", "evil.ckpt"])
     assert end.value.code == 2
@@ -77,6 +77,16 @@ def test_a_checkpoint_does_not_choose_the_class(
 
 def test_what_attacks_share_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["fit", "--model", "leakage.attacks.GradientMatchingAttack", "--data", "SampleVictims"])
+        main(
+            [
+                "fit",
+                "--model",
+                "leakage.attacks.GradientMatchingAttack",
+                "--data",
+                "Victims",
+                "--data.dataset",
+                "sample",
+            ]
+        )
     assert end.value.code == 2
     assert "to be an attack or a condensation, but got GradientMatchingAttack" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from leakage.datamodules import ImageFolder, ImageFolderVictims
+from leakage.datamodules import LabelledImages, Victims
 
 
 @settings(max_examples=50)
@@ -28,9 +28,9 @@ def photos(fuzz: SimpleNamespace, folder: Path, marker: Path) -> Path:
 
 def refused(photos: Path, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ImageFolder(photos).setup("fit")
+        LabelledImages(photos).setup("fit")
     with pytest.raises(ValueError, match=message):
-        ImageFolderVictims(photos, victims=7).setup("fit")
+        Victims(photos, victims=7).setup("fit")
 
 
 def test_links_in_circles(photos: Path) -> None:
@@ -43,7 +43,7 @@ def test_links_in_circles(photos: Path) -> None:
 def test_a_link_to_a_folder_that_is_nowhere_else_is_followed(photos: Path) -> None:
     (photos / "dog").rename(photos.parent / "elsewhere")
     (photos / "dog").symlink_to("../elsewhere")
-    data = ImageFolder(photos)
+    data = LabelledImages(photos)
     data.setup("fit")
     assert len(data.train) + len(data.test) == 6
     (photos.parent / "elsewhere").rename(photos.parent / "unused")
@@ -80,7 +80,7 @@ def test_more_images_than_memory(photos: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch, "empty", full)
     with pytest.raises(ValueError, match=r"that fit into memory together, but got 6 of \(3, 8, 8\). Set `image_size`"):
-        ImageFolder(photos).setup("fit")
+        LabelledImages(photos).setup("fit")
 
 
 def test_images_of_every_kind_beside_one_another(photos: Path) -> None:
@@ -88,7 +88,7 @@ def test_images_of_every_kind_beside_one_another(photos: Path) -> None:
     for mode, kind in (("L", "png"), ("P", "png"), ("CMYK", "jpg"), ("1", "bmp"), ("RGBA", "webp"), ("LA", "png")):
         image.convert(mode).save(photos / "cat" / f"{mode}.{kind}")
     image.save(photos / "cat" / "moving.webp", save_all=True, append_images=[image.rotate(90)])
-    data = ImageFolder(photos)
+    data = LabelledImages(photos)
     data.setup("fit")
     assert len(data.train) + len(data.test) == 13
     assert data.image_shape == (3, 8, 8)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from leakage.datamodules import GroundTruth, SampleVictims
+from leakage.datamodules import GroundTruth, Victims
 from leakage.solvers import ImageSpectrum
 
 

@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from leakage.attacks import IDLGAttack
-from leakage.datamodules import GroundTruth, SampleVictims
+from leakage.datamodules import GroundTruth, Victims
 from leakage.models import LeNet
 from leakage.seeds import derive_seed
 
 
-def ready(**kwargs):
-    data = SampleVictims(**kwargs)
+def ready(dataset="sample", **kwargs):
+    data = Victims(dataset, **kwargs)
     data.setup("fit")
     return data
 
@@ -32,7 +32,7 @@ def truth_of_all(data):
 
 @pytest.mark.parametrize("change", [{"lanes": 1}, {"lanes": "auto"}, {"num_workers": 2}, {"victims": 900}])
 def test_a_victim_is_the_same_however_victims_are_grouped(change):
-    usual = {"victims": 7, "num_images": 1, "seed": 3}
+    usual = {"victims": 7, "images": 1, "seed": 3}
     expected, data = ready(**usual), ready(**(usual | change))
     truth, other = truth_of_all(expected), truth_of_all(data)
     assert other.ids.tolist() == list(range(data.victims))
@@ -47,18 +47,17 @@ def test_a_victim_is_the_same_however_victims_are_grouped(change):
 
 
 def test_a_victim_is_the_same_in_another_process():
-    data = ready(victims=3, num_images=2, seed=5)
+    data = ready(victims=3, images=2, seed=5)
     code = (
-        "from leakage.datamodules import SampleVictims\n"
-        "print(SampleVictims(victims=3, num_images=2, seed=5).configuration)\n"
+        "from leakage.datamodules import Victims\nprint(Victims('sample', victims=3, images=2, seed=5).configuration)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(data.configuration)
 
 
 def test_victims_hold_the_permutation_of_their_seed():
-    data = ready(victims=100, num_images=3, seed=11)
-    images, _ = data.open_images()
+    data = ready(victims=100, images=3, seed=11)
+    images = data.source.open()
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(11))
     truth = truth_of_all(data)
     assert truth.images.shape == (100, 3, 1, 28, 28)
@@ -81,7 +80,7 @@ def test_other_seeds_give_other_victims():
 @pytest.mark.parametrize("weights", ["own", "shared"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_shared_gradients_are_those_of_autograd(weights, reduction):
-    data = ready(victims=3, num_images=2, weights=weights, reduction=reduction)
+    data = ready(victims=3, images=2, weights=weights, reduction=reduction)
     shared, truth = data.share(range(3)), truth_of_all(data)
     assert shared.own_weights is (weights == "own")
     for victim in range(3):
@@ -94,7 +93,7 @@ def test_shared_gradients_are_those_of_autograd(weights, reduction):
             torch.testing.assert_close(shared.gradients[name][victim], gradient, rtol=1e-4, atol=1e-6)
 
 
-LOCAL = {"num_images": 2, "local_steps": 4, "learning_rate": 0.1, "local_batch_size": 1}
+LOCAL = {"images": 2, "local_steps": 4, "learning_rate": 0.1, "local_batch_size": 1}
 
 
 def test_local_steps_reach_the_victims():
@@ -128,17 +127,17 @@ def test_a_checkpoint_of_other_local_steps(change):
         ({"learning_rate": None}, "Expected a `learning_rate` for 4 local steps, but got None"),
         ({"local_steps": 0}, "Expected `local_steps` to be a whole number of at least 1, but got 0"),
         ({"local_steps": 3}, "Expected `local_steps` to be a multiple of 2"),
-        ({"num_images": 3, "local_batch_size": 2}, "Expected `local_batch_size` to divide `num_images` = 3"),
+        ({"images": 3, "local_batch_size": 2}, "Expected `local_batch_size` to divide `num_images` = 3"),
     ],
 )
 def test_wrong_local_steps(change, message):
     with pytest.raises(ValueError, match=message):
-        SampleVictims(**(LOCAL | change))
+        Victims("sample", **(LOCAL | change))
 
 
 def test_an_attack_through_local_steps(tmp_path):
     """The search sees through two steps: it finds an image whose two steps are those that were shared."""
-    data = SampleVictims(victims=2, local_steps=2, learning_rate=0.5, reveal_labels=True)
+    data = Victims("sample", victims=2, local_steps=2, learning_rate=0.5, reveal_labels=True)
     attack = IDLGAttack(max_evaluations=60, restarts=0)
     trainer = Trainer(
         accelerator="cpu",
@@ -212,7 +211,7 @@ def tensors_in(value):
 
 @pytest.mark.parametrize("reveal_labels", [False, True])
 def test_the_attacker_is_given_no_ground_truth(reveal_labels):
-    data = ready(victims=10, num_images=2, reveal_labels=reveal_labels)
+    data = ready(victims=10, images=2, reveal_labels=reveal_labels)
     data.wanted = range(10)
     truth, batch = truth_of_all(data), next(iter(data.train_dataloader()))
     given = list(tensors_in(batch))
@@ -233,19 +232,19 @@ def test_what_goes_to_workers_travels_by_pickle():
 
 
 def test_more_images_than_there_are():
-    ready(victims=500, num_images=2)
+    ready(victims=500, images=2)
     with pytest.raises(
         ValueError,
-        match=r"Expected `victims` \* `num_images` to be at most the 1000 images .*, but got 501 \* 2 = 1002",
+        match=r"Expected `victims` \* `images` to be at most the 1000 images .*, but got 501 \* 2 = 1002",
     ):
-        ready(victims=501, num_images=2)
+        ready(victims=501, images=2)
 
 
-@pytest.mark.parametrize("name", ["victims", "num_images"])
+@pytest.mark.parametrize("name", ["victims", "images"])
 @pytest.mark.parametrize("value", [0, -3, 1.5, True])
 def test_counts(name, value):
     with pytest.raises(ValueError, match=f"Expected `{name}` to be a whole number of at least 1, but got {value}"):
-        SampleVictims(**{name: value})
+        Victims("sample", **{name: value})
 
 
 @pytest.mark.parametrize("name", ["seed", "num_workers"])
@@ -253,12 +252,12 @@ def test_counts(name, value):
 def test_counts_from_zero(name, value):
     expected = f"Expected `{name}` to be a whole number of at least 0( and below 2.*)?, but got {value!r}"
     with pytest.raises(ValueError, match=expected):
-        SampleVictims(**{name: value})
+        Victims("sample", **{name: value})
 
 
 def test_reveal_labels_is_a_flag():
     with pytest.raises(ValueError, match="Expected `reveal_labels` to be True or False, but got 'no'"):
-        SampleVictims(reveal_labels="no")
+        Victims("sample", reveal_labels="no")
 
 
 @pytest.mark.parametrize(
@@ -271,7 +270,7 @@ def test_reveal_labels_is_a_flag():
 )
 def test_unknown_choices(name, choices):
     with pytest.raises(ValueError, match=f"Expected `{name}` to be one of {choices}, but got 'nonsense'"):
-        SampleVictims(**{name: "nonsense"})
+        Victims("sample", **{name: "nonsense"})
 
 
 def test_a_model_with_too_few_classes():
@@ -286,7 +285,7 @@ def test_a_model_for_other_images():
 
 def test_what_is_no_model():
     with pytest.raises(ValueError, match=r"Expected `model` to be a torch\.nn\.Module, but got str"):
-        SampleVictims(model="lenet")
+        Victims("sample", model="lenet")
 
 
 class Scaled(nn.Module):

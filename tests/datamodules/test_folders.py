@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from leakage.datamodules import GroundTruth, ImageFolderVictims, LFWVictims
+from leakage.datamodules import GroundTruth, Victims
 
 PERSONS = {"Aaron_Eckhart": 1, "Aaron_Guiel": 1, "George_W_Bush": 5, "Zydrunas_Ilgauskas": 2}
 
@@ -37,8 +37,8 @@ def lfw(tmp_path):
     return root
 
 
-def ready(*args, data_set=ImageFolderVictims, **kwargs):
-    data = data_set(*args, **kwargs)
+def ready(dataset, **kwargs):
+    data = Victims(dataset, **kwargs)
     data.setup("fit")
     return data
 
@@ -101,7 +101,7 @@ def test_scaling_keeps_the_proportions(tmp_path):
 
 def test_images_of_different_sizes(folder):
     picture(50, (21, 20)).save(folder / "cat" / "2.png")
-    data = ImageFolderVictims(folder, victims=7)
+    data = Victims(folder, victims=7)
     for _ in range(2):
         with pytest.raises(
             ValueError, match=r"Expected images of one size, but got (.|\n)*'.*\.png'. Set `image_size`"
@@ -113,7 +113,7 @@ def test_images_of_different_sizes(folder):
 def test_a_corrupt_image_is_named_at_setup(folder, damage):
     path = folder / "cat" / "1.png"
     path.write_bytes({"truncated": path.read_bytes()[:600], "text": b"no image", "empty": b""}[damage])
-    data = ImageFolderVictims(folder, victims=6)
+    data = Victims(folder, victims=6)
     for _ in range(2):
         with pytest.raises(ValueError, match=rf"Expected an 8-bit image in '{path}', but got: "):
             data.setup("fit")
@@ -126,7 +126,7 @@ def test_deep_images_are_not_clipped_in_silence(folder):
 
 
 def test_no_such_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=rf"Expected `root` to be a folder .* no folder '{tmp_path}/nowhere'"):
+    with pytest.raises(FileNotFoundError, match=rf"Expected `dataset` to be one of .* no folder '{tmp_path}/nowhere'"):
         ready(tmp_path / "nowhere")
 
 
@@ -170,7 +170,7 @@ def test_a_single_class(tmp_path):
 )
 def test_bad_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        ImageFolderVictims(tmp_path, **options)
+        Victims(tmp_path, **options)
 
 
 @pytest.mark.parametrize("layout", ["given", "parent", "environment", "torchvision"])
@@ -185,7 +185,7 @@ def test_lfw(lfw, layout, tmp_path, monkeypatch):
     elif layout == "torchvision":
         (tmp_path / "lfw-py").mkdir()
         lfw.rename(tmp_path / "lfw-py" / lfw.name)
-    data = ready(root, victims=sum(PERSONS.values()), data_set=LFWVictims)
+    data = ready("lfw", root=root, victims=sum(PERSONS.values()))
     assert data.victim.protocol.image_shape == (3, 32, 32)
     assert data.victim.protocol.num_classes == len(PERSONS)
     truth = truth_of_all(data)
@@ -201,7 +201,7 @@ def test_no_lfw(tmp_path, monkeypatch, given):
     with pytest.raises(
         FileNotFoundError, match=rf"Expected the LFW faces .* in '{place}'.* with `root` or .*LEAKAGE_DATA"
     ):
-        ready(root, data_set=LFWVictims)
+        ready("lfw", root=root)
 
 
 def test_an_image_of_very_many_pixels_is_scaled_or_refused(folder):
@@ -210,3 +210,48 @@ def test_an_image_of_very_many_pixels_is_scaled_or_refused(folder):
     with pytest.raises(ValueError, match=r"image in '.*0.png', but got: 5000 x 4000 pixels, .* Set `image_size`"):
         ready(folder, victims=6)
     assert ready(folder, victims=6, image_size=20).victim.protocol.image_shape == (3, 20, 20)
+
+
+@pytest.fixture
+def parts(folder, tmp_path):
+    """Training and test images of the same classes."""
+    folder.rename(tmp_path / "train")
+    for number, name in enumerate(("bird", "cat", "dog")):
+        (tmp_path / "photos" / "test" / name).mkdir(parents=True)
+        picture(100 + number).save(tmp_path / "photos" / "test" / name / "0.png")
+    (tmp_path / "train").rename(tmp_path / "photos" / "train")
+    return tmp_path / "photos"
+
+
+def test_a_folder_of_both_parts(parts):
+    for split, count, first in (("train", 6, 0), ("test", 3, 100)):
+        data = ready(parts, split=split, victims=count)
+        assert (data.name, data.victim.protocol.num_classes) == ("photos", 3)
+        truth = truth_of_all(data)
+        images = (truth.images[:, 0].permute(0, 2, 3, 1) * 255).round().byte().numpy()
+        assert any(np.array_equal(image, np.asarray(picture(first))) for image in images)
+    with pytest.raises(ValueError, match="at most the 3 images of the data set, but got 4"):
+        ready(parts, split="test", victims=4)
+    assert ready(parts, victims=2).victim.protocol.num_classes == 3, "training images by default"
+
+
+def test_the_part_belongs_to_the_configuration(parts):
+    state = ready(parts, victims=2).state_dict()
+    with pytest.raises(ValueError, match="split 'train' in the checkpoint and 'test' here"):
+        ready(parts, victims=2, split="test").load_state_dict(state)
+
+
+def test_classes_that_are_called_train_and_test(tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        picture(0).save(tmp_path / name / "0.png")
+    assert ready(tmp_path, victims=2).victim.protocol.num_classes == 2
+
+
+def test_a_folder_without_parts_has_no_test_images(folder):
+    with pytest.raises(ValueError, match="Expected `split` 'train' with 'photos', which has no test images apart, but"):
+        Victims(folder, split="test")
+
+
+def test_draws_by_label(folder):
+    assert (truth_of_all(ready(folder, victims=9, images=2, labels="single-class")).labels.diff(dim=1) == 0).all()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from leakage.datamodules import ImageFolder, Sample, labelled_folder
+from leakage.datamodules import LabelledImages, memory
 from leakage.datamodules.sample import read_sheet
 
 COUNTS = {"bird": 10, "cat": 5, "dog": 2}
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 
 def ready(*args, **kwargs):
-    data = ImageFolder(*args, **kwargs)
+    data = LabelledImages(*args, **kwargs)
     data.setup("fit")
     return data
 
@@ -76,30 +76,40 @@ def test_at_least_one_on_either_side(folder, share, counts):
 
 
 def test_a_test_folder(folder, tmp_path):
-    test_root = write_folder(tmp_path / "later", {"bird": 1, "cat": 2, "dog": 3})
-    data = ready(folder, test_root=test_root)
+    later = write_folder(tmp_path / "later", {"bird": 1, "cat": 2, "dog": 3})
+    data = ready((folder, later))
+    assert data.name == "photos"
     assert numbers(data.train, (10, 5, 2)) == [*range(10), *range(100, 105), 200, 201]
     assert numbers(data.test, (1, 2, 3)) == [0, 100, 101, 200, 201, 202]
     assert data.train.labels.bincount().tolist() == [10, 5, 2]
 
 
+def test_both_parts_in_one_folder(folder, tmp_path):
+    (tmp_path / "whole").mkdir()
+    folder.rename(tmp_path / "whole" / "train")
+    write_folder(tmp_path / "whole" / "test", {"bird": 1, "cat": 2, "dog": 3})
+    data = ready(tmp_path / "whole")
+    assert (data.name, data.class_names) == ("whole", ("bird", "cat", "dog"))
+    assert numbers(data.train, (10, 5, 2)) == [*range(10), *range(100, 105), 200, 201]
+    assert numbers(data.test, (1, 2, 3)) == [0, 100, 101, 200, 201, 202]
+    with pytest.raises(ValueError, match=r"Expected no `test_share` with 'whole', whose test images are known, but"):
+        LabelledImages(tmp_path / "whole", test_share=0.5)
+
+
 def test_a_test_folder_of_other_classes(folder, tmp_path):
-    test_root = write_folder(tmp_path / "later", {"bird": 1, "cow": 2, "dog": 3})
-    message = (
-        rf"Expected the class folders of '{folder}' in '{test_root}', but got \['cow'\] besides, "
-        r"and none of \['cat'\]\."
-    )
+    later = write_folder(tmp_path / "later", {"bird": 1, "cow": 2, "dog": 3})
+    message = r"Expected test images of the classes of 'photos', but got \['cow'\] besides, and none of \['cat'\]\."
     with pytest.raises(ValueError, match=message):
-        ready(folder, test_root=test_root)
+        ready((folder, later))
 
 
 def test_a_test_folder_of_another_size(folder, tmp_path):
-    test_root = write_folder(tmp_path / "later")
-    for path in test_root.glob("*/*.png"):
+    later = write_folder(tmp_path / "later")
+    for path in later.glob("*/*.png"):
         picture(0, (9, 8)).save(path)
     with pytest.raises(ValueError, match=r"of 'photos' of one size, but got \(3, 9, 7\) and \(3, 9, 8\)"):
-        ready(folder, test_root=test_root)
-    assert ready(folder, test_root=test_root, image_size=6).image_shape == (3, 6, 6)
+        ready((folder, later))
+    assert ready((folder, later), image_size=6).image_shape == (3, 6, 6)
 
 
 def test_size_and_channels(folder):
@@ -129,12 +139,10 @@ def test_a_corrupt_image(folder):
 
 def test_a_single_image_of_a_class(folder):
     (folder / "dog" / "00.png").unlink()
-    message = (
-        rf"Expected at least two images of class 'dog' in '{folder}', to hold one out .*, but got 1\. .*`test_root`"
-    )
+    message = r"Expected at least two images of class 'dog' in 'photos', to hold one out .*, but got 1\. .* as a pair"
     with pytest.raises(ValueError, match=message):
         ready(folder)
-    assert len(ready(folder, test_root=folder).train) == 16
+    assert len(ready((folder, folder)).train) == 16
 
 
 def test_a_class_without_images(folder):
@@ -150,10 +158,9 @@ def test_a_single_class(tmp_path):
 
 def test_no_such_folder(folder, tmp_path):
     nowhere = tmp_path / "none"
-    with pytest.raises(FileNotFoundError, match=f"Expected `root` to be a folder of .* got no folder '{nowhere}'"):
-        ready(nowhere)
-    with pytest.raises(FileNotFoundError, match=f"Expected `test_root` to be a folder of .* got no folder '{nowhere}'"):
-        ready(folder, test_root=nowhere)
+    for dataset in (nowhere, (folder, nowhere)):
+        with pytest.raises(FileNotFoundError, match=f"Expected `dataset` to be .* got no folder '{nowhere}'"):
+            ready(dataset)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +170,6 @@ def test_no_such_folder(folder, tmp_path):
         ({"test_share": 1.0}, r"Expected `test_share` to be above 0 and below 1, but got 1\.0"),
         ({"test_share": float("nan")}, "Expected `test_share` to be above 0 and below 1, but got nan"),
         ({"test_share": "half"}, "Expected `test_share` to be above 0 and below 1, but got 'half'"),
-        ({"test_share": 0.1, "test_root": "x"}, r"Expected `test_root` or `test_share`, but got both: 'x' and 0\.1"),
         ({"image_size": 0}, "Expected `image_size` to be a whole number of at least 1, but got 0"),
         ({"channels": 4}, "Expected `channels` to be 1 or 3, but got 4"),
         ({"num_workers": -1}, "Expected `num_workers` to be a whole number of at least 0, but got -1"),
@@ -172,35 +178,35 @@ def test_no_such_folder(folder, tmp_path):
 )
 def test_bad_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        ImageFolder(tmp_path, **options)
+        LabelledImages(tmp_path, **options)
 
 
 def test_the_share_belongs_to_the_configuration(folder):
-    state = ImageFolder(folder).state_dict()
-    ImageFolder(folder, test_share=0.2).load_state_dict(state)
+    state = LabelledImages(folder).state_dict()
+    LabelledImages(folder, test_share=0.2).load_state_dict(state)
     with pytest.raises(ValueError, match=r"test_share 0\.2 in the checkpoint and 0\.4 here"):
-        ImageFolder(folder, test_share=0.4).load_state_dict(state)
+        LabelledImages(folder, test_share=0.4).load_state_dict(state)
     with pytest.raises(ValueError, match=r"test_share 0\.2 in the checkpoint and None here"):
-        ImageFolder(folder, test_root=folder).load_state_dict(state)
+        LabelledImages((folder, folder)).load_state_dict(state)
 
 
 def test_decoding_does_not_depend_on_the_bar(folder, monkeypatch):
     """A bar that is switched off, as by TQDM_DISABLE, counts nothing."""
     expected = ready(folder).train
-    monkeypatch.setattr(labelled_folder, "Tqdm", partial(labelled_folder.Tqdm, disable=True))
+    monkeypatch.setattr(memory, "Tqdm", partial(memory.Tqdm, disable=True))
     assert torch.equal(ready(folder).train.images, expected.images)
 
 
 def test_a_bar_only_when_it_lasts(folder, monkeypatch, capsys):
     ready(folder)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(labelled_folder, "_PATIENCE", 0)
+    monkeypatch.setattr(memory, "_PATIENCE", 0)
     ready(folder)
-    assert f"Decoding {folder}" in capsys.readouterr().err
+    assert "Decoding photos" in capsys.readouterr().err
 
 
 def test_the_sample_in_two_parts():
-    data = Sample(batch_size=90)
+    data = LabelledImages("sample", batch_size=90)
     data.setup("fit")
     assert (data.name, data.class_names[0], data.num_classes) == ("sample", "T-shirt/top", 10)
     sheet = read_sheet()
