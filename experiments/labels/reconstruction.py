@@ -12,7 +12,8 @@ Each victim shares the gradient of a batch, of a freshly drawn network of its ow
 Files in the output folder: `summary.json`, a row for each kind of labels and batch size; `quality.png`, PSNR and
 success over the batch size; and a folder per batch size as of `leakage.comparison`, with `gallery.png` (the first
 victims' images as each kind found them) and the tables of all victims. In the rows `label_accuracy` is the share of
-images that were found with their own label, `irec` the share of labels that were known, whichever image they came with.
+images that were found with their own label, `irec` the share of labels that were known, whichever image they came
+with.
 
 A run that was stopped, in whatever way, goes on with the same command and `--resume`, and ends with the results that it
 would have had. Without `--resume` a folder that holds results is refused, so that none are lost by mistake.
@@ -36,16 +37,13 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torch.utils.data import DataLoader
 
 from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
 from leakage.cli.main import quiet
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.comparison.attacks import align, check_output, compare, holds_results
-from leakage.datamodules.base import GroundTruth, VictimDataModule
-from leakage.datamodules.images import ImageVictims
-from leakage.datamodules.named import DATASETS, victims_named
+from leakage.datamodules import DATASETS, VictimDataModule, Victims
 from leakage.errors import check_count
 from leakage.files.text import write_json
 from leakage.labels import RULES, check_label_rule
@@ -92,49 +90,29 @@ class Row:
     seconds: float
 
 
-class OneWrong(VictimDataModule):
+class OneWrong(Victims):
     """Victims that tell their labels, each with one of them replaced by another class.
 
-    Args:
-        victims: the same with the true labels revealed; their seed draws which label is replaced, and by what.
+    Their seed draws which label is replaced, and by what.
     """
-
-    def __init__(self, victims: ImageVictims) -> None:
-        super().__init__(lanes=victims.lanes)
-        self.reveal_labels = True
-        self.honest = victims
-
-    def prepare_data(self) -> None:
-        """Fetch the data set."""
-        self.honest.prepare_data()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Take on the honest victims' network and number."""
-        self.honest.setup(stage)
-        self.victim, self.victims = self.honest.victim, self.honest.victims
 
     def share(self, victims: Sequence[int]) -> SharedGradient:
         """Their true gradients, with a wrong label each."""
-        shared = self.honest.share(victims)
+        shared = super().share(victims)
         assert shared.labels is not None
         labels = shared.labels.clone()
         images, classes = shared.protocol.num_images, shared.protocol.num_classes
         for row, victim in enumerate(shared.ids.tolist()):
-            generator = torch.Generator().manual_seed(derive_seed(self.honest.seed, victim, "wrong label"))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, victim, "wrong label"))
             place = int(torch.randint(images, (), generator=generator))
             further = torch.randint(1, classes, (), generator=generator)
             labels[row, place] = (labels[row, place] + further) % classes
         return dataclasses.replace(shared, labels=labels)
 
-    def val_dataloader(self) -> DataLoader[GroundTruth]:
-        """The truth."""
-        self.honest.audited = self.audited
-        return self.honest.val_dataloader()
-
     @cached_property
     def configuration(self) -> dict[str, Any]:
         """As the honest victims', told apart."""
-        return self.honest.configuration | {"wrong_labels": 1}
+        return super().configuration | {"wrong_labels": 1}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -151,11 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "with them, or choose another folder."
             )
         _attack("inferred", given)
-        dataset, largest = _victims(given, sizes[-1])
+        largest = _victims(given, sizes[-1])
         largest.prepare_data()
-        images, num_classes = largest.open_images()
+        dataset, images = largest.name, largest.source.open(largest.split)
         image_shape = tuple(images[0][0].shape)
-        network = _network(given, image_shape, num_classes)
+        network = _network(given, image_shape, images.num_classes)
         if "inferred" in kinds:
             for size in sizes:
                 check_label_rule(Victim(network, image_shape=image_shape, num_images=size), given.rule)
@@ -211,13 +189,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _victims(given: argparse.Namespace, size: int, **options: Any) -> tuple[str, ImageVictims]:
-    return victims_named(
+def _victims(given: argparse.Namespace, size: int, kind: type[Victims] = Victims, **options: Any) -> Victims:
+    return kind(
         given.dataset,
         root=given.root,
         image_size=given.image_size,
         victims=given.victims,
-        num_images=size,
+        images=size,
         seed=given.seed,
         **options,
     )
@@ -240,13 +218,13 @@ def _attack(kind: str, given: argparse.Namespace) -> GradientMatchingAttack:
 def _cells(given: argparse.Namespace, kinds: list[str], dataset: str, network: nn.Module, size: int) -> list[Row]:
     """All kinds of labels of the same victims."""
     options = {"model": network, "weights": "own"}
-    silent = _victims(given, size, **options)[1]
-    telling = _victims(given, size, **options, reveal_labels=True)[1]
+    silent = _victims(given, size, **options)
+    telling = _victims(given, size, **options, reveal_labels=True)
     victims: dict[str, VictimDataModule] = {
         "true": telling,
         "inferred": silent,
         "joint": silent,
-        "one-wrong": OneWrong(telling),
+        "one-wrong": _victims(given, size, kind=OneWrong, **options, reveal_labels=True),
     }
     folder = given.output / f"batch_{size}"
     found = compare(

@@ -109,6 +109,16 @@ def test_flags_can_be_read_inside(change):
         assert_full()
 
 
+@pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in FLAGS.items()])
+def test_by_flags_alone_as_before_torch_2_9(change, monkeypatch):
+    monkeypatch.setattr("leakage.clients.precision._BY_OPERATION", False)
+    change()
+    before = [torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()]
+    with full_precision():
+        assert_full()
+    assert [torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()] == before
+
+
 @needs_settings
 @pytest.mark.parametrize("above", [("generic", "all"), ("cuda", "all")], ids="-".join)
 def test_what_follows_another_setting_goes_on_following_it(above):
