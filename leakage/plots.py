@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from leakage.errors import check_positive
+from leakage.files.whole import whole_file
 from leakage.metrics import wilson_interval
 
 INK = "#222222"
@@ -245,14 +246,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     kind = path.suffix.removeprefix(".").lower()
     if kind not in kinds:
         raise ValueError(f"Expected `path` to end with one of {sorted(kinds)}, but got '{path}'.")
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
         figure.savefig(partial, format=kind, dpi=150)
-        partial.replace(path)
-    except OSError as error:
-        _remove(partial)
-        raise OSError(f"Expected to write the picture '{path}', but got: {error}") from error
 
 
 def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
@@ -306,11 +301,3 @@ def _number(value: float) -> str:
     mantissa, exponent = f"{value:.0e}".split("e")
     exact = math.isclose(float(f"{value:.0e}"), value)
     return f"{mantissa}e{int(exponent)}" if exact else f"{value:g}"
-
-
-def _remove(path: Path) -> None:
-    """Delete a file that may not be there, on a disk that may not answer."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from leakage.errors import check_choice, check_count, check_flag, check_image_size, check_positive
+from leakage.errors import check_choice, check_count, check_flag, check_image_size, check_positive, show_shape
 
 
 def test_what_is_right_passes():
@@ -64,3 +64,10 @@ def test_first_wrong_value_is_named():
 def test_unknown_choice_lists_the_choices():
     with pytest.raises(ValueError, match=r"^Expected `loss` to be one of \['a', 'b'\], but got 'c'\.$"):
         check_choice("loss", "c", {"b": 1, "a": 2})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"), [((), "()"), ((3,), "(3,)"), (("V", 1, 28), "(V, 1, 28)"), ((2, "..."), "(2, ...)")]
+)
+def test_show_shape(sizes, text):
+    assert show_shape(*sizes) == text

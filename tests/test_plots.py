@@ -153,7 +153,7 @@ def test_saving_tells_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match=r"Expected `path` to end with one of .*'png'.*, but got '.*fidelity.bmpp'"):
         save_figure(figure, tmp_path / "fidelity.bmpp")
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"Expected to write the picture '.*fidelity.png', but got"):
+    with pytest.raises(OSError, match=r"Expected to write '.*fidelity.png', but got"):
         save_figure(figure, tmp_path / "file" / "fidelity.png")
 
     def full(*args: object, **kwargs: object) -> None:

@@ -1,9 +1,9 @@
-"""Fuzzing of all that comes from outside: files of gradients, checkpoints, configurations, folders of images.
+"""Fuzzing of all that comes from others: files of gradients and images, configurations, folders of images.
 
     python experiments/robustness/fuzz.py --examples 1000 --seed 0 --output fuzz.json
 
 Every input is read or refused in the library's words, in time, within little memory, and none of its code is run.
-Counted are the inputs that were tried. `resume` is slower than the rest and gets a tenth of them, `config` a fifth.
+Counted are the inputs that were tried. `config` is slower than the rest and gets a fifth of them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fuzz_checkpoints  # these lie beside this script
-import fuzz_configs
+import fuzz_configs  # these lie beside this script
 import fuzz_image_folders
 import fuzz_tensor_files
 import torch
@@ -39,7 +38,7 @@ from leakage.errors import check_count
 _PAUSE = 5.0
 # Failures of a kind whose inputs are kept.
 _KEPT = 20
-_SHARE = {"config": 5, "resume": 10}
+_SHARE = {"config": 5}
 
 
 @dataclass
@@ -74,18 +73,6 @@ def properties(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable
         for kind in fuzz_tensor_files.SOUND
     }
     return kinds | {
-        "checkpoint": (
-            fuzz_checkpoints.inputs(folder, marker),
-            lambda data: fuzz_checkpoints.check_reading(data, folder, marker),
-        ),
-        "damaged_checkpoint": (
-            fuzz_checkpoints.damaged(folder),
-            lambda data: fuzz_checkpoints.check_damage(data, folder, marker),
-        ),
-        "resume": (
-            fuzz_checkpoints.crafted(folder),
-            lambda edits: fuzz_checkpoints.check_resuming(edits, folder, marker),
-        ),
         "config": (fuzz_configs.inputs(marker), lambda data: fuzz_configs.check(data, folder, marker)),
         "images": (
             fuzz_image_folders.inputs(marker),

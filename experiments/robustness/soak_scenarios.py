@@ -249,7 +249,11 @@ def disk_full(whole: Job, iterations: int) -> Verdict:
         verdict.figures |= {"exit code": ending.code, "iterations": ending.completed}
         verdict.expect(ending.code not in (0, None) and ending.code > 0, f"ended with {ending.code}")
         verdict.expect(ending.completed == iterations, f"ended after {ending.completed} of {iterations} iterations")
-        for words in ("Expected to write the checkpoint", "could not be written", "Expected VictimTable to write all"):
+        for words in (
+            "last.ckpt', but got",
+            "The run goes on and tries again later",
+            "Expected VictimTable to write all",
+        ):
             verdict.expect(words in ending.said, f"did not say {words!r}: {ending.said[-1500:]}")
         saved = _saved_at(job)
         verdict.figures["last whole checkpoint"] = saved

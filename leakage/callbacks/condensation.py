@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -32,9 +32,6 @@ class CondensationCallback(ResultsCallback, ABC):
             :class:`~leakage.condensation.GradientMatchingCondensation`.
         OSError: the folder can't be written, or files are missing at the end.
     """
-
-    # Files by which an earlier run in the folder is recognised, and which the next one replaces.
-    files: ClassVar[tuple[str, ...]]
 
     def __init__(self, output: str | os.PathLike[str] | None, moments: Sequence[int], name: str) -> None:
         super().__init__(output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -24,8 +23,7 @@ from leakage.condensation.gradient_matching import GradientMatchingCondensation
 from leakage.condensation.networks import check_network
 from leakage.datamodules.labelled import LabelledImages
 from leakage.errors import check_count
-from leakage.files.checkpoints import restoring
-from leakage.files.tensors import brief
+from leakage.files.text import write_csv
 from leakage.plots import plot_accuracy, save_figure
 
 COLUMNS = (
@@ -173,18 +171,8 @@ class SyntheticEvaluation(CondensationCallback):
         return {"rows": [asdict(row) for row in self.rows]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was made.
-
-        Raises:
-            ValueError: a state that is not as :meth:`state_dict` gives it.
-        """
-        with restoring("the accuracies"):
-            rows = [AccuracyRow(**{**row, "accuracies": tuple(row["accuracies"])}) for row in state_dict["rows"]]
-            for row in rows:
-                check_count(0, iteration=row.iteration, step=row.step)
-                if not row.accuracies or not all(isinstance(value, int | float) for value in row.values()):
-                    raise ValueError(f"Expected numbers in a row, but got {brief(row)}.")
-            self.rows = rows
+        """Go on where the checkpoint was made."""
+        self.rows = [AccuracyRow(**row) for row in state_dict["rows"]]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse other modules and a network that does not fit, find the folder and try to write there."""
@@ -270,8 +258,9 @@ class SyntheticEvaluation(CondensationCallback):
     def _write_all(self, condensation: GradientMatchingCondensation) -> None:
         if not self.rows:
             return
-        self._write(self.folder / "accuracy.csv", lambda path: _write_csv(path, self.rows))
-        curve = torch.tensor([row.values() for row in self.rows], dtype=torch.float64)[:, _CURVE]
+        rows = [row.values() for row in self.rows]
+        self._write(self.folder / "accuracy.csv", lambda path: write_csv(path, COLUMNS, rows))
+        curve = torch.tensor(rows, dtype=torch.float64)[:, _CURVE]
         per_class = int(condensation.hparams["images_per_class"])
         figure = plot_accuracy(
             {"synthetic images": curve},
@@ -298,18 +287,3 @@ def read_accuracies(path: str | os.PathLike[str]) -> Tensor:
         return torch.tensor([[float(row[column]) for column in columns] for row in rows[1:]], dtype=torch.float64)
     except (IndexError, ValueError) as error:
         raise ValueError(f"Expected an `accuracy.csv` of SyntheticEvaluation, but got '{path}': {error}") from error
-
-
-def _write_csv(path: Path, rows: list[AccuracyRow]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(COLUMNS)
-    for row in rows:
-        writer.writerow([f"{value:.8g}" if isinstance(value, float) else value for value in row.values()])
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text.getvalue(), encoding="utf-8", newline="")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.files.checkpoints import run_folder
+from leakage.files.whole import check_output, remove_partials
 
 
 class ResultsCallback(Callback):
@@ -31,6 +31,9 @@ class ResultsCallback(Callback):
         OSError: at ``setup`` if the folder can't be written, at the end of ``fit`` if files are missing.
     """
 
+    # What it writes, as patterns within the folder.
+    files: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, output: str | os.PathLike[str] | None = None) -> None:
         self.output = output
         self._folder: Path | None = None
@@ -48,20 +51,16 @@ class ResultsCallback(Callback):
         return self._folder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder and try to write there."""
+        """Find the folder, try to write there, and remove what a run that was killed left half written."""
         if stage != "fit" or not trainer.is_global_zero:
             return
         self._folder = Path(self.output) if self.output is not None else run_folder(trainer)
         self._failures = {}
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._folder) as file:
-                file.write(b"x")
+            check_output(self._folder)
         except OSError as error:
-            raise OSError(
-                f"Expected `output` to be a folder that can be written, but got '{self._folder}': {error}. "
-                f"Give {type(self).__name__} another `output`."
-            ) from error
+            raise OSError(f"{error} Give {type(self).__name__} another `output`.") from error
+        remove_partials(self._folder, *self.files)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell what could not be written.
@@ -70,7 +69,7 @@ class ResultsCallback(Callback):
             OSError: there is something.
         """
         if self._failures:
-            missing = "; ".join(f"'{path}': {error}" for path, error in self._failures.items())
+            missing = "; ".join(str(error) for error in self._failures.values())
             raise OSError(
                 f"Expected {type(self).__name__} to write all results, but got {len(self._failures)} files "
                 f"missing ({missing}). The run itself is complete: the attack still holds its results."
@@ -79,11 +78,10 @@ class ResultsCallback(Callback):
     def _write(self, path: Path, write: Callable[[Path], Any]) -> bool:
         """Call ``write(path)`` and tell whether it succeeded; remember and warn where it did not."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write(path)
         except OSError as error:
             self._failures[path] = error
-            rank_zero_warn(f"'{path}' could not be written: {error}. The run goes on and tries again later.")
+            rank_zero_warn(f"{error}. The run goes on and tries again later.")
             return False
         self._failures.pop(path, None)
         return True

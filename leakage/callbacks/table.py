@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,8 +15,7 @@ from torch import Tensor, tensor
 from leakage.callbacks.loggers import log_table
 from leakage.callbacks.results import ResultsCallback, ground_truth
 from leakage.datamodules.base import GroundTruth
-from leakage.errors import check_count
-from leakage.files.checkpoints import restoring
+from leakage.files.text import write_csv
 from leakage.inversion.reconstruction import Reconstruction
 from leakage.plots import to_pixels
 from leakage.solvers import STATUS
@@ -84,6 +82,8 @@ class VictimTable(ResultsCallback):
         OSError: the folder can't be written, or files are missing at the end.
     """
 
+    files = ("victims.csv", "reconstructions/*.safetensors")
+
     def __init__(self, output: str | os.PathLike[str] | None = None) -> None:
         super().__init__(output)
         # Victims in the files that are complete, and the number of these files.
@@ -101,25 +101,14 @@ class VictimTable(ResultsCallback):
         return {"saved": sorted(self._saved), "files": self._files}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was made.
-
-        Raises:
-            ValueError: a state that is not as :meth:`state_dict` gives it.
-        """
-        with restoring("the state of VictimTable"):
-            saved, files = state_dict["saved"], state_dict["files"]
-            check_count(0, files=files)
-            for victim in saved:
-                check_count(0, saved=victim)
-            self._saved, self._files = set(saved), files
+        """Go on where the checkpoint was made."""
+        self._saved, self._files = set(state_dict["saved"]), state_dict["files"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of results that this run will replace, and remove what one that was killed left half written."""
+        """Warn of results that this run will replace."""
         self._logged = 0
         if not trainer.is_global_zero:
             return
-        for path in self.folder.glob("reconstructions/*.safetensors.*.partial"):  # of a run that was killed
-            self._write(path, lambda path: path.unlink(missing_ok=True))
         if trainer.ckpt_path is None:
             self._labels, self._truth = {}, {}
         if trainer.ckpt_path is None or not self._are_there():
@@ -208,7 +197,7 @@ class VictimTable(ResultsCallback):
             if written and complete:
                 self._saved.update(finished.ids.tolist())
                 self._files += 1
-        self._write(self.folder / "victims.csv", lambda path: _write_csv(path, self._rows(attack, finished)))
+        self._write(self.folder / "victims.csv", lambda path: write_csv(path, COLUMNS, self._rows(attack, finished)))
 
     def _save_unfinished(self, trainer: Trainer, attack: GradientInversion) -> None:
         """Write the best iterates so far of the victims that were still running."""
@@ -219,7 +208,7 @@ class VictimTable(ResultsCallback):
         self._look_up_truth(trainer, running)
         self._write(self._unfinished, running.save)
         rows = self._rows(attack, attack.finished) + self._rows(attack, running)
-        self._write(self.folder / "victims.csv", lambda path: _write_csv(path, rows))
+        self._write(self.folder / "victims.csv", lambda path: write_csv(path, COLUMNS, rows))
 
     def _part(self, file: int) -> Path:
         return self.folder / "reconstructions" / f"part_{file:04d}.safetensors"
@@ -284,20 +273,6 @@ class VictimTable(ResultsCallback):
             row.extend(pictures)
         log_table(trainer, "victims", [*COLUMNS, "truth", "reconstruction"], rows)
         self._logged = attack.num_done
-
-
-def _write_csv(path: Path, rows: list[list[Any]]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for row in rows:
-                writer.writerow([f"{value:.8g}" if isinstance(value, float) else value for value in row])
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _show(labels: list[int] | None) -> str | None:

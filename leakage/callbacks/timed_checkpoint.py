@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import math
 import os
 import signal
@@ -17,11 +15,11 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from leakage.errors import check_positive
 from leakage.files.checkpoints import run_folder
+from leakage.files.whole import remove_partials
 
 
 class TimedCheckpoint(Checkpoint):
@@ -71,13 +69,9 @@ class TimedCheckpoint(Checkpoint):
         """Start the clock, heed signals, and remove what a run that was killed while it wrote has left."""
         self._last, self._between_steps, self._signal = time.monotonic(), False, 0
         if trainer.is_global_zero:
-            path = self._path(trainer)
-            for partial in path.parent.glob(f"{glob.escape(path.name)}*.partial"):
-                with contextlib.suppress(OSError):
-                    partial.unlink()
+            remove_partials(self._path(trainer).parent, "last.ckpt")
         if threading.current_thread() is threading.main_thread():
-            numbers = [number for number in signal.Signals if isinstance(signal.getsignal(number), _HandlersCompose)]
-            self._requeue = {number for number in numbers if number != signal.SIGTERM}  # Lightning's, for SLURM
+            self._requeue = {number for number in {*signal.Signals} - {signal.SIGTERM} if _is_lightning_s(number)}
             self._handlers = {number: signal.signal(number, self._heed) for number in {*self._signals, *self._requeue}}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -147,3 +141,9 @@ class TimedCheckpoint(Checkpoint):
             if signal.getsignal(number) == self._heed:  # after an interrupt, Lightning's is there
                 signal.signal(number, handler)
         self._handlers = {}
+
+
+def _is_lightning_s(number: signal.Signals) -> bool:
+    """Whether Lightning handles a signal; apart from SIGTERM that is the one by which SLURM announces a requeue."""
+    module: str | None = getattr(signal.getsignal(number), "__module__", None)  # of a function, or of an object's class
+    return module is not None and module.split(".")[0] in ("lightning", "pytorch_lightning")

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -26,8 +25,7 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import Normalize
 
-from leakage.callbacks.progress import RunProgressBar
-from leakage.condensation.networks import check_network
+from leakage.clients.inspection import inspect_model
 from leakage.datamodules import LabelledImages, in_unit_range
 from leakage.datamodules.base import digest
 from leakage.errors import check_choice, check_count, check_positive
@@ -104,9 +102,9 @@ def trained_network(
 
     Each training has a folder under ``root``, named by a hash of all that decides its result but ``epochs``: the
     network's layers and first weights, the data, ``num_images``, ``learning_rate``, ``batch_size``, ``seed`` and
-    ``precision``. In it are checkpoints after 1, 2, 5, 10, 20, 50, … epochs, after the number that was asked for, and
-    whenever ten minutes have passed. Training goes on from the last that is not beyond ``epochs``, to the same weights
-    as without a break. Networks whose layers print alike but compute differently need a ``root`` each.
+    ``precision``. In it are checkpoints after the epochs that were asked for, and after epochs that end ten minutes
+    after the last. Training goes on from the last that is not beyond ``epochs``, to the same weights as without a
+    break. Networks whose layers print alike but compute differently need a ``root`` each.
 
     Args:
         model: an architecture, left as it is, see :data:`leakage.models.NETWORKS`; takes normalised images.
@@ -128,7 +126,7 @@ def trained_network(
         ValueError: a network that does not fit the data or can't be drawn anew, an option out of its range, more
             ``num_images`` than there are, or a checkpoint in the cache that is broken or of another training (the
             message says which file to delete).
-        FloatingPointError: a loss or weights that are no longer finite, with the epoch and the rate.
+        FloatingPointError: weights that are no longer finite, with the epoch and the rate.
         OSError: the cache can't be written.
 
     Example:
@@ -152,7 +150,12 @@ def trained_network(
         data.setup("fit")
     seen = _choose_images(data, num_images, seed)
     network = copy.deepcopy(model).cpu().float()
-    check_network(network, data)
+    *_, classes = inspect_model(network.eval(), data.image_shape, 2)
+    if classes != data.num_classes:
+        raise ValueError(
+            f"Expected a `model` with a logit for each of the {data.num_classes} classes of {data.name!r}, but got "
+            f"{classes}."
+        )
     first = draw_state(network, seed)
     network.load_state_dict(first, strict=False)  # of tied weights only the first are drawn
     configuration = {
@@ -169,10 +172,13 @@ def trained_network(
         "seed": seed,
         "precision": precision,
     }
-    cache = _Cache(Path(root or "~/.cache/leakage/networks").expanduser(), type(model).__name__, configuration)
-    cache.open()
+    key = json.dumps(configuration, sort_keys=True)
+    folder = Path(root or "~/.cache/leakage/networks").expanduser()
+    folder /= f"{type(model).__name__.lower()}_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not (folder / "configuration.json").is_file():
+        write_json(folder / "configuration.json", configuration)  # where that fails, better before than after
     classifier = Classifier(
-        nn.Sequential(Normalize(data.mean, data.std), network), data.num_classes, learning_rate, seed, cache.key
+        nn.Sequential(Normalize(data.mean, data.std), network), data.num_classes, learning_rate, seed, key
     )
     options: dict[str, Any] = {
         "accelerator": accelerator,
@@ -181,16 +187,17 @@ def trained_network(
         "enable_model_summary": False,
         "enable_progress_bar": progress,
     }
-    done = cache.newest(epochs)
+    kept = [int(path.stem.removeprefix("epoch_")) for path in folder.glob("epoch_*.ckpt")]
+    done = max((epoch for epoch in kept if epoch <= epochs), default=0)
     if done:
-        checkpoint = cache.read(done)
+        checkpoint = _read(_checkpoint(folder, done), key)
         classifier.load_state_dict(checkpoint["state_dict"])
         classifier.on_load_checkpoint(checkpoint)
     if done < epochs:
         trainer = Trainer(
             max_epochs=epochs,
             precision=cast('Literal["32-true", "bf16-mixed"]', precision),
-            callbacks=[_CachedEpochs(cache, epochs), *([_Bar()] if progress else [])],
+            callbacks=[_KeptEpochs(folder)],
             plugins=[WholeCheckpointIO()],
             log_every_n_steps=1,
             **options,
@@ -201,15 +208,15 @@ def trained_network(
             sampler=_Order(seen, batch_size, seed, done),
             generator=torch.Generator(),  # nothing is drawn, but one without advances the global one
         )
-        trainer.fit(classifier.train(), batches, ckpt_path=cache.path(done) if done else None)
+        trainer.fit(classifier.train(), batches, ckpt_path=_checkpoint(folder, done) if done else None)
     classifier.eval()
-    result = cache.read_result(epochs)
-    if result is None:
+    result = folder / f"epoch_{epochs}.json"
+    if not result.is_file():
         (tested,) = Trainer(**options).test(classifier, data.test_dataloader(), verbose=False)
-        result = {"accuracy": round(tested["test/accuracy"], 6), "train_accuracy": classifier.last_accuracy}
-        cache.write_result(epochs, result)
+        write_json(result, {"accuracy": round(tested["test/accuracy"], 6)})
+    accuracy = json.loads(result.read_text(encoding="utf-8"))["accuracy"]
     classifier.zero_grad(set_to_none=True)
-    return TrainedNetwork(classifier.model.cpu(), epochs, seen, **result)
+    return TrainedNetwork(classifier.model.cpu(), epochs, seen, accuracy, classifier.last_accuracy)
 
 
 class Classifier(LightningModule):
@@ -247,8 +254,6 @@ class Classifier(LightningModule):
         images, labels = batch
         logits = self.model(in_unit_range(images))
         loss = F.cross_entropy(logits, labels)
-        if not torch.isfinite(loss):
-            raise self._not_finite(f"a loss of {loss.item()}")
         self.train_accuracy.update(logits, labels)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
@@ -257,10 +262,13 @@ class Classifier(LightningModule):
         """Look at the weights before they are kept."""
         for name, tensor in self.model.state_dict().items():
             if not torch.isfinite(tensor).all():
-                raise self._not_finite(f"NaN or inf in {name!r}")
+                raise FloatingPointError(
+                    f"Expected finite weights in training, but got NaN or inf in {name!r} in epoch "
+                    f"{self.current_epoch + 1} with learning_rate={self.learning_rate:g}. Lower `learning_rate`."
+                )
         self.last_accuracy = round(float(self.train_accuracy.compute()), 6)
         self.train_accuracy.reset()
-        self.log("train/accuracy", self.last_accuracy)
+        self.log("train/accuracy", self.last_accuracy, prog_bar=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count what is labelled correctly."""
@@ -276,95 +284,36 @@ class Classifier(LightningModule):
         """Go on from there."""
         self.last_accuracy = checkpoint["leakage"]["accuracy"]
 
-    def _not_finite(self, what: str) -> FloatingPointError:
-        return FloatingPointError(
-            f"Expected finite losses and weights in training, but got {what} in epoch {self.current_epoch + 1} with "
-            f"learning_rate={self.learning_rate:g}. Lower `learning_rate`."
+
+def _checkpoint(folder: Path, epoch: int) -> Path:
+    return folder / f"epoch_{epoch}.ckpt"
+
+
+def _read(path: Path, key: str) -> dict[str, Any]:
+    """A checkpoint of the training with this key."""
+    try:
+        checkpoint = WholeCheckpointIO().load_checkpoint(path)
+    except (OSError, ValueError) as error:  # which of them depends on where it is truncated
+        raise ValueError(f"{str(error).rstrip('.')}. Delete it to train anew.") from error
+    if checkpoint["leakage"].get("key") != key:
+        raise ValueError(
+            f"Expected a checkpoint of this training at '{path}', but got one of another. Delete it to train anew."
         )
+    return checkpoint
 
 
-class _Cache:
-    """The folder of one training."""
+class _KeptEpochs(Checkpoint):
+    """Keeps the last epoch, and some on the way for a run that breaks: all would be 90 MB each for ResNet-18."""
 
-    def __init__(self, root: Path, name: str, configuration: dict[str, Any]) -> None:
-        self.key = json.dumps(configuration, sort_keys=True)
-        self.configuration = configuration
-        self.folder = root / f"{name.lower()}_{hashlib.sha256(self.key.encode()).hexdigest()[:16]}"
-
-    def open(self) -> None:
-        """Write what the training is; where that fails, better before it than after."""
-        path = self.folder / "configuration.json"
-        if not path.is_file():
-            with _whole(path) as partial:
-                write_json(partial, self.configuration)
-
-    def path(self, epoch: int) -> Path:
-        return self.folder / f"epoch_{epoch}.ckpt"
-
-    def newest(self, limit: int) -> int:
-        """The last epoch that is there and not beyond ``limit``, 0 without any."""
-        names = [re.fullmatch(r"epoch_(\d+)\.ckpt", path.name) for path in self.folder.glob("epoch_*.ckpt")]
-        return max((int(name[1]) for name in names if name and int(name[1]) <= limit), default=0)
-
-    def read(self, epoch: int) -> dict[str, Any]:
-        path = self.path(epoch)
-        try:
-            checkpoint = WholeCheckpointIO().load_checkpoint(path)
-        except (OSError, ValueError) as error:  # which of them depends on where it is truncated
-            raise ValueError(f"{str(error).rstrip('.')}. Delete it to train anew.") from error
-        if checkpoint["leakage"].get("key") != self.key:
-            raise ValueError(
-                f"Expected a checkpoint of this training at '{path}', but got one of another. Delete it to train anew."
-            )
-        return checkpoint
-
-    def write(self, trainer: Trainer, epoch: int) -> None:
-        with _whole(self.path(epoch)) as partial:
-            trainer.save_checkpoint(partial)
-
-    def read_result(self, epoch: int) -> dict[str, float] | None:
-        """Accuracies, None where they are not there or broken."""
-        try:
-            found = json.loads((self.folder / f"epoch_{epoch}.json").read_text(encoding="utf-8"))
-            # JSON knows no NaN
-            return {name: math.nan if found[name] is None else found[name] for name in ("accuracy", "train_accuracy")}
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def write_result(self, epoch: int, result: dict[str, float]) -> None:
-        with _whole(self.folder / f"epoch_{epoch}.json") as partial:
-            write_json(partial, result)
-
-
-class _CachedEpochs(Checkpoint):
-    """Keeps the epochs that are likely to be asked for: all would be 90 MB each for ResNet-18."""
-
-    def __init__(self, cache: _Cache, epochs: int) -> None:
-        self.cache = cache
-        self.epochs = epochs
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.last = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        series = re.fullmatch("[125]0*", str(epoch)) is not None
-        if series or epoch == self.epochs or time.monotonic() - self.last >= _KEPT_AFTER:
-            self.cache.write(trainer, epoch)
+        if epoch == trainer.max_epochs or time.monotonic() - self.last >= _KEPT_AFTER:
+            trainer.save_checkpoint(_checkpoint(self.folder, epoch))
             self.last = time.monotonic()
-
-
-class _Bar(RunProgressBar):
-    unit = "batches"
-
-    def count(self, pl_module: LightningModule) -> tuple[int, int]:
-        trainer = pl_module.trainer
-        return trainer.global_step, (trainer.max_epochs or 0) * int(trainer.num_training_batches)
-
-    def get_metrics(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        accuracy = cast("Classifier", pl_module).last_accuracy
-        metrics: dict[str, int | str | float | dict[str, float]] = {"epoch": trainer.current_epoch + 1}
-        return metrics if math.isnan(accuracy) else metrics | {"accuracy": f"{accuracy:.3f}"}
 
 
 class _Order(Sampler[Tensor]):
@@ -401,11 +350,3 @@ def _choose_images(data: LabelledImages, num_images: int | None, seed: int) -> T
         )
     generator = torch.Generator().manual_seed(derive_seed(seed, 0, "training images"))
     return torch.randperm(there, generator=generator)[:num_images].sort().values
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Where to write a file that then takes its place at once, whoever else writes the same."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    yield partial
-    partial.replace(path)

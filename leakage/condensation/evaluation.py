@@ -19,6 +19,7 @@ from leakage.condensation.networks import default_network
 from leakage.condensation.synthetic_set import SyntheticSet
 from leakage.condensation.training import TrainingOptions, train_and_test
 from leakage.errors import check_count
+from leakage.files.text import write_json
 from leakage.metrics.estimates import mean_interval
 from leakage.models import draw_state
 from leakage.seeds import derive_seed
@@ -306,11 +307,5 @@ def _cached(folder: Path, configuration: dict[str, Any], run: Callable[[], Evalu
         "testing_seconds": evaluation.testing_seconds,
         "configuration": configuration,
     }
-    partial = path.with_name(path.name + ".partial")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OSError(f"Expected to write '{path}', but got: {error}") from error
+    write_json(path, result)
     return evaluation

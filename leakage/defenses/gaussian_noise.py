@@ -10,7 +10,7 @@ from leakage.errors import check_flag, check_positive
 
 
 class GaussianNoise(Defense):
-    r"""Adds independent noise to every entry of the gradient, :math:`g + \sigma \epsilon`, :math:`\epsilon \sim N(0, 1)`.
+    r"""Adds noise to every entry of the gradient, :math:`g + \sigma \epsilon` with :math:`\epsilon \sim N(0, 1)`.
 
     With ``relative`` the size is that of the gradient, :math:`\sigma \cdot \mathrm{rms}(g)`, where the root mean square
     is over all D entries of the whole gradient, :math:`\mathrm{rms}(g) = \lVert g \rVert_2 / \sqrt{D}`.

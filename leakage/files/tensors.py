@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,6 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from leakage.files.whole import whole_file
 
 _VERSION = "1"
 # Characters of what a file holds that a message repeats.
@@ -32,18 +33,12 @@ def write_safetensors(
     Raises:
         OSError: the file can't be written.
     """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # no other process writes to this one
     contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(contiguous, partial, metadata={"format": kind, "version": _VERSION, **(header or {})})
-        partial.replace(path)
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"Expected to write '{path}', but got: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # it is gone once it has replaced the old file
-            partial.unlink()
+    with whole_file(path) as partial:
+        try:
+            save_file(contiguous, partial, metadata={"format": kind, "version": _VERSION, **(header or {})})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:

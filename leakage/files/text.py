@@ -1,27 +1,39 @@
-"""Text and JSON files, written whole or not at all."""
+"""Text, JSON and CSV files, written whole or not at all."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
-from pathlib import Path
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from leakage.files.whole import whole_file
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all, null for what is not finite."""
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write a JSON file as :func:`write_text` does, null for what is not finite."""
     write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8", newline="")
-        partial.replace(path)
-    except OSError as error:
-        raise OSError(f"Expected to write '{path}', but got: {error}") from error
+def write_csv(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table as :func:`write_text` does, with eight digits of what is not whole."""
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for row in rows:
+            writer.writerow([f"{value:.8g}" if isinstance(value, float) else value for value in row])
 
 
 def _finite(content: Any) -> Any:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from typing_extensions import override
 
 from leakage.files.checkpoints import part_of, parts_of
 
@@ -24,11 +23,9 @@ class VictimParallel(DDPStrategy):
         >>> trainer = Trainer(accelerator="cpu", devices=2, strategy="victim_parallel")  # doctest: +SKIP
     """
 
-    @override
     def configure_ddp(self) -> None:
         """Nothing: no process' gradients are another one's."""
 
-    @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
@@ -36,7 +33,6 @@ class VictimParallel(DDPStrategy):
         filepath = self.broadcast(os.fspath(filepath))
         self.checkpoint_io.save_checkpoint(checkpoint, part_of(filepath, self.global_rank), storage_options)
 
-    @override
     def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
         """Remove all parts."""
         if self.is_global_zero:

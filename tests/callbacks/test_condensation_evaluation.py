@@ -257,26 +257,3 @@ def test_only_rank_zero_tests_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
     fit(module(), SyntheticImages(tmp_path), evaluation)
     assert list(tmp_path.iterdir()) == []
     assert evaluation.rows == []
-
-
-ROW = {"iteration": 1, "step": 1, "accuracies": [0.5], "seconds": 1.0, "evaluation_seconds": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (3, "Expected the accuracies of a checkpoint as leakage writes it, but got TypeError"),
-        ([{}], "Expected the accuracies of a checkpoint as leakage writes it, but got KeyError: 'accuracies'"),
-        ([ROW | {"other": 1}], "Expected the accuracies of a checkpoint .*, but got TypeError"),
-        ([ROW | {"step": -1}], "Expected `step` to be a whole number of at least 0, but got -1"),
-        ([ROW | {"accuracies": []}], "Expected numbers in a row, but got AccuracyRow"),
-        ([ROW | {"seconds": "1"}], "Expected numbers in a row, but got AccuracyRow"),
-    ],
-)
-def test_refuses_a_state_that_it_did_not_write(tmp_path: Path, rows: Any, message: str) -> None:
-    evaluation = quick(tmp_path)
-    evaluation.load_state_dict({"rows": [ROW]})
-    before = evaluation.rows
-    with pytest.raises(ValueError, match=message):
-        evaluation.load_state_dict({"rows": rows})
-    assert evaluation.rows == before

@@ -152,22 +152,3 @@ def test_a_second_run_forgets_the_first(run, drawn) -> None:
 def test_refuses(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Gallery(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        ({}, "Expected the state of Gallery of a checkpoint as leakage writes it, but got KeyError: 'snapshots'"),
-        ({"snapshots": [1]}, "Expected the state of Gallery of a checkpoint .*, but got AttributeError"),
-        ({"snapshots": {"0": {}}}, "Expected `victim` to be a whole number of at least 0, but got '0'"),
-        ({"snapshots": {0: {0: (0.5, torch.zeros(1, 1, 4, 4))}}}, "Expected `iteration` to be a whole number"),
-        ({"snapshots": {0: {0: 3}}}, "Expected the state of Gallery of a checkpoint .*, but got TypeError"),
-        ({"snapshots": {0: {0: (0, torch.zeros(4, 4))}}}, r"as images \(N, C, H, W\), but got torch.float32 \(4, 4\)"),
-        ({"snapshots": {0: {0: (0, None)}}}, r"as images \(N, C, H, W\), but got <class 'NoneType'>"),
-    ],
-)
-def test_refuses_a_state_that_it_did_not_write(state: dict[str, object], message: str) -> None:
-    pictures = Gallery()
-    with pytest.raises(ValueError, match=message):
-        pictures.load_state_dict(state)
-    assert pictures.state_dict() == {"snapshots": {}}

@@ -217,7 +217,7 @@ class FullDisk(WholeCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if checkpoint["leakage"]["iteration"] > self.until:
-            raise OSError(f"Expected to write the checkpoint '{path}', but got: No space left on device")
+            raise OSError(f"Expected to write '{path}', but got: No space left on device")
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
@@ -225,7 +225,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(globals(), "WholeCheckpointIO", lambda: FullDisk(AT))
-    with pytest.warns(UserWarning, match=r"Expected to write the checkpoint '.*last.ckpt'.* No space left on device"):
+    with pytest.warns(UserWarning, match=r"Expected to write '.*last.ckpt'.* No space left on device"):
         assert fit(tmp_path, seconds=1e-9).num_done == 3
     monkeypatch.undo()
     assert iteration(tmp_path) == AT, "the last that was whole"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,9 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 import leakage.clients.training as training
-from leakage import Victim
 from leakage.clients.training import TrainedNetwork, trained_network
 from leakage.datamodules import LabelledImages, LabelledTensors, Victims
 from leakage.files.checkpoints import WholeCheckpointIO
@@ -162,7 +159,7 @@ def test_a_break_changes_nothing(tmp_path, precision):
     assert same(whole, resumed)
     assert (whole.accuracy, whole.train_accuracy) == (resumed.accuracy, resumed.train_accuracy)
     # One that was not kept is trained from an earlier one.
-    assert kept(tmp_path / "whole") == [1, 2, 4]
+    assert kept(tmp_path / "whole") == [4]
     assert same(train(tmp_path / "whole", epochs=3, **options), early[1])
     assert not same(early[0], early[1])
 
@@ -262,48 +259,20 @@ def test_takes_images_in_the_unit_range(tmp_path):
     torch.testing.assert_close(trained.model(images / 255), trained.model[1](data.normalise(images)))
 
 
-def test_is_one_function_of_weights_and_images(tmp_path):
-    model = train(tmp_path, with_memory()).model
-    images, labels = (
-        torch.rand(3, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([[0], [2], [1]]),
-    )
-    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-    def loss(state, images, labels):
-        return F.cross_entropy(functional_call(model, state, images), labels)
-
-    together = vmap(grad(loss), in_dims=(None, 0, 0))(state, images, labels)
-    shared = Victim(model, image_shape=(1, 4, 4)).share(images, labels)
-    for index in range(3):
-        model.zero_grad()
-        F.cross_entropy(model(images[index]), labels[index]).backward()
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(together[name][index], parameter.grad)
-            torch.testing.assert_close(shared.gradients[name][index], parameter.grad)
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_whoever_calls(tmp_path, mode):
-    """Modes and random state play no part and are left as they were."""
+    """Modes, the model's too, and random state play no part and are left as they were."""
     model = with_memory()
     expected = train(tmp_path / "plain", model)
     torch.rand(3)
     before = torch.random.get_rng_state()
     with mode():
-        found = train(tmp_path / "within", model)
+        found = train(tmp_path / "within", model.eval())
         assert torch.is_grad_enabled() == (mode is torch.enable_grad)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert same(expected, found)
+    assert found.model[1][0][1].running_mean.abs().max() > 0.01
     assert not any(parameter.is_inference() for parameter in found.model.parameters())
-
-
-def test_is_trained_in_training_mode(tmp_path):
-    """Whatever the mode of what is given: the running means move towards the features'."""
-    model = with_memory()
-    trained = train(tmp_path / "one", model)
-    assert trained.model[1][0][1].running_mean.abs().max() > 0.01
-    assert same(trained, train(tmp_path / "other", model.eval()))
 
 
 def test_no_batch_is_a_single_image(tmp_path):
@@ -313,26 +282,16 @@ def test_no_batch_is_a_single_image(tmp_path):
 
 
 def test_kept_epochs(tmp_path, monkeypatch):
-    train(tmp_path / "few", epochs=12)
-    assert kept(tmp_path / "few") == [1, 2, 5, 10, 12]
-    assert kept(tmp_path / "few", "json") == [12]
+    train(tmp_path / "quick", epochs=2)
+    train(tmp_path / "quick", epochs=4)
+    assert kept(tmp_path / "quick") == kept(tmp_path / "quick", "json") == [2, 4]
     monkeypatch.setattr(training, "_KEPT_AFTER", 0.0)
     train(tmp_path / "slow", epochs=4)
     assert kept(tmp_path / "slow") == [1, 2, 3, 4]
 
 
-def test_accuracies_that_are_broken_are_measured_again(tmp_path):
-    accuracy = train(tmp_path).accuracy
-    (path,) = tmp_path.glob("*/epoch_2.json")
-    whole = path.read_text()
-    for broken in ("", "[]", "{}", whole[:-20]):
-        path.write_text(broken)
-        assert train(tmp_path).accuracy == accuracy
-        assert path.read_text() == whole
-
-
 @pytest.mark.parametrize("epochs", [2, 4])
-@pytest.mark.parametrize("length", [0, 1000, -50, -1])
+@pytest.mark.parametrize("length", [0, -50])
 def test_truncated_checkpoint(tmp_path, epochs, length):
     train(tmp_path)
     path = checkpoint(tmp_path, 2)
@@ -357,30 +316,14 @@ def test_checkpoint_of_another_training(tmp_path):
         train(tmp_path / "one", epochs=3)
 
 
-def test_two_processes_that_write_the_same(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    with training._whole(path) as one:
-        one.write_text("one")
-        monkeypatch.setattr(os, "getpid", lambda: -1)
-        with training._whole(path) as other:
-            other.write_text("other")
-        assert path.read_text() == "other"
-    assert path.read_text() == "one"
-    assert folders(tmp_path) == ["file"]
-
-
 def test_nothing_else_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train(tmp_path / "root", epochs=1)
-    assert folders(tmp_path) == ["root"]
-    (folder,) = (tmp_path / "root").iterdir()
-    assert folders(folder) == ["configuration.json", "epoch_1.ckpt", "epoch_1.json"]
-
-
-def test_default_root(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    train(None, epochs=0)
-    assert len(folders(tmp_path / ".cache" / "leakage" / "networks")) == 1
+    train(None, epochs=1)
+    (file,) = tmp_path.glob("**/configuration.json")
+    assert folders(tmp_path) == [".cache"]
+    assert folders(file.parent) == ["configuration.json", "epoch_1.ckpt", "epoch_1.json"]
+    assert folders(tmp_path / ".cache" / "leakage" / "networks") == [file.parent.name]
 
 
 def test_root_that_is_a_file(tmp_path, no_runs):
@@ -399,40 +342,27 @@ def test_logger(tmp_path):
 
 
 def test_progress(tmp_path, capsys):
-    train(tmp_path, epochs=1, progress=True)
-    assert "5/5" in capsys.readouterr().out
     train(tmp_path, epochs=2, progress=True)
     told = capsys.readouterr().out
-    assert "10/10" in told
-    assert "epoch=2, accuracy=0." in told
+    assert "5/5" in told
+    assert "train/accuracy=0." in told
     train(tmp_path, epochs=5, progress=False)
     assert not capsys.readouterr().out
 
 
-def test_diverging_losses(tmp_path):
-    message = r"^Expected finite losses and weights in training, but got a loss of (nan|inf) in epoch 1 with learning_"
-    with pytest.raises(FloatingPointError, match=message + r"rate=1e\+20\. Lower `learning_rate`\.$"):
-        train(tmp_path, learning_rate=1e20)
+@pytest.mark.parametrize("batch_size", [10, 42])
+def test_weights_that_diverge(tmp_path, batch_size):
+    """Long before the end of the epoch, and in its last step."""
+    model = nn.Sequential(nn.Flatten(), Louder(), nn.Linear(16, 3))
+    message = r"^Expected finite weights in training, but got NaN or inf in '1\.[a-z0-9.]*' in epoch 1 with learning_"
+    with pytest.raises(FloatingPointError, match=message + r"rate=1e\+38\. Lower `learning_rate`\.$"):
+        train(tmp_path, model, batch_size=batch_size, learning_rate=1e38)
     assert kept(tmp_path) == []
 
 
 class Louder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return 1e3 * images
-
-
-def test_weights_that_diverge_in_the_last_step(tmp_path):
-    with pytest.raises(
-        FloatingPointError, match=r"but got NaN or inf in '1\.[a-z0-9.]*' in epoch 1 with learning_rate"
-    ):
-        train(
-            tmp_path,
-            nn.Sequential(nn.Flatten(), Louder(), nn.Linear(16, 3)),
-            epochs=1,
-            batch_size=42,
-            learning_rate=1e38,
-        )
-    assert kept(tmp_path) == []
 
 
 class Scale(nn.Module):
@@ -453,11 +383,11 @@ class Scale(nn.Module):
         ({"learning_rate": 0.0}, "`learning_rate` to be positive and finite, but got 0.0"),
         ({"precision": "16"}, r"`precision` to be one of \['32-true', 'bf16-mixed'\], but got '16'"),
         ({"data": Victims("sample")}, "`data` to be a LabelledImages, but got Victims"),
-        ({"model": MLP(1, 4, 4)}, r"a `network` for images \(1, 4, 4\) and 3 classes, .* but got MLP, which makes"),
-        ({"model": MLP(3, 4, 3)}, r"a `network` for images \(1, 4, 4\) and 3 classes, .* but got MLP, which fails"),
+        ({"model": MLP(1, 4, 4)}, "a `model` with a logit for each of the 3 classes of 'brightness', but got 4"),
+        ({"model": MLP(3, 4, 3)}, r"`model` to take images of shape \(N, 1, 4, 4\), but got: "),
         (
             {"model": nn.Sequential(perceptron(), Scale())},
-            r"a `network` for images|every module with weights to have `reset_parameters",
+            r"`model` to take images of shape|every module with weights to have `reset_parameters",
         ),
     ],
     ids=str,

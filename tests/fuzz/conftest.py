@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 ROBUSTNESS = Path(__file__).parents[2] / "experiments" / "robustness"
-NAMES = ("common", "tensor_files", "checkpoints", "configs", "image_folders")
+NAMES = ("common", "tensor_files", "configs", "image_folders")
 
 
 @pytest.fixture(scope="session")

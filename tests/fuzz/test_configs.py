@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning
 import pytest
 import torch
 import yaml
@@ -64,12 +65,13 @@ def test_a_checkpoint_does_not_choose_the_class(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "evil_module.py").write_text("from pathlib import Path\nPath('marker').touch()\n")
-    torch.save({"leakage": {}, "hyper_parameters": {"_class_path": "evil_module.Attack"}}, "evil.ckpt")
+    version = {"pytorch-lightning_version": lightning.__version__}
+    torch.save({"leakage": {}, "hyper_parameters": {"_class_path": "evil_module.Attack"}} | version, "evil.ckpt")
     model = ["--model", "IDLGAttack", "--data", "Victims", "--data.dataset", "sample", "--data.victims", "1"]
     with pytest.raises(SystemExit) as end:
         main(["fit", *model, "--trainer.logger", "false", "--trainer.callbacks", "[]", "--ckpt_path", "evil.ckpt"])
     assert end.value.code == 2
-    assert "Expected a checkpoint of IDLGAttack, but got one of None" in capsys.readouterr().err
+    assert "Expected a checkpoint of IDLGAttack, but got one of another module" in capsys.readouterr().err
     assert not Path("marker").exists()
 
 

@@ -1,0 +1,46 @@
+"""Protocols that are told, and such that no client can have."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from leakage import Protocol
+
+LOCAL = Protocol((1, 4, 4), 3, num_images=6, local_steps=4, learning_rate=0.05, local_batch_size=3)
+
+
+def test_a_local_batch_of_all_images_is_the_default():
+    assert dataclasses.replace(LOCAL, local_batch_size=6) == dataclasses.replace(LOCAL, local_batch_size=None)
+    one_step = Protocol((1, 4, 4), 3, num_images=2)
+    assert dataclasses.replace(one_step, local_batch_size=2) == one_step
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"local_steps": 0}, "`local_steps` to be a whole number of at least 1, but got 0"),
+        ({"local_steps": True}, "`local_steps` to be a whole number of at least 1, but got True"),
+        ({"learning_rate": None}, "a `learning_rate` for 4 local steps, but got None"),
+        ({"learning_rate": 0.0}, "`learning_rate` to be positive and finite, but got 0.0"),
+        ({"learning_rate": float("inf")}, "`learning_rate` to be positive and finite, but got inf"),
+        ({"learning_rate": "0.1"}, "`learning_rate` to be positive and finite, but got '0.1'"),
+        ({"local_steps": 1, "local_batch_size": None}, "no `learning_rate` with one local step.* but got 0.05"),
+        ({"local_batch_size": 0}, "`local_batch_size` to be a whole number of at least 1, but got 0"),
+        ({"local_batch_size": 4}, "`local_batch_size` to divide `num_images` = 6, .* got 4. Choose a divisor of 6"),
+        ({"local_batch_size": 12}, "`local_batch_size` to divide `num_images` = 6, .* got 12"),
+        ({"local_batch_size": 2}, "`local_steps` to be a multiple of 3 = `num_images` / .* but got 4"),
+        ({"local_steps": 1, "learning_rate": None}, "`local_steps` to be a multiple of 2 = .* but got 1"),
+    ],
+)
+def test_wrong_local_steps(changes, message):
+    with pytest.raises(ValueError, match=f"^Expected {message}"):
+        dataclasses.replace(LOCAL, **changes)
+
+
+def test_more_local_steps_than_an_attack_can_simulate():
+    """A crafted file could otherwise make every evaluation endless."""
+    assert Protocol((1, 4, 4), 3, local_steps=10_000, learning_rate=0.1).local_steps == 10_000
+    with pytest.raises(ValueError, match=r"Expected `local_steps` of at most 10000, all of which .* but got 10001"):
+        Protocol((1, 4, 4), 3, local_steps=10_001, learning_rate=0.1)
