@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack, RGAPAttack
-from leakage.cli.main import quiet
+from leakage.cli import quiet
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.datamodules import GroundTruth, MNISTVictims, SampleVictims
 from leakage.datamodules.images import ImageVictims

@@ -38,7 +38,7 @@ from setting import (  # beside this script
 )
 
 from leakage.attacks import IDLGAttack
-from leakage.cli.main import quiet
+from leakage.cli import quiet
 from leakage.datamodules.images import ImageVictims
 from leakage.datamodules.named import DATASETS, victims_named
 from leakage.errors import check_count

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack, RGAPAttack
-from leakage.cli.main import quiet
+from leakage.cli import quiet
 from leakage.comparison.attacks import FILES, check_output, compare, format_table, holds_results
 from leakage.datamodules.images import ImageVictims
 from leakage.datamodules.named import DATASETS, victims_named

@@ -39,7 +39,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
-from leakage.cli.main import quiet
+from leakage.cli import quiet
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.comparison.attacks import align, check_output, compare, holds_results
