@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leakage.cli.main import quiet
+from leakage.cli import quiet
 from leakage.comparison.attacks import check_output
 from leakage.condensation import GradientMatchingCondensation
 from leakage.condensation.protocols import schedule

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from leakage.cli.main import quiet
+from leakage.cli import quiet
 from leakage.comparison.attacks import check_output
 from leakage.condensation.evaluation import Evaluation, evaluate, random_images
 from leakage.condensation.synthetic_set import SyntheticSet

@@ -38,8 +38,9 @@ from setting import (  # beside this script
 )
 
 from leakage.attacks import IDLGAttack
-from leakage.cli.main import quiet
-from leakage.datamodules import DATASETS, Victims
+from leakage.cli import quiet
+from leakage.datamodules.images import ImageVictims
+from leakage.datamodules.named import DATASETS, victims_named
 from leakage.errors import check_count
 from leakage.inversion.strategy import VictimParallel
 

@@ -30,10 +30,10 @@ MARK = "the moment is "
 TELL = f"import sys, time; print('{MARK}', repr(time.time()), sep='', flush=True)"
 DEMO = f"""
 import os, sys
-from leakage.__main__ import load
-main = load()
-from leakage.attacks import GradientInversion
-evaluate = GradientInversion._evaluate
+from leakage.cli.main import load, main
+load("demo")
+from leakage.attacks import GradientMatchingAttack
+evaluate = GradientMatchingAttack._evaluate
 def first(attack):
     evaluate(attack)
     {TELL}
@@ -47,7 +47,7 @@ MOMENTS = {
     "Python": TELL,
     "import torch": f"import torch\n{TELL}",
     "import leakage": f"import leakage\n{TELL}",
-    "load the command line": f"from leakage.__main__ import load\nload()\n{TELL}",
+    "load the command line": f"from leakage.cli.main import load\nload('demo')\n{TELL}",
     FIRST: DEMO,
 }
 

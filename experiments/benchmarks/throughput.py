@@ -44,7 +44,7 @@ from setting import (  # beside this script
 )
 
 from leakage.attacks import IDLGAttack
-from leakage.cli.main import quiet
+from leakage.cli import quiet
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.inversion.memory import free_memory, is_out_of_memory, peak_memory
 from leakage.models import NETWORKS

@@ -28,7 +28,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from leakage.cli.main import quiet
+from leakage.cli import quiet
 from leakage.comparison.attacks import align, check_output
 from leakage.comparison.condensations import METHODS, accuracy_cells, read_accuracy_row
 from leakage.condensation import SiameseAugmentation, SyntheticSet, evaluate, random_images

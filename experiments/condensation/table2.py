@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from leakage.cli.main import quiet
+from leakage.cli import quiet
 from leakage.comparison.attacks import check_output, holds_results
 from leakage.comparison.condensations import FILES, METHODS, MOMENTS, condense, format_table
 from leakage.condensation import SiameseAugmentation

@@ -35,7 +35,7 @@ from restoration_options import check_together, make_parser
 from restoration_results import WRITTEN, RestorationRow, behind_best, draw_pictures, format_table, read_rows
 from torch import Tensor
 
-from leakage.cli.main import quiet
+from leakage.cli import quiet
 from leakage.clients.victim import Victim
 from leakage.comparison.attacks import check_output, holds_results, read_record
 from leakage.datamodules import LabelledImages, digest

@@ -30,7 +30,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from leakage.cli.main import quiet
+from leakage.cli import quiet
 from leakage.comparison.attacks import check_output
 from leakage.errors import check_count
 

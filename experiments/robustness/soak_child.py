@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from leakage.attacks import IDLGAttack
-from leakage.cli.main import quiet
+from leakage.cli import quiet
 from leakage.comparison.attacks import compare
 from leakage.datamodules import Victims
 from leakage.inversion.strategy import VictimParallel

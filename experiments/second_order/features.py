@@ -29,7 +29,7 @@ from reach_victims import WRITTEN, Cell, make_network, make_victims
 from restoration_options import TRAINING_IMAGES  # in experiments/labels, which reach_victims has put on the path
 from torch import Tensor
 
-from leakage.cli.main import quiet
+from leakage.cli import quiet
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.closed_form.features import check_separable, separate_features

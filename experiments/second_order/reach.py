@@ -38,7 +38,7 @@ from reach_victims import Cell, make_network, make_victims
 from why import FOUND, Diagnosis, diagnose, summarise
 
 from leakage.attacks.rgap import check_layers
-from leakage.cli.main import quiet
+from leakage.cli import quiet
 from leakage.comparison.attacks import Row as ComparedRow
 from leakage.comparison.attacks import check_output, compare, holds_results, read_record
 from leakage.datamodules import GroundTruth, LabelledImages, VictimDataModule

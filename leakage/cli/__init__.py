@@ -1,1 +1,13 @@
-"""The command line."""
+"""The command line: ``leakage fit``, ``leakage demo`` and ``leakage evaluate``, a file for each."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def quiet() -> None:
+    """Silence Lightning's hints, which are about training and not about attacks."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")

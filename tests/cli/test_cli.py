@@ -59,7 +59,9 @@ import leakage
 assert not (set(sys.modules) - before) & {"lightning", "matplotlib", "scipy", "sympy", "torchmetrics", "torchvision"}
 import lightning.pytorch
 before = set(sys.modules)
-import leakage.__main__, leakage.cli.main
+import leakage.cli.main
+for command in ("demo", "fit", "evaluate"):
+    leakage.cli.main.load(command)
 more = {name.partition(".")[0] for name in set(sys.modules) - before}
 assert not more & {"onnx", "pandas", "sklearn", "sympy", "tensorboard", "wandb"}, more
 """
@@ -256,7 +258,7 @@ def test_fit_refuses_bad_input_in_one_line(
     [
         (["--optimizer", "SGD"], "nrecognized arguments: --optimizer SGD"),
         (["--lr_scheduler", "StepLR"], "nrecognized arguments: --lr_scheduler StepLR"),
-        (["--data.victims", "many"], 'Parser key "data'),
+        (["--data.victims", "many"], "Expected `victims` of SampleVictims as int, but got 'many'."),
         (
             ["--model", "Nope"],
             "Expected `--model` to be one of DLGAttack, GaussNewtonAttack, GradientMatchingCondensation, IDLGAttack, "

@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leakage.cli.main import check_config, main
+from leakage.cli.fit import check_config
+from leakage.cli.main import main
 
 
 @settings(max_examples=25)

@@ -1,0 +1,56 @@
+"""``leakage demo``: three attacks side by side on the bundled sample."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack
+from leakage.cli import quiet
+from leakage.comparison.attacks import FILES, compare, format_table
+from leakage.datamodules import SampleVictims
+from leakage.files.whole import check_output
+
+
+def demo(arguments: Sequence[str]) -> None:
+    """DLG, iDLG and Gauss-Newton side by side on the bundled sample of FashionMNIST test images."""
+    parser = argparse.ArgumentParser(
+        prog="leakage demo",
+        description=f"{demo.__doc__} Files of an earlier demo in the same folder are replaced.",
+    )
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for results (default: %(default)s)")
+    parser.add_argument("--victims", type=int, default=64, help="number of victims, 1 to 1000 (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    started = time.monotonic()
+    quiet()
+    try:
+        compared: dict[str, GradientMatchingAttack] = {
+            "dlg": DLGAttack(seed=given.seed),
+            "idlg": IDLGAttack(seed=given.seed),
+            "gauss_newton": GaussNewtonAttack(seed=given.seed),
+        }
+        victims = SampleVictims(victims=given.victims, seed=given.seed)
+        victims.setup("fit")
+        check_output(given.output)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(
+        f"DLG, iDLG and Gauss-Newton on {given.victims} FashionMNIST images, a fresh random LeNet for each:", flush=True
+    )
+    try:
+        rows = compare(compared, victims, given.output, dataset="sample", accelerator="cpu")
+    except (KeyboardInterrupt, SystemExit):
+        # Each attack has its folder, with what was done when the interrupt came.
+        begun = [str(given.output / name) for name in compared if (given.output / name / "victims.csv").is_file()]
+        print(f"\nPartial results: {', '.join(begun) or 'none yet'}", file=sys.stderr)
+        raise
+    except OSError as error:
+        sys.exit(f"leakage demo: error: {error}")
+    print(f"\n{format_table(rows)}\n")
+    for name in FILES:
+        print(given.output / name)
+    print(f"{time.monotonic() - started:.0f} s")
