@@ -20,8 +20,8 @@ import torch
 
 from leakage.cli.main import quiet
 from leakage.comparison.attacks import check_output
-from leakage.condensation.evaluation import Evaluation, evaluate, random_images
-from leakage.condensation.synthetic_set import SyntheticSet
+from leakage.condensation.evaluation import Evaluation, evaluate
+from leakage.condensation.synthetic_set import SyntheticSet, random_images
 from leakage.datamodules.labelled import LabelledDataModule, LabelledTensors
 from leakage.datamodules.named import LABELLED_DATASETS, images_named
 from leakage.errors import check_count
