@@ -1,10 +1,11 @@
 """Few images that stand for a whole training set, found by matching gradients."""
 
 from leakage.condensation.augmentation import SiameseAugmentation
-from leakage.condensation.evaluation import Evaluation, evaluate, evaluate_full, random_images
+from leakage.condensation.evaluation import Evaluation, evaluate, evaluate_full
 from leakage.condensation.gradient_matching import GradientMatchingCondensation
 from leakage.condensation.protocols import CondensationProtocol
-from leakage.condensation.synthetic_set import SyntheticSet
+from leakage.condensation.synthetic_set import SyntheticSet, random_images
+from leakage.condensation.training import TrainingOptions
 
 __all__ = [
     "CondensationProtocol",
@@ -12,6 +13,7 @@ __all__ = [
     "GradientMatchingCondensation",
     "SiameseAugmentation",
     "SyntheticSet",
+    "TrainingOptions",
     "evaluate",
     "evaluate_full",
     "random_images",

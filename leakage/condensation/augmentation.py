@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from leakage.errors import check_count, check_flag
 _NUMBERS = {"color": 3, "crop": 2, "cutout": 2, "flip": 1, "scale": 2, "rotate": 1}
 
 
+@dataclass
 class SiameseAugmentation:
     r"""Differentiable siamese augmentation (DSA): random transforms that gradients pass through.
 
@@ -67,47 +69,44 @@ class SiameseAugmentation:
         True
     """
 
-    def __init__(
-        self,
-        strategy: str = "color_crop_cutout_flip_scale_rotate",
-        *,
-        several: bool = False,
-        brightness: float = 1.0,
-        saturation: float = 2.0,
-        contrast: float = 0.5,
-        crop: float = 0.125,
-        cutout: float = 0.5,
-        flip: float = 0.5,
-        scale: tuple[float, float] = (1 / 1.2, 1.2),
-        rotate: float = 15.0,
-    ) -> None:
-        names = tuple(strategy.split("_")) if isinstance(strategy, str) else ()
+    strategy: str = "color_crop_cutout_flip_scale_rotate"
+    _: KW_ONLY
+    several: bool = False
+    brightness: float = 1.0
+    saturation: float = 2.0
+    contrast: float = 0.5
+    crop: float = 0.125
+    cutout: float = 0.5
+    flip: float = 0.5
+    scale: tuple[float, float] = (1 / 1.2, 1.2)
+    rotate: float = 15.0
+
+    def __post_init__(self) -> None:
+        names = self.names if isinstance(self.strategy, str) else ()
         if not names or not set(names) <= _NUMBERS.keys() or len(set(names)) < len(names):
             raise ValueError(
                 f"Expected `strategy` to be some of {list(_NUMBERS)}, each at most once, joined by '_', "
-                f"but got {strategy!r}."
+                f"but got {self.strategy!r}."
             )
-        check_flag(several=several)
-        _check_size(math.inf, at_least_zero=True, brightness=brightness, saturation=saturation, contrast=contrast)
-        _check_size(1, crop=crop, cutout=cutout, flip=flip)
-        _check_size(180, rotate=rotate)
-        if not isinstance(scale, tuple | list) or len(scale) != 2:
-            raise ValueError(f"Expected `scale` as the smallest and the largest factor, but got {scale!r}.")
-        _check_size(math.inf, scale=scale[0])
-        _check_size(math.inf, scale=scale[1])
-        if scale[0] > scale[1]:
-            raise ValueError(f"Expected `scale` to begin with the smaller factor, but got {scale!r}.")
-        self.strategy = strategy
-        self.names = names
-        self.several = several
-        self.brightness = brightness
-        self.saturation = saturation
-        self.contrast = contrast
-        self.crop = crop
-        self.cutout = cutout
-        self.flip = flip
-        self.scale = (scale[0], scale[1])
-        self.rotate = rotate
+        check_flag(several=self.several)
+        _check_size(
+            math.inf, at_least_zero=True,
+            brightness=self.brightness, saturation=self.saturation, contrast=self.contrast,
+        )  # fmt: skip
+        _check_size(1, crop=self.crop, cutout=self.cutout, flip=self.flip)
+        _check_size(180, rotate=self.rotate)
+        if not isinstance(self.scale, tuple | list) or len(self.scale) != 2:
+            raise ValueError(f"Expected `scale` as the smallest and the largest factor, but got {self.scale!r}.")
+        for factor in self.scale:
+            _check_size(math.inf, scale=factor)
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"Expected `scale` to begin with the smaller factor, but got {self.scale!r}.")
+        self.scale = (self.scale[0], self.scale[1])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The transforms."""
+        return tuple(self.strategy.split("_"))
 
     @classmethod
     def mnist_evaluation(cls) -> SiameseAugmentation:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.networks import default_network
-from leakage.condensation.synthetic_set import SyntheticSet
+from leakage.condensation.synthetic_set import SyntheticSet, make_ready
 from leakage.condensation.training import TrainingOptions, train_and_test
 from leakage.errors import check_count
 from leakage.files.text import write_json
@@ -94,15 +94,11 @@ def evaluate(
     network: nn.Module | None = None,
     networks: int = 10,
     epochs: int | None = None,
-    learning_rate: float = 0.01,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    batch_size: int = 256,
     augmentation: SiameseAugmentation | None = None,
-    seed: int = 0,
     stacked: bool | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
+    **training: Any,
 ) -> Evaluation:
     """Train new networks on a synthetic set alone and test them on the whole real test set.
 
@@ -119,17 +115,13 @@ def evaluate(
             :class:`~leakage.models.ConvNet`. Its own weights play no part, and all are trained.
         networks: R.
         epochs: 300 by default, 1,000 with ``augmentation``.
-        learning_rate: until epoch ``epochs // 2``.
-        momentum: of SGD, from 0 to below 1.
-        weight_decay: of SGD, at least 0.
-        batch_size: images in a batch, shuffled; smaller sets are one batch.
         augmentation: transforms each image of each batch on its own, such as
             :meth:`SiameseAugmentation.mnist_evaluation` in the paper's numbers for MNIST.
-        seed: of all that is drawn.
         stacked: all networks at once, as one network with stacked weights, or one after the other. By default
             whichever is faster: stacked on GPUs, if the network allows it; one after the other on the CPU.
         device: by default the first GPU of CUDA if there is one, else the CPU.
         progress: show a bar.
+        **training: learning rate, momentum, weight decay, batch size and seed, see :class:`TrainingOptions`.
 
     Returns:
         Accuracies from 0 to 1.
@@ -158,52 +150,12 @@ def evaluate(
         raise ValueError(f"Expected `synthetic` to be a SyntheticSet, but got {type(synthetic).__name__}.")
     if epochs is None:
         epochs = _EPOCHS if augmentation is None else _EPOCHS_AUGMENTED
-    options = TrainingOptions(epochs, learning_rate, momentum, weight_decay, batch_size, augmentation, seed)
-    _make_ready(data)
+    options = TrainingOptions(epochs, augmentation=augmentation, **training)
+    make_ready(data)
     synthetic.check(data)
     network = default_network(data) if network is None else network
     return Evaluation(
         *train_and_test(synthetic.images, synthetic.labels, data, network, networks, options, stacked, device, progress)
-    )
-
-
-def random_images(data: LabelledImages, images_per_class: int, seed: int = 0) -> SyntheticSet:
-    """Random real training images, the same number of each class: what a synthetic set has to beat.
-
-    Args:
-        data: made ready (``prepare_data``, ``setup``) if it is not yet.
-        images_per_class: drawn without replacement.
-        seed: decides which.
-
-    Raises:
-        ValueError: more images than a class has.
-
-    Example:
-        >>> from leakage.datamodules import LabelledImages
-        >>> random_images(LabelledImages("sample"), images_per_class=3).images_per_class.tolist()
-        [3, 3, 3, 3, 3, 3, 3, 3, 3, 3]
-    """
-    check_count(images_per_class=images_per_class)
-    check_count(0, seed=seed)
-    _make_ready(data)
-    chosen = []
-    for label, name in enumerate(data.class_names):
-        members = (data.train.labels == label).nonzero().flatten()
-        if len(members) < images_per_class:
-            raise ValueError(
-                f"Expected `images_per_class` of at most {len(members)}, the training images of class {label} "
-                f"({name}) of {data.name!r}, but got {images_per_class}."
-            )
-        generator = torch.Generator().manual_seed(derive_seed(seed, label, "random images"))
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:images_per_class]])
-    indices = torch.cat(chosen)
-    return SyntheticSet(
-        data.train.images[indices].float() / 255,
-        data.train.labels[indices],
-        mean=data.mean,
-        std=data.std,
-        class_names=data.class_names,
-        dataset=data.name,
     )
 
 
@@ -213,45 +165,30 @@ def evaluate_full(
     network: nn.Module | None = None,
     networks: int = 1,
     epochs: int = 5,
-    learning_rate: float = 0.01,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    batch_size: int = 256,
-    augmentation: SiameseAugmentation | None = None,
-    seed: int = 0,
     stacked: bool | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
     cache: str | os.PathLike[str] | None = None,
+    **training: Any,
 ) -> Evaluation:
     """:func:`evaluate` with the whole real training set: the upper bound for a synthetic set.
 
     The few epochs of the default come close to it, not all the way.
 
     Args:
-        data: as for :func:`evaluate`; so are all arguments that are not listed here.
-        network: by default :class:`~leakage.models.ConvNet`.
-        networks: R.
+        data, network, networks, stacked, device, progress: as for :func:`evaluate`.
         epochs: of the whole training set.
-        learning_rate: until epoch ``epochs // 2``.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        batch_size: images in a batch.
-        augmentation: of the training images.
-        seed: of all that is drawn.
-        stacked: all networks at once.
-        device: where to compute.
-        progress: show a bar.
         cache: a folder for results, one JSON file each. What was worked out before, with the same data, network and
             options (on whatever device), is read from there.
+        **training: all others of :class:`TrainingOptions`.
 
     Raises:
         ValueError: as :func:`evaluate`; or a file of the cache that is broken.
         FloatingPointError: as :func:`evaluate`.
         OSError: the cache can't be written.
     """
-    options = TrainingOptions(epochs, learning_rate, momentum, weight_decay, batch_size, augmentation, seed)
-    _make_ready(data)
+    options = TrainingOptions(epochs, **training)
+    make_ready(data)
     network = default_network(data) if network is None else network
 
     def run() -> Evaluation:
@@ -264,25 +201,18 @@ def evaluate_full(
     return _cached(Path(cache), _describe(data, network, networks, options), run)
 
 
-def _make_ready(data: LabelledImages) -> None:
-    if not hasattr(data, "test"):
-        data.prepare_data()
-        data.setup("fit")
-
-
-def _describe(data: LabelledImages, network: nn.Module, networks: int, options: TrainingOptions) -> dict[str, Any]:
+def _describe(data: LabelledDataModule, network: nn.Module, networks: int, options: TrainingOptions) -> dict[str, Any]:
     """All that decides the result, as plain numbers and words."""
     from leakage.datamodules.base import digest
 
     # How it draws batches of classes plays no part.
     of_data = {name: value for name, value in data.configuration.items() if name not in ("batch_size", "seed")}
-    augmentation = options.augmentation
     first = draw_state(network, derive_seed(options.seed, 0, "evaluation network"))
     return {
         "data": of_data | {"test": digest({"images": data.test.images[::97], "labels": data.test.labels})},
         "network": {"modules": repr(network), "weights": digest(first)},
         "networks": networks,
-        "options": asdict(options) | {"augmentation": None if augmentation is None else vars(augmentation)},
+        "options": asdict(options),
     }
 
 
@@ -293,19 +223,11 @@ def _cached(folder: Path, configuration: dict[str, Any], run: Callable[[], Evalu
     if path.is_file():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            return Evaluation(
-                torch.tensor(found["accuracies"], dtype=torch.float64),
-                float(found["training_seconds"]),
-                float(found["testing_seconds"]),
-            )
+            accuracies, *seconds = (found[field.name] for field in fields(Evaluation))
+            return Evaluation(torch.tensor(accuracies, dtype=torch.float64), *map(float, seconds))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"Expected a whole JSON file in the cache, but got '{path}'. Delete it.") from error
     evaluation = run()
-    result = {
-        "accuracies": evaluation.accuracies.tolist(),
-        "training_seconds": evaluation.training_seconds,
-        "testing_seconds": evaluation.testing_seconds,
-        "configuration": configuration,
-    }
+    result = vars(evaluation) | {"accuracies": evaluation.accuracies.tolist(), "configuration": configuration}
     write_json(path, result)
     return evaluation

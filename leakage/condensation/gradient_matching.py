@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import copy
+import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,15 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from leakage.condensation.augmentation import SiameseAugmentation
-from leakage.condensation.evaluation import random_images
-from leakage.condensation.matching import match, matched_parameters, real_gradients, train_on
-from leakage.condensation.networks import batch_norms, digest_of, fitting_network, take_statistics
-from leakage.condensation.protocols import condensation_protocol, schedule
-from leakage.condensation.synthetic_set import SyntheticSet
-from leakage.datamodules.labelled import ClassBatch, LabelledImages
+from leakage.condensation.matching import Transform, first_not_finite, match, matched_parameters, real_gradients
+from leakage.condensation.networks import digest_of, fitting_network, take_statistics, train_on
+from leakage.condensation.protocols import CondensationProtocol, condensation_protocol, schedule
+from leakage.condensation.synthetic_set import SyntheticSet, start_images
+from leakage.datamodules.labelled import ClassBatch, LabelledDataModule
 from leakage.errors import check_choice, check_count, check_positive
-from leakage.files.checkpoints import check_checkpoint, check_like, restoring
-from leakage.files.tensors import brief
+from leakage.files.checkpoints import check_checkpoint
 from leakage.models import draw_state
 from leakage.objectives import DISTANCES
 from leakage.plots import save_figure
@@ -33,29 +32,29 @@ from leakage.seeds import derive_seed
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 # What the time of a run is spent on.
 PARTS = ("real", "synthetic", "network", "evaluation")
+# What a checkpoint keeps beside the images, the network and the momentum, which are Lightning's to keep.
+_KEPT = ("step", "last_loss", "seconds", "real_images_seen")
 
 
 class GradientMatchingCondensation(LightningModule):
     r"""Condenses a training set into a few synthetic images per class, by matching gradients.
 
-    A network trained on the synthetic images alone shall do on real images what one trained on the whole set
-    does. For networks :math:`\theta` drawn anew again and again, the synthetic images :math:`x_c` of each
-    class c minimise
+    A network trained on the synthetic images alone shall do on real images what one trained on the whole set does. For
+    networks :math:`\theta` drawn anew again and again, the synthetic images :math:`x_c` of each class c minimise
 
     .. math:: \sum_c D\left(\nabla_\theta \ell(x_c, c), \; \nabla_\theta \ell(r_c, c)\right)
 
     with :math:`r_c` a batch of real images of the class and D the row-wise cosine distance
     (:func:`~leakage.objectives.row_cosine_distance`).
 
-    One *iteration* is one freshly drawn network. It has ``outer`` training steps; in each, the gradients of a
-    batch of real images per class are taken, then the synthetic images make ``network_reuse`` steps towards
-    them, and the network is trained for ``inner`` epochs on the synthetic images (not after the last step, so
-    with one image per class it never is). All iterations are one epoch of the Trainer. The images are
-    normalised, start from N(0, 1) or from real images, and are never clamped.
+    One *iteration* is one freshly drawn network. It has ``outer`` training steps; in each, the gradients of a batch of
+    real images per class are taken, then the synthetic images make ``network_reuse`` steps towards them, and the
+    network is trained for ``inner`` epochs on the synthetic images (not after the last step, so with one image per
+    class it never is). All iterations are one epoch of the Trainer. The images are normalised, start from N(0, 1) or
+    from real images, and are never clamped.
 
     Attributes:
-        synthetic_images: the parameters, normalised, ``(K * images_per_class, C, H, W)`` in the order of the
-            classes.
+        synthetic_images: the parameters, normalised, ``(K * images_per_class, C, H, W)`` in the order of the classes.
         seconds: time spent so far on gradients of real images (``"real"``), of synthetic ones (``"synthetic"``),
             drawing and training the network (``"network"``) and what callbacks add as ``"evaluation"``.
         last_loss: the sum of the distances over classes at the last step.
@@ -65,25 +64,23 @@ class GradientMatchingCondensation(LightningModule):
     Args:
         images_per_class: synthetic images of each class.
         num_classes: to be checked against the data; by default the data's.
-        network: drawn anew for each iteration; by default the :class:`~leakage.models.ConvNet` that fits the
-            data. It takes normalised images. Dropout is off; BatchNorm takes its statistics from real
-            images.
+        network: drawn anew for each iteration; by default the :class:`~leakage.models.ConvNet` that fits the data. It
+            takes normalised images. Dropout is off; BatchNorm takes its statistics from real images.
         protocol: ``"published"``, or ``"fast"``, which with one image per class gets as far in a fraction of the time.
         loops: (outer, inner); by default the paper's, which it has for 1, 10, 20, 30, 40 and 50 images per class.
         distance: a key of :data:`leakage.objectives.DISTANCES`.
-        augmentation: strategy of :class:`~leakage.condensation.SiameseAugmentation`, the same random transform
-            for real and synthetic images of a class (DSA); None for none.
-        network_learning_rate: for training the network on the synthetic images.
-        network_batch_size: likewise.
+        augmentation: strategy of :class:`~leakage.condensation.SiameseAugmentation`, the same random transform for real
+            and synthetic images of a class (DSA); None for none.
+        network_learning_rate, network_batch_size: for training the network on the synthetic images.
         seed: of networks, start, order and augmentation, each with its own stream.
         iterations, batch_size, network_reuse, learning_rate, momentum, decay, initialization: replace the
             protocol's value, see :class:`~leakage.condensation.CondensationProtocol`.
 
     Raises:
         ValueError: an unknown choice or a number out of its range; in ``fit``, a DataModule that is no
-            :class:`~leakage.datamodules.LabelledImages`, a network that does not fit its images, more images
-            per class than a class has with ``initialization="real"``, a checkpoint of another configuration, or a
-            Trainer that has already fitted.
+            :class:`~leakage.datamodules.LabelledDataModule`, a network that does not fit its images, more images per
+            class than a class has with ``initialization="real"``, a checkpoint of another configuration, or a Trainer
+            that has already fitted.
         FloatingPointError: in ``fit``, a loss or derivative that is not finite; the images are then the last for which
             both were finite, since the run began or was resumed.
 
@@ -136,31 +133,22 @@ class GradientMatchingCondensation(LightningModule):
         self.outer, self.inner = schedule(images_per_class, loops)
         loops = None if loops is None else (self.outer, self.inner)
         self.augmentation = None if augmentation is None else SiameseAugmentation(augmentation)
-        self.protocol = condensation_protocol(
-            protocol,
-            images_per_class,
-            iterations=iterations,
-            batch_size=batch_size,
-            network_reuse=network_reuse,
-            learning_rate=learning_rate,
-            momentum=momentum,
-            decay=decay,
-            initialization=initialization,
-        )
         self.save_hyperparameters(ignore=["network"])
+        replaced = {field.name: self.hparams[field.name] for field in dataclasses.fields(CondensationProtocol)}
+        self.protocol = condensation_protocol(protocol, images_per_class, **replaced)
         self.automatic_optimization = False
         # In a tuple, so that it is no submodule: it stays the user's, and `network` is a copy.
         self._given_network = (network,)
         self.network: nn.Module = nn.Identity()
         self.synthetic_images = nn.Parameter(torch.empty(0, 1, 1, 1))
-        self._describe: dict[str, Any] | None = None
+        self._about_data: dict[str, Any] = {}  # what a synthetic set says of it
         self._reset()
 
     def _reset(self) -> None:
         self.step = 0
         self.last_loss = float("nan")
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._real_images_seen = 0
+        self.real_images_seen = 0
         self.within_step = False
         self._sound_images: Tensor | None = None
 
@@ -175,7 +163,7 @@ class GradientMatchingCondensation(LightningModule):
     def images_per_second(self) -> float:
         """Real images whose gradient was taken, by the seconds of the run without evaluations."""
         spent = sum(seconds for part, seconds in self.seconds.items() if part != "evaluation")
-        return self._real_images_seen / spent if spent else 0.0
+        return self.real_images_seen / spent if spent else 0.0
 
     def synthetic_set(self) -> SyntheticSet:
         """A copy of the synthetic images as they are now, in the data's scale.
@@ -183,13 +171,10 @@ class GradientMatchingCondensation(LightningModule):
         Raises:
             RuntimeError: before ``Trainer.fit``.
         """
-        if self._describe is None:
+        if not self._about_data:
             raise RuntimeError("Expected `Trainer.fit` to have begun, but got no synthetic images yet.")
-        data = self._describe
-        images = self.synthetic_images.detach().cpu().float()
-        mean, std = (torch.tensor(data[name])[:, None, None] for name in ("mean", "std"))
-        labels = torch.arange(len(data["class_names"])).repeat_interleave(self.hparams["images_per_class"])
-        return SyntheticSet(images * std + mean, labels, **data)
+        labels = torch.arange(self._num_classes).repeat_interleave(self.hparams["images_per_class"])
+        return SyntheticSet.of_normalised(self.synthetic_images.detach().cpu().float(), labels, **self._about_data)
 
     def synthetic_dataset(self) -> TensorDataset:
         """Pairs of a synthetic image ``(C, H, W)`` in the data's scale (not normalised, not clamped) and its label."""
@@ -243,22 +228,17 @@ class GradientMatchingCondensation(LightningModule):
         if wanted is not None and wanted != data.num_classes:
             raise ValueError(f"Expected `num_classes` to be the {data.num_classes} of {data.name}, but got {wanted}.")
         asked = self.hparams["batch_size"]
-        if asked is not None and data.batch_size is not None and asked != data.batch_size:
+        if None not in (asked, data.batch_size) and asked != data.batch_size:
             raise ValueError(
                 f"Expected one `batch_size`, but got {asked} for the condensation and {data.batch_size} for the data."
             )
         self._reset()
-        (given,) = self._given_network
-        self.network = fitting_network(given, data, self.hparams["distance"])
-        if self.trainer.precision == "bf16-mixed" and batch_norms(self.network):
-            raise ValueError(
-                "Expected a `network` without BatchNorm with precision='bf16-mixed', but got "
-                f"{type(given).__name__} with it, whose gradients `torch.func` can't take then."
-            )
-        self.synthetic_images = nn.Parameter(self._start(data))
-        self._describe = {
-            "mean": data.mean, "std": data.std, "class_names": data.class_names, "dataset": data.name,
-        }  # fmt: skip
+        self.network = fitting_network(self._given_network[0], data, self.hparams["distance"], self.trainer.precision)
+        count, start = self.hparams["images_per_class"], self.protocol.initialization
+        self.synthetic_images = nn.Parameter(start_images(data, count, start, self.hparams["seed"]))
+        self._about_data = {name: getattr(data, name) for name in ("mean", "std", "class_names")} | {
+            "dataset": data.name
+        }
         if self.trainer.precision == "64-true":
             self.double()  # Lightning does so only after it has read a checkpoint, which would be rounded
 
@@ -267,9 +247,8 @@ class GradientMatchingCondensation(LightningModule):
         return torch.optim.SGD([self.synthetic_images], lr=self.protocol.learning_rate, momentum=self.protocol.momentum)
 
     def on_fit_start(self) -> None:
-        """Ask for the batches that are left."""
+        """Ask for batches of the protocol's size, all of them in one epoch."""
         self._datamodule.default_batch_size = self.protocol.batch_size
-        self._datamodule.first_batch = self.step
         self._datamodule.batches_per_epoch = self._steps
 
     def on_train_start(self) -> None:
@@ -289,21 +268,23 @@ class GradientMatchingCondensation(LightningModule):
         classes = torch.split(batch.images, torch.bincount(batch.labels, minlength=self._num_classes).tolist())
         with self.clock("network"):
             if self.step % self.outer == 0:
-                self._draw_network()
+                state = draw_state(self.network, derive_seed(self.hparams["seed"], self.iteration, "network"))
+                self.network.load_state_dict(state, strict=False)
             take_statistics(self.network, self._datamodule, classes)
-        transforms = self._transforms()
+        transforms = None
+        if self.augmentation is not None:  # the same for real and synthetic images of a class
+            generator = self._generator("augmentation")
+            transforms = [self.augmentation.draw(generator) for _ in classes]
         prepare = [self._prepare(transform) for transform in transforms or [nn.Identity()] * len(classes)]
         with self.clock("real"):
-            targets = real_gradients(
-                self.network,
-                matched_parameters(self.network, self.hparams["distance"]),
-                classes,
-                prepare,
-            )
-            self._real_images_seen += len(batch.images)
+            names = matched_parameters(self.network, self.hparams["distance"])
+            targets = real_gradients(self.network, names, classes, prepare)
+            self.real_images_seen += len(batch.images)
         with self.clock("synthetic"):
-            for update in range(self.protocol.network_reuse):
-                self._set_learning_rate(self.step * self.protocol.network_reuse + update)
+            reuse = self.protocol.network_reuse
+            for update in range(self.step * reuse, (self.step + 1) * reuse):
+                left = 1 - update / (self._steps * reuse) if self.protocol.decay else 1.0
+                self.trainer.optimizers[0].param_groups[0]["lr"] = self.protocol.learning_rate * left
                 self._move(targets, transforms)
         self.step += 1
         if self.step % self.outer:
@@ -311,8 +292,8 @@ class GradientMatchingCondensation(LightningModule):
                 self._train_network()
         self.within_step = False
         self.log("train/loss", self.last_loss, prog_bar=True, batch_size=1)
-        self.log("train/images_per_second", self.images_per_second, batch_size=1)
-        self.log_dict({f"time/{part}": seconds for part, seconds in self.seconds.items()}, batch_size=1)
+        times = {f"time/{part}": seconds for part, seconds in self.seconds.items()}
+        self.log_dict({"train/images_per_second": self.images_per_second} | times, batch_size=1)
         self.trainer.should_stop |= self.step >= self._steps
 
     # The engine.
@@ -333,42 +314,15 @@ class GradientMatchingCondensation(LightningModule):
 
     @property
     def _num_classes(self) -> int:
-        return len(cast(dict[str, Any], self._describe)["class_names"])
+        return len(self._about_data["class_names"])
 
     def _generator(self, stream: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.hparams["seed"], self.step, stream))
 
-    def _start(self, data: LabelledImages) -> Tensor:
-        """Normalised synthetic images to begin with, class by class."""
-        count = self.hparams["images_per_class"]
-        if self.protocol.initialization == "real":
-            return random_images(data, count, derive_seed(self.hparams["seed"], 0, "start")).normalised()
-        generator = self._generator("start")
-        return torch.randn(data.num_classes * count, *data.image_shape, generator=generator)
+    def _prepare(self, transform: Transform) -> Transform:
+        return lambda images: transform(self._datamodule.normalise(images).to(self.synthetic_images.dtype))
 
-    def _draw_network(self) -> None:
-        state = draw_state(self.network, derive_seed(self.hparams["seed"], self.iteration, "network"))
-        self.network.load_state_dict(state, strict=False)
-
-    def _transforms(self) -> list[Callable[[Tensor], Tensor]] | None:
-        """The augmentation of each class in this step, for real and synthetic images alike."""
-        if self.augmentation is None:
-            return None
-        generator = self._generator("augmentation")
-        return [self.augmentation.draw(generator) for _ in range(self._num_classes)]
-
-    def _prepare(self, transform: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def prepare(images: Tensor) -> Tensor:
-            return transform(self._datamodule.normalise(images).to(self.synthetic_images.dtype))
-
-        return prepare
-
-    def _set_learning_rate(self, update: int) -> None:
-        left = 1 - update / (self._steps * self.protocol.network_reuse) if self.protocol.decay else 1.0
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.protocol.learning_rate * left
-
-    def _move(self, targets: dict[str, Tensor], transforms: list[Callable[[Tensor], Tensor]] | None) -> None:
+    def _move(self, targets: dict[str, Tensor], transforms: list[Transform] | None) -> None:
         """One step of the synthetic images.
 
         Raises:
@@ -376,18 +330,13 @@ class GradientMatchingCondensation(LightningModule):
         """
         images = self.synthetic_images
         by_class = images.detach().view(self._num_classes, -1, *images.shape[1:])
-        distances, derivatives = match(
-            self.network, targets, by_class, distance=self.hparams["distance"], transforms=transforms
-        )
-        sound = torch.isfinite(distances) & torch.isfinite(derivatives).flatten(1).all(1)
-        if not bool(sound.all()):
-            label = int((~sound).nonzero()[0])
-            name = cast(dict[str, Any], self._describe)["class_names"][label]
+        distance = self.hparams["distance"]
+        distances, derivatives = match(self.network, targets, by_class, distance=distance, transforms=transforms)
+        label, what = first_not_finite(distances, derivatives)
+        if what:
             if self._sound_images is not None:
                 images.data.copy_(self._sound_images)
-            what = (
-                "derivative that is not" if torch.isfinite(distances[label]) else f"loss of {float(distances[label]):g}"
-            )
+            name = self._about_data["class_names"][label]
             raise FloatingPointError(
                 f"Expected a finite matching loss and derivative, but got a {what} at iteration {self.iteration}, "
                 f"class {label} ({name}). The synthetic images are the last for which both were finite. "
@@ -399,27 +348,17 @@ class GradientMatchingCondensation(LightningModule):
         self.last_loss = float(distances.sum())
 
     def _train_network(self) -> None:
-        count = self.hparams["images_per_class"]
         images = self.synthetic_images.detach()
-        generator = self._generator("training")
-        augmentation = self.augmentation
-        norms = batch_norms(self.network)
-        for module in norms:
-            module.train()
         train_on(
             self.network,
             images,
-            torch.arange(self._num_classes, device=images.device).repeat_interleave(count),
+            torch.arange(self._num_classes, device=images.device).repeat_interleave(self.hparams["images_per_class"]),
             epochs=self.inner,
             learning_rate=self.hparams["network_learning_rate"],
             batch_size=self.hparams["network_batch_size"],
-            generator=generator,
-            augment=None if augmentation is None else lambda batch: augmentation.draw(generator, len(batch))(batch),
+            generator=self._generator("training"),
+            augmentation=self.augmentation,
         )
-        for module in norms:
-            module.eval()
-
-    # Checkpoints: images, network and momentum are Lightning's to keep.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how far it is.
@@ -436,10 +375,7 @@ class GradientMatchingCondensation(LightningModule):
             "module": type(self).__name__,
             "precision": self.trainer.precision,
             "network": digest_of(self.network),
-            "step": self.step,
-            "last_loss": self.last_loss,
-            "seconds": dict(self.seconds),
-            "real_images_seen": self._real_images_seen,
+            **{name: copy.copy(getattr(self, name)) for name in _KEPT},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -451,35 +387,14 @@ class GradientMatchingCondensation(LightningModule):
         free = set() if self.protocol.decay else {"iterations"}
         options = {name: value for name, value in self.hparams.items() if name not in free}
         check_checkpoint(checkpoint, type(self).__name__, options, self.trainer.precision)
-        with restoring("the state of a condensation"):
-            self._restore(checkpoint, checkpoint["leakage"])
-
-    def _restore(self, checkpoint: dict[str, Any], saved: dict[str, Any]) -> None:
+        saved = checkpoint["leakage"]
         if saved["network"] != digest_of(self.network):
             raise ValueError(
                 "Expected the network of the checkpoint, but got another: its architecture differs. Give the "
                 "`network` that the run began with."
             )
-        check_like("the images and the network", checkpoint["state_dict"], self.state_dict())
-        optimizer = self.configure_optimizers()
-        (wanted,) = optimizer.state_dict()["param_groups"]
-        (state,) = checkpoint["optimizer_states"]
-        (options,) = state["param_groups"]
-        differing = {name: options[name] for name in wanted if name != "lr" and options.get(name) != wanted[name]}
-        if differing:
-            raise ValueError(f"Expected the optimizer of the checkpoint as it is now, but got {brief(differing)}.")
-        optimizer.load_state_dict(state)
-        for momentum in optimizer.state.values():
-            check_like("the optimizer", momentum, {"momentum_buffer": self.synthetic_images})
-        seconds = saved["seconds"]
-        check_count(0, step=saved["step"], real_images_seen=saved["real_images_seen"])
-        for name, value in {"last_loss": saved["last_loss"], **seconds}.items():
-            if not isinstance(value, float) or (name in PARTS and not 0 <= value < math.inf):
-                raise ValueError(f"Expected {name!r} of a checkpoint as a number, but got {brief(repr(value))}.")
-        if seconds.keys() != set(PARTS):
-            raise ValueError(f"Expected the `seconds` of {PARTS} in a checkpoint, but got {brief(sorted(seconds))}.")
-        self.step, self.last_loss = saved["step"], saved["last_loss"]
-        self.seconds, self._real_images_seen = dict(seconds), saved["real_images_seen"]
+        for name in _KEPT:
+            setattr(self, name, copy.copy(saved[name]))
         if self.step < self._steps and "loops" in checkpoint:
             # It may be of a run that was over with fewer iterations, whose one epoch Lightning takes for done.
             progress = checkpoint["loops"]["fit_loop"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -107,41 +108,11 @@ def match(
     return distances.detach(), derivatives
 
 
-def train_on(
-    network: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    epochs: int,
-    learning_rate: float,
-    batch_size: int,
-    generator: torch.Generator,
-    augment: Callable[[Tensor], Tensor] | None = None,
-) -> None:
-    """Train ``network`` in place by plain SGD on the synthetic images.
-
-    Args:
-        network: normalised images to logits.
-        images: ``(M, C, H, W)``, normalised.
-        labels: ``(M,)``.
-        epochs: passes over the images.
-        learning_rate: of SGD, without momentum.
-        batch_size: images of a batch; more images than that are shuffled in each epoch.
-        generator: of the order.
-        augment: what is done with the images of each batch.
-    """
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=learning_rate)
-    for _ in range(epochs):
-        order = torch.arange(len(images))
-        if len(images) > batch_size:
-            order = torch.randperm(len(images), generator=generator)
-        for chosen in torch.split(order.to(images.device), batch_size):
-            batch = images[chosen]
-            loss = F.cross_entropy(network(batch if augment is None else augment(batch)), labels[chosen])
-            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-    for parameter in parameters:
-        parameter.grad = None
+def first_not_finite(distances: Tensor, derivatives: Tensor) -> tuple[int, str]:
+    """The first class whose distance ``(K,)`` or derivative is not finite, and which in words; "" where all are."""
+    sound = torch.isfinite(distances) & torch.isfinite(derivatives).flatten(1).all(1)
+    if bool(sound.all()):
+        return 0, ""
+    label = int((~sound).nonzero()[0])
+    loss = float(distances[label])
+    return label, "derivative that is not" if math.isfinite(loss) else f"loss of {loss:g}"

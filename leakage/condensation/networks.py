@@ -1,4 +1,4 @@
-"""The network of a condensation: whether it fits, its weights, its statistics."""
+"""The network of a condensation: whether it fits, its statistics, its training between two steps."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.matching import matched_parameters
 from leakage.datamodules.labelled import LabelledImages
 from leakage.models import ConvNet, draw_state
@@ -25,11 +27,12 @@ def default_network(data: LabelledImages) -> ConvNet:
         return ConvNet(channels, (height, width), data.num_classes)
 
 
-def fitting_network(given: nn.Module | None, data: LabelledImages, distance: str) -> nn.Module:
+def fitting_network(given: nn.Module | None, data: LabelledDataModule, distance: str, precision: str) -> nn.Module:
     """A copy of ``given`` in single precision, or the :class:`~leakage.models.ConvNet` that fits.
 
     Raises:
-        ValueError: it does not fit the data, can't be drawn anew, or has no weights that ``distance`` looks at.
+        ValueError: it does not fit the data, can't be drawn anew, has no weights that ``distance`` looks at, or has
+            BatchNorm, which ``torch.func`` can't differentiate in mixed precision.
     """
     if given is None:
         return default_network(data)
@@ -41,6 +44,11 @@ def fitting_network(given: nn.Module | None, data: LabelledImages, distance: str
         )
     check_network(network, data)
     draw_state(network, 0)  # one that can't be drawn anew shall fail now
+    if precision == "bf16-mixed" and batch_norms(network):
+        raise ValueError(
+            "Expected a `network` without BatchNorm with precision='bf16-mixed', but got "
+            f"{type(given).__name__} with it, whose gradients `torch.func` can't take then."
+        )
     return network
 
 
@@ -86,6 +94,53 @@ def take_statistics(network: nn.Module, data: LabelledImages, classes: Sequence[
     for module, momentum in zip(norms, momenta, strict=True):
         module.eval()
         module.momentum = momentum
+
+
+def train_on(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    generator: torch.Generator,
+    augmentation: SiameseAugmentation | None = None,
+) -> None:
+    """Train ``network`` in place by plain SGD on the synthetic images, with BatchNorm normalising by their batches.
+
+    Args:
+        network: normalised images to logits, in evaluation mode before and after.
+        images: ``(M, C, H, W)``, normalised.
+        labels: ``(M,)``.
+        epochs: passes over the images.
+        learning_rate: of SGD, without momentum.
+        batch_size: images of a batch; more images than that are shuffled in each epoch.
+        generator: of the order, and of the augmentation.
+        augmentation: what each image of each batch goes through, with a transform of its own.
+    """
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=learning_rate)
+    norms = batch_norms(network)
+    for module in norms:
+        module.train()
+    for _ in range(epochs):
+        order = torch.arange(len(images))
+        if len(images) > batch_size:
+            order = torch.randperm(len(images), generator=generator)
+        for chosen in torch.split(order.to(images.device), batch_size):
+            batch = images[chosen]
+            if augmentation is not None:
+                batch = augmentation.draw(generator, len(batch))(batch)
+            loss = F.cross_entropy(network(batch), labels[chosen])
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
+    for module in norms:
+        module.eval()
 
 
 def digest_of(network: nn.Module) -> str:

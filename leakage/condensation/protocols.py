@@ -15,7 +15,7 @@ INITIALIZATIONS = ("noise", "real")
 
 @dataclass(frozen=True)
 class CondensationProtocol:
-    """How condensation searches; the values of ``protocol="published"`` and ``protocol="fast"``.
+    """How condensation searches; by default as the paper does.
 
     Attributes:
         iterations: freshly drawn networks, one after another.
@@ -29,36 +29,33 @@ class CondensationProtocol:
         decay: whether the learning rate falls to zero in equal steps over the run. Each network pulls the images
             its own way; smaller and smaller steps take the mean over the last ones.
         initialization: ``"noise"`` from N(0, 1), or ``"real"`` images of the class.
+
+    Raises:
+        ValueError: a value out of its range.
     """
 
-    iterations: int
-    batch_size: int
-    network_reuse: int
-    learning_rate: float
-    momentum: float
-    decay: bool
-    initialization: str
+    iterations: int = 1000
+    batch_size: int = 256
+    network_reuse: int = 1
+    learning_rate: float = 0.1
+    momentum: float = 0.5
+    decay: bool = False
+    initialization: str = "noise"
+
+    def __post_init__(self) -> None:
+        check_count(iterations=self.iterations, batch_size=self.batch_size, network_reuse=self.network_reuse)
+        check_flag(decay=self.decay)
+        check_positive(learning_rate=self.learning_rate)
+        if isinstance(self.momentum, bool) or not isinstance(self.momentum, int | float):
+            raise ValueError(f"Expected `momentum` to be a number, but got {self.momentum!r}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"Expected `momentum` from 0 to below 1, but got {self.momentum}.")
+        check_choice("initialization", self.initialization, INITIALIZATIONS)
 
 
 PROTOCOLS = {
-    "published": CondensationProtocol(
-        iterations=1000,
-        batch_size=256,
-        network_reuse=1,
-        learning_rate=0.1,
-        momentum=0.5,
-        decay=False,
-        initialization="noise",
-    ),
-    "fast": CondensationProtocol(
-        iterations=20,
-        batch_size=64,
-        network_reuse=10,
-        learning_rate=0.3,
-        momentum=0.5,
-        decay=True,
-        initialization="noise",
-    ),
+    "published": CondensationProtocol(),
+    "fast": CondensationProtocol(iterations=20, batch_size=64, network_reuse=10, learning_rate=0.3, decay=True),
 }
 
 
@@ -77,16 +74,7 @@ def condensation_protocol(name: str, images_per_class: int = 1, **replaced: Any)
     named = PROTOCOLS[name]
     if name == "fast":
         named = dataclasses.replace(named, learning_rate=named.learning_rate * images_per_class)
-    protocol = dataclasses.replace(named, **{key: value for key, value in replaced.items() if value is not None})
-    check_count(iterations=protocol.iterations, batch_size=protocol.batch_size, network_reuse=protocol.network_reuse)
-    check_flag(decay=protocol.decay)
-    check_positive(learning_rate=protocol.learning_rate)
-    if isinstance(protocol.momentum, bool) or not isinstance(protocol.momentum, int | float):
-        raise ValueError(f"Expected `momentum` to be a number, but got {protocol.momentum!r}.")
-    if not 0 <= protocol.momentum < 1:
-        raise ValueError(f"Expected `momentum` from 0 to below 1, but got {protocol.momentum}.")
-    check_choice("initialization", protocol.initialization, INITIALIZATIONS)
-    return protocol
+    return dataclasses.replace(named, **{key: value for key, value in replaced.items() if value is not None})
 
 
 def schedule(images_per_class: int, loops: tuple[int, int] | list[int] | None) -> tuple[int, int]:

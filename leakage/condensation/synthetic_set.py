@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch.utils.data import TensorDataset
 from leakage.errors import check_count
 from leakage.files.tensors import brief, header_value, read_safetensors, write_safetensors
 from leakage.plots import to_pixels
+from leakage.seeds import derive_seed
 
 if TYPE_CHECKING:
     from leakage.datamodules.labelled import LabelledImages
@@ -125,6 +126,14 @@ class SyntheticSet:
         """What networks are trained on: ``(image - mean) / std``, ``(M, C, H, W)``."""
         mean, std = (self.images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (self.images - mean) / std
+
+    @classmethod
+    def of_normalised(
+        cls, images: Tensor, labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], **about: Any
+    ) -> SyntheticSet:
+        """The set of which :meth:`normalised` gives these images."""
+        scale, shift = (torch.tensor(values)[:, None, None] for values in (std, mean))
+        return cls(images * scale + shift, labels, mean, std, **about)
 
     def to_dataset(self) -> TensorDataset:
         """Pairs of an image ``(C, H, W)`` in the data's scale, not normalised, and its label."""
@@ -305,3 +314,59 @@ class SyntheticSet:
             for j, image in enumerate(self.images[self.labels == k][:columns]):
                 grid[k * high : k * high + height, j * wide : j * wide + width] = to_pixels(image)
         return grid
+
+
+def random_images(data: LabelledDataModule, images_per_class: int, seed: int = 0) -> SyntheticSet:
+    """Random real training images, the same number of each class: what a synthetic set has to beat.
+
+    Args:
+        data: made ready (``prepare_data``, ``setup``) if it is not yet.
+        images_per_class: drawn without replacement.
+        seed: decides which.
+
+    Raises:
+        ValueError: more images than a class has.
+
+    Example:
+        >>> from leakage.datamodules import Sample
+        >>> random_images(Sample(), images_per_class=3).images_per_class.tolist()
+        [3, 3, 3, 3, 3, 3, 3, 3, 3, 3]
+    """
+    check_count(images_per_class=images_per_class)
+    check_count(0, seed=seed)
+    make_ready(data)
+    chosen = []
+    for label, name in enumerate(data.class_names):
+        members = (data.train.labels == label).nonzero().flatten()
+        if len(members) < images_per_class:
+            raise ValueError(
+                f"Expected `images_per_class` of at most {len(members)}, the training images of class {label} "
+                f"({name}) of {data.name!r}, but got {images_per_class}."
+            )
+        generator = torch.Generator().manual_seed(derive_seed(seed, label, "random images"))
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:images_per_class]])
+    indices = torch.cat(chosen)
+    return SyntheticSet(
+        data.train.images[indices].float() / 255,
+        data.train.labels[indices],
+        mean=data.mean,
+        std=data.std,
+        class_names=data.class_names,
+        dataset=data.name,
+    )
+
+
+def start_images(data: LabelledDataModule, images_per_class: int, initialization: str, seed: int) -> Tensor:
+    """Normalised images to begin a condensation with, class by class: ``"noise"`` from N(0, 1), or ``"real"`` ones."""
+    start = derive_seed(seed, 0, "start")
+    if initialization == "real":
+        return random_images(data, images_per_class, start).normalised()
+    generator = torch.Generator().manual_seed(start)
+    return torch.randn(data.num_classes * images_per_class, *data.image_shape, generator=generator)
+
+
+def make_ready(data: LabelledDataModule) -> None:
+    """Prepare and set up the data, unless that is done."""
+    if not hasattr(data, "test"):
+        data.prepare_data()
+        data.setup("fit")

@@ -1,8 +1,11 @@
-"""Training several freshly drawn networks on the same images, and testing them."""
+"""Training several freshly drawn networks on the same images, and testing them.
+
+A loop of our own, not Lightning's: its overhead of milliseconds a step is more than such a step takes, and it knows
+neither of networks that are trained as one (stacked, by ``vmap``) nor of batches in pieces that fit a CPU's cache.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import sys
@@ -105,12 +108,14 @@ def train_and_test(
     if stacked not in (None, True, False):
         raise ValueError(f"Expected `stacked` to be True, False or None, but got {stacked!r}.")
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    cuda = [torch.cuda.current_device() if place.index is None else place.index] if place.type == "cuda" else []
     # Whoever calls, be it in a validation loop, in mixed precision or after a seed: this is a world of its own.
+    # Dropout draws from the global random state, which shall be after this what it was before.
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(place.type, enabled=False),
-        _random_state_kept(place),
+        torch.random.fork_rng(devices=cuda),
     ):
         model = copy.deepcopy(network).float()
         check_network(model, data, place)
@@ -147,21 +152,15 @@ class _Run:
         while len(correct) < networks:
             numbers = range(len(correct), min(len(correct) + at_once, networks))
             bar.n = bar.total * len(correct) / networks
-            some = self._group_that_fits(numbers, networks, bar)
-            if some is None:
-                torch.cuda.empty_cache()
-                at_once = math.ceil(len(numbers) / 2)
-            else:
-                correct += some
+            try:
+                correct += self._group(numbers, networks, bar)
+                continue
+            except torch.OutOfMemoryError:
+                if len(numbers) == 1:
+                    raise
+            torch.cuda.empty_cache()  # not where the error is at hand, whose frames hold the tensors
+            at_once = math.ceil(len(numbers) / 2)
         return torch.tensor(correct, dtype=torch.float64) / len(self.test_labels), self.seconds[0], self.seconds[1]
-
-    def _group_that_fits(self, numbers: Sequence[int], networks: int, bar: Any) -> list[int] | None:
-        try:
-            return self._group(numbers, networks, bar)
-        except torch.OutOfMemoryError:
-            if len(numbers) == 1:
-                raise
-            return None
 
     def _group(self, numbers: Sequence[int], networks: int, bar: Any) -> list[int]:
         """Correct test images of each network."""
@@ -173,9 +172,9 @@ class _Run:
             _seed_everything(derive_seed(seed, numbers[0], "evaluation dropout"), self.device)
         else:
             group = StackedNetworks(self.model, states, self.device)
-        last = "" if len(numbers) == 1 else f" to {numbers[-1] + 1}"
+        which = f"network {numbers[0] + 1}{'' if len(numbers) == 1 else f' to {numbers[-1] + 1}'} of {networks}"
         began = time.perf_counter()
-        bar.set_description_str(f"Training network {numbers[0] + 1}{last} of {networks}")
+        bar.set_description_str(f"Training {which}")
         train(
             group,
             numbers,
@@ -185,7 +184,7 @@ class _Run:
             lambda count: bar.update(_TRAINING_WORK * count),
         )
         trained = time.perf_counter()
-        bar.set_description_str(f"Testing network {numbers[0] + 1}{last} of {networks}")
+        bar.set_description_str(f"Testing {which}")
         correct = count_correct(group, self.test_images, self.test_labels, self._normalise, bar.update)
         self.seconds[0] += trained - began
         self.seconds[1] += time.perf_counter() - trained
@@ -324,16 +323,7 @@ def _choose_stacked(
     return error is None
 
 
-@contextlib.contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """Dropout draws from the global random state, which shall be after this what it was before."""
-    cuda = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        yield
-
-
 def _seed_everything(seed: int, device: torch.device) -> None:
-    """Within :func:`_random_state_kept`."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -344,13 +334,12 @@ def _bar(total: int, progress: bool) -> Any:
     # Here: it takes a second to import.
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-    line = "{desc}: {percentage:3.0f} %|{bar}| {elapsed}<{remaining}"
     pause = _PAUSE if sys.stderr.isatty() else _PAUSE_IN_A_FILE
     return Tqdm(
         total=total,
         disable=not progress,
         file=sys.stderr,
-        bar_format=line,
+        bar_format="{desc}: {percentage:3.0f} %|{bar}| {elapsed}<{remaining}",
         dynamic_ncols=True,
         mininterval=pause,
         maxinterval=max(pause, 10),

@@ -17,9 +17,9 @@ from torchvision.models.resnet import BasicBlock
 
 from leakage.condensation import training
 from leakage.condensation.augmentation import SiameseAugmentation
-from leakage.condensation.evaluation import Evaluation, evaluate, evaluate_full, random_images
+from leakage.condensation.evaluation import Evaluation, evaluate, evaluate_full
 from leakage.condensation.stacking import SingleNetwork, StackedNetworks, stacking_error, works_image_by_image
-from leakage.condensation.synthetic_set import SyntheticSet
+from leakage.condensation.synthetic_set import SyntheticSet, random_images
 from leakage.condensation.training import TrainingOptions, train
 from leakage.datamodules import LabelledImages, LabelledTensors
 from leakage.models import MLP, ConvNet, draw_state

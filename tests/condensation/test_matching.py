@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakage.condensation import SiameseAugmentation, matching
-from leakage.condensation.matching import match, matched_parameters, real_gradients, train_on
+from leakage.condensation.matching import match, matched_parameters, real_gradients
+from leakage.condensation.networks import train_on
 from leakage.objectives import DISTANCES
 
 
@@ -212,15 +213,9 @@ def test_training_augments_every_batch(kit: Any, generator: torch.Generator) -> 
     networks = [kit.network().double() for _ in range(2)]
     networks[1].load_state_dict(networks[0].state_dict())
     images, labels = shared_random(generator, 6, 1, 8, 8), torch.arange(6) % 3
-    sizes = []
-
-    def mirror(batch: Tensor) -> Tensor:
-        sizes.append(len(batch))
-        return batch.flip(-1)
-
-    train(networks[0], images, labels, torch.Generator().manual_seed(8), augment=mirror)
-    train(networks[1], images.flip(-1), labels, torch.Generator().manual_seed(8))
-    assert sizes == [4, 2] * 3
+    mirror = SiameseAugmentation("flip", flip=1.0)
+    train(networks[0], images, labels, torch.Generator().manual_seed(8), augmentation=mirror, batch_size=6)
+    train(networks[1], images.flip(-1), labels, torch.Generator().manual_seed(8), batch_size=6)
     torch.testing.assert_close(networks[0].classifier.weight, networks[1].classifier.weight)
 
 
