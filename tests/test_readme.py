@@ -1,19 +1,226 @@
-"""The README's promises that a program can check."""
+"""The promises of README.md and of docs/ that a program can check: links, commands, and code, which is run."""
 
 from __future__ import annotations
 
-import ast
+import argparse
 import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb
+from PIL import Image
+
+from leakage.cli.main import main
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
+# What the reader brings: names that the code of a document uses and does not make.
+GIVEN = {
+    "README.md": {"images": torch.rand(2, 1, 3, 32, 32), "labels": torch.randint(10, (2, 1))},
+}
+# What makes the code cheap, or spares it a download: everywhere in a document, and why.
+CHEAPER = [
+    ("README.md", "MNISTVictims(victims=1000", "SampleVictims(victims=2", "images that come with the package"),
+    ("README.md", "import MNISTVictims", "import SampleVictims", "the same"),
+    ("README.md", "CIFAR10Victims(victims=8", 'ImageFolderVictims("photos", victims=2', "photographs made here"),
+    ("README.md", "import CIFAR10Victims", "import ImageFolderVictims", "the same"),
+    ("README.md", "max_evaluations=300", "max_evaluations=3", "the images do not come out anyway"),
+    ("README.md", "torch.rand(100, 24,", "torch.rand(10, 24,", "fewer victims"),
+    ("README.md", "torch.randint(10, (100, 24))", "torch.randint(10, (10, 24))", "fewer victims"),
+    ("README.md", "import FashionMNIST\n", "import Sample\n", "images that come with the package"),
+    ("README.md", "FashionMNIST()", "Sample(batch_size=16)", "the same, in small batches"),
+    ("README.md", 'protocol="fast"', 'protocol="fast", iterations=1', "one network"),
+    ("README.md", "networks=3", "networks=1, epochs=1", "a test that takes a moment"),
+    ("docs/labels.md", "torch.rand(100, 24,", "torch.rand(10, 24,", "fewer victims"),
+    ("docs/labels.md", "torch.randint(10, (100, 24))", "torch.randint(10, (10, 24))", "fewer victims"),
+    ("docs/second_order.md", "MNISTVictims(victims=500", "SampleVictims(victims=2", "images of the package"),
+    ("docs/second_order.md", "import MNISTVictims", "import SampleVictims", "the same"),
+]
+# What the code of a document has made in the end, as expressions in its names.
+MADE = {
+    "README.md": [
+        "len(attack.finished.ids) == 2",
+        "inferred.counts.shape == (10, 10)",
+        "len(condensation.synthetic_dataset()) == 10",
+    ],
+    "docs/labels.md": ["inferred.labels.shape == (10, 24)"],
+    "docs/second_order.md": ["all(score.mse < 1e-6 for score in attack.scores.values())", "len(attack.scores) == 2"],
+}
+# Code that is not run: a piece of it, and why.
+NOT_RUN: list[tuple[str, str, str]] = []
+# Commands that are not of this project.
+FOREIGN = {"python3", "bash", "wandb", "torchrun", *(f".venv/bin/{name}" for name in ("pip", "pytest", "ruff", "mypy"))}
+# Files in commands that the reader has.
+READERS_FILES = {"run.yaml": "experiments/idlg/sample.yaml"}
 
-def test_every_link_to_a_file_has_one() -> None:
-    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith(("http", "#"))]
-    assert targets
-    assert [target for target in targets if not (ROOT / target).is_file()] == []
+
+@dataclass(frozen=True)
+class Block:
+    """Fenced code."""
+
+    document: str
+    line: int
+    language: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.document}:{self.line}"
+
+
+def name_of(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
+def blocks(language: str) -> Iterator[Block]:
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for found in re.finditer(r"^```(\w+)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+            if found[1] == language:
+                line = text.count("\n", 0, found.start()) + 2
+                yield Block(name_of(document), line, language, found[2])
+
+
+PYTHON = list(blocks("python"))
+WITH_CODE = sorted({block.document for block in PYTHON})
+
+
+def cheaper(block: Block) -> str:
+    code = block.code
+    for document, old, new, _ in CHEAPER:
+        if document == block.document:
+            code = code.replace(old, new)
+    return code
+
+
+@pytest.fixture
+def readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to work in, with photographs: ten classes, two images each."""
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for label in range(10):
+        folder = tmp_path / "photos" / f"class_{label}"
+        folder.mkdir(parents=True)
+        for image in torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=generator):
+            Image.fromarray(image.numpy()).save(folder / f"{len(list(folder.iterdir()))}.png")
+    yield tmp_path
+    wandb.finish()
+
+
+@pytest.mark.parametrize("document", WITH_CODE)
+def test_code_runs(document: str, readers_folder: Path) -> None:
+    names: dict[str, Any] = {"__name__": "__main__", **GIVEN.get(document, {})}
+    for block in PYTHON:
+        if block.document != document or any(document == where and piece in block.code for where, piece, _ in NOT_RUN):
+            continue
+        code = "\n" * (block.line - 1) + cheaper(block)  # so that a traceback has the document's lines
+        exec(compile(code, str(ROOT / document), "exec"), names)
+    assert MADE[document], "what it has made"
+    for expression in MADE[document]:
+        assert eval(expression, names), expression
+
+
+def test_the_tables_above_name_nothing_that_is_not_there() -> None:
+    code = {document: "".join(block.code for block in PYTHON if block.document == document) for document in WITH_CODE}
+    assert {"README.md", "docs/labels.md", "docs/second_order.md"} <= set(code)
+    assert [old for document, old, _, _ in CHEAPER if old not in code[document]] == []
+    assert [piece for document, piece, _ in NOT_RUN if piece not in code[document]] == []
+    given = [(where, name) for where, names in GIVEN.items() for name in names]
+    assert [name for where, name in given if not re.search(rf"\b{name}\b", code[where])] == []
+    commands = "".join(block.code for block in blocks("bash"))
+    assert [name for name in READERS_FILES if name not in commands] == []
+    assert all(why for *_, why in [*CHEAPER, *NOT_RUN])
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Every command of the documents: where, and its words."""
+    for block in blocks("bash"):
+        for line in block.code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words:
+                end = words.index("&&") if "&&" in words else len(words)
+                yield str(block), words[:end]
+                words = words[end + 1 :]
+
+
+class ParsedError(Exception):
+    """The options were understood, and nothing was run."""
+
+
+def test_commands_are_understood(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scripts and `leakage` parse their options and go no further; other programs are known ones."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(self: argparse.ArgumentParser, *given: Any, **options: Any) -> Any:
+        parsed = parse(self, *given, **options)
+        if self.prog != "leakage":  # which finds the subcommand so
+            raise ParsedError
+        return parsed
+
+    monkeypatch.chdir(ROOT)
+    tried = set()
+    for where, words in commands():
+        words = [READERS_FILES.get(word, word) for word in words]
+        program, *arguments = words
+        if "leakage" in [Path(word).name for word in words]:
+            at = [Path(word).name for word in words].index("leakage")
+            arguments = words[at + 1 :]
+            tried.add(arguments[0])
+            with monkeypatch.context() as patch:
+                if arguments[0] == "fit":
+                    arguments.append("--print_config")
+                    expected: type[BaseException] = SystemExit
+                else:
+                    patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+                    expected = ParsedError
+                with pytest.raises(expected) as end:
+                    main(arguments)
+            assert not isinstance(end.value, SystemExit) or not end.value.code, (where, words, capsys.readouterr().err)
+        elif program == "python":
+            script = ROOT / arguments[0]
+            assert script.is_file(), where
+            tried.add(arguments[0])
+            with monkeypatch.context() as patch:
+                patch.syspath_prepend(script.parent)
+                patch.setattr(sys, "argv", arguments)
+                patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+                with pytest.raises(ParsedError):
+                    run_script(script, patch)
+        else:
+            assert program in FOREIGN, where
+    assert {"demo", "fit", "experiments/idlg/table1.py"} <= tried
+
+
+def run_script(script: Path, patch: pytest.MonkeyPatch) -> None:
+    """As ``python script`` does, but for modules beside it, which are forgotten afterwards."""
+    before = set(sys.modules)
+    namespace: dict[str, Any] = {"__name__": "__main__", "__file__": str(script), "__doc__": None}
+    module = type(sys)("__main__")
+    module.__dict__.update(namespace)
+    patch.setitem(sys.modules, "__main__", module)  # where dataclasses look for it
+    try:
+        exec(compile(script.read_text(encoding="utf-8"), str(script), "exec"), module.__dict__)
+    finally:
+        for name in set(sys.modules) - before:
+            if Path(getattr(sys.modules[name], "__file__", None) or "").parent == script.parent:
+                del sys.modules[name]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_every_link_to_a_file_has_one(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    files = [target for target in targets if not target.startswith("http")]
+    assert [target for target in files if not (document.parent / target).is_file()] == []
 
 
 def test_every_link_to_a_section_has_one() -> None:
@@ -26,18 +233,10 @@ def test_every_link_to_a_section_has_one() -> None:
 
 
 def test_every_named_file_of_the_experiments_is_there() -> None:
-    named = set(re.findall(r"experiments/[\w/]+\.(?:py|yaml)", README))
+    named = {name for path in DOCUMENTS for name in re.findall(r"experiments/[\w/]+\.(?:py|yaml)", path.read_text())}
     assert {"experiments/idlg/table1.py", "experiments/idlg/mnist.yaml"} <= named
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
-def test_python_blocks_parse_and_import_what_there_is() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) >= 3
-    for block in blocks:
-        imports = [node for node in ast.parse(block).body if isinstance(node, ast.ImportFrom)]
-        exec(compile(ast.Module(imports, []), "README.md", "exec"), {})
-
-
 def test_nothing_is_left_to_fill_in() -> None:
-    assert "@@" not in README
+    assert [name_of(document) for document in DOCUMENTS if "@@" in document.read_text(encoding="utf-8")] == []

@@ -5,7 +5,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,19 +23,20 @@ from leakage.callbacks.loggers import log_artifact
 
 
 def records(file: Path) -> Iterator[Record]:
-    """What W&B has written: LevelDB's log format behind 7 bytes of header, blocks of 32 KiB."""
+    """What W&B has written of a run: LevelDB's log format behind 7 bytes of header, blocks of 32 KiB.
+
+    W&B 0.31 has no reader that Python can call: ``wandb.sdk.internal.datastore`` is gone.
+    """
     data = file.read_bytes()
     assert data[:4] == b":W&B"
     position, parts = 7, b""
     while position + 7 <= len(data):
         left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        if kind == 0:
+        if left < 7 or kind == 0:  # the end of a block
             position += left
             continue
+        assert position + 7 + length <= len(data), "the file is not closed"
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         # 1 is a whole record, 2 to 4 are its first, middle and last part.
@@ -47,28 +47,20 @@ def records(file: Path) -> Iterator[Record]:
             yield record
 
 
-def _records_once_closed(file: Path) -> list[Record]:
-    """All records, of a finished run: W&B's service closes the file some time after ``wandb.finish()`` returns."""
-    deadline = time.monotonic() + 300
-    while True:
-        read = list(records(file))
-        if any(record.WhichOneof("record_type") == "exit" for record in read):
-            return read
-        assert time.monotonic() < deadline, f"the run was never closed, and has {len(read)} records"
-        time.sleep(0.1)
-
-
 class OfflineRun:
     """The only run in a folder, as W&B would upload it."""
 
     def __init__(self, folder: Path) -> None:
+        wandb.teardown()  # its service closes the file some time after `wandb.finish()` has returned
         (file,) = folder.glob("wandb/offline-run-*/*.wandb")
         self.files = file.parent / "files"
         self.history: list[dict[str, Any]] = []
         # Tables are uploaded as artifacts: the path in the artifact to the file on this machine.
         self.artifacts: dict[str, dict[str, Path]] = {}
         self.artifact_names: list[str] = []
-        for record in _records_once_closed(file):
+        read = list(records(file))
+        assert any(record.WhichOneof("record_type") == "exit" for record in read), "the run was never closed"
+        for record in read:
             if record.WhichOneof("record_type") == "history":
                 row: dict[str, Any] = {}
                 for item in record.history.item:

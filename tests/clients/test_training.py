@@ -198,7 +198,7 @@ def test_what_was_trained_is_read(tmp_path, no_runs):
         {"model": MLP(1, 4, 3, width=8, activation="silu")},
         {"data": Brightness(size=45)},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_all_that_decides_the_result_has_a_folder_of_its_own(tmp_path, options):
     one, other = train(tmp_path, epochs=1), train(tmp_path, epochs=1, **options)
@@ -390,7 +390,7 @@ class Scale(nn.Module):
             r"`model` to take images of shape|every module with weights to have `reset_parameters",
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_errors(tmp_path, options, message):
     with pytest.raises(ValueError, match=f"^Expected {message}"):

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -68,48 +70,101 @@ def test_another_method_and_threshold(speed: ModuleType, tmp_path: Path, monkeyp
     assert result["mse_median"]["leakage"] < 1e-6
 
 
-@pytest.mark.parametrize("method", ["idlg", "dlg"])
-def test_the_plain_search_is_the_published_one(speed: ModuleType, method: str) -> None:
-    """Against the loops as the papers' code has them, step by step."""
-    victims = Victims("sample", victims=1)
-    victims.setup("fit")
-    shared = victims.share(range(1))
-    model = victims.victim.model.requires_grad_()
-    weights = {name: tensor[0].clone().requires_grad_() for name, tensor in shared.state.items()}
-    model.load_state_dict(weights)
-    gradients = {name: tensor[0] for name, tensor in shared.gradients.items()}
-    generator = torch.Generator().manual_seed(1)  # one from which both find the image
-    start, logits = torch.randn(1, 1, 28, 28, generator=generator), torch.randn(1, 10, generator=generator)
-    image, label, evaluations = speed.attack_plainly(model, gradients, start, logits if method == "dlg" else None)
+@dataclass
+class Near:
+    """The gradient of a victim in 64 bit, and a start so near the truth that no rounding leads the search away."""
 
-    expected, dummy_label = start.clone().requires_grad_(), logits.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([expected, dummy_label] if method == "dlg" else [expected], lr=1, history_size=100)
-    target = gradients["classifier.weight"].sum(1).argmin().reshape(1)
+    model: nn.Module
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    truth: Tensor
+    label: Tensor
+    start: Tensor
+    logits: Tensor
+
+
+@pytest.fixture(scope="module")
+def near() -> Near:
+    victims = SampleVictims(victims=1)
+    victims.setup("fit")
+    state = victims.share(range(1)).state
+    truth = next(iter(victims.val_dataloader()))
+    image, label = truth.images[0].double(), truth.labels[0]
+    model = victims.victim.model.double().requires_grad_()
+    model.load_state_dict({name: tensor[0] for name, tensor in state.items()})
+    weights = dict(model.named_parameters())
+    gradients = torch.autograd.grad(F.cross_entropy(model(image), label), list(weights.values()))
+    generator = torch.Generator().manual_seed(0)
+    start = image + 0.1 * torch.randn(image.shape, generator=generator).double()
+    logits = 5.0 * F.one_hot(label, 10).double()
+    return Near(model, weights, dict(zip(weights, gradients, strict=True)), image, label, start, logits)
+
+
+def published_loop(near: Near, method: str, calls: int, tolerance: float) -> tuple[Tensor, int, int]:
+    """The loops as the papers' code has them."""
+    image, dummy_label = near.start.clone().requires_grad_(), near.logits.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([image, dummy_label] if method == "dlg" else [image], lr=1, history_size=100)
+    target = near.gradients["classifier.weight"].sum(1).argmin().reshape(1)
     used = 0
 
-    def closure() -> torch.Tensor:
+    def closure() -> Tensor:
         nonlocal used
         used += 1
         optimizer.zero_grad()
-        logits = functional_call(model, weights, expected)
+        logits = functional_call(near.model, near.weights, image)
         if method == "dlg":
             loss = -(F.softmax(dummy_label, dim=-1) * F.log_softmax(logits, dim=-1)).sum(1).mean()
         else:
             loss = F.cross_entropy(logits, target)
-        found = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-        distance = sum(((a - gradients[name]) ** 2).sum() for name, a in zip(weights, found, strict=True))
+        found = torch.autograd.grad(loss, list(near.weights.values()), create_graph=True)
+        distance = sum(((a - near.gradients[name]) ** 2).sum() for name, a in zip(near.weights, found, strict=True))
+        assert isinstance(distance, Tensor)
         distance.backward()
         return distance
 
-    for call in range(300):
+    for call in range(calls):
         optimizer.step(closure)
-        if call % 10 == 0 and closure().item() < 1e-6:
+        if call % 10 == 0 and closure().item() < tolerance:
             break
-    assert label == int(dummy_label.argmax() if method == "dlg" else target) == int(target)
-    assert evaluations == used
-    truth = next(iter(victims.val_dataloader())).images[0]
-    assert float((image - truth).square().mean()) < 1e-3
-    torch.testing.assert_close(image, expected.detach(), atol=1e-3, rtol=0)
+    return image.detach(), int(dummy_label.argmax() if method == "dlg" else target), used
+
+
+@pytest.mark.parametrize("method", ["idlg", "dlg"])
+@pytest.mark.parametrize(
+    ("calls", "tolerance", "evaluations"),
+    [
+        pytest.param(2, 0.0, 41, id="all calls"),
+        pytest.param(2, 1e6, 21, id="stopped after the first"),
+    ],
+)
+def test_the_plain_search_is_the_published_one(
+    speed: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    near: Near,
+    method: str,
+    calls: int,
+    tolerance: float,
+    evaluations: int,
+) -> None:
+    # Its first steps: without a line search, differences of rounding grow from step to step.
+    monkeypatch.setattr(speed, "CALLS", calls)
+    monkeypatch.setattr(speed, "TOLERANCE", tolerance)
+    logits = near.logits if method == "dlg" else None
+    image, label, used = speed.attack_plainly(near.model, near.gradients, near.start, logits)
+    expected, expected_label, expected_used = published_loop(near, method, calls, tolerance)
+    assert used == expected_used == evaluations
+    assert label == expected_label == int(near.label)
+    assert (expected - near.start).abs().max() > 1e-3, "it has moved"
+    torch.testing.assert_close(image, expected, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["idlg", "dlg"])
+def test_the_plain_search_finds_what_is_near(speed: ModuleType, near: Near, method: str) -> None:
+    logits = near.logits if method == "dlg" else None
+    image, label, _ = speed.attack_plainly(near.model, near.gradients, near.start, logits)
+    assert label == int(near.label)
+    assert float((near.start - near.truth).square().mean()) > 9e-3
+    assert float((image - near.truth).square().mean()) < 1e-5
 
 
 @pytest.mark.parametrize(
