@@ -35,7 +35,7 @@ from setting import check_file, cores, describe_machine, write_result  # beside 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack, RGAPAttack
+from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientInversion, IDLGAttack, RGAPAttack
 from leakage.cli import quiet
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.datamodules import DATASETS, GroundTruth, Victims

@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
+from leakage.attacks import DLGAttack, GradientInversion, IDLGAttack
 from leakage.cli import quiet
 from leakage.datamodules.images import ImageVictims
 from leakage.datamodules.named import DATASETS, victims_named

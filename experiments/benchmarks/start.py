@@ -32,8 +32,8 @@ DEMO = f"""
 import os, sys
 from leakage.cli.main import load, main
 load("demo")
-from leakage.attacks import GradientMatchingAttack
-evaluate = GradientMatchingAttack._evaluate
+from leakage.attacks import GradientInversion
+evaluate = GradientInversion._evaluate
 def first(attack):
     evaluate(attack)
     {TELL}

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack, RGAPAttack
+from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientInversion, IDLGAttack, RGAPAttack
 from leakage.cli import quiet
 from leakage.comparison.attacks import FILES, check_output, compare, format_table, holds_results
 from leakage.datamodules import DATASETS, Victims

@@ -38,7 +38,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from leakage.attacks import DLGAttack, GradientMatchingAttack, IDLGAttack
+from leakage.attacks import DLGAttack, GradientInversion, IDLGAttack
 from leakage.cli import quiet
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim

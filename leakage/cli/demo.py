@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientMatchingAttack, IDLGAttack
+from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientInversion, IDLGAttack
 from leakage.cli import quiet
 from leakage.comparison.attacks import FILES, compare, format_table
 from leakage.datamodules import SampleVictims
@@ -28,7 +28,7 @@ def demo(arguments: Sequence[str]) -> None:
     started = time.monotonic()
     quiet()
     try:
-        compared: dict[str, GradientMatchingAttack] = {
+        compared: dict[str, GradientInversion] = {
             "dlg": DLGAttack(seed=given.seed),
             "idlg": IDLGAttack(seed=given.seed),
             "gauss_newton": GaussNewtonAttack(seed=given.seed),
