@@ -201,7 +201,7 @@ def evaluate_full(
     return _cached(Path(cache), _describe(data, network, networks, options), run)
 
 
-def _describe(data: LabelledDataModule, network: nn.Module, networks: int, options: TrainingOptions) -> dict[str, Any]:
+def _describe(data: LabelledImages, network: nn.Module, networks: int, options: TrainingOptions) -> dict[str, Any]:
     """All that decides the result, as plain numbers and words."""
     from leakage.datamodules.base import digest
 

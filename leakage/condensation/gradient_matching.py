@@ -21,7 +21,7 @@ from leakage.condensation.matching import Transform, first_not_finite, match, ma
 from leakage.condensation.networks import digest_of, fitting_network, take_statistics, train_on
 from leakage.condensation.protocols import CondensationProtocol, condensation_protocol, schedule
 from leakage.condensation.synthetic_set import SyntheticSet, start_images
-from leakage.datamodules.labelled import ClassBatch, LabelledDataModule
+from leakage.datamodules.labelled import ClassBatch, LabelledImages
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.files.checkpoints import check_checkpoint
 from leakage.models import draw_state
@@ -78,7 +78,7 @@ class GradientMatchingCondensation(LightningModule):
 
     Raises:
         ValueError: an unknown choice or a number out of its range; in ``fit``, a DataModule that is no
-            :class:`~leakage.datamodules.LabelledDataModule`, a network that does not fit its images, more images per
+            :class:`~leakage.datamodules.LabelledImages`, a network that does not fit its images, more images per
             class than a class has with ``initialization="real"``, a checkpoint of another configuration, or a Trainer
             that has already fitted.
         FloatingPointError: in ``fit``, a loss or derivative that is not finite; the images are then the last for which

@@ -27,7 +27,7 @@ def default_network(data: LabelledImages) -> ConvNet:
         return ConvNet(channels, (height, width), data.num_classes)
 
 
-def fitting_network(given: nn.Module | None, data: LabelledDataModule, distance: str, precision: str) -> nn.Module:
+def fitting_network(given: nn.Module | None, data: LabelledImages, distance: str, precision: str) -> nn.Module:
     """A copy of ``given`` in single precision, or the :class:`~leakage.models.ConvNet` that fits.
 
     Raises:

@@ -316,7 +316,7 @@ class SyntheticSet:
         return grid
 
 
-def random_images(data: LabelledDataModule, images_per_class: int, seed: int = 0) -> SyntheticSet:
+def random_images(data: LabelledImages, images_per_class: int, seed: int = 0) -> SyntheticSet:
     """Random real training images, the same number of each class: what a synthetic set has to beat.
 
     Args:
@@ -356,7 +356,7 @@ def random_images(data: LabelledDataModule, images_per_class: int, seed: int = 0
     )
 
 
-def start_images(data: LabelledDataModule, images_per_class: int, initialization: str, seed: int) -> Tensor:
+def start_images(data: LabelledImages, images_per_class: int, initialization: str, seed: int) -> Tensor:
     """Normalised images to begin a condensation with, class by class: ``"noise"`` from N(0, 1), or ``"real"`` ones."""
     start = derive_seed(seed, 0, "start")
     if initialization == "real":
@@ -365,7 +365,7 @@ def start_images(data: LabelledDataModule, images_per_class: int, initialization
     return torch.randn(data.num_classes * images_per_class, *data.image_shape, generator=generator)
 
 
-def make_ready(data: LabelledDataModule) -> None:
+def make_ready(data: LabelledImages) -> None:
     """Prepare and set up the data, unless that is done."""
     if not hasattr(data, "test"):
         data.prepare_data()
