@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from benchmark_plots import plot_parts
+from leakage.datamodules.named import DATASETS
 from lightning import Callback
 from setting import (  # beside this script
     check_file,
@@ -39,8 +40,6 @@ from setting import (  # beside this script
 
 from leakage.attacks import IDLGAttack
 from leakage.cli import quiet
-from leakage.datamodules.images import ImageVictims
-from leakage.datamodules.named import DATASETS, victims_named
 from leakage.errors import check_count
 from leakage.inversion.strategy import VictimParallel
 

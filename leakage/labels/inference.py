@@ -11,7 +11,6 @@ import torch
 from leakage.clients.protocol import check_local_steps
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.pieces import digest
 from leakage.errors import check_choice, check_count
 from leakage.labels.auxiliary import Auxiliary
 from leakage.labels.counts import LabelCounts
@@ -19,6 +18,7 @@ from leakage.labels.last_layer import last_layer
 from leakage.labels.posterior import LabelPosterior
 from leakage.labels.rules import RULES, Knowledge, check_needs, needs_met, usable_rules
 from leakage.labels.simulation import draw_images, simulate
+from leakage.pieces import digest
 from leakage.seeds import derive_seed
 
 # Victims with networks of their own that are looked at together; bounds the memory, not the result.
