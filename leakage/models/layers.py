@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,51 @@ class AveragePooling(nn.Module):
             return maps.reshape(*maps.shape[:-2], height // 2, 2 * width) @ matrix
 
 
+class ImageClassifier(nn.Module):
+    """Features of the images, then one linear layer: what the convolutional networks share."""
+
+    features: nn.Sequential
+    classifier: nn.Linear
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
+        logits: Tensor = self.classifier(self.features(images).flatten(1))
+        return logits
+
+
+def convolutions(
+    blocks: Sequence[tuple[int, int, bool]],
+    channels: int,
+    size: tuple[tuple[int, int], int, int],
+    *,
+    norm: str,
+    activation: str = "relu",
+    pooling: Callable[[], nn.Module] = lambda: nn.MaxPool2d(2),
+) -> tuple[nn.Sequential, int]:
+    """Convolutions with norm, activation and pooling, and the number of features that come out.
+
+    Args:
+        blocks: channels and kernel size of each convolution, and whether pooling follows.
+        channels: of the images.
+        size: what :func:`first_padding` gives.
+        norm: see :func:`make_norm`.
+        activation: a key of :data:`ACTIVATIONS`.
+        pooling: makes a layer that halves height and width.
+    """
+    padding, height, width = size
+    layers: list[nn.Module] = []
+    for maps, kernel_size, pools in blocks:
+        layers.append(nn.Conv2d(channels, maps, kernel_size, padding=kernel_size // 2 if layers else padding))
+        normalise = make_norm(norm, maps, height, width)
+        layers += [] if normalise is None else [normalise]
+        layers.append(ACTIVATIONS[activation]())
+        channels = maps
+        if pools:
+            layers.append(pooling())
+            height, width = height // 2, width // 2
+    return nn.Sequential(*layers), channels * height * width
+
+
 def check_map_norm(norm: str) -> None:
     """Raise a ``ValueError`` unless ``norm`` scales whole maps: the choices of the networks of any image size."""
     check_choice("norm", norm, [name for name in NORMS if name != "layer"])
@@ -99,9 +144,9 @@ def first_padding(kernel_size: int, height: int, width: int) -> tuple[tuple[int,
     return (same + extra_height, same + extra_width), height + 2 * extra_height, width + 2 * extra_width
 
 
-def check_large_enough(image_size: object, height: int, width: int, smallest: int) -> None:
-    """Raise a ``ValueError`` if a side of the image is below ``smallest``, so that nothing would be left of it."""
-    if min(height, width) < smallest:
+def check_large_enough(image_size: object, size: tuple[tuple[int, int], int, int], smallest: int) -> None:
+    """Raise a ``ValueError`` if a side of the padded image is below ``smallest``: nothing would be left of it."""
+    if min(size[1:]) < smallest:
         raise ValueError(
             f"Expected `image_size` of at least {smallest} pixels a side for this network, but got {image_size}."
         )
