@@ -48,7 +48,7 @@ from leakage.datamodules.images import ImageVictims
 from leakage.datamodules.named import DATASETS, victims_named
 from leakage.errors import check_count
 from leakage.files.text import write_json
-from leakage.labels import RULES, check_label_rule
+from leakage.labels import RULES, LabelReader
 from leakage.metrics import MeanOverVictims, ShareOverVictims
 from leakage.models import NETWORKS
 from leakage.plots import save_figure
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         network = _network(given, image_shape, num_classes)
         if "inferred" in kinds:
             for size in sizes:
-                check_label_rule(Victim(network, image_shape=image_shape, num_images=size), given.rule)
+                LabelReader(given.rule).check(Victim(network, image_shape=image_shape, num_images=size))
         largest.setup("fit")
         del images, largest
     except (ValueError, OSError) as error:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -21,7 +20,7 @@ from torch.utils.data import TensorDataset
 
 from leakage.errors import check_count
 from leakage.files.tensors import brief, header_value, read_safetensors, write_safetensors
-from leakage.plots import to_pixels
+from leakage.plots import new_figure, to_pixels
 from leakage.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -288,8 +287,7 @@ class SyntheticSet:
         top = 0.4 if title else 0.1
         width = max(left + columns * _CELL + 0.1, 0.11 * len(title) + 0.3)
         height = top + self.num_classes * _CELL + 0.1
-        figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
-        FigureCanvasAgg(figure)
+        figure = new_figure(width, height)
         # One picture of all images: axes for each of them take a hundred times as long.
         axes = figure.add_axes((left / width, 0.1 / height, columns * _CELL / width, self.num_classes * _CELL / height))
         axes.set_axis_off()

@@ -32,9 +32,7 @@ class ConvNet(ImageClassifier):
     The defaults are the paper's: 317,706 parameters for images of (1, 28, 28) and 10 classes,
     320,010 for (3, 32, 32). Weights are drawn as torch draws those of each layer.
 
-    Shapes:
-        - input ``(N, channels, *image_size)``, normalised images, any real values
-        - output ``(N, num_classes)``, logits
+    Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
 
     Args:
         channels: channels of the images.

@@ -20,9 +20,7 @@ class LeNet(ImageClassifier):
     second derivative is zero almost everywhere. With an activation that has no upper bound the
     same draw gives features, and so logits and gradients, that are far larger.
 
-    Shapes:
-        - input ``(N, channels, *image_size)``, values in [0, 1]
-        - output ``(N, num_classes)``, logits
+    Shapes: images ``(N, channels, *image_size)``, values in [0, 1]; logits ``(N, num_classes)``.
 
     Args:
         channels: channels of the images.
