@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from leakage.errors import check_count, check_image_size
-from leakage.models.layers import ImageClassifier, check_large_enough, check_map_norm, convolutions, first_padding
+from leakage.errors import check_count
+from leakage.models.layers import ImageClassifier, check_map_norm, convolutions
 
 # Channels and kernel size of each convolution, and whether pooling follows.
 _BLOCKS = ((128, 5, True), (192, 5, True), (256, 3, False), (192, 3, False), (192, 3, True))
@@ -54,7 +54,5 @@ class AlexNet(ImageClassifier):
         super().__init__()
         check_count(channels=channels, num_classes=num_classes)
         check_map_norm(norm)
-        size = first_padding(5, *check_image_size(image_size))
-        check_large_enough(image_size, size, 8)
-        self.features, features = convolutions(_BLOCKS, channels, size, norm=norm)
+        self.features, features = convolutions(_BLOCKS, channels, image_size, norm=norm)
         self.classifier = nn.Linear(features, num_classes)

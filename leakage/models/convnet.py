@@ -6,16 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from leakage.errors import check_choice, check_count, check_image_size
-from leakage.models.layers import (
-    ACTIVATIONS,
-    NORMS,
-    AveragePooling,
-    ImageClassifier,
-    check_large_enough,
-    convolutions,
-    first_padding,
-)
+from leakage.errors import check_choice, check_count
+from leakage.models.layers import ACTIVATIONS, NORMS, AveragePooling, ImageClassifier, convolutions
 
 _POOLINGS: dict[str, Callable[[], nn.Module]] = {
     "average": AveragePooling,
@@ -81,11 +73,8 @@ class ConvNet(ImageClassifier):
         check_choice("norm", norm, NORMS)
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("pooling", pooling, _POOLINGS)
-        size = first_padding(3, *check_image_size(image_size))
-        if pooling != "none":
-            check_large_enough(image_size, size, 2**depth)
         blocks = [(width, 3, pooling != "none")] * depth
         self.features, features = convolutions(
-            blocks, channels, size, norm=norm, activation=activation, pooling=_POOLINGS[pooling]
+            blocks, channels, image_size, norm=norm, activation=activation, pooling=_POOLINGS[pooling]
         )
         self.classifier = nn.Linear(features, num_classes)

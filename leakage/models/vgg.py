@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from leakage.errors import check_choice, check_count, check_image_size
+from leakage.errors import check_choice, check_count
 from leakage.models.layers import (
     ACTIVATIONS,
     ImageClassifier,
-    check_large_enough,
     check_map_norm,
     convolutions,
-    first_padding,
 )
 
 # Channels and kernel size of each convolution, and whether pooling follows.
@@ -66,7 +64,5 @@ class VGG11(ImageClassifier):
         check_count(channels=channels, num_classes=num_classes)
         check_map_norm(norm)
         check_choice("activation", activation, ACTIVATIONS)
-        size = first_padding(3, *check_image_size(image_size))
-        check_large_enough(image_size, size, 32)
-        self.features, features = convolutions(_BLOCKS, channels, size, norm=norm, activation=activation)
+        self.features, features = convolutions(_BLOCKS, channels, image_size, norm=norm, activation=activation)
         self.classifier = nn.Linear(features, num_classes)
