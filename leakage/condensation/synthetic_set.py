@@ -144,16 +144,15 @@ class SyntheticSet:
         Args:
             data: after its ``setup()``.
         """
-        if self.image_shape != tuple(data.image_shape):
-            raise ValueError(
-                f"Expected a synthetic set of images {tuple(data.image_shape)}, as {data.name!r} has, but got "
-                f"{self.image_shape}{self._origin()}."
-            )
-        if self.num_classes != data.num_classes:
-            raise ValueError(
-                f"Expected a synthetic set of {data.num_classes} classes, as {data.name!r} has, but got "
-                f"{self.num_classes}{self._origin()}."
-            )
+        for ours, theirs, kind in (
+            (self.image_shape, tuple(data.image_shape), "images {}"),
+            (self.num_classes, data.num_classes, "{} classes"),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"Expected a synthetic set of {kind.format(theirs)}, as {data.name!r} has, but got "
+                    f"{ours}{self._origin()}."
+                )
         if self.class_names != tuple(data.class_names):
             k = next(k for k, name in enumerate(data.class_names) if name != self.class_names[k])
             raise ValueError(
