@@ -46,7 +46,7 @@ from leakage.comparison.attacks import align, check_output, compare, holds_resul
 from leakage.datamodules import DATASETS, VictimDataModule, Victims
 from leakage.errors import check_count
 from leakage.files.text import write_json
-from leakage.labels import RULES, check_label_rule
+from leakage.labels import RULES, LabelReader
 from leakage.metrics import MeanOverVictims, ShareOverVictims
 from leakage.models import NETWORKS
 from leakage.plots import save_figure
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         network = _network(given, image_shape, images.num_classes)
         if "inferred" in kinds:
             for size in sizes:
-                check_label_rule(Victim(network, image_shape=image_shape, num_images=size), given.rule)
+                LabelReader(given.rule).check(Victim(network, image_shape=image_shape, num_images=size))
         largest.setup("fit")
         del images, largest
     except (ValueError, OSError) as error:

@@ -41,7 +41,7 @@ from leakage.comparison.attacks import check_output, holds_results, read_record
 from leakage.datamodules import LabelledImages, digest
 from leakage.errors import check_count
 from leakage.files.text import write_json
-from leakage.labels import RULES, InferredLabels, check_label_rule, infer_labels
+from leakage.labels import RULES, LabelCounts, LabelReader, infer_labels
 from leakage.metrics import LabelMetrics, score_labels, trivial_score
 from leakage.metrics.labels import LabelScore
 
@@ -108,7 +108,7 @@ class Restoration:
         """Why a rule can't be used, empty if it can."""
         clients = self.clients
         try:
-            check_label_rule(victim, rule, auxiliary=clients.auxiliary, own_weights=clients.own(cell))
+            LabelReader(rule, auxiliary=clients.auxiliary).check(victim, own_weights=clients.own(cell))
         except ValueError as error:
             return str(error).split(". Rules that would work")[0]
         return ""

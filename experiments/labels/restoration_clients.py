@@ -22,7 +22,7 @@ from leakage.clients.training import trained_network
 from leakage.clients.victim import Victim
 from leakage.datamodules import LabelledImages, draw_victims, in_unit_range
 from leakage.errors import check_count
-from leakage.labels import Auxiliary, check_label_rule
+from leakage.labels import Auxiliary, LabelReader
 from leakage.models import NETWORKS, LeNet, draw_state
 from leakage.seeds import derive_seed
 
@@ -137,7 +137,7 @@ class Clients:
                 )
             self.draw(cell, torch.arange(len(train)), victims=0)
             victim = self.victim(self.network, cell)
-            check_label_rule(victim, auxiliary=self.auxiliary)
+            LabelReader(auxiliary=self.auxiliary).check(victim)
 
     def _labels(self, own: Tensor, split: str) -> Tensor:
         """The images' own labels, or as many of each of the classes that were asked for, at random."""

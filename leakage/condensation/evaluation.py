@@ -136,6 +136,7 @@ def evaluate(
         https://arxiv.org/abs/2006.05929.
 
     Example:
+        >>> from leakage.condensation import random_images
         >>> from leakage.datamodules import LabelledImages
         >>> from leakage.models import ConvNet
         >>> data = LabelledImages("sample")

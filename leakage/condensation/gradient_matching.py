@@ -152,8 +152,6 @@ class GradientMatchingCondensation(LightningModule):
         self.within_step = False
         self._sound_images: Tensor | None = None
 
-    # What callers and callbacks read.
-
     @property
     def iteration(self) -> int:
         """Iterations that are complete."""
@@ -208,8 +206,6 @@ class GradientMatchingCondensation(LightningModule):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    # Lightning's hooks.
-
     def setup(self, stage: str) -> None:
         """Look at the data, and make synthetic images and a network of its shape."""
         data = self._datamodule
@@ -236,9 +232,8 @@ class GradientMatchingCondensation(LightningModule):
         self.network = fitting_network(self._given_network[0], data, self.hparams["distance"], self.trainer.precision)
         count, start = self.hparams["images_per_class"], self.protocol.initialization
         self.synthetic_images = nn.Parameter(start_images(data, count, start, self.hparams["seed"]))
-        self._about_data = {name: getattr(data, name) for name in ("mean", "std", "class_names")} | {
-            "dataset": data.name
-        }
+        self._about_data = {name: getattr(data, name) for name in ("mean", "std", "class_names")}
+        self._about_data["dataset"] = data.name
         if self.trainer.precision == "64-true":
             self.double()  # Lightning does so only after it has read a checkpoint, which would be rounded
 
@@ -247,8 +242,9 @@ class GradientMatchingCondensation(LightningModule):
         return torch.optim.SGD([self.synthetic_images], lr=self.protocol.learning_rate, momentum=self.protocol.momentum)
 
     def on_fit_start(self) -> None:
-        """Ask for batches of the protocol's size, all of them in one epoch."""
+        """Ask for the batches that are left."""
         self._datamodule.default_batch_size = self.protocol.batch_size
+        self._datamodule.first_batch = self.step
         self._datamodule.batches_per_epoch = self._steps
 
     def on_train_start(self) -> None:
@@ -295,8 +291,6 @@ class GradientMatchingCondensation(LightningModule):
         times = {f"time/{part}": seconds for part, seconds in self.seconds.items()}
         self.log_dict({"train/images_per_second": self.images_per_second} | times, batch_size=1)
         self.trainer.should_stop |= self.step >= self._steps
-
-    # The engine.
 
     @property
     def _datamodule(self) -> LabelledImages:

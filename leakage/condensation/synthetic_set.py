@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -21,7 +20,7 @@ from torch.utils.data import TensorDataset
 
 from leakage.errors import check_count
 from leakage.files.tensors import brief, header_value, read_safetensors, write_safetensors
-from leakage.plots import to_pixels
+from leakage.plots import new_figure, to_pixels
 from leakage.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -145,16 +144,15 @@ class SyntheticSet:
         Args:
             data: after its ``setup()``.
         """
-        if self.image_shape != tuple(data.image_shape):
-            raise ValueError(
-                f"Expected a synthetic set of images {tuple(data.image_shape)}, as {data.name!r} has, but got "
-                f"{self.image_shape}{self._origin()}."
-            )
-        if self.num_classes != data.num_classes:
-            raise ValueError(
-                f"Expected a synthetic set of {data.num_classes} classes, as {data.name!r} has, but got "
-                f"{self.num_classes}{self._origin()}."
-            )
+        for ours, theirs, kind in (
+            (self.image_shape, tuple(data.image_shape), "images {}"),
+            (self.num_classes, data.num_classes, "{} classes"),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"Expected a synthetic set of {kind.format(theirs)}, as {data.name!r} has, but got "
+                    f"{ours}{self._origin()}."
+                )
         if self.class_names != tuple(data.class_names):
             k = next(k for k, name in enumerate(data.class_names) if name != self.class_names[k])
             raise ValueError(
@@ -288,8 +286,7 @@ class SyntheticSet:
         top = 0.4 if title else 0.1
         width = max(left + columns * _CELL + 0.1, 0.11 * len(title) + 0.3)
         height = top + self.num_classes * _CELL + 0.1
-        figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
-        FigureCanvasAgg(figure)
+        figure = new_figure(width, height)
         # One picture of all images: axes for each of them take a hundred times as long.
         axes = figure.add_axes((left / width, 0.1 / height, columns * _CELL / width, self.num_classes * _CELL / height))
         axes.set_axis_off()

@@ -93,13 +93,7 @@ def train_and_test(
     Args:
         images: ``(M, C, H, W)``, uint8 or in the data's scale.
         labels: ``(M,)``.
-        data: normalises images, and has the test images.
-        network: an architecture, left as it is.
-        networks: R.
-        options: of the training.
-        stacked: all at once; None where that is faster.
-        device: None for the first GPU, or the CPU where there is none.
-        progress: show a bar.
+        data, network, networks, options, stacked, device, progress: see :func:`leakage.condensation.evaluate`.
 
     Returns:
         Accuracies ``(R,)`` from 0 to 1 in double precision, seconds of training, seconds of testing.

@@ -150,15 +150,10 @@ class KnownFeatures:
 
 
 @dataclass
-class LabelledFeatures:
-    """As :class:`KnownFeatures`, with the label of every image: every class has some."""
+class LabelledFeatures(KnownFeatures):
+    """The same with the label of every image: every class has some."""
 
-    features: Tensor
-    predictions: Tensor
     labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     @property
     def one_hot(self) -> Tensor:

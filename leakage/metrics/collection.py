@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
-
-import torch
-from torch import nn
-from torchmetrics.wrappers.abstract import WrapperMetric
+from collections.abc import Sequence
 
 from leakage.errors import check_choice
-from leakage.metrics.estimates import MeanOverVictims, ShareOverVictims
+from leakage.metrics.estimates import MeanOverVictims, ScoresOverVictims, ShareOverVictims
 from leakage.metrics.scores import VictimScore
 
 # Logged name to the attribute of a VictimScore and the kind of estimate.
@@ -23,7 +18,7 @@ _METRICS: dict[str, tuple[str, type[MeanOverVictims] | type[ShareOverVictims]]] 
 }
 
 
-class ReconstructionMetrics(WrapperMetric):
+class ReconstructionMetrics(ScoresOverVictims[VictimScore]):
     """The means of all scores over victims, each with its 95 % confidence interval, ready for ``log_dict``.
 
     ``update`` takes the :class:`VictimScore` of further victims, each victim once; ``compute`` gives,
@@ -60,33 +55,18 @@ class ReconstructionMetrics(WrapperMetric):
     """
 
     def __init__(self, metrics: Sequence[str] = tuple(_METRICS), *, prefix: str = "") -> None:
-        super().__init__()
         names = [metrics] if isinstance(metrics, str) else list(metrics)
         if not names:
             raise ValueError(f"Expected `metrics` to name at least one of {sorted(_METRICS)}, but got none.")
         for name in names:
             check_choice("metrics", name, _METRICS)
+        super().__init__(VictimScore, {name: (_METRICS[name][0], _METRICS[name][1]()) for name in names})
         self.prefix = prefix
-        self.estimates = nn.ModuleDict({name: _METRICS[name][1]() for name in names})
-
-    def _by_name(self) -> Iterator[tuple[str, MeanOverVictims | ShareOverVictims]]:
-        for name, estimate in self.estimates.items():
-            yield name, cast("MeanOverVictims | ShareOverVictims", estimate)
-
-    def update(self, scores: Iterable[VictimScore]) -> None:
-        """Add the scores of further victims."""
-        scores = list(scores)
-        for one in scores:
-            if not isinstance(one, VictimScore):
-                raise TypeError(f"Expected `scores` to hold VictimScores, but got {type(one).__name__}.")
-        for name, estimate in self._by_name():
-            estimate.update(torch.tensor([getattr(one, _METRICS[name][0]) for one in scores]))
 
     def compute(self) -> dict[str, float]:
         """The estimates over all victims so far, as a flat dictionary."""
         logged: dict[str, float] = {}
-        for name, metric in self._by_name():
-            estimate = metric.compute()
+        for name, estimate in self.by_name().items():
             logged |= {
                 f"{self.prefix}victims": estimate.victims,
                 f"{self.prefix}{name}": estimate.value,
@@ -94,8 +74,3 @@ class ReconstructionMetrics(WrapperMetric):
                 f"{self.prefix}{name}_high": estimate.high,
             }
         return logged
-
-    def reset(self) -> None:
-        """Forget all victims."""
-        for _, estimate in self._by_name():
-            estimate.reset()

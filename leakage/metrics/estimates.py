@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from scipy.special import ndtri, stdtrit
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.wrappers.abstract import WrapperMetric
 
 # Both sides of a 95 % interval leave 2.5 % outside.
 _QUANTILE = 0.975
+
+Score = TypeVar("Score")
 
 
 class Estimate(NamedTuple):
@@ -190,6 +194,39 @@ class ShareOverVictims(_OverVictims):
 
     def _interval(self, values: Tensor) -> tuple[float, float]:
         return wilson_interval(values.mean().item(), len(values))
+
+
+class ScoresOverVictims(WrapperMetric, Generic[Score]):
+    """An estimate for each of several scores of victims.
+
+    Args:
+        kind: the class whose instances hold the scores of one victim.
+        estimates: name to the attribute of ``kind`` and the metric of its values over victims.
+    """
+
+    def __init__(self, kind: type[Score], estimates: Mapping[str, tuple[str, Metric]]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.attributes = {name: attribute for name, (attribute, _) in estimates.items()}
+        self.estimates = nn.ModuleDict({name: metric for name, (_, metric) in estimates.items()})
+
+    def update(self, scores: Iterable[Score]) -> None:
+        """Add the scores of further victims."""
+        scores = list(scores)
+        for one in scores:
+            if not isinstance(one, self.kind):
+                raise TypeError(f"Expected `scores` to hold {self.kind.__name__}s, but got {type(one).__name__}.")
+        for name, metric in self.estimates.items():
+            cast(_OverVictims, metric).update(torch.tensor([getattr(one, self.attributes[name]) for one in scores]))
+
+    def by_name(self) -> dict[str, Estimate]:
+        """The estimates over all victims so far."""
+        return {name: cast(_OverVictims, metric).compute() for name, metric in self.estimates.items()}
+
+    def reset(self) -> None:
+        """Forget all victims."""
+        for metric in self.estimates.values():
+            cast(_OverVictims, metric).reset()
 
 
 def _check_values(values: Tensor) -> None:

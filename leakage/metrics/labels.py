@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import cast
 
 import torch
 from scipy.special import ndtri, stdtrit
-from torch import Tensor, nn
-from torchmetrics.wrappers.abstract import WrapperMetric
+from torch import Tensor
 
 from leakage.errors import check_count
-from leakage.metrics.estimates import Estimate, ShareOverVictims, wilson_interval
+from leakage.metrics.estimates import Estimate, ScoresOverVictims, ShareOverVictims, wilson_interval
 
 
 @dataclass
@@ -167,7 +164,7 @@ class _ClusteredShareOverVictims(ShareOverVictims):
         return wilson_interval(values.mean().item(), worth)
 
 
-class LabelMetrics(WrapperMetric):
+class LabelMetrics(ScoresOverVictims[LabelScore]):
     r"""The means of all label scores over victims, each with its 95 % confidence interval.
 
     ``update`` takes the :class:`LabelScore` of further victims, each victim once; ``compute`` gives,
@@ -204,26 +201,11 @@ class LabelMetrics(WrapperMetric):
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.estimates = nn.ModuleDict({name: _ClusteredShareOverVictims() for name in _NAMES})
-
-    def update(self, scores: Iterable[LabelScore]) -> None:
-        """Add the scores of further victims."""
-        scores = list(scores)
-        for one in scores:
-            if not isinstance(one, LabelScore):
-                raise TypeError(f"Expected `scores` to hold LabelScores, but got {type(one).__name__}.")
-        for name, estimate in self.estimates.items():
-            cast("ShareOverVictims", estimate).update(torch.tensor([getattr(one, name) for one in scores]))
+        super().__init__(LabelScore, {name: (name, _ClusteredShareOverVictims()) for name in _NAMES})
 
     def compute(self) -> dict[str, Estimate]:
         """The estimates over all victims so far, by the scores' names."""
-        return {name: cast("ShareOverVictims", estimate).compute() for name, estimate in self.estimates.items()}
-
-    def reset(self) -> None:
-        """Forget all victims."""
-        for estimate in self.estimates.values():
-            cast("ShareOverVictims", estimate).reset()
+        return self.by_name()
 
 
 def _true_counts(labels: Tensor, num_classes: int) -> Tensor:

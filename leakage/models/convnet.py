@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
-from leakage.errors import check_choice, check_count, check_image_size
-from leakage.models.layers import ACTIVATIONS, NORMS, AveragePooling, check_large_enough, first_padding, make_norm
+from leakage.errors import check_choice, check_count
+from leakage.models.layers import ACTIVATIONS, NORMS, AveragePooling, ImageClassifier, convolutions
 
-_POOLINGS: dict[str, Callable[[], nn.Module]] = {"average": AveragePooling, "max": lambda: nn.MaxPool2d(2)}
+_POOLINGS: dict[str, Callable[[], nn.Module]] = {
+    "average": AveragePooling,
+    "max": lambda: nn.MaxPool2d(2),
+    "none": nn.Identity,
+}
 
 
-class ConvNet(nn.Module):
+class ConvNet(ImageClassifier):
     """ConvNet-3: the network that images are condensed with, and judged by.
 
     ``depth`` blocks of a 3x3 convolution with ``width`` channels, a norm, an activation and 2x2
@@ -20,9 +24,7 @@ class ConvNet(nn.Module):
     The defaults are the paper's: 317,706 parameters for images of (1, 28, 28) and 10 classes,
     320,010 for (3, 32, 32). Weights are drawn as torch draws those of each layer.
 
-    Shapes:
-        - input ``(N, channels, *image_size)``, normalised images, any real values
-        - output ``(N, num_classes)``, logits
+    Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
 
     Args:
         channels: channels of the images.
@@ -70,23 +72,9 @@ class ConvNet(nn.Module):
         check_count(channels=channels, num_classes=num_classes, width=width, depth=depth)
         check_choice("norm", norm, NORMS)
         check_choice("activation", activation, ACTIVATIONS)
-        check_choice("pooling", pooling, (*_POOLINGS, "none"))
-        padding, height, breadth = first_padding(3, *check_image_size(image_size))
-        if pooling != "none":
-            check_large_enough(image_size, height, breadth, 2**depth)
-        layers: list[nn.Module] = []
-        for block in range(depth):
-            layers.append(nn.Conv2d(channels if block == 0 else width, width, 3, padding=padding if block == 0 else 1))
-            normalise = make_norm(norm, width, height, breadth)
-            layers += [] if normalise is None else [normalise]
-            layers.append(ACTIVATIONS[activation]())
-            if pooling != "none":
-                layers.append(_POOLINGS[pooling]())
-                height, breadth = height // 2, breadth // 2
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(width * height * breadth, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
-        logits: Tensor = self.classifier(self.features(images).flatten(1))
-        return logits
+        check_choice("pooling", pooling, _POOLINGS)
+        blocks = [(width, 3, pooling != "none")] * depth
+        self.features, features = convolutions(
+            blocks, channels, image_size, norm=norm, activation=activation, pooling=_POOLINGS[pooling]
+        )
+        self.classifier = nn.Linear(features, num_classes)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leakage.errors import check_choice
+from leakage.errors import check_choice, check_image_size
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -58,6 +58,63 @@ class AveragePooling(nn.Module):
             return maps.reshape(*maps.shape[:-2], height // 2, 2 * width) @ matrix
 
 
+class ImageClassifier(nn.Module):
+    """Features of the images, then one linear layer: what the convolutional networks share."""
+
+    features: nn.Sequential
+    classifier: nn.Linear
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
+        logits: Tensor = self.classifier(self.features(images).flatten(1))
+        return logits
+
+
+def convolutions(
+    blocks: Sequence[tuple[int, int, bool]],
+    channels: int,
+    image_size: int | tuple[int, int],
+    *,
+    norm: str,
+    activation: str = "relu",
+    pooling: Callable[[], nn.Module] = lambda: nn.MaxPool2d(2),
+) -> tuple[nn.Sequential, int]:
+    """Convolutions with norm, activation and pooling, and the number of features that come out.
+
+    The first one pads sides of 28 pixels to 32.
+
+    Args:
+        blocks: channels and kernel size of each convolution, and whether a ``pooling`` by 2 follows.
+        channels: of the images.
+        image_size: of the images.
+        norm, activation, pooling: see :func:`make_norm`, :data:`ACTIVATIONS`; a function that makes a layer.
+
+    Raises:
+        ValueError: images that the poolings leave nothing of; a norm that does not fit.
+    """
+    height, width = check_image_size(image_size)
+    more = 2 * (height == 28), 2 * (width == 28)
+    height, width = height + 2 * more[0], width + 2 * more[1]
+    smallest = 2 ** sum(pools for _, _, pools in blocks)
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"Expected `image_size` of at least {smallest} pixels a side for this network, but got {image_size}."
+        )
+    layers: list[nn.Module] = []
+    for maps, kernel_size, pools in blocks:
+        same = kernel_size // 2
+        padding = same if layers else (same + more[0], same + more[1])
+        layers.append(nn.Conv2d(channels, maps, kernel_size, padding=padding))
+        normalise = make_norm(norm, maps, height, width)
+        layers += [] if normalise is None else [normalise]
+        layers.append(ACTIVATIONS[activation]())
+        channels = maps
+        if pools:
+            layers.append(pooling())
+            height, width = height // 2, width // 2
+    return nn.Sequential(*layers), channels * height * width
+
+
 def check_map_norm(norm: str) -> None:
     """Raise a ``ValueError`` unless ``norm`` scales whole maps: the choices of the networks of any image size."""
     check_choice("norm", norm, [name for name in NORMS if name != "layer"])
@@ -90,18 +147,3 @@ def make_norm(norm: str, channels: int, height: int, width: int) -> nn.Module | 
             "Use larger images or another norm."
         )
     return nn.GroupNorm(channels, channels)
-
-
-def first_padding(kernel_size: int, height: int, width: int) -> tuple[tuple[int, int], int, int]:
-    """Padding of the first convolution, and height and width behind it: a side of 28 pixels grows to 32."""
-    extra_height, extra_width = (2 if side == 28 else 0 for side in (height, width))
-    same = kernel_size // 2
-    return (same + extra_height, same + extra_width), height + 2 * extra_height, width + 2 * extra_width
-
-
-def check_large_enough(image_size: object, height: int, width: int, smallest: int) -> None:
-    """Raise a ``ValueError`` if a side of the image is below ``smallest``, so that nothing would be left of it."""
-    if min(height, width) < smallest:
-        raise ValueError(
-            f"Expected `image_size` of at least {smallest} pixels a side for this network, but got {image_size}."
-        )

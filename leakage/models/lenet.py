@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from leakage.errors import check_choice, check_count, check_image_size
-from leakage.models.layers import ACTIVATIONS
+from leakage.models.layers import ACTIVATIONS, ImageClassifier
 
 
-class LeNet(nn.Module):
+class LeNet(ImageClassifier):
     """The LeNet of DLG and iDLG: small, smooth and easy to invert.
 
     Three 5x5 convolutions of ``width`` channels (padding 2; strides 2, 2, 1), each followed by a
@@ -20,9 +20,7 @@ class LeNet(nn.Module):
     second derivative is zero almost everywhere. With an activation that has no upper bound the
     same draw gives features, and so logits and gradients, that are far larger.
 
-    Shapes:
-        - input ``(N, channels, *image_size)``, values in [0, 1]
-        - output ``(N, num_classes)``, logits
+    Shapes: images ``(N, channels, *image_size)``, values in [0, 1]; logits ``(N, num_classes)``.
 
     Args:
         channels: channels of the images.
@@ -72,8 +70,3 @@ class LeNet(nn.Module):
         """Draw every weight and bias anew from the uniform distribution on [-0.5, 0.5]."""
         for parameter in self.parameters():
             parameter.uniform_(-0.5, 0.5)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
-        logits: Tensor = self.classifier(self.features(images).flatten(1))
-        return logits

@@ -14,9 +14,7 @@ class MLP(nn.Module):
     118,282 parameters for images of (1, 28, 28) and 10 classes. Weights are drawn as torch draws
     those of each layer.
 
-    Shapes:
-        - input ``(N, channels, *image_size)``, normalised images, any real values
-        - output ``(N, num_classes)``, logits
+    Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
 
     Args:
         channels: channels of the images.

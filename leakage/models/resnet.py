@@ -17,9 +17,7 @@ class ResNet18(nn.Module):
     Images of any size fit. 11,172,810 parameters for images of one channel and 10 classes. Weights
     are drawn as torch draws those of each layer, not as torchvision does.
 
-    Shapes:
-        - input ``(N, channels, *image_size)``, normalised images, any real values
-        - output ``(N, num_classes)``, logits
+    Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
 
     Args:
         channels: channels of the images.

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from leakage.errors import check_choice, check_count, check_image_size
-from leakage.models.layers import ACTIVATIONS, check_large_enough, check_map_norm, first_padding, make_norm
+from leakage.errors import check_choice, check_count
+from leakage.models.layers import (
+    ACTIVATIONS,
+    ImageClassifier,
+    check_map_norm,
+    convolutions,
+)
 
-# Channels of the convolutions between one pooling and the next.
-_STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+# Channels and kernel size of each convolution, and whether pooling follows.
+_BLOCKS = (
+    *((64, 3, True), (128, 3, True), (256, 3, False), (256, 3, True)),
+    *((512, 3, False), (512, 3, True), (512, 3, False), (512, 3, True)),
+)
 
 
-class VGG11(nn.Module):
+class VGG11(ImageClassifier):
     """VGG11 in the small form of dataset condensation: eight convolutions, five poolings, one linear layer.
 
     3x3 convolutions of 64, 128, twice 256 and four times 512 channels, each with norm and activation;
@@ -19,9 +27,7 @@ class VGG11(nn.Module):
     padded to 32 by the first convolution. 9,229,962 parameters for images of (1, 28, 28) and 10
     classes. Weights are drawn as torch draws those of each layer.
 
-    Shapes:
-        - input ``(N, channels, *image_size)``, normalised images, any real values
-        - output ``(N, num_classes)``, logits
+    Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
 
     Args:
         channels: channels of the images.
@@ -58,22 +64,5 @@ class VGG11(nn.Module):
         check_count(channels=channels, num_classes=num_classes)
         check_map_norm(norm)
         check_choice("activation", activation, ACTIVATIONS)
-        padding, height, breadth = first_padding(3, *check_image_size(image_size))
-        check_large_enough(image_size, height, breadth, 32)
-        layers: list[nn.Module] = []
-        for stage in _STAGES:
-            for width in stage:
-                layers.append(nn.Conv2d(channels, width, 3, padding=1 if layers else padding))
-                normalise = make_norm(norm, width, height, breadth)
-                layers += [] if normalise is None else [normalise]
-                layers.append(ACTIVATIONS[activation]())
-                channels = width
-            layers.append(nn.MaxPool2d(2))
-            height, breadth = height // 2, breadth // 2
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(channels * height * breadth, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
-        logits: Tensor = self.classifier(self.features(images).flatten(1))
-        return logits
+        self.features, features = convolutions(_BLOCKS, channels, image_size, norm=norm, activation=activation)
+        self.classifier = nn.Linear(features, num_classes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leakage.clients.victim import Victim
-from leakage.labels import NEEDS, RULES, Auxiliary, check_label_rule, infer_labels
+from leakage.labels import NEEDS, RULES, Auxiliary, LabelReader, infer_labels
 from tests.labels.by_hand import auxiliary_images, images_and_labels, network, victim_of
 
 pytestmark = pytest.mark.usefixtures("hasty_posterior")
@@ -49,7 +49,7 @@ NOT_FROM_GRADIENTS: list[Any] = [
 def test_gradients_that_tell_no_labels(model: nn.Module, options: dict[str, Any], message: str, rule: str) -> None:
     victim = victim_of(model, 1, **options)
     with pytest.raises(ValueError, match=message):
-        check_label_rule(victim, rule)
+        LabelReader(rule).check(victim)
     images, labels = images_and_labels(0, 2, 1, 3)
     shared = victim.share(images, labels)
     with pytest.raises(ValueError, match=message):
@@ -72,7 +72,7 @@ def test_a_model_that_is_one_layer() -> None:
     with pytest.raises(
         ValueError, match=r"output of an nn\.Linear layer.*, but got logits from Flat ''\. Use DLGAttack"
     ):
-        check_label_rule(victim_of(Flat(12, 3), 1))
+        LabelReader().check(victim_of(Flat(12, 3), 1))
 
 
 def frozen(name: str) -> nn.Module:
@@ -146,7 +146,7 @@ def test_what_a_rule_needs_and_which_would_work(
     message = message.format(rule)
     if message != OWN.format(rule):
         with pytest.raises(ValueError, match=message):
-            check_label_rule(victim, rule, auxiliary=auxiliary)
+            LabelReader(rule, auxiliary=auxiliary).check(victim)
     with pytest.raises(ValueError, match=message + "Rules that would work: ") as raised:
         infer_labels(shared, victim, rule=rule, auxiliary=auxiliary)
     named = re.findall(r"'(\w+)'", str(raised.value).partition("would work:")[2])
@@ -189,7 +189,7 @@ def test_options(options: dict[str, Any], message: str) -> None:
         infer_labels(shared, victim, **options)
     if "seed" not in options:
         with pytest.raises(ValueError, match=message):
-            check_label_rule(victim, **options)
+            LabelReader(options.get("rule", "auto")).check(victim, num_images=options.get("num_images"))
 
 
 IMAGES, LABELS = torch.full((10, 3, 2, 2), 0.5), torch.arange(10) % 5
@@ -233,7 +233,7 @@ def test_auxiliary_images_that_do_not_fit(images: Tensor, labels: Tensor, messag
     victim = victim_of(ordinary(), 3)
     auxiliary = Auxiliary(images, labels)
     with pytest.raises(ValueError, match=message):
-        check_label_rule(victim, rule, auxiliary=auxiliary)
+        LabelReader(rule, auxiliary=auxiliary).check(victim)
     own, true = images_and_labels(0, 2, 3, 5)
     with pytest.raises(ValueError, match=message):
         infer_labels(victim.share(own, true), victim, rule=rule, auxiliary=auxiliary)
@@ -241,14 +241,14 @@ def test_auxiliary_images_that_do_not_fit(images: Tensor, labels: Tensor, messag
 
 def test_one_image_without_a_label_can_not_be_split() -> None:
     with pytest.raises(ValueError, match=r"Expected at least two `auxiliary` images, but got one\."):
-        check_label_rule(victim_of(ordinary(), 3), auxiliary=Auxiliary(IMAGES[:1]))
-    check_label_rule(victim_of(ordinary(), 3), auxiliary=Auxiliary(IMAGES[:2]))
+        LabelReader(auxiliary=Auxiliary(IMAGES[:1])).check(victim_of(ordinary(), 3))
+    LabelReader(auxiliary=Auxiliary(IMAGES[:2])).check(victim_of(ordinary(), 3))
 
 
 def test_many_rare_classes_are_not_all_listed() -> None:
     victim = Victim(nn.Sequential(nn.Flatten(), nn.Linear(12, 50)), image_shape=(3, 2, 2), num_images=2)
     with pytest.raises(ValueError, match=r"got fewer of \[0, 1, 2, 3, 4, 5, 6, 7, 8, 9\], \.\.\.\."):
-        check_label_rule(victim, auxiliary=Auxiliary(torch.rand(50, 3, 2, 2), torch.arange(50)))
+        LabelReader(auxiliary=Auxiliary(torch.rand(50, 3, 2, 2), torch.arange(50))).check(victim)
 
 
 def test_a_gradient_of_the_last_layer_is_missing() -> None:
@@ -293,5 +293,5 @@ def test_auxiliary_images_of_another_kind() -> None:
 def test_a_rule_for_one_network_is_not_named_to_victims_with_their_own() -> None:
     victim = victim_of(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), 4)
     with pytest.raises(ValueError, match="for rule='posterior', but got a network for each") as raised:
-        check_label_rule(victim, "posterior", own_weights=True)
+        LabelReader("posterior").check(victim, own_weights=True)
     assert "'posterior'" not in str(raised.value).split("would work")[1]
