@@ -21,7 +21,7 @@ from torch import nn
 from leakage import attacks, datamodules, models  # noqa: F401
 from leakage.callbacks.results import ResultsCallback
 from leakage.cli import quiet
-from leakage.cli.refusals import explain, is_abstract, one_line, own_words
+from leakage.cli.refusals import explain, one_line, own_words
 from leakage.condensation import GradientMatchingCondensation
 from leakage.files.checkpoints import WholeCheckpointIO
 
@@ -68,19 +68,18 @@ class LeakageCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         module, _, name = config.model.class_path.rpartition(".")
         model = getattr(importlib.import_module(module), name)
-        if is_abstract(model):
-            _refuse(f"Expected `--model` to be an attack or a condensation, but got {name}, which is what they share.")
+        if not isinstance(model, type) or not issubclass(model, GradientMatchingCondensation):
+            return
+        # Its steps take long, and there may be only a few.
+        config.trainer.log_every_n_steps = config.trainer.log_every_n_steps or 1
         default = [entry["class_path"] for entry in _CALLBACKS]
         given = config.trainer.callbacks or []
         found = [getattr(entry, "class_path", None) for entry in given[: len(default)]]
-        if isinstance(model, type) and issubclass(model, GradientMatchingCondensation) and found == default:
+        if found == default:
             parser = LightningArgumentParser()
             parser.add_argument("--callbacks", type=list[Callback])
             fitting = parser.parse_object({"callbacks": _CONDENSATION_CALLBACKS}).callbacks
             config.trainer.callbacks = [*fitting, *given[len(default) :]]
-        if isinstance(model, type) and issubclass(model, GradientMatchingCondensation):
-            # Its steps take long, and there may be only a few.
-            config.trainer.log_every_n_steps = config.trainer.log_every_n_steps or 1
 
     def instantiate_classes(self) -> None:
         """Put the clients' network into evaluation mode, which a configuration has no other way to ask for.

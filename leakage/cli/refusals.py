@@ -68,7 +68,7 @@ def one_line(message: str) -> str:
     return " ".join(message.split())
 
 
-def is_abstract(kind: object) -> bool:
+def _is_abstract(kind: object) -> bool:
     """Whether a class has methods that its subclasses are to write; `inspect.isabstract` sees only ABCMeta's."""
     return any(getattr(getattr(kind, name, None), "__isabstractmethod__", False) for name in dir(kind))
 
@@ -148,7 +148,7 @@ def _known(bases: tuple[type, ...]) -> list[str]:
         and kind not in bases
         and any(base in kind.__mro__ for base in bases)
         and not issubclass(kind, others)
-        and not is_abstract(kind)
+        and not _is_abstract(kind)
     ]
 
 

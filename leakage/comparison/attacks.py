@@ -319,7 +319,7 @@ def _summarise(name: str, attack: GradientInversion, dataset: str, published: fl
     return Row(
         method=name,
         dataset=dataset,
-        protocol=attack.hparams["protocol"],
+        protocol=attack.hparams.get("protocol", "robust"),
         victims=len(scores),
         label_accuracy=labels.value,
         label_accuracy_ci=(labels.low, labels.high),

@@ -74,20 +74,3 @@ def test_a_checkpoint_does_not_choose_the_class(
     assert end.value.code == 2
     assert "Expected a checkpoint of IDLGAttack, but got one of another module" in capsys.readouterr().err
     assert not Path("marker").exists()
-
-
-def test_what_attacks_share_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(
-            [
-                "fit",
-                "--model",
-                "leakage.attacks.GradientInversion",
-                "--data",
-                "Victims",
-                "--data.dataset",
-                "sample",
-            ]
-        )
-    assert end.value.code == 2
-    assert "to be an attack or a condensation, but got GradientInversion" in capsys.readouterr().err
