@@ -163,7 +163,6 @@ def test_a_checkpoint_recognises_a_data_set_of_ones_own(images):
         ((torch.rand(3, 5, 5), -1), "Expected labels from 0 to 1, but got -1 in image 0 of 'Own'"),
         ((torch.rand(3, 5, 5), 0.5), r"Expected labels from 0 to 1, but got 0\.5 in image 0 of 'Own'"),
     ],
-    ids=str,
 )
 def test_items_that_cannot_be_used(item, message):
     for data in (Victims(Own([item] * 4), num_classes=2, victims=1), LabelledImages(Own([item] * 4), num_classes=2)):
@@ -195,7 +194,6 @@ def test_images_of_several_sizes():
         (Stream(), {}, "^Expected `dataset` to be one of .*, or a Dataset with `__len__` and .*, but got Stream"),
         (None, {}, "^Expected `dataset` to be one of .*, or a Dataset with `__len__` and .*, but got NoneType"),
     ],
-    ids=str,
 )
 def test_refuses(kind, dataset, options, message):
     with pytest.raises(ValueError, match=message):
