@@ -11,7 +11,7 @@ from pathlib import Path
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientInversion, IDLGAttack
 from leakage.cli import quiet
 from leakage.comparison.attacks import FILES, compare, format_table
-from leakage.datamodules import SampleVictims
+from leakage.datamodules import Victims
 from leakage.files.whole import check_output
 
 
@@ -33,7 +33,7 @@ def demo(arguments: Sequence[str]) -> None:
             "idlg": IDLGAttack(seed=given.seed),
             "gauss_newton": GaussNewtonAttack(seed=given.seed),
         }
-        victims = SampleVictims(victims=given.victims, seed=given.seed)
+        victims = Victims("sample", victims=given.victims, seed=given.seed)
         victims.setup("fit")
         check_output(given.output)
     except (ValueError, OSError) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from leakage.cli.refusals import one_line
 from leakage.condensation import SiameseAugmentation, SyntheticSet
 from leakage.condensation import evaluate as test
-from leakage.datamodules.named import LABELLED_DATASETS, images_named
+from leakage.datamodules import LABELLED_DATASETS, LabelledImages
 from leakage.models import NETWORKS
 
 
@@ -36,7 +36,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         synthetic = SyntheticSet.load(given.file)
         if not (given.dataset or synthetic.dataset):
             raise ValueError("Expected `--dataset` for a set that does not name its data set, but got none.")
-        _, data = images_named(given.dataset or synthetic.dataset, root=given.root, image_size=given.image_size)
+        data = LabelledImages(given.dataset or synthetic.dataset, root=given.root, image_size=given.image_size)
         data.prepare_data()
         data.setup("fit")
         augmentation = None

@@ -258,7 +258,7 @@ def test_fit_refuses_bad_input_in_one_line(
     [
         (["--optimizer", "SGD"], "nrecognized arguments: --optimizer SGD"),
         (["--lr_scheduler", "StepLR"], "nrecognized arguments: --lr_scheduler StepLR"),
-        (["--data.victims", "many"], "Expected `victims` of SampleVictims as int, but got 'many'."),
+        (["--data.victims", "many"], "Expected `victims` of Victims as int, but got 'many'."),
         (
             ["--model", "Nope"],
             "Expected `--model` to be one of DLGAttack, GaussNewtonAttack, GradientMatchingCondensation, IDLGAttack, "

@@ -13,7 +13,8 @@ from leakage.condensation import SyntheticSet
 FIT = [
     "fit", "--model", "GradientMatchingCondensation", "--model.iterations", "1",
     "--model.network", "ConvNet", "--model.network.width", "4",
-    "--data", "Sample", "--data.batch_size", "4", "--trainer.accelerator", "cpu", "--trainer.logger", "false",
+    "--data", "LabelledImages", "--data.dataset", "sample", "--data.batch_size", "4",
+    "--trainer.accelerator", "cpu", "--trainer.logger", "false",
 ]  # fmt: skip
 
 

@@ -12,8 +12,8 @@ import yaml
 from leakage.cli.main import main
 from leakage.cli.refusals import explain, own_words
 
-ATTACK = ["--model", "IDLGAttack", "--data", "SampleVictims"]
-CONDENSATION = ["--model", "GradientMatchingCondensation", "--data", "Sample"]
+ATTACK = ["--model", "IDLGAttack", "--data", "Victims", "--data.dataset", "sample"]
+CONDENSATION = ["--model", "GradientMatchingCondensation", "--data", "LabelledImages", "--data.dataset", "sample"]
 NETWORKS = r"one of AlexNet, ConvNet, LeNet, MLP, ResNet18, VGG11"
 NETWORK = rf"Expected `network` of GradientMatchingCondensation to be {NETWORKS}"
 MODULE = r"the import path of another subclass of torch\.nn\.modules\.module\.Module"
@@ -39,7 +39,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ),
         (
             [*ATTACK, "--data.nothing", "3"],
-            r"Expected an option of SampleVictims, one of .*num_images, .*seed, .*victims, .*but got `nothing`\.",
+            r"Expected an option of Victims, one of .*images, .*seed, .*victims, .*but got `nothing`\.",
         ),
         (
             [*CONDENSATION, "--model.network", "ConvNet", "--model.network.widht", "4"],
@@ -57,7 +57,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ([*CONDENSATION, "--model.network", "nothing.Net"], rf"{NETWORK}.* or {MODULE}, but got 'nothing\.Net'"),
         ([*CONDENSATION, "--model.network", "pathlib.Path"], rf"{NETWORK}, or {MODULE}, but got 'pathlib\.Path'"),
         (
-            ["--model", "DLGAtack", "--data", "Sample"],
+            ["--model", "DLGAtack", *CONDENSATION[2:]],
             r"Expected `--model` to be .*`DLGAttack`\?\), or the import",
         ),
         ([*ATTACK, "--trainer.callbacks+=Galery"], r"Expected `--trainer\.callbacks` to be .*`Gallery`\?\)"),
@@ -71,7 +71,7 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str], arguments: list
 def config(**init_args: Any) -> dict[str, Any]:
     return {
         "model": {"class_path": "leakage.condensation.GradientMatchingCondensation", "init_args": init_args},
-        "data": {"class_path": "Sample"},
+        "data": {"class_path": "LabelledImages", "init_args": {"dataset": "sample"}},
     }
 
 
@@ -129,7 +129,7 @@ class Net(nn.Module):
 
 
 def test_what_is_left_out(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "model" in refused(capsys, "--data", "SampleVictims")
+    assert "model" in refused(capsys, *ATTACK[2:])
     (tmp_path / "own_network.py").write_text(NETWORK_OF_ONES_OWN)
     monkeypatch.syspath_prepend(tmp_path)
     said = refused(capsys, *CONDENSATION, "--model.network", "own_network.Net")
