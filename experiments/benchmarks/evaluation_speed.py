@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from leakage.datamodules.named import LABELLED_DATASETS
 
 from leakage.cli import quiet
 from leakage.comparison.attacks import check_output
 from leakage.condensation.evaluation import Evaluation, evaluate
 from leakage.condensation.synthetic_set import SyntheticSet, random_images
-from leakage.datamodules.labelled import LabelledImages, LabelledTensors
+from leakage.datamodules import LABELLED_DATASETS, LabelledImages, LabelledTensors
 from leakage.errors import check_count
 from leakage.models import NETWORKS
 

@@ -31,7 +31,6 @@ from unittest import mock
 
 import torch
 from benchmark_plots import plot_parts
-from leakage.datamodules.named import DATASETS
 from setting import (  # beside this script
     check_file,
     describe_machine,
@@ -47,6 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from leakage.attacks import DLGAttack, GradientInversion, IDLGAttack
 from leakage.cli import quiet
+from leakage.datamodules import DATASETS, Victims
 from leakage.errors import check_count
 from leakage.solvers import lbfgs
 

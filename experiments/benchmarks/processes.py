@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from benchmark_plots import plot_parts
-from leakage.datamodules.named import DATASETS
 from lightning import Callback
 from setting import (  # beside this script
     check_file,
@@ -40,6 +39,7 @@ from setting import (  # beside this script
 
 from leakage.attacks import IDLGAttack
 from leakage.cli import quiet
+from leakage.datamodules import DATASETS, Victims
 from leakage.errors import check_count
 from leakage.inversion.strategy import VictimParallel
 

@@ -48,7 +48,7 @@ def test_fits_the_schema_of_wandb(sweep) -> None:
 
 def test_is_a_grid_over_protocol_seed_and_data(sweep) -> None:
     assert sweep["method"] == "grid"
-    assert set(sweep["parameters"]) == {"data", "data.seed", "model.protocol"}
+    assert set(sweep["parameters"]) == {"data.dataset", "data.seed", "model.protocol"}
     assert sweep["metric"] == {"name": "val/success_rate", "goal": "maximize"}
     assert len(commands(sweep)) == 12
 

@@ -83,7 +83,7 @@ class Near:
 
 @pytest.fixture(scope="module")
 def near() -> Near:
-    victims = SampleVictims(victims=1)
+    victims = Victims("sample", victims=1)
     victims.setup("fit")
     state = victims.share(range(1)).state
     truth = next(iter(victims.val_dataloader()))
