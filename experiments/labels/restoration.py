@@ -185,7 +185,7 @@ class Restoration:
         client = seen_by_rules if cell.local_steps == 1 else clients.victim(network.model, cell, all_layers=True)
         # What rules learn of a shared network is learnt once for all victims.
         groups = torch.arange(given.victims).split(_NETWORKS_AT_ONCE if clients.own(cell) else given.victims)
-        found: dict[str, list[InferredLabels]] = {rule: [] for rule in rules}
+        found: dict[str, list[LabelCounts]] = {rule: [] for rule in rules}
         seconds = dict.fromkeys(rules, 0.0)
         for group in groups:
             shared = clients.share(client, seen_by_rules.trainable, cell, drawn[group], group)
@@ -247,7 +247,7 @@ class Restoration:
         )
 
 
-def _scores(found: list[InferredLabels], labels: Tensor) -> list[LabelScore]:
+def _scores(found: list[LabelCounts], labels: Tensor) -> list[LabelScore]:
     counts, present = (torch.cat([getattr(part, name) for part in found]) for name in ("counts", "present"))
     return score_labels(counts, labels, present=present)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leakage.errors import check_choice, check_count, check_flag, check_limit, check_not_negative, check_positive
 from leakage.pieces import State
-from leakage.solvers.normal_equations import cholesky_steps, conjugate_gradients, dense_bytes
+from leakage.solvers.normal_equations import cholesky_steps, conjugate_gradients, dense_bytes, judge_steps
 from leakage.solvers.solver import (
     CONVERGED,
     DIVERGED,
@@ -30,15 +30,10 @@ from leakage.solvers.spectrum import ImageSpectrum
 
 SOLVERS = ("auto", "cholesky", "cg")
 _TOLERANCE, _TOLERANCE_OF_BATCHES = 1e-11, 1e-13
-# A step that decreases the loss by more (less) than these shares of what it promised lowers (raises) the damping.
-_BOLD, _FIRM = 0.75, 0.25
-_BOLDER, _FIRMER = 0.1, 4.0
 # Conjugate gradients go on until the share that is left has fallen to the root of the loss' fall, within these bounds.
 _LOOSEST, _TIGHTEST = 0.1, 1e-4
 # Steps in a row that leave more than this share of the loss, after which a victim has stalled.
 _SLOW_SHARE, _SLOW_STEPS = 0.9, 6
-# So has one whose steps are taken back at this damping.
-_HOPELESS = 1e4
 # At rounding, where the loss has fallen to so many squares of its unit, so has one whose step leaves half of it.
 _NEAR, _NEAR_SHARE = 1e3, 0.5
 
@@ -172,17 +167,13 @@ class GaussNewton(Solver):
         point, losses, gradient, finite = at.point, at.losses, at.gradient, at.finite
         searching, new = running(lanes), torch.isinf(lanes["loss"])
         settle(lanes, searching & new & ~finite, DIVERGED)
-        accepted = searching & finite & (new | (losses < lanes["loss"]))
-        ratio = (lanes["loss"] - losses) / lanes["promised"]
-        factor = torch.where(ratio > _BOLD, _BOLDER, torch.where(ratio < _FIRM, _FIRMER, 1.0))
-        factor = torch.where(accepted, factor, _FIRMER)
-        tried = searching & ~new
-        least = torch.finfo(losses.dtype).eps / 100
-        hopeless = tried & ~accepted & (lanes["damping"] > _HOPELESS)
-        lanes["damping"] = torch.where(tried, (lanes["damping"] * factor).clamp(min=least), lanes["damping"])
-        slow = accepted & (losses > _SLOW_SHARE * lanes["loss"])
-        count = torch.where(slow, lanes["slow"] + 1, torch.where(accepted, 0, lanes["slow"]))
-        lanes["slow"] = torch.where(tried, count, lanes["slow"])
+        reached = torch.where(finite, losses, torch.inf)
+        before = lanes["loss"], reached, lanes["promised"], lanes["damping"], lanes["slow"]
+        judged = judge_steps(*before, slow_share=_SLOW_SHARE)
+        accepted, tried = searching & judged.accepted, searching & ~new
+        hopeless = tried & judged.hopeless
+        for name in ("damping", "slow"):
+            lanes[name] = torch.where(tried, getattr(judged, name), lanes[name])
         near = lanes["loss"] <= _NEAR * torch.finfo(losses.dtype).eps ** 2 * self._reference(lanes["first_loss"])
         useless = tried & near & (~accepted | (losses > _NEAR_SHARE * lanes["loss"]))
         lanes["iterations"] += accepted & ~new

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from leakage.solvers.linear import least_squares
+from leakage.solvers.solver import Equations
 from leakage.solvers.spectrum import ImageSpectrum
 
 # Directions of one pass of forward mode: more of them no longer pay.
