@@ -117,7 +117,7 @@ class CosineDistance(Distance):
     of it in single precision, where the first one cancels to 1e-7. The lengths of the gradients do not matter.
 
     Returns:
-        From 0 to 2; 1/2 where one of the gradients is zero.
+        From 0 to 2; 1 where one of the gradients is zero, and has no direction.
 
     Raises:
         ValueError: the names or shapes of two gradients differ.
@@ -132,20 +132,26 @@ class CosineDistance(Distance):
 
     def __call__(self, gradients: Gradients, shared: Gradients) -> Tensor:
         """Half the squared difference of the two directions."""
-        return self._difference(gradients, shared).square().sum() / 2
+        found, wanted = _vectors(gradients, shared)
+        both = (found.detach().abs().amax() > 0) & (wanted.abs().amax() > 0)
+        return torch.where(both, (_direction(found) - _direction(wanted)).square().sum() / 2, 1.0)
 
     def residuals(self, point: Point, kept: State) -> Tensor:
         """The difference of the two directions, over the root of 2."""
-        return self._difference(point.gradients, point.shared) / 2**0.5
+        found, wanted = _vectors(point.gradients, point.shared)
+        return (_direction(found) - _direction(wanted)) / 2**0.5
 
     def informative(self, shared: SharedGradient) -> Tensor:
         """Whether it has a direction."""
         return _largest(shared.gradients) > 0
 
-    def _difference(self, gradients: Gradients, shared: Gradients) -> Tensor:
-        _check_same(gradients, shared)
-        found = torch.cat([gradients[name].reshape(-1) for name in shared])
-        return _direction(found) - _direction(torch.cat([wanted.reshape(-1) for wanted in shared.values()]))
+
+def _vectors(gradients: Gradients, shared: Gradients) -> tuple[Tensor, Tensor]:
+    """Each as one long vector."""
+    _check_same(gradients, shared)
+    parts = ((gradients[name].reshape(-1), wanted.reshape(-1)) for name, wanted in shared.items())
+    found, wanted = zip(*parts, strict=True)
+    return torch.cat(found), torch.cat(wanted)
 
 
 def _direction(vector: Tensor) -> Tensor:

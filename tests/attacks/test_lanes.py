@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from leakage.attacks import IDLGAttack, idlg
-from leakage.inversion import engine
+from leakage.attacks import IDLGAttack
 from leakage.inversion import memory as lanes_module
 from leakage.inversion.memory import choose_lanes, is_out_of_memory, peak_memory
 

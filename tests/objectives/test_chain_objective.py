@@ -12,7 +12,7 @@ from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.models import MLP, ConvNet, LeNet
 from leakage.models.layers import AveragePooling
-from leakage.objectives import chain_layers, squared_distance
+from leakage.objectives import SquaredDistance, chain_layers
 from leakage.objectives.chain_objective import ChainObjective
 
 SHAPE = (3, 8, 8)
@@ -62,7 +62,7 @@ def check(victim: Victim, shared: SharedGradient, images: Tensor, targets: Tenso
         wanted = {name: tensor[index] for name, tensor in shared.gradients.items()}
 
         def distance(images: Tensor, targets: Tensor, state: object = state, wanted: object = wanted) -> Tensor:
-            return squared_distance(victim.gradients(state, images, targets), wanted)  # type: ignore[arg-type]
+            return SquaredDistance()(victim.gradients(state, images, targets), wanted)  # type: ignore[arg-type]
 
         (by_images, by_targets), value = grad_and_value(distance, argnums=(0, 1))(images[index], targets[index])
         for part, expected in zip(found, (value, by_images, by_targets), strict=True):

@@ -7,7 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from leakage.clients.losses import LOSSES, cross_entropy, mean_squared_error
-from leakage.objectives import DISTANCES, cosine_distance, row_cosine_distance, squared_distance
+from leakage.objectives import DISTANCES as CLASSES
+from leakage.objectives import CosineDistance, RowCosineDistance, SquaredDistance
+
+DISTANCES = {name: kind() for name, kind in CLASSES.items()}
+squared_distance, cosine_distance, row_cosine_distance = SquaredDistance(), CosineDistance(), RowCosineDistance()
 
 SHAPES = {"conv": (4, 2, 3, 3), "linear": (3, 5), "bias": (3,), "scale": ()}
 

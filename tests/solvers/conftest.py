@@ -4,13 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from leakage.models import LeNet
-from leakage.solvers import PerVictimOptimizer
+from leakage.solvers import LBFGS, GaussNewton, PerVictimOptimizer, PlainLBFGS
+from leakage.solvers import Problem as Known
+
+
+def lbfgs(params: Any, preconditioner: Any = None, project: Any = None, **options: Any) -> PerVictimOptimizer:
+    """L-BFGS on parameters."""
+    return PerVictimOptimizer(params, LBFGS(**options), Known(preconditioner=preconditioner, project=project))
+
+
+def plain_lbfgs(params: Any, **options: Any) -> PerVictimOptimizer:
+    """The published one."""
+    return PerVictimOptimizer(params, PlainLBFGS(**options))
+
+
+def gauss_newton(params: Any, equations: Any, spectrum: Any = None, **options: Any) -> PerVictimOptimizer:
+    """Levenberg-Marquardt on equations that need not be relative to a gradient."""
+    params = list(params)
+    unknowns = sum(param[0].numel() for param in params if len(param))
+    rows = 0
+    if unknowns:
+        flat = torch.cat([param.detach().flatten(1) for param in params], dim=1)
+        rows = equations(flat[:1], torch.zeros(1, dtype=torch.long, device=flat.device)).shape[1]
+    known = Known(
+        equations=equations,
+        preconditioner=spectrum,
+        num_equations=rows,
+        num_unknowns=unknowns,
+        element_size=params[0].element_size(),
+    )
+    given = {"tolerance": 0.0, "max_evaluations": 100, "max_products": 200, "reference_loss": None} | options
+    return PerVictimOptimizer(params, GaussNewton(underdetermined=True, **given), known)
 
 
 @dataclass

@@ -13,13 +13,13 @@ from leakage.clients.victim import Victim
 from leakage.models import LeNet
 from leakage.solvers import ImageSpectrum, normal_equations
 from leakage.solvers.normal_equations import (
-    Equations,
     cholesky_steps,
     conjugate_gradients,
     damping_scale,
     dense_bytes,
     dense_jacobian,
 )
+from leakage.solvers.solver import Equations
 
 SHAPE = (1, 8, 8)
 SPECTRUM = ImageSpectrum(1, SHAPE)

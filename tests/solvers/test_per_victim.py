@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from leakage.solvers import LBFGS, STATUS, PerVictimOptimizer, PlainLBFGS
+from leakage.solvers import STATUS, PerVictimOptimizer
+
+from .conftest import lbfgs, plain_lbfgs
 
 SOLVERS = [
-    pytest.param(LBFGS, {"history_size": 3, "tolerance": 1e-12}, id="LBFGS"),
-    pytest.param(PlainLBFGS, {"history_size": 3, "tolerance": 1e-12, "lr": 0.8}, id="PlainLBFGS"),
+    pytest.param(lbfgs, {"history_size": 3, "tolerance": 1e-12}, id="LBFGS"),
+    pytest.param(plain_lbfgs, {"history_size": 3, "tolerance": 1e-12, "lr": 0.8}, id="PlainLBFGS"),
 ]
 every_solver = pytest.mark.parametrize(("solver", "options"), SOLVERS)
 
@@ -122,8 +124,8 @@ def test_continues_from_its_state_bit_for_bit(solver: Any, options: dict[str, An
         one.step(closure_for(one, goals))
     torch.save({"solver": one.state_dict(), "params": one.param_groups[0]["params"]}, tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    # Loaded into a solver without lanes and with other options, as when a run is resumed.
-    other = solver([nn.Parameter(torch.empty(0, 1, 3)), nn.Parameter(torch.empty(0, 1))])
+    # Loaded into a solver without lanes, as when a run is resumed.
+    other = solver([nn.Parameter(torch.empty(0, 1, 3)), nn.Parameter(torch.empty(0, 1))], **options)
     other.load_state_dict(saved["solver"])
     for parameter, value in zip(other.param_groups[0]["params"], saved["params"], strict=True):
         parameter.data = value.data
@@ -138,7 +140,6 @@ def test_continues_from_its_state_bit_for_bit(solver: Any, options: dict[str, An
             optimizer.step(closure_for(optimizer, goals))
     for name, tensor in one.lanes.items():
         assert torch.equal(other.lanes[name], tensor), name
-    assert one.param_groups[0]["history_size"] == other.param_groups[0]["history_size"] == 3
 
 
 @every_solver
@@ -176,15 +177,8 @@ def test_a_loaded_state_shares_nothing_with_the_saved_one(solver: Any, options: 
 
 
 def test_refuses_the_state_of_another_solver() -> None:
-    with pytest.raises(ValueError, match=r"Expected a state with .*'window_loss'.*, but got .*'calls'"):
-        LBFGS(params(2)).load_state_dict(PlainLBFGS(params(2)).state_dict())
-
-
-def test_refuses_a_state_with_an_unknown_option() -> None:
-    state = LBFGS(params(2)).state_dict()
-    state["param_groups"][0]["momentum"] = 0.9
-    with pytest.raises(ValueError, match=r"Expected `option` to be one of .*'history_size'.*, but got 'momentum'"):
-        LBFGS(params(2)).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"the solver of a checkpoint with .*'window_loss'.*, but got .*'calls'"):
+        lbfgs(params(2)).load_state_dict(plain_lbfgs(params(2)).state_dict())
 
 
 @every_solver
@@ -233,9 +227,6 @@ def test_lanes_may_be_none_at_first(solver: Any, options: dict[str, Any]) -> Non
         ("best", lambda tensor: tensor.double(), "Expected the solver of a checkpoint with 'best' .*float64"),
         ("best", lambda tensor: tensor.tolist(), "Expected the state of the solver of a checkpoint .* AttributeError"),
         ("s", lambda tensor: tensor[:, :, None], r"Expected the solver of a checkpoint with 's' "),
-        ("iterations", lambda tensor: tensor[:1], r"Expected the solver .* the 2 restored, but got \[1, 2\]"),
-        ("status", lambda tensor: tensor + 5, "with 'status' from 0 to below 5, but got 5 to 5"),
-        ("pairs", lambda tensor: tensor - 9, "with 'pairs' from 0 to below"),
     ],
 )
 def test_refuses_a_state_with_other_tensors(
@@ -250,31 +241,7 @@ def test_refuses_a_state_with_other_tensors(
     assert optimizer.lanes is before
 
 
-def test_refuses_a_state_of_other_lanes_than_the_parameters() -> None:
-    with pytest.raises(ValueError, match=r"to have one number of lanes, that of the 2 restored, but got \[3\]"):
-        LBFGS(params(2)).load_state_dict(LBFGS(params(3)).state_dict())
-
-
-def test_refuses_a_history_that_lies_nowhere() -> None:
-    state = LBFGS(params(2)).state_dict()
-    state["state"][0] = state["state"][0] | {"row": torch.tensor([0, 7])}
-    with pytest.raises(ValueError, match="with 'row' from 0 to below 2, but got 0 to 7"):
-        LBFGS(params(2)).load_state_dict(state)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("lr", "1"), ("lr", 0), ("history_size", 0.5), ("history_size", True), ("max_step", None)]
-)
-def test_refuses_a_state_with_options_of_other_kinds(name: str, value: Any) -> None:
-    state = LBFGS(params(2)).state_dict()
-    state["param_groups"][0][name] = value
-    optimizer = LBFGS(params(2))
-    with pytest.raises(ValueError, match=f"Expected the option '{name}' of a solver, but got {value!r}"):
-        optimizer.load_state_dict(state)
-    assert optimizer.param_groups[0]["lr"] == 1.0
-
-
 @pytest.mark.parametrize("state", [{}, {"state": {}}, {"state": [3], "param_groups": [{}]}])
 def test_refuses_what_is_no_state(state: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Expected the state of the solver of a checkpoint as leakage writes it"):
-        LBFGS(params(2)).load_state_dict(state)
+        lbfgs(params(2)).load_state_dict(state)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from leakage.solvers import STATUS, PlainLBFGS
 
+from .conftest import plain_lbfgs
+
 # Rounding grows in the course of a search without line search: what is still compared.
 COMPARED = 120
 
@@ -17,7 +19,7 @@ COMPARED = 120
 def trace(problem: Any, closure_of: Any, victims: int, **options: Any) -> tuple[PlainLBFGS, list[list[Tensor]]]:
     """The points at which each victim was evaluated while it was running."""
     params = problem.params()
-    optimizer = PlainLBFGS(params, **options)
+    optimizer = plain_lbfgs(params, **options)
     closure = closure_of(problem, optimizer)
     points: list[list[Tensor]] = [[] for _ in range(victims)]
     while optimizer.running.any():
@@ -116,7 +118,7 @@ def test_a_small_ring_takes_other_iterates_than_a_large_one(matching: Any, closu
 
 def bowl(start: list[float], **options: Any) -> tuple[PlainLBFGS, nn.Parameter, Any]:
     x = nn.Parameter(torch.tensor(start, dtype=torch.float64)[:, None])
-    optimizer = PlainLBFGS([x], **options)
+    optimizer = plain_lbfgs([x], **options)
 
     def closure() -> Tensor:
         losses = (x - 1).square().sum(1)
@@ -146,7 +148,7 @@ def test_converges_when_a_checked_call_ends_below_the_tolerance() -> None:
 def test_compares_only_every_so_many_calls(check_every: int, evaluations: int) -> None:
     # A slope; the loss is below the tolerance from the second call on, of four iterations each.
     x = nn.Parameter(torch.zeros(1, 1, dtype=torch.float64))
-    optimizer = PlainLBFGS([x], max_iterations=4, check_every=check_every, tolerance=10.0, lr=0.01)
+    optimizer = plain_lbfgs([x], max_iterations=4, check_every=check_every, tolerance=10.0, lr=0.01)
 
     def closure() -> Tensor:
         x.grad = torch.full_like(x, -1.0)
@@ -169,7 +171,7 @@ def test_is_exhausted_after_its_calls() -> None:
 def test_tells_an_end_above_the_tolerance_from_one_below(least: float, status: str) -> None:
     # Both reach a point from which no call moves, long before the second comparison.
     x = nn.Parameter(torch.tensor([[3.0]], dtype=torch.float64))
-    optimizer = PlainLBFGS([x], tolerance=1e-6, max_iterations=1, check_every=100)
+    optimizer = plain_lbfgs([x], tolerance=1e-6, max_iterations=1, check_every=100)
 
     def closure() -> Tensor:
         losses = least + x.square().sum(1)
@@ -221,12 +223,12 @@ def test_a_diverging_victim_keeps_its_best_iterate_and_spoils_nobody(smooth: Any
 )
 def test_names_a_bad_option(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PlainLBFGS([nn.Parameter(torch.zeros(2, 3))], **options)
+        plain_lbfgs([nn.Parameter(torch.zeros(2, 3))], **options)
 
 
 def test_a_lane_takes_as_many_bytes_as_its_full_history(matching: Any, closure_of: Any) -> None:
     problem = matching(3, 2)
-    optimizer = PlainLBFGS(problem.params(), history_size=40)
+    optimizer = plain_lbfgs(problem.params(), history_size=40)
     expected = optimizer.bytes_per_lane
     closure = closure_of(problem, optimizer)
     for _ in range(45):
