@@ -84,7 +84,7 @@ class GaussNewtonAttack(GradientInversion):
         spectrum: bool = True,
     ) -> None:
         check_flag(joint_labels=joint_labels)
-        check_positive(restart_above=restart_above)
+        check_positive(restart_above=restart_above, start_std=start_std)
         if joint_labels and (rule != "auto" or auxiliary is not None):
             raise ValueError(
                 "Expected no `rule` and no `auxiliary` with `joint_labels`, which infers no labels, but got one."

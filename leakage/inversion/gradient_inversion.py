@@ -187,7 +187,9 @@ class GradientInversion(LightningModule):
         return self._joined(self._search.in_lanes(running=True))
 
     def _joined(self, parts: list[Reconstruction]) -> Reconstruction:
-        return Reconstruction.cat(parts) if parts else Reconstruction.empty(self.victim.protocol)
+        if parts or self._victim is None:
+            return Reconstruction.cat(parts) if parts else Reconstruction.empty()
+        return Reconstruction.empty(self.victim.protocol.num_images, self.victim.protocol.image_shape)
 
     # Lightning's hooks.
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from leakage.clients.protocol import Protocol
 from leakage.files.tensors import brief, read_safetensors, write_safetensors
 
 _FORMAT = "leakage.Reconstruction"
@@ -45,11 +44,11 @@ class Reconstruction:
         return len(self.ids)
 
     @classmethod
-    def empty(cls, protocol: Protocol) -> Reconstruction:
+    def empty(cls, num_images: int = 1, image_shape: Sequence[int] = (1, 1, 1)) -> Reconstruction:
         """Of no victim."""
         whole, real = torch.zeros(0, dtype=torch.long), torch.zeros(0)
-        images = real.new_zeros(0, protocol.num_images, *protocol.image_shape)
-        return cls(whole, images, whole.new_zeros(0, protocol.num_images), real, whole, whole, whole, whole)
+        images, labels = real.new_zeros(0, num_images, *image_shape), whole.new_zeros(0, num_images)
+        return cls(whole, images, labels, real, whole, whole, whole, whole)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -89,9 +89,8 @@ def test_the_spectrum_of_images_saves_evaluations(kit: Any) -> None:
 
 def test_each_restart_starts_from_a_wider_distribution(case: Any) -> None:
     attack = case.attack(start_std=0.5)
-    attack.dummy_images = torch.nn.Parameter(torch.empty(0, 1, 3, 20, 20))
-    ids, restarts = torch.tensor([3, 3, 3]), torch.tensor([0, 1, 2])
-    spread = attack._starts(ids, restarts, attack.dummy_images).flatten(1).std(1)
+    noise = torch.randn(3, 1, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    spread = attack.images.starts(noise, torch.tensor([0, 1, 2])).flatten(1).std(1)
     torch.testing.assert_close(spread, torch.tensor([0.5, 1.5, 4.5]), rtol=0.1, atol=0)
 
 
@@ -176,7 +175,7 @@ def test_names_a_gradient_that_does_not_fit_the_network(case: Any, kit: Any, tmp
     victims.share(range(2)).save(tmp_path / "client.safetensors")
     files = SharedGradients(tmp_path / "client.safetensors", LeNet(1, 12, width=7))
     with pytest.raises(
-        ValueError, match=r"to fit the model .*but got: Expected the gradient of .classifier\.weight. to have"
+        ValueError, match=r"client\.safetensors' to fit .*but got: Expected the gradient of .classifier\.weight. to have"
     ):
         kit.fit(case.attack(), files)
 

@@ -59,12 +59,8 @@ def test_finds_images_of_the_same_class(case: Any, kit: Any) -> None:
 
 def test_images_of_a_victim_start_apart(case: Any, kit: Any) -> None:
     """Else the gradients of two images with the same label are the same for ever."""
-    attack = case.attack()
-    attack.dummy_images = torch.nn.Parameter(torch.empty(0, 3, 1, 12, 12))
-    attack.dummy_labels = torch.nn.Parameter(torch.empty(0, 3, 10))
-    for unknown in attack._unknowns:
-        starts = attack._starts(torch.arange(4), torch.zeros(4, dtype=torch.long), unknown)
-        assert len(starts.flatten(0, 1).flatten(1).unique(dim=0)) == 4 * 3
+    found = kit.fit(case.attack(max_evaluations=1, restarts=0), kit.victims(victims=4, images=3)).finished
+    assert len(found.images.flatten(0, 1).flatten(1).unique(dim=0)) == 4 * 3
 
 
 @pytest.mark.parametrize("weights", ["own", "shared"])
@@ -73,7 +69,7 @@ def test_labels_are_those_of_the_rule_whatever_the_cohorts(kit: Any, rule: str, 
     if rule == "rlu" and weights == "own":
         pytest.skip("learns about one network")
     auxiliary = auxiliary_images(kit) if rule == "rlu" else None
-    options: dict[str, Any] = {"victims": 4, "num_images": 3, "weights": weights, "model": LeNet(1, 12), "seed": 2}
+    options: dict[str, Any] = {"victims": 4, "images": 3, "weights": weights, "model": LeNet(1, 12), "seed": 2}
     victims = kit.victims(**options)
     victims.setup("fit")
     expected = infer_labels(victims.share(range(4)), victims.victim, rule=rule, auxiliary=auxiliary, seed=7).labels

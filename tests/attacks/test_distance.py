@@ -38,7 +38,7 @@ def test_an_attack_lowers_the_distance_it_is_given(kit: Any, distance: str, prot
         shared, state = kit.share_one(victims, victim)
         images, labels = found[1].images[victim], found[1].labels[victim]
         targets = torch.nn.functional.one_hot(labels, victims.victim.protocol.num_classes).float()
-        loss = DISTANCES[distance](victims.victim.gradients(state, images, targets), shared)
+        loss = DISTANCES[distance]()(victims.victim.gradients(state, images, targets), shared)
         if distance == "squared" and protocol == "robust":
             loss = loss / sum(tensor.square().sum() for tensor in shared.values())
         torch.testing.assert_close(found[1].loss[victim], loss.detach(), rtol=1e-2, atol=1e-4)

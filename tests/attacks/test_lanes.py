@@ -10,7 +10,9 @@ import torch
 
 from leakage.attacks import IDLGAttack
 from leakage.inversion import memory as lanes_module
+from leakage.inversion.lanes import Lanes
 from leakage.inversion.memory import choose_lanes, is_out_of_memory, peak_memory
+from leakage.solvers import LBFGS, STATUS
 
 CPU = torch.device("cpu")
 
@@ -46,10 +48,10 @@ def test_lanes_evaluated_in_pieces_find_the_same(kit: Any, weights: str, monkeyp
     found, at_once = [], []
     for pieces in (False, True):
         if pieces:
-            monkeypatch.setattr(engine, "_BYTES_AT_ONCE", 1)
+            monkeypatch.setattr("leakage.inversion.evaluator._BYTES_AT_ONCE", 1)
         attack = IDLGAttack(distance="cosine", max_evaluations=4, restarts=0)
         found.append(kit.fit(attack, kit.victims(victims=3, lanes=3, weights=weights)).finished)
-        at_once.append(attack._at_once)
+        at_once.append(attack.lanes.evaluator.at_once)
     assert at_once[0] > 3
     assert at_once[1] == 1
     assert not torch.equal(found[0].images, torch.zeros_like(found[0].images))
@@ -105,25 +107,27 @@ def test_recognises_what_an_allocator_says() -> None:
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
 
 
-class Cramped(IDLGAttack):
-    """Has memory for ``room`` lanes from the evaluation ``after`` on."""
+def without_memory(monkeypatch: pytest.MonkeyPatch, room: int, after: int) -> None:
+    """There is memory for ``room`` lanes from the evaluation ``after`` on."""
+    calls, evaluate = [0], Lanes.evaluate
 
-    def __init__(self, room: int, after: int, **options: Any) -> None:
-        super().__init__(**options)
-        self.room, self.after, self.calls = room, after, 0
-
-    def _evaluate(self) -> Any:
-        self.calls += 1
-        if self.calls > self.after and len(self._lanes["place"]) > self.room:
+    def cramped(lanes: Lanes) -> Any:
+        calls[0] += 1
+        if calls[0] > after and len(lanes) > room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return super()._evaluate()
+        return evaluate(lanes)
+
+    monkeypatch.setattr(Lanes, "evaluate", cramped)
 
 
 # Before the first evaluation; when nothing is done and the progress is told; when some victims are done.
 @pytest.mark.parametrize(("room", "after"), [(4, 0), (4, 11), (3, 20), (1, 30)])
-def test_half_of_the_lanes_go_on_and_nothing_is_lost(kit: Any, room: int, after: int) -> None:
+def test_half_of_the_lanes_go_on_and_nothing_is_lost(
+    kit: Any, room: int, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usual = kit.fit(IDLGAttack(), kit.victims(victims=10, lanes=8))
-    attack = Cramped(room, after)
+    attack = IDLGAttack()
+    without_memory(monkeypatch, room, after)
     with pytest.warns(UserWarning, match=r"8 lanes are more than the memory holds .*goes on with 4"):
         kit.fit(attack, kit.victims(victims=10, lanes=8), profiler="simple")  # which counts begins and ends
     kit.assert_successful(attack, 10)  # each victim exactly once
@@ -135,64 +139,41 @@ def test_half_of_the_lanes_go_on_and_nothing_is_lost(kit: Any, room: int, after:
 
 
 @pytest.mark.filterwarnings("ignore:. lanes are more than")
-def test_no_memory_for_one_victim_is_told(kit: Any) -> None:
+def test_no_memory_for_one_victim_is_told(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_memory(monkeypatch, 0, 5)
     with pytest.raises(MemoryError, match="Expected memory for one victim at least, but got none: take fewer images"):
-        kit.fit(Cramped(0, 5), kit.victims(victims=4, lanes=4))
+        kit.fit(IDLGAttack(), kit.victims(victims=4, lanes=4))
 
 
-def test_another_error_ends_the_run(kit: Any) -> None:
-    class Broken(IDLGAttack):
-        def _evaluate(self) -> Any:
-            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+def test_another_error_ends_the_run(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(lanes: Lanes) -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
+    monkeypatch.setattr(Lanes, "evaluate", broken)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        kit.fit(Broken(), kit.victims(victims=2))
-
-
-class Settles(IDLGAttack):
-    """An optimizer that settles a lane in the step that finds no memory."""
-
-    def _advance(self) -> None:
-        if self.iteration == 5 and not self.settled:
-            self.settled = True
-            self.before = self.num_running
-            optimizer, move = self._optimizer, self._optimizer._move
-
-            def fails(*arguments: Any) -> Any:
-                optimizer.lanes["status"][:2] = 3
-                optimizer._move = move  # type: ignore[method-assign]
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-
-            optimizer._move = fails  # type: ignore[method-assign]
-        super()._advance()
-
-    settled = False
+        kit.fit(IDLGAttack(), kit.victims(victims=2))
 
 
 @pytest.mark.filterwarnings("ignore:. lanes are more than")
-def test_what_the_failing_step_settled_begins_anew_too(kit: Any) -> None:
-    attack = Settles()
-    kit.fit(attack, kit.victims(victims=4, lanes=4))
-    assert attack.before == 4
+def test_what_the_failing_step_settled_begins_anew_too(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step may settle lanes before it finds no memory."""
+    calls, move = [0], LBFGS.move
+
+    def settles(solver: LBFGS, lanes: Any, at: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 6:
+            lanes["status"][:2] = STATUS.index("diverged")
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return move(solver, lanes, at)
+
+    monkeypatch.setattr(LBFGS, "move", settles)
+    attack = kit.fit(IDLGAttack(), kit.victims(victims=4, lanes=4))
+    assert calls[0] > 6
     kit.assert_successful(attack, 4)
 
 
 def test_labels_are_told_of_victims_that_diverge_at_once(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def evaluate(attack: IDLGAttack) -> torch.Tensor:
-        attack.dummy_images.grad = torch.zeros_like(attack.dummy_images)
-        return torch.full((len(attack.dummy_images),), torch.nan)
-
-    monkeypatch.setattr(IDLGAttack, "_evaluate", evaluate)
+    monkeypatch.setattr(Lanes, "evaluate", lambda lanes: torch.full_like(lanes.rest(), torch.nan))
     attack = kit.fit(IDLGAttack(restarts=0), kit.victims(victims=6, lanes=6))
     assert all(score.label_accuracy == 1 for score in attack.scores.values())
     assert attack.finished.labels.unique().numel() > 1
-
-
-def test_labels_are_inferred_ahead_of_no_more_than_so_many(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(idlg, "_INFERRED_AT_ONCE", 3)
-    seen: list[int] = []
-    infer = IDLGAttack._infer
-    monkeypatch.setattr(IDLGAttack, "_infer", lambda attack, shared: seen.append(len(shared)) or infer(attack, shared))
-    victims = kit.victims(victims=9, lanes=5, images=2, weights="shared")
-    kit.fit(IDLGAttack(max_evaluations=2, restarts=0), victims)
-    assert max(seen) == 5, "the lanes, and no more"

@@ -13,7 +13,7 @@ from torch.func import vmap
 
 from leakage.clients.victim import Victim
 from leakage.models import LeNet
-from leakage.solvers import STATUS, ImageSpectrum, normal_equations
+from leakage.solvers import STATUS, ImageSpectrum, PerVictimOptimizer, normal_equations
 from leakage.solvers.normal_equations import dense_bytes
 
 from .conftest import gauss_newton
