@@ -41,7 +41,7 @@ from leakage.comparison.attacks import check_output, holds_results, read_record
 from leakage.datamodules import LabelledImages, digest
 from leakage.errors import check_count
 from leakage.files.text import write_json
-from leakage.labels import RULES, LabelReader, infer_labels
+from leakage.labels import RULES, LabelCounts, LabelReader, infer_labels
 from leakage.metrics import LabelMetrics, score_labels, trivial_score
 from leakage.metrics.labels import LabelScore
 

@@ -19,8 +19,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"success_threshold": 0.0}, "Expected `success_threshold` to be positive and finite, but got 0.0"),
     ({"restart_above": -1e-5}, "Expected `restart_above` to be positive and finite, but got -1e-05"),
     ({"start_std": 0.0}, "Expected `start_std` to be positive and finite, but got 0.0"),
-    ({"tolerance": -1.0}, "Expected `tolerance` to be positive and finite, but got -1.0"),
-    ({"tolerance": float("nan")}, "Expected `tolerance` to be positive and finite, but got nan"),
+    ({"tolerance": -1.0}, "Expected `tolerance` .*, but got -1.0"),
+    ({"tolerance": float("nan")}, "Expected `tolerance` .*, but got nan"),
     ({"max_evaluations": 0}, "Expected `max_evaluations` to be a whole number of at least 1, but got 0"),
     ({"restarts": -1}, "Expected `restarts` to be a whole number of at least 0, but got -1"),
     ({"restarts": True}, "Expected `restarts` to be a whole number of at least 0, but got True"),
@@ -175,7 +175,8 @@ def test_names_a_gradient_that_does_not_fit_the_network(case: Any, kit: Any, tmp
     victims.share(range(2)).save(tmp_path / "client.safetensors")
     files = SharedGradients(tmp_path / "client.safetensors", LeNet(1, 12, width=7))
     with pytest.raises(
-        ValueError, match=r"client\.safetensors' to fit .*but got: Expected the gradient of .classifier\.weight. to have"
+        ValueError,
+        match=r"client\.safetensors' to fit .*but got: Expected the gradient of .classifier\.weight. to have",
     ):
         kit.fit(case.attack(), files)
 

@@ -156,7 +156,7 @@ def test_options_are_plain_values_and_a_checkpoint_knows_other_auxiliary_images(
 
 
 def test_inferred_labels_have_no_order_for_clients_that_take_images_in_turns(kit: Any) -> None:
-    steps = {"num_images": 2, "local_steps": 2, "learning_rate": 0.1, "local_batch_size": 1}
+    steps = {"images": 2, "local_steps": 2, "learning_rate": 0.1, "local_batch_size": 1}
     attack = IDLGAttack(max_evaluations=2, restarts=0)
     with pytest.raises(ValueError, match=r"`local_batch_size` 1\. Use DLGAttack, or reveal the labels"):
         kit.fit(attack, kit.victims(victims=2, **steps))

@@ -84,7 +84,7 @@ def test_finds_images_of_other_networks(case: Any, kit: Any, model: nn.Module, w
 
 
 def test_two_images_per_victim(case: Any, kit: Any) -> None:
-    options: dict[str, Any] = {"victims": 3, "num_images": 2, "reveal_labels": case.infers_labels}
+    options: dict[str, Any] = {"victims": 3, "images": 2, "reveal_labels": case.infers_labels}
     start = kit.fit(case.attack(max_evaluations=1, restarts=0), kit.victims(**options))
     attack = kit.fit(case.attack(max_evaluations=200, restarts=0), kit.victims(**options))
     before, after = kit.by_id(start), kit.by_id(attack)

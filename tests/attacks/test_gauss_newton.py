@@ -113,7 +113,7 @@ def test_names_the_module_that_is_no_plain_chain(kit: Any, attack: Any) -> None:
 
 @pytest.mark.parametrize("attack", [RGAPAttack(), GaussNewtonAttack(start="rgap")], ids=["RGAP", "GaussNewton"])
 def test_names_a_loss_that_hides_features(kit: Any, attack: Any) -> None:
-    options: dict[str, Any] = {"victims": 3, "num_images": 3, "loss": "mean_squared_error", "reveal_labels": True}
+    options: dict[str, Any] = {"victims": 3, "images": 3, "loss": "mean_squared_error", "reveal_labels": True}
     with pytest.raises(ValueError, match=r"Expected one image with loss 'mean_squared_error'.*but got 3"):
         kit.fit(attack, kit.victims(**options))
     # Else it starts from noise.
@@ -144,7 +144,7 @@ def test_double_precision_goes_further(kit: Any) -> None:
 
 def test_batches_start_with_their_layers_in_any_cohort(kit: Any) -> None:
     """Labels come unsorted, and one cohort after another."""
-    options: dict[str, Any] = {"victims": 4, "num_images": 3, "lanes": 3, "reveal_labels": True}
+    options: dict[str, Any] = {"victims": 4, "images": 3, "lanes": 3, "reveal_labels": True}
     attack = kit.fit(GaussNewtonAttack(), kit.victims(**options))
     assert sum(score.success == 1 and score.label_accuracy == 1 for score in attack.scores.values()) >= 3
     alone = kit.fit(GaussNewtonAttack(), kit.victims(**(options | {"lanes": 1})))

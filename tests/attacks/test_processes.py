@@ -36,16 +36,19 @@ SCRIPT = textwrap.dedent(
     from leakage.attacks import IDLGAttack
     from leakage.callbacks import VictimTable
     from leakage.files.checkpoints import WholeCheckpointIO
+    from leakage.inversion.lanes import Lanes
     from leakage.inversion.strategy import VictimParallel
     output, processes, resume, dies = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] or None, int(sys.argv[4])
     cramped = int(sys.argv[5])
 
-    def evaluate(attack, original=IDLGAttack._evaluate):
-        if attack.global_rank == 1 and attack.iteration == cramped and len(attack._lanes["place"]) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return original(attack)
+    attack = IDLGAttack(tolerance=1e-6)
 
-    IDLGAttack._evaluate = evaluate
+    def evaluate(lanes, original=Lanes.evaluate):
+        if attack.global_rank == 1 and attack.iteration == cramped and len(lanes) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(lanes)
+
+    Lanes.evaluate = evaluate
 
     class Dies(Callback):
         def on_train_batch_end(self, trainer, attack, *args):
@@ -54,8 +57,8 @@ SCRIPT = textwrap.dedent(
 
     keep = ModelCheckpoint(output, filename="{step}", every_n_train_steps=20, save_top_k=-1)
     options = {"strategy": VictimParallel(timeout=timedelta(seconds=60)), "devices": processes} if processes > 1 else {}
-    attack = fit(
-        IDLGAttack(tolerance=1e-6), SmallVictims(victims=7, lanes=2), ckpt_path=resume, enable_checkpointing=True,
+    fit(
+        attack, SmallVictims(victims=7, lanes=2), ckpt_path=resume, enable_checkpointing=True,
         callbacks=[keep, VictimTable(output), Dies()], plugins=[WholeCheckpointIO()], **options,
     )
     if attack.trainer.is_global_zero:
@@ -140,7 +143,8 @@ def test_two_processes_find_what_one_finds(folders: dict[int, Path]) -> None:
     assert [path.name for path in first] == ["step=20.ckpt", "step=20.ckpt.1"]
     parts = [torch.load(path, weights_only=True)["leakage"] for path in first]
     places = [
-        {*part["finished_places"], *part["lanes"]["place"].tolist(), *part["asked"], *part["queue"]} for part in parts
+        {*part["places"], *part["lanes"]["kept"]["place"].tolist(), *part["queue"]["asked"], *part["queue"]["waiting"]}
+        for part in parts
     ]
     assert places == [{0, 2, 4, 6}, {1, 3, 5}]
 
@@ -156,7 +160,7 @@ def test_more_processes_than_victims_that_are_left(folders: dict[int, Path], tmp
     # The first process' newest part, and one of the second in which there is little left.
     def left(path: Path) -> int:
         parts = [torch.load(one, weights_only=True)["leakage"] for one in (newest, part_of(path, 1))]
-        return 7 - sum(len(part["finished_places"]) for part in parts)
+        return 7 - sum(len(part["places"]) for part in parts)
 
     newest = checkpoints(folders[2])[-1]
     last = tmp_path / "last.ckpt"
@@ -211,14 +215,13 @@ def a_part(deal: str, done: list[list[int]], scored: dict[int, bool], rows: int)
             "processes": 2,
             "deal": deal,
             "iteration": 41,
-            "queue": [9],
+            "queue": {"waiting": [9], "asked": [], "asked_at": -1},
             "finished": [found(places) for places in done],
-            "finished_places": [place for places in done for place in places],
+            "places": [place for places in done for place in places],
             "scores": {victim + 100: {"final": final} for victim, final in scored.items()},
-            "lanes": {"place": torch.zeros(rows)},
-            "shared": {},
+            "lanes": {"kept": {"place": torch.zeros(rows)}, "shared": {}},
         },
-        "state_dict": {"dummy_images": torch.zeros(rows, 1)},
+        "state_dict": {"unknowns.images": torch.zeros(rows, 1)},
         "optimizer_states": [{"state": {0: {"best_loss": torch.zeros(rows)}}, "name": deal}],
     }
 
@@ -252,8 +255,8 @@ def test_parts_of_a_run_that_is_over_count_once() -> None:
     """The first process has then the results of all."""
     parts = [a_part("a", [[0, 1, 2, 3, 4, 5, 6, 7]], {}, 0), a_part("a", [[1, 3, 5, 7]], {}, 0)]
     taken = [take(parts, rank, 2)["leakage"] for rank in range(2)]
-    assert [len(saved["finished_places"]) for saved in taken] == [8, 0]
-    assert all(not saved["queue"] for saved in taken)
+    assert [len(saved["places"]) for saved in taken] == [8, 0]
+    assert all(not saved["queue"]["waiting"] for saved in taken)
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
@@ -279,17 +282,17 @@ def test_a_new_deal_gives_what_is_done_to_the_first_and_each_of_the_others_to_on
     ]
     taken = [take(parts, rank, processes) for rank in range(processes)]
     first, *others = [checkpoint["leakage"] for checkpoint in taken]
-    assert first["finished_places"] == [2, 0, 6, 1]
+    assert first["places"] == [2, 0, 6, 1]
     joined = Reconstruction.cat([Reconstruction(**part) for part in first["finished"]])
     assert joined.ids.tolist() == [102, 100, 106, 101]
     assert joined.images[:, 0, 0, 0, 0].tolist() == [2, 0, 6, 1]
     assert sorted(first["scores"]) == [100, 101, 102, 106]
-    assert all(not saved["finished_places"] and not saved["finished"] and not saved["scores"] for saved in others)
-    queues = [checkpoint["leakage"]["queue"] for checkpoint in taken]
+    assert all(not saved["places"] and not saved["finished"] and not saved["scores"] for saved in others)
+    queues = [checkpoint["leakage"]["queue"]["waiting"] for checkpoint in taken]
     assert sorted(place for queue in queues for place in queue) == [3, 4, 5, 7]
     assert max(map(len, queues)) - min(map(len, queues)) <= 1
     for checkpoint in taken:
         saved = checkpoint["leakage"]
-        assert (saved["lanes"], saved["shared"], saved["asked"], saved["iteration"]) == ({}, None, [], 41)
-        assert len(checkpoint["state_dict"]["dummy_images"]) == 0
+        assert (saved["lanes"], saved["queue"]["asked"], saved["iteration"]) == ({"kept": {}, "shared": None}, [], 41)
+        assert len(checkpoint["state_dict"]["unknowns.images"]) == 0
         assert len(checkpoint["optimizer_states"][0]["state"][0]["best_loss"]) == 0
