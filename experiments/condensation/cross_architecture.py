@@ -123,7 +123,12 @@ def cross_architecture(
     channels, height, width = data.image_shape
     models = {name: NETWORKS[name](channels, (height, width), data.num_classes) for name in architectures}
     options = {"networks": networks, "epochs": epochs, "seed": seed}
-    tested_on = {"name": data.name, "test": digest(vars(data.test)), "mean": data.mean, "std": data.std}
+    tested_on = {
+        "name": data.name,
+        "test": digest({"images": data.test.images, "labels": data.test.labels}),
+        "mean": data.mean,
+        "std": data.std,
+    }
     configurations: dict[tuple[str, str], dict[str, Any]] = {}
     for architecture in architectures:
         for source, synthetic in sets.items():

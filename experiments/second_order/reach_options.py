@@ -11,8 +11,8 @@ from pathlib import Path
 from reach_victims import WRITTEN, Cell
 
 from leakage.attacks import GaussNewtonAttack, GradientInversion, IDLGAttack, RGAPAttack
-from leakage.attacks.gauss_newton import STARTS
 from leakage.datamodules import LABELLED_DATASETS
+from leakage.dummies.pixels import STARTS
 from leakage.errors import check_count, check_positive
 from leakage.models import NETWORKS
 from leakage.models.layers import ACTIVATIONS, NORMS

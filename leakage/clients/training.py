@@ -27,11 +27,11 @@ from torchvision.transforms import Normalize
 
 from leakage.clients.inspection import inspect_model
 from leakage.datamodules import LabelledImages, in_unit_range
-from leakage.datamodules.base import digest
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.files.checkpoints import WholeCheckpointIO
 from leakage.files.text import write_json
 from leakage.models import draw_state
+from leakage.pieces import digest
 from leakage.seeds import derive_seed
 
 _MOMENTUM, _WEIGHT_DECAY = 0.9, 5e-4

@@ -204,7 +204,7 @@ def evaluate_full(
 
 def _describe(data: LabelledImages, network: nn.Module, networks: int, options: TrainingOptions) -> dict[str, Any]:
     """All that decides the result, as plain numbers and words."""
-    from leakage.datamodules.base import digest
+    from leakage.pieces import digest
 
     # How it draws batches of classes plays no part.
     of_data = {name: value for name, value in data.configuration.items() if name not in ("batch_size", "seed")}

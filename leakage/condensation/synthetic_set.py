@@ -326,7 +326,7 @@ def random_images(data: LabelledImages, images_per_class: int, seed: int = 0) ->
 
     Example:
         >>> from leakage.datamodules import Sample
-        >>> random_images(Sample(), images_per_class=3).images_per_class.tolist()
+        >>> random_images(LabelledImages("sample"), images_per_class=3).images_per_class.tolist()
         [3, 3, 3, 3, 3, 3, 3, 3, 3, 3]
     """
     check_count(images_per_class=images_per_class)

@@ -1,12 +1,13 @@
 """Data as Lightning DataModules: victims of any data set, whole sets in memory, gradients that were shared."""
 
-from leakage.datamodules.base import GroundTruth, VictimDataModule, digest
+from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.datamodules.benchmarks import data_folder
 from leakage.datamodules.draws import draw_victims
 from leakage.datamodules.labelled import ClassBatch, LabelledImages
 from leakage.datamodules.shared import SharedGradients
 from leakage.datamodules.sources import DATASETS, LABELLED_DATASETS, LabelledTensors, Source, in_unit_range
 from leakage.datamodules.victims import Victims
+from leakage.pieces import digest
 
 __all__ = [
     "DATASETS",

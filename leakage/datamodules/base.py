@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,20 +44,6 @@ class GroundTruth:
             images=torch.cat([part.images for part in parts]),
             labels=torch.cat([part.labels for part in parts]),
         )
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A short hash of tensors, to recognise them.
-
-    Example:
-        >>> digest({"a": torch.zeros(2)}) == digest({"a": torch.zeros(2)}) != digest({"a": torch.ones(2)})
-        True
-    """
-    hashed = hashlib.sha256()
-    for name, tensor in tensors.items():
-        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        hashed.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return hashed.hexdigest()[:16]
 
 
 class ConfiguredDataModule(LightningDataModule, ABC):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from leakage.datamodules.base import ConfiguredDataModule, digest
+from leakage.datamodules.base import ConfiguredDataModule
 from leakage.datamodules.memory import in_memory
 from leakage.datamodules.sources import (
     LABELLED_DATASETS,
@@ -24,6 +24,7 @@ from leakage.datamodules.sources import (
     in_unit_range,
 )
 from leakage.errors import check_count
+from leakage.pieces import digest
 from leakage.seeds import derive_seed
 
 # Test images in one batch.

@@ -14,7 +14,8 @@ from torch import nn
 
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.datamodules.base import VictimDataModule, digest
+from leakage.datamodules.base import VictimDataModule
+from leakage.pieces import digest
 
 # A shared gradient, or a file of one, or a pattern of several files.
 AnyShared: TypeAlias = SharedGradient | str | os.PathLike[str]

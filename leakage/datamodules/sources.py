@@ -124,7 +124,7 @@ class Source:
         ):
             if value is not None and self.kind not in users:
                 mend = " Give it a transform." if self.kind == "own" and option != "root" else ""
-                raise ValueError(f"Expected no `{option}` with {self.name!r}, but got {value!r}.{mend}")
+                raise ValueError(f"Expected no `{option}` with {self.name!r}, but got {value}.{mend}")
         if channels not in (None, 1, 3):
             raise ValueError(f"Expected `channels` to be 1 or 3, but got {channels!r}.")
         if num_classes is not None:

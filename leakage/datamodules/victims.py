@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.datamodules.base import GroundTruth, VictimDataModule, digest
+from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.datamodules.draws import check_distribution, draw_victims
 from leakage.datamodules.sources import AnySource, OpenSource, Source
 from leakage.defenses.base import Defense, check_defenses
 from leakage.errors import check_choice, check_count, check_flag
 from leakage.models import LeNet
+from leakage.pieces import digest
 from leakage.seeds import derive_seed
 
 # Those entries of a protocol that say what the clients do, and not what of.

@@ -21,6 +21,7 @@ from leakage.callbacks.timed_checkpoint import TimedCheckpoint
 from leakage.datamodules import Victims
 from leakage.files.checkpoints import WholeCheckpointIO
 from leakage.inversion.reconstruction import Reconstruction
+from leakage.inversion.search import Search
 
 NEVER = 1e6
 # An iteration at which two victims are done and the third is searched for.
@@ -295,15 +296,15 @@ def test_a_logger_that_fails_loses_nothing(tmp_path: Path, whole: Path, method: 
 def test_an_error_within_a_step_leaves_the_checkpoint_before_it(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    retire = IDLGAttack._retire
+    retire = Search.retire
 
-    def fail(self: IDLGAttack) -> None:
+    def fail(self: Search, *arguments: Any, **options: Any) -> None:
         if self.iteration == AT:
             raise RuntimeError("in the middle")
-        retire(self)
+        retire(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(IDLGAttack, "_retire", fail)
+        patch.setattr(Search, "retire", fail)
         with pytest.raises(RuntimeError, match="in the middle"):
             fit(tmp_path, seconds=1e-9)
     assert iteration(tmp_path) == AT - 1

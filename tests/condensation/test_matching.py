@@ -106,7 +106,7 @@ def plain_match(
         leaf = images[label].clone().requires_grad_()
         gradients = plain_gradients(network, transform(leaf), label, list(targets), create_graph=True)
         wanted = {name: target[label] for name, target in targets.items()}
-        distances.append(DISTANCES[distance](gradients, wanted))
+        distances.append(DISTANCES[distance]()(gradients, wanted))
         derivatives.append(torch.autograd.grad(distances[-1], leaf)[0])
     return torch.stack(distances).detach(), torch.stack(derivatives)
 

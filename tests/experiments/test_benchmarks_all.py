@@ -118,7 +118,7 @@ def test_every_benchmark_takes_its_options(
             script = load(f"benchmarks/{job.script}")
             monkeypatch.setattr(script, "_measure", lambda *_, name=job.name: measured.append(name))
             script.main(["--output", str(tmp_path / f"{job.name}.json"), *job.options])
-    there = {path.stem for path in (EXPERIMENTS / "benchmarks").glob("*.py")} - {"all", "setting"}
+    there = {path.stem for path in (EXPERIMENTS / "benchmarks").glob("*.py")} - {"all", "setting", "benchmark_plots"}
     assert {job.script for job in everything.jobs(10, torch.device("cuda"))} == {f"{name}.py" for name in there}
     assert len(measured) >= 2 * len(there)
 

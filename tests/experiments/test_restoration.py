@@ -477,7 +477,7 @@ TRAINED = ["--epochs", "1", "--train-images", "300"]
         ([*TRAINED, "--learning-rate", "0"], "Expected `learning_rate` to be positive and finite, but got 0.0"),
         (["--distribution", "normal"], "Expected `distribution` to be one of"),
         (["--distribution", "dirichlet:x"], "Expected `distribution` as 'dirichlet:A'"),
-        (["--distribution", "single-class", "--batch-sizes", "81"], "Expected `num_images` to be at most 80"),
+        (["--distribution", "single-class", "--batch-sizes", "81"], "at most 80 images for each victim"),
         (["--classes", "1"], "Expected `classes` to be a whole number of at least 2, but got 1"),
         (["--classes", "20", *TRAINED], "Expected `--classes` with `--epochs 0`, as random labels can't be learnt"),
         (["--seen"], "Expected `--epochs` above 0 with `--seen`, but got [0]"),
