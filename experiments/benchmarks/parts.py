@@ -48,6 +48,8 @@ from leakage.attacks import DLGAttack, GradientInversion, IDLGAttack
 from leakage.cli import quiet
 from leakage.datamodules import DATASETS, Victims
 from leakage.errors import check_count
+from leakage.inversion.lanes import Lanes
+from leakage.inversion.search import Search
 from leakage.solvers import lbfgs
 
 METHODS = {"idlg": IDLGAttack, "dlg": DLGAttack}
@@ -114,11 +116,10 @@ def run_once(method: str, victims: Victims, given: argparse.Namespace, parts: Pa
                 stack.enter_context(mock.patch.object(owner, name, parts.time(part, getattr(owner, name))))
 
         if parts is not None:
-            # `mock.patch.object` on the objects of this run: nothing of it is left on the classes.
             wrap(victims, "capturing", "share")
-            wrap(attack, "lanes found", "_find_lanes")
-            wrap(attack, "objective", "_evaluate")
-            wrap(attack, "admission and leaving", "_admit", "_retire")
+            wrap(Search, "lanes found", "begin")
+            wrap(Lanes, "objective", "evaluate")
+            wrap(Search, "admission and leaving", "admit", "retire")
             wrap(attack, "scoring", "on_validation_epoch_end", "validation_step", "on_train_end")
             wrap(lbfgs, "L-BFGS directions", "push_and_direct")
             configure = attack.configure_optimizers
@@ -130,13 +131,13 @@ def run_once(method: str, victims: Victims, given: argparse.Namespace, parts: Pa
 
             stack.enter_context(mock.patch.object(attack, "configure_optimizers", configured))
             fit = parts.time(OTHER, fit)
-        evaluate = attack._evaluate
+        evaluate = Lanes.evaluate
 
-        def counted() -> Tensor:
-            lanes.append(len(attack.dummy_images))
-            return evaluate()
+        def counted(searched: Lanes) -> Tensor:
+            lanes.append(len(searched))
+            return evaluate(searched)
 
-        stack.enter_context(mock.patch.object(attack, "_evaluate", counted))
+        stack.enter_context(mock.patch.object(Lanes, "evaluate", counted))
         began = time.perf_counter()
         fit(attack, datamodule=victims)
         if given.device.type == "cuda":
@@ -219,17 +220,17 @@ def count_operations(victims: Victims, given: argparse.Namespace) -> dict[str, i
         torch.autograd.grad(distance.sum(), image)
     attack = IDLGAttack(seed=given.seed)
     counts: list[int] = []
-    objective = attack._objective
+    evaluate = Lanes.evaluate
 
-    def counted(*args: Any) -> Any:
+    def counted(lanes: Lanes) -> Any:
         with FlopCounterMode(display=False) as counter:
-            result = objective(*args)
+            result = evaluate(lanes)
         counts.append(counter.get_total_flops())
         attack.trainer.should_stop = True
         return result
 
     # One lane, as torch's counts of grouped convolutions, which serve many victims, are too high.
-    with mock.patch.object(attack, "_objective", counted), mock.patch.object(victims, "lanes", 1):
+    with mock.patch.object(Lanes, "evaluate", counted), mock.patch.object(victims, "lanes", 1):
         make_trainer(torch.device("cpu"), limit_val_batches=0).fit(attack, datamodule=victims)
     return {"plain autograd": plain.get_total_flops(), "library": counts[-1]}
 

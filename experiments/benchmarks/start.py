@@ -4,7 +4,7 @@
 
 Every figure is of a new process, from just before it is started to a moment that it tells: the end of importing torch,
 `leakage` or the command line, or, for the demo, the end of the first evaluation of its first attack, after which the
-process ends itself. That moment is had by wrapping `GradientInversion._evaluate` in that process; nothing else is
+process ends itself. That moment is had by wrapping `Lanes.evaluate` in that process; nothing else is
 changed. All take turns; the medians count. The first turn is told apart, as the files may not be in memory then.
 """
 
@@ -32,13 +32,13 @@ DEMO = f"""
 import os, sys
 from leakage.cli.main import load, main
 load("demo")
-from leakage.attacks import GradientInversion
-evaluate = GradientInversion._evaluate
-def first(attack):
-    evaluate(attack)
+from leakage.inversion.lanes import Lanes
+evaluate = Lanes.evaluate
+def first(lanes):
+    evaluate(lanes)
     {TELL}
     os._exit(0)
-GradientInversion._evaluate = first
+Lanes.evaluate = first
 main(["demo", "--output", sys.argv[1], "--victims", sys.argv[2]])
 """
 FIRST = "leakage demo, first evaluation"

@@ -23,10 +23,11 @@ import gc
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from benchmark_plots import plot_over_lanes
@@ -42,10 +43,12 @@ from setting import (  # beside this script
     threads,
     write_result,
 )
+from torch import Tensor
 
 from leakage.attacks import IDLGAttack
 from leakage.cli import quiet
 from leakage.errors import check_choice, check_count, check_positive
+from leakage.inversion.lanes import Lanes
 from leakage.inversion.memory import free_memory, is_out_of_memory, peak_memory
 from leakage.models import NETWORKS
 
@@ -152,20 +155,19 @@ def attack(cell: Cell, lanes: int, evaluations: int, device: torch.device, seed:
     clock = Clock(device)
     steps = Steps(clock)
     objectives: list[tuple[Any, Any]] = []
-    objective: Callable[..., Any] = module._objective
+    evaluate = Lanes.evaluate
 
-    def timed(*args: Any, **kwargs: Any) -> Any:
+    def timed(searched: Lanes) -> Tensor:
         begin = clock.now()
-        result = objective(*args, **kwargs)
+        result = evaluate(searched)
         objectives.append((begin, clock.now()))
         return result
 
-    module._objective = timed  # type: ignore[method-assign]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), mock.patch.object(Lanes, "evaluate", timed):
         # "the attack goes on with fewer lanes": it is looked at below
         warnings.filterwarnings("ignore", message=".*lanes are more than the memory holds")
         make_trainer(device, steps, limit_val_batches=0).fit(module, datamodule=victims)
-    if module._most_lanes < lanes:
+    if module.most_lanes < lanes:
         raise UnmeasuredError("memory", f"allocation failed with {lanes} lanes")
     seconds = [
         clock.seconds(begin, end) for begin, end in zip(steps.moments[:-1], steps.moments[1:], strict=True)

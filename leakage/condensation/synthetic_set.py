@@ -325,7 +325,7 @@ def random_images(data: LabelledImages, images_per_class: int, seed: int = 0) ->
         ValueError: more images than a class has.
 
     Example:
-        >>> from leakage.datamodules import Sample
+        >>> from leakage.datamodules import LabelledImages
         >>> random_images(LabelledImages("sample"), images_per_class=3).images_per_class.tolist()
         [3, 3, 3, 3, 3, 3, 3, 3, 3, 3]
     """

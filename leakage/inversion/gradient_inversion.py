@@ -163,6 +163,11 @@ class GradientInversion(LightningModule):
         return self._search.lanes
 
     @property
+    def most_lanes(self) -> int:
+        """How many victims may be in the lanes; fewer after an evaluation found no memory."""
+        return self._search.most_lanes
+
+    @property
     def scores(self) -> dict[int, VictimScore]:
         """By victim id, how near the truth its reconstruction is; filled in validation, read by nothing in training."""
         return self._auditor.scores
