@@ -28,21 +28,19 @@ GIVEN = {
 }
 # What makes the code cheap, or spares it a download: everywhere in a document, and why.
 CHEAPER = [
-    ("README.md", "MNISTVictims(victims=1000", "SampleVictims(victims=2", "images that come with the package"),
-    ("README.md", "import MNISTVictims", "import SampleVictims", "the same"),
-    ("README.md", "CIFAR10Victims(victims=8", 'ImageFolderVictims("photos", victims=2', "photographs made here"),
-    ("README.md", "import CIFAR10Victims", "import ImageFolderVictims", "the same"),
+    ("README.md", 'Victims("mnist", victims=1000', 'Victims("sample", victims=2', "images that come with the package"),
+    ("README.md", 'Victims("mnist", victims=100', 'Victims("sample", victims=2', "the same"),
+    ("README.md", 'Victims("cifar10", victims=8', 'Victims("photos", victims=2', "photographs made here"),
     ("README.md", "max_evaluations=300", "max_evaluations=3", "the images do not come out anyway"),
+    ("README.md", "steps=800", "steps=8", "a search that takes a moment"),
     ("README.md", "torch.rand(100, 24,", "torch.rand(10, 24,", "fewer victims"),
     ("README.md", "torch.randint(10, (100, 24))", "torch.randint(10, (10, 24))", "fewer victims"),
-    ("README.md", "import FashionMNIST\n", "import Sample\n", "images that come with the package"),
-    ("README.md", "FashionMNIST()", "Sample(batch_size=16)", "the same, in small batches"),
+    ("README.md", '"fashion_mnist"', '"sample", batch_size=16', "images of the package, in small batches"),
     ("README.md", 'protocol="fast"', 'protocol="fast", iterations=1', "one network"),
     ("README.md", "networks=3", "networks=1, epochs=1", "a test that takes a moment"),
     ("docs/labels.md", "torch.rand(100, 24,", "torch.rand(10, 24,", "fewer victims"),
     ("docs/labels.md", "torch.randint(10, (100, 24))", "torch.randint(10, (10, 24))", "fewer victims"),
-    ("docs/second_order.md", "MNISTVictims(victims=500", "SampleVictims(victims=2", "images of the package"),
-    ("docs/second_order.md", "import MNISTVictims", "import SampleVictims", "the same"),
+    ("docs/second_order.md", 'Victims("mnist", victims=500', 'Victims("sample", victims=2', "images of the package"),
 ]
 # What the code of a document has made in the end, as expressions in its names.
 MADE = {
