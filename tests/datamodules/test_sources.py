@@ -183,12 +183,12 @@ def test_images_of_several_sizes():
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
-        ("sample", {"root": "."}, r"^Expected no `root` with 'sample', but got '\.'\.$"),
+        ("sample", {"root": "."}, r"^Expected no `root` with 'sample', but got \.\.$"),
         ("sample", {"image_size": 9}, r"^Expected no `image_size` with 'sample', but got 9\.$"),
         ("mnist", {"image_size": 9}, r"^Expected no `image_size` with 'mnist', but got 9\.$"),
         ("cifar10", {"channels": 1}, r"^Expected no `channels` with 'cifar10', but got 1\.$"),
         ("svhn", {"num_classes": 10}, r"^Expected no `num_classes` with 'svhn', but got 10\.$"),
-        (Own([]), {"root": "."}, r"^Expected no `root` with 'Own', but got '\.'\.$"),
+        (Own([]), {"root": "."}, r"^Expected no `root` with 'Own', but got \.\.$"),
         (Own([]), {"image_size": 9}, r"^Expected no `image_size` with 'Own', but got 9\. Give it a transform\.$"),
         (Own([]), {"num_classes": 1}, "^Expected `num_classes` to be a whole number of at least 2, but got 1"),
         (Stream(), {}, "^Expected `dataset` to be one of .*, or a Dataset with `__len__` and .*, but got Stream"),

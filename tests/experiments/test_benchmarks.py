@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from leakage.attacks import GradientInversion, IDLGAttack
+from leakage.attacks import IDLGAttack
+from leakage.inversion.lanes import Lanes
 from leakage.datamodules import Victims
 from leakage.solvers import lbfgs
 
@@ -130,14 +131,14 @@ def test_what_the_limits_leave_out_is_told(
 
 
 def test_an_allocation_that_fails_is_no_measurement(throughput: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    objective = GradientInversion._objective
+    evaluate = Lanes.evaluate
 
-    def little_memory(self: Any, shared: Any, *rest: Any) -> Any:
-        if len(shared) > 1:
+    def little_memory(lanes: Lanes) -> Any:
+        if len(lanes) > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return objective(self, shared, *rest)
+        return evaluate(lanes)
 
-    monkeypatch.setattr(GradientInversion, "_objective", little_memory)
+    monkeypatch.setattr(Lanes, "evaluate", little_memory)
     cell = throughput.Cell.parse("lenet/own/28/1")
     with pytest.raises(throughput.UnmeasuredError, match="allocation failed with 2 lanes"):
         throughput.attack(cell, 2, 4, torch.device("cpu"), 0)
@@ -170,11 +171,11 @@ def test_the_line_is_that_of_least_squares(throughput: ModuleType) -> None:
 def test_parts_of_a_run(parts: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "SECONDS", 0.0)
     monkeypatch.setattr(parts, "SIZES", ((1, 16), (4, 8)))
-    direct, step = lbfgs.push_and_direct, lbfgs.LBFGS.step
+    direct, evaluate = lbfgs.push_and_direct, Lanes.evaluate
     output = tmp_path / "parts.json"
     sizes = ["--victims", "4", "--lanes", "3", "--repeats", "1", "--methods", "idlg"]
     parts.main([*CPU, "--output", str(output), *sizes])
-    assert (lbfgs.push_and_direct, lbfgs.LBFGS.step) == (direct, step), "nothing is left behind"
+    assert (lbfgs.push_and_direct, Lanes.evaluate) == (direct, evaluate), "nothing is left behind"
     result = read(output)
     found = result["methods"]["idlg"]
     assert sum(found["share"].values()) == pytest.approx(1)
@@ -291,8 +292,8 @@ def test_the_first_evaluation_of_the_demo_ends_it(
     def end(code: int) -> None:
         raise EndError(code)
 
-    evaluate, calls = GradientInversion._evaluate, []
-    monkeypatch.setattr(GradientInversion, "_evaluate", lambda self: (calls.append(self), evaluate(self))[1])
+    evaluate, calls = Lanes.evaluate, []
+    monkeypatch.setattr(Lanes, "evaluate", lambda lanes: (calls.append(lanes), evaluate(lanes))[1])
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path), "2"])
     with pytest.raises(EndError):
