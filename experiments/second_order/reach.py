@@ -37,8 +37,8 @@ from reach_results import ReachRow, draw_pictures, format_table, make_row
 from reach_victims import Cell, make_network, make_victims
 from why import FOUND, Diagnosis, diagnose, summarise
 
-from leakage.closed_form import check_layers
 from leakage.cli import quiet
+from leakage.closed_form import check_layers
 from leakage.comparison.attacks import Row as ComparedRow
 from leakage.comparison.attacks import check_output, compare, holds_results, read_record
 from leakage.datamodules import GroundTruth, LabelledImages, VictimDataModule

@@ -210,12 +210,18 @@ class LabelledImages(ConfiguredDataModule):
         if train.named and test.named and train.class_names != test.class_names:
             mine, others = set(train.class_names), set(test.class_names)
             raise ValueError(
-                f"Expected test images of the classes of {self.name!r}, but got {sorted(others - mine)} besides, and "
+                f"Expected test images of the classes of '{self._where}', but got {sorted(others - mine)} besides, and "
                 f"none of {sorted(mine - others)}."
             )
         # Labels alone need not show the last classes.
         class_names = max((train, test), key=lambda part: part.num_classes).class_names
         return in_memory(train, self.num_workers), in_memory(test, self.num_workers), class_names
+
+    @property
+    def _where(self) -> str:
+        """The data set as errors tell it: a folder with its path."""
+        first = self.sources[0]
+        return str(first.folder) if first.kind == "folder" else self.name
 
     def _hold_out(self, images: OpenSource) -> Tensor:
         """``(M,)``, whether an image is held out."""
@@ -227,7 +233,7 @@ class LabelledImages(ConfiguredDataModule):
             members = (labels == label).nonzero().flatten()
             if len(members) < 2:
                 raise ValueError(
-                    f"Expected at least two images of class {name!r} in {self.name!r}, to hold one out as test "
+                    f"Expected at least two images of class {name!r} in '{self._where}', to hold one out as test "
                     f"image, but got {len(members)}. Add some, or give training and test images as a pair."
                 )
             generator = torch.Generator().manual_seed(derive_seed(0, label, "held-out images"))

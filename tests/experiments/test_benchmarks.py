@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from leakage.attacks import IDLGAttack
-from leakage.inversion.lanes import Lanes
 from leakage.datamodules import Victims
+from leakage.inversion.lanes import Lanes
 from leakage.solvers import lbfgs
 
 from .conftest import EXPERIMENTS, load

@@ -51,7 +51,7 @@ def test_an_attempt_fails_where_it_should(fuzz: SimpleNamespace, monkeypatch: py
     )
     monkeypatch.setattr(fuzz.common, "MEMORY", 2**25)
     with pytest.raises(fuzz.common.BrokenError, match="Expected less than 32 MiB more, but got"):
-        fuzz.common.attempt(lambda: len(b"1" * 2**26))
+        fuzz.common.attempt(lambda: len(b"1" * 2**30))
 
 
 def test_an_attempt_ends_in_time(fuzz: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
