@@ -1,0 +1,428 @@
+"""Attacks made of pieces: each with a result that an attack that does nothing fails."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+import leakage.attacks
+from leakage.attacks import GradientInversion, IDLGAttack, InvertingGradientsAttack
+from leakage.clients.victim import Victim
+from leakage.datamodules import SharedGradients
+from leakage.defenses import GaussianNoise
+from leakage.dummies import Images, InferredLabels, JointLabels, LatentCode, Pixels, RevealedLabels
+from leakage.models import LeNet
+from leakage.objectives import (
+    L2,
+    BatchNormStatistics,
+    CosineDistance,
+    Distance,
+    Prior,
+    SquaredDistance,
+    TotalVariation,
+)
+from leakage.solvers import LBFGS, STATUS, Adam, GaussNewton, SignedAdam, Solver, settle
+
+EXHAUSTED = STATUS.index("exhausted")
+
+
+def small_network() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return LeNet(1, 12)
+
+
+def mean_error(attack: GradientInversion) -> float:
+    return sum(score.mse for score in attack.scores.values()) / len(attack.scores)
+
+
+# A prior, a distance, a solver and a way to write images of one's own: an object with a method or two each.
+
+
+class Smooth(Prior):
+    def __init__(self, power: float = 2.0) -> None:
+        self.power = power
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images[..., 1:] - images[..., :-1]).abs().pow(self.power).mean()
+
+
+class Manhattan(Distance):
+    def __call__(self, gradients: Any, shared: Any) -> Tensor:
+        return torch.stack([(gradients[name] - shared[name]).abs().sum() for name in shared]).sum()
+
+
+class Momentum(Solver):
+    def __init__(self, lr: float, steps: int) -> None:
+        self.lr, self.steps = lr, steps
+
+    def fresh(self, like: Tensor) -> dict[str, Tensor]:
+        return {"velocity": torch.zeros_like(like)}
+
+    def move(self, lanes: Any, at: Any) -> Tensor:
+        lanes["iterations"] += 1
+        settle(lanes, lanes["evaluations"] >= self.steps, EXHAUSTED)
+        lanes["velocity"] = 0.9 * lanes["velocity"] + at.gradient / at.gradient.norm(dim=1, keepdim=True)
+        return at.point - self.lr * lanes["velocity"]
+
+
+class Halves(Images):
+    """Images whose two halves are the same."""
+
+    def shape(self, protocol: Any) -> tuple[int, ...]:
+        channels, height, width = protocol.image_shape
+        return (protocol.num_images, channels, height, width // 2)
+
+    def write(self, unknown: Any, kept: Any) -> Tensor:
+        return torch.cat([unknown, unknown], dim=-1)
+
+
+def test_a_prior_of_ones_own_has_ten_lines_at_most() -> None:
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}  # type: ignore[operator]
+    assert {name: lengths[name] <= most for name, most in (("Smooth", 10), ("Manhattan", 10), ("Momentum", 20))} == {
+        "Smooth": True,
+        "Manhattan": True,
+        "Momentum": True,
+    }
+
+
+def test_a_prior_of_ones_own_makes_images_smooth(kit: Any) -> None:
+    def roughness(objective: Any) -> float:
+        solver = LBFGS(max_evaluations=60)
+        attack = kit.fit(GradientInversion(objective=objective, solver=solver), kit.victims(victims=4))
+        return float(attack.finished.images.diff(dim=-1).square().mean())
+
+    assert roughness(SquaredDistance() + 10.0 * Smooth()) < 0.2 * roughness(SquaredDistance())
+
+
+def test_a_distance_a_solver_and_images_of_ones_own(kit: Any) -> None:
+    solver = Momentum(lr=0.02, steps=150)
+    start = kit.fit(GradientInversion(objective=Manhattan(), solver=Momentum(0.02, 1)), kit.victims(victims=3))
+    found = kit.fit(GradientInversion(objective=Manhattan(), solver=solver), kit.victims(victims=3))
+    assert found.finished.evaluations.tolist() == [150] * 3
+    assert bool((found.finished.loss < 0.3 * start.finished.loss).all())
+    halves = kit.fit(GradientInversion(images=Halves(), solver=LBFGS(max_evaluations=5)), kit.victims(victims=2))
+    assert torch.equal(halves.finished.images[..., :6], halves.finished.images[..., 6:])
+    assert halves.finished.images.abs().max() > 0.01, "they have been moved"
+
+
+def test_inverting_gradients_finds_images_in_their_box(kit: Any) -> None:
+    nothing = kit.fit(InvertingGradientsAttack(steps=1), kit.victims(victims=4))
+    attack = kit.fit(InvertingGradientsAttack(steps=400), kit.victims(victims=4))
+    assert mean_error(attack) < 0.1 * mean_error(nothing)
+    images = attack.finished.images
+    assert 0 <= images.min() < images.max() <= 1
+    assert all(score.label_accuracy == 1 for score in attack.scores.values())
+    assert {STATUS[status] for status in attack.finished.status.tolist()} == {"exhausted"}
+
+
+def test_presets_are_one_short_file_each_and_have_no_loop() -> None:
+    folder = Path(leakage.attacks.__file__).parent
+    for name in ("dlg", "idlg", "rgap", "gauss_newton", "inverting_gradients"):
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        assert not any(isinstance(node, ast.For | ast.While) for node in ast.walk(tree)), name
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        words = [ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented)]
+        code = len(text.splitlines()) - sum(len(doc.splitlines()) for doc in words if doc)
+        assert code < (100 if name == "gauss_newton" else 60), (name, code)
+
+
+@pytest.mark.parametrize("solver", [LBFGS(max_evaluations=300), Adam(lr=0.05, steps=300)], ids=["LBFGS", "Adam"])
+def test_a_box_is_kept_and_does_not_keep_images_from_being_found(kit: Any, solver: Any) -> None:
+    found = {}
+    for box in (None, (0.0, 1.0)):
+        attack = GradientInversion(images=Pixels(box=box), solver=solver)
+        found[box] = kit.fit(attack, kit.victims(victims=4))
+    inside = found[(0.0, 1.0)].finished.images
+    assert 0 <= inside.min() < inside.max() <= 1
+    assert bool((found[None].finished.images.min() < 0) | (found[None].finished.images.max() > 1)), "it takes a box"
+    assert mean_error(found[(0.0, 1.0)]) < 5e-3
+
+
+def generator_of(images: Tensor, size: int) -> nn.Module:
+    """A linear generator of the images' principal components."""
+    flat = images.flatten(1)
+    mean = flat.mean(0)
+    _, _, components = torch.linalg.svd(flat - mean, full_matrices=False)
+    linear = nn.Linear(size, flat.shape[1])
+    with torch.no_grad():
+        linear.weight.copy_(components[:size].T)
+        linear.bias.copy_(mean)
+    return nn.Sequential(linear, nn.Unflatten(1, images.shape[1:]))
+
+
+def test_a_latent_code_finds_images_that_the_generator_knows(kit: Any) -> None:
+    images = torch.stack([kit.images()[index][0] for index in range(0, 1000, 5)])
+    generator = generator_of(images, 60)
+    before = copy.deepcopy(generator.state_dict())
+
+    def run(evaluations: int) -> GradientInversion:
+        written = LatentCode(generator, [60], std=0.1)
+        solver = LBFGS(max_evaluations=evaluations, tolerance=1e-10)
+        found: GradientInversion = kit.fit(GradientInversion(images=written, solver=solver), kit.victims(victims=4))
+        return found
+
+    attack = run(400)
+    assert mean_error(attack) < 0.2 * mean_error(run(1))
+    # Nothing but what it can make.
+    flat = attack.finished.images.flatten(1) - generator[0].bias
+    weight = generator[0].weight
+    torch.testing.assert_close(flat @ weight @ weight.T, flat, atol=1e-4, rtol=1e-4)
+    for name, tensor in generator.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert attack.state_dict().keys() == {"unknowns.images"}, "no weights of the generator in checkpoints"
+
+
+def batch_norm_network() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 144, 10)
+        )
+        model.train()
+        return model
+
+
+def test_batch_norm_statistics_come_nearer_to_those_of_the_training_set(kit: Any) -> None:
+    model = batch_norm_network()
+    images = torch.stack([kit.images()[index][0] for index in range(0, 1000, 3)])
+    for _ in range(30):
+        model(images)
+    model.eval()
+
+    def statistics(weight: float) -> float:
+        objective = SquaredDistance() + weight * BatchNormStatistics() if weight else SquaredDistance()
+        attack = GradientInversion(objective=objective, solver=LBFGS(max_evaluations=25))
+        found = kit.fit(attack, kit.victims(victims=4, model=model)).finished.images
+        with torch.no_grad():
+            maps = model[0](found[:, 0])
+        return float((maps.mean((2, 3)) - model[1].running_mean).square().sum(1).mean())
+
+    assert statistics(1.0) < 0.3 * statistics(0.0)
+
+
+def test_an_attack_from_memory_finds_what_one_on_images_finds(kit: Any) -> None:
+    victims = kit.victims(victims=4, model=small_network())
+    victims.setup("fit")
+    shared = victims.share(range(4))
+    attack = kit.fit(IDLGAttack(), SharedGradients(shared, victims.victim))
+    assert attack.scores == {}, "no ground truth"
+    images = torch.stack([truth.images[0] for truth in victims.val_dataloader() for truth in [truth]][:1])
+    truth = next(iter(victims.val_dataloader()))
+    assert images.shape[0] == 1
+    assert bool(((attack.finished.images - truth.images).square().flatten(1).mean(1) < 1e-3).all())
+    assert torch.equal(attack.finished.labels, truth.labels)
+
+
+def test_noise_on_the_gradient_shows_in_the_images(kit: Any) -> None:
+    def run(*defenses: Any) -> GradientInversion:
+        victims = kit.victims(victims=4, model=small_network(), defenses=defenses)
+        found: GradientInversion = kit.fit(IDLGAttack(restarts=0, max_evaluations=300), victims)
+        return found
+
+    assert mean_error(run(GaussianNoise(0.5, relative=True))) > 10 * mean_error(run())
+
+
+@pytest.mark.parametrize("labels", [RevealedLabels(), InferredLabels(), JointLabels()], ids=repr)
+@pytest.mark.parametrize("solver", [LBFGS(), GaussNewton(max_step=1.0)], ids=["LBFGS", "GaussNewton"])
+def test_labels_and_solvers_go_together(kit: Any, labels: Any, solver: Any) -> None:
+    attack = GradientInversion(labels=labels, solver=solver, restarts=2, restart_above=1e-6)
+    kit.assert_successful(kit.fit(attack, kit.victims(victims=3, reveal_labels=True)), 3)
+
+
+def test_restarts_of_searches_without_an_end_keep_the_best(kit: Any) -> None:
+    runs = [
+        kit.fit(InvertingGradientsAttack(steps=20, restarts=restarts), kit.victims(victims=3)).finished
+        for restarts in (0, 2)
+    ]
+    assert runs[1].restarts.tolist() == [2] * 3
+    assert runs[1].evaluations.tolist() == [60] * 3
+    assert bool((runs[1].loss <= runs[0].loss).all())
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda: InvertingGradientsAttack(steps=30, restarts=1),
+        lambda: GradientInversion(
+            objective=SquaredDistance() + 1e-3 * TotalVariation() + 1e-3 * L2(), labels=JointLabels(), solver=LBFGS(max_evaluations=30)
+        ),
+        lambda: GradientInversion(objective=Manhattan() + 0.1 * Smooth(1.5), solver=Momentum(0.05, 40)),
+        lambda: GradientInversion(
+            images=LatentCode(nn.Sequential(nn.Linear(5, 144), nn.Unflatten(1, (1, 12, 12))), [5]), solver=SignedAdam(steps=30)
+        ),
+    ],
+    ids=["InvertingGradients", "sum", "own", "latent"],
+)
+def test_a_run_of_pieces_goes_on_bit_for_bit(kit: Any, attack: Any, tmp_path: Path) -> None:
+    def seeded() -> GradientInversion:
+        torch.manual_seed(5)
+        made: GradientInversion = attack()
+        return made
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=12, save_top_k=-1)
+    whole = kit.fit(seeded(), kit.victims(victims=5, lanes=3), callbacks=[saver], enable_checkpointing=True)
+    assert json.loads(json.dumps(dict(whole.hparams))) == dict(whole.hparams)
+    resumed = kit.fit(seeded(), kit.victims(victims=5, lanes=3), ckpt_path=str(tmp_path / "step=24.ckpt"))
+    kit.assert_same(whole, resumed)
+    torch.load(tmp_path / "step=24.ckpt", weights_only=True)
+
+
+def test_a_checkpoint_of_other_pieces_is_refused(kit: Any, tmp_path: Path) -> None:
+    def run(weight: float, checkpoint: str | None = None) -> Any:
+        attack = GradientInversion(objective=CosineDistance() + weight * TotalVariation(), solver=SignedAdam(steps=20))
+        saver = ModelCheckpoint(tmp_path, filename="early", every_n_train_steps=5)
+        return kit.fit(
+            attack, kit.victims(victims=2), ckpt_path=checkpoint, callbacks=[saver], enable_checkpointing=True
+        )
+
+    run(0.1)
+    with pytest.raises(ValueError, match=r"the configuration of the checkpoint.* objective=.*0\.1 \* Total.*0\.2 \* Tot"):
+        run(0.2, str(tmp_path / "early.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "squared"}, "Expected `objective` to be a leakage.objectives.Term, but got 'squared'"),
+        ({"images": JointLabels()}, "Expected `images` to be a leakage.dummies.Images, but got JointLabels"),
+        ({"solver": torch.optim.Adam}, "Expected `solver` to be a leakage.solvers.Solver, but got"),
+        ({"restart_above": -1.0}, "Expected `restart_above` to be at least 0, but got -1.0"),
+    ],
+)
+def test_names_a_piece_of_another_kind(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GradientInversion(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": CosineDistance() + TotalVariation(), "solver": GaussNewton()}, "an objective that is a sum of squ"),
+        ({"labels": RevealedLabels()}, r"reveal their labels \(reveal_labels=True\) for RevealedLabels"),
+        ({"objective": SquaredDistance() + BatchNormStatistics()}, "a network with BatchNorm in evaluation mode"),
+        ({"images": LatentCode(nn.Linear(3, 4), [3])}, r"make the victims' images \(1, 1, 12, 12\), but got \(1, 4\)"),
+        ({"images": LatentCode(nn.Linear(9, 4), [3])}, r"take codes of shape \(1, 3\)"),
+        ({"images": Pixels(start="rgap"), "labels": JointLabels()}, "start='auto' or 'noise' with labels that are searched"),
+    ],
+)
+def test_names_pieces_that_do_not_fit_the_victims(kit: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kit.fit(GradientInversion(**options), kit.victims(victims=2))
+
+
+def test_second_order_takes_priors_that_are_sums_of_squares(kit: Any) -> None:
+    objective = SquaredDistance() + 1e-9 * L2() + 1e-9 * TotalVariation("squared")
+    solver = GaussNewton(max_step=1.0, tolerance=1e-8)
+    attack = GradientInversion(objective=objective, images=Pixels(start="noise"), solver=solver)
+    kit.assert_successful(kit.fit(attack, kit.victims(victims=3)), 3)
+
+
+# A gradient that says nothing.
+
+
+class Faint(LeNet):
+    """A network that is nearly certain: its gradients are tiny."""
+
+
+def faint(kit: Any, factor: float, **options: Any) -> Any:
+    victims = kit.victims(victims=3, model=small_network(), **options)
+    victims.setup("fit")
+    shared = victims.share(range(3))
+    for tensor in shared.gradients.values():
+        tensor[1] *= factor
+    return SharedGradients(shared, Victim(small_network(), image_shape=(1, 12, 12)))
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-26])
+def test_a_gradient_that_says_nothing_does_not_pass_for_converged(kit: Any, factor: float) -> None:
+    attack = kit.fit(IDLGAttack(), faint(kit, factor))
+    found = kit.by_id(attack)
+    assert [STATUS[status] for status in found.status.tolist()] == ["converged", "uninformative", "converged"]
+    assert found.evaluations[1] == found.restarts[1] == 0
+    assert found.loss[1] == torch.inf
+    assert bool((found.loss[[0, 2]] < 1e-7).all())
+
+
+def test_all_victims_may_be_uninformative(kit: Any) -> None:
+    victims = kit.victims(victims=5, lanes=2, model=small_network())
+    victims.setup("fit")
+    shared = victims.share(range(5))
+    for tensor in shared.gradients.values():
+        tensor.zero_()
+    attack = kit.fit(IDLGAttack(), SharedGradients(shared, victims.victim, lanes=2))
+    assert {STATUS[status] for status in kit.by_id(attack).status.tolist()} == {"uninformative"}
+
+
+@pytest.mark.parametrize("factor", [2.0**-40, 2.0**-50, 2.0**30])
+def test_the_size_of_a_gradient_does_not_matter(kit: Any, factor: float) -> None:
+    """Of a network whose last layer is tiny or huge; powers of two, so that all digits stay."""
+    found = []
+    for size in (1.0, factor):
+        model = small_network()
+        victims = kit.victims(victims=2, model=model, lanes=2)
+        victims.setup("fit")
+        shared = victims.share(range(2))
+        evaluator_free = GradientInversion(objective=SquaredDistance())
+        kept = evaluator_free.objective.parts()[0][1].begin(
+            type(shared)({n: size * t for n, t in shared.gradients.items()}, shared.state, shared.ids, shared.protocol)
+        )
+        norms = sum((size * t).double().square().flatten(1).sum(1) for t in shared.gradients.values())
+        found.append(kept["unit"].double().square() * kept["scale"].double() * norms)
+    for scaled in found:
+        torch.testing.assert_close(scaled, torch.ones(2).double(), rtol=1e-5, atol=0)
+
+
+def test_the_cosine_distance_goes_on_where_squares_vanish(kit: Any) -> None:
+    attack = IDLGAttack(distance="cosine", restarts=0, max_evaluations=150)
+    found = kit.by_id(kit.fit(attack, faint(kit, 1e-26)))
+    assert STATUS[int(found.status[1])] != "uninformative"
+    assert found.loss[1] < 1e-4
+
+
+# Devices.
+
+
+def test_what_a_checkpoint_holds_goes_where_the_trainer_computes(kit: Any, tmp_path: Path) -> None:
+    """It is read before the Trainer moves what it trains: without a GPU, a meta device shows where tensors go."""
+    saver = ModelCheckpoint(tmp_path, filename="early", every_n_train_steps=5)
+    kit.fit(IDLGAttack(), kit.victims(victims=3), callbacks=[saver], enable_checkpointing=True, max_steps=5)
+    attack, seen = IDLGAttack(), []
+
+    class Meta(nn.ParameterDict):
+        pass
+
+    begin = leakage.inversion.search.Search.move
+
+    def moved(search: Any, evaluator: Any) -> None:
+        for unknown in attack.unknowns.values():
+            unknown.data = unknown.data.to("meta")
+        begin(search, evaluator)
+        seen.extend(tensor.device.type for tensor in search.lanes.kept.values())
+        seen.extend(tensor.device.type for tensor in search.lanes.shared.gradients.values())
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leakage.inversion.search.Search, "move", moved)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            kit.fit(attack, kit.victims(victims=3), ckpt_path=str(tmp_path / "early.ckpt"))
+    assert len(seen) > 10
+    assert set(seen) == {"meta"}
+
+
+def test_an_mps_device_is_refused(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    monkeypatch.setattr(SingleDeviceStrategy, "root_device", torch.device("mps"))
+    with pytest.raises(ValueError, match=r"but got 'mps', .* Pass accelerator='cpu' to the Trainer"):
+        kit.fit(IDLGAttack(), kit.victims(victims=1))

@@ -1,0 +1,103 @@
+"""Whole runs on a device that is none, which refuses what a GPU refuses: tensors of it and of the CPU together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from leakage.attacks import (
+    DLGAttack,
+    GaussNewtonAttack,
+    GradientInversion,
+    IDLGAttack,
+    InvertingGradientsAttack,
+    RGAPAttack,
+)
+from leakage.clients.victim import Victim
+from leakage.datamodules import Victims
+from leakage.labels import infer_labels
+from leakage.models import MLP, LeNet
+
+from .fake_device import ELSEWHERE, DeviceError, Elsewhere, FakeDevice, fake_strategy
+
+QUICK: dict[str, Any] = {"restarts": 0}
+
+
+def fit(attack: GradientInversion, *, elsewhere: bool, ckpt_path: str | None = None, **options: Any) -> GradientInversion:
+    place: dict[str, Any] = {"strategy": fake_strategy()} if elsewhere else {"accelerator": "cpu"}
+    defaults: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
+    trainer = Trainer(
+        max_epochs=1, enable_progress_bar=False, enable_model_summary=False, **place, **defaults | options
+    )
+    victims = Victims("sample", victims=5, lanes=3)
+    if elsewhere:
+        with FakeDevice():
+            trainer.fit(attack, datamodule=victims, ckpt_path=ckpt_path)
+    else:
+        trainer.fit(attack, datamodule=victims, ckpt_path=ckpt_path)
+    return attack
+
+
+def test_it_refuses_two_devices() -> None:
+    with FakeDevice():
+        there = torch.ones(3, device=ELSEWHERE)
+        assert isinstance(there, Elsewhere)
+        assert (there + there).tolist() == [2, 2, 2]
+        with pytest.raises(DeviceError, match="Expected all tensors on one device"):
+            _ = there + torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda: IDLGAttack(max_evaluations=12, **QUICK),
+        lambda: IDLGAttack(max_evaluations=4, restarts=1),
+        lambda: DLGAttack(max_evaluations=12, **QUICK),
+        lambda: DLGAttack(protocol="published", max_evaluations=20),
+        lambda: IDLGAttack(distance="cosine", max_evaluations=3, **QUICK),
+        lambda: GaussNewtonAttack(),
+        lambda: GaussNewtonAttack(start="noise", max_evaluations=3, solver="cg", max_products=5, **QUICK),
+        lambda: RGAPAttack(),
+        lambda: InvertingGradientsAttack(steps=3),
+    ],
+    ids=["iDLG", "restarts", "DLG", "published", "cosine", "Gauss-Newton", "cg", "R-GAP", "IG"],
+)
+def test_finds_there_what_it_finds_on_the_cpu(attack: Any) -> None:
+    there, here = fit(attack(), elsewhere=True), fit(attack(), elsewhere=False)
+    assert there.finished.ids.tolist() == here.finished.ids.tolist() == list(range(5))
+    torch.testing.assert_close(there.finished.images, here.finished.images, rtol=1e-3, atol=1e-3)
+    assert there.finished.labels.tolist() == here.finished.labels.tolist()
+    assert there.scores.keys() == here.scores.keys() == set(range(5))
+
+
+def test_a_resumed_run_is_where_the_trainer_computes(tmp_path: Path) -> None:
+    def attack() -> GradientInversion:
+        return IDLGAttack(max_evaluations=16, **QUICK)
+
+    saver = ModelCheckpoint(tmp_path, filename="early", every_n_train_steps=9)
+    fit(attack(), elsewhere=False, callbacks=[saver], enable_checkpointing=True, max_steps=9)
+    resumed = fit(attack(), elsewhere=True, ckpt_path=str(tmp_path / "early.ckpt"))
+    whole = fit(attack(), elsewhere=False)
+    torch.testing.assert_close(resumed.finished.images, whole.finished.images, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["idlg", "row_minimum", "llg", "llg_star", "ilrg", "geng", "mean_feature"])
+def test_labels_are_read_there(rule: str) -> None:
+    count = 1 if rule == "idlg" else 4
+    model = MLP(1, 12) if rule != "idlg" else LeNet(1, 12)
+    victim = Victim(model, image_shape=(1, 12, 12), num_images=count)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(6, count, 1, 12, 12, generator=generator)
+    labels = torch.randint(10, (6, count), generator=generator)
+    shared = victim.share(images, labels)
+    expected = infer_labels(shared, victim, rule=rule).labels
+    with FakeDevice():
+        victim.model.to(ELSEWHERE)
+        found = infer_labels(shared.to(device=ELSEWHERE), victim, rule=rule).labels
+        assert isinstance(found, Elsewhere)
+    assert found.tolist() == expected.tolist()
