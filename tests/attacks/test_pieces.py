@@ -87,7 +87,9 @@ class Halves(Images):
 
 def test_a_prior_of_ones_own_has_ten_lines_at_most() -> None:
     tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
-    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}  # type: ignore[operator]
+    lengths = {
+        node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+    }  # type: ignore[operator]
     assert {name: lengths[name] <= most for name, most in (("Smooth", 10), ("Manhattan", 10), ("Momentum", 20))} == {
         "Smooth": True,
         "Manhattan": True,
@@ -255,11 +257,14 @@ def test_restarts_of_searches_without_an_end_keep_the_best(kit: Any) -> None:
     [
         lambda: InvertingGradientsAttack(steps=30, restarts=1),
         lambda: GradientInversion(
-            objective=SquaredDistance() + 1e-3 * TotalVariation() + 1e-3 * L2(), labels=JointLabels(), solver=LBFGS(max_evaluations=30)
+            objective=SquaredDistance() + 1e-3 * TotalVariation() + 1e-3 * L2(),
+            labels=JointLabels(),
+            solver=LBFGS(max_evaluations=30),
         ),
         lambda: GradientInversion(objective=Manhattan() + 0.1 * Smooth(1.5), solver=Momentum(0.05, 40)),
         lambda: GradientInversion(
-            images=LatentCode(nn.Sequential(nn.Linear(5, 144), nn.Unflatten(1, (1, 12, 12))), [5]), solver=SignedAdam(steps=30)
+            images=LatentCode(nn.Sequential(nn.Linear(5, 144), nn.Unflatten(1, (1, 12, 12))), [5]),
+            solver=SignedAdam(steps=30),
         ),
     ],
     ids=["InvertingGradients", "sum", "own", "latent"],
@@ -287,7 +292,9 @@ def test_a_checkpoint_of_other_pieces_is_refused(kit: Any, tmp_path: Path) -> No
         )
 
     run(0.1)
-    with pytest.raises(ValueError, match=r"the configuration of the checkpoint.* objective=.*0\.1 \* Total.*0\.2 \* Tot"):
+    with pytest.raises(
+        ValueError, match=r"the configuration of the checkpoint.* objective=.*0\.1 \* Total.*0\.2 \* Tot"
+    ):
         run(0.2, str(tmp_path / "early.ckpt"))
 
 
@@ -308,12 +315,18 @@ def test_names_a_piece_of_another_kind(options: dict[str, Any], message: str) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": CosineDistance() + TotalVariation(), "solver": GaussNewton()}, "an objective that is a sum of squ"),
+        (
+            {"objective": CosineDistance() + TotalVariation(), "solver": GaussNewton()},
+            "an objective that is a sum of squ",
+        ),
         ({"labels": RevealedLabels()}, r"reveal their labels \(reveal_labels=True\) for RevealedLabels"),
         ({"objective": SquaredDistance() + BatchNormStatistics()}, "a network with BatchNorm in evaluation mode"),
         ({"images": LatentCode(nn.Linear(3, 4), [3])}, r"make the victims' images \(1, 1, 12, 12\), but got \(1, 4\)"),
         ({"images": LatentCode(nn.Linear(9, 4), [3])}, r"take codes of shape \(1, 3\)"),
-        ({"images": Pixels(start="rgap"), "labels": JointLabels()}, "start='auto' or 'noise' with labels that are searched"),
+        (
+            {"images": Pixels(start="rgap"), "labels": JointLabels()},
+            "start='auto' or 'noise' with labels that are searched",
+        ),
     ],
 )
 def test_names_pieces_that_do_not_fit_the_victims(kit: Any, options: dict[str, Any], message: str) -> None:

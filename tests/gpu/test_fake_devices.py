@@ -28,7 +28,9 @@ from .fake_device import ELSEWHERE, DeviceError, Elsewhere, FakeDevice, fake_str
 QUICK: dict[str, Any] = {"restarts": 0}
 
 
-def fit(attack: GradientInversion, *, elsewhere: bool, ckpt_path: str | None = None, **options: Any) -> GradientInversion:
+def fit(
+    attack: GradientInversion, *, elsewhere: bool, ckpt_path: str | None = None, **options: Any
+) -> GradientInversion:
     place: dict[str, Any] = {"strategy": fake_strategy()} if elsewhere else {"accelerator": "cpu"}
     defaults: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
     trainer = Trainer(

@@ -164,7 +164,9 @@ def test_units_are_powers_of_two_and_one_where_nothing_is_lost() -> None:
     assert units[4] < 1e-18
     assert all(float(torch.tensor(unit).log2()) % 1 == 0 for unit in units)
     # What the unit and the scale make of a gradient has length 1.
-    lengths = torch.tensor([1e-18, 1e-3, 1.0, 1e3, 1e20]).double() * kept["unit"].double() * kept["scale"].double().sqrt()
+    lengths = (
+        torch.tensor([1e-18, 1e-3, 1.0, 1e3, 1e20]).double() * kept["unit"].double() * kept["scale"].double().sqrt()
+    )
     torch.testing.assert_close(lengths, torch.ones(5).double(), rtol=1e-5, atol=0)
 
 
