@@ -419,4 +419,5 @@ class GradientInversion(LightningModule):
             declared = Lanes.state(self.victim.protocol, dtype) | self._make_evaluator().state(dtype)
             self._search = Search.restored(saved, self.victim, declared)
             for name, tensor in checkpoint["state_dict"].items():
-                self.get_parameter(name).data = torch.empty_like(tensor, device=self.device)
+                unknown = self.get_parameter(name)
+                unknown.data = torch.empty_like(tensor, device=unknown.device)

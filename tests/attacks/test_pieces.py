@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 import leakage.attacks
@@ -87,14 +89,10 @@ class Halves(Images):
 
 def test_a_prior_of_ones_own_has_ten_lines_at_most() -> None:
     tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
-    lengths = {
-        node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
-    }  # type: ignore[operator]
-    assert {name: lengths[name] <= most for name, most in (("Smooth", 10), ("Manhattan", 10), ("Momentum", 20))} == {
-        "Smooth": True,
-        "Manhattan": True,
-        "Momentum": True,
-    }
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in classes}
+    for name, most in (("Smooth", 10), ("Manhattan", 10), ("Momentum", 20)):
+        assert lengths[name] <= most, name
 
 
 def test_a_prior_of_ones_own_makes_images_smooth(kit: Any) -> None:
@@ -219,9 +217,7 @@ def test_an_attack_from_memory_finds_what_one_on_images_finds(kit: Any) -> None:
     shared = victims.share(range(4))
     attack = kit.fit(IDLGAttack(), SharedGradients(shared, victims.victim))
     assert attack.scores == {}, "no ground truth"
-    images = torch.stack([truth.images[0] for truth in victims.val_dataloader() for truth in [truth]][:1])
     truth = next(iter(victims.val_dataloader()))
-    assert images.shape[0] == 1
     assert bool(((attack.finished.images - truth.images).square().flatten(1).mean(1) < 1e-3).all())
     assert torch.equal(attack.finished.labels, truth.labels)
 
@@ -344,10 +340,6 @@ def test_second_order_takes_priors_that_are_sums_of_squares(kit: Any) -> None:
 # A gradient that says nothing.
 
 
-class Faint(LeNet):
-    """A network that is nearly certain: its gradients are tiny."""
-
-
 def faint(kit: Any, factor: float, **options: Any) -> Any:
     victims = kit.victims(victims=3, model=small_network(), **options)
     victims.setup("fit")
@@ -377,25 +369,6 @@ def test_all_victims_may_be_uninformative(kit: Any) -> None:
     assert {STATUS[status] for status in kit.by_id(attack).status.tolist()} == {"uninformative"}
 
 
-@pytest.mark.parametrize("factor", [2.0**-40, 2.0**-50, 2.0**30])
-def test_the_size_of_a_gradient_does_not_matter(kit: Any, factor: float) -> None:
-    """Of a network whose last layer is tiny or huge; powers of two, so that all digits stay."""
-    found = []
-    for size in (1.0, factor):
-        model = small_network()
-        victims = kit.victims(victims=2, model=model, lanes=2)
-        victims.setup("fit")
-        shared = victims.share(range(2))
-        evaluator_free = GradientInversion(objective=SquaredDistance())
-        kept = evaluator_free.objective.parts()[0][1].begin(
-            type(shared)({n: size * t for n, t in shared.gradients.items()}, shared.state, shared.ids, shared.protocol)
-        )
-        norms = sum((size * t).double().square().flatten(1).sum(1) for t in shared.gradients.values())
-        found.append(kept["unit"].double().square() * kept["scale"].double() * norms)
-    for scaled in found:
-        torch.testing.assert_close(scaled, torch.ones(2).double(), rtol=1e-5, atol=0)
-
-
 def test_the_cosine_distance_goes_on_where_squares_vanish(kit: Any) -> None:
     attack = IDLGAttack(distance="cosine", restarts=0, max_evaluations=150)
     found = kit.by_id(kit.fit(attack, faint(kit, 1e-26)))
@@ -406,36 +379,8 @@ def test_the_cosine_distance_goes_on_where_squares_vanish(kit: Any) -> None:
 # Devices.
 
 
-def test_what_a_checkpoint_holds_goes_where_the_trainer_computes(kit: Any, tmp_path: Path) -> None:
-    """It is read before the Trainer moves what it trains: without a GPU, a meta device shows where tensors go."""
-    saver = ModelCheckpoint(tmp_path, filename="early", every_n_train_steps=5)
-    kit.fit(IDLGAttack(), kit.victims(victims=3), callbacks=[saver], enable_checkpointing=True, max_steps=5)
-    attack, seen = IDLGAttack(), []
-
-    class Meta(nn.ParameterDict):
-        pass
-
-    begin = leakage.inversion.search.Search.move
-
-    def moved(search: Any, evaluator: Any) -> None:
-        for unknown in attack.unknowns.values():
-            unknown.data = unknown.data.to("meta")
-        begin(search, evaluator)
-        seen.extend(tensor.device.type for tensor in search.lanes.kept.values())
-        seen.extend(tensor.device.type for tensor in search.lanes.shared.gradients.values())
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(leakage.inversion.search.Search, "move", moved)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            kit.fit(attack, kit.victims(victims=3), ckpt_path=str(tmp_path / "early.ckpt"))
-    assert len(seen) > 10
-    assert set(seen) == {"meta"}
-
-
 def test_an_mps_device_is_refused(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning.pytorch.strategies import SingleDeviceStrategy
-
+    monkeypatch.setattr(CPUAccelerator, "setup_device", lambda *_: None)
     monkeypatch.setattr(SingleDeviceStrategy, "root_device", torch.device("mps"))
     with pytest.raises(ValueError, match=r"but got 'mps', .* Pass accelerator='cpu' to the Trainer"):
         kit.fit(IDLGAttack(), kit.victims(victims=1))
