@@ -36,7 +36,7 @@ settings.load_profile("leakage")
 
 # Rooms and modules that are slow as a whole; single tests are marked where they are.
 SLOW = [
-    "attacks/test_processes.py",
+    "inversion/test_processes.py",
     "experiments/test_attack_speed.py",
     "experiments/test_benchmarks.py",
     "experiments/test_condensation_speed.py",

@@ -32,7 +32,7 @@ SCRIPT = textwrap.dedent(
     from pathlib import Path
     from lightning import Callback
     from lightning.pytorch.callbacks import ModelCheckpoint
-    from conftest import SmallVictims, fit
+    from tests.kit import SmallVictims, fit
     from leakage.attacks import IDLGAttack
     from leakage.callbacks import VictimTable
     from leakage.files.checkpoints import WholeCheckpointIO
@@ -77,9 +77,8 @@ def run(
     output.mkdir(exist_ok=True)
     script = output / "script.py"  # what the Trainer starts again
     script.write_text(SCRIPT, encoding="utf-8")
-    here = Path(__file__).parent
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])]),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
         "OMP_NUM_THREADS": "1",
     }
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,8 @@ from leakage.objectives import (
     SquaredDistance,
     TotalVariation,
 )
-from leakage.solvers import LBFGS, STATUS, Adam, GaussNewton, SignedAdam, Solver, settle
+from leakage.solvers import LBFGS, STATUS, GaussNewton, SignedAdam, Solver, settle
+from tests.kit import mean_error
 
 EXHAUSTED = STATUS.index("exhausted")
 
@@ -40,10 +40,6 @@ def small_network() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return LeNet(1, 12)
-
-
-def mean_error(attack: GradientInversion) -> float:
-    return sum(score.mse for score in attack.scores.values()) / len(attack.scores)
 
 
 # A prior, a distance, a solver and a way to write images of one's own: an object with a method or two each.
@@ -135,52 +131,6 @@ def test_presets_are_one_short_file_each_and_have_no_loop() -> None:
         words = [ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented)]
         code = len(text.splitlines()) - sum(len(doc.splitlines()) for doc in words if doc)
         assert code < (100 if name == "gauss_newton" else 60), (name, code)
-
-
-@pytest.mark.parametrize("solver", [LBFGS(max_evaluations=300), Adam(lr=0.05, steps=300)], ids=["LBFGS", "Adam"])
-def test_a_box_is_kept_and_does_not_keep_images_from_being_found(kit: Any, solver: Any) -> None:
-    found = {}
-    for box in (None, (0.0, 1.0)):
-        attack = GradientInversion(images=Pixels(box=box), solver=solver)
-        found[box] = kit.fit(attack, kit.victims(victims=4))
-    inside = found[(0.0, 1.0)].finished.images
-    assert 0 <= inside.min() < inside.max() <= 1
-    assert bool((found[None].finished.images.min() < 0) | (found[None].finished.images.max() > 1)), "it takes a box"
-    assert mean_error(found[(0.0, 1.0)]) < 5e-3
-
-
-def generator_of(images: Tensor, size: int) -> nn.Module:
-    """A linear generator of the images' principal components."""
-    flat = images.flatten(1)
-    mean = flat.mean(0)
-    _, _, components = torch.linalg.svd(flat - mean, full_matrices=False)
-    linear = nn.Linear(size, flat.shape[1])
-    with torch.no_grad():
-        linear.weight.copy_(components[:size].T)
-        linear.bias.copy_(mean)
-    return nn.Sequential(linear, nn.Unflatten(1, images.shape[1:]))
-
-
-def test_a_latent_code_finds_images_that_the_generator_knows(kit: Any) -> None:
-    images = torch.stack([kit.images()[index][0] for index in range(0, 1000, 5)])
-    generator = generator_of(images, 60)
-    before = copy.deepcopy(generator.state_dict())
-
-    def run(evaluations: int) -> GradientInversion:
-        written = LatentCode(generator, [60], std=0.1)
-        solver = LBFGS(max_evaluations=evaluations, tolerance=1e-10)
-        found: GradientInversion = kit.fit(GradientInversion(images=written, solver=solver), kit.victims(victims=4))
-        return found
-
-    attack = run(400)
-    assert mean_error(attack) < 0.2 * mean_error(run(1))
-    # Nothing but what it can make.
-    flat = attack.finished.images.flatten(1) - generator[0].bias
-    weight = generator[0].weight
-    torch.testing.assert_close(flat @ weight @ weight.T, flat, atol=1e-4, rtol=1e-4)
-    for name, tensor in generator.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-    assert attack.state_dict().keys() == {"unknowns.images"}, "no weights of the generator in checkpoints"
 
 
 def batch_norm_network() -> nn.Module:

@@ -202,7 +202,7 @@ SCRIPT = textwrap.dedent(
     from pathlib import Path
     from lightning import Callback
     from lightning.pytorch.callbacks import ModelCheckpoint
-    from conftest import SmallVictims, fit
+    from tests.kit import SmallVictims, fit
     from leakage.attacks import DLGAttack
     from leakage.callbacks import VictimTable, table
     table._PER_FILE = 3
@@ -226,9 +226,8 @@ SCRIPT = textwrap.dedent(
 
 
 def start(output: Path, *arguments: str) -> subprocess.Popen[str]:
-    here = Path(__file__).parent
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])]),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.Popen(

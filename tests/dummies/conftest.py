@@ -1,0 +1,5 @@
+"""Fixtures of attacks."""
+
+from tests.kit import kit
+
+__all__ = ["kit"]
