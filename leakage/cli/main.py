@@ -7,6 +7,7 @@ import gc
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 _DESCRIPTION = """What a shared gradient gives away.
 
@@ -42,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The rest is for the parser of the subcommand.
     parser.add_argument("command", choices=_SUBCOMMANDS, help="what to do")
     command = parser.parse_args(given[:1]).command
+    # As `python -m` does, for classes of one's own by `class_path`. Last, so that none is in the way of another.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
     try:
         load(command)(given[1:])
     except (KeyboardInterrupt, SystemExit) as end:

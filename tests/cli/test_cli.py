@@ -218,6 +218,64 @@ def test_configs_are_taken(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert callbacks == ["AttackProgressBar", "VictimTable", "Gallery", "TimedCheckpoint"]
 
 
+PIECES = str(ROOT / "experiments" / "inverting_gradients" / "pieces.yaml")
+
+
+def test_an_attack_made_of_pieces_finds_images(tmp_path: Path) -> None:
+    """Those of the file, and what the command line says of them."""
+
+    def mse(steps: int) -> float:
+        version = f"--trainer.logger.init_args.version={steps}"
+        main(["fit", "--config", PIECES, "--model.solver.steps", str(steps), "--data.victims", "2", version])
+        table = tmp_path / "results" / "inverting_gradients" / f"version_{steps}" / "victims.csv"
+        rows = list(csv.DictReader(table.open(encoding="utf-8")))
+        assert len(rows) == 2
+        return sum(float(row["mse"]) for row in rows) / 2
+
+    assert mse(150) < 0.2 * mse(1)
+
+
+def test_pieces_of_ones_own_by_their_import_path(tmp_path: Path) -> None:
+    """From a module in the folder where `leakage` is called, in a file and on the command line."""
+    (tmp_path / "my_pieces.py").write_text(
+        """
+import torch
+from leakage.defenses import Defense
+from leakage.objectives import Prior
+
+class Smooth(Prior):
+    def __init__(self, power: float):
+        self.power = power
+
+    def __call__(self, images):
+        return images.diff(dim=-1).abs().pow(self.power).mean()
+
+class Signs(Defense):
+    def __call__(self, gradients, generator):
+        return {name: tensor.sign() for name, tensor in gradients.items()}
+""",
+        encoding="utf-8",
+    )
+    config = yaml.safe_load(Path(PIECES).read_text(encoding="utf-8"))
+    config["model"]["init_args"]["objective"]["init_args"]["terms"][1] = {
+        "class_path": "my_pieces.Smooth",
+        "init_args": {"power": 1.5},
+    }
+    config["model"]["init_args"]["solver"] = {
+        "class_path": "leakage.solvers.LBFGS",
+        "init_args": {"max_evaluations": 3},
+    }
+    config["data"]["init_args"]["defenses"] = [{"class_path": "my_pieces.Signs"}]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    script = Path(sys.executable).parent / "leakage"
+    done = subprocess.run(
+        [script, "fit", "--config", "mine.yaml", "--data.victims", "2"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (told,) = tmp_path.rglob("hparams.yaml")
+    assert "0.01 * Smooth(power=1.5)" in told.read_text(encoding="utf-8")
+
+
 def test_own_gradients_of_a_resnet(tmp_path: Path) -> None:
     """BatchNorm included: a configuration can't call `eval()`."""
     victim = Victim(resnet18(num_classes=10).eval(), image_shape=(3, 32, 32))
