@@ -23,9 +23,7 @@ class LeNet(ImageClassifier):
     Shapes: images ``(N, channels, *image_size)``, values in [0, 1]; logits ``(N, num_classes)``.
 
     Args:
-        channels: channels of the images.
-        image_size: height and width in pixels; one number for square images.
-        num_classes: number of logits.
+        channels, image_size, num_classes: as for :class:`ConvNet`.
         width: channels of each convolution.
         activation: ``"sigmoid"`` as published, ``"relu"``, ``"leaky_relu"`` or ``"silu"``.
 

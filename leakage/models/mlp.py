@@ -17,9 +17,7 @@ class MLP(nn.Module):
     Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
 
     Args:
-        channels: channels of the images.
-        image_size: height and width in pixels; one number for square images.
-        num_classes: number of logits.
+        channels, image_size, num_classes: as for :class:`ConvNet`.
         width: units of each hidden layer.
         depth: number of linear layers, that of the logits included.
         activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
