@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.matching import Transform, first_not_finite, match, matched_parameters, real_gradients
-from leakage.condensation.networks import digest_of, fitting_network, take_statistics, train_on
+from leakage.condensation.networks import fitting_network, take_statistics, train_on
 from leakage.condensation.protocols import CondensationProtocol, condensation_protocol, schedule
 from leakage.condensation.synthetic_set import SyntheticSet, start_images
 from leakage.datamodules.labelled import ClassBatch, LabelledImages
@@ -317,11 +317,7 @@ class GradientMatchingCondensation(LightningModule):
         return lambda images: transform(self._datamodule.normalise(images).to(self.synthetic_images.dtype))
 
     def _move(self, targets: dict[str, Tensor], transforms: list[Transform] | None) -> None:
-        """One step of the synthetic images.
-
-        Raises:
-            FloatingPointError: a distance or derivative is not finite; the images are again the last that had both.
-        """
+        """One step of the synthetic images."""
         images = self.synthetic_images
         by_class = images.detach().view(self._num_classes, -1, *images.shape[1:])
         distance = self.hparams["distance"]
@@ -355,11 +351,7 @@ class GradientMatchingCondensation(LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add how far it is.
-
-        Raises:
-            RuntimeError: within a training step, as when one has failed.
-        """
+        """Add how far it is; a ``RuntimeError`` within a training step, as when one has failed."""
         if self.within_step:
             raise RuntimeError(
                 "Expected a checkpoint between two training steps, but got one within: a run that goes on from there "
@@ -368,21 +360,17 @@ class GradientMatchingCondensation(LightningModule):
         checkpoint["leakage"] = {
             "module": type(self).__name__,
             "precision": self.trainer.precision,
-            "network": digest_of(self.network),
+            "network": str(self.network),
             **{name: copy.copy(getattr(self, name)) for name in _KEPT},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where the checkpoint was made; without ``decay`` also to another number of ``iterations``.
-
-        Raises:
-            ValueError: a checkpoint of another module or configuration.
-        """
+        """Go on where the checkpoint was made; without ``decay`` also to another number of ``iterations``."""
         free = set() if self.protocol.decay else {"iterations"}
         options = {name: value for name, value in self.hparams.items() if name not in free}
         check_checkpoint(checkpoint, type(self).__name__, options, self.trainer.precision)
         saved = checkpoint["leakage"]
-        if saved["network"] != digest_of(self.network):
+        if saved["network"] != str(self.network):
             raise ValueError(
                 "Expected the network of the checkpoint, but got another: its architecture differs. Give the "
                 "`network` that the run began with."
