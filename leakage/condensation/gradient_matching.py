@@ -172,7 +172,9 @@ class GradientMatchingCondensation(LightningModule):
         if not self._about_data:
             raise RuntimeError("Expected `Trainer.fit` to have begun, but got no synthetic images yet.")
         labels = torch.arange(self._num_classes).repeat_interleave(self.hparams["images_per_class"])
-        return SyntheticSet.of_normalised(self.synthetic_images.detach().cpu().float(), labels, **self._about_data)
+        scale, shift = (torch.tensor(self._about_data[name])[:, None, None] for name in ("std", "mean"))
+        images = self.synthetic_images.detach().cpu().float() * scale + shift
+        return SyntheticSet(images, labels, **self._about_data)
 
     def synthetic_dataset(self) -> TensorDataset:
         """Pairs of a synthetic image ``(C, H, W)`` in the data's scale (not normalised, not clamped) and its label."""

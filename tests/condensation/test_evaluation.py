@@ -350,7 +350,7 @@ def test_options_out_of_range(data: Stripes, options: dict[str, Any], message: s
 
 def test_a_set_that_does_not_fit(data: Stripes) -> None:
     other = SyntheticSet(torch.zeros(2, 1, 9, 9), torch.tensor([0, 1]), (0.5,), (0.5,), ("a", "b"), "others")
-    with pytest.raises(ValueError, match=r"images \(1, 8, 8\), as 'stripes' has, but got \(1, 9, 9\) \(of 'others'\)"):
+    with pytest.raises(ValueError, match=r"image_shape \(1, 8, 8\) of 'stripes', but got \(1, 9, 9\) \(of 'others'\)"):
         evaluate(other, data, **OPTIONS)
     with pytest.raises(ValueError, match="Expected `synthetic` to be a SyntheticSet, but got Tensor"):
         evaluate(torch.zeros(1), data, **OPTIONS)  # type: ignore[arg-type]
