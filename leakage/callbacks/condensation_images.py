@@ -26,14 +26,12 @@ class SyntheticImages(CondensationCallback):
       that time, and ``synthetic.png``, a row of images per class;
     - ``synthetic/iteration_000050.png`` and so on, the same picture after that many iterations.
 
-    After an error or an interrupt they hold the last good images;
-    :meth:`SyntheticSet.save_images <leakage.condensation.SyntheticSet.save_images>` writes them one by one as PNG
-    files. The loggers that take pictures get each
-    one with the key ``synthetic`` and training steps done as step, and W&B at the end the set as an artifact
+    After an error or an interrupt they hold the last good images; :meth:`SyntheticSet.save_images
+    <leakage.condensation.SyntheticSet.save_images>` writes them one by one as PNG files. The loggers that take pictures
+    get each one with the key ``synthetic`` and training steps done as step, and W&B at the end the set as an artifact
     ``synthetic-<data set>-<images per class>``.
 
-    A run that starts from the beginning replaces the files of an earlier one in the same folder, after a
-    warning.
+    A run that starts from the beginning replaces the files of an earlier one in the same folder, after a warning.
 
     Args:
         output: the folder, see :class:`~leakage.callbacks.ResultsCallback`.

@@ -131,8 +131,7 @@ def evaluate(
         FloatingPointError: training that is no longer finite; network and epoch are named.
 
     References:
-        Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
-        https://arxiv.org/abs/2006.05929.
+        Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021, https://arxiv.org/abs/2006.05929.
 
     Example:
         >>> from leakage.condensation import random_images

@@ -88,9 +88,8 @@ class ConvNet(_Convolutional):
         pooling: ``"average"``, ``"max"`` or ``"none"``.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1, an unknown norm,
-            activation or pooling, images that the pooling leaves nothing of, or a width that
-            4 groups do not divide.
+        ValueError: a size or count that is not a whole number of at least 1, an unknown norm, activation or pooling,
+            images that the pooling leaves nothing of, or a width that 4 groups do not divide.
 
     References:
         Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
@@ -136,8 +135,7 @@ class AlexNet(_Convolutional):
         norm: ``"none"`` as published, ``"instance"``, ``"group"`` (4 groups) or ``"batch"``.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1, images below 8
-            pixels, or an unknown norm.
+        ValueError: a size or count that is not a whole number of at least 1, images below 8 pixels, or an unknown norm.
 
     References:
         Krizhevsky, Sutskever, Hinton, *ImageNet Classification with Deep Convolutional Neural

@@ -11,8 +11,7 @@ from leakage.models.layers import ACTIVATIONS
 class MLP(nn.Module):
     """Linear layers with activations between them: two hidden layers of 128 units and the logits.
 
-    118,282 parameters for images of (1, 28, 28) and 10 classes. Weights are drawn as torch draws
-    those of each layer.
+    118,282 parameters for images of (1, 28, 28) and 10 classes. Weights are drawn as torch draws those of each layer.
 
     Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
 
@@ -26,8 +25,7 @@ class MLP(nn.Module):
         ValueError: a size or count that is not a whole number of at least 1, or an unknown activation.
 
     References:
-        Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
-        https://arxiv.org/abs/2006.05929.
+        Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021, https://arxiv.org/abs/2006.05929.
 
     Example:
         >>> import torch

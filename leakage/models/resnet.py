@@ -25,9 +25,8 @@ class ResNet18(nn.Module):
         activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1, an unknown norm or
-            activation, or images of at most 8 x 8 pixels with ``norm="instance"``, whose last maps
-            are one pixel.
+        ValueError: a size or count that is not a whole number of at least 1, an unknown norm or activation, or images
+            of at most 8 x 8 pixels with ``norm="instance"``, whose last maps are one pixel.
 
     References:
         He, Zhang, Ren, Sun, *Deep Residual Learning for Image Recognition*, CVPR 2016,
