@@ -75,15 +75,10 @@ class CondensationProgressBar(RunProgressBar):
             self._tell_time(pl_module)
 
     def _tell_time(self, condensation: GradientMatchingCondensation) -> None:
-        if self.is_enabled and any(condensation.seconds.values()):
-            sys.stdout.write(f"{time_split(condensation)}\n")
-
-
-def time_split(condensation: GradientMatchingCondensation) -> str:
-    """A line that tells what the time of a run was spent on."""
-    total = sum(condensation.seconds.values()) or 1.0
-    parts = ", ".join(
-        f"{_PARTS[part]} {seconds:.1f} s ({100 * seconds / total:.0f} %)"
-        for part, seconds in condensation.seconds.items()
-    )
-    return f"Time: {parts}; {condensation.images_per_second:.0f} real images per second"
+        total = sum(condensation.seconds.values())
+        if self.is_enabled and total:
+            parts = ", ".join(
+                f"{_PARTS[part]} {seconds:.1f} s ({100 * seconds / total:.0f} %)"
+                for part, seconds in condensation.seconds.items()
+            )
+            sys.stdout.write(f"Time: {parts}; {condensation.images_per_second:.0f} real images per second\n")

@@ -182,20 +182,19 @@ def evaluate_full(
         **training: all others of :class:`TrainingOptions`.
 
     Raises:
-        ValueError: as :func:`evaluate`.
-        FloatingPointError: as :func:`evaluate`.
+        ValueError, FloatingPointError: as :func:`evaluate`.
         OSError: the cache can't be written.
     """
     options = TrainingOptions(epochs, **training)
     make_ready(data)
     network = default_network(data) if network is None else network
-
     path = None if cache is None else Path(cache) / f"full_{_digest(data, network, networks, options)}.json"
     if path is not None and path.is_file():
         return Evaluation(**json.loads(path.read_text(encoding="utf-8")))
     images, labels = data.train.images, data.train.labels
-    found = train_and_test(images, labels, data, network, networks, options, stacked, device, progress)
-    evaluation = Evaluation(*found)
+    evaluation = Evaluation(
+        *train_and_test(images, labels, data, network, networks, options, stacked, device, progress)
+    )
     if path is not None:
         write_json(path, vars(evaluation) | {"accuracies": evaluation.accuracies.tolist()})
     return evaluation

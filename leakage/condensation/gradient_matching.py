@@ -287,7 +287,18 @@ class GradientMatchingCondensation(LightningModule):
         self.step += 1
         if self.step % self.outer:
             with self.clock("network"):
-                self._train_network()
+                images = self.synthetic_images.detach()
+                labels = torch.arange(self._num_classes, device=images.device)
+                train_on(
+                    self.network,
+                    images,
+                    labels.repeat_interleave(self.hparams["images_per_class"]),
+                    epochs=self.inner,
+                    learning_rate=self.hparams["network_learning_rate"],
+                    batch_size=self.hparams["network_batch_size"],
+                    generator=self._generator("training"),
+                    augmentation=self.augmentation,
+                )
         self.within_step = False
         self.log("train/loss", self.last_loss, prog_bar=True, batch_size=1)
         times = {f"time/{part}": seconds for part, seconds in self.seconds.items()}
@@ -338,19 +349,6 @@ class GradientMatchingCondensation(LightningModule):
         images.grad = derivatives.flatten(0, 1)
         cast(Any, self.optimizers()).step()
         self.last_loss = float(distances.sum())
-
-    def _train_network(self) -> None:
-        images = self.synthetic_images.detach()
-        train_on(
-            self.network,
-            images,
-            torch.arange(self._num_classes, device=images.device).repeat_interleave(self.hparams["images_per_class"]),
-            epochs=self.inner,
-            learning_rate=self.hparams["network_learning_rate"],
-            batch_size=self.hparams["network_batch_size"],
-            generator=self._generator("training"),
-            augmentation=self.augmentation,
-        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how far it is; a ``RuntimeError`` within a training step, as when one has failed."""

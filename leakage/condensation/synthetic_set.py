@@ -69,12 +69,11 @@ class SyntheticSet:
         self.mean, self.std = tuple(self.mean), tuple(self.std)
         self.class_names = tuple(self.class_names)
         images, labels = self.images, self.labels
-        if images.ndim != 4 or not images.numel():
+        if images.ndim != 4 or not images.numel() or images.dtype != torch.float32:
             raise ValueError(
-                f"Expected `images` of shape (M, C, H, W) with at least one image, but got {tuple(images.shape)}."
+                "Expected `images` of shape (M, C, H, W) with at least one image, as float32 in the data's scale, but "
+                f"got {tuple(images.shape)}, {images.dtype}."
             )
-        if images.dtype != torch.float32:
-            raise ValueError(f"Expected `images` as float32 in the data's scale, but got {images.dtype}.")
         if tuple(labels.shape) != (len(images),) or labels.dtype != torch.int64:
             raise ValueError(
                 f"Expected `labels` of shape ({len(images)},) as int64, but got {tuple(labels.shape)}, {labels.dtype}."
@@ -84,23 +83,18 @@ class SyntheticSet:
             raise ValueError(
                 f"Expected finite `images`, but got NaN or inf in classes {sorted(set(bad.tolist()))[:5]}."
             )
-        if int(labels.min()) < 0 or int(labels.max()) >= len(self.class_names):
+        if int(labels.min()) < 0 or int(labels.max()) >= len(self.class_names) or bool((labels.diff() < 0).any()):
             raise ValueError(
-                f"Expected `labels` from 0 to {len(self.class_names) - 1}, one for each of `class_names`, but got "
-                f"{int(labels.min())} to {int(labels.max())}."
-            )
-        if bool((labels.diff() < 0).any()):
-            raise ValueError(
-                f"Expected `labels` in ascending order, but got {labels[:5].tolist()}, ... "
+                f"Expected `labels` from 0 to {len(self.class_names) - 1}, one for each of `class_names`, in ascending "
+                f"order, but got {int(labels.min())} to {int(labels.max())}, beginning with {labels[:5].tolist()}. "
                 "Sort images and labels by class."
             )
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != images.shape[1] or not all(math.isfinite(value) for value in values):
+        for name, values, least in (("mean", self.mean, -math.inf), ("std", self.std, 0)):
+            if len(values) != images.shape[1] or not all(least < value < math.inf for value in values):
                 raise ValueError(
-                    f"Expected `{name}` with a finite number for each of {images.shape[1]} channels, but got {values}."
+                    f"Expected `{name}` with a finite number{' above 0' * (least == 0)} for each of {images.shape[1]} "
+                    f"channels, but got {values}."
                 )
-        if min(self.std) <= 0:
-            raise ValueError(f"Expected `std` above 0, but got {self.std}.")
 
     def __len__(self) -> int:
         return len(self.labels)

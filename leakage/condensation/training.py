@@ -178,10 +178,16 @@ class _Run:
         )
         trained = time.perf_counter()
         bar.set_description_str(f"Testing {which}")
-        correct = count_correct(group, self.test_images, self.test_labels, self._normalise, bar.update)
+        images_at_once = _PIECE if self.device.type == "cpu" else max(_PIECE, _TESTED_AT_ONCE // len(group))
+        correct = torch.zeros(len(group), dtype=torch.int64, device=self.device)
+        for chosen in torch.split(torch.arange(len(self.test_labels), device=self.device), images_at_once):
+            found = group.logits(self._normalise(self.test_images[chosen])).argmax(-1)
+            correct += (found == self.test_labels[chosen]).sum(-1)
+            bar.update(len(chosen) * len(group))
+        counts: list[int] = correct.tolist()
         self.seconds[0] += trained - began
         self.seconds[1] += time.perf_counter() - trained
-        return correct
+        return counts
 
     def _normalise(self, images: Tensor) -> Tensor:
         return self.data.normalise(images).float()
@@ -238,23 +244,6 @@ def train(
                 f"Expected finite weights after training, but got NaN or inf in {name!r} of network "
                 f"{numbers[finite.index(False)]} after epoch {options.epochs} of {options.epochs}. {_MEND}"
             )
-
-
-def count_correct(
-    networks: SingleNetwork | StackedNetworks,
-    images: Tensor,
-    labels: Tensor,
-    normalise: Callable[[Tensor], Tensor],
-    tick: Callable[[int], None],
-) -> list[int]:
-    """How many images, not yet normalised, each network gives the right label."""
-    chunk = _PIECE if images.device.type == "cpu" else max(_PIECE, _TESTED_AT_ONCE // len(networks))
-    correct = torch.zeros(len(networks), dtype=torch.int64, device=images.device)
-    for some, their in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
-        correct += (networks.logits(normalise(some)).argmax(-1) == their).sum(-1)
-        tick(len(their) * len(networks))
-    found: list[int] = correct.tolist()
-    return found
 
 
 def _batches(count: int, size: int, orders: list[torch.Generator], device: torch.device) -> Iterator[Tensor]:

@@ -86,18 +86,18 @@ def test_file_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": torch.zeros(6, 4, 5)}, r"Expected `images` of shape \(M, C, H, W\).*but got \(6, 4, 5\)"),
-        ({"images": torch.zeros(0, 3, 4, 5)}, r"at least one image, but got \(0, 3, 4, 5\)"),
-        ({"images": torch.zeros(6, 3, 4, 5, dtype=torch.uint8)}, "as float32 in the data's scale, but got torch.uint8"),
+        ({"images": torch.zeros(6, 4, 5)}, r"Expected `images` of shape \(M, C, H, W\).*but got \(6, 4, 5\), "),
+        ({"images": torch.zeros(0, 3, 4, 5)}, r"at least one image, .* got \(0, 3, 4, 5\), "),
+        ({"images": torch.zeros(6, 3, 4, 5, dtype=torch.uint8)}, "as float32 in the data's scale, but .*torch.uint8"),
         ({"images": torch.full((6, 3, 4, 5), torch.nan)}, r"got NaN or inf in classes \[0, 1, 2\]"),
         ({"labels": torch.tensor([0, 1])}, r"Expected `labels` of shape \(6,\) as int64, but got \(2,\)"),
         ({"labels": torch.zeros(6)}, r"as int64, but got \(6,\), torch.float32"),
-        ({"labels": torch.tensor([0, 0, 1, 1, 2, 3])}, "from 0 to 2, one for each of `class_names`, but got 0 to 3"),
+        ({"labels": torch.tensor([0, 0, 1, 1, 2, 3])}, "from 0 to 2, one for each of `class_names`, .* but got 0 to 3"),
         ({"labels": torch.tensor([-1, 0, 1, 1, 2, 2])}, "but got -1 to 2"),
-        ({"labels": torch.tensor([0, 1, 2, 0, 1, 2])}, "in ascending order, but got .0, 1, 2, 0, 1.*Sort images"),
+        ({"labels": torch.tensor([0, 1, 2, 0, 1, 2])}, "ascending order, but got .*with .0, 1, 2, 0, 1.*Sort images"),
         ({"mean": (0.5,)}, r"Expected `mean` with a finite number for each of 3 channels, but got \(0.5,\)"),
-        ({"std": (0.5, float("nan"), 1.0)}, "Expected `std` with a finite number"),
-        ({"std": (0.5, 0.0, 1.0)}, "Expected `std` above 0"),
+        ({"std": (0.5, float("nan"), 1.0)}, "Expected `std` with a finite number above 0"),
+        ({"std": (0.5, 0.0, 1.0)}, r"Expected `std` with a finite number above 0 .* but got \(0.5, 0.0, 1.0\)"),
     ],
 )  # fmt: skip
 def test_refuses_what_does_not_fit_together(changes: dict[str, Any], message: str) -> None:
