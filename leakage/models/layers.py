@@ -30,18 +30,8 @@ _PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
 class AveragePooling(nn.Module):
     """Means over non-overlapping 2x2 patches, the values of ``F.avg_pool2d(maps, 2)`` up to rounding.
 
-    On the CPU the product with a constant matrix is about twice as fast, forwards and backwards
-    (in bfloat16 more so), so maps of even height and width, at most 128 wide, take that way. All
-    others go to torch's pooling, which drops an odd last row or column. A pixel that is not
-    finite spoils its whole row in the product, and only its patch otherwise.
-
-    Shapes:
-        - input ``(N, C, H, W)`` or ``(C, H, W)``, any real values
-        - output the same with ``(H // 2, W // 2)``
-
-    Example:
-        >>> AveragePooling()(torch.arange(8.0).reshape(1, 1, 2, 4))
-        tensor([[[[2.5000, 4.5000]]]])
+    On the CPU the product with a constant matrix is about twice as fast (in bfloat16 more so), so maps of even height and
+    width, at most 128 wide, take that way. A pixel that is not finite spoils its whole row in the product.
     """
 
     def forward(self, maps: Tensor) -> Tensor:
