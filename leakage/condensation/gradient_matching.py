@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from leakage.condensation.augmentation import SiameseAugmentation
-from leakage.condensation.matching import Transform, first_not_finite, match, matched_parameters, real_gradients
+from leakage.condensation.matching import Transform, match, matched_parameters, real_gradients
 from leakage.condensation.networks import fitting_network, take_statistics, train_on
 from leakage.condensation.protocols import CondensationProtocol, condensation_protocol, schedule
 from leakage.condensation.synthetic_set import SyntheticSet, start_images
@@ -335,11 +336,13 @@ class GradientMatchingCondensation(LightningModule):
         by_class = images.detach().view(self._num_classes, -1, *images.shape[1:])
         distance = self.hparams["distance"]
         distances, derivatives = match(self.network, targets, by_class, distance=distance, transforms=transforms)
-        label, what = first_not_finite(distances, derivatives)
-        if what:
+        sound = torch.isfinite(distances) & torch.isfinite(derivatives).flatten(1).all(1)
+        if not bool(sound.all()):
             if self._sound_images is not None:
                 images.data.copy_(self._sound_images)
-            name = self._about_data["class_names"][label]
+            label = int((~sound).nonzero()[0])
+            name, loss = self._about_data["class_names"][label], float(distances[label])
+            what = "derivative that is not" if math.isfinite(loss) else f"loss of {loss:g}"
             raise FloatingPointError(
                 f"Expected a finite matching loss and derivative, but got a {what} at iteration {self.iteration}, "
                 f"class {label} ({name}). The synthetic images are the last for which both were finite. "

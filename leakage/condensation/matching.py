@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -94,13 +93,3 @@ def match(
     outer, distances = evaluate(augmented.detach(), labels, targets)
     (derivatives,) = torch.autograd.grad(augmented, leaf, outer)
     return distances.detach(), derivatives
-
-
-def first_not_finite(distances: Tensor, derivatives: Tensor) -> tuple[int, str]:
-    """The first class whose distance ``(K,)`` or derivative is not finite, and which in words; "" where all are."""
-    sound = torch.isfinite(distances) & torch.isfinite(derivatives).flatten(1).all(1)
-    if bool(sound.all()):
-        return 0, ""
-    label = int((~sound).nonzero()[0])
-    loss = float(distances[label])
-    return label, "derivative that is not" if math.isfinite(loss) else f"loss of {loss:g}"

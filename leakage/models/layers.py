@@ -30,8 +30,8 @@ _PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
 class AveragePooling(nn.Module):
     """Means over non-overlapping 2x2 patches, the values of ``F.avg_pool2d(maps, 2)`` up to rounding.
 
-    On the CPU the product with a constant matrix is about twice as fast (in bfloat16 more so), so maps of even height and
-    width, at most 128 wide, take that way. A pixel that is not finite spoils its whole row in the product.
+    On the CPU the product with a constant matrix is about twice as fast (in bfloat16 more so), so maps of even height
+    and width, at most 128 wide, take that way. A pixel that is not finite spoils its whole row in the product.
     """
 
     def forward(self, maps: Tensor) -> Tensor:
