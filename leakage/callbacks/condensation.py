@@ -40,7 +40,6 @@ class CondensationCallback(ResultsCallback, ABC):
         for moment in moments:
             check_count(0, **{name: moment})
         self.moments = sorted(set(moments))
-        self._earlier: list[Path] = []
         self._begun = False
 
     @abstractmethod
@@ -57,20 +56,22 @@ class CondensationCallback(ResultsCallback, ABC):
         """Refuse other modules, find the folder and try to write there."""
         as_condensation(self, pl_module)
         super().setup(trainer, pl_module, stage)
-        self._earlier, self._begun = [], False
+        self._begun = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of results that this run will replace, and look."""
+        """Remove results that this run replaces, after a warning, and look."""
         if not trainer.is_global_zero:
             return
-        if trainer.ckpt_path is None:
-            self._earlier = sorted(path for pattern in self.files for path in self.folder.glob(pattern))
-        if self._earlier:
+        patterns = self.files if trainer.ckpt_path is None else ()
+        earlier = sorted(path for pattern in patterns for path in self.folder.glob(pattern))
+        if earlier:
             rank_zero_warn(
                 f"'{self.folder}' holds the results of an earlier run, which this one replaces ('"
-                f"{self._earlier[0].relative_to(self.folder)}' is one). Resume the earlier one with `ckpt_path`, or "
+                f"{earlier[0].relative_to(self.folder)}' is one). Resume the earlier one with `ckpt_path`, or "
                 f"give {type(self).__name__} another `output`."
             )
+        for path in earlier:
+            self._write(path, Path.unlink)
         self._begun = True
         self._look_if_due(trainer, pl_module)
 
@@ -98,11 +99,6 @@ class CondensationCallback(ResultsCallback, ABC):
         chosen = condensation.iteration in self.moments or condensation.iteration >= condensation.protocol.iterations
         if between_iterations(condensation) and chosen:
             self.look(trainer, condensation, last=False)
-
-    def _remove_earlier(self) -> None:
-        for path in self._earlier:
-            self._write(path, lambda path: path.unlink(missing_ok=True))
-        self._earlier = []
 
 
 def as_condensation(callback: object, pl_module: LightningModule) -> GradientMatchingCondensation:

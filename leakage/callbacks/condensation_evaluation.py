@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,24 +21,14 @@ from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.evaluation import Evaluation, evaluate
 from leakage.condensation.gradient_matching import GradientMatchingCondensation
 from leakage.condensation.networks import check_network
+from leakage.condensation.training import TrainingOptions
 from leakage.datamodules.labelled import LabelledImages
 from leakage.errors import check_count
 from leakage.files.text import write_csv
 from leakage.plots import plot_accuracy, save_figure
 
-COLUMNS = (
-    "iteration",
-    "step",
-    "accuracy_mean",
-    "accuracy_std",
-    "accuracy_low",
-    "accuracy_high",
-    "networks",
-    "seconds",
-    "evaluation_seconds",
-)
 # Columns that make a curve: iteration, mean and the ends of its interval.
-_CURVE = [0, 2, 4, 5]
+_CURVE = ("iteration", "accuracy_mean", "accuracy_low", "accuracy_high")
 
 
 @dataclass(frozen=True)
@@ -69,13 +59,21 @@ class AccuracyRow:
         """Mean over the networks, from 0 to 1."""
         return self.evaluation.mean
 
-    def values(self) -> list[float]:
-        """What the columns of ``accuracy.csv`` hold."""
+    def columns(self) -> dict[str, float]:
+        """What ``accuracy.csv`` holds of it, by column."""
         found = self.evaluation
-        return [
-            self.iteration, self.step, found.mean, found.std, *found.interval, found.networks,
-            self.seconds, self.evaluation_seconds,
-        ]  # fmt: skip
+        low, high = found.interval
+        return {
+            "iteration": self.iteration,
+            "step": self.step,
+            "accuracy_mean": found.mean,
+            "accuracy_std": found.std,
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "networks": found.networks,
+            "seconds": self.seconds,
+            "evaluation_seconds": self.evaluation_seconds,
+        }
 
 
 class SyntheticEvaluation(CondensationCallback):
@@ -109,7 +107,6 @@ class SyntheticEvaluation(CondensationCallback):
         augmentation: of the synthetic images in their training.
         seed: of all that is drawn, the same for each test.
         stacked: train all networks at once; by default where that is faster.
-        lines: further accuracies from 0 to 1 by name, to compare with in the picture, such as the paper's.
 
     Raises:
         ValueError: an option out of its range; in ``fit``, a module that is no
@@ -131,19 +128,14 @@ class SyntheticEvaluation(CondensationCallback):
         augmentation: SiameseAugmentation | None = None,
         seed: int = 0,
         stacked: bool | None = None,
-        lines: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(output, at, "at")
-        check_count(networks=networks, **{} if epochs is None else {"epochs": epochs})
-        check_count(0, seed=seed)
+        check_count(networks=networks)
+        # What is out of its range is refused now, not at the first test.
+        TrainingOptions(1 if epochs is None else epochs, augmentation=augmentation, seed=seed)
         if network is not None and not isinstance(network, nn.Module):
             raise ValueError(f"Expected `network` to be a torch.nn.Module, but got {type(network).__name__}.")
-        for name, accuracy in (lines or {}).items():
-            if isinstance(accuracy, bool) or not isinstance(accuracy, int | float) or not 0 <= accuracy <= 1:
-                raise ValueError(f"Expected `lines` with accuracies from 0 to 1, but got {accuracy!r} for {name!r}.")
-        self.networks = networks
         self.network = network
-        self.lines = dict(lines or {})
         self.evaluating = False
         self.rows: list[AccuracyRow] = []
         self._options: dict[str, Any] = {
@@ -196,19 +188,16 @@ class SyntheticEvaluation(CondensationCallback):
             self.evaluating = True
             self._tell(trainer, condensation)
             try:
-                row = self._test(trainer, condensation)
+                self._test(trainer, condensation)
             finally:
                 self.evaluating = False
-            self.rows += row
             self._tell(trainer, condensation)
-            self._log(trainer, row)
-            self._remove_earlier()
             self._write_all(condensation)
         elif last and (self._failures or not (self.folder / "accuracy.csv").exists()):
             self._write_all(condensation)
 
-    def _test(self, trainer: Trainer, condensation: GradientMatchingCondensation) -> list[AccuracyRow]:
-        """One row, or none if training a network failed."""
+    def _test(self, trainer: Trainer, condensation: GradientMatchingCondensation) -> None:
+        """Add and log a row, unless training a network fails."""
         try:
             with condensation.clock("evaluation"):
                 evaluation = evaluate(
@@ -223,48 +212,39 @@ class SyntheticEvaluation(CondensationCallback):
             self._failure = f"The images after {condensation.iteration} iterations could not be tested: {error}"
             self._failed_at = condensation.step
             rank_zero_warn(self._failure)
-            return []
+            return
         self._failure = ""
         spent = condensation.seconds
-        return [
-            AccuracyRow(
-                iteration=condensation.iteration,
-                step=condensation.step,
-                accuracies=tuple(evaluation.accuracies.tolist()),
-                seconds=math.fsum(seconds for part, seconds in spent.items() if part != "evaluation"),
-                evaluation_seconds=spent["evaluation"],
-            )
-        ]
+        row = AccuracyRow(
+            iteration=condensation.iteration,
+            step=condensation.step,
+            accuracies=tuple(evaluation.accuracies.tolist()),
+            seconds=math.fsum(seconds for part, seconds in spent.items() if part != "evaluation"),
+            evaluation_seconds=spent["evaluation"],
+        )
+        self.rows.append(row)
+        found = row.columns()
+        metrics = {"eval/accuracy": found["accuracy_mean"], "time/evaluation": found["evaluation_seconds"]}
+        for name in ("accuracy_low", "accuracy_high", "accuracy_std", "networks"):
+            metrics[f"eval/{name}"] = float(found[name])
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=row.step)
 
     def _tell(self, trainer: Trainer, condensation: GradientMatchingCondensation) -> None:
         bar = trainer.progress_bar_callback
         if isinstance(bar, RunProgressBar):
             bar.tell(trainer, condensation)
 
-    def _log(self, trainer: Trainer, rows: list[AccuracyRow]) -> None:
-        for row in rows:
-            found = row.evaluation
-            metrics = {
-                "eval/accuracy": found.mean,
-                "eval/accuracy_low": found.interval[0],
-                "eval/accuracy_high": found.interval[1],
-                "eval/accuracy_std": found.std,
-                "eval/networks": float(found.networks),
-                "time/evaluation": row.evaluation_seconds,
-            }
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=row.step)
-
     def _write_all(self, condensation: GradientMatchingCondensation) -> None:
         if not self.rows:
             return
-        rows = [row.values() for row in self.rows]
-        self._write(self.folder / "accuracy.csv", lambda path: write_csv(path, COLUMNS, rows))
-        curve = torch.tensor(rows, dtype=torch.float64)[:, _CURVE]
+        rows = [row.columns() for row in self.rows]
+        values = [list(row.values()) for row in rows]
+        self._write(self.folder / "accuracy.csv", lambda path: write_csv(path, list(rows[0]), values))
+        curve = torch.tensor([[row[column] for column in _CURVE] for row in rows], dtype=torch.float64)
         per_class = int(condensation.hparams["images_per_class"])
         figure = plot_accuracy(
             {"synthetic images": curve},
-            lines=self.lines,
             title=f"{condensation.synthetic_set().dataset}: {per_class} image{'s' * (per_class > 1)} per class",
         )
         self._write(self.folder / "accuracy.png", lambda path: save_figure(figure, path))
@@ -283,7 +263,7 @@ def read_accuracies(path: str | os.PathLike[str]) -> Tensor:
     with Path(path).open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     try:
-        columns = [rows[0].index(COLUMNS[column]) for column in _CURVE]
+        columns = [rows[0].index(column) for column in _CURVE]
         return torch.tensor([[float(row[column]) for column in columns] for row in rows[1:]], dtype=torch.float64)
     except (IndexError, ValueError) as error:
         raise ValueError(f"Expected an `accuracy.csv` of SyntheticEvaluation, but got '{path}': {error}") from error

@@ -16,9 +16,6 @@ from leakage.condensation.gradient_matching import GradientMatchingCondensation
 from leakage.condensation.synthetic_set import SyntheticSet
 from leakage.plots import figure_pixels, save_figure
 
-# Of the images that can be written as PNG.
-_CHANNELS = (1, 3)
-
 
 class SyntheticImages(CondensationCallback):
     """Writes the synthetic images at chosen iterations and when the run ends, however it ends.
@@ -27,16 +24,14 @@ class SyntheticImages(CondensationCallback):
 
     - ``synthetic.safetensors``, the :class:`~leakage.condensation.SyntheticSet` as the module holds it at
       that time, and ``synthetic.png``, a row of images per class;
-    - ``synthetic/iteration_000050.png`` and so on, the same picture after that many iterations;
-    - only at the end, ``images/<class>/<number>.png``: 8-bit pictures, values outside of [0, 1] clipped. Left out
-      for images of neither one nor three channels. Until then those of an earlier run stay.
+    - ``synthetic/iteration_000050.png`` and so on, the same picture after that many iterations.
 
-    After an error or an interrupt they hold the last good images. The loggers that take pictures get each
-    one with the key ``synthetic`` and training steps done as step, and W&B at the end the set as an artifact
+    After an error or an interrupt they hold the last good images; :meth:`SyntheticSet.save_images
+    <leakage.condensation.SyntheticSet.save_images>` writes them one by one as PNG files. The loggers that take pictures
+    get each one with the key ``synthetic`` and training steps done as step, and W&B at the end the set as an artifact
     ``synthetic-<data set>-<images per class>``.
 
-    A run that starts from the beginning replaces the files of an earlier one in the same folder, after a
-    warning.
+    A run that starts from the beginning replaces the files of an earlier one in the same folder, after a warning.
 
     Args:
         output: the folder, see :class:`~leakage.callbacks.ResultsCallback`.
@@ -45,8 +40,6 @@ class SyntheticImages(CondensationCallback):
     Raises:
         ValueError: moments that are not whole numbers of at least 0; in ``fit``, a module that is no
             :class:`~leakage.condensation.GradientMatchingCondensation`.
-        FileExistsError: at the start of ``fit``, if ``images`` in the folder holds others that this run would
-            not replace.
         OSError: the folder can't be written, or files are missing at the end.
     """
 
@@ -58,26 +51,14 @@ class SyntheticImages(CondensationCallback):
         moments: Sequence[int] = (0, 10, 20, 50, 100, 200, 500, 1000),
     ) -> None:
         super().__init__(output, moments, "moments")
-        self._reset()
-
-    def _reset(self) -> None:
-        # What was looked at last, and of which set the folder `images` and the artifact are.
-        self._latest: SyntheticSet | None = None
-        self._in_folder: SyntheticSet | None = None
-        self._logged: SyntheticSet | None = None
-        # What could not be written so far.
-        self._pending: dict[Path, Callable[[Path], Any]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse other modules, find the folder and try to write there."""
         super().setup(trainer, pl_module, stage)
-        self._reset()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a folder that can't take the images of this run at its end, then go on as usual."""
-        if trainer.is_global_zero:
-            self._try_folder(as_condensation(self, pl_module))
-        super().on_train_start(trainer, pl_module)
+        # What was looked at last, and what of it could not be written so far.
+        self._latest: SyntheticSet | None = None
+        self._pending: dict[Path, Callable[[Path], Any]] = {}
+        self._logged: SyntheticSet | None = None  # as an artifact
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what there is."""
@@ -92,18 +73,21 @@ class SyntheticImages(CondensationCallback):
     def look(self, trainer: Trainer, condensation: GradientMatchingCondensation, *, last: bool) -> None:
         """Write and log the images as they are now."""
         now = condensation.synthetic_set()
-        self._remove_earlier()
         if self._latest is None or not now.images.equal(self._latest.images):
             self._latest = now
             self._show(trainer, condensation, now)
-        if last and self._in_folder is not self._latest and now.image_shape[0] in _CHANNELS:
-            self._in_folder = self._latest
-            self._pending[self.folder / "images"] = self._latest.save_images
         for path, write in list(self._pending.items()):
             if self._write(path, write):
                 del self._pending[path]
-        if last:
-            self._log_artifact(trainer, condensation)
+        if last and self._logged is not self._latest and not self._failures:
+            self._logged = self._latest
+            count = int(condensation.hparams["images_per_class"])
+            log_artifact(
+                trainer,
+                f"synthetic-{now.dataset}-{count}",
+                [self.folder / name for name in ("synthetic.safetensors", "synthetic.png")],
+                metadata={"dataset": now.dataset, "images_per_class": count, "iterations": condensation.iteration},
+            )
 
     def _show(self, trainer: Trainer, condensation: GradientMatchingCondensation, now: SyntheticSet) -> None:
         done = f"{condensation.iteration} iterations"
@@ -115,29 +99,3 @@ class SyntheticImages(CondensationCallback):
         for path in paths:
             self._pending[path] = lambda path: save_figure(figure, path)
         log_image(trainer, "synthetic", figure_pixels(figure), caption=done, step=condensation.step)
-
-    def _log_artifact(self, trainer: Trainer, condensation: GradientMatchingCondensation) -> None:
-        if self._latest is None or self._logged is self._latest or self._failures:
-            return
-        self._logged = self._latest
-        count = int(condensation.hparams["images_per_class"])
-        paths = [self.folder / name for name in ("synthetic.safetensors", "synthetic.png", "images")]
-        log_artifact(
-            trainer,
-            f"synthetic-{self._latest.dataset}-{count}",
-            [path for path in paths if path.exists()],
-            metadata={
-                "dataset": self._latest.dataset,
-                "images_per_class": count,
-                "iterations": condensation.iteration,
-            },
-        )
-
-    def _try_folder(self, condensation: GradientMatchingCondensation) -> None:
-        synthetic = condensation.synthetic_set()
-        if synthetic.image_shape[0] not in _CHANNELS:
-            return
-        try:
-            synthetic.check_images_folder(self.folder / "images")
-        except FileExistsError as error:
-            raise FileExistsError(f"{error} Give {type(self).__name__} another `output`.") from error

@@ -64,11 +64,6 @@ class CondensationProgressBar(RunProgressBar):
                     metrics["now"] = "evaluating"
         return metrics
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse other modules."""
-        as_condensation(self, pl_module)
-        super().setup(trainer, pl_module, stage)
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell what the time was spent on."""
         self._tell_time(as_condensation(self, pl_module))
@@ -80,15 +75,10 @@ class CondensationProgressBar(RunProgressBar):
             self._tell_time(pl_module)
 
     def _tell_time(self, condensation: GradientMatchingCondensation) -> None:
-        if self.is_enabled and any(condensation.seconds.values()):
-            sys.stdout.write(f"{time_split(condensation)}\n")
-
-
-def time_split(condensation: GradientMatchingCondensation) -> str:
-    """A line that tells what the time of a run was spent on."""
-    total = sum(condensation.seconds.values()) or 1.0
-    parts = ", ".join(
-        f"{_PARTS[part]} {seconds:.1f} s ({100 * seconds / total:.0f} %)"
-        for part, seconds in condensation.seconds.items()
-    )
-    return f"Time: {parts}; {condensation.images_per_second:.0f} real images per second"
+        total = sum(condensation.seconds.values())
+        if self.is_enabled and total:
+            parts = ", ".join(
+                f"{_PARTS[part]} {seconds:.1f} s ({100 * seconds / total:.0f} %)"
+                for part, seconds in condensation.seconds.items()
+            )
+            sys.stdout.write(f"Time: {parts}; {condensation.images_per_second:.0f} real images per second\n")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leakage.errors import check_count, check_flag
+from leakage.errors import check_count, check_not_negative, check_positive
 
 # The transforms, and how many random numbers each needs. The order is that of the columns of the random numbers.
 _NUMBERS = {"color": 3, "crop": 2, "cutout": 2, "flip": 1, "scale": 2, "rotate": 1}
@@ -43,7 +43,6 @@ class SiameseAugmentation:
 
     Args:
         strategy: names of transforms, each at most once, joined by ``_``.
-        several: apply all named transforms one after another, in their order, instead of one of them.
         brightness: width of the interval of what is added, at least 0, in units of the normalised images.
         saturation: largest factor of the saturation, at least 0. Images of one channel have none and stay.
         contrast: smallest factor of the contrast, at least 0; the largest is greater by 1.
@@ -71,7 +70,6 @@ class SiameseAugmentation:
 
     strategy: str = "color_crop_cutout_flip_scale_rotate"
     _: KW_ONLY
-    several: bool = False
     brightness: float = 1.0
     saturation: float = 2.0
     contrast: float = 0.5
@@ -88,20 +86,16 @@ class SiameseAugmentation:
                 f"Expected `strategy` to be some of {list(_NUMBERS)}, each at most once, joined by '_', "
                 f"but got {self.strategy!r}."
             )
-        check_flag(several=self.several)
-        _check_size(
-            math.inf, at_least_zero=True,
-            brightness=self.brightness, saturation=self.saturation, contrast=self.contrast,
-        )  # fmt: skip
-        _check_size(1, crop=self.crop, cutout=self.cutout, flip=self.flip)
-        _check_size(180, rotate=self.rotate)
-        if not isinstance(self.scale, tuple | list) or len(self.scale) != 2:
-            raise ValueError(f"Expected `scale` as the smallest and the largest factor, but got {self.scale!r}.")
-        for factor in self.scale:
-            _check_size(math.inf, scale=factor)
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"Expected `scale` to begin with the smaller factor, but got {self.scale!r}.")
-        self.scale = (self.scale[0], self.scale[1])
+        check_not_negative(brightness=self.brightness, saturation=self.saturation, contrast=self.contrast)
+        limited = {"crop": 1, "cutout": 1, "flip": 1, "rotate": 180}
+        check_positive(**{name: getattr(self, name) for name in limited})
+        for name, limit in limited.items():
+            if getattr(self, name) > limit:
+                raise ValueError(f"Expected `{name}` of at most {limit}, but got {getattr(self, name)!r}.")
+        scale = self.scale
+        if not isinstance(scale, tuple | list) or len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
+            raise ValueError(f"Expected `scale` as two positive factors, the smaller first, but got {scale!r}.")
+        self.scale = (scale[0], scale[1])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -220,10 +214,6 @@ class _Drawn:
         """The transformed images."""
         self._check(images)
         names = self.augmentation.names
-        if self.augmentation.several:
-            for name in names:
-                images = self._apply(name, images, self.numbers)
-            return images
         if self.numbers.ndim == 1:
             return self._apply(names[self.choices[0]], images, self.numbers)
         # Images with the same transform go through it together, then back to their places.
@@ -252,15 +242,6 @@ class _Drawn:
                 f"Expected `images` of shape (..., {len(self.numbers)}, C, H, W), for as many images as were drawn, "
                 f"but got {tuple(images.shape)}."
             )
-
-
-def _check_size(at_most: float, /, *, at_least_zero: bool = False, **values: float) -> None:
-    for name, value in values.items():
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not fits or not (0 < value <= at_most or (at_least_zero and value == 0)):
-            limit = "" if at_most == math.inf else f" and at most {at_most}"
-            least = "at least 0" if at_least_zero else "above 0"
-            raise ValueError(f"Expected `{name}` to be finite, {least}{limit}, but got {value!r}.")
 
 
 def _parts(part: float, images: Tensor) -> tuple[int, int]:

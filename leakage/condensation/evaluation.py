@@ -6,8 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,10 @@ from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.networks import default_network
 from leakage.condensation.synthetic_set import SyntheticSet, make_ready
 from leakage.condensation.training import TrainingOptions, train_and_test
-from leakage.errors import check_count
 from leakage.files.text import write_json
 from leakage.metrics.estimates import mean_interval
 from leakage.models import draw_state
+from leakage.pieces import tell
 from leakage.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class Evaluation:
     testing_seconds: float = math.nan
 
     def __post_init__(self) -> None:
-        self.accuracies = self.accuracies.cpu().double()
+        self.accuracies = torch.as_tensor(self.accuracies, dtype=torch.float64, device="cpu")
 
     @property
     def networks(self) -> int:
@@ -132,8 +131,7 @@ def evaluate(
         FloatingPointError: training that is no longer finite; network and epoch are named.
 
     References:
-        Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
-        https://arxiv.org/abs/2006.05929.
+        Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021, https://arxiv.org/abs/2006.05929.
 
     Example:
         >>> from leakage.condensation import random_images
@@ -184,51 +182,28 @@ def evaluate_full(
         **training: all others of :class:`TrainingOptions`.
 
     Raises:
-        ValueError: as :func:`evaluate`; or a file of the cache that is broken.
-        FloatingPointError: as :func:`evaluate`.
+        ValueError, FloatingPointError: as :func:`evaluate`.
         OSError: the cache can't be written.
     """
     options = TrainingOptions(epochs, **training)
     make_ready(data)
     network = default_network(data) if network is None else network
+    path = None if cache is None else Path(cache) / f"full_{_digest(data, network, networks, options)}.json"
+    if path is not None and path.is_file():
+        return Evaluation(**json.loads(path.read_text(encoding="utf-8")))
+    images, labels = data.train.images, data.train.labels
+    evaluation = Evaluation(
+        *train_and_test(images, labels, data, network, networks, options, stacked, device, progress)
+    )
+    if path is not None:
+        write_json(path, vars(evaluation) | {"accuracies": evaluation.accuracies.tolist()})
+    return evaluation
 
-    def run() -> Evaluation:
-        images, labels = data.train.images, data.train.labels
-        return Evaluation(*train_and_test(images, labels, data, network, networks, options, stacked, device, progress))
 
-    if cache is None:
-        return run()
-    check_count(networks=networks)
-    return _cached(Path(cache), _describe(data, network, networks, options), run)
-
-
-def _describe(data: LabelledImages, network: nn.Module, networks: int, options: TrainingOptions) -> dict[str, Any]:
-    """All that decides the result, as plain numbers and words."""
-    from leakage.pieces import digest
-
+def _digest(data: LabelledImages, network: nn.Module, networks: int, options: TrainingOptions) -> str:
+    """Of all that decides the result."""
     # How it draws batches of classes plays no part.
     of_data = {name: value for name, value in data.configuration.items() if name not in ("batch_size", "seed")}
     first = draw_state(network, derive_seed(options.seed, 0, "evaluation network"))
-    return {
-        "data": of_data | {"test": digest({"images": data.test.images[::97], "labels": data.test.labels})},
-        "network": {"modules": repr(network), "weights": digest(first)},
-        "networks": networks,
-        "options": asdict(options),
-    }
-
-
-def _cached(folder: Path, configuration: dict[str, Any], run: Callable[[], Evaluation]) -> Evaluation:
-    """The result in the folder, or that of ``run``, which is then put there."""
-    key = json.dumps(configuration, sort_keys=True)
-    path = folder / f"full_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            accuracies, *seconds = (found[field.name] for field in fields(Evaluation))
-            return Evaluation(torch.tensor(accuracies, dtype=torch.float64), *map(float, seconds))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"Expected a whole JSON file in the cache, but got '{path}'. Delete it.") from error
-    evaluation = run()
-    result = vars(evaluation) | {"accuracies": evaluation.accuracies.tolist(), "configuration": configuration}
-    write_json(path, result)
-    return evaluation
+    told = tell([of_data, data.test.images[::97], data.test.labels, repr(network), first, networks, options])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from leakage.condensation.augmentation import SiameseAugmentation
-from leakage.condensation.matching import Transform, first_not_finite, match, matched_parameters, real_gradients
-from leakage.condensation.networks import digest_of, fitting_network, take_statistics, train_on
+from leakage.condensation.matching import Transform, match, matched_parameters, real_gradients
+from leakage.condensation.networks import fitting_network, take_statistics, train_on
 from leakage.condensation.protocols import CondensationProtocol, condensation_protocol, schedule
 from leakage.condensation.synthetic_set import SyntheticSet, start_images
 from leakage.datamodules.labelled import ClassBatch, LabelledImages
@@ -172,7 +173,9 @@ class GradientMatchingCondensation(LightningModule):
         if not self._about_data:
             raise RuntimeError("Expected `Trainer.fit` to have begun, but got no synthetic images yet.")
         labels = torch.arange(self._num_classes).repeat_interleave(self.hparams["images_per_class"])
-        return SyntheticSet.of_normalised(self.synthetic_images.detach().cpu().float(), labels, **self._about_data)
+        scale, shift = (torch.tensor(self._about_data[name])[:, None, None] for name in ("std", "mean"))
+        images = self.synthetic_images.detach().cpu().float() * scale + shift
+        return SyntheticSet(images, labels, **self._about_data)
 
     def synthetic_dataset(self) -> TensorDataset:
         """Pairs of a synthetic image ``(C, H, W)`` in the data's scale (not normalised, not clamped) and its label."""
@@ -285,7 +288,18 @@ class GradientMatchingCondensation(LightningModule):
         self.step += 1
         if self.step % self.outer:
             with self.clock("network"):
-                self._train_network()
+                images = self.synthetic_images.detach()
+                labels = torch.arange(self._num_classes, device=images.device)
+                train_on(
+                    self.network,
+                    images,
+                    labels.repeat_interleave(self.hparams["images_per_class"]),
+                    epochs=self.inner,
+                    learning_rate=self.hparams["network_learning_rate"],
+                    batch_size=self.hparams["network_batch_size"],
+                    generator=self._generator("training"),
+                    augmentation=self.augmentation,
+                )
         self.within_step = False
         self.log("train/loss", self.last_loss, prog_bar=True, batch_size=1)
         times = {f"time/{part}": seconds for part, seconds in self.seconds.items()}
@@ -317,20 +331,18 @@ class GradientMatchingCondensation(LightningModule):
         return lambda images: transform(self._datamodule.normalise(images).to(self.synthetic_images.dtype))
 
     def _move(self, targets: dict[str, Tensor], transforms: list[Transform] | None) -> None:
-        """One step of the synthetic images.
-
-        Raises:
-            FloatingPointError: a distance or derivative is not finite; the images are again the last that had both.
-        """
+        """One step of the synthetic images."""
         images = self.synthetic_images
         by_class = images.detach().view(self._num_classes, -1, *images.shape[1:])
         distance = self.hparams["distance"]
         distances, derivatives = match(self.network, targets, by_class, distance=distance, transforms=transforms)
-        label, what = first_not_finite(distances, derivatives)
-        if what:
+        sound = torch.isfinite(distances) & torch.isfinite(derivatives).flatten(1).all(1)
+        if not bool(sound.all()):
             if self._sound_images is not None:
                 images.data.copy_(self._sound_images)
-            name = self._about_data["class_names"][label]
+            label = int((~sound).nonzero()[0])
+            name, loss = self._about_data["class_names"][label], float(distances[label])
+            what = "derivative that is not" if math.isfinite(loss) else f"loss of {loss:g}"
             raise FloatingPointError(
                 f"Expected a finite matching loss and derivative, but got a {what} at iteration {self.iteration}, "
                 f"class {label} ({name}). The synthetic images are the last for which both were finite. "
@@ -341,25 +353,8 @@ class GradientMatchingCondensation(LightningModule):
         cast(Any, self.optimizers()).step()
         self.last_loss = float(distances.sum())
 
-    def _train_network(self) -> None:
-        images = self.synthetic_images.detach()
-        train_on(
-            self.network,
-            images,
-            torch.arange(self._num_classes, device=images.device).repeat_interleave(self.hparams["images_per_class"]),
-            epochs=self.inner,
-            learning_rate=self.hparams["network_learning_rate"],
-            batch_size=self.hparams["network_batch_size"],
-            generator=self._generator("training"),
-            augmentation=self.augmentation,
-        )
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add how far it is.
-
-        Raises:
-            RuntimeError: within a training step, as when one has failed.
-        """
+        """Add how far it is; a ``RuntimeError`` within a training step, as when one has failed."""
         if self.within_step:
             raise RuntimeError(
                 "Expected a checkpoint between two training steps, but got one within: a run that goes on from there "
@@ -368,21 +363,17 @@ class GradientMatchingCondensation(LightningModule):
         checkpoint["leakage"] = {
             "module": type(self).__name__,
             "precision": self.trainer.precision,
-            "network": digest_of(self.network),
+            "network": str(self.network),
             **{name: copy.copy(getattr(self, name)) for name in _KEPT},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where the checkpoint was made; without ``decay`` also to another number of ``iterations``.
-
-        Raises:
-            ValueError: a checkpoint of another module or configuration.
-        """
+        """Go on where the checkpoint was made; without ``decay`` also to another number of ``iterations``."""
         free = set() if self.protocol.decay else {"iterations"}
         options = {name: value for name, value in self.hparams.items() if name not in free}
         check_checkpoint(checkpoint, type(self).__name__, options, self.trainer.precision)
         saved = checkpoint["leakage"]
-        if saved["network"] != digest_of(self.network):
+        if saved["network"] != str(self.network):
             raise ValueError(
                 "Expected the network of the checkpoint, but got another: its architecture differs. Give the "
                 "`network` that the run began with."

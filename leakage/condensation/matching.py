@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -36,14 +35,8 @@ def real_gradients(
 
     .. math:: g^*_c = \frac{1}{M_c} \sum_{i=1}^{M_c} \nabla_\theta \ell(x_{c,i}, c)
 
-    Args:
-        network: normalised images to logits.
-        names: the parameters whose gradients are wanted.
-        classes: the images of class c, ``(M_c, C, H, W)``, as the data set has them.
-        prepare: what is done with the images of class c: normalisation, augmentation.
-
-    Returns:
-        Name to ``(K, *shape)``.
+    Images of class c are ``(M_c, C, H, W)`` as the data set has them; ``prepare`` normalises and augments them. The
+    gradients are ``(K, *shape)`` by the name of the parameter.
     """
     parameters = dict(network.named_parameters())
     wanted = [parameters[name] for name in names]
@@ -72,15 +65,9 @@ def match(
 
     .. math:: L_c(x_c) = D\left(\frac{1}{M} \sum_{i=1}^M \nabla_\theta \ell(x_{c,i}, c), \; g^*_c\right)
 
-    Args:
-        network: normalised images to logits.
-        targets: the gradients of the real images, name to ``(K, *shape)``.
-        images: ``(K, M, C, H, W)``, normalised, M of each class.
-        distance: a key of :data:`leakage.objectives.DISTANCES`.
-        transforms: augmentation of the images of each class.
-
-    Returns:
-        The distances ``(K,)``, and the derivatives of their sum in the shape of ``images``.
+    Images are ``(K, M, C, H, W)``, normalised, M of each class; ``targets`` are what :func:`real_gradients` gives, and
+    ``transforms`` augment the images of each class. The distances are ``(K,)``, the derivatives of their sum have the
+    shape of the images.
     """
     state = {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
     weights = {name: state[name] for name in targets}
@@ -106,13 +93,3 @@ def match(
     outer, distances = evaluate(augmented.detach(), labels, targets)
     (derivatives,) = torch.autograd.grad(augmented, leaf, outer)
     return distances.detach(), derivatives
-
-
-def first_not_finite(distances: Tensor, derivatives: Tensor) -> tuple[int, str]:
-    """The first class whose distance ``(K,)`` or derivative is not finite, and which in words; "" where all are."""
-    sound = torch.isfinite(distances) & torch.isfinite(derivatives).flatten(1).all(1)
-    if bool(sound.all()):
-        return 0, ""
-    label = int((~sound).nonzero()[0])
-    loss = float(distances[label])
-    return label, "derivative that is not" if math.isfinite(loss) else f"loss of {loss:g}"

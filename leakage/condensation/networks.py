@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -28,12 +27,7 @@ def default_network(data: LabelledImages) -> ConvNet:
 
 
 def fitting_network(given: nn.Module | None, data: LabelledImages, distance: str, precision: str) -> nn.Module:
-    """A copy of ``given`` in single precision, or the :class:`~leakage.models.ConvNet` that fits.
-
-    Raises:
-        ValueError: it does not fit the data, can't be drawn anew, has no weights that ``distance`` looks at, or has
-            BatchNorm, which ``torch.func`` can't differentiate in mixed precision.
-    """
+    """A copy of ``given`` in single precision, or the default; a ``ValueError`` if it can't be condensed with."""
     if given is None:
         return default_network(data)
     network = copy.deepcopy(given).float()  # the Trainer decides about the precision
@@ -75,10 +69,7 @@ def batch_norms(network: nn.Module) -> list[_BatchNorm]:
 def take_statistics(network: nn.Module, data: LabelledImages, classes: Sequence[Tensor]) -> None:
     """Give BatchNorm the statistics of real images of all classes; training the network spoils them.
 
-    Args:
-        network: in evaluation mode, before and after.
-        data: normalises the images.
-        classes: the images of each class as the data set has them.
+    The network is in evaluation mode before and after.
     """
     norms = batch_norms(network)
     if not norms:
@@ -107,17 +98,9 @@ def train_on(
     generator: torch.Generator,
     augmentation: SiameseAugmentation | None = None,
 ) -> None:
-    """Train ``network`` in place by plain SGD on the synthetic images, with BatchNorm normalising by their batches.
+    """Train ``network`` in place by plain SGD on normalised images, with BatchNorm normalising by their batches.
 
-    Args:
-        network: normalised images to logits, in evaluation mode before and after.
-        images: ``(M, C, H, W)``, normalised.
-        labels: ``(M,)``.
-        epochs: passes over the images.
-        learning_rate: of SGD, without momentum.
-        batch_size: images of a batch; more images than that are shuffled in each epoch.
-        generator: of the order, and of the augmentation.
-        augmentation: what each image of each batch goes through, with a transform of its own.
+    The network is in evaluation mode before and after. More images than ``batch_size`` are shuffled in each epoch.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=learning_rate)
@@ -141,9 +124,3 @@ def train_on(
         parameter.grad = None
     for module in norms:
         module.eval()
-
-
-def digest_of(network: nn.Module) -> str:
-    """A short hash of the architecture."""
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
-    return hashlib.sha256(repr((str(network), shapes)).encode()).hexdigest()[:16]

@@ -46,11 +46,14 @@ class CondensationProtocol:
         check_count(iterations=self.iterations, batch_size=self.batch_size, network_reuse=self.network_reuse)
         check_flag(decay=self.decay)
         check_positive(learning_rate=self.learning_rate)
-        if isinstance(self.momentum, bool) or not isinstance(self.momentum, int | float):
-            raise ValueError(f"Expected `momentum` to be a number, but got {self.momentum!r}.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"Expected `momentum` from 0 to below 1, but got {self.momentum}.")
+        check_momentum(self.momentum)
         check_choice("initialization", self.initialization, INITIALIZATIONS)
+
+
+def check_momentum(momentum: float) -> None:
+    """Raise a ``ValueError`` unless it is from 0 to below 1."""
+    if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum < 1:
+        raise ValueError(f"Expected `momentum` from 0 to below 1, but got {momentum!r}.")
 
 
 PROTOCOLS = {
@@ -60,15 +63,9 @@ PROTOCOLS = {
 
 
 def condensation_protocol(name: str, images_per_class: int = 1, **replaced: Any) -> CondensationProtocol:
-    """The protocol of that name, with some of its values replaced.
+    """The protocol of that name, with values replaced where they are not None.
 
-    Args:
-        name: one of :data:`PROTOCOLS`.
-        images_per_class: the learning rate of ``"fast"`` is proportional to it.
-        replaced: values by name; None keeps the protocol's own.
-
-    Raises:
-        ValueError: an unknown name, or a value out of its range.
+    The learning rate of ``"fast"`` is proportional to ``images_per_class``.
     """
     check_choice("protocol", name, PROTOCOLS)
     named = PROTOCOLS[name]
@@ -78,15 +75,7 @@ def condensation_protocol(name: str, images_per_class: int = 1, **replaced: Any)
 
 
 def schedule(images_per_class: int, loops: tuple[int, int] | list[int] | None) -> tuple[int, int]:
-    """Outer and inner loops: those given, else those of the paper.
-
-    Args:
-        images_per_class: decides where none are given.
-        loops: outer steps per network, and epochs that the network is trained for between two of them.
-
-    Raises:
-        ValueError: a loop of zero, or none given for a number of images that the paper has none for.
-    """
+    """Outer steps per network, and epochs it is trained for between two of them: those given, else the paper's."""
     if loops is None:
         if images_per_class not in LOOPS:
             raise ValueError(

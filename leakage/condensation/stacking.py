@@ -14,14 +14,7 @@ from leakage.models.draw import state_of
 
 
 class SingleNetwork:
-    """One network, an ordinary module.
-
-    Args:
-        model: architecture, copied.
-        state: its weights and buffers.
-        device: where it shall be.
-        piece: images of a batch that are worked on at a time.
-    """
+    """One network, an ordinary module, which works on ``piece`` images of a batch at a time."""
 
     def __init__(self, model: nn.Module, state: Mapping[str, Tensor], device: torch.device, piece: int | None) -> None:
         self.model = copy.deepcopy(model).to(device).requires_grad_()
@@ -62,24 +55,17 @@ class SingleNetwork:
 
 
 class StackedNetworks:
-    """R networks as one: every weight is a stack ``(R, *shape)``, and one call computes all of them.
-
-    Args:
-        model: architecture, copied.
-        states: weights and buffers of each network.
-        device: where they shall be.
-    """
+    """R networks as one: every weight is a stack ``(R, *shape)``, and one call computes all of them."""
 
     def __init__(self, model: nn.Module, states: Sequence[Mapping[str, Tensor]], device: torch.device) -> None:
         self.model = copy.deepcopy(model).to(device)
-        self.size = len(states)
         self.tensors = {name: torch.stack([state[name] for state in states]).to(device) for name in states[0]}
         self.trainable = [name for name, _ in self.model.named_parameters()]
-        for name in self.trainable:
-            self.tensors[name].requires_grad_()
+        for tensor in self.parameters():
+            tensor.requires_grad_()
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.tensors[self.trainable[0]])
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Weights and buffers, each ``(R, *shape)``."""
@@ -93,9 +79,7 @@ class StackedNetworks:
     def backward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Add each network's gradient of its mean loss, and give these losses, ``(R,)``.
 
-        Args:
-            images: ``(B, C, H, W)`` for all networks or ``(R, B, C, H, W)``.
-            labels: ``(B,)`` or ``(R, B)`` likewise.
+        Images are ``(B, C, H, W)`` for all networks or ``(R, B, C, H, W)``, labels ``(B,)`` or ``(R, B)`` likewise.
         """
         self.model.train()
 

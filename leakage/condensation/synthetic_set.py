@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -69,12 +69,11 @@ class SyntheticSet:
         self.mean, self.std = tuple(self.mean), tuple(self.std)
         self.class_names = tuple(self.class_names)
         images, labels = self.images, self.labels
-        if images.ndim != 4 or not images.numel():
+        if images.ndim != 4 or not images.numel() or images.dtype != torch.float32:
             raise ValueError(
-                f"Expected `images` of shape (M, C, H, W) with at least one image, but got {tuple(images.shape)}."
+                "Expected `images` of shape (M, C, H, W) with at least one image, as float32 in the data's scale, but "
+                f"got {tuple(images.shape)}, {images.dtype}."
             )
-        if images.dtype != torch.float32:
-            raise ValueError(f"Expected `images` as float32 in the data's scale, but got {images.dtype}.")
         if tuple(labels.shape) != (len(images),) or labels.dtype != torch.int64:
             raise ValueError(
                 f"Expected `labels` of shape ({len(images)},) as int64, but got {tuple(labels.shape)}, {labels.dtype}."
@@ -84,23 +83,18 @@ class SyntheticSet:
             raise ValueError(
                 f"Expected finite `images`, but got NaN or inf in classes {sorted(set(bad.tolist()))[:5]}."
             )
-        if int(labels.min()) < 0 or int(labels.max()) >= len(self.class_names):
+        if int(labels.min()) < 0 or int(labels.max()) >= len(self.class_names) or bool((labels.diff() < 0).any()):
             raise ValueError(
-                f"Expected `labels` from 0 to {len(self.class_names) - 1}, one for each of `class_names`, but got "
-                f"{int(labels.min())} to {int(labels.max())}."
-            )
-        if bool((labels.diff() < 0).any()):
-            raise ValueError(
-                f"Expected `labels` in ascending order, but got {labels[:5].tolist()}, ... "
+                f"Expected `labels` from 0 to {len(self.class_names) - 1}, one for each of `class_names`, in ascending "
+                f"order, but got {int(labels.min())} to {int(labels.max())}, beginning with {labels[:5].tolist()}. "
                 "Sort images and labels by class."
             )
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != images.shape[1] or not all(math.isfinite(value) for value in values):
+        for name, values, least in (("mean", self.mean, -math.inf), ("std", self.std, 0)):
+            if len(values) != images.shape[1] or not all(least < value < math.inf for value in values):
                 raise ValueError(
-                    f"Expected `{name}` with a finite number for each of {images.shape[1]} channels, but got {values}."
+                    f"Expected `{name}` with a finite number{' above 0' * (least == 0)} for each of {images.shape[1]} "
+                    f"channels, but got {values}."
                 )
-        if min(self.std) <= 0:
-            raise ValueError(f"Expected `std` above 0, but got {self.std}.")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -126,14 +120,6 @@ class SyntheticSet:
         mean, std = (self.images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (self.images - mean) / std
 
-    @classmethod
-    def of_normalised(
-        cls, images: Tensor, labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], **about: Any
-    ) -> SyntheticSet:
-        """The set of which :meth:`normalised` gives these images."""
-        scale, shift = (torch.tensor(values)[:, None, None] for values in (std, mean))
-        return cls(images * scale + shift, labels, mean, std, **about)
-
     def to_dataset(self) -> TensorDataset:
         """Pairs of an image ``(C, H, W)`` in the data's scale, not normalised, and its label."""
         return TensorDataset(self.images, self.labels)
@@ -144,32 +130,15 @@ class SyntheticSet:
         Args:
             data: after its ``setup()``.
         """
-        for ours, theirs, kind in (
-            (self.image_shape, tuple(data.image_shape), "images {}"),
-            (self.num_classes, data.num_classes, "{} classes"),
-        ):
-            if ours != theirs:
-                raise ValueError(
-                    f"Expected a synthetic set of {kind.format(theirs)}, as {data.name!r} has, but got "
-                    f"{ours}{self._origin()}."
-                )
-        if self.class_names != tuple(data.class_names):
-            k = next(k for k, name in enumerate(data.class_names) if name != self.class_names[k])
-            raise ValueError(
-                f"Expected a synthetic set of the classes of {data.name!r}, but got another class {k}: "
-                f"{self.class_names[k]!r} for {data.class_names[k]!r}{self._origin()}."
-            )
-        for name in ("mean", "std"):
-            ours, theirs = getattr(self, name), tuple(getattr(data, name))
+        origin = f" (of {self.dataset!r})" if self.dataset else ""
+        for name in ("image_shape", "num_classes", "class_names", "mean", "std"):
+            ours, theirs = getattr(self, name), getattr(data, name)
             # A header may hold fewer digits than the data set computes.
-            if any(abs(one - other) > 1e-4 for one, other in zip(ours, theirs, strict=True)):
+            if ours != theirs and not (name in ("mean", "std") and np.allclose(ours, theirs, rtol=0, atol=1e-4)):
                 raise ValueError(
-                    f"Expected a synthetic set of images with the {name} {theirs}, as {data.name!r} has, but got "
-                    f"{ours}{self._origin()}: it was made from other images or another share of them."
+                    f"Expected a synthetic set with the {name} {brief(theirs)} of {data.name!r}, but got "
+                    f"{brief(ours)}{origin}. Give the data set, and the share of its images, that it was made from."
                 )
-
-    def _origin(self) -> str:
-        return f" (of {self.dataset!r})" if self.dataset else ""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all.
@@ -177,12 +146,7 @@ class SyntheticSet:
         Raises:
             OSError: the file can't be written.
         """
-        header = {
-            "mean": json.dumps(self.mean),
-            "std": json.dumps(self.std),
-            "class_names": json.dumps(self.class_names),
-            "dataset": json.dumps(self.dataset),
-        }
+        header = {name: json.dumps(getattr(self, name)) for name in ("mean", "std", "class_names", "dataset")}
         write_safetensors(path, _FORMAT, {"images": self.images, "labels": self.labels}, header)
 
     @classmethod
@@ -232,34 +196,19 @@ class SyntheticSet:
         folder = Path(folder)
         if self.image_shape[0] not in (1, 3):
             raise ValueError(f"Expected images of 1 or 3 channels to write as PNG, but got {self.image_shape[0]}.")
-        self.check_images_folder(folder)
-        for name in self._folder_names():
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        for path, image in zip(self._image_paths(folder), self.images, strict=True):
-            Image.fromarray(to_pixels(image)).save(path)
-
-    def check_images_folder(self, folder: str | os.PathLike[str]) -> None:
-        """Raise a ``FileExistsError`` if the folder holds images that :meth:`save_images` would not replace.
-
-        Nothing is written, and the folder need not exist.
-        """
-        folder = Path(folder)
-        stale = sorted(set(folder.glob("*/*")) - set(self._image_paths(folder)))
+        names = self._folder_names()
+        digits = len(str(int(self.images_per_class.max()) - 1))
+        counts = enumerate(self.images_per_class.tolist())
+        paths = [folder / names[k] / f"{number:0{digits}d}.png" for k, count in counts for number in range(count)]
+        stale = sorted(set(folder.glob("*/*")) - set(paths))
         if stale:
             raise FileExistsError(
                 f"Expected an empty folder or one of an earlier set of this size, but got '{folder}' with '{stale[0]}'."
             )
-
-    def _image_paths(self, folder: Path) -> list[Path]:
-        """The file of each image."""
-        names = self._folder_names()
-        digits = len(str(max(int(self.images_per_class.max()) - 1, 0)))
-        counts = [0] * self.num_classes
-        paths = []
-        for label in self.labels.tolist():
-            paths.append(folder / names[label] / f"{counts[label]:0{digits}d}.png")
-            counts[label] += 1
-        return paths
+        for name in names:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for path, image in zip(paths, self.images, strict=True):
+            Image.fromarray(to_pixels(image)).save(path)
 
     def _folder_names(self) -> list[str]:
         """Names of folders, which in sorted order are those of classes 0 to K - 1."""
@@ -282,22 +231,21 @@ class SyntheticSet:
         """
         check_count(images_per_class=images_per_class)
         columns = min(images_per_class, int(self.images_per_class.max()))
-        left = 0.2 + _LETTER * max(len(name) for name in self.class_names)
-        top = 0.4 if title else 0.1
-        width = max(left + columns * _CELL + 0.1, 0.11 * len(title) + 0.3)
-        height = top + self.num_classes * _CELL + 0.1
-        figure = new_figure(width, height)
+        width = _CELL * columns + _LETTER * max(len(name) for name in self.class_names) + 0.3
+        height = _CELL * self.num_classes + (0.4 if title else 0.1)
+        figure = new_figure(max(width, 0.11 * len(title) + 0.3), height)
+        figure.set_layout_engine("constrained")
         # One picture of all images: axes for each of them take a hundred times as long.
-        axes = figure.add_axes((left / width, 0.1 / height, columns * _CELL / width, self.num_classes * _CELL / height))
-        axes.set_axis_off()
-        axes.imshow(self._grid(columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
-        for k, name in enumerate(self.class_names):
-            middle = 0.1 + (self.num_classes - k - 0.5) * _CELL
-            figure.text(
-                (left - 0.1) / width, middle / height, name, fontsize=9, color="#222222", ha="right", va="center"
-            )
+        axes = figure.subplots()
+        grid = self._grid(columns)
+        axes.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        rows = (np.arange(self.num_classes) + 0.5) * len(grid) / self.num_classes
+        axes.set_yticks(rows, self.class_names, fontsize=9, color="#222222")
+        axes.set_xticks([])
+        axes.tick_params(length=0)
+        axes.set_frame_on(False)
         if title:
-            figure.text(0.5, 1 - 0.1 / height, title, fontsize=11, color="#222222", ha="center", va="top")
+            figure.suptitle(title, fontsize=11, color="#222222")
         return figure
 
     def _grid(self, columns: int) -> NDArray[np.uint8]:

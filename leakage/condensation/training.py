@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.networks import check_network
+from leakage.condensation.protocols import check_momentum
 from leakage.condensation.stacking import SingleNetwork, StackedNetworks, stacking_error, works_image_by_image
-from leakage.errors import check_count, check_positive
+from leakage.errors import check_count, check_not_negative, check_positive
 from leakage.models import draw_state
 from leakage.seeds import derive_seed
 
@@ -67,10 +68,8 @@ class TrainingOptions:
         check_count(epochs=self.epochs, batch_size=self.batch_size)
         check_count(0, seed=self.seed)
         check_positive(learning_rate=self.learning_rate)
-        for name, value, limit in (("momentum", self.momentum, 1.0), ("weight_decay", self.weight_decay, math.inf)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < limit:
-                least = f"at least 0 and {'below 1' if limit == 1 else 'finite'}"
-                raise ValueError(f"Expected `{name}` to be {least}, but got {value!r}.")
+        check_momentum(self.momentum)
+        check_not_negative(weight_decay=self.weight_decay)
         if self.augmentation is not None and not isinstance(self.augmentation, SiameseAugmentation):
             raise ValueError(
                 f"Expected `augmentation` to be a SiameseAugmentation or None, but got {self.augmentation!r}."
@@ -88,12 +87,9 @@ def train_and_test(
     device: torch.device | str | None,
     progress: bool,
 ) -> tuple[Tensor, float, float]:
-    """Train newly drawn networks on images and test them on the test set of ``data``.
+    """Train newly drawn networks on images, uint8 or in the data's scale, and test them on the test set of ``data``.
 
-    Args:
-        images: ``(M, C, H, W)``, uint8 or in the data's scale.
-        labels: ``(M,)``.
-        data, network, networks, options, stacked, device, progress: see :func:`leakage.condensation.evaluate`.
+    The other arguments are those of :func:`leakage.condensation.evaluate`.
 
     Returns:
         Accuracies ``(R,)`` from 0 to 1 in double precision, seconds of training, seconds of testing.
@@ -119,24 +115,23 @@ def train_and_test(
             return run.all(networks, at_once, bar)
 
 
+@dataclass
 class _Run:
     """One evaluation: what its groups of networks share."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        data: LabelledImages,
-        options: TrainingOptions,
-        device: torch.device,
-    ) -> None:
-        self.model, self.options, self.device = model, options, device
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    data: LabelledImages
+    options: TrainingOptions
+    device: torch.device
+
+    def __post_init__(self) -> None:
         # Labels are copied, since the loss keeps them, which tensors made under inference mode forbid.
-        self.images, self.labels = images.detach().to(device), labels.clone().to(device)
-        self.test_images, self.test_labels = data.test.images.to(device), data.test.labels.to(device)
-        self.data = data
-        in_pieces = device.type == "cpu" and works_image_by_image(model, data.image_shape)
+        self.images, self.labels = self.images.detach().to(self.device), self.labels.clone().to(self.device)
+        test = self.data.test
+        self.test_images, self.test_labels = test.images.to(self.device), test.labels.to(self.device)
+        in_pieces = self.device.type == "cpu" and works_image_by_image(self.model, self.data.image_shape)
         self.piece = _PIECE if in_pieces else None
         self.seconds = [0.0, 0.0]
 
@@ -163,7 +158,11 @@ class _Run:
         group: SingleNetwork | StackedNetworks
         if len(numbers) == 1:
             group = SingleNetwork(self.model, states[0], self.device, self.piece)
-            _seed_everything(derive_seed(seed, numbers[0], "evaluation dropout"), self.device)
+            dropout = derive_seed(seed, numbers[0], "evaluation dropout")
+            torch.default_generator.manual_seed(dropout)
+            if self.device.type == "cuda":
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(dropout)
         else:
             group = StackedNetworks(self.model, states, self.device)
         which = f"network {numbers[0] + 1}{'' if len(numbers) == 1 else f' to {numbers[-1] + 1}'} of {networks}"
@@ -179,10 +178,16 @@ class _Run:
         )
         trained = time.perf_counter()
         bar.set_description_str(f"Testing {which}")
-        correct = count_correct(group, self.test_images, self.test_labels, self._normalise, bar.update)
+        images_at_once = _PIECE if self.device.type == "cpu" else max(_PIECE, _TESTED_AT_ONCE // len(group))
+        correct = torch.zeros(len(group), dtype=torch.int64, device=self.device)
+        for chosen in torch.split(torch.arange(len(self.test_labels), device=self.device), images_at_once):
+            found = group.logits(self._normalise(self.test_images[chosen])).argmax(-1)
+            correct += (found == self.test_labels[chosen]).sum(-1)
+            bar.update(len(chosen) * len(group))
+        counts: list[int] = correct.tolist()
         self.seconds[0] += trained - began
         self.seconds[1] += time.perf_counter() - trained
-        return correct
+        return counts
 
     def _normalise(self, images: Tensor) -> Tensor:
         return self.data.normalise(images).float()
@@ -196,15 +201,10 @@ def train(
     options: TrainingOptions,
     tick: Callable[[int], None],
 ) -> None:
-    """Train networks on the same images, each in an order and with transforms of its own.
+    """Train the networks of these ``numbers`` on the same images, each in an order and with transforms of its own.
 
-    Args:
-        networks: changed in place.
-        numbers: which networks of the run they are.
-        fetch: normalised images ``(*shape, C, H, W)`` at indices of any shape, on the networks' device.
-        labels: ``(M,)``, on that device.
-        options: how.
-        tick: called after each batch with the number of images and networks, multiplied.
+    ``fetch`` gives normalised images ``(*shape, C, H, W)`` at indices of any shape. ``tick`` is called after each batch
+    with the number of images times networks.
 
     Raises:
         FloatingPointError: a loss or a weight that is not finite.
@@ -244,31 +244,6 @@ def train(
                 f"Expected finite weights after training, but got NaN or inf in {name!r} of network "
                 f"{numbers[finite.index(False)]} after epoch {options.epochs} of {options.epochs}. {_MEND}"
             )
-
-
-def count_correct(
-    networks: SingleNetwork | StackedNetworks,
-    images: Tensor,
-    labels: Tensor,
-    normalise: Callable[[Tensor], Tensor],
-    tick: Callable[[int], None],
-) -> list[int]:
-    """How many images each network gives the right label.
-
-    Args:
-        networks: left as they are.
-        images: ``(M, C, H, W)``, not normalised, on the networks' device.
-        labels: ``(M,)``, on that device.
-        normalise: applied to a few images at a time.
-        tick: as for :func:`train`.
-    """
-    chunk = _PIECE if images.device.type == "cpu" else max(_PIECE, _TESTED_AT_ONCE // len(networks))
-    correct = torch.zeros(len(networks), dtype=torch.int64, device=images.device)
-    for some, their in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
-        correct += (networks.logits(normalise(some)).argmax(-1) == their).sum(-1)
-        tick(len(their) * len(networks))
-    found: list[int] = correct.tolist()
-    return found
 
 
 def _batches(count: int, size: int, orders: list[torch.Generator], device: torch.device) -> Iterator[Tensor]:
@@ -315,13 +290,6 @@ def _choose_stacked(
             f"which it fails: {error} Use stacked=False or None."
         )
     return error is None
-
-
-def _seed_everything(seed: int, device: torch.device) -> None:
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
 
 
 def _bar(total: int, progress: bool) -> Any:

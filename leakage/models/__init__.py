@@ -2,13 +2,11 @@
 
 from torch import nn
 
-from leakage.models.alexnet import AlexNet
-from leakage.models.convnet import ConvNet
+from leakage.models.convolutional import VGG11, AlexNet, ConvNet
 from leakage.models.draw import draw_state
 from leakage.models.lenet import LeNet
 from leakage.models.mlp import MLP
 from leakage.models.resnet import ResNet18
-from leakage.models.vgg import VGG11
 
 NETWORKS: dict[str, type[nn.Module]] = {
     "convnet": ConvNet,

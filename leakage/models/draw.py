@@ -11,10 +11,9 @@ from torch import Tensor, nn
 def draw_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
     """Newly drawn weights and buffers of a network, by name, as ``functional_call`` takes them.
 
-    Every module draws its weights as its ``reset_parameters`` does, in the order of
-    ``model.modules()``; what no module resets stays as it is in ``model``. The draws depend on
-    the architecture, the precision and the seed alone: they are made on the CPU, and the global
-    random state is neither read nor changed.
+    Every module draws its weights as its ``reset_parameters`` does, in the order of ``model.modules()``; what no module
+    resets stays as it is in ``model``. The draws depend on the architecture, the precision and the seed alone: they are
+    made on the CPU, and the global random state is neither read nor changed.
 
     Args:
         model: any network; left as it was.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from leakage.errors import check_choice, check_image_size
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -18,6 +16,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 NORMS = ("batch", "group", "instance", "layer", "none")
+# Those that scale whole maps: the choices of the networks of any image size.
+MAP_NORMS = ("batch", "group", "instance", "none")
 
 # Groups of `norm="group"`, as in the papers on dataset condensation.
 _GROUPS = 4
@@ -30,18 +30,8 @@ _PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
 class AveragePooling(nn.Module):
     """Means over non-overlapping 2x2 patches, the values of ``F.avg_pool2d(maps, 2)`` up to rounding.
 
-    On the CPU the product with a constant matrix is about twice as fast, forwards and backwards
-    (in bfloat16 more so), so maps of even height and width, at most 128 wide, take that way. All
-    others go to torch's pooling, which drops an odd last row or column. A pixel that is not
-    finite spoils its whole row in the product, and only its patch otherwise.
-
-    Shapes:
-        - input ``(N, C, H, W)`` or ``(C, H, W)``, any real values
-        - output the same with ``(H // 2, W // 2)``
-
-    Example:
-        >>> AveragePooling()(torch.arange(8.0).reshape(1, 1, 2, 4))
-        tensor([[[[2.5000, 4.5000]]]])
+    On the CPU the product with a constant matrix is about twice as fast (in bfloat16 more so), so maps of even height
+    and width, at most 128 wide, take that way. A pixel that is not finite spoils its whole row in the product.
     """
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -70,67 +60,13 @@ class ImageClassifier(nn.Module):
         return logits
 
 
-def convolutions(
-    blocks: Sequence[tuple[int, int, bool]],
-    channels: int,
-    image_size: int | tuple[int, int],
-    *,
-    norm: str,
-    activation: str = "relu",
-    pooling: Callable[[], nn.Module] = lambda: nn.MaxPool2d(2),
-) -> tuple[nn.Sequential, int]:
-    """Convolutions with norm, activation and pooling, and the number of features that come out.
-
-    The first one pads sides of 28 pixels to 32.
-
-    Args:
-        blocks: channels and kernel size of each convolution, and whether a ``pooling`` by 2 follows.
-        channels: of the images.
-        image_size: of the images.
-        norm, activation, pooling: see :func:`make_norm`, :data:`ACTIVATIONS`; a function that makes a layer.
-
-    Raises:
-        ValueError: images that the poolings leave nothing of; a norm that does not fit.
-    """
-    height, width = check_image_size(image_size)
-    more = 2 * (height == 28), 2 * (width == 28)
-    height, width = height + 2 * more[0], width + 2 * more[1]
-    smallest = 2 ** sum(pools for _, _, pools in blocks)
-    if min(height, width) < smallest:
-        raise ValueError(
-            f"Expected `image_size` of at least {smallest} pixels a side for this network, but got {image_size}."
-        )
-    layers: list[nn.Module] = []
-    for maps, kernel_size, pools in blocks:
-        same = kernel_size // 2
-        padding = same if layers else (same + more[0], same + more[1])
-        layers.append(nn.Conv2d(channels, maps, kernel_size, padding=padding))
-        normalise = make_norm(norm, maps, height, width)
-        layers += [] if normalise is None else [normalise]
-        layers.append(ACTIVATIONS[activation]())
-        channels = maps
-        if pools:
-            layers.append(pooling())
-            height, width = height // 2, width // 2
-    return nn.Sequential(*layers), channels * height * width
-
-
-def check_map_norm(norm: str) -> None:
-    """Raise a ``ValueError`` unless ``norm`` scales whole maps: the choices of the networks of any image size."""
-    check_choice("norm", norm, [name for name in NORMS if name != "layer"])
-
-
 def make_norm(norm: str, channels: int, height: int, width: int) -> nn.Module | None:
-    """A layer that normalises maps ``(N, channels, height, width)``, None for ``"none"``.
-
-    All scale and shift: ``"instance"``, ``"group"`` (4 groups) and ``"batch"`` per channel,
-    ``"layer"`` per element.
+    """A layer that normalises maps ``(N, channels, height, width)``, then scales and shifts them; None for ``"none"``.
 
     Raises:
-        ValueError: an unknown norm, channels that 4 groups do not divide, or maps of a single
-            pixel for ``"instance"``, which would make them all zero.
+        ValueError: channels that 4 groups do not divide, or maps of a single pixel for ``"instance"``, which would
+            make them all zero.
     """
-    check_choice("norm", norm, NORMS)
     if norm == "none":
         return None
     if norm == "batch":

@@ -14,18 +14,15 @@ from leakage.models.layers import ACTIVATIONS, ImageClassifier
 class LeNet(ImageClassifier):
     """The LeNet of DLG and iDLG: small, smooth and easy to invert.
 
-    Three 5x5 convolutions of ``width`` channels (padding 2; strides 2, 2, 1), each followed by a
-    sigmoid, then one linear layer. Every weight and bias is drawn from the uniform distribution
-    on ``[-0.5, 0.5]``. The sigmoid matters: the attacks differentiate the gradient, and a ReLU's
-    second derivative is zero almost everywhere. With an activation that has no upper bound the
-    same draw gives features, and so logits and gradients, that are far larger.
+    Three 5x5 convolutions of ``width`` channels (padding 2; strides 2, 2, 1), each followed by a sigmoid, then one
+    linear layer. Every weight and bias is drawn from the uniform distribution on ``[-0.5, 0.5]``. The sigmoid matters:
+    the attacks differentiate the gradient, and a ReLU's second derivative is zero almost everywhere. With an activation
+    that has no upper bound the same draw gives features, and so logits and gradients, that are far larger.
 
     Shapes: images ``(N, channels, *image_size)``, values in [0, 1]; logits ``(N, num_classes)``.
 
     Args:
-        channels: channels of the images.
-        image_size: height and width in pixels; one number for square images.
-        num_classes: number of logits.
+        channels, image_size, num_classes: as for :class:`ConvNet`.
         width: channels of each convolution.
         activation: ``"sigmoid"`` as published, ``"relu"``, ``"leaky_relu"`` or ``"silu"``.
 

@@ -11,15 +11,12 @@ from leakage.models.layers import ACTIVATIONS
 class MLP(nn.Module):
     """Linear layers with activations between them: two hidden layers of 128 units and the logits.
 
-    118,282 parameters for images of (1, 28, 28) and 10 classes. Weights are drawn as torch draws
-    those of each layer.
+    118,282 parameters for images of (1, 28, 28) and 10 classes. Weights are drawn as torch draws those of each layer.
 
     Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
 
     Args:
-        channels: channels of the images.
-        image_size: height and width in pixels; one number for square images.
-        num_classes: number of logits.
+        channels, image_size, num_classes: as for :class:`ConvNet`.
         width: units of each hidden layer.
         depth: number of linear layers, that of the logits included.
         activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
@@ -28,8 +25,7 @@ class MLP(nn.Module):
         ValueError: a size or count that is not a whole number of at least 1, or an unknown activation.
 
     References:
-        Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
-        https://arxiv.org/abs/2006.05929.
+        Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021, https://arxiv.org/abs/2006.05929.
 
     Example:
         >>> import torch

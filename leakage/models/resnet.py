@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from leakage.errors import check_choice, check_count, check_image_size
 from leakage.models.draw import reset
-from leakage.models.layers import ACTIVATIONS, check_map_norm, make_norm
+from leakage.models.layers import ACTIVATIONS, MAP_NORMS, make_norm
 
 
 class ResNet18(nn.Module):
@@ -20,16 +20,13 @@ class ResNet18(nn.Module):
     Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
 
     Args:
-        channels: channels of the images.
-        image_size: height and width in pixels; one number for square images.
-        num_classes: number of logits.
+        channels, image_size, num_classes: as for :class:`ConvNet`.
         norm: behind each convolution, ``"instance"``, ``"group"`` (4 groups), ``"batch"`` or ``"none"``.
         activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1, an unknown norm or
-            activation, or images of at most 8 x 8 pixels with ``norm="instance"``, whose last maps
-            are one pixel.
+        ValueError: a size or count that is not a whole number of at least 1, an unknown norm or activation, or images
+            of at most 8 x 8 pixels with ``norm="instance"``, whose last maps are one pixel.
 
     References:
         He, Zhang, Ren, Sun, *Deep Residual Learning for Image Recognition*, CVPR 2016,
@@ -53,7 +50,7 @@ class ResNet18(nn.Module):
     ) -> None:
         super().__init__()
         check_count(channels=channels, num_classes=num_classes)
-        check_map_norm(norm)
+        check_choice("norm", norm, MAP_NORMS)
         check_choice("activation", activation, ACTIVATIONS)
         # of the last maps: if these can be normalised, the larger ones can
         height, width = (-(-side // 8) for side in check_image_size(image_size))

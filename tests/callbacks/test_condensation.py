@@ -36,10 +36,6 @@ def test_other_modules_are_refused(callback, tmp_path: Path) -> None:
         (lambda: SyntheticEvaluation(epochs=0), "Expected `epochs` to be a whole number of at least 1, but got 0"),
         (lambda: SyntheticEvaluation(seed=-1), "Expected `seed` to be a whole number of at least 0, but got -1"),
         (lambda: SyntheticEvaluation(network="mlp"), r"Expected `network` to be a torch\.nn\.Module, but got str"),
-        (
-            lambda: SyntheticEvaluation(lines={"paper": 70.5}),
-            "Expected `lines` with accuracies from 0 to 1, but got 70.5 for 'paper'",
-        ),
     ],
 )
 def test_options_out_of_range(make, message: str) -> None:

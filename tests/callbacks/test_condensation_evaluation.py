@@ -67,7 +67,7 @@ def test_writes_a_row_for_each_test(tmp_path: Path) -> None:
     ]
 
 
-def test_draws_the_curve_and_the_lines_to_compare_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     plot = condensation_evaluation.plot_accuracy
 
@@ -76,10 +76,10 @@ def test_draws_the_curve_and_the_lines_to_compare_with(tmp_path: Path, monkeypat
         return plot(*args, **options)
 
     monkeypatch.setattr(condensation_evaluation, "plot_accuracy", record)
-    fit(module(), quick(tmp_path, lines={"paper": 0.705}))
+    fit(module(), quick(tmp_path))
     ((curves,), options) = calls[-1]
     assert curves["synthetic images"][:, 0].tolist() == [0, 2, 4]
-    assert options == {"lines": {"paper": 0.705}, "title": "stripes: 1 image per class"}
+    assert options == {"title": "stripes: 1 image per class"}
     with Image.open(tmp_path / "accuracy.png") as picture:
         assert picture.size == (960, 630)
 

@@ -8,12 +8,10 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from leakage.callbacks import SyntheticImages, condensation_images, read_accuracies
 from leakage.condensation import GradientMatchingCondensation, SyntheticSet, gradient_matching
-from leakage.plots import to_pixels
 from tests.callbacks.condensation_runs import At, Copies, fail, fit, interrupt, module, quick
 
 
@@ -69,11 +67,6 @@ def test_the_saved_set_is_the_one_the_run_holds(tmp_path: Path) -> None:
         "stripes",
     )
     assert (saved.mean, saved.std) == (held.mean, held.std)
-    pictures = sorted((tmp_path / "images").rglob("*.png"))
-    assert len(pictures) == 6
-    for path, image in zip(pictures, held.images, strict=True):
-        with Image.open(path) as picture:
-            assert (torch.tensor(list(picture.tobytes())) == torch.tensor(to_pixels(image).flatten())).all()
 
 
 def test_the_set_on_disk_keeps_up_with_the_moments(tmp_path: Path) -> None:
@@ -96,7 +89,6 @@ def test_a_run_that_breaks_off_leaves_its_last_images(tmp_path: Path, end, figur
         fit(condensation, SyntheticImages(tmp_path, moments=()), At(3, end))
     assert SyntheticSet.load(tmp_path / "synthetic.safetensors").images.equal(condensation.synthetic_set().images)
     assert list(figures) == ["stripes: 3 iterations"]
-    assert len(list((tmp_path / "images").rglob("*.png"))) == 3
 
 
 def test_within_an_iteration_there_is_no_picture_of_the_iteration(tmp_path: Path) -> None:
@@ -135,14 +127,6 @@ def test_within_a_step_there_is_no_picture_of_the_iteration(tmp_path: Path, monk
     assert [path.name for path in (tmp_path / "synthetic").iterdir()] == [picture.name]
     assert SyntheticSet.load(tmp_path / "synthetic.safetensors").images.equal(moved)
     assert (tmp_path / "synthetic.png").read_bytes() != picture.read_bytes()
-
-
-def test_single_images_are_written_only_at_the_end(tmp_path: Path) -> None:
-    found: list[bool] = []
-    steps = [At(step, lambda *_: found.append((tmp_path / "images").exists())) for step in (1, 4)]
-    fit(module(), SyntheticImages(tmp_path), *steps)
-    assert found == [False, False]
-    assert len(list((tmp_path / "images").rglob("*.png"))) == 3
 
 
 def test_an_iteration_of_several_steps_is_looked_at_when_it_is_complete(tmp_path: Path, figures) -> None:
@@ -187,20 +171,9 @@ def test_a_new_run_replaces_an_earlier_one_after_a_warning(tmp_path: Path) -> No
     assert read_accuracies(tmp_path / "accuracy.csv")[:, 0].tolist() == [0, 2]
 
 
-def test_images_of_another_set_are_refused_before_anything_runs(tmp_path: Path) -> None:
-    fit(module(images_per_class=2), SyntheticImages(tmp_path))
-    before = (tmp_path / "synthetic.safetensors").read_bytes()
-    condensation = module()
-    with pytest.raises(FileExistsError, match=r"Expected an empty folder .* Give SyntheticImages another `output`"):
-        fit(condensation, SyntheticImages(tmp_path))
-    assert condensation.step == 0
-    assert (tmp_path / "synthetic.safetensors").read_bytes() == before
-
-
 def test_images_that_are_no_pictures_are_kept_as_numbers(tmp_path: Path) -> None:
     fit(module(channels=2), SyntheticImages(tmp_path), channels=2)
     assert SyntheticSet.load(tmp_path / "synthetic.safetensors").image_shape == (2, 8, 8)
-    assert not (tmp_path / "images").exists()
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path: Path, full_disk) -> None:
@@ -239,5 +212,5 @@ def test_the_set_becomes_an_artifact_once(tmp_path: Path, monkeypatch: pytest.Mo
     fit(module(images_per_class=2), SyntheticImages(tmp_path))
     ((name, paths, metadata),) = calls
     assert name == "synthetic-stripes-2"
-    assert [path.name for path in paths] == ["synthetic.safetensors", "synthetic.png", "images"]
+    assert [path.name for path in paths] == ["synthetic.safetensors", "synthetic.png"]
     assert metadata == {"dataset": "stripes", "images_per_class": 2, "iterations": 4}

@@ -153,11 +153,10 @@ def test_same_for_real_and_synthetic(images, name):
     assert torch.equal(transform(images), transform(images.reshape(2, 3, 3, 9, 12)).flatten(0, 1))
 
 
-@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("strategy", [*NAMES, "flip_color_rotate", "color_crop_cutout_flip_scale_rotate"])
-def test_per_image_is_siamese_image_by_image(generator, strategy, several):
+def test_per_image_is_siamese_image_by_image(generator, strategy):
     images = torch.randn(2, 24, 3, 9, 12, generator=generator)
-    augmentation = SiameseAugmentation(strategy, several=several)
+    augmentation = SiameseAugmentation(strategy)
     transform = augmentation.draw(generator, num_images=24)
     single = [_Drawn(augmentation, row)(images[:, i]) for i, row in enumerate(transform.numbers)]
     torch.testing.assert_close(transform(images), torch.stack(single, 1), atol=1e-6, rtol=1e-6)
@@ -179,14 +178,6 @@ def test_one_of_the_transforms_each_time(images):
         assert len(matching) == 1
         seen[matching[0]] += 1
     assert all(70 < times < 130 for times in seen.values())
-
-
-def test_several_are_applied_in_the_order_of_the_strategy(images):
-    generator = torch.Generator().manual_seed(1)
-    transform = SiameseAugmentation("rotate_cutout", several=True).draw(generator)
-    rotate, cutout = (_Drawn(SiameseAugmentation(name), transform.numbers) for name in ("rotate", "cutout"))
-    assert torch.equal(transform(images), cutout(rotate(images)))
-    assert not torch.equal(transform(images), rotate(cutout(images)))
 
 
 @every_transform
@@ -260,7 +251,8 @@ def test_the_stream_does_not_depend_on_the_strategy():
 
 def test_images_are_left_as_they_were(images):
     before = images.clone()
-    SiameseAugmentation(several=True).draw(torch.Generator().manual_seed(0))(images)
+    for name in NAMES:
+        SiameseAugmentation(name).draw(torch.Generator().manual_seed(0))(images)
     SiameseAugmentation().draw(torch.Generator().manual_seed(0), 6)(images)
     assert torch.equal(images, before)
 
@@ -268,7 +260,7 @@ def test_images_are_left_as_they_were(images):
 def test_mnist_evaluation():
     augmentation = SiameseAugmentation.mnist_evaluation()
     assert augmentation.names == ("crop", "scale", "rotate")
-    assert (augmentation.scale, augmentation.rotate, augmentation.several) == ((0.8, 1.2), 45.0, False)
+    assert (augmentation.scale, augmentation.rotate) == ((0.8, 1.2), 45.0)
     assert int(28 * augmentation.crop + 0.5) == 4
 
 
@@ -285,18 +277,17 @@ def test_unknown_strategies(strategy):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"brightness": -0.1}, "`brightness` to be finite, at least 0, but got -0.1"),
-        ({"saturation": math.inf}, "`saturation` to be finite, at least 0, but got inf"),
-        ({"contrast": math.nan}, "`contrast` to be finite, at least 0, but got nan"),
-        ({"crop": 0}, "`crop` to be finite, above 0 and at most 1, but got 0"),
-        ({"crop": 4}, "`crop` to be finite, above 0 and at most 1, but got 4"),
-        ({"cutout": "half"}, "`cutout` to be finite, above 0 and at most 1, but got 'half'"),
-        ({"flip": True}, "`flip` to be finite, above 0 and at most 1, but got True"),
-        ({"rotate": 181}, "`rotate` to be finite, above 0 and at most 180, but got 181"),
-        ({"scale": 1.2}, "`scale` as the smallest and the largest factor, but got 1.2"),
-        ({"scale": (0, 1.2)}, "`scale` to be finite, above 0, but got 0"),
-        ({"scale": (1.2, 0.8)}, r"`scale` to begin with the smaller factor, but got \(1.2, 0.8\)"),
-        ({"several": 1}, "`several` to be True or False, but got 1"),
+        ({"brightness": -0.1}, "`brightness` of at least 0, but got -0.1"),
+        ({"saturation": math.inf}, "`saturation` of at least 0, but got inf"),
+        ({"contrast": math.nan}, "`contrast` of at least 0, but got nan"),
+        ({"crop": 0}, "`crop` to be positive and finite, but got 0"),
+        ({"crop": 4}, "`crop` of at most 1, but got 4"),
+        ({"cutout": "half"}, "`cutout` to be positive and finite, but got 'half'"),
+        ({"flip": True}, "`flip` to be positive and finite, but got True"),
+        ({"rotate": 181}, "`rotate` of at most 180, but got 181"),
+        ({"scale": 1.2}, "`scale` as two positive factors, the smaller first, but got 1.2"),
+        ({"scale": (0, 1.2)}, r"`scale` as two positive factors, the smaller first, but got \(0, 1.2\)"),
+        ({"scale": (1.2, 0.8)}, r"`scale` as two positive factors, the smaller first, but got \(1.2, 0.8\)"),
     ],
 )
 def test_sizes_out_of_range(sizes, message):

@@ -51,8 +51,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"momentum": 1.0}, r"Expected `momentum` from 0 to below 1, but got 1\.0"),
     ({"momentum": -0.1}, r"Expected `momentum` from 0 to below 1, but got -0\.1"),
     ({"momentum": float("nan")}, "Expected `momentum` from 0 to below 1, but got nan"),
-    ({"momentum": "0.5"}, "Expected `momentum` to be a number, but got '0.5'"),
-    ({"momentum": True}, "Expected `momentum` to be a number, but got True"),
+    ({"momentum": "0.5"}, "Expected `momentum` from 0 to below 1, but got '0.5'"),
+    ({"momentum": True}, "Expected `momentum` from 0 to below 1, but got True"),
 ]
 
 

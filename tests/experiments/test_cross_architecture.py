@@ -251,9 +251,12 @@ def test_sets_that_do_not_fit(
         return str(path)
 
     for path, message in (
-        (saved("a", "sample", (3, 28, 28)), "Expected a synthetic set of images (1, 28, 28), as 'sample' has, but got"),
-        (saved("b", "sample", classes=9), "Expected a synthetic set of 10 classes, as 'sample' has, but got 9"),
-        (saved("c", "sample"), "Expected a synthetic set of the classes of 'sample'"),
+        (
+            saved("a", "sample", (3, 28, 28)),
+            "Expected a synthetic set with the image_shape (1, 28, 28) of 'sample', but got",
+        ),
+        (saved("b", "sample", classes=9), "Expected a synthetic set with the num_classes 10 of 'sample', but got 9"),
+        (saved("c", "sample"), "Expected a synthetic set with the class_names ('T-shirt/top', "),
         (saved("d", "photos"), "Expected `dataset` to be one of ['mnist', 'fashion_mnist'"),
         (saved("e", ""), "Expected `--dataset`, as"),
     ):
