@@ -7,16 +7,37 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from leakage.pieces import State
+from leakage.solvers.solver import Solver
+
 # Slots a history begins with; it doubles until `size`, so that short searches stay small.
 _FIRST_SLOTS = 16
 # Bytes of pairs that are worked on at once. Per thread of a CPU: they stay in the cache from the first product to
 # the last. On a GPU: as many as keep it busy.
 _AT_ONCE_ON_A_CPU, _AT_ONCE = 2**22, 2**29
 
-State = dict[str, Tensor]
 # Multiplies vectors (V, D) by a symmetric, positive definite matrix.
 Preconditioner = Callable[[Tensor], Tensor]
 HISTORY = ("s", "y", "inverse", "scale", "pairs", "row")
+
+
+class Remembering(Solver):
+    """A solver whose lanes have a history of up to so many pairs."""
+
+    history_size: int
+
+    def match(self, fresh: State, lanes: State) -> State:
+        """Histories of one length, and behind those that there are."""
+        grow(fresh, lanes["s"].shape[1])
+        if "row" in fresh:
+            fresh["row"] += len(lanes["row"])
+        return fresh
+
+    def largest(self, like: Tensor) -> State:
+        """With a full history."""
+        fresh = self.fresh(like)
+        grow(fresh, self.history_size)
+        return fresh
 
 
 def fresh_history(victims: int, unknowns: int, size: int, like: Tensor) -> State:
@@ -141,8 +162,7 @@ def _slots_by_age(state: State, size: int, used: int) -> Tensor:
 def push_and_recurse(state: State, size: int, pushed: Tensor, s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
     """As :func:`push_and_direct`, by the two-loop recursion pair after pair, as ``torch.optim.LBFGS`` does it.
 
-    It takes more time, and errs less where a history without line search has become ill-conditioned: each
-    product is taken with what the ones before have left.
+    It takes more time, and errs less where a history without line search has become ill-conditioned.
     """
     used = min(max(_push(state, size, pushed, s, y), default=0), size)
     pairs = state["pairs"]
@@ -189,13 +209,9 @@ def push_and_direct(
         state: see :func:`fresh_history`, with :func:`fresh_products`; changed in place.
         size: the most pairs to remember.
         pushed: ``(V,)``, which victims store their pair; s . y must be positive for them.
-        s: ``(V, D)``, steps.
-        y: ``(V, D)``, differences of gradients.
+        s, y: ``(V, D)``, steps and differences of gradients.
         gradient: ``(V, D)``.
-        preconditioner: multiplies ``(V, D)`` by a symmetric, positive definite P; by default the identity.
-
-    Returns:
-        ``(V, D)``; for a victim without pairs the negative gradient times P.
+        preconditioner: P; by default the identity.
     """
     had = _push(state, size, pushed, s, y, preconditioner)
     if not any(had):

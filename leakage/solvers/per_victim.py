@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from leakage.files.checkpoints import check_like, restoring
 from leakage.files.tensors import brief
 from leakage.pieces import State
-from leakage.solvers.solver import RUNNING, Evaluated, Problem, Solver, running, settle
+from leakage.solvers.solver import RUNNING, Evaluated, Problem, Solver, running
 
 
 class PerVictimOptimizer(Optimizer):
@@ -75,7 +75,6 @@ class PerVictimOptimizer(Optimizer):
 
     @property
     def _sizes(self) -> list[int]:
-        """Unknowns per victim in each parameter."""
         return [math.prod(parameter.shape[1:]) for parameter in self._params]
 
     @property
@@ -139,17 +138,12 @@ class PerVictimOptimizer(Optimizer):
         torch.where(better[:, None], point, lanes["best"], out=lanes["best"])
         lanes["best_loss"] = torch.where(better, losses, lanes["best_loss"])
         target = self.solver.move(lanes, Evaluated(point, losses, gradient, finite, self.problem))
-        target = torch.where(self.running[:, None], self._projected(target), point)
+        if self.problem.project is not None:
+            target = self.problem.project(target)
+        target = torch.where(self.running[:, None], target, point)
         for parameter, part in zip(self._params, self._unflatten(target), strict=True):
             parameter.copy_(part)
         return losses
-
-    def _projected(self, points: Tensor) -> Tensor:
-        return points if self.problem.project is None else self.problem.project(points)
-
-    def settle(self, chosen: Tensor, status: int) -> None:
-        """End the lanes of a boolean mask, where they are still running."""
-        settle(self.lanes, chosen, status)
 
     def _like(self, victims: int) -> Tensor:
         return self._params[0].new_zeros(victims, sum(self._sizes))
@@ -165,7 +159,6 @@ class PerVictimOptimizer(Optimizer):
         }
 
     def _fresh(self, victims: int) -> State:
-        """The state of lanes that have not been evaluated yet."""
         like = self._like(victims)
         return self._own(like) | self.solver.fresh(like)
 

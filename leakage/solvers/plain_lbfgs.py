@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leakage.errors import check_count, check_not_negative, check_positive
 from leakage.pieces import State
-from leakage.solvers.history import HISTORY, fresh_history, grow, push_and_recurse
+from leakage.solvers.history import HISTORY, Remembering, fresh_history, push_and_recurse
 from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, STALLED, Evaluated, Problem, Solver, running, settle
 
 # As in torch.optim.LBFGS.
@@ -19,7 +19,7 @@ _CURVATURE = 1e-10
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class PlainLBFGS(Solver):
+class PlainLBFGS(Remembering):
     """The published search: every victim follows the iterates of ``torch.optim.LBFGS``.
 
     It is what DLG and iDLG were published with: full steps of length ``lr`` without a line search,
@@ -81,17 +81,6 @@ class PlainLBFGS(Solver):
             "calls": count,
             "in_call": count.clone(),
         }
-
-    def match(self, fresh: State, lanes: State) -> State:
-        """Histories of one length."""
-        grow(fresh, lanes["s"].shape[1])
-        return fresh
-
-    def largest(self, like: Tensor) -> State:
-        """With a full history."""
-        fresh = self.fresh(like)
-        grow(fresh, self.history_size)
-        return fresh
 
     def move(self, lanes: State, at: Evaluated) -> Tensor:
         """One iteration for each victim."""
