@@ -94,17 +94,11 @@ class Auxiliary:
 
 @dataclass
 class KnownFeatures:
-    """Images of the attacker's own as the last layer sees them.
+    """Images of the attacker's own as the last layers of W networks see them (1 that is shared)."""
 
-    Attributes:
-        features: ``(W, M, D)`` with W the networks, 1 if they are shared.
-        predictions: ``(W, M, K)``, class probabilities.
-        labels: ``(M,)`` on the same device, or None.
-    """
-
-    features: Tensor
-    predictions: Tensor
-    labels: Tensor | None
+    features: Tensor  # (W, M, D)
+    predictions: Tensor  # (W, M, K), class probabilities
+    labels: Tensor | None  # (M,)
 
     def __len__(self) -> int:
         return self.features.shape[1]
@@ -149,7 +143,7 @@ class KnownFeatures:
 
 @dataclass
 class LabelledFeatures(KnownFeatures):
-    """The same with the label of every image: every class has some."""
+    """The same with labels: every class has some."""
 
     labels: Tensor
 

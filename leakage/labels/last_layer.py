@@ -32,28 +32,18 @@ class LastLayer:
 
     .. math:: g_b = \frac{1}{N} \sum_i (p_i - y_i), \qquad g_W = \frac{1}{N} \sum_i (p_i - y_i) \, h_i^\top
 
-    where :math:`p_i = \mathrm{softmax}(z_i)` and :math:`y_i` is the one-hot label. Everything below is the
-    mean over images, and with local steps over steps.
-
-    Attributes:
-        weight_gradient: ``(V, K, D)``, None if the layer shares none.
-        bias_gradient: ``(V, K)``, None if the layer shares none.
-        weight: ``(V, K, D)``, or ``(1, K, D)`` where victims share their weights.
-        bias: ``(V, K)`` or ``(1, K)``; zeros if the layer has none.
-        features: gives the inputs of the layer, ``(V, M, D)`` or ``(1, M, D)``, for images ``(M, C, H, W)``.
-        protocol: what the clients did.
-        non_negative: whether the features can't be negative, as behind a ReLU or a sigmoid.
-        own_weights: whether each victim has a network of its own, be it a single victim.
+    where :math:`p_i = \mathrm{softmax}(z_i)` and :math:`y_i` is the one-hot label: the mean over images, and with local
+    steps over steps.
     """
 
-    weight_gradient: Tensor | None
-    bias_gradient: Tensor | None
-    weight: Tensor
-    bias: Tensor
-    features: Callable[[Tensor], Tensor]
+    weight_gradient: Tensor | None  # (V, K, D), None if the layer shares none
+    bias_gradient: Tensor | None  # (V, K), None if the layer shares none
+    weight: Tensor  # (V, K, D), or (1, K, D) where victims share their weights
+    bias: Tensor  # (V, K) or (1, K); zeros if the layer has none
+    features: Callable[[Tensor], Tensor]  # the inputs of the layer, (V or 1, M, D), for images (M, C, H, W)
     protocol: Protocol
-    non_negative: bool
-    own_weights: bool
+    non_negative: bool  # whether the features can't be negative, as behind a ReLU or a sigmoid
+    own_weights: bool  # whether each victim has a network of its own, be it a single victim
 
     @property
     def rows(self) -> Tensor:

@@ -52,21 +52,14 @@ class LabelPosterior:
     Where a gradient says nothing the posterior is the prior, so the rule hardly falls below the trivial guess as
     long as the images it learnt from are of the victims' kind; learnt from noise it may, on a trained network.
     This library's own.
-
-    Attributes:
-        num_images: N.
-        scale: mean size of the features.
-        centre, spread: of the statistics over the simulated clients.
-        edges: the first count of each bin.
-        network: statistics to logits of the bins.
     """
 
     num_images: int
-    scale: Tensor
-    centre: Tensor
-    spread: Tensor
-    edges: Tensor
-    network: nn.Module
+    scale: Tensor  # mean size of the features
+    centre: Tensor  # of the statistics over the simulated clients
+    spread: Tensor  # likewise
+    edges: Tensor  # the first count of each bin
+    network: nn.Module  # statistics to logits of the bins
 
     @classmethod
     def learn(cls, layer: LastLayer, known: LabelledFeatures, seed: int) -> LabelPosterior:

@@ -38,17 +38,11 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule.
-
-    Attributes:
-        find: counts, scores and presence of classes from the last layer.
-        needs: some of the keys of :data:`NEEDS`.
-        learns: whether it learns what is worth keeping for further victims of the same network.
-    """
+    """A rule, and some of the keys of :data:`NEEDS`."""
 
     find: Callable[[LastLayer, Knowledge], Found]
     needs: tuple[str, ...] = ()
-    learns: bool = False
+    learns: bool = False  # what is worth keeping for further victims of the same network
 
 
 #: What rules may need, in words that follow "Expected".

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -79,11 +80,8 @@ class SquaredDistance(Distance):
         plain = (largest > _PLAIN_NORMS[0]) & (largest < _PLAIN_NORMS[1]) | (largest == 0)
         # Powers of two change no digit.
         unit = torch.where(plain, 1.0, torch.exp2(-largest.double().log2().floor()).to(largest))
-        sums: Tensor = sum(
-            ((unit.view(-1, *[1] * (tensor.ndim - 1)) * tensor).square().flatten(1).sum(1))
-            for tensor in shared.gradients.values()
-        )  # type: ignore[assignment]
-        scale = 1 / sums
+        flat = [tensor.flatten(1) for tensor in shared.gradients.values()]
+        scale = 1 / cast(Tensor, sum((unit[:, None] * tensor).square().sum(1) for tensor in flat))
         # A gradient of zero leaves nothing to compare with.
         return {"unit": unit, "scale": torch.where(torch.isfinite(scale), scale, 1.0)}
 

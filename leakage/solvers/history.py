@@ -43,16 +43,11 @@ class Remembering(Solver):
 def fresh_history(victims: int, unknowns: int, size: int, like: Tensor) -> State:
     """An empty history of up to ``size`` pairs (s, y) for each victim.
 
-    ``s`` and ``y`` are ring buffers ``(V, slots, D)``; what lies in slots without a pair counts for nothing, but
-    must be finite.
+    ``s`` and ``y`` are ring buffers ``(V, slots, D)``; slots without a pair count for nothing, but must be finite.
     """
-    slots = min(size, _FIRST_SLOTS)
-    return {
-        "s": like.new_zeros(victims, slots, unknowns),
-        "y": like.new_zeros(victims, slots, unknowns),
-        "scale": like.new_ones(victims),
-        "pairs": torch.zeros(victims, dtype=torch.long, device=like.device),
-    }
+    buffer = like.new_zeros(victims, min(size, _FIRST_SLOTS), unknowns)
+    pairs = torch.zeros(victims, dtype=torch.long, device=like.device)
+    return {"s": buffer, "y": buffer.clone(), "scale": like.new_ones(victims), "pairs": pairs}
 
 
 def fresh_products(history: State) -> State:
@@ -62,11 +57,9 @@ def fresh_products(history: State) -> State:
     where a slot holds no pair. ``row (V,)`` is where in ``s``, ``y`` and ``inverse`` a victim's history lies;
     victims that began earlier lie further to the front.
     """
-    victims, slots, _ = history["s"].shape
-    return {
-        "inverse": history["s"].new_zeros(victims, slots, slots),
-        "row": torch.arange(victims, device=history["s"].device),
-    }
+    s = history["s"]
+    victims, slots, _ = s.shape
+    return {"inverse": s.new_zeros(victims, slots, slots), "row": torch.arange(victims, device=s.device)}
 
 
 def grow(state: State, slots: int) -> None:

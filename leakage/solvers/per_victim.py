@@ -20,17 +20,13 @@ class PerVictimOptimizer(Optimizer):
     """A ``torch.optim.Optimizer`` that searches for V victims at once, each with a state of its own.
 
     Parameters carry a leading victims' dimension, ``(V, ...)``; a *lane* is one index into it. Each
-    :meth:`step` evaluates the closure once, which returns the losses ``(V,)`` at the parameters and
-    leaves their gradients in ``.grad``, and moves every running lane by the rules of the solver. A lane whose
+    :meth:`step` evaluates the closure once and moves every running lane by the rules of the solver. A lane whose
     ``status`` is no longer ``running`` does not move; :meth:`select` drops it, so that it costs
     nothing more, :meth:`restart` begins it anew and :meth:`extend` adds further lanes.
 
     Attributes:
-        lanes: the state of all lanes, name to a tensor that starts with the victims' dimension.
-        status: ``(V,)``, indices into :data:`~leakage.solvers.STATUS`.
-        best_loss: ``(V,)``, the lowest loss seen since the lane began.
-        iterations: ``(V,)``, steps taken.
-        evaluations: ``(V,)``, evaluations of the closure while the lane was running.
+        lanes: the state of all lanes, see :class:`~leakage.solvers.Solver`, each ``(V, ...)``.
+        status, best_loss, iterations, evaluations: ``(V,)``, of that state.
 
     Args:
         params: parameters, all with the same leading dimension.
