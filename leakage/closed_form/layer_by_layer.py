@@ -70,12 +70,11 @@ def invert_layers(
         \frac{1}{N} \sum_n \delta_n x_n^\top = g_W
 
     (the sum itself with ``reduction="sum"``). Then :math:`\partial_{x_n} = W^\top \delta_n`, and on to the layer
-    before. Where a ReLU gave zero, z is unknown and :math:`\delta` is zero. It is exact up to rounding,
-    which grows from layer to layer, where every layer has as many independent equations as unknowns. Where it has
-    fewer, its inputs are those nearest to a start (for images grey, in the metric of
-    :class:`~leakage.solvers.ImageSpectrum`; otherwise what the activations give for 0). Each victim's systems are
-    solved by preconditioned conjugate gradients (CGLS) in float64, until the gradient's preconditioned norm has
-    fallen by ``tolerance``.
+    before. Where a ReLU gave zero, z is unknown and :math:`\delta` is zero. It is exact up to rounding, which grows
+    from layer to layer, where every layer has as many independent equations as unknowns. Where it has fewer, its inputs
+    are those nearest to a start (for images grey, in the metric of :class:`~leakage.solvers.ImageSpectrum`; otherwise
+    what the activations give for 0). Each victim's systems are solved by preconditioned conjugate gradients (CGLS) in
+    float64, until the gradient's preconditioned norm has fallen by ``tolerance``.
 
     :attr:`LayerByLayer.equations` counts the outputs of the layer that are known, at most as many per image as the
     image has inputs, and for each input channel the entries of the gradient of W that are not zero throughout, at

@@ -111,9 +111,8 @@ class KnownFeatures:
     def with_labels(self, seed: int) -> LabelledFeatures:
         r"""The same with labels; where there are none, with images drawn for every class.
 
-        Class k gets images with probability proportional to their prediction :math:`p_k`. If the network is
-        calibrated, this is what Bayes' rule says of images of class k: those that it is sure of, and
-        those that it mistakes.
+        Class k gets images with probability proportional to their prediction :math:`p_k`. If the network is calibrated,
+        this is what Bayes' rule says of images of class k: those that it is sure of, and those that it mistakes.
         """
         if self.labels is not None:
             return LabelledFeatures(self.features, self.predictions, self.labels)

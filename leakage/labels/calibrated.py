@@ -76,8 +76,7 @@ def geng(layer: LastLayer, seed: int) -> Found:
     Without a bias the rows of the weights' gradient stand in for it, along the mean feature of the noise:
     :math:`g_{W,k} \cdot \bar h / \lVert \bar h \rVert^2`.
 
-    Geng et al., *Towards General Deep Leakage in Federated Learning*, 2021,
-    https://arxiv.org/abs/2110.09074.
+    Geng et al., *Towards General Deep Leakage in Federated Learning*, 2021, https://arxiv.org/abs/2110.09074.
     """
     dummies = _dummies(layer, seed)
     push = layer.bias_gradient

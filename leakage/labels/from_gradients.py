@@ -86,9 +86,8 @@ def by_impact(layer: LastLayer, sums: Tensor, impact: Tensor, offset: Tensor) ->
 def ilrg(layer: LastLayer) -> Found:
     r"""iLRG: class-wise features from the ratio of gradients, their predictions, then counts by least squares.
 
-    A class's row is mostly made of its own images, so its mean feature is about
-    :math:`\bar h_j = g_{W,j} / g_{b,j}`, and :math:`\hat p_j = \mathrm{softmax}(W \bar h_j + b)` its
-    prediction. The counts n solve
+    A class's row is mostly made of its own images, so its mean feature is about :math:`\bar h_j = g_{W,j} / g_{b,j}`,
+    and :math:`\hat p_j = \mathrm{softmax}(W \bar h_j + b)` its prediction. The counts n solve
 
     .. math:: \sum_j n_j \hat p_j - n = N g_b, \qquad \sum_j n_j = N
 

@@ -30,9 +30,8 @@ class SquaredDistance(Distance):
 
     Args:
         relative: divide it by :math:`\lVert g^* \rVert_2^2` in a search, so that losses and thresholds mean the same
-            for every network. A gradient whose squared norm is below the smallest number of the precision (norms
-            below about 1e-19 in single precision, 1e-154 in double) can't be compared with: its victim is
-            ``uninformative``.
+            for every network. A gradient whose squared norm is below the smallest number of the precision (norms below
+            about 1e-19 in single precision, 1e-154 in double) can't be compared with: its victim is ``uninformative``.
 
     Raises:
         ValueError: the names or shapes of two gradients differ.

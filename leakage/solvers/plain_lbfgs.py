@@ -22,11 +22,10 @@ _CURVATURE = 1e-10
 class PlainLBFGS(Remembering):
     """The published search: every victim follows the iterates of ``torch.optim.LBFGS``.
 
-    It is what DLG and iDLG were published with: full steps of length ``lr`` without a line search,
-    ``max_calls`` calls of ``step`` with ``max_iterations`` iterations each, and the loss compared
-    with ``tolerance`` every ``check_every`` calls. Nothing keeps a victim from diverging; the
-    iterate of lowest loss is kept nevertheless. Use :class:`leakage.solvers.LBFGS` to succeed more
-    often in less time, and where pixels have to stay in a box.
+    It is what DLG and iDLG were published with: full steps of length ``lr`` without a line search, ``max_calls`` calls
+    of ``step`` with ``max_iterations`` iterations each, and the loss compared with ``tolerance`` every ``check_every``
+    calls. Nothing keeps a victim from diverging; the iterate of lowest loss is kept nevertheless. Use
+    :class:`leakage.solvers.LBFGS` to succeed more often in less time, and where pixels have to stay in a box.
 
     Args:
         lr: length of every step but the first, which is ``lr * min(1, 1 / |g|_1)``.
