@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import cast
 
 import torch
@@ -55,8 +54,6 @@ class SquaredDistance(Distance):
 
     def value(self, point: Point, kept: State) -> Tensor:
         """The sum of squares in the victim's unit."""
-        if "unit" not in kept:
-            return self(point.gradients, point.shared)
         return torch.stack([part.square().sum() for part in self._differences(point, kept)]).sum()
 
     def residuals(self, point: Point, kept: State) -> Tensor:
@@ -95,13 +92,7 @@ class SquaredDistance(Distance):
             chain = ChainObjective(victim)
         except ValueError:
             return None
-        return partial(_by_chain, chain)
-
-
-def _by_chain(
-    chain: ChainObjective, shared: SharedGradient, kept: State, images: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return chain(shared, images, targets, unit=kept["unit"]) if "unit" in kept else chain(shared, images, targets)
+        return lambda shared, kept, images, targets: chain(shared, images, targets, kept.get("unit"))
 
 
 class CosineDistance(Distance):

@@ -130,7 +130,7 @@ class PerVictimOptimizer(Optimizer):
         lanes["evaluations"] += self.running
         finite = torch.isfinite(losses) & torch.isfinite(gradient).all(1)
         better = finite & (losses < lanes["best_loss"]) & self.running
-        point = self._flatten()
+        point = torch.cat([parameter.detach().flatten(1) for parameter in self._params], dim=1)
         torch.where(better[:, None], point, lanes["best"], out=lanes["best"])
         lanes["best_loss"] = torch.where(better, losses, lanes["best_loss"])
         target = self.solver.move(lanes, Evaluated(point, losses, gradient, finite, self.problem))
@@ -182,9 +182,6 @@ class PerVictimOptimizer(Optimizer):
         self.solver.renew(self.lanes, chosen, self._fresh(len(chosen)))
         for parameter, value in zip(self._params, values, strict=True):
             parameter.data[chosen] = value.to(parameter.data)
-
-    def _flatten(self) -> Tensor:
-        return torch.cat([parameter.detach().flatten(1) for parameter in self._params], dim=1)
 
     def _unflatten(self, flat: Tensor) -> list[Tensor]:
         return [
