@@ -100,7 +100,7 @@ def true_features(shared: SharedGradient, victim: Victim, images: Tensor) -> Ten
     shared = shared.to(torch.float64)
     rows = []
     for row, own in enumerate(images):
-        layer = last_layer(shared.select(torch.tensor([row])), victim, len(own))
+        layer = last_layer(shared.select(torch.tensor([row])), victim)
         rows.append(layer.features(own)[0])
     return torch.stack(rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -49,9 +50,6 @@ class SeparatedFeatures:
 
 def check_separable(victim: Victim) -> None:
     """Raise a ``ValueError`` unless :func:`separate_features` can separate the images of such victims.
-
-    Args:
-        victim: model and protocol.
 
     Raises:
         ValueError: several local steps, logits that are not the output of a linear layer, a last layer whose weights
@@ -137,9 +135,9 @@ def separate_features(shared: SharedGradient, victim: Victim, labels: Tensor, *,
         (torch.Size([3, 2, 588]), True)
     """
     check_separable(victim)
-    victim.check(shared)
+    victim.check(dataclasses.replace(shared, labels=labels))
     check_count(0, seed=seed)
-    _check_labels(labels, shared)
+    _check_repeated(labels, shared)
     equations, basis, gradient = _equations(shared, victim, labels)
     known = shared.protocol.num_images == 1 and equations.has_bias
     unknowns = equations.mean[:, None] if known else _solve(equations, shared, seed)
@@ -155,28 +153,16 @@ def separate_features(shared: SharedGradient, victim: Victim, labels: Tensor, *,
 
 @dataclass
 class _Equations:
-    r"""The equations of L searches: :math:`\omega_k (\sum_n \delta_{nk} [a_n, 1] - G_k) = 0` for each class k.
+    r"""The equations of L searches: :math:`\omega_k (\sum_n \delta_{nk} [a_n, 1] - G_k) = 0` for each class k."""
 
-    Attributes:
-        weight: ``(L, K, N)``, W in the coordinates of the features.
-        bias: ``(L, K)``.
-        labels: ``(L, N, K)``, one-hot.
-        target: ``(L, K, N)`` or, with a bias, ``(L, K, N + 1)``: G, the gradients, not divided by N.
-        row_weights: ``(L, K)``, omega.
-        mean: ``(L, N)``, the batch's mean feature, of length about 1.
-        strengths: ``(L, N)``, singular values of the gradient, from 1 downwards.
-        size: ``(L,)``, the length of the mean feature, by which all coordinates are divided.
-        loss: a key of :data:`leakage.clients.losses.LOSSES`.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    labels: Tensor
-    target: Tensor
-    row_weights: Tensor
-    mean: Tensor
-    strengths: Tensor
-    size: Tensor
+    weight: Tensor  # (L, K, N), W in the coordinates of the features
+    bias: Tensor  # (L, K)
+    labels: Tensor  # (L, N, K), one-hot
+    target: Tensor  # (L, K, N) or, with a bias, (L, K, N + 1): G, the gradients, not divided by N
+    row_weights: Tensor  # (L, K), omega
+    mean: Tensor  # (L, N), the batch's mean feature, of length about 1
+    strengths: Tensor  # (L, N), singular values of the gradient, from 1 downwards
+    size: Tensor  # (L,), the length of the mean feature, by which all coordinates are divided
     loss: str
 
     def __getitem__(self, searches: Tensor) -> _Equations:
@@ -236,9 +222,7 @@ def _equations(shared: SharedGradient, victim: Victim, labels: Tensor) -> tuple[
     gradient = shared.gradients[f"{layer}.weight"].double() * scale
     push = shared.gradients.get(f"{layer}.bias")
     weight = shared.state[f"{layer}.weight"].double()
-    bias = (
-        shared.state[f"{layer}.bias"].double() if f"{layer}.bias" in shared.state else torch.zeros_like(weight[..., 0])
-    )
+    bias = shared.state.get(f"{layer}.bias", torch.zeros_like(weight[..., 0])).double()
     if not shared.own_weights:
         weight, bias = weight.expand_as(gradient), bias.expand_as(gradient[..., 0])
     targets = F.one_hot(labels.to(gradient.device).long(), protocol.num_classes).double()
@@ -385,18 +369,9 @@ def _in_order(unknowns: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-def _check_labels(labels: Tensor, shared: SharedGradient) -> None:
-    protocol = shared.protocol
-    expected = (len(shared), protocol.num_images)
-    if tuple(labels.shape) != expected:
-        raise ValueError(f"Expected `labels` of shape {expected}, but got {tuple(labels.shape)}.")
-    if labels.is_floating_point() or not bool(((labels >= 0) & (labels < protocol.num_classes)).all()):
-        raise ValueError(
-            f"Expected `labels` as class indices from 0 to {protocol.num_classes - 1}, but got {labels.dtype} from "
-            f"{labels.min().item()} to {labels.max().item()}."
-        )
+def _check_repeated(labels: Tensor, shared: SharedGradient) -> None:
     repeated = (labels.sort(dim=1).values.diff(dim=1) == 0).sum(1)
-    if protocol.loss == "mean_squared_error" and bool((repeated > 1).any()):
+    if shared.protocol.loss == "mean_squared_error" and bool((repeated > 1).any()):
         several = shared.ids[(repeated > 1).cpu()].tolist()
         raise ValueError(
             "Expected `labels` of which at most one is repeated, and once, as with loss 'mean_squared_error' many "

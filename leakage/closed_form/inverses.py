@@ -13,7 +13,7 @@ from torchvision.transforms import Normalize
 from leakage.clients.chain import Link, find_links
 from leakage.clients.victim import Victim
 from leakage.models.layers import AveragePooling
-from leakage.objectives.chain_activations import ACTIVATIONS
+from leakage.objectives.chain_layers import ACTIVATIONS
 
 # How near a sigmoid's or tanh's output may come to its bounds: what is found overshoots them.
 _MARGIN = 1e-9
@@ -60,12 +60,9 @@ def _why_refused(link: Link) -> str | None:
 
 
 def apply(link: Link, inputs: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """Outputs ``(V, N, *shape)`` of a function, a link that is no layer, for inputs of that many elements.
+    """Outputs ``(V, N, *shape)`` of a function, a link that is no layer, for inputs ``(V, N, ...)`` of that size.
 
-    Args:
-        link: an activation, ``BatchNorm2d`` or ``Normalize``.
-        inputs: ``(V, N, ...)``.
-        state: weights and buffers by name, ``(V, *shape)`` or ``(1, *shape)``.
+    ``state`` has weights and buffers by name, ``(V or 1, *shape)``.
     """
     inputs = inputs.reshape(*inputs.shape[:2], *link.output_shape)
     if type(link.module) in _INVERSES:

@@ -70,12 +70,11 @@ def invert_layers(
         \frac{1}{N} \sum_n \delta_n x_n^\top = g_W
 
     (the sum itself with ``reduction="sum"``). Then :math:`\partial_{x_n} = W^\top \delta_n`, and on to the layer
-    before. Where a ReLU gave zero, z is unknown and :math:`\delta` is zero. It is exact up to rounding,
-    which grows from layer to layer, where every layer has as many independent equations as unknowns. Where it has
-    fewer, its inputs are those nearest to a start (for images grey, in the metric of
-    :class:`~leakage.solvers.ImageSpectrum`; otherwise what the activations give for 0). Each victim's systems are
-    solved by preconditioned conjugate gradients (CGLS) in float64, until the gradient's preconditioned norm has
-    fallen by ``tolerance``.
+    before. Where a ReLU gave zero, z is unknown and :math:`\delta` is zero. It is exact up to rounding, which grows
+    from layer to layer, where every layer has as many independent equations as unknowns. Where it has fewer, its inputs
+    are those nearest to a start (for images grey, in the metric of :class:`~leakage.solvers.ImageSpectrum`; otherwise
+    what the activations give for 0). Each victim's systems are solved by preconditioned conjugate gradients (CGLS) in
+    float64, until the gradient's preconditioned norm has fallen by ``tolerance``.
 
     :attr:`LayerByLayer.equations` counts the outputs of the layer that are known, at most as many per image as the
     image has inputs, and for each input channel the entries of the gradient of W that are not zero throughout, at
@@ -124,31 +123,20 @@ def invert_layers(
         expected = (len(shared), protocol.num_images, width)
         if tuple(tensor.shape) != expected:
             raise ValueError(f"Expected `{name}` of shape {expected}, but got {tuple(tensor.shape)}.")
-    parts = []
-    for victims in torch.split(
-        torch.arange(len(shared)), _at_once(links, protocol.num_images, separated.features.device)
-    ):
+    parts, at_once = [], _at_once(links, protocol.num_images, separated.features.device)
+    for victims in torch.split(torch.arange(len(shared)), at_once):
         inversion = _Inversion(shared.select(victims), links, tolerance, max_iterations)
         features, gradients = separated.features[victims].double(), separated.logit_gradients[victims].double()
         parts.append(inversion.run(features, gradients @ inversion.state[f"{classifier.name}.weight"]))
     images, equations, residual = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     layers = [link for link in links if link.is_layer]
-    return LayerByLayer(
-        images=images,
-        layers=tuple(link.name for link in layers),
-        equations=equations,
-        unknowns=torch.tensor(
-            [protocol.num_images * math.prod(link.input_shape) for link in layers], device=images.device
-        ).long(),
-        residual=residual,
-    )
+    sizes = [protocol.num_images * math.prod(link.input_shape) for link in layers]
+    unknowns = torch.tensor(sizes, dtype=torch.long, device=images.device)
+    return LayerByLayer(images, tuple(link.name for link in layers), equations, unknowns, residual)
 
 
 def check_layers(victim: Victim) -> None:
     """Raise a ``ValueError`` unless :func:`images_by_layers` can find the images of such victims.
-
-    Args:
-        victim: model and protocol.
 
     Raises:
         ValueError: what :func:`check_separable` and :func:`find_chain` raise, or several images with loss
@@ -272,14 +260,11 @@ class _Inversion:
             gradient = self.gradients[f"{name}.weight"]
             given.append(gradient.reshape(len(gradient), *system.weight.shape[2:]) * system.scale)
         x = start.expand(victims, count, -1).reshape(victims, -1)
-        rest = _less(given, system.product(x))
+        rest = [b - a for a, b in zip(system.product(x), given, strict=True)]
         x = x + least_squares(system, rest, tolerance=self.tolerance, max_products=self.max_iterations).x
-        left, size = _squares(_less(given, system.product(x))), _squares(given)
+        rest = [b - a for a, b in zip(system.product(x), given, strict=True)]
+        left, size = _squares(rest), _squares(given)
         return x.reshape(victims, count, -1), torch.where(size > 0, left / size, left).sqrt()
-
-
-def _less(given: list[Tensor], product: list[Tensor]) -> list[Tensor]:
-    return [b - a for a, b in zip(product, given, strict=True)]
 
 
 def _squares(parts: list[Tensor]) -> Tensor:

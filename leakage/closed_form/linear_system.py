@@ -22,29 +22,17 @@ _GRADIENT_WEIGHT = 3.0
 
 @dataclass(frozen=True)
 class LinearSystem:
-    """The weighted equations of one layer's inputs x, ``(V, N*C*H*W)``: a linear map A of each victim.
-
-    Attributes:
-        geometry: of the layer.
-        weight: ``(V, N, groups, outputs, patch)``.
-        slopes: ``(V, N, groups, outputs, positions)``, weights of the layer's equations.
-        errors: of the same shape, gradient of each output times 1/N and ``scale``. None if no gradient is shared.
-        scale: ``(V, 1, 1, 1)``, weight of the gradient's equations.
-        count: ``(V,)``, equations.
-        diagonal: ``(V, N*C*H*W)``, inverse diagonal of :math:`A^T A`.
-        blocks: ``(V, groups, N*H*W, N*H*W)``, inverse of :math:`A^T A` for one channel of a group, nearly.
-        undetermined: ``(V,)``, where x are images that have too few equations, which ``spectrum`` makes up for.
-    """
+    """The weighted equations of one layer's inputs x, ``(V, N*C*H*W)``: a linear map A of each victim."""
 
     geometry: Geometry
-    weight: Tensor
-    slopes: Tensor
-    errors: Tensor | None
-    scale: Tensor
-    count: Tensor
-    diagonal: Tensor
-    blocks: Tensor | None = None
-    undetermined: Tensor | None = None
+    weight: Tensor  # (V, N, groups, outputs, patch)
+    slopes: Tensor  # (V, N, groups, outputs, positions), weights of the layer's equations
+    errors: Tensor | None  # of that shape, gradient of each output times 1/N and `scale`; None if none is shared
+    scale: Tensor  # (V, 1, 1, 1), weight of the gradient's equations
+    count: Tensor  # (V,), equations
+    diagonal: Tensor  # (V, N*C*H*W), inverse diagonal of A^T A
+    blocks: Tensor | None = None  # (V, groups, N*H*W, N*H*W), nearly the inverse of A^T A for a channel of a group
+    undetermined: Tensor | None = None  # (V,), where x are images of too few equations: `spectrum` makes up for them
     spectrum: ImageSpectrum | None = None
 
     @classmethod
@@ -56,13 +44,7 @@ class LinearSystem:
         errors: Tensor | None,
         image_shape: tuple[int, ...] | None = None,
     ) -> LinearSystem:
-        """Weigh the gradient's equations, count them all, and make the preconditioner.
-
-        Args:
-            geometry, weight, slopes: as above.
-            errors: without ``scale``.
-            image_shape: ``(C, H, W)``, if x are images.
-        """
+        """Weigh the gradient's equations (``errors`` without ``scale``), count all, and make the preconditioner."""
         count, groups = slopes.shape[1:3]
         channels, height, width = geometry.input_shape
         size = count * height * width
@@ -126,10 +108,7 @@ class LinearSystem:
 
 
 def _blocks(geometry: Geometry, errors: Tensor, diagonal: Tensor) -> Tensor:
-    """Inverse of :math:`G^T G + D`, where G are the gradient's equations of one channel, the same for all of them.
-
-    D is the mean over channels of the diagonal of the layer's equations.
-    """
+    """Inverse of G^T G + D: G the gradient's equations of one channel, D the layer's mean diagonal over channels."""
     victims, count, groups, outputs, _ = errors.shape
     _, height, width = geometry.input_shape
     one_channel = dataclasses.replace(geometry, input_shape=(1, height, width), groups=1)

@@ -17,7 +17,7 @@ from leakage.inversion.reconstruction import Reconstruction
 from leakage.pieces import State
 from leakage.seeds import derive_seed
 from leakage.solvers import PerVictimOptimizer
-from leakage.solvers.solver import UNINFORMATIVE
+from leakage.solvers.solver import UNINFORMATIVE, settle
 
 
 class Lanes:
@@ -98,7 +98,7 @@ class Lanes:
             self.kept = {name: torch.cat([tensor, fresh[name]]) for name, tensor in kept.items()}
         silent = torch.cat(entered)[~informative]
         if len(silent):
-            self.optimizer.settle(self._mask(silent), UNINFORMATIVE)
+            settle(self.optimizer.lanes, self._mask(silent), UNINFORMATIVE)
 
     def _begin(self, shared: SharedGradient, places: Sequence[int]) -> tuple[State, dict[str, Tensor]]:
         """What is kept of new victims, and where their unknowns start."""

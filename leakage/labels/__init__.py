@@ -2,7 +2,7 @@
 
 from leakage.labels.auxiliary import Auxiliary
 from leakage.labels.counts import LabelCounts
-from leakage.labels.inference import LabelReader, check_label_rule, infer_labels
+from leakage.labels.inference import LabelReader, infer_labels
 from leakage.labels.rules import NEEDS, RULES
 
-__all__ = ["NEEDS", "RULES", "Auxiliary", "LabelCounts", "LabelReader", "check_label_rule", "infer_labels"]
+__all__ = ["NEEDS", "RULES", "Auxiliary", "LabelCounts", "LabelReader", "infer_labels"]

@@ -94,17 +94,11 @@ class Auxiliary:
 
 @dataclass
 class KnownFeatures:
-    """Images of the attacker's own as the last layer sees them.
+    """Images of the attacker's own as the last layers of W networks see them (1 that is shared)."""
 
-    Attributes:
-        features: ``(W, M, D)`` with W the networks, 1 if they are shared.
-        predictions: ``(W, M, K)``, class probabilities.
-        labels: ``(M,)`` on the same device, or None.
-    """
-
-    features: Tensor
-    predictions: Tensor
-    labels: Tensor | None
+    features: Tensor  # (W, M, D)
+    predictions: Tensor  # (W, M, K), class probabilities
+    labels: Tensor | None  # (M,)
 
     def __len__(self) -> int:
         return self.features.shape[1]
@@ -117,22 +111,19 @@ class KnownFeatures:
     def with_labels(self, seed: int) -> LabelledFeatures:
         r"""The same with labels; where there are none, with images drawn for every class.
 
-        Class k gets images with probability proportional to their prediction :math:`p_k`. If the network is
-        calibrated, this is what Bayes' rule says of images of class k: those that it is sure of, and
-        those that it mistakes.
+        Class k gets images with probability proportional to their prediction :math:`p_k`. If the network is calibrated,
+        this is what Bayes' rule says of images of class k: those that it is sure of, and those that it mistakes.
         """
         if self.labels is not None:
             return LabelledFeatures(self.features, self.predictions, self.labels)
         predictions = self.predictions.mean(0)
         each = max(_DRAWN_FOR_EACH, len(self) // predictions.shape[1])
         generator = torch.Generator().manual_seed(derive_seed(seed, 0, "images for every class"))
-        # Double precision, as probabilities of single precision may all be zero.
-        drawn = torch.multinomial(predictions.T.double().cpu() + 1e-30, each, replacement=True, generator=generator).to(
-            predictions.device
-        )
+        weights = predictions.T.double().cpu() + 1e-30  # those of single precision may all be zero
+        drawn = torch.multinomial(weights, each, replacement=True, generator=generator).to(predictions.device)
+        some = self.select(drawn.flatten())
         labels = torch.arange(len(drawn), device=drawn.device).repeat_interleave(each)
-        images = drawn.flatten()
-        return LabelledFeatures(self.features[:, images], self.predictions[:, images], labels)
+        return LabelledFeatures(some.features, some.predictions, labels)
 
     def split(self, share: float, seed: int) -> tuple[KnownFeatures, KnownFeatures]:
         """Two disjoint parts, the first with about ``share`` of the images: of each class, where labels are known."""
@@ -151,7 +142,7 @@ class KnownFeatures:
 
 @dataclass
 class LabelledFeatures(KnownFeatures):
-    """The same with the label of every image: every class has some."""
+    """The same with labels: every class has some."""
 
     labels: Tensor
 
@@ -162,11 +153,7 @@ class LabelledFeatures(KnownFeatures):
 
 
 def known_features(layer: LastLayer, auxiliary: Auxiliary | None, seed: int) -> KnownFeatures:
-    """Auxiliary images as the victims' networks see them, or the one that they share.
-
-    Without any it is noise with the spectrum of natural images. Predictions are those of the weights that were
-    given, before any local step.
-    """
+    """Auxiliary images, or else noise, as the victims' networks see them before any local step."""
     if auxiliary is None:
         count = _NOISE_FOR_EACH if layer.own_weights else _NOISE
         images = natural_noise(count, layer.protocol.image_shape, derive_seed(seed, 0, "natural noise"))
@@ -182,10 +169,7 @@ def known_features(layer: LastLayer, auxiliary: Auxiliary | None, seed: int) -> 
 
 
 def natural_noise(count: int, image_shape: tuple[int, ...], seed: int) -> Tensor:
-    """Noise whose amplitude falls with the spatial frequency, as in natural images; ``(count, C, H, W)`` in [0, 1].
-
-    Brightness and contrast vary from image to image; colours vary less than brightness.
-    """
+    """Noise whose amplitude falls with the spatial frequency, as in natural images; ``(count, C, H, W)`` in [0, 1]."""
     channels, height, width = image_shape
     generator = torch.Generator().manual_seed(seed)
     down, across = torch.fft.fftfreq(height, 1 / height)[:, None], torch.fft.rfftfreq(width, 1 / width)

@@ -1,4 +1,4 @@
-"""Published rules that are calibrated on dummy images, or on labelled ones of the attacker's own."""
+"""Rules that look at dummy images too, or at images of the attacker's own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from leakage.seeds import derive_seed
 
 # Images of noise; with them one black and one white.
 _DUMMIES = 64
+# For `mean_feature`: iterations, images that show how features vary, and victims looked at together.
+_ITERATIONS, _IMAGES, _VICTIMS_AT_ONCE = 10, 256, 64
+# The victims' features vary this many times as much as the dummies' at the least and at the most.
+_SPREAD = (0.7, 1.4)
 # Clients that the expected updates are learnt from.
 _SIMULATED = 512
 # How much more the sum of the counts weighs than any other equation.
@@ -53,7 +57,6 @@ def llg_plus(layer: LastLayer, known: KnownFeatures) -> Found:
 
 
 def _calibrated(layer: LastLayer, known: KnownFeatures, own: Tensor | None) -> Found:
-    assert layer.weight_gradient is not None
     totals = known.features.sum(2, keepdim=True)
     if_own, if_other = (1 - known.predictions) * totals, known.predictions * totals  # (W, M, K)
     every = torch.ones_like(known.predictions)
@@ -63,7 +66,7 @@ def _calibrated(layer: LastLayer, known: KnownFeatures, own: Tensor | None) -> F
         ((if_own * own).sum(1) / own.sum(1).clamp(min=some)).mean(1) * (1 + 1 / layer.num_classes) / layer.num_images
     )
     offset = (if_other * other).sum(1) / other.sum(1).clamp(min=some)
-    sums = layer.weight_gradient.sum(dim=2)
+    sums = layer.rows.sum(dim=2)
     return by_impact(layer, sums, impact.expand(len(sums)), offset.expand_as(sums))
 
 
@@ -73,15 +76,13 @@ def geng(layer: LastLayer, seed: int) -> Found:
     Without a bias the rows of the weights' gradient stand in for it, along the mean feature of the noise:
     :math:`g_{W,k} \cdot \bar h / \lVert \bar h \rVert^2`.
 
-    Geng et al., *Towards General Deep Leakage in Federated Learning*, 2021,
-    https://arxiv.org/abs/2110.09074.
+    Geng et al., *Towards General Deep Leakage in Federated Learning*, 2021, https://arxiv.org/abs/2110.09074.
     """
     dummies = _dummies(layer, seed)
     push = layer.bias_gradient
     if push is None:
-        assert layer.weight_gradient is not None
         mean = dummies.features.mean(1)
-        along = torch.einsum("vkd,vd->vk", layer.weight_gradient, mean.expand(len(layer), -1))
+        along = torch.einsum("vkd,vd->vk", layer.rows, mean.expand(len(layer), -1))
         push = along / mean.square().sum(1, keepdim=True).clamp(min=torch.finfo(along.dtype).tiny)
     estimates = layer.num_images * (dummies.predictions.mean(1) - push)
     return round_counts(estimates, layer.num_images), estimates, None
@@ -101,15 +102,13 @@ def rlu(layer: LastLayer, known: LabelledFeatures, seed: int) -> Found:
     Chen and Vikalo, *Recovering Labels from Local Updates in Federated Learning*, ICML 2024,
     https://arxiv.org/abs/2405.00955.
     """
-    push = layer.bias_gradient
-    assert push is not None
+    push = layer.push
     if layer.protocol.local_steps == 1:
         error, own = known.predictions - known.one_hot, known.one_hot
         expected = torch.einsum("wmk,mj->wjk", error, own) / own.sum(0)[:, None]
     else:
         drawn, counts = draw_images(known.labels, layer, _SIMULATED, derive_seed(seed, 0, "expected updates"))
-        pushes = simulate(layer, known, drawn).bias_gradient
-        assert pushes is not None
+        pushes = simulate(layer, known, drawn).push
         # In double precision on the CPU, whose driver copes with classes that no client holds.
         solution = torch.linalg.lstsq(counts.double(), layer.num_images * pushes.double().cpu()).solution
         expected = solution[None]
@@ -123,6 +122,61 @@ def rlu(layer: LastLayer, known: LabelledFeatures, seed: int) -> Found:
     ]
     estimates = torch.from_numpy(np.stack(solved)).to(push)
     return round_counts(estimates, layer.num_images), estimates, None
+
+
+def mean_feature(layer: LastLayer, known: KnownFeatures) -> Found:
+    r"""Counts are what the mean prediction leaves over, and the mean prediction follows from the mean feature.
+
+    Summed over the images, the bias' gradient says that :math:`n = N (\bar p - g_b)` with
+    :math:`\bar p` the mean prediction. Let features be :math:`h_i = \bar h + u_i` with the :math:`u_i` of
+    dummy images (centred). As labels say little about the features of an untrained network,
+
+    .. math:: g_{W,k} = g_{b,k} \bar h + C_k - \tfrac{1}{N} \sum_{i: y_i = k} u_i, \qquad
+        C = \mathrm{mean}_i \; \mathrm{softmax}(W (\bar h + u_i) + b) \, u_i^\top
+
+    where the last term is noise of variance proportional to :math:`n_k`. So weighted least squares over the
+    K rows gives :math:`\bar h`, then new predictions, C and counts, ten times over. The size of the u is
+    fitted as well. No image of the victims' kind is needed: the dummies are noise with the spectrum
+    of natural images (with auxiliary images, those). Nearly exact on untrained networks of any activation and
+    any number of images; trained networks break the assumption.
+
+    This library's own. iLRG takes a feature from each row alone, which is noise where :math:`g_{b,k}` is
+    near zero; all rows together are not.
+    """
+    # Spread over all of them, which may come class by class.
+    features = known.features[:, torch.linspace(0, len(known) - 1, min(_IMAGES, len(known))).long()]
+    deviations = features - features.mean(dim=1, keepdim=True)
+    parts = [
+        _by_mean_feature(layer.select(part).midway(), deviations[part] if layer.own_weights else deviations)
+        for part in torch.split(torch.arange(len(layer), device=deviations.device), _VICTIMS_AT_ONCE)
+    ]
+    estimates = torch.cat(parts)
+    return round_counts(estimates, layer.num_images), estimates, None
+
+
+def _by_mean_feature(layer: LastLayer, deviations: Tensor) -> Tensor:
+    rows, push, count = layer.rows, layer.push, layer.num_images
+    weights = torch.ones_like(push)
+    covariance = torch.zeros_like(rows)
+    spread = torch.ones_like(push[:, 0])
+    # Logits of deviations do not change but for their size.
+    apart = deviations @ layer.weight.mT
+    estimates = push
+    for iteration in range(_ITERATIONS):
+        mean = torch.einsum("vk,vkd->vd", weights * push, rows - covariance)
+        mean = mean / (weights * push.square()).sum(1, keepdim=True).clamp(min=torch.finfo(push.dtype).tiny)
+        logits = torch.einsum("vd,vkd->vk", mean, layer.weight.expand(len(rows), -1, -1)) + layer.bias
+        predictions = (logits[:, None] + spread[:, None, None] * apart).softmax(dim=2)
+        covariance = torch.einsum("vmk,vmd->vkd", predictions, deviations.expand(len(rows), -1, -1))
+        covariance = covariance * (spread / deviations.shape[1])[:, None, None]
+        estimates = count * (predictions.mean(dim=1) - push)
+        weights = 1 / (estimates.clamp(min=0) + 0.5)
+        if iteration:
+            rest = rows - push[..., None] * mean[:, None]
+            shared, own = ((weights[..., None] * other * covariance).sum((1, 2)) for other in (rest, covariance))
+            ratio = (shared / own.clamp(min=torch.finfo(push.dtype).tiny)).clamp(0.25, 4)
+            spread = (spread * ratio.sqrt()).clamp(*_SPREAD)
+    return estimates
 
 
 def _on_simplex(matrix: np.ndarray, right: np.ndarray, total: int) -> np.ndarray:

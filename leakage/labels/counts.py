@@ -44,17 +44,10 @@ class LabelCounts:
 
 
 def round_counts(estimates: Tensor, num_images: int) -> Tensor:
-    """Whole numbers that sum to N and are nearest to the estimates.
+    """Whole numbers ``(V, K)`` that sum to N and are nearest to the estimates ``(V, K)``.
 
-    Negative estimates count as zero. The others are scaled so that they sum to N, and rounded by the
-    method of the largest remainder. All zero means that nothing is known: N is spread evenly.
-
-    Args:
-        estimates: ``(V, K)``, images of each class; not finite is taken as zero.
-        num_images: N.
-
-    Returns:
-        ``(V, K)`` int64, each row sums to N.
+    Estimates that are negative or not finite count as zero. The others are scaled so that they sum to N, and rounded by
+    the method of the largest remainder. All zero means that nothing is known: N is spread evenly.
 
     Example:
         >>> round_counts(torch.tensor([[1.8, -0.3, 0.9, 0.5]]), 3)
@@ -74,13 +67,7 @@ def round_counts(estimates: Tensor, num_images: int) -> Tensor:
 def spread_evenly(present: Tensor, scores: Tensor, num_images: int) -> Tensor:
     """N images over the classes that are present, as evenly as possible; the rest to those of the highest scores.
 
-    Args:
-        present: ``(V, K)`` bool; a row without any counts as all.
-        scores: ``(V, K)``.
-        num_images: N.
-
-    Returns:
-        ``(V, K)`` int64, each row sums to N.
+    All are ``(V, K)``; no class that is present counts as all.
 
     Example:
         >>> spread_evenly(torch.tensor([[True, False, True]]), torch.tensor([[0.1, 0.9, 0.3]]), 3)
@@ -94,19 +81,8 @@ def spread_evenly(present: Tensor, scores: Tensor, num_images: int) -> Tensor:
 
 
 def one_by_one(push: Tensor, share: Tensor, counts: Tensor, num_images: int) -> Tensor:
-    """Count one image of the class that is pushed up most, add its share back, and so on until there are N.
-
-    Args:
-        push: ``(V, K)``, the lower the more images of the class.
-        share: ``(V,)`` or ``(V, K)``, above zero: what one image of the class takes from ``push``.
-        counts: ``(V, K)`` int64, images counted before.
-        num_images: N.
-
-    Returns:
-        ``(V, K)`` int64, each row sums to N.
-    """
-    push, counts = push.clone(), counts.clone()
-    share = share[:, None].expand_as(push) if share.ndim == 1 else share
+    """Count one image of the class of the lowest push ``(V, K)``, add its share ``(V,)`` back, and so on up to N."""
+    push, counts, share = push.clone(), counts.clone(), share[:, None].expand_as(push)
     for _ in range(num_images - int(counts.sum(1).min())):
         most = push.argmin(dim=1, keepdim=True)
         wanting = (counts.sum(1, keepdim=True) < num_images).long()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy.optimize import linprog
 from torch import Tensor
 
 from leakage.labels.counts import one_by_one, round_counts, spread_evenly
@@ -10,6 +12,9 @@ from leakage.labels.last_layer import LastLayer
 
 # Counts, scores and, where a rule says more than the counts do, which classes are there: each (V, K).
 Found = tuple[Tensor, Tensor, Tensor | None]
+
+# For `rlg`: a singular value below this share of the largest is rounding; a margin below it is none.
+_RANK_TOLERANCE, _MARGIN = 1e-5, 1e-4
 
 
 def idlg(layer: LastLayer) -> Found:
@@ -26,7 +31,7 @@ def idlg(layer: LastLayer) -> Found:
     """
     push = layer.bias_gradient
     if push is None:
-        push = _against_the_others(_rows(layer))
+        push = _against_the_others(layer.rows)
     elif layer.weight_gradient is not None:
         lowest = push == push.amin(dim=1, keepdim=True)
         tied = (lowest.sum(dim=1, keepdim=True) > 1) & (push != 0).any(dim=1, keepdim=True)
@@ -43,7 +48,7 @@ def row_minimum(layer: LastLayer) -> Found:
 
     Yin et al., *See through Gradients*, CVPR 2021, https://arxiv.org/abs/2104.07586.
     """
-    scores = -_rows(layer).amin(dim=2)
+    scores = -layer.rows.amin(dim=2)
     lowest = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < layer.num_images
     present = lowest & (scores > 0)
     return spread_evenly(present, scores, layer.num_images), scores, present
@@ -61,7 +66,7 @@ def llg(layer: LastLayer) -> Found:
     Wainakh et al., *User-Level Label Leakage from Gradients in Federated Learning*, PETS 2022,
     https://arxiv.org/abs/2105.09369.
     """
-    sums = _rows(layer).sum(dim=2)
+    sums = layer.rows.sum(dim=2)
     impact = -sums.clamp(max=0).sum(1) * (1 + 1 / layer.num_classes) / layer.num_images
     return by_impact(layer, sums, impact, torch.zeros_like(sums))
 
@@ -81,9 +86,8 @@ def by_impact(layer: LastLayer, sums: Tensor, impact: Tensor, offset: Tensor) ->
 def ilrg(layer: LastLayer) -> Found:
     r"""iLRG: class-wise features from the ratio of gradients, their predictions, then counts by least squares.
 
-    A class's row is mostly made of its own images, so its mean feature is about
-    :math:`\bar h_j = g_{W,j} / g_{b,j}`, and :math:`\hat p_j = \mathrm{softmax}(W \bar h_j + b)` its
-    prediction. The counts n solve
+    A class's row is mostly made of its own images, so its mean feature is about :math:`\bar h_j = g_{W,j} / g_{b,j}`,
+    and :math:`\hat p_j = \mathrm{softmax}(W \bar h_j + b)` its prediction. The counts n solve
 
     .. math:: \sum_j n_j \hat p_j - n = N g_b, \qquad \sum_j n_j = N
 
@@ -95,8 +99,7 @@ def ilrg(layer: LastLayer) -> Found:
     https://openreview.net/forum?id=FIrQfNSOoTr.
     """
     layer = layer.midway()
-    rows, push = _rows(layer), layer.bias_gradient
-    assert push is not None
+    rows, push = layer.rows, layer.push
     ratio = rows / torch.where(push == 0, torch.finfo(push.dtype).tiny, push)[..., None]
     logits = torch.einsum("vjd,vkd->vjk", ratio, layer.weight.expand(len(rows), -1, -1)) + layer.bias[:, None]
     predictions = logits.nan_to_num().softmax(dim=2)
@@ -112,15 +115,47 @@ def ilrg(layer: LastLayer) -> Found:
     return round_counts(estimates, layer.num_images), estimates.to(push), None
 
 
-def _rows(layer: LastLayer) -> Tensor:
-    """Gradients of the rows of the weights, ``(V, K, D)``."""
-    assert layer.weight_gradient is not None  # as the rule's assumptions say
-    return layer.weight_gradient
+def rlg(layer: LastLayer) -> Found:
+    r"""RLG: a class is there if a half-space parts it from all others in the gradient's column space.
+
+    The columns of :math:`g_W` are combinations of the vectors :math:`p_i - y_i`, each negative in its own
+    class alone. With r singular vectors :math:`U \in R^{K \times r}`, r at most N, class c is there only
+    if some x has :math:`(U x)_c < 0` and :math:`(U x)_k \ge 0` for all other k: a linear programme for
+    every class of every victim. While the images' features are linearly independent no class that is there
+    is missed. It finds the set of classes, not their counts, and says nothing from K - 1 images on: as the entries of
+    a column sum to zero, they then span all there is, and every class can be parted from the others.
+
+    Dang et al., *Revealing and Protecting Labels in Distributed Training*, NeurIPS 2021,
+    https://arxiv.org/abs/2111.00556.
+    """
+    left, values, _ = torch.linalg.svd(layer.rows.double(), full_matrices=False)
+    ranks = (values > _RANK_TOLERANCE * values[:, :1]).sum(1).clamp(max=layer.num_images).tolist()
+    margins = [
+        _margins((vectors[:, :rank] * strength[:rank] / strength[0]).cpu().numpy())
+        for vectors, strength, rank in zip(left, values, ranks, strict=True)
+    ]
+    scores = torch.from_numpy(np.stack(margins)).to(layer.rows)
+    present = scores > _MARGIN
+    return spread_evenly(present, scores, layer.num_images), scores, present
+
+
+def _margins(vectors: np.ndarray) -> np.ndarray:
+    """For each row how far it can be on the negative side of a plane, relative to its length, all others not being."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = vectors / np.where(lengths > 0, lengths, 1)
+    margins = np.zeros(len(rows))
+    if not vectors.shape[1]:  # a gradient of zeros
+        return margins
+    for label, row in enumerate(rows):
+        others = np.delete(rows, label, axis=0)
+        found = linprog(row, A_ub=-others, b_ub=np.zeros(len(others)), bounds=(-1, 1), method="highs")
+        margins[label] = -float(found.fun or 0.0) if found.success else 0.0
+    return margins
 
 
 def _largest_logits(layer: LastLayer) -> Tensor:
     """Logits ``(V, K)`` of one image, above zero in order; its feature is the ratio of the gradients."""
-    rows, push = _rows(layer).double(), layer.gradients.double()
+    rows, push = layer.rows.double(), layer.gradients.double()
     largest = push.abs().argmax(dim=1, keepdim=True)
     row = rows.take_along_dim(largest[..., None], dim=1).squeeze(1)
     feature = row / push.gather(1, largest)

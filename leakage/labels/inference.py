@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from leakage.clients.protocol import check_local_steps
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_choice, check_count
@@ -83,8 +82,7 @@ class LabelReader:
         ValueError: an unknown rule, a seed that is no such number, ``auxiliary`` of another type.
 
     References:
-        Each rule's function names its paper; :mod:`leakage.labels.from_gradients`, :mod:`.calibrated`,
-        :mod:`.separation`, :mod:`.mean_feature`, :mod:`.posterior`.
+        Those of the rules, in :mod:`leakage.labels.from_gradients`, :mod:`.calibrated` and :mod:`.posterior`.
 
     Example:
         >>> from leakage.models import LeNet
@@ -114,46 +112,59 @@ class LabelReader:
         self._chosen = ""
         self._posterior: LabelPosterior | None = None
 
-    def check(self, victim: Victim, *, own_weights: bool = False, num_images: int | None = None) -> None:
+    def check(self, victim: Victim, *, own_weights: bool = False) -> None:
         """Raise a ``ValueError`` unless labels can be read off the last layer's gradient by this rule.
 
         Args:
             victim: model and protocol.
             own_weights: whether each victim has a network of its own.
-            num_images: N, by default the protocol's.
 
         Raises:
             ValueError: a loss other than cross-entropy, logits that are not the output of a linear layer, a last
                 layer without gradients, auxiliary images that don't fit, or something that the rule needs is not
                 there; the message names what to use instead.
         """
-        count = self._check_protocol(victim, num_images)
-        check_needs(self.rule, needs_met(victim, self.auxiliary, count, own_weights=own_weights))
+        protocol, layer = victim.protocol, victim.classifier
+        if protocol.loss != "cross_entropy":
+            raise ValueError(
+                "Expected a victim with loss 'cross_entropy', whose gradient is negative only for the true class, "
+                f"but got loss {protocol.loss!r}. {_INSTEAD}"
+            )
+        if not layer:  # "" is a model that is one layer, of a kind of its own: images are no vectors
+            raise ValueError(
+                "Expected logits that are the output of an nn.Linear layer, whose gradient tells the labels, "
+                f"but got logits from {victim.logits_from}. {_INSTEAD}"
+            )
+        if not {f"{layer}.weight", f"{layer}.bias"} & {*victim.trainable}:
+            raise ValueError(
+                f"Expected the last layer {layer!r} to share its gradient, but got frozen weights. {_INSTEAD}"
+            )
+        if self.auxiliary is not None:
+            self.auxiliary.check(protocol)
+        check_needs(self.rule, needs_met(victim, self.auxiliary, own_weights=own_weights))
 
     @torch.no_grad()
-    def __call__(self, shared: SharedGradient, victim: Victim, num_images: int | None = None) -> LabelCounts:
+    def __call__(self, shared: SharedGradient, victim: Victim) -> LabelCounts:
         """Counts, scores and labels of every victim, on the device of the gradients.
 
         Args:
             shared: gradients of V victims.
             victim: their model and protocol.
-            num_images: N, by default the protocol's.
 
         Raises:
             ValueError: see :meth:`check`; gradients that don't fit the victim.
         """
-        count = self._check_protocol(victim, num_images)
+        self.check(victim, own_weights=shared.own_weights)
         victim.check(shared)
         if shared.gradients[victim.trainable[0]].dtype in (torch.float16, torch.bfloat16):
             shared = shared.to(torch.float32)
-        met = needs_met(victim, self.auxiliary, count, own_weights=shared.own_weights)
-        check_needs(self.rule, met)
         parts = torch.split(torch.arange(len(shared)), _NETWORKS_AT_ONCE) if shared.own_weights else ()
         groups = [shared.select(part) for part in parts] or [shared]
-        return LabelCounts.cat([self._read(group, victim, count, met) for group in groups])
+        return LabelCounts.cat([self._read(group, victim) for group in groups])
 
-    def _read(self, shared: SharedGradient, victim: Victim, num_images: int, met: dict[str, str | None]) -> LabelCounts:
-        known = Knowledge(last_layer(shared, victim, num_images), self.auxiliary, self.seed)
+    def _read(self, shared: SharedGradient, victim: Victim) -> LabelCounts:
+        known = Knowledge(last_layer(shared, victim), self.auxiliary, self.seed)
+        met = needs_met(victim, self.auxiliary, own_weights=shared.own_weights)
         usable = usable_rules(met)
         rule = self.rule
         if rule == "auto" and "idlg" in usable:
@@ -162,7 +173,7 @@ class LabelReader:
             rule = next(name for name in _WITHOUT_SIMULATION if name in usable)
         learns = rule == "auto" or RULES[rule].learns
         if learns:
-            self._recognise(shared, victim, num_images, met)
+            self._recognise(shared, victim, met)
             if self._posterior is not None:
                 known.posterior = self._posterior.to(known.layer.weight.device)
             if rule == "auto":
@@ -172,10 +183,10 @@ class LabelReader:
             self._posterior = known.posterior
         return LabelCounts(counts, scores, counts > 0 if present is None else present, rule)
 
-    def _recognise(self, shared: SharedGradient, victim: Victim, num_images: int, met: dict[str, str | None]) -> None:
+    def _recognise(self, shared: SharedGradient, victim: Victim, met: dict[str, str | None]) -> None:
         """Forget what was learnt unless it was learnt about this network, from the same images and seed."""
         state = digest(dict(sorted(shared.state.items())))
-        known = state, victim.fingerprint(), num_images, met, self._digest_of_images, self.seed
+        known = state, victim.fingerprint(), victim.protocol.num_images, met, self._digest_of_images, self.seed
         network = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
         if network != self._network:
             self._forget(network)
@@ -197,38 +208,12 @@ class LabelReader:
         if state["posterior"] is not None:
             self._posterior = LabelPosterior.from_state_dict(state["posterior"])
 
-    def _check_protocol(self, victim: Victim, num_images: int | None) -> int:
-        """What no rule can do without; returns N."""
-        protocol = victim.protocol
-        count = protocol.num_images if num_images is None else num_images
-        check_count(num_images=count)
-        check_local_steps(count, protocol.local_steps, protocol.learning_rate, protocol.local_batch_size)
-        if protocol.loss != "cross_entropy":
-            raise ValueError(
-                "Expected a victim with loss 'cross_entropy', whose gradient is negative only for the true class, "
-                f"but got loss {protocol.loss!r}. {_INSTEAD}"
-            )
-        if not victim.classifier:  # "" is a model that is one layer, of a kind of its own: images are no vectors
-            raise ValueError(
-                "Expected logits that are the output of an nn.Linear layer, whose gradient tells the labels, "
-                f"but got logits from {victim.logits_from}. {_INSTEAD}"
-            )
-        if not {f"{victim.classifier}.weight", f"{victim.classifier}.bias"} & {*victim.trainable}:
-            raise ValueError(
-                f"Expected the last layer {victim.classifier!r} to share its gradient, but got frozen weights. "
-                f"{_INSTEAD}"
-            )
-        if self.auxiliary is not None:
-            self.auxiliary.check(protocol)
-        return count
-
 
 def infer_labels(
     shared: SharedGradient,
     victim: Victim,
     *,
     rule: str = "auto",
-    num_images: int | None = None,
     auxiliary: Auxiliary | None = None,
     seed: int = 0,
 ) -> LabelCounts:
@@ -237,27 +222,12 @@ def infer_labels(
     Args:
         shared: gradients of V victims.
         victim: their model and protocol.
-        rule: see :class:`LabelReader`, as for ``auxiliary`` and ``seed``.
-        num_images: N, by default the protocol's.
-        auxiliary: images of the attacker's own.
-        seed: of dummy images and simulated clients.
+        rule, auxiliary, seed: see :class:`LabelReader`.
 
     Raises:
         ValueError: see :class:`LabelReader` and its call.
     """
-    return LabelReader(rule, auxiliary=auxiliary, seed=seed)(shared, victim, num_images)
-
-
-def check_label_rule(
-    victim: Victim,
-    rule: str = "auto",
-    *,
-    auxiliary: Auxiliary | None = None,
-    num_images: int | None = None,
-    own_weights: bool = False,
-) -> None:
-    """:meth:`LabelReader.check`."""
-    LabelReader(rule, auxiliary=auxiliary).check(victim, own_weights=own_weights, num_images=num_images)
+    return LabelReader(rule, auxiliary=auxiliary, seed=seed)(shared, victim)
 
 
 def _choose(known: Knowledge, usable: list[str]) -> str:

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,54 +32,50 @@ class LastLayer:
 
     .. math:: g_b = \frac{1}{N} \sum_i (p_i - y_i), \qquad g_W = \frac{1}{N} \sum_i (p_i - y_i) \, h_i^\top
 
-    where :math:`p_i = \mathrm{softmax}(z_i)` and :math:`y_i` is the one-hot label. Everything below is the
-    mean over images, and with local steps over steps.
-
-    Attributes:
-        weight_gradient: ``(V, K, D)``, None if the layer shares none.
-        bias_gradient: ``(V, K)``, None if the layer shares none.
-        weight: ``(V, K, D)``, or ``(1, K, D)`` where victims share their weights.
-        bias: ``(V, K)`` or ``(1, K)``; zeros if the layer has none.
-        num_images: N.
-        features: gives the inputs of the layer, ``(V, M, D)`` or ``(1, M, D)``, for images ``(M, C, H, W)``.
-        protocol: what the clients did.
-        non_negative: whether the features can't be negative, as behind a ReLU or a sigmoid.
-        own_weights: whether each victim has a network of its own, be it a single victim.
+    where :math:`p_i = \mathrm{softmax}(z_i)` and :math:`y_i` is the one-hot label: the mean over images, and with local
+    steps over steps.
     """
 
-    weight_gradient: Tensor | None
-    bias_gradient: Tensor | None
-    weight: Tensor
-    bias: Tensor
-    num_images: int
-    features: Callable[[Tensor], Tensor]
+    weight_gradient: Tensor | None  # (V, K, D), None if the layer shares none
+    bias_gradient: Tensor | None  # (V, K), None if the layer shares none
+    weight: Tensor  # (V, K, D), or (1, K, D) where victims share their weights
+    bias: Tensor  # (V, K) or (1, K); zeros if the layer has none
+    features: Callable[[Tensor], Tensor]  # the inputs of the layer, (V or 1, M, D), for images (M, C, H, W)
     protocol: Protocol
-    non_negative: bool
-    own_weights: bool
+    non_negative: bool  # whether the features can't be negative, as behind a ReLU or a sigmoid
+    own_weights: bool  # whether each victim has a network of its own, be it a single victim
+
+    @property
+    def rows(self) -> Tensor:
+        """The weights' gradient, for rules that need it."""
+        assert self.weight_gradient is not None
+        return self.weight_gradient
+
+    @property
+    def push(self) -> Tensor:
+        """The bias' gradient, for rules that need it."""
+        assert self.bias_gradient is not None
+        return self.bias_gradient
 
     @property
     def gradients(self) -> Tensor:
         """Whichever gradient there is, the bias' if there are both."""
-        gradient = self.weight_gradient if self.bias_gradient is None else self.bias_gradient
-        assert gradient is not None  # infer_labels has refused a layer without
-        return gradient
+        return self.rows if self.bias_gradient is None else self.bias_gradient
 
     def __len__(self) -> int:
         return len(self.gradients)
 
     def select(self, victims: Tensor) -> LastLayer:
         """Some of the victims; :attr:`features` stay those of all."""
+        names = ["weight_gradient", "bias_gradient", *(["weight", "bias"] if self.own_weights else [])]
+        tensors = {name: getattr(self, name) for name in names}
+        some: dict[str, Any] = {name: tensor[victims] for name, tensor in tensors.items() if tensor is not None}
+        return dataclasses.replace(self, **some)
 
-        def some(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[victims]
-
-        return dataclasses.replace(
-            self,
-            weight_gradient=some(self.weight_gradient),
-            bias_gradient=some(self.bias_gradient),
-            weight=self.weight[victims] if self.own_weights else self.weight,
-            bias=self.bias[victims] if self.own_weights else self.bias,
-        )
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return self.protocol.num_images
 
     @property
     def num_classes(self) -> int:
@@ -104,31 +102,21 @@ class LastLayer:
         return dataclasses.replace(self, weight=weight, bias=bias)
 
 
-def last_layer(shared: SharedGradient, victim: Victim, num_images: int) -> LastLayer:
-    """The last layer of all victims.
-
-    Args:
-        shared: what the victims shared.
-        victim: their model and protocol; its logits are the output of a linear layer.
-        num_images: N.
-    """
+def last_layer(shared: SharedGradient, victim: Victim) -> LastLayer:
+    """That of all victims, whose logits are the output of a linear layer."""
     protocol = shared.protocol
-    weight_name, bias_name = f"{victim.classifier}.weight", f"{victim.classifier}.bias"
-    scale = 1.0 if protocol.reduction == "mean" else 1 / (protocol.local_batch_size or num_images)
-
-    def gradient(name: str) -> Tensor | None:
-        return shared.gradients[name] * scale if name in shared.gradients else None
-
-    weight = shared.state[weight_name]
-    bias = shared.state.get(bias_name, torch.zeros_like(weight[..., 0]))
+    names = [f"{victim.classifier}.weight", f"{victim.classifier}.bias"]
+    scale = 1.0 if protocol.reduction == "mean" else 1 / (protocol.local_batch_size or protocol.num_images)
+    gradients = [shared.gradients[name] * scale if name in shared.gradients else None for name in names]
+    weight = shared.state[names[0]]
+    bias = shared.state.get(names[1], torch.zeros_like(weight[..., 0]))
     if not shared.own_weights:
         weight, bias = weight[None], bias[None]
     return LastLayer(
-        weight_gradient=gradient(weight_name),
-        bias_gradient=gradient(bias_name),
+        weight_gradient=gradients[0],
+        bias_gradient=gradients[1],
         weight=weight,
         bias=bias,
-        num_images=num_images,
         features=_Features(shared, victim),
         protocol=protocol,
         non_negative=has_non_negative_features(victim),
@@ -139,10 +127,9 @@ def last_layer(shared: SharedGradient, victim: Victim, num_images: int) -> LastL
 @torch.no_grad()
 def has_non_negative_features(victim: Victim) -> bool:
     """Whether the inputs of the last layer can't be negative, tried on a few images of noise."""
-    state = victim.state
-    like = state[victim.trainable[0]]
     noise = torch.rand(8, *victim.protocol.image_shape, generator=torch.Generator().manual_seed(0))
-    features = functional_call(_without_classifier(victim), state, noise.to(like))
+    noise = noise.to(victim.state[victim.trainable[0]])
+    features = functional_call(_without_classifier(victim), victim.state, noise)
     return bool((features >= 0).all())
 
 
@@ -162,25 +149,18 @@ class _Features:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        size = self.together or _IMAGES_AT_ONCE
-        count = len(images)
-        if self.together is None:
-            order = torch.arange(count)
-        else:
+        size, count = self.together or _IMAGES_AT_ONCE, len(images)
+        order = torch.arange(count)
+        if self.together is not None:
             # In any order but the one given, which may be that of the classes; the last pass as large as the others.
             order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
             images = images[torch.cat([order, order[: -count % size]]) if size < count else order]
-        parts = [self._of(part) for part in torch.split(images.to(self.like), size)]
-        return torch.cat(parts, dim=1)[:, order.argsort()]
-
-    def _of(self, images: Tensor) -> Tensor:
-        def features(state: dict[str, Tensor]) -> Tensor:
-            output: Tensor = functional_call(self.network, state, images)
-            return output
-
-        if not self.own_weights:
-            return features(self.state)[None]
-        return vmap(features, chunk_size=_NETWORKS_AT_ONCE)(self.state)
+        run: Callable[..., Tensor] = partial(functional_call, self.network)
+        if self.own_weights:
+            run = vmap(run, in_dims=(0, None), chunk_size=_NETWORKS_AT_ONCE)
+        parts = [run(self.state, part) for part in torch.split(images.to(self.like), size)]
+        features = torch.cat(parts, dim=-2)[..., order.argsort(), :]
+        return features if self.own_weights else features[None]
 
 
 def _without_classifier(victim: Victim) -> nn.Module:

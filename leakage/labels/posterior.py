@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,31 +52,18 @@ class LabelPosterior:
     Where a gradient says nothing the posterior is the prior, so the rule hardly falls below the trivial guess as
     long as the images it learnt from are of the victims' kind; learnt from noise it may, on a trained network.
     This library's own.
-
-    Attributes:
-        num_images: N.
-        scale: mean size of the features.
-        centre, spread: of the statistics over the simulated clients.
-        edges: the first count of each bin.
-        network: statistics to logits of the bins.
     """
 
     num_images: int
-    scale: Tensor
-    centre: Tensor
-    spread: Tensor
-    edges: Tensor
-    network: nn.Module
+    scale: Tensor  # mean size of the features
+    centre: Tensor  # of the statistics over the simulated clients
+    spread: Tensor  # likewise
+    edges: Tensor  # the first count of each bin
+    network: nn.Module  # statistics to logits of the bins
 
     @classmethod
     def learn(cls, layer: LastLayer, known: LabelledFeatures, seed: int) -> LabelPosterior:
-        """Learn about one network.
-
-        Args:
-            layer: the victims' last layer; they share their weights.
-            known: images of the attacker's own; every class has some.
-            seed: of the simulation and the learning.
-        """
+        """Learn about the one network that the victims share."""
         scale = known.features.abs().mean().clamp(min=1e-12)
         clients = min(max(_PRODUCT // (layer.num_images * layer.num_classes), _FEWEST), _MOST)
         drawn, counts = draw_images(known.labels, layer, clients, derive_seed(seed, 0, "posterior's clients"))
@@ -89,12 +77,12 @@ class LabelPosterior:
         return cls(layer.num_images, scale, centre, spread, edges, network)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was learnt, as tensors and numbers."""
+        """As tensors and numbers."""
         return vars(self) | {"network": dict(self.network.state_dict())}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> LabelPosterior:
-        """The posterior that :meth:`state_dict` was taken of."""
+        """The other way round."""
         width, inputs = state["network"]["0.weight"].shape
         with torch.device("meta"):  # its first weights play no part, and shall draw nothing
             network = _network(inputs, width, len(state["edges"])).requires_grad_(False)
@@ -103,10 +91,8 @@ class LabelPosterior:
 
     def to(self, device: torch.device) -> LabelPosterior:
         """The same on a device."""
-        scale, centre, spread, edges = (
-            tensor.to(device) for tensor in (self.scale, self.centre, self.spread, self.edges)
-        )
-        return LabelPosterior(self.num_images, scale, centre, spread, edges, self.network.to(device))
+        moved = {name: getattr(self, name).to(device) for name in ("scale", "centre", "spread", "edges", "network")}
+        return dataclasses.replace(self, **moved)
 
     @torch.no_grad()
     def __call__(self, layer: LastLayer) -> Found:

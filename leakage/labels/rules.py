@@ -8,22 +8,14 @@ from functools import cached_property
 
 from leakage.clients.victim import Victim
 from leakage.labels.auxiliary import Auxiliary, KnownFeatures, LabelledFeatures, known_features
-from leakage.labels.calibrated import geng, llg_plus, llg_star, rlu
-from leakage.labels.from_gradients import Found, idlg, ilrg, llg, row_minimum
+from leakage.labels.calibrated import geng, llg_plus, llg_star, mean_feature, rlu
+from leakage.labels.from_gradients import Found, idlg, ilrg, llg, rlg, row_minimum
 from leakage.labels.last_layer import LastLayer, has_non_negative_features
-from leakage.labels.mean_feature import mean_feature
 from leakage.labels.posterior import LabelPosterior
-from leakage.labels.separation import rlg
 
 
 class Knowledge:
-    """What the attacker knows of the victims' network; not every rule asks for it, so it is worked out on demand.
-
-    Args:
-        layer: the victims' last layer.
-        auxiliary: the attacker's own images, if there are any.
-        seed: of noise, of labels for images that have none, of simulated clients and of learning.
-    """
+    """What the attacker knows of the victims' network; not every rule asks for it, so it is worked out on demand."""
 
     def __init__(self, layer: LastLayer, auxiliary: Auxiliary | None, seed: int) -> None:
         self.layer, self.auxiliary, self.seed = layer, auxiliary, seed
@@ -46,17 +38,11 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule.
-
-    Attributes:
-        find: counts, scores and presence of classes from the last layer.
-        needs: some of the keys of :data:`NEEDS`.
-        learns: whether it learns what is worth keeping for further victims of the same network.
-    """
+    """A rule, and some of the keys of :data:`NEEDS`."""
 
     find: Callable[[LastLayer, Knowledge], Found]
     needs: tuple[str, ...] = ()
-    learns: bool = False
+    learns: bool = False  # what is worth keeping for further victims of the same network
 
 
 #: What rules may need, in words that follow "Expected".
@@ -87,19 +73,17 @@ RULES: dict[str, Rule] = {
 }
 
 
-def needs_met(
-    victim: Victim, auxiliary: Auxiliary | None, num_images: int, *, own_weights: bool
-) -> dict[str, str | None]:
+def needs_met(victim: Victim, auxiliary: Auxiliary | None, *, own_weights: bool) -> dict[str, str | None]:
     """For every need None if it is met, else what there is instead."""
     weight, bias = (f"{victim.classifier}.{name}" in victim.trainable for name in ("weight", "bias"))
-    classes = victim.protocol.num_classes
-    images = f"{num_images} images and {classes} classes"
+    count, classes = victim.protocol.num_images, victim.protocol.num_classes
+    images = f"{count} images and {classes} classes"
     return {
         "weight": None if weight else "frozen ones",
         "bias": None if bias else "none",
-        "one image": None if num_images == 1 else f"{num_images}",
-        "distinct": None if num_images <= classes else images,
-        "fewer": None if num_images <= classes - 2 else images,
+        "one image": None if count == 1 else f"{count}",
+        "distinct": None if count <= classes else images,
+        "fewer": None if count <= classes - 2 else images,
         "non-negative": None if has_non_negative_features(victim) else "negative ones",
         "auxiliary": None if auxiliary is not None else "none",
         "shared weights": "a network for each" if own_weights else None,

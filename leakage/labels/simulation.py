@@ -20,7 +20,7 @@ _NUMBERS_AT_ONCE = 2**24
 
 
 def draw_images(labels: Tensor, layer: LastLayer, clients: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Which images each made-up client holds, without any knowledge of how the victims' labels are distributed.
+    """Which images each made-up client holds, whatever the victims' labels are distributed like.
 
     Half of the clients draw labels uniformly, the others from class proportions of a Dirichlet distribution
     of their own, from nearly one class to nearly all alike. Images of a label are drawn with replacement.
@@ -52,18 +52,10 @@ def draw_images(labels: Tensor, layer: LastLayer, clients: int, seed: int) -> tu
 
 
 def simulate(layer: LastLayer, known: LabelledFeatures, drawn: Tensor) -> LastLayer:
-    """What made-up clients would share of their last layer, whose weights are shared among victims.
+    """What made-up clients that hold ``drawn`` images ``(S, N)`` would share of the last layer.
 
-    With local steps the last layer is trained as the protocol says, while features stay as they were: exact
-    for one step, near for small steps.
-
-    Args:
-        layer: of the victims, for the weights and the protocol.
-        known: the images that are drawn from.
-        drawn: ``(S, N)``, indices of images.
-
-    Returns:
-        The last layer of S clients.
+    With local steps it is trained as the protocol says, while features stay as they were: exact for one step, near for
+    small steps.
     """
     held = known.features[0], known.labels
     images, classes, features = drawn.shape[1], layer.num_classes, known.features.shape[2]

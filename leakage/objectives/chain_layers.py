@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,10 +19,50 @@ from torchvision.transforms import Normalize
 
 from leakage.clients.chain import Link
 from leakage.models.layers import AveragePooling
-from leakage.objectives.chain_activations import ACTIVATIONS
 
 # With fewer channels per group than this a matrix product with all patches is faster than a grouped convolution.
 _FEWEST_CHANNELS = 4
+
+
+# An activation's outputs, its first derivative and its second, None where that is 0.
+_Derivatives = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _sigmoid(_: nn.Module, inputs: Tensor) -> _Derivatives:
+    outputs = inputs.sigmoid()
+    slope = torch.addcmul(outputs, outputs, outputs, value=-1)
+    return outputs, slope, torch.addcmul(slope, slope, outputs, value=-2)
+
+
+def _tanh(_: nn.Module, inputs: Tensor) -> _Derivatives:
+    outputs = inputs.tanh()
+    slope = 1 - outputs.square()
+    return outputs, slope, -2 * outputs * slope
+
+
+def _silu(_: nn.Module, inputs: Tensor) -> _Derivatives:
+    sigmoid, slope, _curvature = _sigmoid(_, inputs)
+    outputs = inputs * sigmoid
+    return outputs, torch.addcmul(sigmoid, inputs, slope), slope * (2 + inputs - 2 * outputs)
+
+
+def _relu(_: nn.Module, inputs: Tensor) -> _Derivatives:
+    outputs = inputs.relu()
+    return outputs, (outputs > 0).to(inputs), None
+
+
+def _leaky_relu(module: nn.Module, inputs: Tensor) -> _Derivatives:
+    slope = torch.full_like(inputs, cast(nn.LeakyReLU, module).negative_slope).masked_fill_(inputs > 0, 1)
+    return inputs * slope, slope, None
+
+
+ACTIVATIONS: dict[type[nn.Module], Callable[[nn.Module, Tensor], _Derivatives]] = {
+    nn.Sigmoid: _sigmoid,
+    nn.Tanh: _tanh,
+    nn.SiLU: _silu,
+    nn.ReLU: _relu,
+    nn.LeakyReLU: _leaky_relu,
+}
 
 
 class Step(ABC):
@@ -73,10 +113,8 @@ class _Activation(Step):
 
 class _Scaling(Step):
     def __init__(self, module: Normalize, like: Tensor) -> None:
-        mean, std = (
-            torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in (module.mean, module.std)
-        )
-        self.mean, self.std = mean[:, None, None], std[:, None, None]
+        both = (torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in (module.mean, module.std))
+        self.mean, self.std = (value[:, None, None] for value in both)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return (inputs - self.mean) / self.std
@@ -136,9 +174,9 @@ class _Layer(Step):
     def _enter(self, inputs: Tensor) -> Tensor:
         """Inputs in the layout of the layer."""
 
-    @abstractmethod
     def _enter_back(self, delta: Tensor) -> Tensor:
         """The same for derivatives by the outputs."""
+        return delta
 
     @abstractmethod
     def _apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -181,9 +219,6 @@ class _Linear(_Layer):
 
     def _enter(self, inputs: Tensor) -> Tensor:
         return inputs.flatten(2)
-
-    def _enter_back(self, delta: Tensor) -> Tensor:
-        return delta
 
     def _apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         outputs = inputs @ _one_or_each(weight).mT
@@ -233,19 +268,16 @@ class _GroupedConvolution(_Layer):
     def _backward(self, delta: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> list[Tensor]:
         """Derivatives by inputs, weight and bias, those that are wanted."""
         groups = len(weight)
-        delta, inputs = self._in_groups(delta, groups), self._in_groups(self.inputs, groups)
-        sizes, options = [groups * weight.shape[1]], (*self.geometry, False, [0, 0], groups, wanted)
-        derivatives: list[Tensor] = torch.ops.aten.convolution_backward(
-            delta, inputs, weight.flatten(0, 1), sizes, *options
-        )
+        maps = self._in_groups(delta, groups), self._in_groups(self.inputs, groups), weight.flatten(0, 1)
+        options = [groups * weight.shape[1]], *self.geometry, False, [0, 0], groups, wanted
+        derivatives: list[Tensor] = torch.ops.aten.convolution_backward(*maps, *options)
         return derivatives
 
     def _in_groups(self, maps: Tensor, groups: int) -> Tensor:
         return maps.reshape(-1, maps.shape[1] * groups // self.shape[0], *maps.shape[2:])
 
     def _split(self, maps: Tensor) -> Tensor:
-        victims, images = self.shape[:2]
-        return maps.reshape(images, victims, -1, *maps.shape[2:]).transpose(0, 1)
+        return _split(maps.reshape(self.shape[1], -1, *maps.shape[2:]), self.shape[0])
 
 
 class _PatchProduct(_Layer):
@@ -279,19 +311,12 @@ class _PatchProduct(_Layer):
 
 @dataclass(frozen=True)
 class Plan(Link):
-    """A module of the chain, and how it is computed.
+    """A module of the chain, and how it is computed."""
 
-    Attributes:
-        first: whether it is the first layer with weights.
-        more_inputs: channels (features for ``Linear``) that the layer before adds where that is faster.
-        more_outputs: channels that it adds itself, whose outputs are zero behind the activation.
-        idle: the bias of these.
-    """
-
-    first: bool = False
-    more_inputs: int = 0
-    more_outputs: int = 0
-    idle: float = 0.0
+    first: bool = False  # of the layers with weights
+    more_inputs: int = 0  # channels (features for Linear) that the layer before adds where that is faster
+    more_outputs: int = 0  # channels that it adds itself, whose outputs are zero behind the activation
+    idle: float = 0.0  # the bias of these
 
     def step(self, state: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Step:
         """The module with the weights of victims, ``(V or 1, *shape)``, and the gradients that they shared."""

@@ -14,8 +14,7 @@ from leakage.clients.chain import Link, find_links
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.models.layers import AveragePooling
-from leakage.objectives.chain_activations import ACTIVATIONS
-from leakage.objectives.chain_layers import Plan, Step
+from leakage.objectives.chain_layers import ACTIVATIONS, Plan, Step
 
 # On the CPU the grouped convolutions of oneDNN are fast for these numbers of channels per group, and up to several
 # times slower for those between them: more channels, all zero, cost less.
@@ -175,12 +174,10 @@ def _plans(victim: Victim) -> list[Plan]:
 
 
 def _why_refused(link: Link) -> str | None:
-    """Why a layer is not supported; None if it is."""
-    if isinstance(link.module, nn.Conv2d):
-        if link.module.groups != 1:
-            return f"of {link.module.groups} groups"
-        if not link.geometry.symmetric:
-            return "padded by more pixels on one side than on the other"
+    if isinstance(link.module, nn.Conv2d) and link.module.groups != 1:
+        return f"of {link.module.groups} groups"
+    if isinstance(link.module, nn.Conv2d) and not link.geometry.symmetric:
+        return "padded by more pixels on one side than on the other"
     return None
 
 
@@ -196,8 +193,8 @@ def _widen(plans: list[Plan]) -> list[Plan]:
         sigmoid = any(isinstance(module, nn.Sigmoid) for module in between)
         # One activation at most, which gives 0 for the additional channels: a sigmoid right behind its layer.
         zero = len(activations) <= 1 and (not sigmoid or isinstance(between[0], nn.Sigmoid))
-        inside = [*plans[index + 1 : following + 1]]
         zero &= not any(isinstance(module, Normalize) for module in between)
+        inside = plans[index + 1 : following + 1]
         kept = all(len(plan.input_shape) == 1 or plan.input_shape[0] == channels for plan in inside)
         if isinstance(plans[index].module, nn.Conv2d) and more and zero and kept:
             plans[index] = dataclasses.replace(plans[index], more_outputs=more, idle=_SIGMOID_ZERO if sigmoid else 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -29,9 +29,8 @@ class SquaredDistance(Distance):
 
     Args:
         relative: divide it by :math:`\lVert g^* \rVert_2^2` in a search, so that losses and thresholds mean the same
-            for every network. A gradient whose squared norm is below the smallest number of the precision (norms
-            below about 1e-19 in single precision, 1e-154 in double) can't be compared with: its victim is
-            ``uninformative``.
+            for every network. A gradient whose squared norm is below the smallest number of the precision (norms below
+            about 1e-19 in single precision, 1e-154 in double) can't be compared with: its victim is ``uninformative``.
 
     Raises:
         ValueError: the names or shapes of two gradients differ.
@@ -55,8 +54,6 @@ class SquaredDistance(Distance):
 
     def value(self, point: Point, kept: State) -> Tensor:
         """The sum of squares in the victim's unit."""
-        if "unit" not in kept:
-            return self(point.gradients, point.shared)
         return torch.stack([part.square().sum() for part in self._differences(point, kept)]).sum()
 
     def residuals(self, point: Point, kept: State) -> Tensor:
@@ -79,11 +76,8 @@ class SquaredDistance(Distance):
         plain = (largest > _PLAIN_NORMS[0]) & (largest < _PLAIN_NORMS[1]) | (largest == 0)
         # Powers of two change no digit.
         unit = torch.where(plain, 1.0, torch.exp2(-largest.double().log2().floor()).to(largest))
-        sums: Tensor = sum(
-            ((unit.view(-1, *[1] * (tensor.ndim - 1)) * tensor).square().flatten(1).sum(1))
-            for tensor in shared.gradients.values()
-        )  # type: ignore[assignment]
-        scale = 1 / sums
+        flat = [tensor.flatten(1) for tensor in shared.gradients.values()]
+        scale = 1 / cast(Tensor, sum((unit[:, None] * tensor).square().sum(1) for tensor in flat))
         # A gradient of zero leaves nothing to compare with.
         return {"unit": unit, "scale": torch.where(torch.isfinite(scale), scale, 1.0)}
 
@@ -98,13 +92,7 @@ class SquaredDistance(Distance):
             chain = ChainObjective(victim)
         except ValueError:
             return None
-        return partial(_by_chain, chain)
-
-
-def _by_chain(
-    chain: ChainObjective, shared: SharedGradient, kept: State, images: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return chain(shared, images, targets, unit=kept["unit"]) if "unit" in kept else chain(shared, images, targets)
+        return lambda shared, kept, images, targets: chain(shared, images, targets, kept.get("unit"))
 
 
 class CosineDistance(Distance):

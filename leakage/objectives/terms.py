@@ -131,16 +131,16 @@ class Sum(Term):
         weights = [1.0] * len(terms) if weights is None else list(weights)
         if not terms or len(weights) != len(terms):
             raise ValueError(f"Expected `terms` with one of `weights` each, but got {len(terms)} and {len(weights)}.")
+        self.terms: list[Term] = []
+        self.weights: list[float] = []
         for term, weight in zip(terms, weights, strict=True):
             if not isinstance(term, Term):
                 raise ValueError(
                     f"Expected `terms` of leakage.objectives, such as a Prior, but got {type(term).__name__}."
                 )
             check_positive(weight=weight)
-        found = [
-            (weight * inner, part) for term, weight in zip(terms, weights, strict=True) for inner, part in term.parts()
-        ]
-        self.terms, self.weights = [part for _, part in found], [weight for weight, _ in found]
+            self.terms += [part for _, part in term.parts()]
+            self.weights += [weight * inner for inner, _ in term.parts()]
 
     def parts(self) -> list[tuple[float, Term]]:
         """The single terms, with their weights."""

@@ -84,11 +84,8 @@ class Adam(Solver):
         lanes["iterations"] += at.finite
         gradient = self._gradient(torch.where(at.finite[:, None], at.gradient, 0.0))
         step = lanes["evaluations"].to(gradient).clamp(min=1)
-        mean, square = (
-            torch.lerp(gradient**power, lanes[name], beta)
-            for power, name, beta in ((1, "mean", self.betas[0]), (2, "square", self.betas[1]))
-        )
-        lanes["mean"], lanes["square"] = mean, square
+        mean = lanes["mean"] = torch.lerp(gradient, lanes["mean"], self.betas[0])
+        square = lanes["square"] = torch.lerp(gradient.square(), lanes["square"], self.betas[1])
         first, second = (1 - beta**step for beta in self.betas)
         rate = self._rate(step) / first
         return at.point - rate[:, None] * mean / ((square / second[:, None]).sqrt() + self.eps)

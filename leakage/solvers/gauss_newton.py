@@ -36,6 +36,8 @@ _LOOSEST, _TIGHTEST = 0.1, 1e-4
 _SLOW_SHARE, _SLOW_STEPS = 0.9, 6
 # At rounding, where the loss has fallen to so many squares of its unit, so has one whose step leaves half of it.
 _NEAR, _NEAR_SHARE = 1e3, 0.5
+# Further steps with one Jacobian, at most.
+_CHORDS = 4
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -180,7 +182,9 @@ class GaussNewton(Solver):
         lanes["point"] = torch.where(accepted[:, None], point, lanes["point"])
         lanes["loss"] = torch.where(accepted, losses, lanes["loss"])
         lanes["first_loss"] = torch.where(accepted & new, losses, lanes["first_loss"])
-        self._judge(lanes, gradient, accepted)
+        settle(lanes, lanes["loss"] <= cast(float, self.tolerance), CONVERGED)
+        settle(lanes, accepted & (gradient.abs().amax(1) == 0), STALLED)
+        settle(lanes, lanes["evaluations"] >= self.max_evaluations, EXHAUSTED)
         settle(lanes, hopeless | useless | (lanes["slow"] >= _SLOW_STEPS), STALLED)
         target = point.clone()
         moving = running(lanes).nonzero().squeeze(1)
@@ -188,48 +192,33 @@ class GaussNewton(Solver):
             target[moving] = lanes["point"][moving] + self._steps(lanes, moving, at.problem)
         return target
 
-    def _judge(self, lanes: State, gradient: Tensor, accepted: Tensor) -> None:
-        """Converged, stalled or out of budget?"""
-        settle(lanes, lanes["loss"] <= cast(float, self.tolerance), CONVERGED)
-        settle(lanes, accepted & (gradient.abs().amax(1) == 0), STALLED)
-        settle(lanes, lanes["evaluations"] >= self.max_evaluations, EXHAUSTED)
-
     def _steps(self, lanes: State, moving: Tensor, problem: Problem) -> Tensor:
-        """Steps of the lanes at the given indices."""
+        """Of the lanes at the given indices."""
         equations = cast(Equations, problem.equations)
         spectrum = cast(ImageSpectrum | None, problem.preconditioner) if self.spectrum else None
         steps = torch.empty_like(lanes["point"][moving])
         dense = lanes["dense"][moving]
-        matrix_free = (~dense).nonzero().squeeze(1)
-        if len(matrix_free):
-            chosen = moving[matrix_free]
+        if not bool(dense.all()):
+            chosen = moving[~dense]
             fallen = (lanes["loss"][chosen] / self._reference(lanes["first_loss"][chosen])).sqrt()
+            at = lanes["point"][chosen], chosen, lanes["damping"][chosen]
             found = conjugate_gradients(
                 equations,
-                lanes["point"][chosen],
-                chosen,
-                lanes["damping"][chosen],
+                *at,
                 forcing=fallen.clamp(_TIGHTEST, _LOOSEST),
                 max_products=self.max_products,
                 max_step=self.max_step,
                 spectrum=spectrum,
             )
-            steps[matrix_free] = found.step
+            steps[~dense] = found.step
             lanes["promised"][chosen] = found.promised
             lanes["products"][chosen] += found.products
             if self.solver == "auto" and not bool(found.solved.all()):
                 lanes["dense"][chosen] = ~found.solved
         for place in dense.nonzero().squeeze(1).tolist():
             chosen = moving[place : place + 1]
-            one = cholesky_steps(
-                equations,
-                lanes["point"][chosen],
-                chosen,
-                lanes["damping"][chosen],
-                max_step=self.max_step,
-                spectrum=spectrum,
-                max_chords=4,
-            )
+            at = lanes["point"][chosen], chosen, lanes["damping"][chosen]
+            one = cholesky_steps(equations, *at, max_step=self.max_step, spectrum=spectrum, max_chords=_CHORDS)
             steps[place] = one.step[0]
             lanes["promised"][chosen] = one.promised
             lanes["damping"][chosen] = one.damping

@@ -7,31 +7,47 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from leakage.pieces import State
+from leakage.solvers.solver import Solver
+
 # Slots a history begins with; it doubles until `size`, so that short searches stay small.
 _FIRST_SLOTS = 16
 # Bytes of pairs that are worked on at once. Per thread of a CPU: they stay in the cache from the first product to
 # the last. On a GPU: as many as keep it busy.
 _AT_ONCE_ON_A_CPU, _AT_ONCE = 2**22, 2**29
 
-State = dict[str, Tensor]
 # Multiplies vectors (V, D) by a symmetric, positive definite matrix.
 Preconditioner = Callable[[Tensor], Tensor]
 HISTORY = ("s", "y", "inverse", "scale", "pairs", "row")
 
 
+class Remembering(Solver):
+    """A solver whose lanes have a history of up to so many pairs."""
+
+    history_size: int
+
+    def match(self, fresh: State, lanes: State) -> State:
+        """Histories of one length, and behind those that there are."""
+        grow(fresh, lanes["s"].shape[1])
+        if "row" in fresh:
+            fresh["row"] += len(lanes["row"])
+        return fresh
+
+    def largest(self, like: Tensor) -> State:
+        """With a full history."""
+        fresh = self.fresh(like)
+        grow(fresh, self.history_size)
+        return fresh
+
+
 def fresh_history(victims: int, unknowns: int, size: int, like: Tensor) -> State:
     """An empty history of up to ``size`` pairs (s, y) for each victim.
 
-    ``s`` and ``y`` are ring buffers ``(V, slots, D)``; what lies in slots without a pair counts for nothing, but
-    must be finite.
+    ``s`` and ``y`` are ring buffers ``(V, slots, D)``; slots without a pair count for nothing, but must be finite.
     """
-    slots = min(size, _FIRST_SLOTS)
-    return {
-        "s": like.new_zeros(victims, slots, unknowns),
-        "y": like.new_zeros(victims, slots, unknowns),
-        "scale": like.new_ones(victims),
-        "pairs": torch.zeros(victims, dtype=torch.long, device=like.device),
-    }
+    buffer = like.new_zeros(victims, min(size, _FIRST_SLOTS), unknowns)
+    pairs = torch.zeros(victims, dtype=torch.long, device=like.device)
+    return {"s": buffer, "y": buffer.clone(), "scale": like.new_ones(victims), "pairs": pairs}
 
 
 def fresh_products(history: State) -> State:
@@ -41,11 +57,9 @@ def fresh_products(history: State) -> State:
     where a slot holds no pair. ``row (V,)`` is where in ``s``, ``y`` and ``inverse`` a victim's history lies;
     victims that began earlier lie further to the front.
     """
-    victims, slots, _ = history["s"].shape
-    return {
-        "inverse": history["s"].new_zeros(victims, slots, slots),
-        "row": torch.arange(victims, device=history["s"].device),
-    }
+    s = history["s"]
+    victims, slots, _ = s.shape
+    return {"inverse": s.new_zeros(victims, slots, slots), "row": torch.arange(victims, device=s.device)}
 
 
 def grow(state: State, slots: int) -> None:
@@ -141,8 +155,7 @@ def _slots_by_age(state: State, size: int, used: int) -> Tensor:
 def push_and_recurse(state: State, size: int, pushed: Tensor, s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
     """As :func:`push_and_direct`, by the two-loop recursion pair after pair, as ``torch.optim.LBFGS`` does it.
 
-    It takes more time, and errs less where a history without line search has become ill-conditioned: each
-    product is taken with what the ones before have left.
+    It takes more time, and errs less where a history without line search has become ill-conditioned.
     """
     used = min(max(_push(state, size, pushed, s, y), default=0), size)
     pairs = state["pairs"]
@@ -189,13 +202,9 @@ def push_and_direct(
         state: see :func:`fresh_history`, with :func:`fresh_products`; changed in place.
         size: the most pairs to remember.
         pushed: ``(V,)``, which victims store their pair; s . y must be positive for them.
-        s: ``(V, D)``, steps.
-        y: ``(V, D)``, differences of gradients.
+        s, y: ``(V, D)``, steps and differences of gradients.
         gradient: ``(V, D)``.
-        preconditioner: multiplies ``(V, D)`` by a symmetric, positive definite P; by default the identity.
-
-    Returns:
-        ``(V, D)``; for a victim without pairs the negative gradient times P.
+        preconditioner: P; by default the identity.
     """
     had = _push(state, size, pushed, s, y, preconditioner)
     if not any(had):

@@ -13,16 +13,16 @@ from leakage.errors import check_count, check_flag, check_limit, check_not_negat
 from leakage.pieces import State
 from leakage.solvers.history import (
     HISTORY,
+    Remembering,
     begin_anew,
     forget,
     fresh_history,
     fresh_products,
-    grow,
     keep,
     push_and_direct,
     times,
 )
-from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, STALLED, Evaluated, Problem, Solver, running, settle
+from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, STALLED, Evaluated, Problem, running, settle
 
 # Armijo's condition asks for this share of the decrease that the slope promises.
 _SUFFICIENT_DECREASE = 1e-4
@@ -31,7 +31,7 @@ _CURVATURE = 1e-10
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class LBFGS(Solver):
+class LBFGS(Remembering):
     """L-BFGS with backtracking, safeguarded for each victim on its own.
 
     At every step each victim is evaluated at its own trial point. Where Armijo's condition
@@ -107,18 +107,6 @@ class LBFGS(Solver):
             "window_end": torch.full((len(like),), self.stall_window, device=like.device),
         }
 
-    def match(self, fresh: State, lanes: State) -> State:
-        """Histories of one length, and behind those that there are."""
-        grow(fresh, lanes["s"].shape[1])
-        fresh["row"] += len(lanes["row"])
-        return fresh
-
-    def largest(self, like: Tensor) -> State:
-        """With a full history."""
-        fresh = self.fresh(like)
-        grow(fresh, self.history_size)
-        return fresh
-
     def select(self, lanes: State, kept: Tensor) -> State:
         """Histories stay in the memory where they are, if most of them stay."""
         others = {name: tensor[kept] for name, tensor in lanes.items() if name not in HISTORY}
@@ -178,10 +166,9 @@ class LBFGS(Solver):
                 steepest = -free(times(preconditioner, free(lanes["gradient"])))
                 direction = torch.where(uphill[:, None], steepest, direction)
                 slope = torch.where(uphill, (steepest * lanes["gradient"]).sum(1), slope)
-            first = lanes["pairs"] == 0
             cautious = torch.clamp(1 / direction.abs().sum(1), max=1.0)
             longest = self.max_step / direction.abs().amax(1)
-            fresh_length = torch.minimum(self.lr * torch.where(first, cautious, 1.0), longest)
+            fresh_length = torch.minimum(self.lr * torch.where(lanes["pairs"] == 0, cautious, 1.0), longest)
             turned = accepted | again
             torch.where(turned[:, None], direction, lanes["direction"], out=lanes["direction"])
             lanes["slope"] = torch.where(turned, slope, lanes["slope"])
@@ -192,9 +179,8 @@ class LBFGS(Solver):
 
     def _judge(self, lanes: State) -> None:
         """Converged, stalled or out of budget?"""
-        flat = lanes["gradient"].abs().amax(1) == 0
         settle(lanes, lanes["loss"] <= self.tolerance, CONVERGED)
-        settle(lanes, flat, STALLED)
+        settle(lanes, lanes["gradient"].abs().amax(1) == 0, STALLED)
         settle(lanes, lanes["evaluations"] >= self.max_evaluations, EXHAUSTED)
         due = running(lanes) & (lanes["evaluations"] >= lanes["window_end"])
         settle(lanes, due & (lanes["loss"] > self.stall_factor * lanes["window_loss"]), STALLED)

@@ -33,17 +33,11 @@ class LinearMap(Protocol):
 
 @dataclass
 class Solution:
-    """What :func:`least_squares` found.
+    """What :func:`least_squares` found."""
 
-    Attributes:
-        x: ``(L, D)``.
-        products: ``(L,)``, with A and as many with its transposed.
-        solved: ``(L,)``, whether the equations hold as well as was asked for.
-    """
-
-    x: Tensor
-    products: Tensor
-    solved: Tensor
+    x: Tensor  # (L, D)
+    products: Tensor  # (L,), with A and as many with its transposed
+    solved: Tensor  # (L,), whether the equations hold as well as was asked for
 
 
 def least_squares(

@@ -32,10 +32,6 @@ class NoSearch(Solver):
     def __post_init__(self) -> None:
         check_not_negative(tolerance=self.tolerance)
 
-    def fresh(self, like: Tensor) -> State:
-        """Nothing."""
-        return {}
-
     def move(self, lanes: State, at: Evaluated) -> Tensor:
         """Nowhere."""
         settle(lanes, ~at.finite, DIVERGED)

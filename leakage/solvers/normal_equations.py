@@ -31,38 +31,23 @@ _CHORD_SHARE = 0.25
 
 @dataclass
 class Step:
-    """Steps of L lanes.
-
-    Attributes:
-        step: ``(L, D)``.
-        promised: ``(L,)``, by how much the loss falls if the residuals are as linear as their Jacobian says.
-        products: ``(L,)``, products with the Jacobian, or its columns.
-        solved: ``(L,)``, whether the linear equations hold as well as was asked for.
-        damping: ``(L,)``, that was used, relative to the mean eigenvalue.
-    """
+    """Steps ``(L, D)`` of L lanes; the rest is ``(L,)``."""
 
     step: Tensor
-    promised: Tensor
-    products: Tensor
-    solved: Tensor
-    damping: Tensor
+    promised: Tensor  # by how much the loss falls if the residuals are as linear as their Jacobian says
+    products: Tensor  # with the Jacobian, or its columns
+    solved: Tensor  # whether the linear equations hold as well as was asked for
+    damping: Tensor  # that was used, relative to the mean eigenvalue
 
 
 @dataclass
 class Judgement:
-    """What follows from steps of L lanes.
+    """What follows from steps of L lanes, each ``(L,)``."""
 
-    Attributes:
-        accepted: ``(L,)``, whether the loss has fallen.
-        damping: ``(L,)``, of the next step.
-        slow: ``(L,)``, accepted steps in a row that left nearly all of the loss.
-        hopeless: ``(L,)``, whether no damping seems to be enough.
-    """
-
-    accepted: Tensor
-    damping: Tensor
-    slow: Tensor
-    hopeless: Tensor
+    accepted: Tensor  # whether the loss has fallen
+    damping: Tensor  # of the next step
+    slow: Tensor  # accepted steps in a row that left nearly all of the loss
+    hopeless: Tensor  # whether no damping seems to be enough
 
 
 def judge_steps(
@@ -70,16 +55,9 @@ def judge_steps(
 ) -> Judgement:
     """The rules of Levenberg-Marquardt, for all that search by it.
 
-    A step that does not lower the loss is not accepted. The damping falls to a tenth where the loss fell by more than
-    three quarters of what the linear equations promised, and grows fourfold where it fell by less than a quarter.
-
-    Args:
-        loss: ``(L,)``, before the step; infinite where there was none yet.
-        reached: ``(L,)``, behind it; not a number or infinite where it led nowhere.
-        promised: ``(L,)``, see :class:`Step`.
-        damping: ``(L,)``, of the step.
-        slow: ``(L,)``, accepted steps in a row, until then, that left more than ``slow_share`` of the loss.
-        slow_share: below 1.
+    A step that does not lower the loss (infinite where there was none yet) is not accepted. The damping falls to a
+    tenth where the loss fell by more than three quarters of what the linear equations promised, and grows fourfold
+    where it fell by less than a quarter. A step is slow if it left more than ``slow_share`` of the loss.
     """
     accepted = reached < loss
     ratio = (loss - reached) / promised
@@ -117,9 +95,7 @@ def conjugate_gradients(
     ends when the norm of what is left, in the metric of P, has fallen to its share ``forcing``.
 
     Args:
-        equations: r.
-        point: ``(L, D)``.
-        lanes: ``(L,)``, handed on to ``equations``.
+        equations, point, lanes: r, ``(L, D)``, and ``(L,)``, which is handed on to r.
         damping: ``(L,)``, relative to :func:`damping_scale`.
         forcing: ``(L,)`` in (0, 1).
         max_products: pairs of products that a lane may take; one that needs more is not ``solved``.
@@ -141,7 +117,7 @@ def conjugate_gradients(
 
 
 class _Linearised:
-    """J, T of some lanes.
+    """J of some lanes, preconditioned.
 
     J d is the transpose of the linear map u -> J^T u: in reverse mode twice, what depends on the point alone is
     computed once, not with every product as forward mode would.
@@ -167,14 +143,7 @@ class _Linearised:
 
 
 def dense_jacobian(equations: Equations, point: Tensor, lane: Tensor, spectrum: ImageSpectrum | None) -> Tensor:
-    """Jacobian times T of a single lane, ``(D, M)``: transposed, in forward mode, some columns at a time.
-
-    Args:
-        equations: r.
-        point: ``(1, D)``.
-        lane: ``(1,)``.
-        spectrum: T T^T; None for the Jacobian itself.
-    """
+    """Jacobian times T (without a spectrum, itself) of a single lane, ``(D, M)``: transposed, in forward mode."""
     size = point.shape[1]
 
     def along(direction: Tensor) -> Tensor:
@@ -208,16 +177,8 @@ def cholesky_steps(
     In the coordinates u = T^{-1} d the damping is that of the identity. The Jacobian is what costs. So where a
     step does not lower the loss, it serves another one with more damping; and where it does, further steps
     (chords) as long as each leaves a quarter of the loss or less: with residuals of their own these also mend what
-    single precision loses in :math:`J^\top J`.
-
-    Args:
-        equations: r.
-        point: ``(1, D)``.
-        lane: ``(1,)``.
-        damping: ``(1,)``, relative to the mean of the diagonal.
-        max_step: entries of the whole step are clamped to this.
-        spectrum: T T^T; None is the identity.
-        max_chords: further steps with the same Jacobian, at most.
+    single precision loses in :math:`J^\top J`. Arguments are those of :func:`conjugate_gradients`, with L = 1 and
+    the damping relative to the mean of the diagonal.
     """
     jacobian = dense_jacobian(equations, point, lane, spectrum)
     normal = _symmetric_product(jacobian)
@@ -247,15 +208,12 @@ def cholesky_steps(
 
 
 def _solved(factor: Tensor, right: Tensor, spectrum: ImageSpectrum | None) -> Tensor:
-    """The step in pixels for the right-hand side ``(1, D)``."""
+    """The step in pixels for a right-hand side ``(1, D)``."""
     return _rooted(spectrum, -torch.cholesky_solve(right.mT, factor).mT)
 
 
 def dense_bytes(equations: int, unknowns: int, itemsize: int) -> int:
-    """Bytes of the dense step of one lane: the Jacobian, its normal equations, their factor and a copy.
-
-    The activations of :data:`_DIRECTIONS_AT_ONCE` directions come on top, as their size is not known beforehand.
-    """
+    """Bytes of the dense step of one lane, without activations: Jacobian, normal equations, their factor and a copy."""
     return itemsize * unknowns * (equations + 3 * unknowns)
 
 

@@ -13,24 +13,20 @@ from torch.optim import Optimizer
 from leakage.files.checkpoints import check_like, restoring
 from leakage.files.tensors import brief
 from leakage.pieces import State
-from leakage.solvers.solver import RUNNING, Evaluated, Problem, Solver, running, settle
+from leakage.solvers.solver import RUNNING, Evaluated, Problem, Solver, running
 
 
 class PerVictimOptimizer(Optimizer):
     """A ``torch.optim.Optimizer`` that searches for V victims at once, each with a state of its own.
 
     Parameters carry a leading victims' dimension, ``(V, ...)``; a *lane* is one index into it. Each
-    :meth:`step` evaluates the closure once, which returns the losses ``(V,)`` at the parameters and
-    leaves their gradients in ``.grad``, and moves every running lane by the rules of the solver. A lane whose
+    :meth:`step` evaluates the closure once and moves every running lane by the rules of the solver. A lane whose
     ``status`` is no longer ``running`` does not move; :meth:`select` drops it, so that it costs
     nothing more, :meth:`restart` begins it anew and :meth:`extend` adds further lanes.
 
     Attributes:
-        lanes: the state of all lanes, name to a tensor that starts with the victims' dimension.
-        status: ``(V,)``, indices into :data:`~leakage.solvers.STATUS`.
-        best_loss: ``(V,)``, the lowest loss seen since the lane began.
-        iterations: ``(V,)``, steps taken.
-        evaluations: ``(V,)``, evaluations of the closure while the lane was running.
+        lanes: the state of all lanes, see :class:`~leakage.solvers.Solver`, each ``(V, ...)``.
+        status, best_loss, iterations, evaluations: ``(V,)``, of that state.
 
     Args:
         params: parameters, all with the same leading dimension.
@@ -75,7 +71,6 @@ class PerVictimOptimizer(Optimizer):
 
     @property
     def _sizes(self) -> list[int]:
-        """Unknowns per victim in each parameter."""
         return [math.prod(parameter.shape[1:]) for parameter in self._params]
 
     @property
@@ -135,21 +130,16 @@ class PerVictimOptimizer(Optimizer):
         lanes["evaluations"] += self.running
         finite = torch.isfinite(losses) & torch.isfinite(gradient).all(1)
         better = finite & (losses < lanes["best_loss"]) & self.running
-        point = self._flatten()
+        point = torch.cat([parameter.detach().flatten(1) for parameter in self._params], dim=1)
         torch.where(better[:, None], point, lanes["best"], out=lanes["best"])
         lanes["best_loss"] = torch.where(better, losses, lanes["best_loss"])
         target = self.solver.move(lanes, Evaluated(point, losses, gradient, finite, self.problem))
-        target = torch.where(self.running[:, None], self._projected(target), point)
+        if self.problem.project is not None:
+            target = self.problem.project(target)
+        target = torch.where(self.running[:, None], target, point)
         for parameter, part in zip(self._params, self._unflatten(target), strict=True):
             parameter.copy_(part)
         return losses
-
-    def _projected(self, points: Tensor) -> Tensor:
-        return points if self.problem.project is None else self.problem.project(points)
-
-    def settle(self, chosen: Tensor, status: int) -> None:
-        """End the lanes of a boolean mask, where they are still running."""
-        settle(self.lanes, chosen, status)
 
     def _like(self, victims: int) -> Tensor:
         return self._params[0].new_zeros(victims, sum(self._sizes))
@@ -165,7 +155,6 @@ class PerVictimOptimizer(Optimizer):
         }
 
     def _fresh(self, victims: int) -> State:
-        """The state of lanes that have not been evaluated yet."""
         like = self._like(victims)
         return self._own(like) | self.solver.fresh(like)
 
@@ -193,9 +182,6 @@ class PerVictimOptimizer(Optimizer):
         self.solver.renew(self.lanes, chosen, self._fresh(len(chosen)))
         for parameter, value in zip(self._params, values, strict=True):
             parameter.data[chosen] = value.to(parameter.data)
-
-    def _flatten(self) -> Tensor:
-        return torch.cat([parameter.detach().flatten(1) for parameter in self._params], dim=1)
 
     def _unflatten(self, flat: Tensor) -> list[Tensor]:
         return [

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leakage.errors import check_count, check_not_negative, check_positive
 from leakage.pieces import State
-from leakage.solvers.history import HISTORY, fresh_history, grow, push_and_recurse
+from leakage.solvers.history import HISTORY, Remembering, fresh_history, push_and_recurse
 from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, STALLED, Evaluated, Problem, Solver, running, settle
 
 # As in torch.optim.LBFGS.
@@ -19,14 +19,13 @@ _CURVATURE = 1e-10
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class PlainLBFGS(Solver):
+class PlainLBFGS(Remembering):
     """The published search: every victim follows the iterates of ``torch.optim.LBFGS``.
 
-    It is what DLG and iDLG were published with: full steps of length ``lr`` without a line search,
-    ``max_calls`` calls of ``step`` with ``max_iterations`` iterations each, and the loss compared
-    with ``tolerance`` every ``check_every`` calls. Nothing keeps a victim from diverging; the
-    iterate of lowest loss is kept nevertheless. Use :class:`leakage.solvers.LBFGS` to succeed more
-    often in less time, and where pixels have to stay in a box.
+    It is what DLG and iDLG were published with: full steps of length ``lr`` without a line search, ``max_calls`` calls
+    of ``step`` with ``max_iterations`` iterations each, and the loss compared with ``tolerance`` every ``check_every``
+    calls. Nothing keeps a victim from diverging; the iterate of lowest loss is kept nevertheless. Use
+    :class:`leakage.solvers.LBFGS` to succeed more often in less time, and where pixels have to stay in a box.
 
     Args:
         lr: length of every step but the first, which is ``lr * min(1, 1 / |g|_1)``.
@@ -81,17 +80,6 @@ class PlainLBFGS(Solver):
             "calls": count,
             "in_call": count.clone(),
         }
-
-    def match(self, fresh: State, lanes: State) -> State:
-        """Histories of one length."""
-        grow(fresh, lanes["s"].shape[1])
-        return fresh
-
-    def largest(self, like: Tensor) -> State:
-        """With a full history."""
-        fresh = self.fresh(like)
-        grow(fresh, self.history_size)
-        return fresh
 
     def move(self, lanes: State, at: Evaluated) -> Tensor:
         """One iteration for each victim."""

@@ -67,7 +67,7 @@ class Evaluated:
 class Solver(Piece, ABC):
     """Moves the unknowns of many victims after each evaluation of the objective, each by a state of its own.
 
-    A *lane* is one index into the victims' dimension. Of your own: write :meth:`fresh` and :meth:`move`. The lanes'
+    A *lane* is one index into the victims' dimension. Of your own: write :meth:`move`, and :meth:`fresh`. The lanes'
     state has, beside what :meth:`fresh` gives, ``status (V,)`` (indices into :data:`STATUS`; end a lane with
     :func:`settle`), ``best_loss (V,)`` and ``best (V, D)`` (the lowest loss so far, and where), ``iterations (V,)``
     (steps taken, which the solver counts) and ``evaluations (V,)``.
@@ -76,8 +76,6 @@ class Solver(Piece, ABC):
         >>> class Descent(Solver):
         ...     def __init__(self, lr: float, steps: int) -> None:
         ...         self.lr, self.steps = lr, steps
-        ...     def fresh(self, like):
-        ...         return {}
         ...     def move(self, lanes, at):
         ...         lanes["iterations"] += 1
         ...         settle(lanes, lanes["evaluations"] >= self.steps, EXHAUSTED)
@@ -86,13 +84,13 @@ class Solver(Piece, ABC):
         Descent(lr=0.1, steps=10)
     """
 
-    @abstractmethod
     def fresh(self, like: Tensor) -> State:
-        """The state of lanes that have not been evaluated yet, each entry ``(V, ...)``.
+        """The state of lanes that have not been evaluated yet, each entry ``(V, ...)``; by default none.
 
         Args:
             like: ``(V, D)``, for its shape, precision and device.
         """
+        return {}
 
     @abstractmethod
     def move(self, lanes: State, at: Evaluated) -> Tensor:

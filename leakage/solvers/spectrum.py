@@ -62,12 +62,8 @@ class ImageSpectrum:
         amplitudes = (amplitude / amplitude.mean()).repeat(channels, 1, 1)
         if channels == 3:
             amplitudes[1:] *= _COLOUR
-        self._exact = {
-            "rows": _cosines(height),
-            "columns": _cosines(width),
-            "power": amplitudes.square(),
-            "mixing": torch.tensor(_OPPONENT, dtype=torch.float64),
-        }
+        mixing = torch.tensor(_OPPONENT, dtype=torch.float64)
+        self._exact = [_cosines(height), _cosines(width), amplitudes.square(), mixing]
         self._used = self._exact  # the same in the precision, and on the device, of the last vectors
 
     def __call__(self, vectors: Tensor) -> Tensor:
@@ -95,10 +91,10 @@ class ImageSpectrum:
 
     def _matrices(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Cosines of rows and columns, powers and mixing, in the precision and on the device of ``like``."""
-        present = self._used["power"]
-        if (present.dtype, present.device) != (like.dtype, like.device):
-            self._used = {name: tensor.to(like) for name, tensor in self._exact.items()}
-        return self._used["rows"], self._used["columns"], self._used["power"], self._used["mixing"]
+        if (self._used[0].dtype, self._used[0].device) != (like.dtype, like.device):
+            self._used = [tensor.to(like) for tensor in self._exact]
+        rows, columns, power, mixing = self._used
+        return rows, columns, power, mixing
 
 
 def _cosines(size: int) -> Tensor:

@@ -100,7 +100,6 @@ def layer_of(probabilities: Tensor, features: Tensor, labels: Tensor) -> LastLay
         bias_gradient=bias,
         weight=torch.full_like(weight[:1], torch.nan),  # not for rules that only read gradients
         bias=torch.full_like(bias[:1], torch.nan),
-        num_images=count,
         features=lambda images: images.flatten(1)[None],
         protocol=Protocol((1, 1, features.shape[2]), classes, count),
         non_negative=bool((features >= 0).all()),

@@ -168,28 +168,27 @@ def test_all_needs_have_been_missed() -> None:
     ("options", "message"),
     [
         ({"rule": "ilgr"}, r"Expected `rule` to be one of \['auto', 'geng'.*\], but got 'ilgr'\."),
-        ({"num_images": 0}, r"Expected `num_images` to be a whole number of at least 1, but got 0\."),
-        ({"num_images": 2.0}, r"Expected `num_images` to be a whole number of at least 1, but got 2\.0\."),
-        ({"num_images": True}, r"Expected `num_images` to be a whole number of at least 1, but got True\."),
         ({"seed": -1}, r"Expected `seed` to be a whole number of at least 0, but got -1\."),
         ({"seed": 0.5}, r"Expected `seed` to be a whole number of at least 0, but got 0\.5\."),
         ({"seed": 2**63}, r"Expected `seed` to be a whole number of at least 0 and below 2\*\*63"),
-        ({"rule": "idlg", "num_images": 2}, r"Expected one image per gradient for rule='idlg', but got 2\."),
+        ({"rule": "idlg", "count": 2}, r"Expected one image per gradient for rule='idlg', but got 2\."),
         (
-            {"rule": "rlg", "num_images": 7},
+            {"rule": "rlg", "count": 7},
             r"Expected at least two images fewer than .*, but got 7 images and 5 classes\.",
         ),
     ],
 )
 def test_options(options: dict[str, Any], message: str) -> None:
-    victim = victim_of(ordinary(), 1)
-    images, labels = images_and_labels(0, 2, 1, 5)
+    options = dict(options)
+    count = options.pop("count", 1)
+    victim = victim_of(ordinary(), count)
+    images, labels = images_and_labels(0, 2, count, 5)
     shared = victim.share(images, labels)
     with pytest.raises(ValueError, match=message):
         infer_labels(shared, victim, **options)
     if "seed" not in options:
         with pytest.raises(ValueError, match=message):
-            LabelReader(options.get("rule", "auto")).check(victim, num_images=options.get("num_images"))
+            LabelReader(options.get("rule", "auto")).check(victim)
 
 
 IMAGES, LABELS = torch.full((10, 3, 2, 2), 0.5), torch.arange(10) % 5
@@ -268,14 +267,6 @@ def test_gradients_of_another_victim() -> None:
     shared.gradients["1.bias"][0] = torch.nan
     with pytest.raises(ValueError, match=r"Expected finite numbers in the gradient of '1\.bias'"):
         infer_labels(shared, victim_of(model, 4))
-
-
-def test_another_number_of_images_that_local_steps_could_not_take() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
-    victim = victim_of(model, 4, local_steps=4, learning_rate=0.1, local_batch_size=2)
-    shared = victim.share(*images_and_labels(0, 2, 4, 5))
-    with pytest.raises(ValueError, match="Expected `local_batch_size` to divide `num_images` = 7"):
-        infer_labels(shared, victim, num_images=7)
 
 
 def test_auxiliary_images_of_another_kind() -> None:

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from leakage.clients.victim import Victim
 from leakage.labels import Auxiliary, infer_labels
-from leakage.labels.from_gradients import idlg, llg, row_minimum
-from leakage.labels.separation import rlg
+from leakage.labels.from_gradients import idlg, llg, rlg, row_minimum
 from leakage.models import LeNet
 from tests.labels.by_hand import (
     Constant,

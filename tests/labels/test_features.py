@@ -50,7 +50,7 @@ def test_features_of_each_network(model: nn.Module, own: bool, monkeypatch: pyte
     states = victim.fresh_states([*range(5)]) if own else None
     shared = victim.share(images, labels, states=states)
     looked_at = images.flatten(0, 1)[:7]
-    layer = last_layer(shared, victim, 2)
+    layer = last_layer(shared, victim)
     known = known_features(layer, Auxiliary(looked_at), 0)
     assert len(known.features) == (5 if own else 1)
     for number, (features, predictions) in enumerate(zip(known.features, known.predictions, strict=True)):
@@ -70,7 +70,7 @@ def test_batch_norm_in_training_mode_normalises_as_many_images_as_the_client(
     images, labels = images_and_labels(0, 3, count, 4)
     states = victim.fresh_states([0, 1, 2]) if own else None
     shared = victim.share(images, labels, states=states)
-    layer = last_layer(shared, victim, count)
+    layer = last_layer(shared, victim)
     looked_at, _ = images_and_labels(1, 1, 14, 4)
     together = size or count
     found = layer.features(looked_at[0])
@@ -106,7 +106,7 @@ def test_the_layer_holds_gradients_as_means_over_images() -> None:
     layers = []
     for reduction in ("mean", "sum"):
         victim = victim_of(linear(3, 12), 6, reduction=reduction)
-        layers.append(last_layer(victim.share(images, labels), victim, 6))
+        layers.append(last_layer(victim.share(images, labels), victim))
     for name in ("weight_gradient", "bias_gradient", "weight", "bias"):
         torch.testing.assert_close(getattr(layers[0], name), getattr(layers[1], name))
     assert layers[0].num_classes == 3
@@ -115,7 +115,7 @@ def test_the_layer_holds_gradients_as_means_over_images() -> None:
 
 def layer_of(victim: Victim, *, own: bool = False) -> LastLayer:
     images, labels = images_and_labels(0, 4, victim.protocol.num_images, victim.protocol.num_classes)
-    return last_layer(victim.share(images, labels, states=victim.fresh_states([*range(4)]) if own else None), victim, 2)
+    return last_layer(victim.share(images, labels, states=victim.fresh_states([*range(4)]) if own else None), victim)
 
 
 def test_some_images_of_many() -> None:
@@ -191,6 +191,6 @@ def test_as_much_noise_for_one_network_of_its_own_as_for_many() -> None:
     victim = victim_of(network(0, classes=3), 2)
     images, labels = images_and_labels(0, 4, 2, 3)
     shared = victim.share(images, labels, states=victim.fresh_states([*range(4)]))
-    many = known_features(last_layer(shared, victim, 2), None, 0)
-    one = known_features(last_layer(shared.select(torch.tensor([2])), victim, 2), None, 0)
+    many = known_features(last_layer(shared, victim), None, 0)
+    one = known_features(last_layer(shared.select(torch.tensor([2])), victim), None, 0)
     torch.testing.assert_close(one.features[0], many.features[2])

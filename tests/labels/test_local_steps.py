@@ -50,7 +50,7 @@ def test_simulated_clients_share_what_real_ones_do(
     if missing and missing.startswith("frozen"):
         getattr(model[1], missing.split()[1]).requires_grad_(False)
     victim, images, labels, shared = shares(6, 4, model, {**options, "reduction": reduction})
-    layer = last_layer(shared, victim, 6)
+    layer = last_layer(shared, victim)
     known = known_features(layer, Auxiliary(images.flatten(0, 1), labels.flatten()), 0).with_labels(0)
     monkeypatch.setattr("leakage.labels.simulation._NUMBERS_AT_ONCE", 200)  # in parts
     clients = simulate(layer, known, torch.arange(30).view(5, 6))
@@ -67,7 +67,7 @@ def test_simulated_clients_share_what_real_ones_do(
 @pytest.mark.parametrize("options", PROTOCOLS)
 def test_half_way_is_the_mean_of_the_weights_at_both_ends(options: dict[str, Any], reduction: str) -> None:
     victim, _, _, shared = shares(6, 4, linear(4, 12), {**options, "reduction": reduction})
-    layer = last_layer(shared, victim, 6).midway()
+    layer = last_layer(shared, victim).midway()
     rate, steps = victim.protocol.learning_rate or 0.0, victim.protocol.local_steps
     for name, found in (("weight", layer.weight), ("bias", layer.bias)):
         start, update = shared.state[f"1.{name}"], shared.gradients[f"1.{name}"]
@@ -78,7 +78,7 @@ def test_half_way_is_the_mean_of_the_weights_at_both_ends(options: dict[str, Any
 def test_half_way_with_nothing_that_moves() -> None:
     model = linear(4, 12, bias=False)
     victim, _, _, shared = shares(6, 4, model, PROTOCOLS[2])
-    layer = last_layer(shared, victim, 6)
+    layer = last_layer(shared, victim)
     assert torch.equal(layer.midway().bias, torch.zeros(1, 4))
     once = dataclasses.replace(layer, protocol=dataclasses.replace(layer.protocol, local_steps=1, learning_rate=None))
     assert once.midway() is once
@@ -111,7 +111,7 @@ def test_weights_half_way_serve_better_than_the_first(rule: str, monkeypatch: py
 
 def test_draws_of_clients() -> None:
     victim, _, _, shared = shares(9, 4, linear(4, 12), {})
-    layer = last_layer(shared, victim, 9)
+    layer = last_layer(shared, victim)
     labels = torch.tensor([3, 1, 0, 0, 2, 1, 1, 3])
     drawn, counts = draw_images(labels, layer, 500, seed=1)
     assert drawn.shape == (500, 9)

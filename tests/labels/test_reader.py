@@ -114,14 +114,6 @@ def test_another_network_is_learnt_about_anew(other: dict[str, Any], learnt: lis
     assert torch.equal(found.scores, expected.scores)
 
 
-def test_another_number_of_images_is_learnt_about_anew(learnt: list[str]) -> None:
-    victim, shared = victims()
-    reader = LabelReader("posterior", auxiliary=AUXILIARY)
-    for num_images in (4, 5, 5):
-        assert (reader(shared, victim, num_images).counts.sum(1) == num_images).all()
-    assert learnt == ["posterior"] * 2
-
-
 @pytest.mark.parametrize("other", [{"seed": 1}, {"auxiliary": auxiliary_images(4, CLASSES)}, {"auxiliary": None}])
 def test_what_another_reader_learnt_does_not_serve(other: dict[str, Any]) -> None:
     victim, shared = victims()

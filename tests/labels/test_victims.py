@@ -128,11 +128,6 @@ def test_nothing_stays_behind_on_the_model() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in {**shared.gradients, **shared.state}.items())
 
 
-def test_another_number_of_images() -> None:
-    victim, shared, _ = setting("llg", False, False)
-    assert (infer_labels(shared, victim, rule="llg", num_images=9).counts.sum(1) == 9).all()
-
-
 def dead() -> nn.Module:
     model = network(0, classes=CLASSES, activation=nn.ReLU())
     model[1].bias.data.fill_(-100)

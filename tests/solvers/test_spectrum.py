@@ -71,9 +71,10 @@ def test_is_near_the_spectrum_of_the_sample() -> None:
     data.setup("fit")
     images = GroundTruth.cat(list(data.val_dataloader())).images[:, 0, 0].double()
     spectrum = ImageSpectrum(1, (1, 28, 28))
-    coefficients = spectrum._exact["rows"] @ (images - images.mean(0)) @ spectrum._exact["columns"].mT
+    rows, columns, power, _ = spectrum._exact
+    coefficients = rows @ (images - images.mean(0)) @ columns.mT
     own = coefficients.var(0).log()
-    whitened = (coefficients / spectrum._exact["power"][0].sqrt()).var(0).log()
+    whitened = (coefficients / power[0].sqrt()).var(0).log()
     assert float(whitened.std()) < 0.7 * float(own.std())
 
 
