@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from torch.func import grad_and_value, vmap
 from leakage.clients.activations import Activation
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.errors import check_positive
 from leakage.pieces import Piece, State
 
 Gradients = Mapping[str, Tensor]
@@ -116,10 +116,10 @@ class Sum(Term):
 
     Args:
         terms: what is added up.
-        weights: of each, positive; by default 1.
+        weights: of each, by default 1; a term of weight 0 is left out.
 
     Raises:
-        ValueError: no terms, weights of another number, or one that is not positive.
+        ValueError: no terms, weights of another number, or one that is negative or not finite.
 
     Example:
         >>> from leakage.objectives import SquaredDistance, TotalVariation
@@ -138,9 +138,11 @@ class Sum(Term):
                 raise ValueError(
                     f"Expected `terms` of leakage.objectives, such as a Prior, but got {type(term).__name__}."
                 )
-            check_positive(weight=weight)
-            self.terms += [part for _, part in term.parts()]
-            self.weights += [weight * inner for inner, _ in term.parts()]
+            if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < math.inf:
+                raise ValueError(f"Expected `weights` of at least 0, but got {weight!r}.")
+            if weight:
+                self.terms += [part for _, part in term.parts()]
+                self.weights += [weight * inner for inner, _ in term.parts()]
 
     def parts(self) -> list[tuple[float, Term]]:
         """The single terms, with their weights."""
@@ -151,7 +153,8 @@ class Sum(Term):
         raise NotImplementedError("Expected the parts of a sum to be evaluated one by one.")
 
     def __repr__(self) -> str:
-        return " + ".join(f"{'' if weight == 1 else f'{weight:g} * '}{term!r}" for weight, term in self.parts())
+        words = [f"{'' if weight == 1 else f'{weight:g} * '}{term!r}" for weight, term in self.parts()]
+        return " + ".join(words) or "0"
 
 
 class Distance(Term):

@@ -122,14 +122,16 @@ def test_terms_add_up_with_weights() -> None:
     ]
     assert repr(total) == "2 * CosineDistance() + L2() + TotalVariation(kind='anisotropic')"
     assert [weight for weight, _ in (3 * SquaredDistance()).parts()] == [3.0]
+    assert (SquaredDistance() + 0 * L2()).parts()[1:] == []
+    assert repr(0 * L2()) == "0"
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: 0.0 * L2(), "Expected `weight` to be positive and finite, but got 0.0"),
-        (lambda: -1 * L2(), "Expected `weight` to be positive and finite, but got -1"),
-        (lambda: "1" * L2(), "Expected `weight` to be positive and finite, but got '1'"),
+        (lambda: float("nan") * L2(), "Expected `weights` of at least 0, but got nan"),
+        (lambda: -1 * L2(), "Expected `weights` of at least 0, but got -1"),
+        (lambda: "1" * L2(), "Expected `weights` of at least 0, but got '1'"),
         (lambda: Sum([]), "Expected `terms` with one of `weights` each, but got 0 and 0"),
         (lambda: Sum([L2()], [1.0, 2.0]), "Expected `terms` with one of `weights` each, but got 1 and 2"),
         (lambda: Sum([torch.nn.MSELoss()]), "Expected `terms` of leakage.objectives, .* but got MSELoss"),
