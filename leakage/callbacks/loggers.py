@@ -70,13 +70,8 @@ def log_image(
 ) -> None:
     """Give a picture ``(height, width, 3)``, 0 to 255, to every logger that takes pictures.
 
-    Args:
-        trainer: whose loggers.
-        key: what the picture is called.
-        pixels: the picture.
-        caption: for W&B.
-        step: by default the trainer's ``global_step``, which counts the steps of optimizers; the curves of a
-            module's ``self.log`` are over training steps, of which each may hold several of those.
+    By default at the trainer's ``global_step``, which counts the steps of optimizers; the curves of a module's
+    ``self.log`` are over training steps, of which each may hold several of those.
     """
     step = trainer.global_step if step is None else step
     for logger in trainer.loggers:
@@ -92,23 +87,16 @@ def log_table(trainer: Trainer, key: str, columns: Sequence[str], rows: Sequence
         if isinstance(logger, WandbLogger):
             import wandb
 
-            def show(value: Any) -> Any:
-                return wandb.Image(value) if isinstance(value, np.ndarray) else value
-
-            data = [[show(value) for value in row] for row in rows]
+            data = [[wandb.Image(value) if isinstance(value, np.ndarray) else value for value in row] for row in rows]
             logger.log_table(key, columns=list(columns), data=data, step=trainer.global_step)
 
 
 def log_artifact(
     trainer: Trainer, name: str, paths: Sequence[Path], *, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Give files to W&B, the only logger that takes them, as a version of one artifact of type ``dataset``.
+    """Give files and whole folders, each under its own name, to W&B, the only logger that takes them.
 
-    Args:
-        trainer: whose loggers.
-        name: of the artifact; what W&B does not allow in a name becomes ``_``.
-        paths: files, and folders with all that is in them; each under its own name.
-        metadata: plain numbers and words shown beside it.
+    They are a version of one artifact of type ``dataset``; what W&B does not allow in a name becomes ``_``.
     """
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):

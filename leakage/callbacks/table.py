@@ -24,20 +24,9 @@ if TYPE_CHECKING:
     from leakage.inversion.gradient_inversion import GradientInversion
 
 COLUMNS = (
-    "victim",
-    "labels_true",
-    "labels_recovered",
-    "label_accuracy",
-    "mse",
-    "psnr",
-    "ssim",
-    "success",
-    "loss",
-    "iterations",
-    "evaluations",
-    "restarts",
-    "status",
-)
+    "victim", "labels_true", "labels_recovered", "label_accuracy", "mse", "psnr", "ssim", "success",
+    "loss", "iterations", "evaluations", "restarts", "status",
+)  # fmt: skip
 
 # Files are written when so many further victims are done, and this share of those that were: as `victims.csv` is
 # written anew each time, what is written in all stays in proportion to the victims.
@@ -204,29 +193,16 @@ class VictimTable(VictimResultsCallback):
     def _unfinished(self) -> Path:
         return self.folder / "reconstructions" / "unfinished.safetensors"
 
-    def _rows(self, attack: GradientInversion, finished: Reconstruction) -> list[list[Any]]:
+    def _rows(self, attack: GradientInversion, found: Reconstruction) -> list[list[Any]]:
         rows = []
-        for index, victim in enumerate(finished.ids.tolist()):
-            score = attack.scores.get(victim)
-            unfinished = STATUS[int(finished.status[index])] == "running"
-            scored = (
-                [None] * 5
-                if score is None or not (score.final or unfinished)
-                else [score.label_accuracy, score.mse, score.psnr, score.ssim, score.success]
-            )
-            rows.append(
-                [
-                    victim,
-                    _show(self._labels.get(victim)),
-                    _show(finished.labels[index].tolist()),
-                    *scored,
-                    float(finished.loss[index]),
-                    int(finished.iterations[index]),
-                    int(finished.evaluations[index]),
-                    int(finished.restarts[index]),
-                    STATUS[int(finished.status[index])],
-                ]
-            )
+        for index, victim in enumerate(found.ids.tolist()):
+            score, status = attack.scores.get(victim), STATUS[int(found.status[index])]
+            scored: list[float | None] = [None] * 5
+            if score is not None and (score.final or status == "running"):
+                scored = [score.label_accuracy, score.mse, score.psnr, score.ssim, score.success]
+            labels = [_show(self._labels.get(victim)), _show(found.labels[index].tolist())]
+            counts = [int(count[index]) for count in (found.iterations, found.evaluations, found.restarts)]
+            rows.append([victim, *labels, *scored, float(found.loss[index]), *counts, status])
         return rows
 
     def _log(self, trainer: Trainer, attack: GradientInversion) -> None:
@@ -235,11 +211,9 @@ class VictimTable(VictimResultsCallback):
         finished = attack.finished
         rows = self._rows(attack, finished)
         for index, row in enumerate(rows):
-            pictures: list[NDArray[np.uint8] | None] = [None, None]
-            if index < _ROWS_WITH_IMAGES:
-                truth = self._truth.get(row[0])
-                pictures = [None if truth is None else _strip(truth), _strip(finished.images[index])]
-            row.extend(pictures)
+            truth = self._truth.get(row[0])
+            pictures = [None if truth is None else _strip(truth), _strip(finished.images[index])]
+            row += pictures if index < _ROWS_WITH_IMAGES else [None, None]
         log_table(trainer, "victims", [*COLUMNS, "truth", "reconstruction"], rows)
         self._logged = attack.num_done
 
