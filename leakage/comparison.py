@@ -28,6 +28,13 @@ FILES = ("summary.json", "victims.csv", "gallery.png", "fidelity.png")
 # As the papers write the methods, in pictures and tables; others go by the name they are given.
 WRITTEN = {"dlg": "DLG", "idlg": "iDLG", "rgap": "R-GAP", "gauss_newton": "Gauss-Newton"}
 _GALLERY_ROWS = 8
+# Scores of a victim that are averaged.
+_ESTIMATES: dict[str, type[MeanOverVictims | ShareOverVictims]] = {
+    "label_accuracy": ShareOverVictims,
+    "success": ShareOverVictims,
+    "psnr": MeanOverVictims,
+    "ssim": MeanOverVictims,
+}
 
 
 @dataclass
@@ -109,15 +116,11 @@ def run_attack(
         return None
     scores = list(attack.scores.values())
 
-    def over_victims(metric: MeanOverVictims | ShareOverVictims, values: list[float]) -> Any:
-        metric.update(torch.tensor(values))
-        return metric.compute()
-
-    # The first process has the scores of all.
-    labels = over_victims(ShareOverVictims(sync_on_compute=False), [victim.label_accuracy for victim in scores])
-    images = over_victims(ShareOverVictims(sync_on_compute=False), [victim.success for victim in scores])
-    psnr = over_victims(MeanOverVictims(sync_on_compute=False), [victim.psnr for victim in scores])
-    ssim = over_victims(MeanOverVictims(sync_on_compute=False), [victim.ssim for victim in scores])
+    # A call is of this process alone: the first has the scores of all.
+    estimates = {}
+    for kind, metric in _ESTIMATES.items():
+        estimates[kind] = metric()(torch.tensor([getattr(victim, kind) for victim in scores]))
+    labels, success = estimates["label_accuracy"], estimates["success"]
     return Row(
         method=name,
         dataset=dataset,
@@ -125,13 +128,13 @@ def run_attack(
         victims=len(scores),
         label_accuracy=labels.value,
         label_accuracy_ci=(labels.low, labels.high),
-        success_rate=images.value,
-        success_rate_ci=(images.low, images.high),
+        success_rate=success.value,
+        success_rate_ci=(success.low, success.high),
         success_threshold=attack.hparams["success_threshold"],
         # What is not a number (an image that diverged) is the worst there is.
         mse_median=statistics.median(math.inf if math.isnan(victim.mse) else victim.mse for victim in scores),
-        psnr_mean=psnr.value,
-        ssim_mean=ssim.value,
+        psnr_mean=estimates["psnr"].value,
+        ssim_mean=estimates["ssim"].value,
         evaluations_per_victim=attack.finished.evaluations.double().mean().item(),
         seconds=timer.time_elapsed("train"),
         published_label_accuracy=published,

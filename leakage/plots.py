@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
@@ -126,8 +127,7 @@ def plot_fidelity(curves: Mapping[str, Tensor], *, threshold: float = 1e-3, titl
     for name, errors in curves.items():
         if errors.ndim != 1 or not len(errors):
             raise ValueError(f"Expected the errors of {name!r} of shape (V,), but got {tuple(errors.shape)}.")
-    figure = new_figure(6.4, 4.2)
-    axes = figure.add_axes((0.13, 0.14, 0.83, 0.74 if title else 0.82))
+    figure, axes = _curve_axes(title, "threshold of the mean squared error", "victims under the threshold")
     thresholds = _thresholds(curves, threshold)
     for index, (name, errors) in enumerate(curves.items()):
         errors = errors.detach().double().cpu()
@@ -147,16 +147,8 @@ def plot_fidelity(curves: Mapping[str, Tensor], *, threshold: float = 1e-3, titl
     axes.set_xlim(thresholds[0], thresholds[-1])
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.set_xlabel("threshold of the mean squared error", color=INK)
-    axes.set_ylabel("victims under the threshold", color=INK)
-    axes.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
     axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9,
                 title=f"share under {_number(threshold)} (dashed)", title_fontsize=9)  # fmt: skip
-    if title:
-        figure.text(0.5, 0.96, title, fontsize=12, color=INK, ha="center", va="top", weight="bold")
     return figure
 
 
@@ -198,8 +190,7 @@ def plot_accuracy(
     for name, accuracy in (lines or {}).items():
         if not 0 <= accuracy <= 1:
             raise ValueError(f"Expected `lines` from 0 to 1, but got {accuracy} for {name!r}.")
-    figure = new_figure(6.4, 4.2)
-    axes = figure.add_axes((0.13, 0.14, 0.83, 0.74 if title else 0.82))
+    figure, axes = _curve_axes(title, xlabel, "test accuracy")
     for index, (name, curve) in enumerate(curves.items()):
         x, mean, low, high = curve.detach().double().cpu().numpy().T
         colour = COLOURS[index % len(COLOURS)]
@@ -222,15 +213,7 @@ def plot_accuracy(
     bottom, top = axes.get_ylim()
     axes.set_ylim(min(bottom, (bottom + top) / 2 - 0.02), max(top, (bottom + top) / 2 + 0.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
-    axes.set_xlabel(xlabel, color=INK)
-    axes.set_ylabel("test accuracy", color=INK)
-    axes.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
     axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
-    if title:
-        figure.text(0.5, 0.96, title, fontsize=12, color=INK, ha="center", va="top", weight="bold")
     return figure
 
 
@@ -284,6 +267,21 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _curve_axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """An empty figure for curves, and its axes."""
+    figure = new_figure(6.4, 4.2)
+    axes = figure.add_axes((0.13, 0.14, 0.83, 0.74 if title else 0.82))
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel(ylabel, color=INK)
+    axes.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if title:
+        figure.text(0.5, 0.96, title, fontsize=12, color=INK, ha="center", va="top", weight="bold")
+    return figure, axes
 
 
 def _thresholds(curves: Mapping[str, Tensor], threshold: float) -> NDArray[np.float64]:

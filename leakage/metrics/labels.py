@@ -10,7 +10,7 @@ from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from leakage.errors import check_count
-from leakage.metrics.estimates import Estimate, ScoresOverVictims, ShareOverVictims, wilson_interval
+from leakage.metrics.estimates import ScoresOverVictims, ShareOverVictims, wilson_interval
 
 
 @dataclass
@@ -164,11 +164,11 @@ class _ClusteredShareOverVictims(ShareOverVictims):
         return wilson_interval(values.mean().item(), worth)
 
 
-class LabelMetrics(ScoresOverVictims[LabelScore]):
+class LabelMetrics(ScoresOverVictims):
     r"""The means of all label scores over victims, each with its 95 % confidence interval.
 
     ``update`` takes the :class:`LabelScore` of further victims, each victim once; ``compute`` gives,
-    over all victims of all processes, an :class:`Estimate` for each of ``irec``, ``leacc``, ``lnacc``
+    over all victims of all processes, an :class:`~leakage.metrics.Estimate` for each of ``irec``, ``leacc``, ``lnacc``
     and ``exact``, from 0 to 1.
 
     A victim's score is the mean of many yes or no, which hang together as much as they do. Wilson's
@@ -200,12 +200,10 @@ class LabelMetrics(ScoresOverVictims[LabelScore]):
         (0.75, 0.5, 2)
     """
 
-    def __init__(self) -> None:
-        super().__init__(LabelScore, {name: (name, _ClusteredShareOverVictims()) for name in _NAMES})
+    kind = LabelScore
 
-    def compute(self) -> dict[str, Estimate]:
-        """The estimates over all victims so far, by the scores' names."""
-        return self.by_name()
+    def __init__(self) -> None:
+        super().__init__(**{name: _ClusteredShareOverVictims() for name in _NAMES})
 
 
 def _true_counts(labels: Tensor, num_classes: int) -> Tensor:
