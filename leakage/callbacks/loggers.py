@@ -14,9 +14,6 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
-# Seconds that W&B waits for its server at the start and at the end of a run; its own defaults are
-# 90 and without limit.
-_START, _FINISH = 20.0, 60.0
 # Letters in the name of an artifact.
 _LONGEST_NAME = 128
 
@@ -31,7 +28,7 @@ class OfflineSafeWandbLogger(WandbLogger):
     is off line by choice (``offline=True``, ``WANDB_MODE=offline``) the two are the same.
 
     Args:
-        start_timeout: seconds to wait for the server at the start.
+        start_timeout: seconds to wait for the server at the start; W&B's own default is 90.
         finish_timeout: seconds to wait for uploads at the end; what is not uploaded stays on disk.
         **kwargs: those of ``WandbLogger``.
 
@@ -39,14 +36,12 @@ class OfflineSafeWandbLogger(WandbLogger):
         ModuleNotFoundError: ``wandb`` is not installed.
     """
 
-    def __init__(self, *, start_timeout: float = _START, finish_timeout: float = _FINISH, **kwargs: Any) -> None:
+    def __init__(self, *, start_timeout: float = 20.0, finish_timeout: float = 60.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         import wandb
 
-        limits: dict[str, Any] = {"init_timeout": start_timeout, "finish_timeout": finish_timeout}
-        # Older versions of wandb know no limit at the end.
-        known = {name: limit for name, limit in limits.items() if name in wandb.Settings.model_fields}
-        self._wandb_init.setdefault("settings", wandb.Settings(**known))
+        limits = wandb.Settings(init_timeout=start_timeout, finish_timeout=finish_timeout)
+        self._wandb_init.setdefault("settings", limits)
 
     @property
     @rank_zero_experiment

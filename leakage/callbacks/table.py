@@ -46,23 +46,20 @@ class VictimTable(VictimResultsCallback):
       victim's images), ``success`` (share of its images under the threshold), ``loss`` (the attack's
       own objective), ``iterations``, ``evaluations``, ``restarts`` and ``status``. Without ground
       truth the columns that need it are empty.
-    - ``reconstructions/part_0000.safetensors`` and so on, each a
-      :class:`~leakage.inversion.Reconstruction` of at least 256 victims but for the last, in the order they
-      finished.
+    - ``reconstructions/part_0000.safetensors`` and so on, each a :class:`~leakage.inversion.Reconstruction` of at
+      least 256 victims but for the last, in the same order.
 
     After an interrupt, or where the Trainer's limits ended the run, ``victims.csv`` ends with the victims
     that were still running (status ``running``), and ``reconstructions/unfinished.safetensors`` holds their
-    best iterates so far. Of several processes these are the first one's; what the others were searching for, and
-    after an interrupt what they had found, is in the checkpoint only.
+    best iterates so far.
 
     They are written whenever 256 further victims are done, and an eighth more than at the last time; after every
-    validation (which brings the scores) and when the run ends; of several processes the first one writes, what the
-    others have found at the end. W&B gets the same rows as a table with the key ``victims`` at the end, the first 100
-    of them with the true and the reconstructed images.
+    validation (which brings the scores) and when the run ends. W&B gets the same rows as a table with the key
+    ``victims`` at the end, the first 100 of them with the true and the reconstructed images. Of several processes the
+    first one writes: at the end what all have found, after an interrupt its own, the rest being in the checkpoint.
 
-    Each file is written whole or not at all, and ``victims.csv`` anew each time: a run that is
-    killed and resumed neither repeats nor loses a row. A run that starts from the beginning
-    replaces the files of an earlier one in the same folder, after a warning.
+    Each file is written whole or not at all: a run that is killed and resumed neither repeats nor loses a row. A run
+    that starts from the beginning replaces the files of an earlier one in the same folder, after a warning.
 
     Args:
         output: the folder, see :class:`~leakage.callbacks.ResultsCallback`.

@@ -118,9 +118,8 @@ def trivial_score(labels: Tensor, num_classes: int) -> list[LabelScore]:
     - LnAcc: for every class the likeliest count, :math:`\lfloor N / K \rfloor`, a mode of
       Binomial(N, 1/K). These need not sum to N.
 
-    The last two are why LeAcc and LnAcc need it beside them: at 24 images of 100 classes a class is
-    absent with a chance of :math:`.99^{24} = .79`, so "nothing at all" scores about .79. On labels that are
-    not uniform, such as those of a single class, it is the same guess, which knows nothing of that.
+    On labels that are not uniform, such as those of a single class, it is the same guess, which knows
+    nothing of that.
 
     Args:
         labels: ``(V, N)``, the true class indices from 0 to K - 1, in any order.
