@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leakage.errors import check_positive
 from leakage.files.whole import whole_file
-from leakage.metrics import wilson_interval
+from leakage.metrics import SUCCESS_THRESHOLD, wilson_interval
 
 INK = "#222222"
 PALE = "#767676"
@@ -98,19 +98,19 @@ def plot_gallery(
     return figure
 
 
-def plot_fidelity(curves: Mapping[str, Tensor], *, threshold: float = 1e-3, title: str = "") -> Figure:
+def plot_fidelity(curves: Mapping[str, Tensor], *, title: str = "") -> Figure:
     """Share of victims whose error lies under a threshold, over the threshold, as the iDLG paper plots it.
 
     The band around each curve is the 95 % Wilson interval of the share. A victim whose error is
-    not a number (its attack diverged) lies under no threshold.
+    not a number (its attack diverged) lies under no threshold. The one that counts as success, 1e-3, is marked by a
+    line; the legend tells the share there.
 
     Args:
         curves: name to the mean squared error of each victim, ``(V,)``, at least 0.
-        threshold: the one that counts as success, marked by a line; the legend tells the share there.
         title: above the axes.
 
     Raises:
-        ValueError: no curves, one without victims or of another shape, or a threshold that is not positive.
+        ValueError: no curves, or one without victims or of another shape.
 
     References:
         Zhao et al., *iDLG*, 2020, figure 3, https://arxiv.org/abs/2001.02610.
@@ -120,21 +120,19 @@ def plot_fidelity(curves: Mapping[str, Tensor], *, threshold: float = 1e-3, titl
         >>> figure.axes[0].get_legend().get_texts()[0].get_text()
         'iDLG: 66.7 % of 3'
     """
-    check_positive(threshold=threshold)
     if not curves:
         raise ValueError("Expected `curves` to hold at least one, but got none.")
     for name, errors in curves.items():
         if errors.ndim != 1 or not len(errors):
             raise ValueError(f"Expected the errors of {name!r} of shape (V,), but got {tuple(errors.shape)}.")
-    figure = new_figure(6.4, 4.2)
-    axes = figure.add_axes((0.13, 0.14, 0.83, 0.74 if title else 0.82))
-    thresholds = _thresholds(curves, threshold)
+    figure, axes = _curve_axes(title, "threshold of the mean squared error", "victims under the threshold")
+    thresholds = _thresholds(curves)
     for index, (name, errors) in enumerate(curves.items()):
         errors = errors.detach().double().cpu()
         shares = (errors[:, None] < torch.from_numpy(thresholds)).double().mean(0)
         intervals = [wilson_interval(float(share), len(errors)) for share in shares]
         colour = COLOURS[index % len(COLOURS)]
-        share = float((errors < threshold).double().mean())
+        share = float((errors < SUCCESS_THRESHOLD).double().mean())
         axes.fill_between(
             thresholds, [low for low, _ in intervals], [high for _, high in intervals],
             color=colour, alpha=0.18, linewidth=0,
@@ -142,21 +140,13 @@ def plot_fidelity(curves: Mapping[str, Tensor], *, threshold: float = 1e-3, titl
         style = "-" if index < len(COLOURS) else "--"
         axes.plot(thresholds, shares.numpy(), style, color=colour, linewidth=2,
                   label=f"{name}: {100 * share:.1f} % of {len(errors)}")  # fmt: skip
-    axes.axvline(threshold, color=PALE, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
+    axes.axvline(SUCCESS_THRESHOLD, color=PALE, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
     axes.set_xscale("log")
     axes.set_xlim(thresholds[0], thresholds[-1])
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.set_xlabel("threshold of the mean squared error", color=INK)
-    axes.set_ylabel("victims under the threshold", color=INK)
-    axes.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
     axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9,
-                title=f"share under {_number(threshold)} (dashed)", title_fontsize=9)  # fmt: skip
-    if title:
-        figure.text(0.5, 0.96, title, fontsize=12, color=INK, ha="center", va="top", weight="bold")
+                title="share under 1e-3 (dashed)", title_fontsize=9)  # fmt: skip
     return figure
 
 
@@ -198,8 +188,7 @@ def plot_accuracy(
     for name, accuracy in (lines or {}).items():
         if not 0 <= accuracy <= 1:
             raise ValueError(f"Expected `lines` from 0 to 1, but got {accuracy} for {name!r}.")
-    figure = new_figure(6.4, 4.2)
-    axes = figure.add_axes((0.13, 0.14, 0.83, 0.74 if title else 0.82))
+    figure, axes = _curve_axes(title, xlabel, "test accuracy")
     for index, (name, curve) in enumerate(curves.items()):
         x, mean, low, high = curve.detach().double().cpu().numpy().T
         colour = COLOURS[index % len(COLOURS)]
@@ -222,15 +211,7 @@ def plot_accuracy(
     bottom, top = axes.get_ylim()
     axes.set_ylim(min(bottom, (bottom + top) / 2 - 0.02), max(top, (bottom + top) / 2 + 0.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
-    axes.set_xlabel(xlabel, color=INK)
-    axes.set_ylabel("test accuracy", color=INK)
-    axes.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
     axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
-    if title:
-        figure.text(0.5, 0.96, title, fontsize=12, color=INK, ha="center", va="top", weight="bold")
     return figure
 
 
@@ -286,18 +267,23 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _thresholds(curves: Mapping[str, Tensor], threshold: float) -> NDArray[np.float64]:
-    """Thresholds from the best victims, or two decades below the default, up to 1."""
-    best = min(
-        (float(errors[errors > 0].min()) for errors in curves.values() if bool((errors > 0).any())),
-        default=1.0,
-    )
-    lowest = min(math.log10(threshold) - 2, max(math.log10(best) - 1, -12)) if math.isfinite(best) else -6.0
-    return np.logspace(math.floor(lowest), max(0, math.ceil(math.log10(threshold))), 400)
+def _curve_axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """An empty figure for curves, and its axes."""
+    figure = new_figure(6.4, 4.2)
+    axes = figure.add_axes((0.13, 0.14, 0.83, 0.74 if title else 0.82))
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel(ylabel, color=INK)
+    axes.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if title:
+        figure.text(0.5, 0.96, title, fontsize=12, color=INK, ha="center", va="top", weight="bold")
+    return figure, axes
 
 
-def _number(value: float) -> str:
-    """A threshold as written in the text, such as ``1e-3``."""
-    mantissa, exponent = f"{value:.0e}".split("e")
-    exact = math.isclose(float(f"{value:.0e}"), value)
-    return f"{mantissa}e{int(exponent)}" if exact else f"{value:g}"
+def _thresholds(curves: Mapping[str, Tensor]) -> NDArray[np.float64]:
+    """Thresholds from the best victims, or two decades below that of success, up to 1."""
+    best = min((float(errors[errors > 0].min()) for errors in curves.values() if bool((errors > 0).any())), default=1.0)
+    lowest = min(-5.0, max(math.log10(best) - 1, -12)) if math.isfinite(best) else -6.0
+    return np.logspace(math.floor(lowest), 0, 400)

@@ -101,13 +101,13 @@ def test_fidelity_is_the_share_under_the_threshold_with_wilsons_interval() -> No
 
 
 def test_fidelity_marks_the_threshold_and_tells_the_share_there() -> None:
-    figure = plot_fidelity({"DLG": torch.tensor([1e-5, 1.0]), "iDLG": torch.tensor([1e-5, 1e-5])}, threshold=2e-3)
+    figure = plot_fidelity({"DLG": torch.tensor([1e-5, 1.0]), "iDLG": torch.tensor([1e-5, 1e-5])})
     axes = figure.axes[0]
     assert axes.get_xscale() == "log"
-    assert any(set(line.get_xdata()) == {2e-3} for line in axes.get_lines())
+    assert any(set(line.get_xdata()) == {1e-3} for line in axes.get_lines())
     legend = axes.get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["DLG: 50.0 % of 2", "iDLG: 100.0 % of 2"]
-    assert legend.get_title().get_text() == "share under 2e-3 (dashed)"
+    assert legend.get_title().get_text() == "share under 1e-3 (dashed)"
 
 
 @pytest.mark.parametrize("errors", [torch.zeros(3), torch.full((3,), torch.nan), torch.full((3,), torch.inf)])
@@ -119,17 +119,16 @@ def test_fidelity_of_victims_without_a_scale(errors: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("curves", "threshold", "message"),
+    ("curves", "message"),
     [
-        ({}, 1e-3, "Expected `curves` to hold at least one, but got none"),
-        ({"DLG": torch.zeros(0)}, 1e-3, r"errors of 'DLG' of shape \(V,\), but got \(0,\)"),
-        ({"DLG": torch.zeros(2, 1)}, 1e-3, r"errors of 'DLG' of shape \(V,\), but got \(2, 1\)"),
-        ({"DLG": torch.zeros(2)}, 0.0, "Expected `threshold` to be positive"),
+        ({}, "Expected `curves` to hold at least one, but got none"),
+        ({"DLG": torch.zeros(0)}, r"errors of 'DLG' of shape \(V,\), but got \(0,\)"),
+        ({"DLG": torch.zeros(2, 1)}, r"errors of 'DLG' of shape \(V,\), but got \(2, 1\)"),
     ],
 )
-def test_fidelity_refuses(curves: dict[str, torch.Tensor], threshold: float, message: str) -> None:
+def test_fidelity_refuses(curves: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plot_fidelity(curves, threshold=threshold)
+        plot_fidelity(curves)
 
 
 def test_pixels_clip_what_lies_outside_and_blacken_what_is_no_number() -> None:

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from setting import describe_machine, show_machine  # beside this script
 
-from leakage.comparison.attacks import check_output
 from leakage.errors import check_choice, check_positive
+from leakage.files.whole import check_output
 
 HERE = Path(__file__).resolve().parent
 # Seconds that a benchmark needs at least; with less time left it is not begun.

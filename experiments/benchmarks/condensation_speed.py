@@ -38,12 +38,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakage.cli import quiet
-from leakage.comparison.attacks import check_output
 from leakage.condensation import GradientMatchingCondensation
 from leakage.condensation.protocols import schedule
 from leakage.datamodules import LABELLED_DATASETS, LabelledImages
 from leakage.errors import check_count
 from leakage.files.text import write_json
+from leakage.files.whole import check_output
 from leakage.models import ConvNet, draw_state
 from leakage.seeds import derive_seed
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from leakage.cli import quiet
-from leakage.comparison.attacks import check_output
 from leakage.condensation.evaluation import Evaluation, evaluate
 from leakage.condensation.synthetic_set import SyntheticSet, random_images
 from leakage.datamodules import LABELLED_DATASETS, LabelledImages, LabelledTensors
 from leakage.errors import check_count
+from leakage.files.whole import check_output
 from leakage.models import NETWORKS
 
 SIDES = {"stacked": True, "sequential": False}

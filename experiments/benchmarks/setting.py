@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from leakage.comparison.attacks import check_output
 from leakage.datamodules import Victims
 from leakage.files.text import write_json
+from leakage.files.whole import check_output
 from leakage.models import NETWORKS
 from leakage.plots import save_figure
 

@@ -24,17 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from condensing import METHODS, accuracy_cells, read_accuracy_row  # beside this script
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from leakage.cli import quiet
-from leakage.comparison.attacks import align, check_output
-from leakage.comparison.condensations import METHODS, accuracy_cells, read_accuracy_row
+from leakage.comparison import align
 from leakage.condensation import SiameseAugmentation, SyntheticSet, evaluate, random_images
 from leakage.datamodules import LABELLED_DATASETS, LabelledImages, digest
 from leakage.errors import check_count
 from leakage.files.text import write_json
+from leakage.files.whole import check_output
 from leakage.models import NETWORKS
 from leakage.plots import save_figure
 

@@ -22,11 +22,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from condensing import FILES, METHODS, MOMENTS, condense, format_table  # beside this script
+
 from leakage.cli import quiet
-from leakage.comparison.attacks import check_output, holds_results
-from leakage.comparison.condensations import FILES, METHODS, MOMENTS, condense, format_table
 from leakage.condensation import SiameseAugmentation
 from leakage.datamodules import LABELLED_DATASETS, LabelledImages
+from leakage.files.whole import check_output
+
+sys.path.append(str(Path(__file__).parents[1] / "comparison"))
+from records import holds_results
 
 # Test accuracy in % with 1, 10 and 50 images per class in table 2 of DC and table 1 of DSA.
 _COUNTS = (1, 10, 50)

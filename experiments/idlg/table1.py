@@ -25,10 +25,15 @@ from typing import Any
 
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientInversion, IDLGAttack, RGAPAttack
 from leakage.cli import quiet
-from leakage.comparison.attacks import FILES, check_output, compare, format_table, holds_results
+from leakage.comparison import FILES, format_table
 from leakage.datamodules import DATASETS, Victims
 from leakage.errors import check_count
+from leakage.files.whole import check_output
 from leakage.inversion.processes import is_first_process
+
+sys.path.append(str(Path(__file__).parents[1] / "comparison"))
+from comparing import compare
+from records import holds_results
 
 METHODS: dict[str, Callable[..., GradientInversion]] = {
     "dlg": DLGAttack,

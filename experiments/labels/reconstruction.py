@@ -10,7 +10,7 @@ Each victim shares the gradient of a batch, of a freshly drawn network of its ow
     one-wrong   told to the attacker, one of them replaced by another class: what a wrong label costs.
 
 Files in the output folder: `summary.json`, a row for each kind of labels and batch size; `quality.png`, PSNR and
-success over the batch size; and a folder per batch size as of `leakage.comparison`, with `gallery.png` (the first
+success over the batch size; and a folder per batch size as of `experiments/comparison`, with `gallery.png` (the first
 victims' images as each kind found them) and the tables of all victims. In the rows `label_accuracy` is the share of
 images that were found with their own label, `irec` the share of labels that were known, whichever image they came
 with.
@@ -42,15 +42,20 @@ from leakage.attacks import DLGAttack, GradientInversion, IDLGAttack
 from leakage.cli import quiet
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.comparison.attacks import align, check_output, compare, holds_results
+from leakage.comparison import align
 from leakage.datamodules import DATASETS, VictimDataModule, Victims
 from leakage.errors import check_count
 from leakage.files.text import write_json
+from leakage.files.whole import check_output
 from leakage.labels import RULES, LabelReader
 from leakage.metrics import MeanOverVictims, ShareOverVictims
 from leakage.models import NETWORKS
 from leakage.plots import save_figure
 from leakage.seeds import derive_seed
+
+sys.path.append(str(Path(__file__).parents[1] / "comparison"))
+from comparing import compare
+from records import holds_results
 
 # Kinds of labels, and how they are drawn.
 KINDS = {

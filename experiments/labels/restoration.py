@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,13 +38,16 @@ from torch import Tensor
 
 from leakage.cli import quiet
 from leakage.clients.victim import Victim
-from leakage.comparison.attacks import check_output, holds_results, read_record
 from leakage.datamodules import LabelledImages, digest
 from leakage.errors import check_count
 from leakage.files.text import write_json
+from leakage.files.whole import check_output
 from leakage.labels import RULES, LabelCounts, LabelReader, infer_labels
 from leakage.metrics import LabelMetrics, score_labels, trivial_score
 from leakage.metrics.labels import LabelScore
+
+sys.path.append(str(Path(__file__).parents[1] / "comparison"))
+from records import holds_results, read_record
 
 # Victims with networks of their own that are in memory at once.
 _NETWORKS_AT_ONCE = 64

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from restoration_plots import plot_recall
 
-from leakage.comparison.attacks import align
+from leakage.comparison import align
 from leakage.metrics import mean_interval
 from leakage.plots import save_figure
 

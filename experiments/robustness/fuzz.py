@@ -31,8 +31,8 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from leakage.cli import quiet
-from leakage.comparison.attacks import check_output
 from leakage.errors import check_count
+from leakage.files.whole import check_output
 
 # Seconds between two lines of progress.
 _PAUSE = 5.0

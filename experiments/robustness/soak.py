@@ -24,10 +24,10 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from soak_child import Job, run  # these lie beside this script
 from soak_scenarios import SCENARIOS, Verdict, killed
 
-from leakage.comparison.attacks import check_output
 from leakage.datamodules import Victims, data_folder
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.files.text import write_json
+from leakage.files.whole import check_output
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -22,9 +22,11 @@ from lightning.pytorch.loggers import Logger
 
 from leakage.attacks import IDLGAttack
 from leakage.cli import quiet
-from leakage.comparison.attacks import compare
 from leakage.datamodules import Victims
 from leakage.inversion.strategy import VictimParallel
+
+sys.path.append(str(Path(__file__).parents[1] / "comparison"))
+from comparing import compare
 
 # Iterations between two validations, at which results so far are written.
 VALIDATED_EVERY = 50

@@ -33,9 +33,10 @@ from leakage.cli import quiet
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.closed_form.features import check_separable, separate_features
-from leakage.comparison.attacks import align, check_output
+from leakage.comparison import align
 from leakage.datamodules import LABELLED_DATASETS, LabelledImages
 from leakage.files.text import write_json
+from leakage.files.whole import check_output
 from leakage.labels.last_layer import last_layer
 from leakage.metrics import match, wilson_interval
 from leakage.models.layers import ACTIVATIONS

@@ -14,7 +14,7 @@ that can't be used in a cell are left out, and it is told why.
 
 Files in the output folder: `summary.json`, a row for each cell and method; `reach.png`, success over the number of
 equations per unknown; `noise.png`, the MSE over the noise, where there is some; and a folder per cell as of
-`leakage.comparison`. In its `why/run.json` are measurements on some victims that `gauss_newton` failed with, and
+`experiments/comparison`. In its `why/run.json` are measurements on some victims that `gauss_newton` failed with, and
 some that it solved: why it fails is told from them (see why.py).
 
 A run that was stopped, in whatever way, goes on with the same command and `--resume`, and ends with the results that it
@@ -39,12 +39,17 @@ from why import FOUND, Diagnosis, diagnose, summarise
 
 from leakage.cli import quiet
 from leakage.closed_form import check_layers
-from leakage.comparison.attacks import Row as ComparedRow
-from leakage.comparison.attacks import check_output, compare, holds_results, read_record
+from leakage.comparison import Row as ComparedRow
+from leakage.comparison import read_reconstructions
 from leakage.datamodules import GroundTruth, LabelledImages, VictimDataModule
 from leakage.files.text import write_json
+from leakage.files.whole import check_output
 from leakage.inversion.reconstruction import Reconstruction
 from leakage.metrics import score
+
+sys.path.append(str(Path(__file__).parents[1] / "comparison"))
+from comparing import compare
+from records import holds_results, read_record
 
 
 @dataclass
@@ -140,7 +145,7 @@ class Reach:
         }
         rows = []
         for row in compared:
-            found = _found(folder / row.method, truth)
+            found = read_reconstructions(folder / row.method, truth.ids.tolist())
             scores = score(found.images.to(truth.images), found.labels, truth.images, truth.labels)
             verdict = None
             if row.method == "gauss_newton" and given.why:
@@ -208,14 +213,6 @@ class Reach:
             f"{row.seconds_per_victim:.2f} s per victim{f'; {row.verdict}' if row.verdict else ''}",
             flush=True,
         )
-
-
-def _found(folder: Path, truth: GroundTruth) -> Reconstruction:
-    """What a method made of all victims, in their order."""
-    parts = sorted((folder / "reconstructions").glob("part_*.safetensors"))
-    found = Reconstruction.cat([Reconstruction.load(path) for path in parts])
-    place = {victim: index for index, victim in enumerate(found.ids.tolist())}
-    return found.select(torch.tensor([place[victim] for victim in truth.ids.tolist()]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from reach_victims import WRITTEN, Cell, cell_columns
 from torch import Tensor
 from why import FOUND
 
-from leakage.comparison.attacks import align
+from leakage.comparison import align
 from leakage.metrics import ShareOverVictims
 from leakage.plots import save_figure
 

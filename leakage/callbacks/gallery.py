@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, tensor
 
 from leakage.callbacks.loggers import log_image
-from leakage.callbacks.results import ResultsCallback, ground_truth
+from leakage.callbacks.results import VictimResultsCallback
 from leakage.datamodules.base import GroundTruth
 from leakage.errors import check_count
 from leakage.metrics import score
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 _MOST_ROWS = 24
 
 
-class Gallery(ResultsCallback):
+class Gallery(VictimResultsCallback):
     """Draws the truth, the reconstruction at several moments and the final one of the first victims.
 
     Writes ``gallery.png`` to ``output`` and gives the picture to the loggers that take pictures, with
@@ -97,35 +96,6 @@ class Gallery(ResultsCallback):
         if trainer.is_global_zero and (wanted or attack.iteration >= self._next_look):
             self._look(attack)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Note the truth of the victims that are shown."""
-        if trainer.is_global_zero and isinstance(batch, GroundTruth):
-            self._note(batch)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, if a victim that is shown was finished."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._draw(trainer, cast("GradientInversion", pl_module), unfinished=False)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, also the victims that are not finished."""
-        self._draw(trainer, cast("GradientInversion", pl_module), unfinished=True)
-        super().on_fit_end(trainer, pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Draw what there is."""
-        # An exception before `setup` leaves neither a folder nor results.
-        if self._folder is not None:
-            self._draw(trainer, cast("GradientInversion", pl_module), unfinished=True)
-
     def _look(self, attack: GradientInversion) -> None:
         current = attack.current()
         self._next_look = math.inf
@@ -138,10 +108,7 @@ class Gallery(ResultsCallback):
                 self._snapshots[victim] = {}
             passed = [moment for moment in self.moments if moment <= iterations]
             if passed and all(moment < passed[-1] for moment in self._snapshots[victim]):
-                self._snapshots[victim][passed[-1]] = (
-                    iterations,
-                    current.images[index].detach().cpu().clone(),
-                )
+                self._snapshots[victim][passed[-1]] = (iterations, current.images[index].detach().cpu().clone())
             if len(passed) < len(self.moments):
                 # A pass takes a victim at most one iteration on.
                 ahead = attack.iteration + self.moments[len(passed)] - iterations
@@ -164,31 +131,25 @@ class Gallery(ResultsCallback):
                     results[victim] = part.select(tensor([index]))
         return {victim: results[victim] for victim in self._snapshots if victim in results}
 
-    def _draw(self, trainer: Trainer, attack: GradientInversion, *, unfinished: bool) -> None:
-        if not trainer.is_global_zero:
-            return
-        results = self._results(attack, unfinished=unfinished)
+    def _write_results(self, trainer: Trainer, attack: GradientInversion, *, over: bool) -> None:
+        results = self._results(attack, unfinished=over)
         shown = [(victim, int(result.iterations[0])) for victim, result in results.items()]
         path = self.folder / "gallery.png"
         if not results or (shown == self._drawn and path not in self._failures):
             return
-        if not self._truth.keys() >= results.keys():
-            self._look_up_truth(trainer)
+        self._look_up_truth(trainer, lambda: self._truth.keys() >= results.keys())
         moments = [moment for moment in self.moments if any(moment in self._snapshots[victim] for victim in results)]
         has_truth = any(victim in self._truth for victim in results)
-        images: list[list[Tensor | None]] = []
-        captions: list[list[str]] = []
-        rows: list[str] = []
-        for victim, result in results.items():
-            for row_images, row_captions in self._rows_of(victim, result, moments, has_truth=has_truth):
-                images.append(row_images)
-                captions.append(row_captions)
-                rows.append(f"victim {victim}\n{int(result.iterations[0])} iterations")
+        rows = [
+            (f"victim {victim}\n{int(result.iterations[0])} iterations", cells)
+            for victim, result in results.items()
+            for cells in self._rows_of(victim, result, moments, has_truth=has_truth)
+        ][:_MOST_ROWS]
         figure = plot_gallery(
-            images[:_MOST_ROWS],
+            [[image for image, _ in cells] for _, cells in rows],
             columns=["truth"] * has_truth + [f"{moment}" if moment else "start" for moment in moments] + ["final"],
-            rows=rows[:_MOST_ROWS],
-            captions=captions[:_MOST_ROWS],
+            rows=[label for label, _ in rows],
+            captions=[[caption for _, caption in cells] for _, cells in rows],
             title=f"{type(attack).__name__}: reconstruction over iterations",
         )
         self._write(path, lambda path: save_figure(figure, path))
@@ -198,9 +159,8 @@ class Gallery(ResultsCallback):
 
     def _rows_of(
         self, victim: int, result: Reconstruction, moments: list[int], *, has_truth: bool
-    ) -> list[tuple[list[Tensor | None], list[str]]]:
-        """Images and captions of each of a victim's images."""
-        snapshots = self._snapshots[victim]
+    ) -> list[list[tuple[Tensor | None, str]]]:
+        """A row for each of a victim's images: what is shown, each with its caption."""
         images, labels = result.images.detach().cpu(), result.labels.cpu()
         truth = self._truth.get(victim)
         # Without truth, in the order of the reconstruction.
@@ -210,27 +170,13 @@ class Gallery(ResultsCallback):
             order = scores.order[0].tolist()
         rows = []
         for n, partner in enumerate(order):
-            shown = [snapshots.get(moment) for moment in moments]
-            row: list[Tensor | None] = [None if shot is None else shot[1][partner] for shot in shown]
-            caption = [
-                f"at {shot[0]}" if shot is not None and shot[0] != moment else ""
-                for moment, shot in zip(moments, shown, strict=True)
-            ]
-            row.append(images[0, partner])
-            label = f"label {int(labels[0, partner])}"
-            caption.append(label if truth is None else f"{float(scores.psnr[0, n]):.1f} dB, {label}")
+            cells: list[tuple[Tensor | None, str]] = []
             if has_truth:
-                row.insert(0, None if truth is None else truth[0][n])
-                caption.insert(0, "" if truth is None else f"label {int(truth[1][n])}")
-            rows.append((row, caption))
+                cells.append((None, "") if truth is None else (truth[0][n], f"label {int(truth[1][n])}"))
+            for moment in moments:
+                at, shown = self._snapshots[victim].get(moment, (moment, None))
+                cells.append((None if shown is None else shown[partner], f"at {at}" if at != moment else ""))
+            label = f"label {int(labels[0, partner])}"
+            caption = label if truth is None else f"{float(scores.psnr[0, n]):.1f} dB, {label}"
+            rows.append([*cells, (images[0, partner], caption)])
         return rows
-
-    def _look_up_truth(self, trainer: Trainer) -> None:
-        """The truth of victims that no validation has shown yet, as when the run is interrupted."""
-        try:
-            for batch in ground_truth(trainer):
-                self._note(batch)
-                if self._truth.keys() >= self._snapshots.keys():
-                    return
-        except (OSError, RuntimeError, ValueError) as error:
-            rank_zero_warn(f"The truth is left out of the gallery since it could not be read: {error}")

@@ -14,9 +14,6 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
-# Seconds that W&B waits for its server at the start and at the end of a run; its own defaults are
-# 90 and without limit.
-_START, _FINISH = 20.0, 60.0
 # Letters in the name of an artifact.
 _LONGEST_NAME = 128
 
@@ -31,7 +28,7 @@ class OfflineSafeWandbLogger(WandbLogger):
     is off line by choice (``offline=True``, ``WANDB_MODE=offline``) the two are the same.
 
     Args:
-        start_timeout: seconds to wait for the server at the start.
+        start_timeout: seconds to wait for the server at the start; W&B's own default is 90.
         finish_timeout: seconds to wait for uploads at the end; what is not uploaded stays on disk.
         **kwargs: those of ``WandbLogger``.
 
@@ -39,14 +36,12 @@ class OfflineSafeWandbLogger(WandbLogger):
         ModuleNotFoundError: ``wandb`` is not installed.
     """
 
-    def __init__(self, *, start_timeout: float = _START, finish_timeout: float = _FINISH, **kwargs: Any) -> None:
+    def __init__(self, *, start_timeout: float = 20.0, finish_timeout: float = 60.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         import wandb
 
-        limits: dict[str, Any] = {"init_timeout": start_timeout, "finish_timeout": finish_timeout}
-        # Older versions of wandb know no limit at the end.
-        known = {name: limit for name, limit in limits.items() if name in wandb.Settings.model_fields}
-        self._wandb_init.setdefault("settings", wandb.Settings(**known))
+        limits = wandb.Settings(init_timeout=start_timeout, finish_timeout=finish_timeout)
+        self._wandb_init.setdefault("settings", limits)
 
     @property
     @rank_zero_experiment
@@ -70,13 +65,8 @@ def log_image(
 ) -> None:
     """Give a picture ``(height, width, 3)``, 0 to 255, to every logger that takes pictures.
 
-    Args:
-        trainer: whose loggers.
-        key: what the picture is called.
-        pixels: the picture.
-        caption: for W&B.
-        step: by default the trainer's ``global_step``, which counts the steps of optimizers; the curves of a
-            module's ``self.log`` are over training steps, of which each may hold several of those.
+    By default at the trainer's ``global_step``, which counts the steps of optimizers; the curves of a module's
+    ``self.log`` are over training steps, of which each may hold several of those.
     """
     step = trainer.global_step if step is None else step
     for logger in trainer.loggers:
@@ -92,23 +82,16 @@ def log_table(trainer: Trainer, key: str, columns: Sequence[str], rows: Sequence
         if isinstance(logger, WandbLogger):
             import wandb
 
-            def show(value: Any) -> Any:
-                return wandb.Image(value) if isinstance(value, np.ndarray) else value
-
-            data = [[show(value) for value in row] for row in rows]
+            data = [[wandb.Image(value) if isinstance(value, np.ndarray) else value for value in row] for row in rows]
             logger.log_table(key, columns=list(columns), data=data, step=trainer.global_step)
 
 
 def log_artifact(
     trainer: Trainer, name: str, paths: Sequence[Path], *, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Give files to W&B, the only logger that takes them, as a version of one artifact of type ``dataset``.
+    """Give files and whole folders, each under its own name, to W&B, the only logger that takes them.
 
-    Args:
-        trainer: whose loggers.
-        name: of the artifact; what W&B does not allow in a name becomes ``_``.
-        paths: files, and folders with all that is in them; each under its own name.
-        metadata: plain numbers and words shown beside it.
+    They are a version of one artifact of type ``dataset``; what W&B does not allow in a name becomes ``_``.
     """
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):

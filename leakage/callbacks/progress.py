@@ -16,6 +16,8 @@ from leakage.solvers import STATUS
 if TYPE_CHECKING:
     from leakage.inversion.gradient_inversion import GradientInversion
 
+# Of `get_metrics` in Lightning.
+_Metrics = dict[str, int | str | float | dict[str, float]]
 # Seconds between two updates: a training step takes a few milliseconds, a line on the screen one.
 _PAUSE = 0.1
 # The same where the bar goes to a file or a pipe, in which no update replaces the one before.
@@ -25,14 +27,8 @@ _PAUSE_IN_A_FILE = 30.0
 class RunProgressBar(TQDMProgressBar):
     """One bar over a run of a single epoch, which counts what the module counts rather than batches.
 
-    The bar stays on the screen when the run is over. A subclass says what is counted, and in
-    ``get_metrics`` what is told behind the bar.
-
-    Args:
-        refresh_rate: training steps between two updates, which are also at least 0.1 s apart; 0 turns
-            the bar off. In a file or a pipe they are at least 30 s apart.
-        process_position: lines to leave free above the bar.
-        name: what stands before the bar, by default what it counts.
+    A subclass says what is counted, and in ``get_metrics`` what is told behind the bar; its arguments are those of
+    :class:`AttackProgressBar`.
     """
 
     unit: str
@@ -112,10 +108,6 @@ class AttackProgressBar(RunProgressBar):
 
     unit = "victims"
 
-    def __init__(self, refresh_rate: int = 1, process_position: int = 0, *, name: str = "") -> None:
-        super().__init__(refresh_rate, process_position, name=name)
-        self._converged = (0, 0)
-
     def count(self, pl_module: LightningModule) -> tuple[int, int]:
         """Victims done, and all of them."""
         attack = cast("GradientInversion", pl_module)
@@ -129,17 +121,16 @@ class AttackProgressBar(RunProgressBar):
         """Off during ``fit``, the usual one in ``trainer.validate``."""
         return Tqdm(disable=True) if self.trainer.state.fn == "fit" else super().init_validation_tqdm()
 
-    def get_metrics(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> _Metrics:
         """What is told behind the bar."""
         attack = cast("GradientInversion", pl_module)
         success = [score.success for score in attack.scores.values() if score.final]
-        metrics: dict[str, int | str | float | dict[str, float]] = {}
+        metrics: _Metrics = {}
         if success:
             metrics["success"] = f"{100 * sum(success) / len(success):.1f} %"
         elif attack.num_done:
-            metrics["converged"] = f"{100 * self._count_converged(attack) / attack.num_done:.1f} %"
+            converged = int((attack.finished.status == STATUS.index("converged")).sum())
+            metrics["converged"] = f"{100 * converged / attack.num_done:.1f} %"
         metrics["iterations"] = attack.iteration
         metrics["running"] = attack.num_running
         return metrics
@@ -150,10 +141,3 @@ class AttackProgressBar(RunProgressBar):
         self.reset_dataloader_idx_tracker()
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.tell(trainer, pl_module)
-
-    def _count_converged(self, attack: GradientInversion) -> int:
-        # Putting all results together at every step would cost more than the step.
-        if self._converged[0] != attack.num_done:
-            count = int((attack.finished.status == STATUS.index("converged")).sum())
-            self._converged = (attack.num_done, count)
-        return self._converged[1]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,6 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.files.checkpoints import run_folder
 from leakage.files.whole import check_output, remove_partials
+
+if TYPE_CHECKING:
+    from leakage.inversion.gradient_inversion import GradientInversion
 
 
 class ResultsCallback(Callback):
@@ -87,12 +92,60 @@ class ResultsCallback(Callback):
         return True
 
 
-def ground_truth(trainer: Trainer) -> Iterator[GroundTruth]:
-    """Batches of the validation dataloaders, where there is a ground truth."""
-    # The loaders of several processes show each its own victims.
-    several = trainer.world_size > 1 and isinstance(getattr(trainer, "datamodule", None), VictimDataModule)
-    loaders = trainer.datamodule.val_dataloader() if several else trainer.val_dataloaders  # type: ignore[attr-defined]
-    for loader in loaders if isinstance(loaders, list | tuple) else [] if loaders is None else [loaders]:
-        for batch in loader:
-            if isinstance(batch, GroundTruth):
-                yield batch
+class VictimResultsCallback(ResultsCallback):
+    """Writes what came of the victims of an attack at each validation and when the run ends, however it ends."""
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Note the truth."""
+        if trainer.is_global_zero and isinstance(batch, GroundTruth):
+            self._note(batch)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what is done."""
+        if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._write_results(trainer, cast("GradientInversion", pl_module), over=False)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write everything, what could not be written before and what is not finished included."""
+        if trainer.is_global_zero:
+            self._write_results(trainer, cast("GradientInversion", pl_module), over=True)
+        super().on_fit_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what there is."""
+        # An exception before `setup` leaves neither a folder nor results.
+        if self._folder is not None and trainer.is_global_zero:
+            self._write_results(trainer, cast("GradientInversion", pl_module), over=True)
+
+    @abstractmethod
+    def _note(self, batch: GroundTruth) -> None:
+        """Keep the truth of the victims that are wanted."""
+
+    @abstractmethod
+    def _write_results(self, trainer: Trainer, attack: GradientInversion, *, over: bool) -> None:
+        """Write what is done and, if the run is ``over``, what is not finished; in the first process."""
+
+    def _look_up_truth(self, trainer: Trainer, are_known: Callable[[], bool]) -> None:
+        """Note the truth of victims that no validation has shown yet, as when the run is interrupted."""
+        if are_known():
+            return
+        # The loaders of several processes show each its own victims.
+        several = trainer.world_size > 1 and isinstance(getattr(trainer, "datamodule", None), VictimDataModule)
+        try:
+            loaders = trainer.datamodule.val_dataloader() if several else trainer.val_dataloaders  # type: ignore[attr-defined]
+            loaders = loaders if isinstance(loaders, list | tuple) else [] if loaders is None else [loaders]
+            for batch in itertools.chain.from_iterable(loaders):
+                if isinstance(batch, GroundTruth):
+                    self._note(batch)
+                if are_known():
+                    return
+        except (OSError, RuntimeError, ValueError) as error:
+            rank_zero_warn(f"The truth is left out of {self.files[0]} since it could not be read: {error}")

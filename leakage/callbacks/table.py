@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, tensor
 
 from leakage.callbacks.loggers import log_table
-from leakage.callbacks.results import ResultsCallback, ground_truth
+from leakage.callbacks.results import VictimResultsCallback
 from leakage.datamodules.base import GroundTruth
 from leakage.files.text import write_csv
 from leakage.inversion.reconstruction import Reconstruction
@@ -24,20 +24,9 @@ if TYPE_CHECKING:
     from leakage.inversion.gradient_inversion import GradientInversion
 
 COLUMNS = (
-    "victim",
-    "labels_true",
-    "labels_recovered",
-    "label_accuracy",
-    "mse",
-    "psnr",
-    "ssim",
-    "success",
-    "loss",
-    "iterations",
-    "evaluations",
-    "restarts",
-    "status",
-)
+    "victim", "labels_true", "labels_recovered", "label_accuracy", "mse", "psnr", "ssim", "success",
+    "loss", "iterations", "evaluations", "restarts", "status",
+)  # fmt: skip
 
 # Files are written when so many further victims are done, and this share of those that were: as `victims.csv` is
 # written anew each time, what is written in all stays in proportion to the victims.
@@ -46,7 +35,7 @@ _PER_FILE, _GROWTH = 256, 8
 _ROWS_WITH_IMAGES = 100
 
 
-class VictimTable(ResultsCallback):
+class VictimTable(VictimResultsCallback):
     """Writes what came of each victim, while the run goes on and when it ends, however it ends.
 
     Files in ``output``:
@@ -57,23 +46,20 @@ class VictimTable(ResultsCallback):
       victim's images), ``success`` (share of its images under the threshold), ``loss`` (the attack's
       own objective), ``iterations``, ``evaluations``, ``restarts`` and ``status``. Without ground
       truth the columns that need it are empty.
-    - ``reconstructions/part_0000.safetensors`` and so on, each a
-      :class:`~leakage.inversion.Reconstruction` of at least 256 victims but for the last, in the order they
-      finished.
+    - ``reconstructions/part_0000.safetensors`` and so on, each a :class:`~leakage.inversion.Reconstruction` of at
+      least 256 victims but for the last, in the same order.
 
     After an interrupt, or where the Trainer's limits ended the run, ``victims.csv`` ends with the victims
     that were still running (status ``running``), and ``reconstructions/unfinished.safetensors`` holds their
-    best iterates so far. Of several processes these are the first one's; what the others were searching for, and
-    after an interrupt what they had found, is in the checkpoint only.
+    best iterates so far.
 
     They are written whenever 256 further victims are done, and an eighth more than at the last time; after every
-    validation (which brings the scores) and when the run ends; of several processes the first one writes, what the
-    others have found at the end. W&B gets the same rows as a table with the key ``victims`` at the end, the first 100
-    of them with the true and the reconstructed images.
+    validation (which brings the scores) and when the run ends. W&B gets the same rows as a table with the key
+    ``victims`` at the end, the first 100 of them with the true and the reconstructed images. Of several processes the
+    first one writes: at the end what all have found, after an interrupt its own, the rest being in the checkpoint.
 
-    Each file is written whole or not at all, and ``victims.csv`` anew each time: a run that is
-    killed and resumed neither repeats nor loses a row. A run that starts from the beginning
-    replaces the files of an earlier one in the same folder, after a warning.
+    Each file is written whole or not at all: a run that is killed and resumed neither repeats nor loses a row. A run
+    that starts from the beginning replaces the files of an earlier one in the same folder, after a warning.
 
     Args:
         output: the folder, see :class:`~leakage.callbacks.ResultsCallback`.
@@ -126,52 +112,31 @@ class VictimTable(ResultsCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Write what is done, if that fills a file."""
         attack = cast("GradientInversion", pl_module)
-        if attack.num_done - self._tried >= max(_PER_FILE, self._tried // _GROWTH):
+        if trainer.is_global_zero and attack.num_done - self._tried >= max(_PER_FILE, self._tried // _GROWTH):
             self._tried = attack.num_done
             self._save(trainer, attack, complete=True)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Note the true labels, and the images that go to W&B."""
-        if trainer.is_global_zero and isinstance(batch, GroundTruth):
-            self._note(batch)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what is done, now with its scores."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._save(trainer, cast("GradientInversion", pl_module))
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write everything, what could not be written before included, and log the table."""
-        attack = cast("GradientInversion", pl_module)
         if trainer.is_global_zero:
             self._write(self._unfinished, lambda path: path.unlink(missing_ok=True))
-        self._save(trainer, attack)
-        # The Trainer's own limits (max_steps, max_time) end a run before all victims are done.
-        self._save_unfinished(trainer, attack)
-        self._log(trainer, cast("GradientInversion", pl_module))
         super().on_fit_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Score, write and log the victims that are done."""
-        # An exception before `setup` leaves neither a folder nor results.
-        if self._folder is None:
-            return
-        attack = cast("GradientInversion", pl_module)
-        try:
-            attack.score_finished()
-        except (OSError, RuntimeError, ValueError) as error:
-            rank_zero_warn(f"What was done when the run broke off could not be scored: {error}")
+        if self._folder is not None:
+            try:
+                cast("GradientInversion", pl_module).score_finished()
+            except (OSError, RuntimeError, ValueError) as error:
+                rank_zero_warn(f"What was done when the run broke off could not be scored: {error}")
+        super().on_exception(trainer, pl_module, exception)
+
+    def _write_results(self, trainer: Trainer, attack: GradientInversion, *, over: bool) -> None:
         self._save(trainer, attack)
-        self._save_unfinished(trainer, attack)
-        self._log(trainer, attack)
+        if over:
+            # The Trainer's own limits (max_steps, max_time) end a run before all victims are done.
+            self._save_unfinished(trainer, attack)
+            self._log(trainer, attack)
 
     def _note(self, batch: GroundTruth) -> None:
         for victim, images, labels in zip(batch.ids.tolist(), batch.images, batch.labels.tolist(), strict=True):
@@ -181,10 +146,10 @@ class VictimTable(ResultsCallback):
 
     def _save(self, trainer: Trainer, attack: GradientInversion, *, complete: bool = False) -> None:
         """Write the victims that are done; ``complete`` says that the next go to the next file."""
-        if not trainer.is_global_zero or not attack.num_done:
+        if not attack.num_done:
             return
         finished = attack.finished
-        self._look_up_truth(trainer, finished)
+        self._look_up_truth(trainer, lambda: self._labels.keys() >= {*finished.ids.tolist()})
         new = [index for index, victim in enumerate(finished.ids.tolist()) if victim not in self._saved]
         part = self._part(self._files)
         for path in self._earlier:
@@ -203,9 +168,9 @@ class VictimTable(ResultsCallback):
         """Write the best iterates so far of the victims that were still running."""
         running = attack.current()
         running = running.select(running.iterations > 0)
-        if not trainer.is_global_zero or not len(running):
+        if not len(running):
             return
-        self._look_up_truth(trainer, running)
+        self._look_up_truth(trainer, lambda: self._labels.keys() >= {*running.ids.tolist()})
         self._write(self._unfinished, running.save)
         rows = self._rows(attack, attack.finished) + self._rows(attack, running)
         self._write(self.folder / "victims.csv", lambda path: write_csv(path, COLUMNS, rows))
@@ -225,52 +190,27 @@ class VictimTable(ResultsCallback):
     def _unfinished(self) -> Path:
         return self.folder / "reconstructions" / "unfinished.safetensors"
 
-    def _look_up_truth(self, trainer: Trainer, finished: Reconstruction) -> None:
-        """The truth of victims that no validation has shown yet, as when the run is interrupted."""
-        if self._labels.keys() >= set(finished.ids.tolist()):
-            return
-        try:
-            for batch in ground_truth(trainer):
-                self._note(batch)
-        except (OSError, RuntimeError, ValueError) as error:
-            rank_zero_warn(f"The true labels are left out of victims.csv since they could not be read: {error}")
-
-    def _rows(self, attack: GradientInversion, finished: Reconstruction) -> list[list[Any]]:
+    def _rows(self, attack: GradientInversion, found: Reconstruction) -> list[list[Any]]:
         rows = []
-        for index, victim in enumerate(finished.ids.tolist()):
-            score = attack.scores.get(victim)
-            unfinished = STATUS[int(finished.status[index])] == "running"
-            scored = (
-                [None] * 5
-                if score is None or not (score.final or unfinished)
-                else [score.label_accuracy, score.mse, score.psnr, score.ssim, score.success]
-            )
-            rows.append(
-                [
-                    victim,
-                    _show(self._labels.get(victim)),
-                    _show(finished.labels[index].tolist()),
-                    *scored,
-                    float(finished.loss[index]),
-                    int(finished.iterations[index]),
-                    int(finished.evaluations[index]),
-                    int(finished.restarts[index]),
-                    STATUS[int(finished.status[index])],
-                ]
-            )
+        for index, victim in enumerate(found.ids.tolist()):
+            score, status = attack.scores.get(victim), STATUS[int(found.status[index])]
+            scored: list[float | None] = [None] * 5
+            if score is not None and (score.final or status == "running"):
+                scored = [score.label_accuracy, score.mse, score.psnr, score.ssim, score.success]
+            labels = [_show(self._labels.get(victim)), _show(found.labels[index].tolist())]
+            counts = [int(count[index]) for count in (found.iterations, found.evaluations, found.restarts)]
+            rows.append([victim, *labels, *scored, float(found.loss[index]), *counts, status])
         return rows
 
     def _log(self, trainer: Trainer, attack: GradientInversion) -> None:
-        if not trainer.is_global_zero or not trainer.loggers or self._logged == attack.num_done:
+        if not trainer.loggers or self._logged == attack.num_done:
             return
         finished = attack.finished
         rows = self._rows(attack, finished)
         for index, row in enumerate(rows):
-            pictures: list[NDArray[np.uint8] | None] = [None, None]
-            if index < _ROWS_WITH_IMAGES:
-                truth = self._truth.get(row[0])
-                pictures = [None if truth is None else _strip(truth), _strip(finished.images[index])]
-            row.extend(pictures)
+            truth = self._truth.get(row[0])
+            pictures = [None if truth is None else _strip(truth), _strip(finished.images[index])]
+            row += pictures if index < _ROWS_WITH_IMAGES else [None, None]
         log_table(trainer, "victims", [*COLUMNS, "truth", "reconstruction"], rows)
         self._logged = attack.num_done
 

@@ -29,11 +29,10 @@ class TimedCheckpoint(Checkpoint):
     end the run; and the next one after a signal has asked the process to end, SIGTERM as a scheduler sends it some
     seconds before it kills, or SIGINT (Ctrl-C). Then the run ends, by a ``SystemExit`` with the code 143 or by a
     ``KeyboardInterrupt``, and goes on from this very step when it is resumed. A second Ctrl-C does not wait for the end
-    of the step; then, as when the process is killed, the last checkpoint stands. A signal after the last step ends the
-    program when the results are written. What Lightning does when SLURM is about to requeue the job, which is a
-    checkpoint and the requeue, waits for the end of the step, too. A signal for which the program has a
-    handler of its own is left to that. In one process it also writes when an error ends the run between two steps, as
-    one of a logger does.
+    of the step; then the last checkpoint stands. A signal after the last step ends the program when the results are
+    written. Lightning's checkpoint and requeue in a SLURM job wait for the end of the step, too. A signal for which the
+    program has a handler of its own is left to that. In one process it also writes when an error ends the run between
+    two steps, as one of a logger does.
 
     A checkpoint that can't be written, on a full disk say, does not end the run: it warns, and tries again when as much
     time has passed. The earlier one is left as it was, where the Trainer has the plugin :class:`WholeCheckpointIO`.

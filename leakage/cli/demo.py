@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientInversion, IDLGAttack
 from leakage.cli import quiet
-from leakage.comparison.attacks import FILES, compare, format_table
+from leakage.comparison import FILES, format_table, run_attack, write_overview
 from leakage.datamodules import Victims
 from leakage.files.whole import check_output
 
@@ -42,7 +43,12 @@ def demo(arguments: Sequence[str]) -> None:
         f"DLG, iDLG and Gauss-Newton on {given.victims} FashionMNIST images, a fresh random LeNet for each:", flush=True
     )
     try:
-        rows = compare(compared, victims, given.output, dataset="sample", accelerator="cpu")
+        options: dict[str, Any] = {"dataset": "sample", "accelerator": "cpu", "enable_checkpointing": False}
+        for name in FILES:
+            (given.output / name).unlink(missing_ok=True)
+        found = [run_attack(name, one, victims, given.output / name, **options) for name, one in compared.items()]
+        rows = [row for row in found if row is not None]
+        write_overview(given.output, rows, victims)
     except (KeyboardInterrupt, SystemExit):
         # Each attack has its folder, with what was done when the interrupt came.
         begun = [str(given.output / name) for name in compared if (given.output / name / "victims.csv").is_file()]

@@ -65,7 +65,3 @@ def load(command: str) -> Callable[[Sequence[str]], None]:
     finally:
         gc.enable()
     return run
-
-
-if __name__ == "__main__":
-    main()

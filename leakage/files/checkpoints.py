@@ -90,14 +90,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def check_checkpoint(checkpoint: Mapping[str, Any], module: str, options: Mapping[str, Any], precision: object) -> None:
-    """Raise a ``ValueError`` unless the checkpoint is of this module, with these options, in this precision.
-
-    Args:
-        checkpoint: as Lightning hands it to ``on_load_checkpoint``.
-        module: the name of the class.
-        options: its hyper-parameters.
-        precision: the Trainer's.
-    """
+    """Raise a ``ValueError`` unless the checkpoint is of this module, with these options, in this precision."""
     saved, stored = checkpoint.get("leakage", {}), checkpoint.get("hyper_parameters", {})
     if saved.get("module") != module:
         raise ValueError(f"Expected a checkpoint of {module}, but got one of {saved.get('module', 'another module')}.")
@@ -134,12 +127,7 @@ def restoring(what: str) -> Iterator[None]:
 
 
 def check_like(what: str, found: Any, like: Mapping[str, Tensor]) -> None:
-    """Raise a ``ValueError`` unless tensors have the names, types and shapes of others.
-
-    Args:
-        what: what they are called in the message.
-        found: of the checkpoint.
-        like: as the run would make them.
+    """Raise a ``ValueError`` unless a checkpoint's tensors have the names, types and shapes of others.
 
     Example:
         >>> check_like("the lanes", {"loss": torch.zeros(3)}, {"loss": torch.zeros(2)})

@@ -22,13 +22,7 @@ _QUOTED = 300
 def write_safetensors(
     path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file whole or not at all, so that a full disk spoils nothing.
-
-    Args:
-        path: of the file; its folder is made.
-        kind: the ``format`` in the header, beside the ``version``.
-        tensors: by name.
-        header: further entries.
+    """Write a safetensors file whole or not at all, with its ``kind`` as the ``format`` in the header.
 
     Raises:
         OSError: the file can't be written.

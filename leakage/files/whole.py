@@ -13,8 +13,7 @@ from pathlib import Path
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Where to write a file that takes its place at once when it is whole; until then an earlier one stays.
 
-    Args:
-        path: of the file; its folder is made.
+    Its folder is made.
 
     Raises:
         OSError: the file can't be written; nothing is left of it.

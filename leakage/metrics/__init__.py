@@ -1,6 +1,5 @@
 """Scores of reconstructions, per image, matched one-to-one, and of labels; over victims with confidence intervals."""
 
-from leakage.metrics.collection import ReconstructionMetrics
 from leakage.metrics.estimates import (
     Estimate,
     MeanOverVictims,
@@ -10,7 +9,7 @@ from leakage.metrics.estimates import (
 )
 from leakage.metrics.labels import LabelMetrics, LabelScore, score_labels, trivial_score
 from leakage.metrics.matching import match
-from leakage.metrics.scores import PSNR_LIMIT, SUCCESS_THRESHOLD, Scores, VictimScore, score
+from leakage.metrics.scores import PSNR_LIMIT, SUCCESS_THRESHOLD, ReconstructionMetrics, Scores, VictimScore, score
 
 __all__ = [
     "PSNR_LIMIT",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from scipy.special import ndtri, stdtrit
@@ -15,8 +15,6 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 
 # Both sides of a 95 % interval leave 2.5 % outside.
 _QUANTILE = 0.975
-
-Score = TypeVar("Score")
 
 
 class Estimate(NamedTuple):
@@ -119,17 +117,12 @@ class _OverVictims(Metric):
         _check_values(values)
         self.values.append(values.detach().to(self.device, self.dtype))
 
-    def _all(self) -> Tensor:
-        """The values of all victims, in double precision on the CPU (some devices have none)."""
-        # Synchronised over processes the state is one tensor, else a list, empty before any update.
-        values = dim_zero_cat(self.values) if len(self.values) else torch.empty(0)
-        return values.cpu().double()
-
     def compute(self) -> Estimate:
         """The estimate over all victims so far, of every process."""
-        values = self._all()
-        value = values.mean().item()
-        return Estimate(value, *self._interval(values), victims=len(values))
+        # Synchronised over processes the state is one tensor, else a list, empty before any update. In double precision
+        # on the CPU, since some devices have none.
+        values = (dim_zero_cat(self.values) if len(self.values) else torch.empty(0)).cpu().double()
+        return Estimate(values.mean().item(), *self._interval(values), victims=len(values))
 
     def _interval(self, values: Tensor) -> tuple[float, float]:
         raise NotImplementedError
@@ -196,37 +189,35 @@ class ShareOverVictims(_OverVictims):
         return wilson_interval(values.mean().item(), len(values))
 
 
-class ScoresOverVictims(WrapperMetric, Generic[Score]):
-    """An estimate for each of several scores of victims.
+class ScoresOverVictims(WrapperMetric):
+    """An estimate for each of several scores of victims, which are attributes of the same name of a ``kind``."""
 
-    Args:
-        kind: the class whose instances hold the scores of one victim.
-        estimates: name to the attribute of ``kind`` and the metric of its values over victims.
-    """
+    kind: ClassVar[type]
 
-    def __init__(self, kind: type[Score], estimates: Mapping[str, tuple[str, Metric]]) -> None:
+    def __init__(self, **estimates: _OverVictims) -> None:
         super().__init__()
-        self.kind = kind
-        self.attributes = {name: attribute for name, (attribute, _) in estimates.items()}
-        self.estimates = nn.ModuleDict({name: metric for name, (_, metric) in estimates.items()})
+        self.estimates = nn.ModuleDict(estimates)
 
-    def update(self, scores: Iterable[Score]) -> None:
+    def _metrics(self) -> Iterator[tuple[str, _OverVictims]]:
+        return ((name, cast(_OverVictims, metric)) for name, metric in self.estimates.items())
+
+    def update(self, scores: Iterable[Any]) -> None:
         """Add the scores of further victims."""
         scores = list(scores)
         for one in scores:
             if not isinstance(one, self.kind):
                 raise TypeError(f"Expected `scores` to hold {self.kind.__name__}s, but got {type(one).__name__}.")
-        for name, metric in self.estimates.items():
-            cast(_OverVictims, metric).update(torch.tensor([getattr(one, self.attributes[name]) for one in scores]))
+        for name, metric in self._metrics():
+            metric.update(torch.tensor([getattr(one, name) for one in scores]))
 
-    def by_name(self) -> dict[str, Estimate]:
-        """The estimates over all victims so far."""
-        return {name: cast(_OverVictims, metric).compute() for name, metric in self.estimates.items()}
+    def compute(self) -> dict[str, Any]:
+        """The estimates over all victims so far, by the scores' names."""
+        return {name: metric.compute() for name, metric in self._metrics()}
 
     def reset(self) -> None:
         """Forget all victims."""
-        for metric in self.estimates.values():
-            cast(_OverVictims, metric).reset()
+        for _, metric in self._metrics():
+            metric.reset()
 
 
 def _check_values(values: Tensor) -> None:

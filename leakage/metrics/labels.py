@@ -10,7 +10,7 @@ from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from leakage.errors import check_count
-from leakage.metrics.estimates import Estimate, ScoresOverVictims, ShareOverVictims, wilson_interval
+from leakage.metrics.estimates import ScoresOverVictims, ShareOverVictims, wilson_interval
 
 
 @dataclass
@@ -118,9 +118,8 @@ def trivial_score(labels: Tensor, num_classes: int) -> list[LabelScore]:
     - LnAcc: for every class the likeliest count, :math:`\lfloor N / K \rfloor`, a mode of
       Binomial(N, 1/K). These need not sum to N.
 
-    The last two are why LeAcc and LnAcc need it beside them: at 24 images of 100 classes a class is
-    absent with a chance of :math:`.99^{24} = .79`, so "nothing at all" scores about .79. On labels that are
-    not uniform, such as those of a single class, it is the same guess, which knows nothing of that.
+    On labels that are not uniform, such as those of a single class, it is the same guess, which knows
+    nothing of that.
 
     Args:
         labels: ``(V, N)``, the true class indices from 0 to K - 1, in any order.
@@ -164,11 +163,11 @@ class _ClusteredShareOverVictims(ShareOverVictims):
         return wilson_interval(values.mean().item(), worth)
 
 
-class LabelMetrics(ScoresOverVictims[LabelScore]):
+class LabelMetrics(ScoresOverVictims):
     r"""The means of all label scores over victims, each with its 95 % confidence interval.
 
     ``update`` takes the :class:`LabelScore` of further victims, each victim once; ``compute`` gives,
-    over all victims of all processes, an :class:`Estimate` for each of ``irec``, ``leacc``, ``lnacc``
+    over all victims of all processes, an :class:`~leakage.metrics.Estimate` for each of ``irec``, ``leacc``, ``lnacc``
     and ``exact``, from 0 to 1.
 
     A victim's score is the mean of many yes or no, which hang together as much as they do. Wilson's
@@ -200,12 +199,10 @@ class LabelMetrics(ScoresOverVictims[LabelScore]):
         (0.75, 0.5, 2)
     """
 
-    def __init__(self) -> None:
-        super().__init__(LabelScore, {name: (name, _ClusteredShareOverVictims()) for name in _NAMES})
+    kind = LabelScore
 
-    def compute(self) -> dict[str, Estimate]:
-        """The estimates over all victims so far, by the scores' names."""
-        return self.by_name()
+    def __init__(self) -> None:
+        super().__init__(**{name: _ClusteredShareOverVictims() for name in _NAMES})
 
 
 def _true_counts(labels: Tensor, num_classes: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a reconstruction is worth: scores of every image, and of every victim."""
+"""What a reconstruction is worth: scores of every image, of every victim, and over victims."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from leakage.errors import check_positive
+from leakage.metrics.estimates import MeanOverVictims, ScoresOverVictims, ShareOverVictims
 from leakage.metrics.matching import check_images, match, score_dtype
 
 #: PSNR is kept within plus and minus this many dB, so that means stay finite: 150 dB is an MSE of
@@ -164,6 +165,66 @@ def score(reconstructed_images: Tensor, reconstructed_labels: Tensor, images: Te
         ssim=ssim.where(finite & torch.isfinite(ssim), -1.0).clamp(-1, 1).view_as(order),
         label_correct=reconstructed_labels.to(images.device)[victims, order] == labels.to(images.device),
     )
+
+
+class ReconstructionMetrics(ScoresOverVictims):
+    """The means of all scores over victims, each with its 95 % confidence interval, ready for ``log_dict``.
+
+    ``update`` takes the :class:`VictimScore` of further victims, each victim once; ``compute`` gives,
+    over all victims of all processes, for each metric the keys ``name``, ``name_low`` and
+    ``name_high``, and once ``victims``:
+
+    ================== ================ ===================== ==========
+    name               values           unit                  interval
+    ================== ================ ===================== ==========
+    ``mse``            at least 0       (image values)²       Student
+    ``psnr``           -150 to 150      dB                    Student
+    ``ssim``           -1 to 1          none                  Student
+    ``label_accuracy`` 0 to 1           share of images       Wilson
+    ``success_rate``   0 to 1           share of images       Wilson
+    ================== ================ ===================== ==========
+
+    Args:
+        prefix: goes before each key, such as ``"val/"``.
+
+    Raises:
+        TypeError: at ``update``, anything but VictimScores.
+
+    Example:
+        >>> metrics = ReconstructionMetrics(prefix="val/")
+        >>> metrics.update([VictimScore(mse=1e-5, psnr=50.0, ssim=1.0, label_accuracy=1.0, success=1.0)])
+        >>> metrics.update([VictimScore(mse=1e-1, psnr=10.0, ssim=0.1, label_accuracy=1.0, success=0.0)])
+        >>> logged = metrics.compute()
+        >>> list(logged)[:4]
+        ['val/victims', 'val/mse', 'val/mse_low', 'val/mse_high']
+        >>> logged["val/psnr"], logged["val/success_rate"], logged["val/victims"]
+        (30.0, 0.5, 2)
+    """
+
+    kind = VictimScore
+
+    def __init__(self, *, prefix: str = "") -> None:
+        super().__init__(
+            mse=MeanOverVictims(),
+            psnr=MeanOverVictims(),
+            ssim=MeanOverVictims(),
+            label_accuracy=ShareOverVictims(),
+            success=ShareOverVictims(),
+        )
+        self.prefix = prefix
+
+    def compute(self) -> dict[str, float]:
+        """The estimates over all victims so far, as a flat dictionary."""
+        logged: dict[str, float] = {}
+        for score, estimate in super().compute().items():
+            name = "success_rate" if score == "success" else score
+            logged |= {
+                f"{self.prefix}victims": estimate.victims,
+                f"{self.prefix}{name}": estimate.value,
+                f"{self.prefix}{name}_low": estimate.low,
+                f"{self.prefix}{name}_high": estimate.high,
+            }
+        return logged
 
 
 def _ssim(found: Tensor, truth: Tensor) -> Tensor:

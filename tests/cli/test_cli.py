@@ -14,7 +14,7 @@ from torchvision.models import resnet18
 from leakage import Victim
 from leakage.attacks import IDLGAttack
 from leakage.cli.main import main
-from leakage.comparison.attacks import FILES
+from leakage.comparison import FILES
 from leakage.inversion.reconstruction import Reconstruction
 
 ROOT = Path(__file__).parents[2]

@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+# As for a script that is run; none of their modules goes by the name of another.
+sys.path += [str(EXPERIMENTS / folder) for folder in ("comparison", "condensation")]
 
 
 def load(path: str) -> ModuleType:

@@ -94,7 +94,7 @@ def test_goes_on_and_refuses_to_overwrite(
     said = refused(script, capsys, *arguments, "--resume", "--rule", "geng")
     assert "`attack.rule`: 'auto' there, 'geng' here" in said
     before = rows_of(output)
-    monkeypatch.setattr("leakage.comparison.attacks._run", None)
+    monkeypatch.setattr("comparing.run_attack", None)
     script.main([*arguments, "--resume"])
     assert rows_of(output) == before, "taken from disk"
 

@@ -149,7 +149,7 @@ def test_goes_on_and_refuses_to_overwrite(
     assert "Expected" in said
     assert "configuration" in said
     before = rows_of(output)
-    monkeypatch.setattr("leakage.comparison.attacks._run", None)
+    monkeypatch.setattr("comparing.run_attack", None)
     monkeypatch.setattr(reach, "diagnose", None)
     reach.main([*arguments, "--resume"])
     assert rows_of(output) == before, "taken from disk"

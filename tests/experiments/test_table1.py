@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.utils import save_image
 
-from leakage.comparison.attacks import FILES
+from leakage.comparison import FILES
 from leakage.inversion.reconstruction import Reconstruction
 
 

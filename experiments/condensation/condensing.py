@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from torch import nn
 
 from leakage.callbacks import CondensationProgressBar, SyntheticEvaluation, SyntheticImages, read_accuracies
 from leakage.callbacks.timed_checkpoint import TimedCheckpoint
-from leakage.comparison.attacks import align, check_output, check_trainer, read_record, trainer_defaults
+from leakage.comparison import align
 from leakage.condensation import (
     GradientMatchingCondensation,
     SiameseAugmentation,
@@ -29,7 +30,11 @@ from leakage.condensation import (
 from leakage.datamodules import LabelledImages
 from leakage.errors import check_choice, check_count
 from leakage.files.text import write_json
+from leakage.files.whole import check_output
 from leakage.plots import plot_accuracy, save_figure
+
+sys.path.append(str(Path(__file__).parents[1] / "comparison"))
+from records import check_trainer, read_record, trainer_defaults
 
 # Of rows with `accuracy_std` and `accuracy_ci`.
 Row = TypeVar("Row")
@@ -253,7 +258,7 @@ def accuracy_cells(mean: float, std: float, interval: tuple[float, float]) -> tu
 
 
 def read_accuracy_row(folder: Path, configuration: dict[str, Any], kind: type[Row]) -> Row | None:
-    """The row of a finished run as :func:`~leakage.comparison.attacks.read_record` reads it, None if there is none.
+    """The row of a finished run as :func:`read_record` reads it, None if there is none.
 
     One network has neither standard deviation nor interval, and JSON no numbers for that: they are null in the file.
     """

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import _read_row, compare  # in experiments/comparison, which conftest.py has put on the path
+from lightning import Trainer
+from records import holds_results
 
 from leakage import LeNet, Victim
 from leakage.attacks import DLGAttack, IDLGAttack
-from leakage.comparison import attacks as module
-from leakage.comparison.attacks import FILES, Row, compare, format_table, holds_results
+from leakage.comparison import FILES, Row, format_table
 from leakage.datamodules import SharedGradients, Victims
+from leakage.files.text import write_json
 
 COLUMNS = [
     "method",
@@ -114,13 +117,13 @@ def test_resumed_is_as_never_stopped(done: Path, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "summary.json").exists()
     assert (tmp_path / "idlg" / "last.ckpt").exists() == (at > 20)
     ran: list[str] = []
-    fit = module.Trainer.fit
+    fit = Trainer.fit
 
     def count(self: Any, attack: Any, **options: Any) -> None:
         ran.append(type(attack).__name__ + (" resumed" if options["ckpt_path"] else ""))
         fit(self, attack, **options)
 
-    monkeypatch.setattr(module.Trainer, "fit", count)
+    monkeypatch.setattr(Trainer, "fit", count)
     run(tmp_path, resume=True)
     assert ran == ["IDLGAttack resumed" if at > 20 else "IDLGAttack"], "DLG was done"
     whole, resumed = (json.loads((folder / "summary.json").read_text()) for folder in (done, tmp_path))
@@ -133,7 +136,7 @@ def test_resumed_is_as_never_stopped(done: Path, tmp_path: Path, monkeypatch: py
 
 def test_resuming_what_is_finished_runs_nothing(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: (done / name).read_bytes() for name in FILES}
-    monkeypatch.setattr(module.Trainer, "fit", None)
+    monkeypatch.setattr(Trainer, "fit", None)
     run(done, resume=True)
     assert {name: (done / name).read_bytes() for name in FILES} == before
 
@@ -235,11 +238,11 @@ def test_several_images_per_victim(tmp_path: Path) -> None:
 def test_what_is_no_number_is_null(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     row = replace(ROW, mse_median=float("inf"), psnr_mean=float("nan"), published_label_accuracy=None)
-    module.write_json(path, {"configuration": {}, "row": vars(row)})
+    write_json(path, {"configuration": {}, "row": vars(row)})
     assert "NaN" not in path.read_text()
     assert "Infinity" not in path.read_text()
     assert json.loads(path.read_text())["row"]["psnr_mean"] is None
-    again = module._read_row(tmp_path, {})
+    again = _read_row(tmp_path, {})
     assert again is not None
     assert again.label_accuracy_ci == row.label_accuracy_ci
     assert again.published_label_accuracy is None

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from condensing import condense, format_table  # in experiments/condensation, which conftest.py has put on the path
 
 from leakage.callbacks import read_accuracies
-from leakage.comparison.condensations import condense, format_table
 from leakage.condensation import (
     GradientMatchingCondensation,
     SiameseAugmentation,
@@ -97,7 +97,7 @@ def test_resuming_takes_what_is_finished_and_makes_the_rest(tmp_path: Path, monk
 
 def test_a_stopped_condensation_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tmp_path / "whole", ["dc"])
-    monkeypatch.setattr("leakage.comparison.condensations.TimedCheckpoint.__init__.__defaults__", (None, 1e-9))
+    monkeypatch.setattr("condensing.TimedCheckpoint.__init__.__defaults__", (None, 1e-9))
     with monkeypatch.context() as stopping:
         calls: list[int] = []
         original = GradientMatchingCondensation.training_step
@@ -163,7 +163,7 @@ def test_a_method_that_fails_leaves_what_the_others_made(tmp_path: Path, monkeyp
     def diverge(*args: Any, **options: Any) -> Any:
         raise FloatingPointError("Expected finite losses, but got nan")
 
-    monkeypatch.setattr("leakage.comparison.condensations.evaluate_full", diverge)
+    monkeypatch.setattr("condensing.evaluate_full", diverge)
     with pytest.raises(FloatingPointError):
         run(tmp_path, ["random", "full"])
     (row,) = json.loads((tmp_path / "summary.json").read_text())

@@ -1,0 +1,278 @@
+"""Several attacks on the same victims, side by side: figures of each, and files that show all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback, Timer
+
+from leakage.attacks import GradientInversion
+from leakage.callbacks import AttackProgressBar, Gallery, VictimTable
+from leakage.datamodules.base import GroundTruth, VictimDataModule
+from leakage.files.text import write_json, write_text
+from leakage.inversion.processes import is_first_process
+from leakage.inversion.reconstruction import Reconstruction
+from leakage.metrics import MeanOverVictims, ShareOverVictims, score
+from leakage.plots import plot_fidelity, plot_gallery, save_figure
+
+FILES = ("summary.json", "victims.csv", "gallery.png", "fidelity.png")
+# As the papers write the methods, in pictures and tables; others go by the name they are given.
+WRITTEN = {"dlg": "DLG", "idlg": "iDLG", "rgap": "R-GAP", "gauss_newton": "Gauss-Newton"}
+_GALLERY_ROWS = 8
+# Scores of a victim that are averaged.
+_ESTIMATES: dict[str, type[MeanOverVictims | ShareOverVictims]] = {
+    "label_accuracy": ShareOverVictims,
+    "success": ShareOverVictims,
+    "psnr": MeanOverVictims,
+    "ssim": MeanOverVictims,
+}
+
+
+@dataclass
+class Row:
+    """One attack's figures over all victims, a line of ``summary.json``.
+
+    Attributes:
+        method: the attack.
+        dataset: where the images come from.
+        protocol: ``"robust"`` or ``"published"``.
+        victims: number of victims.
+        label_accuracy: share of images whose label was recovered, 0 to 1.
+        label_accuracy_ci: its 95 % Wilson interval.
+        success_rate: share of images with an MSE under ``success_threshold``, 0 to 1.
+        success_rate_ci: its 95 % Wilson interval.
+        success_threshold: of the attack.
+        mse_median: median over victims.
+        psnr_mean: mean over victims, dB.
+        ssim_mean: mean over victims.
+        evaluations_per_victim: mean number of evaluations of the objective and its gradient.
+        seconds: time spent in training, over all sessions of a resumed run.
+        published_label_accuracy: the paper's figure, 0 to 1, where there is one.
+    """
+
+    method: str
+    dataset: str
+    protocol: str
+    victims: int
+    label_accuracy: float
+    label_accuracy_ci: tuple[float, float]
+    success_rate: float
+    success_rate_ci: tuple[float, float]
+    success_threshold: float
+    mse_median: float
+    psnr_mean: float
+    ssim_mean: float
+    evaluations_per_victim: float
+    seconds: float
+    published_label_accuracy: float | None = None
+
+
+def run_attack(
+    name: str,
+    attack: GradientInversion,
+    victims: VictimDataModule,
+    folder: Path,
+    *,
+    dataset: str,
+    published: float | None = None,
+    callbacks: Sequence[Callback] = (),
+    ckpt_path: str | None = None,
+    **trainer: Any,
+) -> Row | None:
+    """Run one attack, with its table, its gallery and a progress bar; its figures, in the first process alone.
+
+    Args:
+        name: of the attack.
+        attack: a fresh one.
+        victims: a DataModule with ground truth.
+        folder: of the attack's own files; those of an earlier run there are replaced.
+        dataset: what to call the data.
+        published: the paper's label accuracy, 0 to 1.
+        callbacks: further ones.
+        ckpt_path: a checkpoint to go on from.
+        **trainer: further options of the Trainer.
+    """
+    timer = Timer()
+    callbacks = [timer, VictimTable(folder), Gallery(folder), *callbacks]
+    if trainer.get("enable_progress_bar", True):
+        callbacks.append(AttackProgressBar(name=WRITTEN.get(name, name)))
+    defaults = {"max_epochs": 1, "num_sanity_val_steps": 0, "enable_model_summary": False, "logger": False}
+    runner = Trainer(callbacks=callbacks, **(defaults | trainer))
+    if ckpt_path is None and is_first_process():
+        for pattern in ("victims.csv", "gallery.png", "reconstructions/part_*.safetensors"):
+            for path in folder.glob(pattern):
+                path.unlink()
+    runner.fit(attack, datamodule=victims, ckpt_path=ckpt_path)
+    if not is_first_process():
+        return None
+    scores = list(attack.scores.values())
+
+    # A call is of this process alone: the first has the scores of all.
+    estimates = {}
+    for kind, metric in _ESTIMATES.items():
+        estimates[kind] = metric()(torch.tensor([getattr(victim, kind) for victim in scores]))
+    labels, success = estimates["label_accuracy"], estimates["success"]
+    return Row(
+        method=name,
+        dataset=dataset,
+        protocol=attack.hparams.get("protocol", "robust"),
+        victims=len(scores),
+        label_accuracy=labels.value,
+        label_accuracy_ci=(labels.low, labels.high),
+        success_rate=success.value,
+        success_rate_ci=(success.low, success.high),
+        success_threshold=attack.hparams["success_threshold"],
+        # What is not a number (an image that diverged) is the worst there is.
+        mse_median=statistics.median(math.inf if math.isnan(victim.mse) else victim.mse for victim in scores),
+        psnr_mean=estimates["psnr"].value,
+        ssim_mean=estimates["ssim"].value,
+        evaluations_per_victim=attack.finished.evaluations.double().mean().item(),
+        seconds=timer.time_elapsed("train"),
+        published_label_accuracy=published,
+    )
+
+
+def write_overview(folder: Path, rows: Sequence[Row], victims: VictimDataModule) -> None:
+    """Write what shows all methods at once, from the rows and the files of each in its folder within ``folder``.
+
+    These are ``summary.json`` (the rows; what is not a finite number is null), ``victims.csv`` (one row per victim and
+    method), ``gallery.png`` (truth and every method's reconstruction) and ``fidelity.png`` (share of victims under an
+    MSE threshold, over the threshold).
+
+    Raises:
+        ValueError: files that are damaged, or not of all victims.
+        OSError: a file that can't be written.
+    """
+    tables = {row.method: _read_table(folder / row.method / "victims.csv", victims.victims) for row in rows}
+    columns = list(tables[rows[0].method][0])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["method", *columns])
+    for name, table in tables.items():
+        writer.writerows([name, *(line[column] for column in columns)] for line in table)
+    write_text(folder / "victims.csv", text.getvalue())
+    curves = {
+        WRITTEN.get(name, name): torch.tensor([float(line["mse"]) for line in table]) for name, table in tables.items()
+    }
+    dataset = rows[0].dataset
+    save_figure(plot_fidelity(curves, title=f"{dataset}: fidelity of the reconstructions"), folder / "fidelity.png")
+    _gallery(folder, list(tables), victims, dataset)
+    write_json(folder / "summary.json", [asdict(row) for row in rows])
+
+
+def read_reconstructions(folder: Path, victims: Sequence[int]) -> Reconstruction:
+    """What a method made of some victims, in this order, from the files of :class:`~leakage.callbacks.VictimTable`.
+
+    Raises:
+        ValueError: they are not all there.
+    """
+    parts = [Reconstruction.load(path) for path in sorted((folder / "reconstructions").glob("part_*.safetensors"))]
+    found = Reconstruction.cat(parts) if parts else Reconstruction.empty()
+    place = {victim: index for index, victim in enumerate(found.ids.tolist())}
+    if not place.keys() >= set(victims):
+        raise ValueError(
+            f"Expected '{folder / 'reconstructions'}' to hold the reconstructions of all victims, but got "
+            f"{len(place)} of them. Remove '{folder}' to run this method again."
+        )
+    return found.select(torch.tensor([place[victim] for victim in victims]))
+
+
+def format_table(rows: list[Row]) -> str:
+    """The rows as a table for the terminal, label accuracy and success with their 95 % intervals."""
+    success = " / ".join(dict.fromkeys(f"MSE < {_power(row.success_threshold)}" for row in rows))
+    header = ["", "victims", "label accuracy", "published", success, "median MSE", "PSNR", "evaluations", "time"]
+    lines = [header]
+    for row in rows:
+        lines.append(
+            [
+                WRITTEN.get(row.method, row.method),
+                str(row.victims),
+                _percent(row.label_accuracy, row.label_accuracy_ci),
+                "-" if row.published_label_accuracy is None else f"{100 * row.published_label_accuracy:.1f} %",
+                _percent(row.success_rate, row.success_rate_ci),
+                f"{row.mse_median:.1e}" if math.isfinite(row.mse_median) else "-",
+                f"{row.psnr_mean:.1f} dB" if math.isfinite(row.psnr_mean) else "-",
+                f"{row.evaluations_per_victim:.0f}",
+                f"{row.seconds:.0f} s",
+            ]
+        )
+    if all(row.published_label_accuracy is None for row in rows):
+        column = header.index("published")
+        lines = [[*line[:column], *line[column + 1 :]] for line in lines]
+    return align(lines)
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal: every column as wide as its widest cell."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _read_table(path: Path, victims: int) -> list[dict[str, str]]:
+    """The rows that :class:`~leakage.callbacks.VictimTable` has written of all victims, in their order."""
+    damaged = f"Expected '{path}' to be the whole table of {victims} victims, but got"
+    if not path.is_file():
+        raise ValueError(f"{damaged} no such file. Remove '{path.parent}' to run this method again.")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        numbers = [(int(row["victim"]), float(row["mse"])) for row in rows]
+    except (KeyError, TypeError, ValueError):
+        numbers = []
+    # A line cut short lacks values.
+    if sorted(victim for victim, _ in numbers) != list(range(victims)) or any(None in row.values() for row in rows):
+        raise ValueError(f"{damaged} another file. Remove '{path.parent}' to run this method again.")
+    return sorted(rows, key=lambda row: int(row["victim"]))
+
+
+def _gallery(folder: Path, names: list[str], victims: VictimDataModule, dataset: str) -> None:
+    """The truth and every method's reconstruction of the first victims, a row for each image."""
+    parts: list[GroundTruth] = []
+    for batch in victims.val_dataloader():
+        parts.append(batch)
+        if sum(map(len, parts)) >= _GALLERY_ROWS:
+            break
+    truth = GroundTruth.cat(parts)
+    truth = GroundTruth(truth.ids[:_GALLERY_ROWS], truth.images[:_GALLERY_ROWS], truth.labels[:_GALLERY_ROWS])
+    # By column, from the left.
+    images = [[*truth.images.flatten(0, 1)]]
+    captions = [[f"label {label}" for label in truth.labels.flatten().tolist()]]
+    for name in names:
+        found = read_reconstructions(folder / name, truth.ids.tolist())
+        scores = score(found.images.to(truth.images), found.labels, truth.images, truth.labels)
+        # Each image beside the true one that it was paired with for its scores.
+        victim = torch.arange(len(found))[:, None]
+        images.append([*found.images[victim, scores.order].flatten(0, 1)])
+        labels = found.labels[victim, scores.order].flatten().tolist()
+        shown = zip(scores.psnr.flatten().tolist(), labels, strict=True)
+        captions.append([f"{psnr:.1f} dB, label {label}" for psnr, label in shown])
+    rows = [f"victim {victim}" for victim in truth.ids.tolist() for _ in range(victims.victim.protocol.num_images)]
+    figure = plot_gallery(
+        list(zip(*images, strict=True))[:_GALLERY_ROWS],
+        columns=["truth", *(WRITTEN.get(name, name) for name in names)],
+        rows=rows[:_GALLERY_ROWS],
+        captions=list(zip(*captions, strict=True))[:_GALLERY_ROWS],
+        title=f"{dataset}: what the gradient gave away",
+    )
+    save_figure(figure, folder / "gallery.png")
+
+
+def _power(threshold: float) -> str:
+    """As 1e-3 or 2.5e-4."""
+    mantissa, exponent = f"{threshold:e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def _percent(value: float, interval: tuple[float, float]) -> str:
+    return f"{100 * value:.1f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
