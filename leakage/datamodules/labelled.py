@@ -15,14 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from leakage.datamodules.base import ConfiguredDataModule
 from leakage.datamodules.memory import in_memory
-from leakage.datamodules.sources import (
-    LABELLED_DATASETS,
-    AnySource,
-    LabelledTensors,
-    OpenSource,
-    Source,
-    in_unit_range,
-)
+from leakage.datamodules.sources import LABELLED_DATASETS, AnySource, LabelledTensors, OpenSource, Source, in_unit_range
 from leakage.errors import check_count
 from leakage.pieces import digest
 from leakage.seeds import derive_seed
@@ -136,17 +129,8 @@ class LabelledImages(ConfiguredDataModule):
         pair = list(dataset) if isinstance(dataset, tuple | list) else [dataset]
         if len(pair) not in (1, 2):
             raise ValueError(f"Expected `dataset` as one data set or as a pair, but got {len(pair)}.")
-        self.sources = [
-            Source(
-                each,
-                root=root,
-                download=download,
-                image_size=image_size,
-                channels=channels,
-                num_classes=num_classes,
-            )
-            for each in pair
-        ]
+        options: dict[str, Any] = {"root": root, "download": download, "image_size": image_size, "channels": channels}
+        self.sources = [Source(each, num_classes=num_classes, **options) for each in pair]
         first = self.sources[0]
         self.name = first.name
         self.test_share = test_share
