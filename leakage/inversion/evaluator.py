@@ -28,12 +28,6 @@ class Evaluator:
 
     Where every term has a faster way to be evaluated for many victims at once that way is taken, else the whole is
     differentiated under ``vmap``: on a CPU in pieces that its caches hold.
-
-    Args:
-        victim: the clients' network and protocol, where the search takes place.
-        objective: what is lowered.
-        images: how dummy images are written.
-        labels: how class probabilities are.
     """
 
     def __init__(self, victim: Victim, objective: Term, images: Images, labels: Labels) -> None:
@@ -61,12 +55,7 @@ class Evaluator:
         return {name: shape for name, shape in found.items() if shape is not None}
 
     def problem(self, equations: Callable[[Tensor, Tensor], Tensor], element_size: int) -> Problem:
-        """What a solver is told of the search.
-
-        Args:
-            equations: :meth:`equations` of some lanes at their unknowns.
-            element_size: bytes of one number.
-        """
+        """What a solver is told of the search; ``element_size`` are the bytes of a number."""
         protocol, shapes = self.victim.protocol, self.shapes()
         pixels = math.prod(shapes["images"]) if "images" in shapes else 0
         project = self.images.project()
@@ -118,13 +107,7 @@ class Evaluator:
     # Evaluations.
 
     def __call__(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, State]:
-        """Objectives ``(V,)``, and their gradients by each of the unknowns.
-
-        Args:
-            shared: what V victims shared.
-            kept: what :meth:`begin` gave for them.
-            unknowns: ``(V, ...)`` each.
-        """
+        """Objectives ``(V,)`` of V victims, and their gradients by each of the unknowns ``(V, ...)``."""
         kept = _plain(kept)
         with full_precision():
             if self._batched is not None:

@@ -217,7 +217,7 @@ class GradientInversion(LightningModule):
         self._reset()
         victim = self._victim = datamodule.victim
         self.expected_victims = datamodule.victims
-        self._search = Search(Queue(range(self.trainer.global_rank, datamodule.victims, self.trainer.world_size)))
+        self._search = Search(Queue([*range(self.trainer.global_rank, datamodule.victims, self.trainer.world_size)]))
         target = Target(
             victim,
             labels_revealed=datamodule.reveal_labels,

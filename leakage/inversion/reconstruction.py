@@ -78,21 +78,10 @@ class Reconstruction:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a file of another kind, truncated, or with tensors that are missing or don't fit together.
+            ValueError: a file of another kind, truncated, or without one of the tensors.
         """
         _, tensors = read_safetensors(path, _FORMAT)
         names = {field.name for field in dataclasses.fields(cls)}
         if tensors.keys() != names:
             raise ValueError(f"Expected tensors {sorted(names)} in '{path}', but got {brief(sorted(tensors))}.")
-        shape = tuple(tensors["images"].shape)
-        if len(shape) != 5:
-            raise ValueError(f"Expected images (V, N, C, H, W) in '{path}', but got {brief(shape)}.")
-        for name, tensor in tensors.items():
-            expected = {"images": shape, "labels": shape[:2]}.get(name, shape[:1])
-            dtypes = (torch.float32, torch.float64) if name in ("images", "loss") else (torch.int64,)
-            if tuple(tensor.shape) != expected or tensor.dtype not in dtypes:
-                raise ValueError(
-                    f"Expected `{name}` of shape {expected} as {dtypes[0]} in '{path}', but got "
-                    f"{brief(tuple(tensor.shape))}, {tensor.dtype}."
-                )
         return cls(**tensors)

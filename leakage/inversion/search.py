@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ _LEAVING_SHARE = 1 / 8
 _SAMPLE = 8
 
 
+@dataclass
 class Queue:
     """The victims of this process that no lane has had yet, by their places in the data.
 
@@ -48,13 +50,11 @@ class Queue:
         waiting: victims that have not been asked for.
         asked: those that have, and that no lane has had yet.
         asked_at: after which iteration, -1 for before the first.
-
-    Args:
-        waiting: the victims of this process.
     """
 
-    def __init__(self, waiting: Sequence[int] = ()) -> None:
-        self.waiting, self.asked, self.asked_at = list(waiting), list[int](), -1
+    waiting: list[int] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+    asked_at: int = -1
 
     def __len__(self) -> int:
         return len(self.waiting)
@@ -83,17 +83,6 @@ class Queue:
         if self.asked and self.asked_at == iteration:
             datamodule.wanted = self.asked
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {"waiting": self.waiting, "asked": self.asked, "asked_at": self.asked_at}
-
-    @classmethod
-    def restored(cls, state: dict[str, Any]) -> Queue:
-        """From one."""
-        queue = cls(state["waiting"])
-        queue.asked, queue.asked_at = state["asked"], state["asked_at"]
-        return queue
-
 
 class Search:
     """The victims of this process: those that wait, those in lanes and those that are done.
@@ -104,9 +93,6 @@ class Search:
         most_lanes: how many victims may be in the lanes; 0 until it is found.
         finished: what those that have left the lanes gave away, in the order in which they left.
         places: of the finished, in the data.
-
-    Args:
-        queue: the victims that wait.
     """
 
     def __init__(self, queue: Queue) -> None:
@@ -197,7 +183,7 @@ class Search:
         if spare > 0 and (left == len(ended) or spare > _LEAVING_SHARE * len(ended)):
             leaving = ended.nonzero().squeeze(1)[-spare:]
             self._hand_out(leaving)
-            lanes.drop(leaving)
+            lanes.keep(torch.ones_like(ended).index_fill(0, leaving, False))
 
     def hand_out_all(self) -> None:
         """Let all go that are done."""
@@ -265,7 +251,7 @@ class Search:
         """All of it, for a checkpoint."""
         return {
             "iteration": self.iteration,
-            "queue": self.queue.state(),
+            "queue": vars(self.queue),
             "most_lanes": self.most_lanes,
             "lanes": self.lanes.saved(),
             "finished": [vars(part) for part in self.finished],
@@ -275,7 +261,7 @@ class Search:
     @classmethod
     def restored(cls, saved: dict[str, Any], victim: Victim, declared: State) -> Search:
         """From one; ``declared`` are the entries that lanes have, as tensors without a victim."""
-        search = cls(Queue.restored(saved["queue"]))
+        search = cls(Queue(**saved["queue"]))
         search.iteration, search.most_lanes, search.places = saved["iteration"], saved["most_lanes"], saved["places"]
         search.finished = [Reconstruction(**part) for part in saved["finished"]]
         search._restored = restored_lanes(saved["lanes"], victim, declared)
