@@ -22,14 +22,9 @@ _Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a layer takes patches from its inputs; a ``Linear`` is a convolution of a single pixel.
+    """How a layer takes patches from inputs ``(C, H, W)``; a ``Linear`` is a convolution of a single pixel.
 
-    Attributes:
-        input_shape: ``(C, H, W)``.
-        output_shape: the same of the outputs.
-        kernel, stride, dilation: by rows and by columns.
-        padding: zeros left, right, above and below.
-        groups: of channels.
+    The padding is that on the left, right, top and bottom.
     """
 
     input_shape: _Shape

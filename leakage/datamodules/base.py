@@ -39,11 +39,7 @@ class GroundTruth:
     @staticmethod
     def cat(parts: Sequence[GroundTruth]) -> GroundTruth:
         """Victims of several parts after one another."""
-        return GroundTruth(
-            ids=torch.cat([part.ids for part in parts]),
-            images=torch.cat([part.images for part in parts]),
-            labels=torch.cat([part.labels for part in parts]),
-        )
+        return GroundTruth(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
 class ConfiguredDataModule(LightningDataModule, ABC):
