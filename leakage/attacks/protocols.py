@@ -44,9 +44,8 @@ class SearchProtocol:
     line_search: bool
 
     def __post_init__(self) -> None:
-        check_positive(start_std=self.start_std, tolerance=self.tolerance)
-        check_count(history_size=self.history_size, max_evaluations=self.max_evaluations)
-        check_count(0, restarts=self.restarts)
+        check_positive(start_std=self.start_std)
+        check_count(max_evaluations=self.max_evaluations)
         check_flag(spectrum=self.spectrum)
         if self.spectrum and not self.line_search:
             raise ValueError("Expected no `spectrum` with protocol='published', whose L-BFGS is torch's, but got True.")
@@ -130,15 +129,8 @@ class LBFGSAttack(GradientInversion):
     ) -> None:
         check_positive(restart_above=restart_above)
         check_choice("distance", distance, DISTANCES)
-        self.search = search_protocol(
-            protocol,
-            start_std=start_std,
-            history_size=history_size,
-            tolerance=tolerance,
-            max_evaluations=max_evaluations,
-            restarts=restarts,
-            spectrum=spectrum,
-        )
+        options = {"history_size": history_size, "tolerance": tolerance, "max_evaluations": max_evaluations}
+        self.search = search_protocol(protocol, start_std=start_std, restarts=restarts, spectrum=spectrum, **options)
         super().__init__(
             objective=SquaredDistance(self.search.relative) if distance == "squared" else DISTANCES[distance](),
             images=Pixels(std=self.search.start_std),
@@ -152,15 +144,7 @@ class LBFGSAttack(GradientInversion):
 
 
 def search_protocol(name: str, **replaced: Any) -> SearchProtocol:
-    """The protocol of that name, with some of its values replaced.
-
-    Args:
-        name: one of :data:`PROTOCOLS`.
-        replaced: values by name; None keeps the protocol's own.
-
-    Raises:
-        ValueError: an unknown name, a value out of its range, or ``spectrum`` without a line search.
-    """
+    """The protocol of that name, with the values replaced that are not None; a ``ValueError`` for one out of range."""
     check_choice("protocol", name, PROTOCOLS)
     given = {key: value for key, value in replaced.items() if value is not None}
     return dataclasses.replace(PROTOCOLS[name], **given)

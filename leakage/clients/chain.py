@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -21,14 +22,9 @@ _Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a layer takes patches from its inputs; a ``Linear`` is a convolution of a single pixel.
+    """How a layer takes patches from inputs ``(C, H, W)``; a ``Linear`` is a convolution of a single pixel.
 
-    Attributes:
-        input_shape: ``(C, H, W)``.
-        output_shape: the same of the outputs.
-        kernel, stride, dilation: by rows and by columns.
-        padding: zeros left, right, above and below.
-        groups: of channels.
+    The padding is that on the left, right, top and bottom.
     """
 
     input_shape: _Shape
@@ -72,14 +68,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Link:
-    """A module of a chain.
-
-    Attributes:
-        name: of the module.
-        module: without children.
-        input_shape: of one image.
-        output_shape: of one image.
-    """
+    """A module of a chain, without children, and the shapes of one image before and after it."""
 
     name: str
     module: nn.Module
@@ -117,17 +106,11 @@ def find_links(
 ) -> list[Link]:
     """The modules of a plain chain up to its classifier, without ``Identity``, ``Flatten`` and dropout.
 
-    The model runs once on noise. Nothing is left behind on it.
-
-    Args:
-        victim: the network.
-        functions: modules that may stand between ``Conv2d`` (padded with zeros) and ``Linear``, by their types.
-        refused: why a module is not supported although it is one of these, or in better words; None if nothing
-            is to be said.
+    ``functions`` may stand between ``Conv2d`` and ``Linear``; ``refused`` says why a module is not supported although
+    it is one of these, or in better words.
 
     Raises:
-        ValueError: logits that are not the output of a linear layer, a module that is called twice or with something
-            else than the output of the one before it, or that is not supported. The message names it.
+        ValueError: no such chain. The message names the module.
     """
     if victim.classifier is None:
         raise ValueError(
@@ -192,16 +175,12 @@ def _calls(victim: Victim) -> list[Link]:
         kept.append((output, output._version, output.clone()))
         calls.append(Link(name, module, tuple(inputs[0].shape[1:]), tuple(output.shape[1:])))
 
-    hooks: list[Any] = []
-    try:
+    with contextlib.ExitStack() as hooks:
         for name, module in victim.model.named_modules():
             if not any(True for _ in module.children()):
-                hooks.append(module.register_forward_pre_hook(partial(before, name)))
-                hooks.append(module.register_forward_hook(partial(after, name)))
+                hooks.callback(module.register_forward_pre_hook(partial(before, name)).remove)
+                hooks.callback(module.register_forward_hook(partial(after, name)).remove)
         victim.model(noise)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return calls
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
 import math
 import os
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +15,6 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler, TensorDataset
@@ -36,8 +32,6 @@ from leakage.seeds import derive_seed
 
 _MOMENTUM, _WEIGHT_DECAY = 0.9, 5e-4
 _PRECISIONS = ("32-true", "bf16-mixed")
-# Seconds after which a checkpoint is kept whatever the epoch.
-_KEPT_AFTER = 600.0
 # Test images at a time; many more are slower on the CPU, whose caches don't hold them.
 _TESTED_AT_ONCE = 16
 
@@ -63,21 +57,8 @@ class TrainedNetwork:
     train_accuracy: float
 
 
-@contextlib.contextmanager
-def _world_of_its_own() -> Iterator[None]:
-    """Whoever calls, be it under ``no_grad``: train, and leave torch's random state as it was."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-        warnings.catch_warnings(),
-    ):
-        # The images are in memory: workers would only copy them.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        yield
-
-
-@_world_of_its_own()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def trained_network(
     model: nn.Module,
     data: LabelledImages,
@@ -90,7 +71,6 @@ def trained_network(
     precision: str = "32-true",
     root: str | os.PathLike[str] | None = None,
     accelerator: str = "auto",
-    logger: Logger | bool = False,
     progress: bool = True,
 ) -> TrainedNetwork:
     """Train a network, or read it from the cache: plain SGD on the cross-entropy, no augmentation.
@@ -102,9 +82,9 @@ def trained_network(
 
     Each training has a folder under ``root``, named by a hash of all that decides its result but ``epochs``: the
     network's layers and first weights, the data, ``num_images``, ``learning_rate``, ``batch_size``, ``seed`` and
-    ``precision``. In it are checkpoints after the epochs that were asked for, and after epochs that end ten minutes
-    after the last. Training goes on from the last that is not beyond ``epochs``, to the same weights as without a
-    break. Networks whose layers print alike but compute differently need a ``root`` each.
+    ``precision``. In it are checkpoints after the epochs that were asked for. Training goes on from the last that is
+    not beyond ``epochs``, to the same weights as without a break. Networks whose layers print alike but compute
+    differently need a ``root`` each.
 
     Args:
         model: an architecture, left as it is, see :data:`leakage.models.NETWORKS`; takes normalised images.
@@ -119,13 +99,11 @@ def trained_network(
         precision: ``"32-true"`` or ``"bf16-mixed"``, of the training; weights and test are float32.
         root: the folder of the cache, by default ``~/.cache/leakage/networks``.
         accelerator: as for Lightning's Trainer.
-        logger: gets ``train/loss``, ``train/accuracy`` after each epoch and ``test/accuracy`` at the end.
         progress: show a bar.
 
     Raises:
         ValueError: a network that does not fit the data or can't be drawn anew, an option out of its range, more
-            ``num_images`` than there are, or a checkpoint in the cache that is broken or of another training (the
-            message says which file to delete).
+            ``num_images`` than there are, or a checkpoint in the cache that is broken (delete it to train anew).
         FloatingPointError: weights that are no longer finite, with the epoch and the rate.
         OSError: the cache can't be written.
 
@@ -159,6 +137,7 @@ def trained_network(
     first = draw_state(network, seed)
     network.load_state_dict(first, strict=False)  # of tied weights only the first are drawn
     configuration = {
+        "format": 2,
         "data": {name: value for name, value in data.configuration.items() if name not in ("batch_size", "seed")},
         "test": digest({"images": data.test.images[::97], "labels": data.test.labels}),
         "layers": str(network),
@@ -172,73 +151,61 @@ def trained_network(
         "seed": seed,
         "precision": precision,
     }
-    key = json.dumps(configuration, sort_keys=True)
-    folder = Path(root or "~/.cache/leakage/networks").expanduser()
-    folder /= f"{type(model).__name__.lower()}_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    key = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(root or "~/.cache/leakage/networks").expanduser() / f"{type(model).__name__.lower()}_{key}"
     if not (folder / "configuration.json").is_file():
         write_json(folder / "configuration.json", configuration)  # where that fails, better before than after
     classifier = Classifier(
-        nn.Sequential(Normalize(data.mean, data.std), network), data.num_classes, learning_rate, seed, key
+        nn.Sequential(Normalize(data.mean, data.std), network), data.num_classes, learning_rate, seed
     )
+    kept = [int(path.stem.removeprefix("epoch_")) for path in folder.glob("epoch_*.ckpt")]
+    done = max((epoch for epoch in kept if epoch <= epochs), default=0)
+    last, goal = (folder / f"epoch_{epoch}.ckpt" for epoch in (done, epochs))
+    if done:
+        checkpoint = WholeCheckpointIO().load_checkpoint(last)
+        classifier.load_state_dict(checkpoint["state_dict"])
+        classifier.on_load_checkpoint(checkpoint)
     options: dict[str, Any] = {
         "accelerator": accelerator,
         "devices": 1,
-        "logger": logger,
+        "logger": False,
+        "enable_checkpointing": False,
         "enable_model_summary": False,
         "enable_progress_bar": progress,
+        "plugins": [WholeCheckpointIO()],
     }
-    kept = [int(path.stem.removeprefix("epoch_")) for path in folder.glob("epoch_*.ckpt")]
-    done = max((epoch for epoch in kept if epoch <= epochs), default=0)
-    if done:
-        checkpoint = _read(_checkpoint(folder, done), key)
-        classifier.load_state_dict(checkpoint["state_dict"])
-        classifier.on_load_checkpoint(checkpoint)
-    if done < epochs:
-        trainer = Trainer(
-            max_epochs=epochs,
-            precision=cast('Literal["32-true", "bf16-mixed"]', precision),
-            callbacks=[_KeptEpochs(folder)],
-            plugins=[WholeCheckpointIO()],
-            log_every_n_steps=1,
-            **options,
-        )
-        batches: DataLoader[Any] = DataLoader(
-            TensorDataset(data.train.images, data.train.labels),
-            batch_size=None,
-            sampler=_Order(seen, batch_size, seed, done),
-            generator=torch.Generator(),  # nothing is drawn, but one without advances the global one
-        )
-        trainer.fit(classifier.train(), batches, ckpt_path=_checkpoint(folder, done) if done else None)
-    classifier.eval()
-    result = folder / f"epoch_{epochs}.json"
-    if not result.is_file():
-        (tested,) = Trainer(**options).test(classifier, data.test_dataloader(), verbose=False)
-        write_json(result, {"accuracy": round(tested["test/accuracy"], 6)})
-    accuracy = json.loads(result.read_text(encoding="utf-8"))["accuracy"]
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
+        # The images are in memory: workers would only copy them.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        trainer = Trainer(max_epochs=epochs, precision=cast('Literal["32-true", "bf16-mixed"]', precision), **options)
+        if done < epochs:
+            batches: DataLoader[Any] = DataLoader(
+                TensorDataset(data.train.images, data.train.labels),
+                batch_size=None,
+                sampler=_Order(seen, batch_size, seed, done),
+                generator=torch.Generator(),  # nothing is drawn, but one without advances the global one
+            )
+            trainer.fit(classifier.train(), batches, ckpt_path=last if done else None)
+        classifier.eval()
+        if done < epochs or not epochs:
+            Trainer(**options).test(classifier, data.test_dataloader(), verbose=False)
+        if done < epochs:
+            trainer.save_checkpoint(goal)
     classifier.zero_grad(set_to_none=True)
-    return TrainedNetwork(classifier.model.cpu(), epochs, seen, accuracy, classifier.last_accuracy)
+    return TrainedNetwork(classifier.model.cpu(), epochs, seen, classifier.accuracy, classifier.seen_accuracy)
 
 
 class Classifier(LightningModule):
-    """A network that learns to label images: SGD on the cross-entropy.
+    """A network ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)`` that learns by SGD on the cross-entropy."""
 
-    Args:
-        model: images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``.
-        num_classes: K.
-        learning_rate: in all epochs.
-        seed: of what the network draws, as dropout does, in each epoch anew; from torch's global random state.
-        key: of the training, by which its checkpoints are recognised.
-    """
-
-    def __init__(self, model: nn.Module, num_classes: int, learning_rate: float, seed: int, key: str) -> None:
+    def __init__(self, model: nn.Module, num_classes: int, learning_rate: float, seed: int) -> None:
         super().__init__()
         self.model = model
         self.learning_rate = learning_rate
         self.seed = seed
-        self.key = key
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.last_accuracy = math.nan
+        self.accuracy = self.seen_accuracy = math.nan
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD with momentum and weight decay."""
@@ -253,10 +220,8 @@ class Classifier(LightningModule):
         """The loss of a batch."""
         images, labels = batch
         logits = self.model(in_unit_range(images))
-        loss = F.cross_entropy(logits, labels)
         self.train_accuracy.update(logits, labels)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
-        return loss
+        return F.cross_entropy(logits, labels)
 
     def on_train_epoch_end(self) -> None:
         """Look at the weights before they are kept."""
@@ -266,54 +231,26 @@ class Classifier(LightningModule):
                     f"Expected finite weights in training, but got NaN or inf in {name!r} in epoch "
                     f"{self.current_epoch + 1} with learning_rate={self.learning_rate:g}. Lower `learning_rate`."
                 )
-        self.last_accuracy = round(float(self.train_accuracy.compute()), 6)
+        self.seen_accuracy = round(float(self.train_accuracy.compute()), 6)
         self.train_accuracy.reset()
-        self.log("train/accuracy", self.last_accuracy, prog_bar=True)
+        self.log("train/accuracy", self.seen_accuracy, prog_bar=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count what is labelled correctly."""
         for images, labels in zip(*(torch.split(part, _TESTED_AT_ONCE) for part in batch), strict=True):
             self.test_accuracy.update(self.model(images), labels)
-        self.log("test/accuracy", self.test_accuracy, on_step=False, on_epoch=True)
+
+    def on_test_epoch_end(self) -> None:
+        """Keep the share."""
+        self.accuracy = round(float(self.test_accuracy.compute()), 6)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the checkpoint is of."""
-        checkpoint["leakage"] = {"module": type(self).__name__, "key": self.key, "accuracy": self.last_accuracy}
+        """Add the accuracies."""
+        checkpoint["leakage"] = {"test": self.accuracy, "train": self.seen_accuracy}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from there."""
-        self.last_accuracy = checkpoint["leakage"]["accuracy"]
-
-
-def _checkpoint(folder: Path, epoch: int) -> Path:
-    return folder / f"epoch_{epoch}.ckpt"
-
-
-def _read(path: Path, key: str) -> dict[str, Any]:
-    """A checkpoint of the training with this key."""
-    try:
-        checkpoint = WholeCheckpointIO().load_checkpoint(path)
-    except (OSError, ValueError) as error:  # which of them depends on where it is truncated
-        raise ValueError(f"{str(error).rstrip('.')}. Delete it to train anew.") from error
-    if checkpoint["leakage"].get("key") != key:
-        raise ValueError(
-            f"Expected a checkpoint of this training at '{path}', but got one of another. Delete it to train anew."
-        )
-    return checkpoint
-
-
-class _KeptEpochs(Checkpoint):
-    """Keeps the last epoch, and some on the way for a run that breaks: all would be 90 MB each for ResNet-18."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.last = time.monotonic()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch = trainer.current_epoch + 1
-        if epoch == trainer.max_epochs or time.monotonic() - self.last >= _KEPT_AFTER:
-            trainer.save_checkpoint(_checkpoint(self.folder, epoch))
-            self.last = time.monotonic()
+        self.accuracy, self.seen_accuracy = checkpoint["leakage"]["test"], checkpoint["leakage"]["train"]
 
 
 class _Order(Sampler[Tensor]):

@@ -184,14 +184,9 @@ class Victim:
         return {name: torch.stack([state[name] for state in states]) for name in states[0]}
 
     def gradients(self, state: Mapping[str, Tensor], images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Gradients of one victim, averaged over its local steps: pure and twice differentiable (made for ``vmap``).
+        """Gradients of one victim before its defenses, averaged over its local steps: those of :meth:`evaluate`.
 
-        They are those before its defenses.
-
-        Args:
-            state: weights and buffers by name.
-            images: ``(N, C, H, W)``.
-            targets: class probabilities ``(N, K)``.
+        They are pure and twice differentiable (made for ``vmap``).
         """
         return self.evaluate(state, images, targets)[0]
 
@@ -212,7 +207,8 @@ class Victim:
         """
         protocol = self.protocol
         loss_per_image = LOSSES[protocol.loss]
-        fixed = {name: tensor for name, tensor in state.items() if name not in self._trainable_set}
+        trainable = frozenset(self.trainable)
+        fixed = {name: tensor for name, tensor in state.items() if name not in trainable}
 
         def loss(
             weights: dict[str, Tensor], images: Tensor, targets: Tensor, modules: Sequence[str] = modules
@@ -249,15 +245,9 @@ class Victim:
         """
         check_names(self.model, modules)
         with torch.no_grad(), recorded(self.model, modules):
-            self.model(
-                black_images(
-                    self.model, self.protocol.image_shape, self.protocol.local_batch_size or self.protocol.num_images
-                )
-            )
-
-    @property
-    def _trainable_set(self) -> frozenset[str]:
-        return frozenset(self.trainable)
+            protocol = self.protocol
+            size = protocol.local_batch_size or protocol.num_images
+            self.model(black_images(self.model, protocol.image_shape, size))
 
     def share(
         self,
@@ -308,19 +298,14 @@ class Victim:
                 f"{labels.dtype} from {labels.min().item()} to {labels.max().item()}."
             )
         own = states is not None
-        states = dict(states) if states is not None else self.state
-        if own:
+        if states is not None:
             self._check_state(states, victims=len(images))
-        states = {name: tensor.to(images.device) for name, tensor in states.items()}
+        states = {name: tensor.to(images.device) for name, tensor in (states or self.state).items()}
         precision = states[self.trainable[0]].dtype
         if images.dtype != precision:
             raise ValueError(f"Expected `images` in the precision of the weights, {precision}, but got {images.dtype}.")
         targets = F.one_hot(labels.long(), protocol.num_classes).to(images.dtype)
-        capture = vmap(
-            self.gradients,
-            in_dims=(0 if own else None, 0, 0),
-            chunk_size=_CAPTURED_AT_ONCE,
-        )
+        capture = vmap(self.gradients, in_dims=(0 if own else None, 0, 0), chunk_size=_CAPTURED_AT_ONCE)
         with torch.no_grad(), full_precision():
             gradients = capture(states, images, targets)
         shared = SharedGradient(

@@ -39,11 +39,7 @@ class GroundTruth:
     @staticmethod
     def cat(parts: Sequence[GroundTruth]) -> GroundTruth:
         """Victims of several parts after one another."""
-        return GroundTruth(
-            ids=torch.cat([part.ids for part in parts]),
-            images=torch.cat([part.images for part in parts]),
-            labels=torch.cat([part.labels for part in parts]),
-        )
+        return GroundTruth(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
 class ConfiguredDataModule(LightningDataModule, ABC):
@@ -131,8 +127,8 @@ class VictimDataModule(ConfiguredDataModule):
 
     def train_dataloader(self) -> DataLoader[SharedGradient | tuple[()]]:
         """The victims that are wanted, once each time; else ``()``, without end."""
-        # Nothing is drawn, but a loader without a generator of its own advances the global one.
-        return DataLoader(_Wanted(self), batch_size=None, collate_fn=_as_it_is, generator=torch.Generator())
+        # The default would make a list of the empty tuple, and a loader without a generator advances the global one.
+        return DataLoader(_Wanted(self), batch_size=None, collate_fn=lambda batch: batch, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader[GroundTruth] | list[Any]:
         """The ground truth of the victims that are audited, in order; an empty list where it is not known."""
@@ -154,8 +150,3 @@ class _Wanted(IterableDataset[SharedGradient | tuple[()]]):
         while True:
             victims, data.wanted = data.wanted, None
             yield data.share(victims) if victims else ()
-
-
-def _as_it_is(batch: Any) -> Any:
-    # The default would make a list of the empty tuple.
-    return batch

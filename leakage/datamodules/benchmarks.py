@@ -1,4 +1,4 @@
-"""The data sets that torchvision downloads."""
+"""The data sets that torchvision downloads, and the sample of one that is bundled."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision import datasets
+from torchvision.transforms.functional import pil_to_tensor
+
+# The bundled sample: one row per class, one column per image; see fashion_mnist_sample.LICENSE.txt.
+_SHEET = Path(__file__).with_name("fashion_mnist_sample.png")
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,7 @@ def data_folder(root: str | os.PathLike[str] | None) -> Path:
 
 
 def open_split(kind: Callable[..., Any], root: Path, split: str, **options: Any) -> Any:
-    """A data set of torchvision.
-
-    Args:
-        kind: its class.
-        root: the folder that torchvision calls ``root``.
-        split: ``"train"`` or ``"test"``.
-        options: for the class, such as ``download``.
+    """The ``"train"`` or ``"test"`` split of a data set of torchvision, of this class, in this folder.
 
     Raises:
         FileNotFoundError: it is not there, is damaged, or could not be downloaded.
@@ -74,3 +73,10 @@ def images_in_memory(opened: Any) -> Tensor:
     if images.dim() == 3:
         return images[:, None]
     return images.permute(0, 3, 1, 2) if images.shape[3] == 3 else images
+
+
+def read_sheet() -> Tensor:
+    """The bundled images class by class, uint8 ``(10, 100, 1, 28, 28)``."""
+    with Image.open(_SHEET) as sheet:
+        images: Tensor = pil_to_tensor(sheet)
+    return images.unfold(1, 28, 28).unfold(2, 28, 28).reshape(10, 100, 1, 28, 28)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -62,7 +64,10 @@ def draw_victims(
     check_count(0, victims=victims, seed=seed)
     check_count(num_images=num_images)
     concentration = check_distribution("distribution", distribution)
-    _check_labels(labels)
+    if labels.ndim != 1 or len(labels) == 0:
+        raise ValueError(f"Expected `labels` of shape (M,) with M at least 1, but got {tuple(labels.shape)}.")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"Expected `labels` as whole numbers, but got {labels.dtype}.")
     if num_images > len(labels):
         raise ValueError(
             f"Expected at most {len(labels)} images for each victim, all of the data set, but got {num_images}."
@@ -108,32 +113,16 @@ def _dirichlet(
 
 
 def check_distribution(name: str, distribution: str) -> float | None:
-    """A of ``dirichlet:A``, None for the other distributions.
-
-    Args:
-        name: what the caller's user calls it.
-        distribution: as for :func:`draw_victims`.
-
-    Raises:
-        ValueError: another distribution.
-    """
+    """A of ``dirichlet:A``, None for the other distributions; a ``ValueError`` that says ``name`` if it is none."""
     if not isinstance(distribution, str) or not distribution.startswith(_DIRICHLET):
         check_choice(name, distribution, _CHOICES)
         return None
-    try:
+    concentration = 0.0
+    with contextlib.suppress(ValueError):
         concentration = float(distribution.removeprefix(_DIRICHLET))
-    except ValueError:
-        concentration = float("nan")
     # Far beyond any use numbers overflow; NaN is refused too.
     if not 0 < concentration <= 1e100:
         raise ValueError(
             f"Expected `{name}` as 'dirichlet:A' with a positive number A up to 1e100, but got {distribution!r}."
         )
     return concentration
-
-
-def _check_labels(labels: Tensor) -> None:
-    if labels.ndim != 1 or len(labels) == 0:
-        raise ValueError(f"Expected `labels` of shape (M,) with M at least 1, but got {tuple(labels.shape)}.")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"Expected `labels` as whole numbers, but got {labels.dtype}.")

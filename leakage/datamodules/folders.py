@@ -30,11 +30,7 @@ def parts_of(folder: Path) -> dict[str, Path]:
 
 
 def find_faces(root: str | os.PathLike[str] | None) -> Path:
-    """The folder of LFW's persons: ``root``, or the archive's folder in it, also within torchvision's ``lfw-py``.
-
-    Raises:
-        FileNotFoundError: the faces are not there.
-    """
+    """The folder of LFW's persons: ``root``, or the archive's folder in it, also within torchvision's ``lfw-py``."""
     within, archives = data_folder(root), ("lfw", "lfw_funneled", "lfw-deepfunneled")
     for place in (within / parent / name for parent in ("", "lfw-py") for name in archives):
         if place.is_dir():
@@ -48,18 +44,8 @@ def find_faces(root: str | os.PathLike[str] | None) -> Path:
     return within
 
 
-def open_folder(
-    folder: Path,
-    *,
-    image_size: tuple[int, int] | None,
-    channels: int,
-) -> datasets.ImageFolder:
+def open_folder(folder: Path, *, image_size: tuple[int, int] | None, channels: int) -> datasets.ImageFolder:
     """A folder in ImageFolder layout, each image decoded when it is asked for, to uint8 ``(C, H, W)``.
-
-    Args:
-        folder: the folder of the class folders.
-        image_size: height and width to scale and crop to, None for those of the files.
-        channels: 1 or 3.
 
     Raises:
         FileNotFoundError: a folder without class folders or images.

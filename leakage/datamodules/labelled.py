@@ -15,14 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from leakage.datamodules.base import ConfiguredDataModule
 from leakage.datamodules.memory import in_memory
-from leakage.datamodules.sources import (
-    LABELLED_DATASETS,
-    AnySource,
-    LabelledTensors,
-    OpenSource,
-    Source,
-    in_unit_range,
-)
+from leakage.datamodules.sources import LABELLED_DATASETS, AnySource, LabelledTensors, OpenSource, Source, in_unit_range
 from leakage.errors import check_count
 from leakage.pieces import digest
 from leakage.seeds import derive_seed
@@ -136,17 +129,8 @@ class LabelledImages(ConfiguredDataModule):
         pair = list(dataset) if isinstance(dataset, tuple | list) else [dataset]
         if len(pair) not in (1, 2):
             raise ValueError(f"Expected `dataset` as one data set or as a pair, but got {len(pair)}.")
-        self.sources = [
-            Source(
-                each,
-                root=root,
-                download=download,
-                image_size=image_size,
-                channels=channels,
-                num_classes=num_classes,
-            )
-            for each in pair
-        ]
+        options: dict[str, Any] = {"root": root, "download": download, "image_size": image_size, "channels": channels}
+        self.sources = [Source(each, num_classes=num_classes, **options) for each in pair]
         first = self.sources[0]
         self.name = first.name
         self.test_share = test_share
@@ -282,8 +266,7 @@ class LabelledImages(ConfiguredDataModule):
             raise ValueError(
                 f"Expected `images` of shape (..., {len(self.mean)}, H, W), but got {tuple(images.shape)}."
             )
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        mean, std = (torch.tensor(each, device=images.device).view(-1, 1, 1) for each in (self.mean, self.std))
         return (in_unit_range(images) - mean) / std
 
     def train_dataloader(self) -> DataLoader[ClassBatch]:
@@ -297,7 +280,7 @@ class LabelledImages(ConfiguredDataModule):
 
     @cached_property
     def configuration(self) -> dict[str, Any]:
-        """All that decides which images the batches hold, as plain numbers and words."""
+        """As in the base class, with a hash of some images."""
         self.setup("fit")
         some = self.train.images[:: math.ceil(len(self.train) / _RECOGNISED_BY)]
         return {
@@ -337,15 +320,7 @@ class LabelledImages(ConfiguredDataModule):
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, of pixels in [0, 1].
-
-    Args:
-        images: ``(M, C, H, W)``, uint8.
-
-    Example:
-        >>> channel_statistics(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2))
-        ((0.5,), (0.5,))
-    """
+    """Mean and standard deviation of each channel of uint8 ``(M, C, H, W)``, as pixels in [0, 1]."""
     # Counting values is exact, and needs no copy of the images as floats.
     counts = torch.stack([images[:, channel].flatten().bincount(minlength=256) for channel in range(images.shape[1])])
     share = counts.double() / counts.sum(dim=1, keepdim=True)

@@ -23,11 +23,7 @@ _DECODED_AT_ONCE = 64
 
 
 def in_memory(images: OpenSource, num_workers: int = 0) -> LabelledTensors:
-    """All images, decoded; a bar is shown where that lasts.
-
-    Args:
-        images: M of them.
-        num_workers: processes that decode; 0 decodes in this one.
+    """All images, decoded, by ``num_workers`` processes or by this one; a bar is shown where that lasts.
 
     Raises:
         ValueError: an image that can't be used, images of different sizes, or more than fit into memory.

@@ -18,9 +18,15 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
 
-from leakage.datamodules.benchmarks import BENCHMARKS, Benchmark, data_folder, fetch_split, images_in_memory, open_split
+from leakage.datamodules.benchmarks import (
+    BENCHMARKS,
+    data_folder,
+    fetch_split,
+    images_in_memory,
+    open_split,
+    read_sheet,
+)
 from leakage.datamodules.folders import find_faces, open_folder, parts_of
-from leakage.datamodules.sample import read_sheet
 from leakage.errors import check_count, check_image_size
 
 # A name, the path of a folder, or items (image, label).
@@ -92,9 +98,8 @@ class Source:
         num_classes: int | None = None,
     ) -> None:
         self.dataset = dataset
-        self.benchmark: Benchmark | None = None
-        self.folder = Path()
-        folders: dict[str, Path] = {}
+        self.benchmark = BENCHMARKS.get(str(dataset)) if isinstance(dataset, str) else None
+        self.folder, self.folders = Path(), dict[str, Path]()
         if not isinstance(dataset, str | os.PathLike):
             mapping = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
             if not mapping or isinstance(dataset, IterableDataset | list | tuple):
@@ -105,7 +110,6 @@ class Source:
             self.kind, self.name = "own", type(dataset).__name__
         elif dataset in DATASETS:
             self.name = str(dataset)
-            self.benchmark = BENCHMARKS.get(self.name)
             self.kind = "benchmark" if self.benchmark else self.name
         else:
             self.folder = Path(dataset).expanduser()
@@ -115,7 +119,7 @@ class Source:
                     f"'{dataset}'."
                 )
             self.kind, self.name = "folder", self.folder.resolve().name
-            folders = parts_of(self.folder)
+            self.folders = parts_of(self.folder)
         for option, value, users in (
             ("root", root, ("benchmark", "lfw")),
             ("image_size", image_size, ("lfw", "folder")),
@@ -129,15 +133,12 @@ class Source:
             raise ValueError(f"Expected `channels` to be 1 or 3, but got {channels!r}.")
         if num_classes is not None:
             check_count(2, num_classes=num_classes)
-        self.root = root
-        self.download = download
-        self.image_size = check_image_size(image_size) if image_size is not None else None
         if self.kind == "lfw" and image_size is None:
-            self.image_size = _FACES_SIZE
+            image_size = _FACES_SIZE
+        self.root, self.download, self.num_classes = root, download, num_classes
+        self.image_size = check_image_size(image_size) if image_size is not None else None
         self.channels = (channels or 3) if self.kind in ("lfw", "folder") else None
-        self.num_classes = num_classes
-        self.folders = folders
-        self.parts = self.benchmark is not None or bool(folders)
+        self.parts = self.benchmark is not None or bool(self.folders)
         self.statistics = (self.benchmark.mean, self.benchmark.std) if self.benchmark else None
 
     def fetch(self, *splits: str) -> None:
@@ -182,49 +183,27 @@ class Source:
 
 
 class OpenSource(Dataset[tuple[Tensor, int]]):
-    """Labelled images, each decoded and checked when it is asked for.
-
-    Items are ``(image, label)``: float32 ``(C, H, W)`` in [0, 1], and a class index.
-
-    Args:
-        dataset: a map-style Dataset of (image, label).
-        name: what to call it.
-        num_classes: by default as many as it has ``classes``, else as its labels ask for.
-
-    Attributes:
-        class_names: in the order of their indices; numbers where the data set has no names.
-
-    Raises:
-        ValueError: a number of classes that must be told, or fewer than two; when an item is asked for, one that is
-            no such image or has no such label.
-    """
+    """Items ``(image, label)``, each decoded and checked when it is asked for: float32 ``(C, H, W)`` in [0, 1]."""
 
     def __init__(self, dataset: Any, name: str, num_classes: int | None = None) -> None:
         self.dataset, self.name = dataset, name
         names = _classes_of(dataset)
-        self.known_labels = _labels_of(dataset)
+        known = self._known_labels = _labels_of(dataset)
         self.named = names is not None
+        if num_classes is None and names is None and (known is None or not len(known)):
+            raise ValueError(
+                f"Expected `num_classes` for {name!r}, which has neither `classes` nor whole numbers as `targets` or "
+                "`labels`, but got None."
+            )
         if num_classes is None:
-            if names is not None:
-                num_classes = len(names)
-            elif self.known_labels is None or not len(self.known_labels):
-                raise ValueError(
-                    f"Expected `num_classes` for {name!r}, which has neither `classes` nor whole numbers as `targets` "
-                    "or `labels`, but got None."
-                )
-            else:
-                num_classes = int(self.known_labels.max()) + 1
+            num_classes = len(names) if names is not None else int(known.max()) + 1  # type: ignore[union-attr]
         if num_classes < 2:
             raise ValueError(
                 f"Expected at least two classes in {name!r}, but got {num_classes}: with one class every gradient is "
                 "zero."
             )
+        self.num_classes = num_classes
         self.class_names = names if names and len(names) == num_classes else tuple(map(str, range(num_classes)))
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes."""
-        return len(self.class_names)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -236,8 +215,8 @@ class OpenSource(Dataset[tuple[Tensor, int]]):
     @cached_property
     def labels(self) -> Tensor:
         """``(M,)``, int64; of a Dataset that does not hold them in ``targets`` or ``labels``, item by item."""
-        if self.known_labels is not None:
-            return self.known_labels
+        if self._known_labels is not None:
+            return self._known_labels
         return torch.tensor([self.item(index)[1] for index in range(len(self))])
 
     def item(self, index: int) -> tuple[Tensor, int]:
@@ -293,11 +272,7 @@ class OpenSource(Dataset[tuple[Tensor, int]]):
 
 
 def in_unit_range(images: Tensor) -> Tensor:
-    """Images as float32 where 0 is black and 1 white; floats are in that scale already.
-
-    Args:
-        images: any shape, uint8 from 0 to 255 or floats.
-    """
+    """Images of any shape, uint8 from 0 to 255 or floats, as float32 from 0 for black to 1 for white."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 

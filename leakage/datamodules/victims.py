@@ -158,12 +158,7 @@ class Victims(VictimDataModule):
         protocol = Protocol((1, 1, 1), 2, images, loss, reduction, local_steps, learning_rate, local_batch_size)
         check_choice("split", split, ("train", "test"))
         self.source = Source(
-            dataset,
-            root=root,
-            download=download,
-            image_size=image_size,
-            channels=channels,
-            num_classes=num_classes,
+            dataset, root=root, download=download, image_size=image_size, channels=channels, num_classes=num_classes
         )
         if split == "test" and not self.source.parts:
             raise ValueError(
@@ -215,13 +210,8 @@ class Victims(VictimDataModule):
     def _draw(self, source: OpenSource) -> Tensor:
         """``(V, N)``, indices of the images that victims hold."""
         if self.labels is not None:
-            return draw_victims(
-                source.labels,
-                victims=self.victims,
-                num_images=self.images,
-                distribution=self.labels,
-                seed=self.seed,
-            )
+            counts = {"victims": self.victims, "num_images": self.images}
+            return draw_victims(source.labels, distribution=self.labels, seed=self.seed, **counts)
         available, wanted = len(source), self.victims * self.images
         if wanted > available:
             raise ValueError(

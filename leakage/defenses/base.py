@@ -94,11 +94,7 @@ def check_defenses(defenses: Sequence[Defense]) -> tuple[Defense, ...]:
 def defend(defenses: Sequence[Defense], gradients: Gradients, ids: Tensor, seed: int) -> dict[str, Tensor]:
     """The gradients of V clients, name to ``(V, *shape)``, after all defenses, each client by itself.
 
-    Args:
-        defenses: in their order.
-        gradients: finite.
-        ids: ``(V,)``, the clients' numbers: with ``seed`` and the place of a defense they decide what it draws.
-        seed: at least 0.
+    A client's id, ``seed`` and the place of a defense decide what it draws.
 
     Raises:
         ValueError: a defense returns other names or shapes, or numbers that are not finite.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,12 @@ class Dummy(Piece, ABC):
     """Images or class probabilities, as a function of an unknown that is searched for; or known, without any.
 
     The unknown is one tensor for each victim. A subclass says its shape, where it starts and what it stands for.
+
+    Attributes:
+        writes_all: whether :meth:`write` works on any number of victims as it is, without ``vmap``.
     """
+
+    writes_all: ClassVar[bool] = False
 
     @abstractmethod
     def shape(self, protocol: Protocol) -> tuple[int, ...] | None:
@@ -58,6 +63,8 @@ class Dummy(Piece, ABC):
 
     def write_all(self, unknowns: Tensor | None, kept: State) -> Tensor:
         """The same for V victims at once, all with their leading dimension."""
+        if self.writes_all:
+            return self.write(unknowns, kept)
         if unknowns is None:
             return vmap(lambda own: self.write(None, own))(kept)
         return vmap(self.write)(unknowns, kept)

@@ -20,16 +20,14 @@ from leakage.pieces import State
 class _FixedLabels(Labels):
     """Labels that are known before the search, as class probabilities of 0 and 1."""
 
+    writes_all = True
+
     def shape(self, protocol: Protocol) -> None:
         """Nothing is searched for."""
 
     def write(self, unknown: Tensor | None, kept: State) -> Tensor:
         """As they are known."""
         return kept["probabilities"]
-
-    def write_all(self, unknowns: Tensor | None, kept: State) -> Tensor:
-        """The same, which works on any number of victims."""
-        return self.write(unknowns, kept)
 
     def state(self, protocol: Protocol, dtype: torch.dtype) -> State:
         """``probabilities``."""
@@ -144,6 +142,8 @@ class JointLabels(Labels):
         tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
 
+    writes_all = True
+
     def __init__(self, std: float = 0.01) -> None:
         check_positive(std=std)
         self.std = std
@@ -161,10 +161,6 @@ class JointLabels(Labels):
         """The softmax over classes."""
         assert unknown is not None
         return unknown.softmax(dim=-1)
-
-    def write_all(self, unknowns: Tensor | None, kept: State) -> Tensor:
-        """The same, which works on any number of victims."""
-        return self.write(unknowns, kept)
 
     def starts(self, noise: Tensor, restarts: Tensor) -> Tensor:
         """Noise, three times as wide for each restart."""

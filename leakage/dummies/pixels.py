@@ -81,6 +81,8 @@ class Pixels(Images):
         Pixels(start='noise', std=0.01, box=(0, 1))
     """
 
+    writes_all = True
+
     def __init__(self, start: str | Start = "noise", std: float = 0.01, box: tuple[float, float] | None = None) -> None:
         if not isinstance(start, Start):
             check_choice("start", start, STARTS)
@@ -99,10 +101,6 @@ class Pixels(Images):
         """The unknown itself."""
         assert unknown is not None
         return unknown
-
-    def write_all(self, unknowns: Tensor | None, kept: State) -> Tensor:
-        """The same, which works on any number of victims."""
-        return self.write(unknowns, kept)
 
     def starts(self, noise: Tensor, restarts: Tensor) -> Tensor:
         """Noise, three times as wide for each restart."""

@@ -22,13 +22,7 @@ class Auditor:
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
         self.scores: dict[int, VictimScore] = {}
-        self._taken: Reconstruction | None = None
-        self._finished: set[int] = set()
-
-    @property
-    def has_taken(self) -> bool:
-        """Whether there are reconstructions to compare with."""
-        return self._taken is not None
+        self.release()
 
     def take(self, finished: Reconstruction, running: Reconstruction) -> None:
         """Take the reconstructions as they are now, for the comparisons until :meth:`release`."""
@@ -37,7 +31,7 @@ class Auditor:
 
     def release(self) -> None:
         """Let go of what was taken."""
-        self._taken = None
+        self._taken, self._finished = Reconstruction.empty(), set[int]()
 
     def is_final(self, victim: int) -> bool:
         """Whether the victim's score is that of its finished reconstruction."""
@@ -45,8 +39,6 @@ class Auditor:
 
     def compare(self, truth: GroundTruth) -> None:
         """Score those of the victims that were taken and have no final score yet."""
-        if self._taken is None:
-            raise RuntimeError("Expected `take` before `compare`, but got no reconstructions yet.")
         places = {victim: place for place, victim in enumerate(self._taken.ids.tolist()) if not self.is_final(victim)}
         rows = [row for row, victim in enumerate(truth.ids.tolist()) if victim in places]
         if not rows:

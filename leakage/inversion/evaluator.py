@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from leakage.dummies.dummy import Dummy, Images, Labels
 from leakage.inversion.memory import peak_memory
 from leakage.objectives.terms import Batched, Point, Term
 from leakage.pieces import State
+from leakage.solvers import Problem
 
 # Bytes that lanes evaluated at once may take on a CPU: with more its cores wait for the memory.
 _BYTES_AT_ONCE = 2**28
@@ -27,12 +28,6 @@ class Evaluator:
 
     Where every term has a faster way to be evaluated for many victims at once that way is taken, else the whole is
     differentiated under ``vmap``: on a CPU in pieces that its caches hold.
-
-    Args:
-        victim: the clients' network and protocol, where the search takes place.
-        objective: what is lowered.
-        images: how dummy images are written.
-        labels: how class probabilities are.
     """
 
     def __init__(self, victim: Victim, objective: Term, images: Images, labels: Labels) -> None:
@@ -58,6 +53,29 @@ class Evaluator:
         """Of one victim's unknowns, those of the images first."""
         found = {name: dummy.shape(self.victim.protocol) for name, dummy in self.dummies.items()}
         return {name: shape for name, shape in found.items() if shape is not None}
+
+    def problem(self, equations: Callable[[Tensor, Tensor], Tensor], element_size: int) -> Problem:
+        """What a solver is told of the search; ``element_size`` are the bytes of a number."""
+        protocol, shapes = self.victim.protocol, self.shapes()
+        pixels = math.prod(shapes["images"]) if "images" in shapes else 0
+        project = self.images.project()
+
+        def boxed(points: Tensor) -> Tensor:
+            assert project is not None
+            return torch.cat([project(points[:, :pixels]), points[:, pixels:]], dim=1)
+
+        squares = all(term.is_sum_of_squares for _, term in self.terms.values())
+        images = "an image" if protocol.num_images == 1 else f"{protocol.num_images} images"
+        return Problem(
+            num_images=protocol.num_images,
+            project=None if project is None else boxed,
+            preconditioner=self.images.preconditioner(protocol),
+            equations=equations if squares else None,
+            num_equations=self._count_equations() if squares else 0,
+            num_unknowns=sum(map(math.prod, shapes.values())),
+            element_size=element_size,
+            written=f"{images} of {protocol.image_shape}{' and their labels' if 'labels' in shapes else ''}",
+        )
 
     # What the pieces keep of each victim, under the name of the piece.
 
@@ -89,13 +107,7 @@ class Evaluator:
     # Evaluations.
 
     def __call__(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, State]:
-        """Objectives ``(V,)``, and their gradients by each of the unknowns.
-
-        Args:
-            shared: what V victims shared.
-            kept: what :meth:`begin` gave for them.
-            unknowns: ``(V, ...)`` each.
-        """
+        """Objectives ``(V,)`` of V victims, and their gradients by each of the unknowns ``(V, ...)``."""
         kept = _plain(kept)
         with full_precision():
             if self._batched is not None:
@@ -157,12 +169,7 @@ class Evaluator:
 
     # Equations.
 
-    @property
-    def has_equations(self) -> bool:
-        """Whether every term is a sum of squares."""
-        return all(term.is_sum_of_squares for _, term in self.terms.values())
-
-    def count_equations(self) -> int:
+    def _count_equations(self) -> int:
         """Residuals of one victim."""
         state = self.victim.state
         like = state[self.victim.trainable[0]]

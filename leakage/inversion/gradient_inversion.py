@@ -9,26 +9,25 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.parsing import collect_init_args
-from torch import Tensor, nn
+from torch import nn
 
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.dummies import Images, InferredLabels, Labels, Pixels, Target
-from leakage.errors import check_choice, check_count, check_positive
+from leakage.errors import check_choice, check_count, check_not_negative, check_positive
 from leakage.files.checkpoints import check_checkpoint, restoring
 from leakage.inversion.auditor import Auditor
 from leakage.inversion.evaluator import Evaluator
 from leakage.inversion.lanes import Lanes
 from leakage.inversion.memory import is_out_of_memory
 from leakage.inversion.processes import check_strategy, gather, new_deal, sum_over_processes, take_part
-from leakage.inversion.queue import Queue
 from leakage.inversion.reconstruction import Reconstruction
-from leakage.inversion.search import Search
+from leakage.inversion.search import Queue, Search
 from leakage.metrics import ReconstructionMetrics, VictimScore
 from leakage.objectives import SquaredDistance, Term
 from leakage.pieces import tell
-from leakage.solvers import LBFGS, PerVictimOptimizer, Problem, Solver
+from leakage.solvers import LBFGS, PerVictimOptimizer, Solver
 
 # What is matched needs gradients that are more precise than those of half precision.
 _PRECISIONS = ("32-true", "64-true")
@@ -51,10 +50,9 @@ class GradientInversion(LightningModule):
     with distances D to the shared gradient :math:`g^*` and priors R. A published attack is a choice of pieces: see
     :mod:`leakage.attacks`.
 
-    One training step is one evaluation of the objective for
-    every victim in the lanes. A victim that has converged, diverged, stalled or spent its budget
-    leaves with its best iterate by this objective; the next ones take the lanes that are free,
-    and training ends when every victim is done: one epoch is all victims. Where an evaluation finds no
+    One training step is one evaluation of the objective for every victim in the lanes. A victim that has converged,
+    diverged, stalled or spent its budget leaves with its best iterate by this objective; the next ones take the lanes
+    that are free, and training ends when every victim is done: one epoch is all victims. Where an evaluation finds no
     memory, half of the lanes are used, and the victims that were searched for begin anew. A victim whose gradient is
     zero, or too small to be compared with, is ``uninformative``, and not searched for.
 
@@ -120,8 +118,7 @@ class GradientInversion(LightningModule):
                 )
         check_positive(success_threshold=success_threshold)
         check_count(0, restarts=restarts, seed=seed)
-        if isinstance(restart_above, bool) or not isinstance(restart_above, int | float) or not restart_above >= 0:
-            raise ValueError(f"Expected `restart_above` to be at least 0, but got {restart_above!r}.")
+        check_not_negative(restart_above=restart_above)
         self._save_options()
         self.automatic_optimization = False
         self.unknowns = nn.ParameterDict()
@@ -185,16 +182,11 @@ class GradientInversion(LightningModule):
     @property
     def finished(self) -> Reconstruction:
         """The victims done so far, in the order they left the lanes; after ``fit`` all, in their own order."""
-        return self._joined([*self._search.finished, *self._search.in_lanes(running=False)])
+        return Reconstruction.cat([*self._search.finished, *self._search.in_lanes(running=False)])
 
     def current(self) -> Reconstruction:
         """The best iterates so far of the victims still running."""
-        return self._joined(self._search.in_lanes(running=True))
-
-    def _joined(self, parts: list[Reconstruction]) -> Reconstruction:
-        if parts or self._victim is None:
-            return Reconstruction.cat(parts) if parts else Reconstruction.empty()
-        return Reconstruction.empty(self.victim.protocol.num_images, self.victim.protocol.image_shape)
+        return Reconstruction.cat(self._search.in_lanes(running=True))
 
     # Lightning's hooks.
 
@@ -225,7 +217,7 @@ class GradientInversion(LightningModule):
         self._reset()
         victim = self._victim = datamodule.victim
         self.expected_victims = datamodule.victims
-        self._search = Search(Queue(range(self.trainer.global_rank, datamodule.victims, self.trainer.world_size)))
+        self._search = Search(Queue([*range(self.trainer.global_rank, datamodule.victims, self.trainer.world_size)]))
         target = Target(
             victim,
             labels_revealed=datamodule.reveal_labels,
@@ -249,26 +241,9 @@ class GradientInversion(LightningModule):
 
     def configure_optimizers(self) -> PerVictimOptimizer:
         """The solver, on the unknowns."""
-        evaluator, protocol = self._make_evaluator(), self.victim.protocol
-        shapes = evaluator.shapes()
-        pixels = torch.Size(shapes.get("images", ())).numel() if "images" in shapes else 0
-        project = self.images.project()
-
-        def boxed(points: Tensor) -> Tensor:
-            assert project is not None
-            return torch.cat([project(points[:, :pixels]), points[:, pixels:]], dim=1)
-
-        squares = evaluator.has_equations
-        images = "an image" if protocol.num_images == 1 else f"{protocol.num_images} images"
-        problem = Problem(
-            num_images=protocol.num_images,
-            project=None if project is None else boxed,
-            preconditioner=self.images.preconditioner(protocol),
-            equations=(lambda points, lanes: self.lanes.equations(points, lanes)) if squares else None,
-            num_equations=evaluator.count_equations() if squares else 0,
-            num_unknowns=sum(torch.Size(shape).numel() for shape in shapes.values()),
-            element_size=next(iter(self.unknowns.values())).element_size(),
-            written=f"{images} of {protocol.image_shape}{' and their labels' if 'labels' in shapes else ''}",
+        evaluator = self._make_evaluator()
+        problem = evaluator.problem(
+            lambda points, lanes: self.lanes.equations(points, lanes), next(iter(self.unknowns.values())).element_size()
         )
         optimizer = PerVictimOptimizer(self.unknowns.values(), self.solver, problem)
         self._search.put_lanes(Lanes(evaluator, self.unknowns, optimizer, self.hparams["seed"]))
@@ -346,9 +321,13 @@ class GradientInversion(LightningModule):
 
     # Scores.
 
+    def on_validation_epoch_start(self) -> None:
+        """Take what there is to score."""
+        self._auditor.take(self.finished, self.current())
+
     def validation_step(self, batch: GroundTruth, batch_idx: int) -> None:
         """Score the victims of the batch."""
-        self._audit(batch)
+        self._auditor.compare(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of all victims so far."""
@@ -360,20 +339,14 @@ class GradientInversion(LightningModule):
 
     def score_finished(self) -> None:
         """Score, outside of validation, what no validation has scored yet (an interrupt, the end of training)."""
-        self._auditor.release()
+        self._auditor.take(self.finished, self.current())
         for batch in self._datamodule.val_dataloader():
-            self._audit(batch)
+            self._auditor.compare(batch)
         self._auditor.release()
-
-    def _audit(self, truth: GroundTruth) -> None:
-        if not self._auditor.has_taken:
-            self._auditor.take(self.finished, self.current())
-        self._auditor.compare(truth)
 
     def on_train_end(self) -> None:
         """Score what ended after the last validation."""
-        unscored = any(not self._auditor.is_final(victim) for victim in self.finished.ids.tolist())
-        if unscored:
+        if not all(map(self._auditor.is_final, self.finished.ids.tolist())):
             self.score_finished()
         search = self._search
         search.hand_out_all()

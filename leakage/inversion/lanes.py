@@ -25,12 +25,6 @@ class Lanes:
 
     What is kept of a victim, beside what it shared and the solver's state, are the engine's own entries
     (:meth:`state`) and those that the pieces of the attack declare.
-
-    Args:
-        evaluator: the objective.
-        unknowns: the parameters that are searched for, ``(lanes, ...)``, by the names of their dummies.
-        optimizer: moves them.
-        seed: of the starts; victim and restart have their own streams, however victims are grouped.
     """
 
     def __init__(
@@ -165,18 +159,8 @@ class Lanes:
     def equations(self, points: Tensor, lanes: Tensor) -> Tensor:
         """Residuals ``(L, M)`` of some lanes at their unknowns ``(L, D)``."""
         assert self.shared is not None  # there are lanes
-        shared = self.shared
-        state = {name: tensor[lanes] for name, tensor in shared.state.items()} if shared.own_weights else shared.state
-        some = SharedGradient(
-            {name: tensor[lanes] for name, tensor in shared.gradients.items()},
-            state,
-            shared.ids,
-            shared.protocol,
-            shared.own_weights,
-        )
-        return self.evaluator.equations(
-            some, {name: tensor[lanes] for name, tensor in self._of_pieces().items()}, points
-        )
+        of_pieces = {name: tensor[lanes] for name, tensor in self._of_pieces().items()}
+        return self.evaluator.equations(self.shared.select(lanes), of_pieces, points)
 
     def _of_pieces(self) -> State:
         return {name: tensor for name, tensor in self.kept.items() if "/" in name}
@@ -229,10 +213,6 @@ class Lanes:
         self.shared = self.shared.select(kept) if len(kept) else None
         self.kept = {name: tensor[kept] for name, tensor in self.kept.items()} if len(kept) else {}
 
-    def drop(self, lanes: Tensor) -> None:
-        """Drop the lanes at these indices."""
-        self.keep(~self._mask(lanes))
-
     def _mask(self, lanes: Tensor) -> Tensor:
         return torch.zeros(len(self), dtype=torch.bool, device=self.device).index_fill(0, lanes, True)
 
@@ -254,16 +234,7 @@ class Lanes:
 
 
 def restored_lanes(saved: dict[str, Any], victim: Victim, declared: State) -> tuple[SharedGradient | None, State]:
-    """What :meth:`Lanes.saved` gave.
-
-    Args:
-        saved: of a checkpoint.
-        victim: of this run.
-        declared: the entries that lanes have in this run, as tensors without a victim.
-
-    Raises:
-        ValueError: other entries, or gradients of another victim.
-    """
+    """What :meth:`Lanes.saved` gave; a ``ValueError`` if it has other entries than ``declared``, or does not fit."""
     if saved["shared"] is None:
         return None, {}
     shared = SharedGradient(**saved["shared"], protocol=victim.protocol)

@@ -26,15 +26,9 @@ def choose_lanes(
 ) -> int:
     """How many victims to attack at once: as many as save time, and as fit into half of the memory that is free.
 
-    One and two lanes are evaluated to see how much memory one takes. On a CPU there are at most 256 lanes, on a GPU
-    1,024. The time is not looked at: it differs from run to run, and with the lanes the rounding would.
-
-    Args:
-        evaluate: evaluates the objective for that many victims.
-        bytes_per_lane: what a victim takes beside the evaluation.
-        most: lanes that are of use.
-        device: where the evaluation takes place.
-        processes: how many of them there are on this machine, which share its memory; each has a GPU of its own.
+    One and two lanes are evaluated to see how much memory one takes beside ``bytes_per_lane``; several ``processes`` of
+    one machine share it on CPUs. On a CPU there are at most 256 lanes, on a GPU 1,024. The time is not looked at: it
+    differs from run to run, and with the lanes the rounding would.
 
     Returns:
         From 1 to ``most``; a power of two where the memory decides.

@@ -75,11 +75,6 @@ def gather(
 def take_part(trainer: Trainer, checkpoint: dict[str, Any], victims: int) -> None:
     """Make of a checkpoint's parts, one for each process that wrote it, the one that this process goes on with.
 
-    Args:
-        trainer: knows this process and the path of the checkpoint.
-        checkpoint: the first process' part, changed in place.
-        victims: the number of all victims.
-
     Raises:
         ValueError: parts of different runs.
         OSError: a part is missing.

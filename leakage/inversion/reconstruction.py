@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -44,11 +44,10 @@ class Reconstruction:
         return len(self.ids)
 
     @classmethod
-    def empty(cls, num_images: int = 1, image_shape: Sequence[int] = (1, 1, 1)) -> Reconstruction:
+    def empty(cls) -> Reconstruction:
         """Of no victim."""
         whole, real = torch.zeros(0, dtype=torch.long), torch.zeros(0)
-        images, labels = real.new_zeros(0, num_images, *image_shape), whole.new_zeros(0, num_images)
-        return cls(whole, images, labels, real, whole, whole, whole, whole)
+        return cls(whole, real.view(0, 1, 1, 1, 1), whole.view(0, 1), real, whole, whole, whole, whole)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -60,7 +59,9 @@ class Reconstruction:
     @staticmethod
     def cat(parts: Iterable[Reconstruction]) -> Reconstruction:
         """Victims of several parts after one another."""
-        tensors = [part._tensors() for part in parts]
+        tensors = [part._tensors() for part in parts if len(part)]
+        if not tensors:
+            return Reconstruction.empty()
         return Reconstruction(**{name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -77,21 +78,10 @@ class Reconstruction:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a file of another kind, truncated, or with tensors that are missing or don't fit together.
+            ValueError: a file of another kind, truncated, or without one of the tensors.
         """
         _, tensors = read_safetensors(path, _FORMAT)
         names = {field.name for field in dataclasses.fields(cls)}
         if tensors.keys() != names:
             raise ValueError(f"Expected tensors {sorted(names)} in '{path}', but got {brief(sorted(tensors))}.")
-        shape = tuple(tensors["images"].shape)
-        if len(shape) != 5:
-            raise ValueError(f"Expected images (V, N, C, H, W) in '{path}', but got {brief(shape)}.")
-        for name, tensor in tensors.items():
-            expected = {"images": shape, "labels": shape[:2]}.get(name, shape[:1])
-            dtypes = (torch.float32, torch.float64) if name in ("images", "loss") else (torch.int64,)
-            if tuple(tensor.shape) != expected or tensor.dtype not in dtypes:
-                raise ValueError(
-                    f"Expected `{name}` of shape {expected} as {dtypes[0]} in '{path}', but got "
-                    f"{brief(tuple(tensor.shape))}, {tensor.dtype}."
-                )
         return cls(**tensors)

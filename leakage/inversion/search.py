@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -14,7 +16,6 @@ from leakage.datamodules.base import VictimDataModule
 from leakage.inversion.evaluator import Evaluator
 from leakage.inversion.lanes import Lanes, restored_lanes
 from leakage.inversion.memory import choose_lanes
-from leakage.inversion.queue import Queue
 from leakage.inversion.reconstruction import Reconstruction
 from leakage.pieces import State
 from leakage.solvers.solver import UNINFORMATIVE
@@ -23,6 +24,64 @@ from leakage.solvers.solver import UNINFORMATIVE
 _LEAVING_SHARE = 1 / 8
 # Victims on whom the number of lanes is tried.
 _SAMPLE = 8
+
+
+@dataclass
+class Queue:
+    """The victims of this process that no lane has had yet, by their places in the data.
+
+    An attack has room when victims leave, but Lightning fetches batches one ahead of the step that uses them. So it
+    asks, and the victims come two steps later; steps in between are given ``()``.
+
+    ::
+
+                 ask()               Lightning fetches           admit()
+        waiting ───────▶ asked ──────────────────────▶ fetched ───────────▶ in a lane ───▶ done
+           ▲               │                              │                     │
+           │               └── resumed from a checkpoint: asked for again ──────┤
+           └───────────────── put_back(): there was no memory for them ─────────┘
+
+    A victim is asked for at most once at a time: ``asked`` is empty or is being fetched. A checkpoint has both lists
+    and the step ``asked_at`` after which the asking was done. When a run is resumed it asks again: before the first
+    batch is fetched; but if it had asked right after the last step before the checkpoint, only after the first batch.
+    Then victims enter at the very step at which they would have entered, and the run goes on bit for bit.
+
+    Attributes:
+        waiting: victims that have not been asked for.
+        asked: those that have, and that no lane has had yet.
+        asked_at: after which iteration, -1 for before the first.
+    """
+
+    waiting: list[int] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+    asked_at: int = -1
+
+    def __len__(self) -> int:
+        return len(self.waiting)
+
+    def ask(self, datamodule: VictimDataModule, victims: int, iteration: int) -> None:
+        """Ask for the next victims."""
+        self.asked, self.waiting = self.waiting[:victims], self.waiting[victims:]
+        self.asked_at = iteration
+        datamodule.wanted = self.asked
+
+    def admit(self) -> list[int]:
+        """The victims that have come: they are in lanes from now on."""
+        admitted, self.asked = self.asked, []
+        return admitted
+
+    def put_back(self, victims: Sequence[int]) -> None:
+        """Victims leave their lanes without being done, and are the next."""
+        self.waiting = [*victims, *self.waiting]
+
+    def before_first_fetch(self, datamodule: VictimDataModule, iteration: int) -> None:
+        """Ask again, unless it is too early."""
+        datamodule.wanted = self.asked if self.asked and self.asked_at != iteration else None
+
+    def after_first_fetch(self, datamodule: VictimDataModule, iteration: int) -> None:
+        """Ask again, if it was too early."""
+        if self.asked and self.asked_at == iteration:
+            datamodule.wanted = self.asked
 
 
 class Search:
@@ -34,9 +93,6 @@ class Search:
         most_lanes: how many victims may be in the lanes; 0 until it is found.
         finished: what those that have left the lanes gave away, in the order in which they left.
         places: of the finished, in the data.
-
-    Args:
-        queue: the victims that wait.
     """
 
     def __init__(self, queue: Queue) -> None:
@@ -127,7 +183,7 @@ class Search:
         if spare > 0 and (left == len(ended) or spare > _LEAVING_SHARE * len(ended)):
             leaving = ended.nonzero().squeeze(1)[-spare:]
             self._hand_out(leaving)
-            lanes.drop(leaving)
+            lanes.keep(torch.ones_like(ended).index_fill(0, leaving, False))
 
     def hand_out_all(self) -> None:
         """Let all go that are done."""
@@ -195,7 +251,7 @@ class Search:
         """All of it, for a checkpoint."""
         return {
             "iteration": self.iteration,
-            "queue": self.queue.state(),
+            "queue": vars(self.queue),
             "most_lanes": self.most_lanes,
             "lanes": self.lanes.saved(),
             "finished": [vars(part) for part in self.finished],
@@ -205,7 +261,7 @@ class Search:
     @classmethod
     def restored(cls, saved: dict[str, Any], victim: Victim, declared: State) -> Search:
         """From one; ``declared`` are the entries that lanes have, as tensors without a victim."""
-        search = cls(Queue.restored(saved["queue"]))
+        search = cls(Queue(**saved["queue"]))
         search.iteration, search.most_lanes, search.places = saved["iteration"], saved["most_lanes"], saved["places"]
         search.finished = [Reconstruction(**part) for part in saved["finished"]]
         search._restored = restored_lanes(saved["lanes"], victim, declared)

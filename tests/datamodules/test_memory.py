@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from leakage.datamodules import LabelledImages, memory
-from leakage.datamodules.sample import read_sheet
+from leakage.datamodules.benchmarks import read_sheet
 
 COUNTS = {"bird": 10, "cat": 5, "dog": 2}
 

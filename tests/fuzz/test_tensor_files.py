@@ -13,7 +13,6 @@ from safetensors.torch import load, save
 from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.condensation import SyntheticSet
-from leakage.inversion.reconstruction import Reconstruction
 
 KINDS = ["shared", "reconstruction", "synthetic"]
 
@@ -97,22 +96,6 @@ def test_tensors_of_other_types(
     path = with_tensor(fuzz, tmp_path / "file", "shared", name, tensor)
     with pytest.raises(ValueError, match=rf"Expected a sound shared gradient in '{path}', but got: .*{message}"):
         SharedGradient.load(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor", "message"),
-    [
-        ("images", torch.zeros(2, 3, 3), r"Expected images \(V, N, C, H, W\) in '.*', but got \(2, 3, 3\)"),
-        ("labels", torch.zeros(2, 2, dtype=torch.long), r"Expected `labels` of shape \(2, 1\) .* but got \(2, 2\)"),
-        ("ids", torch.tensor([0.0, 1.0]), r"Expected `ids` of shape \(2,\) as torch.int64 in .* torch.float32"),
-        ("loss", torch.zeros(3), r"Expected `loss` of shape \(2,\) as torch.float32 in .* but got \(3,\)"),
-    ],
-)
-def test_a_reconstruction_whose_tensors_do_not_fit(
-    fuzz: SimpleNamespace, tmp_path: Path, name: str, tensor: torch.Tensor, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        Reconstruction.load(with_tensor(fuzz, tmp_path / "file", "reconstruction", name, tensor))
 
 
 def test_labels_of_another_shape_beside_images_that_are_not_finite() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakage.clients.victim import Victim
-from leakage.datamodules.sample import read_sheet
+from leakage.datamodules.benchmarks import read_sheet
 from leakage.labels import Auxiliary, infer_labels
 from leakage.labels import posterior as module
 from leakage.labels.posterior import LabelPosterior, _between, _edges
