@@ -12,8 +12,8 @@ from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.dummies.dummy import Labels, Target, widen
-from leakage.errors import check_choice, check_count, check_positive
-from leakage.labels import RULES, Auxiliary, LabelReader
+from leakage.errors import check_positive
+from leakage.labels import Auxiliary, LabelReader
 from leakage.pieces import State
 
 
@@ -89,13 +89,6 @@ class InferredLabels(_FixedLabels):
     """
 
     def __init__(self, rule: str = "auto", auxiliary: Auxiliary | None = None, seed: int = 0) -> None:
-        check_choice("rule", rule, (*RULES, "auto"))
-        check_count(0, seed=seed)
-        if auxiliary is not None and not isinstance(auxiliary, Auxiliary):
-            raise ValueError(
-                "Expected `auxiliary` to be a leakage.labels.Auxiliary (which no checkpoint holds: give it again), "
-                f"but got {type(auxiliary).__name__}."
-            )
         self.rule, self.auxiliary, self.seed = rule, auxiliary, seed
         self._reader = LabelReader(rule, auxiliary=auxiliary, seed=seed)
 

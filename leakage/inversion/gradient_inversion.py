@@ -116,6 +116,8 @@ class GradientInversion(LightningModule):
                     f"Expected `{name}` to be a {kind.__module__.rpartition('.')[0]}.{kind.__name__}, but got "
                     f"{getattr(self, name)!r}."
                 )
+        if not self.objective.parts():
+            raise ValueError("Expected `objective` with a weight that is not 0, but got none.")
         check_positive(success_threshold=success_threshold)
         check_count(0, restarts=restarts, seed=seed)
         check_not_negative(restart_above=restart_above)

@@ -102,7 +102,8 @@ class LabelReader:
         check_count(0, seed=seed)
         if auxiliary is not None and not isinstance(auxiliary, Auxiliary):
             raise ValueError(
-                f"Expected `auxiliary` to be a leakage.labels.Auxiliary, but got {type(auxiliary).__name__}."
+                "Expected `auxiliary` to be a leakage.labels.Auxiliary (which no checkpoint holds: give it again), "
+                f"but got {type(auxiliary).__name__}."
             )
         self.rule, self.auxiliary, self.seed = rule, auxiliary, seed
         self._forget()

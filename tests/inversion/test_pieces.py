@@ -250,6 +250,7 @@ def test_a_checkpoint_of_other_pieces_is_refused(kit: Any, tmp_path: Path) -> No
         ({"objective": "squared"}, "Expected `objective` to be a leakage.objectives.Term, but got 'squared'"),
         ({"images": JointLabels()}, "Expected `images` to be a leakage.dummies.Images, but got JointLabels"),
         ({"solver": torch.optim.Adam}, "Expected `solver` to be a leakage.solvers.Solver, but got"),
+        ({"objective": 0 * SquaredDistance()}, "Expected `objective` with a weight that is not 0"),
         ({"restart_above": -1.0}, "Expected `restart_above` of at least 0, but got -1.0"),
     ],
 )

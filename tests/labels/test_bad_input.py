@@ -273,7 +273,7 @@ def test_auxiliary_images_of_another_kind() -> None:
     victim = victim_of(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), 4)
     shared = victim.share(*images_and_labels(0, 2, 4, 5))
     images: Any = torch.rand(3, 3, 2, 2)
-    with pytest.raises(ValueError, match=r"Expected `auxiliary` to be a leakage\.labels\.Auxiliary, but got Tensor"):
+    with pytest.raises(ValueError, match=r"Expected `auxiliary` to be a leakage\.labels\.Auxiliary .*, but got Tensor"):
         infer_labels(shared, victim, auxiliary=images)
     with pytest.raises(ValueError, match="Expected `auxiliary` labels as a tensor, but got list"):
         Auxiliary(images, [0, 1, 2])  # type: ignore[arg-type]
