@@ -37,6 +37,15 @@ def check_count(at_least: int = 1, /, **values: int) -> None:
             )
 
 
+def check_pair(**values: object) -> tuple[float, float]:
+    """The numbers of a pair; a ``ValueError`` naming it if it is something else than two numbers."""
+    ((name, value),) = values.items()
+    pair = tuple(value) if isinstance(value, tuple | list) else ()
+    if len(pair) != 2 or any(isinstance(number, bool) or not isinstance(number, int | float) for number in pair):
+        raise ValueError(f"Expected `{name}` as two numbers, but got {value!r}.")
+    return pair
+
+
 def check_flag(**values: bool) -> None:
     """Raise a ``ValueError`` naming the first of ``values`` that is neither True nor False."""
     for name, value in values.items():

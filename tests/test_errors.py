@@ -6,7 +6,15 @@ import math
 
 import pytest
 
-from leakage.errors import check_choice, check_count, check_flag, check_image_size, check_positive, show_shape
+from leakage.errors import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_image_size,
+    check_pair,
+    check_positive,
+    show_shape,
+)
 
 
 def test_what_is_right_passes():
@@ -15,6 +23,7 @@ def test_what_is_right_passes():
     check_count(0, seed=0)
     check_flag(download=False)
     check_choice("loss", "b", ("a", "b"))
+    assert check_pair(box=(0, math.inf)) == check_pair(box=[0.0, math.inf]) == (0, math.inf)
     assert check_image_size(28) == (28, 28)
     assert check_image_size([8, 12]) == (8, 12)
 
@@ -46,6 +55,12 @@ def test_too_large():
 def test_not_a_flag(value):
     with pytest.raises(ValueError, match=r"^Expected `download` to be True or False, but got "):
         check_flag(download=value)
+
+
+@pytest.mark.parametrize("value", [1, None, "01", ("0", "1"), (0,), (0, 1, 2), (False, True), (0, None)])
+def test_not_a_pair(value):
+    with pytest.raises(ValueError, match=r"^Expected `box` as two numbers, but got "):
+        check_pair(box=value)
 
 
 @pytest.mark.parametrize("value", [0, (4, -1), 1.5, None, "28", (4,), (4, 4, 4)])

@@ -32,11 +32,12 @@ from matplotlib.ticker import PercentFormatter
 from leakage.cli import quiet
 from leakage.comparison import align
 from leakage.condensation import SiameseAugmentation, SyntheticSet, evaluate, random_images
-from leakage.datamodules import LABELLED_DATASETS, LabelledImages, digest
+from leakage.datamodules import LABELLED_DATASETS, LabelledImages
 from leakage.errors import check_count
 from leakage.files.text import write_json
 from leakage.files.whole import check_output
 from leakage.models import NETWORKS
+from leakage.pieces import digest
 from leakage.plots import save_figure
 
 FILES = ("summary.json", "accuracy.png")

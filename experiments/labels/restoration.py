@@ -38,13 +38,14 @@ from torch import Tensor
 
 from leakage.cli import quiet
 from leakage.clients.victim import Victim
-from leakage.datamodules import LabelledImages, digest
+from leakage.datamodules import LabelledImages
 from leakage.errors import check_count
 from leakage.files.text import write_json
 from leakage.files.whole import check_output
 from leakage.labels import RULES, LabelCounts, LabelReader, infer_labels
 from leakage.metrics import LabelMetrics, score_labels, trivial_score
 from leakage.metrics.labels import LabelScore
+from leakage.pieces import digest
 
 sys.path.append(str(Path(__file__).parents[1] / "comparison"))
 from records import holds_results, read_record

@@ -249,6 +249,7 @@ class Victim:
             size = protocol.local_batch_size or protocol.num_images
             self.model(black_images(self.model, protocol.image_shape, size))
 
+    @full_precision()
     def share(
         self,
         images: Tensor,
@@ -268,7 +269,8 @@ class Victim:
                 it. By default all victims share the model's weights.
             ids: ``(V,)`` whole numbers that name the victims, by default 0 to V - 1.
             reveal_labels: put the labels into what is shared.
-            seed: with a victim's id, it decides what its defenses draw.
+            seed: with a victim's id, it decides what its defenses draw. Two calls with the same seed and ids add
+                the same noise, and the difference of what they share has none of it: give each round another seed.
 
         Raises:
             ValueError: images or labels of another shape or range, images of another precision than the
@@ -306,7 +308,7 @@ class Victim:
             raise ValueError(f"Expected `images` in the precision of the weights, {precision}, but got {images.dtype}.")
         targets = F.one_hot(labels.long(), protocol.num_classes).to(images.dtype)
         capture = vmap(self.gradients, in_dims=(0 if own else None, 0, 0), chunk_size=_CAPTURED_AT_ONCE)
-        with torch.no_grad(), full_precision():
+        with torch.no_grad():
             gradients = capture(states, images, targets)
         shared = SharedGradient(
             gradients=gradients,
@@ -330,7 +332,14 @@ class Victim:
         """Raise a ``ValueError`` unless ``shared`` fits this victim's model and protocol."""
         shared.check()
         if shared.protocol != self.protocol:
-            raise ValueError(f"Expected a shared gradient of the protocol {self.protocol}, but got {shared.protocol}.")
+            here, there = vars(self.protocol), vars(shared.protocol)
+            names = [name for name in here if here[name] != there[name]]
+            expected, got = (", ".join(f"{name}={side[name]!r}" for name in names) for side in (here, there))
+            raise ValueError(
+                f"Expected a shared gradient of the victim's protocol, with {expected}, but got {got}. A victim for it "
+                "is Victim.of(network, shared.protocol), as SharedGradients makes it if you pass the network itself; "
+                "gradients of different protocols need a SharedGradients each."
+            )
         parameters = dict(self.model.named_parameters())
         trainable = {name: parameters[name] for name in self.trainable}
         check_tensors("gradient", shared.gradients, trainable, victims=len(shared))

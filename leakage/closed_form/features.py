@@ -11,6 +11,7 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.nn import functional as F
 
 from leakage.clients.losses import LOSSES
+from leakage.clients.precision import full_precision
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_count
@@ -85,6 +86,7 @@ def check_separable(victim: Victim) -> None:
 
 
 @torch.no_grad()
+@full_precision()
 def separate_features(shared: SharedGradient, victim: Victim, labels: Tensor, *, seed: int = 0) -> SeparatedFeatures:
     r"""Recover the inputs of the last linear layer of **every** image of a batch, to rounding.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from leakage.clients.chain import Link
+from leakage.clients.precision import full_precision
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.closed_form.features import SeparatedFeatures, check_separable, separate_features
@@ -47,6 +48,7 @@ class LayerByLayer:
 
 
 @torch.no_grad()
+@full_precision()
 def invert_layers(
     shared: SharedGradient,
     victim: Victim,

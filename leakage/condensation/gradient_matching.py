@@ -46,7 +46,7 @@ class GradientMatchingCondensation(LightningModule):
     .. math:: \sum_c D\left(\nabla_\theta \ell(x_c, c), \; \nabla_\theta \ell(r_c, c)\right)
 
     with :math:`r_c` a batch of real images of the class and D the row-wise cosine distance
-    (:func:`~leakage.objectives.row_cosine_distance`).
+    (:class:`~leakage.objectives.RowCosineDistance`).
 
     One *iteration* is one freshly drawn network. It has ``outer`` training steps; in each, the gradients of a batch of
     real images per class are taken, then the synthetic images make ``network_reuse`` steps towards them, and the

@@ -7,7 +7,6 @@ from leakage.datamodules.labelled import ClassBatch, LabelledImages
 from leakage.datamodules.shared import SharedGradients
 from leakage.datamodules.sources import DATASETS, LABELLED_DATASETS, LabelledTensors, Source, in_unit_range
 from leakage.datamodules.victims import Victims
-from leakage.pieces import digest
 
 __all__ = [
     "DATASETS",
@@ -21,7 +20,6 @@ __all__ = [
     "VictimDataModule",
     "Victims",
     "data_folder",
-    "digest",
     "draw_victims",
     "in_unit_range",
 ]

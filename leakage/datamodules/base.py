@@ -88,12 +88,14 @@ class VictimDataModule(ConfiguredDataModule):
     Validation gives :class:`GroundTruth` of the victims :attr:`audited`, where it is known. The two never share
     a batch.
 
-    A subclass sets :attr:`victim` and :attr:`victims` in ``setup``, and supplies :meth:`share`.
+    A subclass sets :attr:`victim` and :attr:`victims` in ``setup``, :attr:`reveal_labels` and :attr:`own_weights` where
+    they hold, and supplies :meth:`share`.
 
     Attributes:
         victim: the clients' model and protocol, after ``setup``.
         victims: the number of victims.
         reveal_labels: whether what is shared tells the labels.
+        own_weights: whether each victim has a network of its own, after ``setup``.
         wanted: the victims of the next training batch by their places from 0 on, None for none.
         audited: the victims that validation shows, None for all; several processes have different ones.
 
@@ -110,6 +112,7 @@ class VictimDataModule(ConfiguredDataModule):
     victim: Victim
     victims: int
     reveal_labels: bool = False
+    own_weights: bool = False
 
     def __init__(self, *, lanes: int | str = "auto") -> None:
         super().__init__()

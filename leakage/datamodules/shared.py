@@ -91,6 +91,7 @@ class SharedGradients(VictimDataModule):
         self._shared = _join(list(parts.values()))
         self.victims = len(self._shared)
         self.reveal_labels = self._shared.labels is not None
+        self.own_weights = self._shared.own_weights
         self.victim = victim
 
     def share(self, victims: Sequence[int]) -> SharedGradient:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -29,6 +30,8 @@ _OF_THE_CLIENT = ("num_images", "loss", "reduction", "local_steps", "learning_ra
 _DECODED_AT_ONCE = 64
 # Victims whose reconstructions are scored at a time.
 _SCORED_AT_ONCE = 256
+# Images at most, evenly spread over the victims, by which a checkpoint recognises a data set.
+_RECOGNISED_BY = 8
 
 
 class Victims(VictimDataModule):
@@ -170,7 +173,7 @@ class Victims(VictimDataModule):
         self.seed = seed
         self.labels = labels
         self.model = model
-        self.weights = weights
+        self.weights, self.own_weights = weights, weights == "own"
         self.client = {name: value for name, value in vars(protocol).items() if name in _OF_THE_CLIENT}
         self.reveal_labels = reveal_labels
         self.defenses = check_defenses(defenses)
@@ -200,7 +203,7 @@ class Victims(VictimDataModule):
                 f"Expected `model` to have a logit for each of the {source.num_classes} classes of the data set, "
                 f"but got {victim.protocol.num_classes}."
             )
-        if self.weights == "own":
+        if self.own_weights:
             victim.fresh_states([self.seed])  # a module that can't be drawn anew shall fail now
         for index in sorted(set(order.flatten().tolist())):
             source.check_size(source[index][0], victim.protocol.image_shape, index)
@@ -225,7 +228,7 @@ class Victims(VictimDataModule):
         """The gradients of the victims at these places, in the precision of their network."""
         truth = GroundTruth.cat(list(self._load(victims, _DECODED_AT_ONCE)))
         states = None
-        if self.weights == "own":
+        if self.own_weights:
             states = self.victim.fresh_states([derive_seed(self.seed, victim, "weights") for victim in victims])
         return self.victim.share(
             truth.images.to(next(self.victim.model.parameters()).dtype),
@@ -254,7 +257,9 @@ class Victims(VictimDataModule):
     def configuration(self) -> dict[str, Any]:
         """As in the base class, with what the victims' images, networks and losses depend on."""
         self.setup("fit")
-        first = self._images[0]
+        held = self._images.order.flatten()
+        some = held[:: math.ceil(len(held) / _RECOGNISED_BY)].tolist()
+        images, labels = zip(*(self._images.source[index] for index in some), strict=True)
         return super().configuration | {
             **self.source.configuration,
             "split": self.split if self.source.parts else None,
@@ -262,10 +267,10 @@ class Victims(VictimDataModule):
             **self.client,
             "labels": self.labels,
             "seed": self.seed,
-            "weights": self.weights if self.weights == "own" else digest(self.victim.state),
+            "weights": "own" if self.own_weights else digest(self.victim.state),
             "reveal_labels": self.reveal_labels,
             "defenses": [repr(defense) for defense in self.defenses],
-            "first_victim": digest({"images": first.images, "labels": first.labels}),
+            "content": digest({"images": torch.stack(images), "labels": torch.tensor(labels)}),
         }
 
 

@@ -15,6 +15,9 @@ class GaussianNoise(Defense):
     With ``relative`` the size is that of the gradient, :math:`\sigma \cdot \mathrm{rms}(g)`, where the root mean square
     is over all D entries of the whole gradient, :math:`\mathrm{rms}(g) = \lVert g \rVert_2 / \sqrt{D}`.
 
+    The noise is decided by the generator, which :meth:`leakage.Victim.share` makes of its ``seed`` and the victim's id.
+    Rounds that are shared with the same seed have the same noise, which their difference is free of: give each another.
+
     Args:
         std: :math:`\sigma`, positive.
         relative: in units of the gradient's root mean square.

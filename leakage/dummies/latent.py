@@ -47,6 +47,8 @@ class LatentCode(Images):
     def __init__(self, generator: nn.Module, code_shape: Sequence[int], std: float = 1.0) -> None:
         if not isinstance(generator, nn.Module):
             raise ValueError(f"Expected `generator` to be a torch.nn.Module, but got {type(generator).__name__}.")
+        if not isinstance(code_shape, list | tuple):
+            raise ValueError(f"Expected `code_shape` as a list of sizes such as [64], but got {code_shape!r}.")
         for size in code_shape:
             check_count(code_shape=size)
         check_positive(std=std)

@@ -14,7 +14,7 @@ from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.closed_form import check_layers, images_by_layers
 from leakage.dummies.dummy import Images, Target, widen
-from leakage.errors import check_choice, check_positive
+from leakage.errors import check_choice, check_pair, check_positive
 from leakage.pieces import Piece, State
 from leakage.solvers.spectrum import ImageSpectrum
 
@@ -73,8 +73,8 @@ class Pixels(Images):
             lie in [0, 1].
 
     Raises:
-        ValueError: another start, a ``std`` that is not positive, a box without room; in ``fit``, a start that such
-            networks don't have.
+        ValueError: another start, a ``std`` that is not positive, a box that is not two numbers or has no room; in
+            ``fit``, a start that such networks don't have.
 
     Example:
         >>> Pixels(box=(0, 1))
@@ -88,7 +88,7 @@ class Pixels(Images):
             check_choice("start", start, STARTS)
         check_positive(std=std)
         if box is not None:
-            box = (box[0], box[1])
+            box = check_pair(box=box)
             if not box[0] < box[1]:
                 raise ValueError(f"Expected `box` as the least and the largest value of a pixel, but got {box}.")
         self.start, self.std, self.box = start, std, box

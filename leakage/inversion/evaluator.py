@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from leakage.clients.precision import full_precision
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.dummies.dummy import Dummy, Images, Labels
@@ -109,17 +108,16 @@ class Evaluator:
     def __call__(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, State]:
         """Objectives ``(V,)`` of V victims, and their gradients by each of the unknowns ``(V, ...)``."""
         kept = _plain(kept)
-        with full_precision():
-            if self._batched is not None:
-                return self._by_terms(self._batched, shared, kept, unknowns)
-            if not self.at_once and next(iter(unknowns.values())).device.type == "cpu":
-                self.at_once = self._find_lanes_at_once(shared, kept, unknowns)
-            evaluate = vmap(
-                grad_and_value(self._objective),
-                in_dims=(0, 0, 0 if shared.own_weights else None, 0),
-                chunk_size=self.at_once or None,
-            )
-            gradients, losses = evaluate(dict(unknowns), _parted(kept), shared.state, shared.gradients)
+        if self._batched is not None:
+            return self._by_terms(self._batched, shared, kept, unknowns)
+        if not self.at_once and next(iter(unknowns.values())).device.type == "cpu":
+            self.at_once = self._find_lanes_at_once(shared, kept, unknowns)
+        evaluate = vmap(
+            grad_and_value(self._objective),
+            in_dims=(0, 0, 0 if shared.own_weights else None, 0),
+            chunk_size=self.at_once or None,
+        )
+        gradients, losses = evaluate(dict(unknowns), _parted(kept), shared.state, shared.gradients)
         return losses, gradients
 
     def _objective(self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:
@@ -183,8 +181,7 @@ class Evaluator:
     def equations(self, shared: SharedGradient, kept: State, points: Tensor) -> Tensor:
         """Residuals ``(V, M)`` at unknowns ``(V, D)`` that lie one after another; their squares are the objective."""
         evaluate = vmap(self._residuals, in_dims=(0, 0, 0 if shared.own_weights else None, 0))
-        with full_precision():
-            residuals: Tensor = evaluate(points, _parted(_plain(kept)), shared.state, shared.gradients)
+        residuals: Tensor = evaluate(points, _parted(_plain(kept)), shared.state, shared.gradients)
         return residuals
 
     def _residuals(self, point: Tensor, kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import nn
 
+from leakage.clients.precision import full_precision
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.datamodules.base import GroundTruth, VictimDataModule
@@ -223,7 +224,7 @@ class GradientInversion(LightningModule):
         target = Target(
             victim,
             labels_revealed=datamodule.reveal_labels,
-            own_weights=getattr(datamodule, "weights", None) == "own",
+            own_weights=datamodule.own_weights,
             labels_known=self.labels.known,
         )
         for dummy in (self.labels, self.images):
@@ -272,6 +273,7 @@ class GradientInversion(LightningModule):
         """Ask for the victims whose turn is not the first batch."""
         self._search.queue.after_first_fetch(self._datamodule, self.iteration)
 
+    @full_precision()
     def training_step(self, batch: SharedGradient | tuple[()], batch_idx: int) -> None:
         """Admit the victims of the batch, if there are any, and move every victim in the lanes by one evaluation."""
         search = self._search

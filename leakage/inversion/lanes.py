@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from leakage.clients.precision import full_precision
 from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
@@ -180,6 +181,7 @@ class Lanes:
         self.optimizer.restart(again, *starts.values())
 
     @torch.no_grad()
+    @full_precision()
     def best(self) -> Reconstruction:
         """Best iterate of every lane over all its starts, by the attack's own objective."""
         optimizer, kept = self.optimizer, self.kept

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from leakage.clients.precision import full_precision
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_choice, check_count
@@ -145,6 +146,7 @@ class LabelReader:
         check_needs(self.rule, needs_met(victim, self.auxiliary, own_weights=own_weights))
 
     @torch.no_grad()
+    @full_precision()
     def __call__(self, shared: SharedGradient, victim: Victim) -> LabelCounts:
         """Counts, scores and labels of every victim, on the device of the gradients.
 

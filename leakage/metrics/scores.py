@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from leakage.clients.precision import full_precision
 from leakage.errors import check_positive
 from leakage.metrics.estimates import MeanOverVictims, ScoresOverVictims, ShareOverVictims
 from leakage.metrics.matching import check_images, match, score_dtype
@@ -100,6 +101,7 @@ class Scores:
 
 
 @torch.no_grad()
+@full_precision()
 def score(reconstructed_images: Tensor, reconstructed_labels: Tensor, images: Tensor, labels: Tensor) -> Scores:
     r"""Score reconstructions against the private images, matched one-to-one first (:func:`match`).
 

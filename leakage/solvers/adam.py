@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leakage.errors import check_choice, check_count, check_not_negative, check_positive
+from leakage.errors import check_choice, check_count, check_not_negative, check_pair, check_positive
 from leakage.pieces import State
 from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, Evaluated, Solver, settle
 
@@ -68,7 +68,7 @@ class Adam(Solver):
         check_count(0, warmup=self.warmup)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_not_negative(tolerance=self.tolerance)
-        self.betas = (self.betas[0], self.betas[1])
+        self.betas = check_pair(betas=self.betas)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"Expected `betas` from 0 to below 1, but got {self.betas!r}.")
 

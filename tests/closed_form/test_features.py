@@ -253,5 +253,5 @@ def test_bad_seed_and_gradients_of_another_victim() -> None:
     with pytest.raises(ValueError, match="Expected `seed` to be a whole number of at least 0, but got -1"):
         separate_features(shared, victim, labels, seed=-1)
     other, _, _, _ = setting(3)
-    with pytest.raises(ValueError, match="Expected a shared gradient of the protocol"):
+    with pytest.raises(ValueError, match="Expected a shared gradient of the victim's protocol, with "):
         separate_features(shared, other, labels)

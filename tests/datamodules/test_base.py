@@ -117,7 +117,7 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path):
 
     with pytest.raises(
         ValueError,
-        match="Expected a checkpoint of the same victims, but got seed 0 in the checkpoint and 7 here; first",
+        match="Expected a checkpoint of the same victims, but got seed 0 in the checkpoint and 7 here; content",
     ):
         trainer(tmp_path, max_epochs=2).fit(Recorder(), Victims("sample", victims=4, seed=7), ckpt_path=path)
 

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from leakage.attacks import IDLGAttack
 from leakage.clients.victim import Victim
 from leakage.datamodules import SharedGradients, Victims
+from leakage.defenses import Clip
 from leakage.models import LeNet
 
 
@@ -90,7 +91,7 @@ def test_files_of_clients_that_train(tmp_path, shared):
     assert ready(tmp_path / "1.safetensors").victim.protocol == data.victim.protocol
     shared.save(tmp_path / "2.safetensors")
     with pytest.raises(
-        ValueError, match=r"2.safetensors' to fit .* protocol .*local_steps=4.* but got .*local_steps=1"
+        ValueError, match=r"2.safetensors' to fit .* protocol, .*local_steps=4.* but got .*local_steps=1"
     ):
         ready(str(tmp_path / "*"))
 
@@ -166,7 +167,7 @@ def test_files_of_two_protocols(tmp_path, shared):
         tmp_path / "2.safetensors"
     )
     with pytest.raises(
-        ValueError, match=r"Expected '.*2.safetensors' to fit .*, but got: .* protocol .*reduction='sum'"
+        ValueError, match=r"Expected '.*2.safetensors' to fit .*reduction='sum'.* need a SharedGradients each"
     ):
         ready(str(tmp_path / "*"))
 
@@ -198,9 +199,36 @@ def test_the_victim_is_taken_as_it_is(shared):
     other = Victim(LeNet(), image_shape=(1, 28, 28), reduction="sum")
     with pytest.raises(
         ValueError,
-        match=r"Expected `shared\[0\]` to fit the victim .* got: .*protocol .*reduction='sum'.* got .*reduction='mean'",
+        match=r"Expected `shared\[0\]` to fit the victim .* got: .*protocol, with reduction='sum', but got .*'mean'",
     ):
         ready(shared, other)
+
+
+def test_a_victim_without_the_defenses_of_the_gradient(shared):
+    network = LeNet()
+    defended = Victim(network, image_shape=(1, 28, 28), defenses=[Clip(1.0)])
+    told = defended.share(torch.rand(2, 1, 1, 28, 28), torch.zeros(2, 1, dtype=torch.int64))
+    with pytest.raises(
+        ValueError,
+        match=r"with defenses=\(\), but got defenses=\(\{'name': 'Clip', 'norm': 1\.0\},\)\. A victim for it is "
+        r"Victim\.of\(network, shared\.protocol\), .* pass the network itself",
+    ):
+        ready(told, Victim(network, image_shape=(1, 28, 28)))
+    for mended in (network, Victim.of(network, told.protocol)):
+        assert ready(told, mended).victims == 2
+
+
+def test_weights_of_their_own_are_known_before_anything_is_shared(shared, tmp_path, monkeypatch):
+    assert not ready(shared).own_weights
+    fresh = Victims("sample", victims=2)
+    fresh.setup("fit")
+    data = SharedGradients(fresh.share(range(2)), LeNet())
+    monkeypatch.setattr(SharedGradients, "share", lambda *_: pytest.fail("it is too late"))
+    with pytest.raises(ValueError, match="for rule='posterior', but got a network for each"):
+        Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path).fit(
+            IDLGAttack(rule="posterior"), datamodule=data
+        )
+    assert data.own_weights
 
 
 def test_memory_and_files_together(tmp_path, shared):

@@ -138,11 +138,40 @@ def test_a_checkpoint_recognises_a_data_set_of_ones_own(images):
     data(images.clone()).load_state_dict(state)
     for other, named in (
         (data(images, count=5), "size 6 in the checkpoint and 5 here"),
-        (data(255 - images), "first_victim"),
+        (data(255 - images), "content"),
         (data(images, kind=LabelledTensors), "dataset 'TensorDataset' in the checkpoint and 'LabelledTensors' here"),
     ):
         with pytest.raises(ValueError, match=f"Expected a checkpoint of the same victims, but got .*{named}"):
             other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("victims", "per_victim"), [(1, 1), (3, 1), (40, 1), (10, 4), (1, 40)])
+def test_a_checkpoint_recognises_it_by_few_images_of_many_victims(victims, per_victim):
+    asked = []
+
+    class Own(TensorDataset):
+        def __getitem__(self, index):
+            asked.append(index)
+            return super().__getitem__(index)
+
+    def data(pictures):
+        dataset = Own(pictures, torch.arange(40) % 2)
+        found = Victims(dataset, num_classes=2, victims=victims, images=per_victim)
+        found.setup("fit")
+        asked.clear()
+        return found
+
+    first = data(torch.rand(40, 1, 5, 5))
+    state = first.state_dict()
+    assert 1 <= len(asked) <= 8
+    pictures = first.source.dataset.tensors[0]
+    of_the_first = first.val_dataloader().dataset.order[0]
+    others = (1 - pictures).index_copy(0, of_the_first, pictures[of_the_first])
+    if victims == 1:
+        data(others).load_state_dict(state)
+    else:
+        with pytest.raises(ValueError, match=r"got content '[0-9a-f]+' in the checkpoint and '[0-9a-f]+' here"):
+            data(others).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

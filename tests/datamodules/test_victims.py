@@ -82,7 +82,7 @@ def test_other_seeds_give_other_victims():
 def test_shared_gradients_are_those_of_autograd(weights, reduction):
     data = ready(victims=3, images=2, weights=weights, reduction=reduction)
     shared, truth = data.share(range(3)), truth_of_all(data)
-    assert shared.own_weights is (weights == "own")
+    assert shared.own_weights is data.own_weights is (weights == "own")
     for victim in range(3):
         model = LeNet()
         model.load_state_dict({k: v[victim] if shared.own_weights else v for k, v in shared.state.items()})

@@ -139,7 +139,7 @@ def test_descriptions_are_part_of_the_protocol():
     ]
     assert len({victim.fingerprint() for victim in victims}) == len(victims)
     assert victims[3].protocol.defenses == ({"name": "Clip", "norm": 1.0}, {"name": "TopK", "share": 0.5})
-    with pytest.raises(ValueError, match=r"of the protocol .*defenses=\(\)\), but got .*'norm': 1.0"):
+    with pytest.raises(ValueError, match=r"protocol, with defenses=\(\), but got defenses=.*'norm': 1.0"):
         victims[0].check(victims[1].share(*private(2)))
 
 

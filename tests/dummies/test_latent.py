@@ -7,6 +7,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -50,6 +51,21 @@ def test_a_latent_code_finds_images_that_the_generator_knows(kit: Any) -> None:
     for name, tensor in generator.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert attack.state_dict().keys() == {"unknowns.images"}, "no weights of the generator in checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generator": abs}, r"Expected `generator` to be a torch\.nn\.Module, but got builtin_function_or_method"),
+        ({"code_shape": 64}, r"Expected `code_shape` as a list of sizes such as \[64\], but got 64"),
+        ({"code_shape": "64"}, r"Expected `code_shape` as a list of sizes such as \[64\], but got '64'"),
+        ({"code_shape": [0]}, "Expected `code_shape` to be a whole number of at least 1, but got 0"),
+        ({"std": 0.0}, "Expected `std` to be positive and finite, but got 0.0"),
+    ],
+)
+def test_names_a_bad_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LatentCode(**({"generator": nn.Identity(), "code_shape": [64]} | options))
 
 
 class TunedGenerator(Images):

@@ -262,7 +262,7 @@ def test_gradients_of_another_victim() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
     shared = victim_of(model, 4).share(*images_and_labels(0, 2, 4, 5))
     for other in (victim_of(model, 8), victim_of(model, 4, reduction="sum")):
-        with pytest.raises(ValueError, match="Expected a shared gradient of the protocol"):
+        with pytest.raises(ValueError, match="Expected a shared gradient of the victim's protocol, with "):
             infer_labels(shared, other)
     shared.gradients["1.bias"][0] = torch.nan
     with pytest.raises(ValueError, match=r"Expected finite numbers in the gradient of '1\.bias'"):

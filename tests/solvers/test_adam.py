@@ -95,6 +95,9 @@ def test_a_victim_without_numbers_has_diverged() -> None:
         ({"schedule": "step"}, r"Expected `schedule` to be one of \['constant', 'cosine', 'steps'\], but got 'step'"),
         ({"warmup": -1}, "Expected `warmup` to be a whole number of at least 0, but got -1"),
         ({"betas": (0.9, 1.0)}, r"Expected `betas` from 0 to below 1, but got \(0\.9, 1\.0\)"),
+        ({"betas": 0.9}, r"Expected `betas` as two numbers, but got 0\.9"),
+        ({"betas": (0.9, 0.99, 0.999)}, r"Expected `betas` as two numbers, but got \(0\.9, 0\.99, 0\.999\)"),
+        ({"betas": ("0.9", "0.99")}, r"Expected `betas` as two numbers, but got \('0\.9', '0\.99'\)"),
         ({"tolerance": -1.0}, "Expected `tolerance` of at least 0, but got -1.0"),
     ],
 )
