@@ -35,7 +35,8 @@ class TimedCheckpoint(Checkpoint):
     two steps, as one of a logger does.
 
     A checkpoint that can't be written, on a full disk say, does not end the run: it warns, and tries again when as much
-    time has passed. The earlier one is left as it was, where the Trainer has the plugin :class:`WholeCheckpointIO`.
+    time has passed. The earlier one is left as it was, where the Trainer has the plugin
+    :class:`~leakage.files.checkpoints.WholeCheckpointIO`.
 
     For modules that step their optimizer themselves, Lightning's ``ModelCheckpoint`` heeds no ``train_time_interval``.
 
