@@ -49,9 +49,9 @@ class Protocol:
     defenses: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.image_shape, list | tuple) or len(self.image_shape) != 3:
+            raise ValueError(f"Expected `image_shape` (C, H, W), but got {self.image_shape!r}.")
         self.image_shape = tuple(self.image_shape)
-        if len(self.image_shape) != 3:
-            raise ValueError(f"Expected `image_shape` (C, H, W), but got {self.image_shape}.")
         check_count(**dict(zip("CHW", self.image_shape, strict=True)))
         check_count(num_classes=self.num_classes, num_images=self.num_images)
         if self.num_images * math.prod(self.image_shape) > _MOST_VALUES:

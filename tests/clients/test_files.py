@@ -181,12 +181,12 @@ GOOD = dataclasses.asdict(PROTOCOL)
             json.dumps(GOOD | {"reduction": "none"}),
             r"`reduction` to be one of \['mean', 'sum'\], but got 'none'",
         ),
-        (json.dumps(GOOD | {"image_shape": [4, 4]}), r"`image_shape` \(C, H, W\), but got \(4, 4\)"),
+        (json.dumps(GOOD | {"image_shape": [4, 4]}), r"`image_shape` \(C, H, W\), but got \[4, 4\]"),
         (
             json.dumps(GOOD | {"image_shape": [1, 4, "4"]}),
             "`W` to be a whole number of at least 1, but got '4'",
         ),
-        (json.dumps(GOOD | {"image_shape": 4}), "not iterable"),
+        (json.dumps(GOOD | {"image_shape": 4}), r"`image_shape` \(C, H, W\), but got 4"),
         (
             json.dumps(GOOD | {"num_classes": 0}),
             "`num_classes` to be a whole number of at least 1, but got 0",

@@ -44,3 +44,9 @@ def test_more_local_steps_than_an_attack_can_simulate():
     assert Protocol((1, 4, 4), 3, local_steps=10_000, learning_rate=0.1).local_steps == 10_000
     with pytest.raises(ValueError, match=r"Expected `local_steps` of at most 10000, all of which .* but got 10001"):
         Protocol((1, 4, 4), 3, local_steps=10_001, learning_rate=0.1)
+
+
+@pytest.mark.parametrize("image_shape", [28, "abc", None, (28, 28), (1, 1, 28, 28)])
+def test_image_shapes_of_another_kind(image_shape):
+    with pytest.raises(ValueError, match=r"Expected `image_shape` \(C, H, W\), but got "):
+        Protocol(image_shape, 10)
