@@ -51,7 +51,6 @@ RUNS: dict[str, Any] = {
         {"images": Pixels(box=(0, 1)), "labels": JointLabels(), "solver": FEW},
         {"images": 2},
     ),
-    "defenses": lambda: ({"solver": FEW}, {"defenses": DEFENSES}),
 }
 
 
