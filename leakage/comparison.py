@@ -23,6 +23,7 @@ from leakage.inversion.processes import is_first_process
 from leakage.inversion.reconstruction import Reconstruction
 from leakage.metrics import MeanOverVictims, ShareOverVictims, score
 from leakage.plots import plot_fidelity, plot_gallery, save_figure
+from leakage.solvers.solver import UNINFORMATIVE
 
 FILES = ("summary.json", "victims.csv", "gallery.png", "fidelity.png")
 # As the papers write the methods, in pictures and tables; others go by the name they are given.
@@ -46,6 +47,8 @@ class Row:
         dataset: where the images come from.
         protocol: ``"robust"`` or ``"published"``.
         victims: number of victims.
+        uninformative: how many of them shared a gradient that says nothing, so that no search was made. They are among
+            the victims of all other figures.
         label_accuracy: share of images whose label was recovered, 0 to 1.
         label_accuracy_ci: its 95 % Wilson interval.
         success_rate: share of images with an MSE under ``success_threshold``, 0 to 1.
@@ -63,6 +66,7 @@ class Row:
     dataset: str
     protocol: str
     victims: int
+    uninformative: int
     label_accuracy: float
     label_accuracy_ci: tuple[float, float]
     success_rate: float
@@ -126,6 +130,7 @@ def run_attack(
         dataset=dataset,
         protocol=attack.hparams.get("protocol", "robust"),
         victims=len(scores),
+        uninformative=int((attack.finished.status == UNINFORMATIVE).sum()),
         label_accuracy=labels.value,
         label_accuracy_ci=(labels.low, labels.high),
         success_rate=success.value,
@@ -187,7 +192,10 @@ def read_reconstructions(folder: Path, victims: Sequence[int]) -> Reconstruction
 
 
 def format_table(rows: list[Row]) -> str:
-    """The rows as a table for the terminal, label accuracy and success with their 95 % intervals."""
+    """The rows as a table for the terminal, label accuracy and success with their 95 % intervals.
+
+    Below it stands how many victims were uninformative, if there were any.
+    """
     success = " / ".join(dict.fromkeys(f"MSE < {_power(row.success_threshold)}" for row in rows))
     header = ["", "victims", "label accuracy", "published", success, "median MSE", "PSNR", "evaluations", "time"]
     lines = [header]
@@ -208,7 +216,9 @@ def format_table(rows: list[Row]) -> str:
     if all(row.published_label_accuracy is None for row in rows):
         column = header.index("published")
         lines = [[*line[:column], *line[column + 1 :]] for line in lines]
-    return align(lines)
+    silent = [f"{WRITTEN.get(row.method, row.method)} {row.uninformative}" for row in rows if row.uninformative]
+    note = f"\nVictims whose gradient says nothing, and that were not searched for: {', '.join(silent)}"
+    return align(lines) + (note if silent else "")
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:

@@ -29,10 +29,27 @@ class Piece:
     """
 
     def __repr__(self) -> str:
-        names = [
-            name for name in inspect.signature(type(self).__init__).parameters if name != "self" and hasattr(self, name)
-        ]
-        return f"{type(self).__name__}({', '.join(f'{name}={tell(getattr(self, name))}' for name in names)})"
+        told = ", ".join(f"{name}={tell(value)}" for name, value in self._arguments().items())
+        return f"{type(self).__name__}({told})"
+
+    def _arguments(self) -> dict[str, Any]:
+        names = list(inspect.signature(type(self)).parameters)
+        if missing := [name for name in names if not hasattr(self, name)]:
+            raise ValueError(
+                f"Expected {type(self).__name__} to keep the arguments of its constructor as attributes of the same "
+                f"names, by which it is told apart from others, but got none for {missing}. Keep them."
+            )
+        return {name: getattr(self, name) for name in names}
+
+    def prepare(self, like: Tensor) -> None:
+        """Take the networks that it holds to where the search takes place, and to its precision.
+
+        Args:
+            like: a tensor that is there.
+        """
+        for value in (self, *vars(self).values()):
+            if isinstance(value, nn.Module):
+                value.to(device=like.device, dtype=like.dtype)
 
 
 def tell(value: Any) -> str:

@@ -75,8 +75,8 @@ def missing(path: Path, root: Path = ROOT) -> list[str]:
     package = module if path.stem == "__init__" else module.rpartition(".")[0]
     found = []
     for text, classes in texts(source):
-        # As Sphinx looks: in the class, in the module and in its package. Scripts are not imported.
-        places = ["", *(f"{module}.{kind}." for kind in classes), f"{module}.", f"{package}."]
+        # As Sphinx looks: in the class, in the module and in its package; and builtins. Scripts are not imported.
+        places = ["", "builtins.", *(f"{module}.{kind}." for kind in classes), f"{module}.", f"{package}."]
         for name in [*ROLE.findall(text), *(name for name in DOTTED.findall(text) if name not in FORMATS)]:
             if module.startswith("experiments"):
                 there = name in named_at_the_top(source) or resolves(name)

@@ -21,7 +21,7 @@ class RGAPAttack(GradientInversion):
     nearest solution to what images look like, and inexact. A victim whose equations give no numbers keeps noise.
 
     Pieces: :class:`~leakage.objectives.SquaredDistance`, :class:`~leakage.dummies.Pixels` that start where the layers
-    lead (:class:`~leakage.dummies.LayerByLayer`), :class:`~leakage.dummies.InferredLabels`,
+    lead (:class:`~leakage.dummies.RGAPStart`), :class:`~leakage.dummies.InferredLabels`,
     :class:`~leakage.solvers.NoSearch`.
 
     Shapes: images ``(V, N, C, H, W)`` in [0, 1], labels ``(V, N)``.

@@ -45,7 +45,10 @@ class VictimTable(VictimResultsCallback):
       of one victim), ``label_accuracy`` (0 to 1), ``mse``, ``psnr`` (dB), ``ssim`` (means over the
       victim's images), ``success`` (share of its images under the threshold), ``loss`` (the attack's
       own objective), ``iterations``, ``evaluations``, ``restarts`` and ``status``. Without ground
-      truth the columns that need it are empty.
+      truth the columns that need it are empty. A victim's status is ``converged`` (its objective is
+      below the solver's tolerance), ``stalled`` (it falls no further), ``diverged`` (it is not finite),
+      ``exhausted`` (the solver's evaluations are spent) or ``uninformative`` (the gradient says
+      nothing, all zeros for instance: it was not searched for).
     - ``reconstructions/part_0000.safetensors`` and so on, each a :class:`~leakage.inversion.Reconstruction` of at
       least 256 victims but for the last, in the same order.
 

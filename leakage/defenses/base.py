@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 
 from leakage.errors import show_shape
+from leakage.pieces import Piece
 from leakage.seeds import derive_seed
 
 Gradients = Mapping[str, Tensor]
 
 
-class Defense(ABC):
+class Defense(Piece, ABC):
     """What a client does to its gradient before it shares it.
 
     One of your own is an object with one method. It keeps the arguments of its constructor as attributes of the same
@@ -61,18 +61,6 @@ class Defense(ABC):
             ValueError: an argument is not kept as an attribute of its name.
         """
         return {"name": type(self).__name__, **self._arguments()}
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._arguments().items())})"
-
-    def _arguments(self) -> dict[str, Any]:
-        names = list(inspect.signature(type(self)).parameters)
-        if missing := [name for name in names if not hasattr(self, name)]:
-            raise ValueError(
-                f"Expected {type(self).__name__} to keep the arguments of its constructor as attributes of the same "
-                f"names, but got none for {missing}. Keep them, or override `describe` and `__repr__`."
-            )
-        return {name: getattr(self, name) for name in names}
 
 
 def whole_norm(gradients: Gradients) -> float:

@@ -3,7 +3,7 @@
 from leakage.dummies.dummy import Dummy, Images, Labels, Target
 from leakage.dummies.labels import InferredLabels, JointLabels, RevealedLabels
 from leakage.dummies.latent import LatentCode
-from leakage.dummies.pixels import LayerByLayer, Pixels, Start
+from leakage.dummies.pixels import Pixels, RGAPStart, Start
 
 __all__ = [
     "Dummy",
@@ -12,8 +12,8 @@ __all__ = [
     "JointLabels",
     "Labels",
     "LatentCode",
-    "LayerByLayer",
     "Pixels",
+    "RGAPStart",
     "RevealedLabels",
     "Start",
     "Target",

@@ -56,6 +56,8 @@ class Dummy(Piece, ABC):
     def write(self, unknown: Tensor | None, kept: State) -> Tensor:
         """One victim's images ``(N, C, H, W)`` or class probabilities ``(N, K)``, differentiable by the unknown.
 
+        ``torch.func.vmap`` runs it for many victims: it may not branch on numbers.
+
         Args:
             unknown: of this victim, None if nothing is searched for.
             kept: what :meth:`begin` gave for this victim, without the victims' dimension.
@@ -80,9 +82,6 @@ class Dummy(Piece, ABC):
 
     def check(self, target: Target) -> None:
         """Raise a ``ValueError`` if it can't be used on such victims."""
-
-    def prepare(self, victim: Victim) -> None:
-        """Go where the search takes place, whose device and precision are those of the victim's network."""
 
     def state(self, protocol: Protocol, dtype: torch.dtype) -> State:
         """What it keeps of each victim while it is searched for, as tensors without a victim."""

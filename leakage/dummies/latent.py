@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from leakage.clients.protocol import Protocol
-from leakage.clients.victim import Victim
 from leakage.dummies.dummy import Images, Target
 from leakage.errors import check_count, check_positive
 from leakage.pieces import State
@@ -67,11 +66,6 @@ class LatentCode(Images):
     def starts(self, noise: Tensor, restarts: Tensor) -> Tensor:
         """Noise, as wide for every restart."""
         return self.std * noise
-
-    def prepare(self, victim: Victim) -> None:
-        """Take the generator along."""
-        like = next(victim.model.parameters())
-        self.generator.to(device=like.device, dtype=like.dtype)
 
     def check(self, target: Target) -> None:
         """The generator must make the victims' images of such codes."""

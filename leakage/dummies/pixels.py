@@ -42,7 +42,7 @@ class Start(Piece, ABC):
         """
 
 
-class LayerByLayer(Start):
+class RGAPStart(Start):
     """R-GAP: the images that follow layer by layer from linear equations, clamped to [0, 1].
 
     Where the equations of a victim give no numbers it is the noise. See :func:`leakage.closed_form.invert_layers`.
@@ -66,7 +66,7 @@ class Pixels(Images):
 
     Args:
         start: ``"noise"``: :math:`N(0, \mathrm{std}^2)`, as for all restarts, whose noise is three times as wide each
-            time; ``"rgap"``: :class:`LayerByLayer`; ``"auto"``: that where it can be had, for up to 16 images whose
+            time; ``"rgap"``: :class:`RGAPStart`; ``"auto"``: that where it can be had, for up to 16 images whose
             labels are known; or a :class:`Start` of your own.
         std: of the noise.
         box: least and largest value; after each step pixels outside are put on its border. None: anywhere. Images
@@ -118,7 +118,7 @@ class Pixels(Images):
         self._chosen().check(target.victim)
 
     def _chosen(self) -> Start:
-        return self.start if isinstance(self.start, Start) else LayerByLayer()
+        return self.start if isinstance(self.start, Start) else RGAPStart()
 
     def first_starts(
         self, starts: Tensor, shared: SharedGradient, victim: Victim, labels: Tensor | None, seed: int

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.dummies.dummy import Dummy, Images, Labels
+from leakage.dummies.dummy import Dummy, Images, Labels, Target
 from leakage.inversion.memory import peak_memory
 from leakage.objectives.terms import Batched, Point, Term
 from leakage.pieces import State
@@ -32,8 +34,8 @@ class Evaluator:
     def __init__(self, victim: Victim, objective: Term, images: Images, labels: Labels) -> None:
         self.victim, self.images, self.labels = victim, images, labels
         self.terms = {f"objective/{place}": pair for place, pair in enumerate(objective.parts())}
-        wanted = [name for _, term in self.terms.values() for name in term.modules(victim.model)]
-        self.modules = list(dict.fromkeys(wanted))
+        self.watched = {name: tuple(term.watched(victim.model)) for name, (_, term) in self.terms.items()}
+        self.modules = list(dict.fromkeys(name for names in self.watched.values() for name in names))
         self.at_once = 0  # lanes that autograd evaluates at once; 0 for all
         self.forget()
 
@@ -76,20 +78,45 @@ class Evaluator:
             written=f"{images} of {protocol.image_shape}{' and their labels' if 'labels' in shapes else ''}",
         )
 
+    def check(self, target: Target) -> None:
+        """Raise a ``ValueError`` if a piece can't be used on such victims."""
+        for dummy in (self.labels, self.images):
+            dummy.check(target)
+        for _, term in self.terms.values():
+            term.check(target.victim)
+        target.victim.check_modules(self.modules)
+        if not self.shapes():
+            raise ValueError("Expected `images` or `labels` with something to search for, but got neither.")
+        if defenses := target.victim.protocol.defenses:
+            rank_zero_warn(
+                f"The clients defend their gradients by {[told['name'] for told in defenses]}, and this attack matches "
+                "them as if they did not: what it does not find, one that knows the defense may."
+            )
+
+    def prepare(self, like: Tensor) -> None:
+        """Take all pieces to where ``like`` is."""
+        for piece in (self.images, self.labels, *(term for _, term in self.terms.values())):
+            piece.prepare(like)
+
     # What the pieces keep of each victim, under the name of the piece.
 
     def state(self, dtype: torch.dtype) -> State:
         """All that pieces keep, as tensors without a victim."""
         protocol = self.victim.protocol
         kept = {name: dummy.state(protocol, dtype) for name, dummy in self.dummies.items()}
-        kept |= {name: term.state(dtype) for name, (_, term) in self.terms.items()}
+        kept |= {name: term.state(protocol, dtype) for name, (_, term) in self.terms.items()}
         return _joined(kept)
 
     def begin(self, shared: SharedGradient) -> State:
         """The same of V victims, from what they shared."""
         kept = {name: dummy.begin(shared, self.victim) for name, dummy in self.dummies.items()}
-        kept |= {name: term.begin(shared) for name, (_, term) in self.terms.items()}
+        kept |= {name: term.begin(shared, self.victim) for name, (_, term) in self.terms.items()}
         return _joined(kept)
+
+    def _needed(self, kept: State) -> State:
+        """Without what changes nothing for any of these victims."""
+        parts = _parted(kept)
+        return _joined(parts | {name: term.needed(parts.get(name, {})) for name, (_, term) in self.terms.items()})
 
     def informative(self, shared: SharedGradient) -> Tensor:
         """``(V,)``, whether a victim's gradient says anything to every term."""
@@ -107,7 +134,7 @@ class Evaluator:
 
     def __call__(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, State]:
         """Objectives ``(V,)`` of V victims, and their gradients by each of the unknowns ``(V, ...)``."""
-        kept = _plain(kept)
+        kept = self._needed(kept)
         if self._batched is not None:
             return self._by_terms(self._batched, shared, kept, unknowns)
         if not self.at_once and next(iter(unknowns.values())).device.type == "cpu":
@@ -125,7 +152,7 @@ class Evaluator:
         point = self._point(unknowns, kept, state, shared)
         total: Tensor | None = None
         for name, (weight, term) in self.terms.items():
-            value = _weighted(weight, kept.get(name, {}), term.value(point, kept.get(name, {})))
+            value = _weighted(weight, kept.get(name, {}), term.value(self._seen(point, name), kept.get(name, {})))
             total = value if total is None else total + value
         assert total is not None
         return total
@@ -135,6 +162,13 @@ class Evaluator:
         targets = self.labels.write(unknowns.get("labels"), kept.get("labels", {}))
         gradients, activations = self.victim.evaluate(state, images, targets, self.modules)
         return Point(images, targets, gradients, shared, activations, state)
+
+    def _seen(self, point: Point, term: str) -> Point:
+        """What a term of this name may see of it."""
+        names = self.watched[term]
+        if len(names) == len(point.activations):
+            return point
+        return replace(point, activations={name: point.activations[name] for name in names})
 
     def _by_terms(
         self, ways: Sequence[Batched], shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]
@@ -181,7 +215,7 @@ class Evaluator:
     def equations(self, shared: SharedGradient, kept: State, points: Tensor) -> Tensor:
         """Residuals ``(V, M)`` at unknowns ``(V, D)`` that lie one after another; their squares are the objective."""
         evaluate = vmap(self._residuals, in_dims=(0, 0, 0 if shared.own_weights else None, 0))
-        residuals: Tensor = evaluate(points, _parted(_plain(kept)), shared.state, shared.gradients)
+        residuals: Tensor = evaluate(points, _parted(self._needed(kept)), shared.state, shared.gradients)
         return residuals
 
     def _residuals(self, point: Tensor, kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:
@@ -191,7 +225,7 @@ class Evaluator:
         at = self._point(unknowns, kept, state, shared)
         found = []
         for name, (weight, term) in self.terms.items():
-            residuals = term.residuals(at, kept.get(name, {}))
+            residuals = term.residuals(self._seen(at, name), kept.get(name, {}))
             found.append(_weighted(weight, kept.get(name, {}), point.new_ones(())).sqrt() * residuals)
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -217,12 +251,6 @@ def _parted(kept: State) -> dict[str, State]:
         piece, _, own = name.rpartition("/")
         parts.setdefault(piece, {})[own] = tensor
     return parts
-
-
-def _plain(kept: State) -> State:
-    """Without units where all of them are 1, as they mostly are."""
-    ones = [name for name, tensor in kept.items() if name.endswith("/unit") and bool((tensor == 1).all())]
-    return {name: tensor for name, tensor in kept.items() if name not in ones}
 
 
 def _weighted(weight: float, kept: State, values: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ class GradientInversion(LightningModule):
 
     def _save_options(self) -> None:
         """The arguments of this class and of the preset that it is, and the pieces, as plain values for loggers."""
-        given = collect_init_args(cast(Any, inspect.currentframe()).f_back, [])
+        given = collect_init_args(cast(Any, inspect.currentframe()).f_back, [], classes=(GradientInversion,))
         options = {name: value for arguments in reversed(given) for name, value in arguments.items()}
         options |= {name: getattr(self, name) for name in _PIECES}
         plain = (str, int, float, bool, type(None))
@@ -227,17 +227,11 @@ class GradientInversion(LightningModule):
             own_weights=datamodule.own_weights,
             labels_known=self.labels.known,
         )
-        for dummy in (self.labels, self.images):
-            dummy.check(target)
-        for _, term in self.objective.parts():
-            term.check(victim)
         evaluator = self._make_evaluator()
-        victim.check_modules(evaluator.modules)
+        evaluator.check(target)
         dtype = torch.float64 if self.trainer.precision == "64-true" else torch.float32
-        shapes = evaluator.shapes()
-        if not shapes:
-            raise ValueError("Expected `images` or `labels` with something to search for, but got neither.")
-        self.unknowns = nn.ParameterDict({name: torch.empty(0, *shape, dtype=dtype) for name, shape in shapes.items()})
+        shapes = evaluator.shapes().items()
+        self.unknowns = nn.ParameterDict({name: torch.empty(0, *shape, dtype=dtype) for name, shape in shapes})
 
     def _make_evaluator(self) -> Evaluator:
         return Evaluator(self.victim, self.objective, self.images, self.labels)
@@ -257,10 +251,10 @@ class GradientInversion(LightningModule):
         # A copy of its own: the DataModule's captures further gradients where its images are.
         victim = self._victim = copy.deepcopy(self.victim)
         victim.model.to(device=self.device, dtype=self.lanes.dtype)
-        self.images.prepare(victim)
-        self.labels.prepare(victim)
+        evaluator = self._make_evaluator()
+        evaluator.prepare(next(victim.model.parameters()))
         datamodule, search = self._datamodule, self._search
-        search.move(self._make_evaluator())
+        search.move(evaluator)
         self._deal = self._deal or new_deal(self.trainer)
         mine = search.victims()
         if sum_over_processes(self.trainer, len(mine)) < self.expected_victims:

@@ -99,6 +99,12 @@ class Lanes:
         """What is kept of new victims, and where their unknowns start."""
         evaluator, victim = self.evaluator, self.evaluator.victim
         kept = evaluator.begin(shared)
+        told, given = (
+            {name: (*tensor.shape[1:], tensor.dtype) for name, tensor in state.items()}
+            for state in (evaluator.state(self.dtype), kept)
+        )
+        if told != given:
+            raise ValueError(f"Expected `begin` of each piece to give what its `state` tells, {told}, but got {given}.")
         none = torch.zeros(len(shared), dtype=torch.long, device=self.device)
         starts = self._starts(shared.ids, none)
         images, targets = evaluator.write(kept, starts)

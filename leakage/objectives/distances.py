@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_flag
@@ -64,11 +65,11 @@ class SquaredDistance(Distance):
         found = [point.gradients[name] - wanted for name, wanted in point.shared.items()]
         return [kept["unit"] * part for part in found] if "unit" in kept else found
 
-    def state(self, dtype: torch.dtype) -> State:
+    def state(self, protocol: Protocol, dtype: torch.dtype) -> State:
         """``unit``, a power of two by which a very small or large gradient is brought near 1; and the scale."""
         return {name: torch.empty(0, dtype=dtype) for name in ("unit", "scale")} if self.relative else {}
 
-    def begin(self, shared: SharedGradient) -> State:
+    def begin(self, shared: SharedGradient, victim: Victim) -> State:
         """By the norms of what was shared."""
         if not self.relative:
             return {}
@@ -80,6 +81,11 @@ class SquaredDistance(Distance):
         scale = 1 / cast(Tensor, sum((unit[:, None] * tensor).square().sum(1) for tensor in flat))
         # A gradient of zero leaves nothing to compare with.
         return {"unit": unit, "scale": torch.where(torch.isfinite(scale), scale, 1.0)}
+
+    def needed(self, kept: State) -> State:
+        """No unit where all are 1, as they mostly are."""
+        plain = "unit" in kept and bool((kept["unit"] == 1).all())
+        return {name: tensor for name, tensor in kept.items() if name != "unit" or not plain}
 
     def informative(self, shared: SharedGradient) -> Tensor:
         """Whether the squared norm is a number of this precision."""

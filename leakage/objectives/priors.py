@@ -114,7 +114,7 @@ class BatchNormStatistics(ActivationPrior):
         tensor(5.0000)
     """
 
-    def modules(self, model: nn.Module) -> Sequence[str]:
+    def watched(self, model: nn.Module) -> Sequence[str]:
         """All BatchNorm layers that have running statistics."""
         return [
             name
@@ -124,7 +124,7 @@ class BatchNormStatistics(ActivationPrior):
 
     def check(self, victim: Victim) -> None:
         """There must be one."""
-        if not self.modules(victim.model):
+        if not self.watched(victim.model):
             raise ValueError(
                 "Expected a network with BatchNorm in evaluation mode for BatchNormStatistics, which compares with its "
                 f"running statistics, but got {type(victim.model).__name__} without any. Call `model.eval()`, or leave "
@@ -135,8 +135,6 @@ class BatchNormStatistics(ActivationPrior):
         """At least 0."""
         distances = []
         for name, seen in activations.items():
-            if f"{name}.running_mean" not in state:  # another term's module
-                continue
             others = [dim for dim in range(seen.inputs.ndim) if dim != 1]
             mean, variance = seen.inputs.mean(others), seen.inputs.var(others, correction=0)
             for found, expected in ((mean, "running_mean"), (variance, "running_var")):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from leakage.clients.activations import Activation
+from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.pieces import Piece, State
+from leakage.pieces import Piece, State, tell
 
 Gradients = Mapping[str, Tensor]
 # Values (V,) of V victims with their derivatives by images (V, N, C, H, W) and by class probabilities (V, N, K), None
@@ -31,7 +32,7 @@ class Point:
         targets: their class probabilities, ``(N, K)``.
         gradients: those of the dummies, by name.
         shared: those that the victim shared, by name.
-        activations: inputs and outputs of the modules that the objective asks for, by their names.
+        activations: inputs and outputs of the modules that the term watches, by their names.
         state: weights and buffers of the victim's network, by name.
     """
 
@@ -46,7 +47,9 @@ class Point:
 class Term(Piece, ABC):
     """A function of dummies that a search lowers. Terms add up: ``CosineDistance() + 1e-2 * TotalVariation()``.
 
-    Of your own: subclass :class:`Distance`, :class:`Prior` or :class:`ActivationPrior` and write ``__call__``.
+    Of your own: subclass :class:`Distance`, :class:`Prior` or :class:`ActivationPrior` and write ``__call__``. It is a
+    function of one victim that ``torch.func.vmap`` runs for many: it may not branch on numbers (``if x > 0``;
+    ``torch.where`` may), nor take them out (``x.item()``). It may be an ``nn.Module`` too, or hold one.
     """
 
     @abstractmethod
@@ -67,23 +70,27 @@ class Term(Piece, ABC):
         """Numbers ``(M,)`` whose squares add up to :meth:`value`."""
         raise NotImplementedError(f"Expected a term that is a sum of squares, but got {self!r}.")
 
-    def modules(self, model: nn.Module) -> Sequence[str]:
+    def watched(self, model: nn.Module) -> Sequence[str]:
         """Names of the modules whose inputs and outputs it wants to see."""
         return ()
 
     def check(self, victim: Victim) -> None:
         """Raise a ``ValueError`` if it can't be used on such victims."""
 
-    def state(self, dtype: torch.dtype) -> State:
+    def state(self, protocol: Protocol, dtype: torch.dtype) -> State:
         """What it keeps of each victim while it is searched for, as tensors without a victim.
 
         An entry ``"scale"`` of shape ``(V,)`` multiplies the term.
         """
         return {}
 
-    def begin(self, shared: SharedGradient) -> State:
+    def begin(self, shared: SharedGradient, victim: Victim) -> State:
         """The entries of :meth:`state` for V victims, from what they shared."""
         return {}
+
+    def needed(self, kept: State) -> State:
+        """Those of the entries of V victims that change anything for them."""
+        return kept
 
     def informative(self, shared: SharedGradient) -> Tensor:
         """``(V,)``, whether a victim's gradient says anything that this term can measure."""
@@ -109,6 +116,14 @@ class Term(Piece, ABC):
         return Sum([self], [weight])
 
     __rmul__ = __mul__
+
+    def __truediv__(self, weight: float) -> Sum:
+        """The same with one over this weight."""
+        return self * (1 / weight)
+
+    def __radd__(self, other: object) -> Term:
+        """So that :func:`sum`, which begins with 0, adds terms up."""
+        return self if other == 0 else NotImplemented
 
 
 class Sum(Term):
@@ -153,7 +168,7 @@ class Sum(Term):
         raise NotImplementedError("Expected the parts of a sum to be evaluated one by one.")
 
     def __repr__(self) -> str:
-        words = [f"{'' if weight == 1 else f'{weight:g} * '}{term!r}" for weight, term in self.parts()]
+        words = [f"{'' if weight == 1 else f'{weight:g} * '}{tell(term)}" for weight, term in self.parts()]
         return " + ".join(words) or "0"
 
 
@@ -201,8 +216,10 @@ class Prior(Term):
         """The prior at this point."""
         return self(point.images)
 
-    def batched(self, victim: Victim) -> Batched:
-        """Without the network: it only looks at images."""
+    def batched(self, victim: Victim) -> Batched | None:
+        """Without the network, where it only looks at images."""
+        if type(self).value is not Prior.value:
+            return None
         evaluate = vmap(grad_and_value(self))
 
         def values(
@@ -222,7 +239,7 @@ class ActivationPrior(Term):
     """
 
     @abstractmethod
-    def modules(self, model: nn.Module) -> Sequence[str]:
+    def watched(self, model: nn.Module) -> Sequence[str]:
         """Names of the modules, as ``model.named_modules()`` has them."""
 
     @abstractmethod

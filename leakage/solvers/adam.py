@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leakage.errors import check_choice, check_count, check_not_negative, check_pair, check_positive
 from leakage.pieces import State
-from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, Evaluated, Solver, settle
+from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, Evaluated, Solver, running, settle
 
 SCHEDULES = ("steps", "cosine", "constant")
 # Shares of the steps after which the rate falls, and to what part of it, as in Inverting Gradients.
@@ -81,7 +81,7 @@ class Adam(Solver):
         settle(lanes, ~at.finite, DIVERGED)
         settle(lanes, at.losses <= self.tolerance, CONVERGED)
         settle(lanes, lanes["evaluations"] >= self.steps, EXHAUSTED)
-        lanes["iterations"] += at.finite
+        lanes["iterations"] += running(lanes)
         gradient = self._gradient(torch.where(at.finite[:, None], at.gradient, 0.0))
         step = lanes["evaluations"].to(gradient).clamp(min=1)
         mean = lanes["mean"] = torch.lerp(gradient, lanes["mean"], self.betas[0])

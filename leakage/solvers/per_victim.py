@@ -133,7 +133,9 @@ class PerVictimOptimizer(Optimizer):
         point = torch.cat([parameter.detach().flatten(1) for parameter in self._params], dim=1)
         torch.where(better[:, None], point, lanes["best"], out=lanes["best"])
         lanes["best_loss"] = torch.where(better, losses, lanes["best_loss"])
+        was_running, iterations = self.running, lanes["iterations"].clone()
         target = self.solver.move(lanes, Evaluated(point, losses, gradient, finite, self.problem))
+        lanes["iterations"] = torch.where(was_running, lanes["iterations"], iterations)
         if self.problem.project is not None:
             target = self.problem.project(target)
         target = torch.where(self.running[:, None], target, point)

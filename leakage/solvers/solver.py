@@ -70,7 +70,7 @@ class Solver(Piece, ABC):
     A *lane* is one index into the victims' dimension. Of your own: write :meth:`move`, and :meth:`fresh`. The lanes'
     state has, beside what :meth:`fresh` gives, ``status (V,)`` (indices into :data:`STATUS`; end a lane with
     :func:`settle`), ``best_loss (V,)`` and ``best (V, D)`` (the lowest loss so far, and where), ``iterations (V,)``
-    (steps taken, which the solver counts) and ``evaluations (V,)``.
+    (steps taken, which the solver counts for lanes that are running) and ``evaluations (V,)``.
 
     Example:
         >>> class Descent(Solver):

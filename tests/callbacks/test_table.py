@@ -59,7 +59,9 @@ def test_one_row_per_victim(run) -> None:
 
 def test_several_labels_in_ascending_order(run_of_pairs) -> None:
     run_of_pairs.fit(run_of_pairs.attack(), VictimTable(run_of_pairs.folder))
-    for row in read(run_of_pairs.folder):
+    rows = read(run_of_pairs.folder)
+    assert len(rows) == 6
+    for row in rows:
         labels = " ".join(str(label) for label in sorted(run_of_pairs.labels[int(row["victim"])].tolist()))
         assert row["labels_true"] == row["labels_recovered"] == labels
 

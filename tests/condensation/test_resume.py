@@ -58,7 +58,9 @@ def test_resumes_bit_for_bit_from_every_step(kit: Any, run: str, norm: str, tmp_
 def test_resumes_bit_for_bit_in_other_precisions(kit: Any, precision: str, tmp_path: Path) -> None:
     options = RUNS["augmentation and reuse"]
     whole = kit.condense(**options, trainer={"precision": precision} | every_step(tmp_path))
-    for path in checkpoints(tmp_path)[1::2]:
+    paths = checkpoints(tmp_path)
+    assert len(paths) == whole.step > 1
+    for path in paths[1::2]:
         resumed = kit.condense(**options, ckpt_path=str(path), trainer={"precision": precision})
         assert torch.equal(kit.images(resumed), kit.images(whole)), path
 

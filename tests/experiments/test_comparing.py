@@ -17,6 +17,7 @@ from leakage import LeNet, Victim
 from leakage.attacks import DLGAttack, IDLGAttack
 from leakage.comparison import FILES, Row, format_table
 from leakage.datamodules import SharedGradients, Victims
+from leakage.defenses import Defense
 from leakage.files.text import write_json
 
 COLUMNS = [
@@ -24,6 +25,7 @@ COLUMNS = [
     "dataset",
     "protocol",
     "victims",
+    "uninformative",
     "label_accuracy",
     "label_accuracy_ci",
     "success_rate",
@@ -36,7 +38,7 @@ COLUMNS = [
     "seconds",
     "published_label_accuracy",
 ]
-ROW = Row("idlg", "mnist", "robust", 4, 1.0, (0.5, 1.0), 0.75, (0.3, 0.95), 1e-3, 1e-6, 50.0, 0.99, 180.0, 3.0, 1.0)
+ROW = Row("idlg", "mnist", "robust", 4, 0, 1.0, (0.5, 1.0), 0.75, (0.3, 0.95), 1e-3, 1e-6, 50.0, 0.99, 180.0, 3.0, 1.0)
 
 
 def attacks(**options: Any) -> dict[str, Any]:
@@ -258,6 +260,28 @@ def test_table_has_the_papers_figure_beside_ours() -> None:
     assert "100.0 % [50.0, 100.0]  100.0 %" in line
     assert "75.0 % [30.0, 95.0]" in line
     assert "published" not in format_table([replace(ROW, published_label_accuracy=None)])
+
+
+class SilentForSome(Defense):
+    def __call__(self, gradients: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        speaks = torch.rand((), generator=generator) < 0.5
+        return {name: speaks * tensor for name, tensor in gradients.items()}
+
+
+def test_victims_whose_gradient_says_nothing_are_counted(tmp_path: Path) -> None:
+    victims = Victims("sample", victims=6, model=LeNet(), defenses=[SilentForSome()])
+    methods = {
+        "idlg": IDLGAttack(max_evaluations=5, restarts=0),
+        "own": IDLGAttack(max_evaluations=5, distance="cosine"),
+    }
+    rows = run(tmp_path, methods=methods, victims=victims)
+    silent = [line for line in rows_of(tmp_path / "idlg" / "victims.csv") if line["status"] == "uninformative"]
+    assert 0 < len(silent) < 6
+    assert [row.uninformative for row in rows] == [len(silent)] * 2
+    assert [row["uninformative"] for row in json.loads((tmp_path / "summary.json").read_text())] == [len(silent)] * 2
+    assert run(tmp_path, methods=methods, victims=victims, resume=True) == rows
+    told = f"Victims whose gradient says nothing, and that were not searched for: iDLG {len(silent)}, own {len(silent)}"
+    assert format_table(rows).splitlines()[-1] == told
 
 
 def test_refuses_no_attacks(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def test_nothing_is_lost_by_kills(done: Path) -> None:
         ("iteration", "start", "checkpoint half written", "file not yet replaced"), 1
     )
     assert figures["victims"] == 5
-    assert figures["iterations repeated"] >= 0
+    # Those between the last whole checkpoint and the one that was half written, at least.
+    assert 1 <= figures["iterations repeated"] <= 4 * figures["iterations"]
     assert figures["resumed from a checkpoint"] >= 1
 
 

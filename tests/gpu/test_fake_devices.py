@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,20 @@ from leakage.attacks import (
     RGAPAttack,
 )
 from leakage.clients.victim import Victim
-from leakage.datamodules import Victims
+from leakage.condensation import GradientMatchingCondensation
+from leakage.datamodules import LabelledImages, Victims
 from leakage.labels import infer_labels
-from leakage.models import MLP, LeNet
+from leakage.models import MLP, ConvNet, LeNet
 
 from .fake_device import ELSEWHERE, DeviceError, Elsewhere, FakeDevice, fake_strategy
+from .pieces import RUNS, make, share_defended
 
 QUICK: dict[str, Any] = {"restarts": 0}
 
 
 def fit(  # in double precision, where rounding decides nothing within so few evaluations
-    attack: GradientInversion, *, elsewhere: bool, ckpt_path: str | None = None, **options: Any
-) -> GradientInversion:
+    attack: Any, *, elsewhere: bool, data: Any = None, ckpt_path: str | None = None, **options: Any
+) -> Any:
     place: dict[str, Any] = {"strategy": fake_strategy()} if elsewhere else {"accelerator": "cpu"}
     defaults: dict[str, Any] = {
         "precision": "64-true",
@@ -41,12 +44,9 @@ def fit(  # in double precision, where rounding decides nothing within so few ev
     trainer = Trainer(
         max_epochs=1, enable_progress_bar=False, enable_model_summary=False, **place, **defaults | options
     )
-    victims = Victims("sample", victims=5, lanes=3)
-    if elsewhere:
-        with FakeDevice():
-            trainer.fit(attack, datamodule=victims, ckpt_path=ckpt_path)
-    else:
-        trainer.fit(attack, datamodule=victims, ckpt_path=ckpt_path)
+    data = Victims("sample", victims=5, lanes=3) if data is None else data
+    with FakeDevice() if elsewhere else nullcontext():
+        trainer.fit(attack, datamodule=data, ckpt_path=ckpt_path)
     return attack
 
 
@@ -62,10 +62,10 @@ def test_it_refuses_two_devices() -> None:
 @pytest.mark.parametrize(
     "attack",
     [
-        lambda: IDLGAttack(max_evaluations=12, **QUICK),
+        lambda: IDLGAttack(max_evaluations=8, **QUICK),
         lambda: IDLGAttack(max_evaluations=4, restarts=1),
-        lambda: DLGAttack(max_evaluations=12, **QUICK),
-        lambda: DLGAttack(protocol="published", max_evaluations=6),
+        lambda: DLGAttack(max_evaluations=8, **QUICK),
+        lambda: DLGAttack(protocol="published", max_evaluations=3),
         lambda: IDLGAttack(distance="cosine", max_evaluations=3, **QUICK),
         lambda: GaussNewtonAttack(),
         lambda: GaussNewtonAttack(start="noise", max_evaluations=3, solver="cg", max_products=5, **QUICK),
@@ -80,6 +80,36 @@ def test_finds_there_what_it_finds_on_the_cpu(attack: Any) -> None:
     torch.testing.assert_close(there.finished.images, here.finished.images, rtol=1e-3, atol=1e-3)
     assert there.finished.labels.tolist() == here.finished.labels.tolist()
     assert there.scores.keys() == here.scores.keys() == set(range(5))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_pieces_find_there_what_they_find_on_the_cpu(name: str) -> None:
+    (attack, data), (again, same) = make(name), make(name)
+    there, here = fit(attack, data=data, elsewhere=True), fit(again, data=same, elsewhere=False)
+    assert here.finished.evaluations.tolist() == [4] * 3
+    for part in ("images", "loss"):
+        torch.testing.assert_close(getattr(there.finished, part), getattr(here.finished, part), rtol=1e-6, atol=1e-9)
+    assert there.finished.labels.tolist() == here.finished.labels.tolist()
+
+
+def test_defenses_act_there() -> None:
+    here = share_defended("cpu").gradients
+    with FakeDevice():
+        there = share_defended(ELSEWHERE).gradients
+    for name, tensor in here.items():
+        assert isinstance(there[name], Elsewhere)
+        torch.testing.assert_close(there[name].inner, tensor, rtol=1e-9, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:for .* from a non-meta parameter")  # it is copied all the same
+def test_condenses_there() -> None:
+    def condensed(elsewhere: bool) -> torch.Tensor:
+        network = ConvNet(width=2, depth=1)
+        condensation = GradientMatchingCondensation(network=network, iterations=1)
+        data = LabelledImages("sample", batch_size=4)
+        return fit(condensation, elsewhere=elsewhere, data=data).synthetic_set().images
+
+    torch.testing.assert_close(condensed(True), condensed(False))
 
 
 def test_a_resumed_run_is_where_the_trainer_computes(tmp_path: Path) -> None:

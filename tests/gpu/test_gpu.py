@@ -17,6 +17,8 @@ from leakage.datamodules import LabelledImages, Victims
 from leakage.labels import RULES, Auxiliary, infer_labels
 from leakage.models import MLP, ConvNet
 
+from .pieces import RUNS, make, share_defended
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 
@@ -49,6 +51,22 @@ def test_inverting_gradients_on_a_convnet() -> None:
     nothing = fit(InvertingGradientsAttack(steps=1), victims)
     errors = [sum(score.mse for score in run.scores.values()) for run in (attack, nothing)]
     assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_pieces_find_there_what_they_find_on_the_cpu(name: str) -> None:
+    (attack, data), (again, same) = make(name), make(name)
+    there = fit(attack, data, precision="64-true").finished
+    here = fit(again, same, precision="64-true", accelerator="cpu").finished
+    torch.testing.assert_close(there.images, here.images, rtol=1e-3, atol=1e-3)
+    assert there.labels.tolist() == here.labels.tolist()
+
+
+def test_defenses_act_there() -> None:
+    here = share_defended("cpu").gradients
+    for name, tensor in share_defended("cuda").gradients.items():
+        assert tensor.device.type == "cuda"
+        torch.testing.assert_close(tensor.cpu(), here[name], rtol=1e-6, atol=1e-9)
 
 
 def test_resumes_where_it_computes(tmp_path: Path) -> None:

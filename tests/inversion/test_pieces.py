@@ -18,11 +18,12 @@ import leakage.attacks
 from leakage.attacks import GradientInversion, IDLGAttack, InvertingGradientsAttack
 from leakage.clients.victim import Victim
 from leakage.datamodules import SharedGradients
-from leakage.defenses import GaussianNoise
+from leakage.defenses import Clip, GaussianNoise
 from leakage.dummies import Images, InferredLabels, JointLabels, LatentCode, Pixels, RevealedLabels
 from leakage.models import LeNet
 from leakage.objectives import (
     L2,
+    ActivationPrior,
     BatchNormStatistics,
     CosineDistance,
     Distance,
@@ -286,6 +287,128 @@ def test_second_order_takes_priors_that_are_sums_of_squares(kit: Any) -> None:
     solver = GaussNewton(max_step=1.0, tolerance=1e-8)
     attack = GradientInversion(objective=objective, images=Pixels(start="noise"), solver=solver)
     kit.assert_successful(kit.fit(attack, kit.victims(victims=3)), 3)
+
+
+# Pieces of one's own, and what they may do.
+
+
+class Recalls(Prior):
+    """Keeps something of each victim, and has a value of its own."""
+
+    def __init__(self, tells: bool = True) -> None:
+        self.tells = tells
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return 0 * images.sum()
+
+    def state(self, protocol: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"unit": torch.empty(0, *protocol.image_shape, dtype=dtype)} if self.tells else {}
+
+    def begin(self, shared: Any, victim: Any) -> dict[str, Tensor]:
+        like = next(iter(shared.gradients.values()))
+        return {"unit": like.new_ones(len(shared), *shared.protocol.image_shape)}
+
+    def value(self, point: Any, kept: Any) -> Tensor:
+        return kept["unit"].mean()
+
+
+class Watches(ActivationPrior):
+    def watched(self, model: nn.Module) -> list[str]:
+        return ["0"]
+
+    def __call__(self, activations: Any, state: Any) -> Tensor:
+        assert list(activations) == ["0"]
+        return activations["0"].outputs.square().mean()
+
+
+class Learnt(nn.Module, Prior):
+    """A network that is a prior, and one that is held by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images).square().mean()
+
+
+class Holds(Prior):
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.layer(images).square().mean()
+
+
+def test_what_a_term_keeps_is_its_own(kit: Any, tmp_path: Path) -> None:
+    def run(distance: Distance, prior: Prior, **options: Any) -> GradientInversion:
+        attack = GradientInversion(objective=1e-9 * distance + 5 * prior, solver=LBFGS(max_evaluations=4))
+        found: GradientInversion = kit.fit(attack, kit.victims(victims=2), **options)
+        return found
+
+    for distance in (SquaredDistance(), CosineDistance()):
+        assert run(distance, Recalls()).finished.loss.tolist() == pytest.approx([5.0, 5.0], abs=1e-3)
+    saver = ModelCheckpoint(tmp_path, filename="early", every_n_train_steps=2)
+    run(SquaredDistance(), Recalls(), callbacks=[saver], enable_checkpointing=True)
+    resumed = run(SquaredDistance(), Recalls(), ckpt_path=str(tmp_path / "early.ckpt"))
+    assert resumed.finished.loss.tolist() == pytest.approx([5.0, 5.0], abs=1e-3)
+    with pytest.raises(ValueError, match="Expected `begin` of each piece to give what its `state` tells"):
+        run(SquaredDistance(), Recalls(tells=False))
+
+
+def test_a_term_sees_the_modules_that_it_watches(kit: Any) -> None:
+    objective = SquaredDistance() + Watches() + 1e-3 * BatchNormStatistics()
+    attack = GradientInversion(objective=objective, solver=LBFGS(max_evaluations=3))
+    found = kit.fit(attack, kit.victims(victims=2, model=batch_norm_network().eval()))
+    assert bool(torch.isfinite(found.finished.loss).all())
+
+
+@pytest.mark.parametrize("prior", [Learnt, lambda: Holds(nn.Linear(12, 1))], ids=["is", "holds"])
+def test_a_prior_may_be_a_network(kit: Any, prior: Any) -> None:
+    """It goes where the search takes place, here to double precision."""
+    attack = GradientInversion(objective=SquaredDistance() + 1e-3 * prior(), solver=LBFGS(max_evaluations=3))
+    found = kit.fit(attack, kit.victims(victims=2), precision="64-true")
+    assert found.finished.images.dtype == torch.float64
+
+
+class Forgets(Prior):
+    def __init__(self, power: float) -> None:
+        self._power = power
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.abs().pow(self._power).mean()
+
+
+def test_a_piece_that_forgets_its_arguments_is_refused() -> None:
+    """A checkpoint could not tell it from another."""
+    with pytest.raises(ValueError, match=r"Expected Forgets to keep the arguments .* none for \['power'\]"):
+        GradientInversion(objective=SquaredDistance() + Forgets(2.0))
+
+
+def test_options_are_those_of_the_attack_alone() -> None:
+    class Study(nn.Module):
+        def __init__(self, root: str) -> None:
+            super().__init__()
+            self.attack = InvertingGradientsAttack(steps=7)
+
+    options = Study("/here").attack.hparams
+    assert options["steps"] == 7
+    assert "root" not in options
+
+
+def test_iterations_are_those_while_it_was_searched_for(kit: Any) -> None:
+    for solver in (SignedAdam(steps=9), Momentum(0.02, 9)):
+        runs = [
+            kit.by_id(kit.fit(GradientInversion(solver=solver), kit.victims(victims=5, lanes=lanes))).iterations
+            for lanes in (1, 3, 5)
+        ]
+        assert runs[0].tolist() == runs[1].tolist() == runs[2].tolist()
+        assert bool((runs[0] <= 9).all())
+
+
+def test_defended_gradients_are_said_to_be_matched_as_if_they_were_not(kit: Any) -> None:
+    with pytest.warns(UserWarning, match=r"defend their gradients by \['Clip'\].*one that knows the defense may"):
+        kit.fit(GradientInversion(solver=LBFGS(max_evaluations=2)), kit.victims(victims=1, defenses=[Clip(0.1)]))
 
 
 # A gradient that says nothing.

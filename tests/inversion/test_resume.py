@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import os
-import random
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +192,9 @@ def test_refuses_the_checkpoint_of_another_module(kit: Any, checkpoint: str, tmp
 SCRIPT = textwrap.dedent(
     """
     import faulthandler
+    import os
+    import signal
     import sys
-    import time
     import torch
     faulthandler.dump_traceback_later(100, exit=True)
     torch.set_num_threads(1)
@@ -205,37 +204,52 @@ SCRIPT = textwrap.dedent(
     from tests.kit import SmallVictims, fit
     from leakage.attacks import DLGAttack
     from leakage.callbacks import VictimTable, table
+    from leakage.files.checkpoints import WholeCheckpointIO
     table._PER_FILE = 3
-    output, resume = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
+    output, moment, resume = Path(sys.argv[1]), sys.argv[2], sys.argv[3] or None
 
-    class Slow(Callback):  # there must be time to break it off
-        def on_train_batch_end(self, *args):
-            time.sleep(0.02)
+    def hit(number=signal.SIGKILL):
+        os.kill(os.getpid(), number)
 
-    callbacks = [
-        Slow(),
-        VictimTable(output),
-        ModelCheckpoint(output, filename="now", every_n_train_steps=2, save_last=True, save_top_k=1),
-    ]
+    class Hit(Callback):  # it acts before others do
+        def on_train_batch_end(self, trainer, attack, *args):
+            written = (output / "reconstructions" / "part_0000.safetensors").exists()
+            if {"first step": attack.iteration == 1, "between": attack.iteration == 7, "file": written}.get(moment):
+                hit()
+            if moment == "interrupt" and written:
+                hit(signal.SIGINT)
+
+        def on_validation_start(self, *args):
+            if moment == "validation":
+                hit()
+
+    def save(content, file, whole=torch.save):
+        if moment == "checkpoint" and content["leakage"]["iteration"] == 8:
+            file.write(b"half of it")
+            file.flush()
+            hit()
+        whole(content, file)
+
+    torch.save = save
+    keep = ModelCheckpoint(output, filename="now", every_n_train_steps=2, save_last=True, save_top_k=1)
     attack = DLGAttack(tolerance=1e-6)
-    fit(attack, SmallVictims(victims=10, lanes=4), callbacks=callbacks, enable_checkpointing=True,
-        val_check_interval=25, ckpt_path=resume)
+    fit(attack, SmallVictims(victims=10, lanes=4), callbacks=[Hit(), VictimTable(output), keep],
+        enable_checkpointing=True, plugins=[WholeCheckpointIO()], val_check_interval=25, ckpt_path=resume)
     attack.finished.save(output / "all.safetensors")
     """
 )
 
 
-def start(output: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(output), *arguments],
-        env=environment,
+def run(output: Path, moment: str = "", resume: Path | str = "") -> subprocess.CompletedProcess[str]:
+    """In a process of its own, which hits itself at a moment."""
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(output), moment, str(resume)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -247,26 +261,20 @@ def rows(output: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole")
-    process = start(output)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
+    done = run(output)
+    assert done.returncode == 0, done.stdout
     return output
 
 
-def test_survives_a_kill(uninterrupted: Path, tmp_path: Path) -> None:
-    process = start(tmp_path)
+# Before the first checkpoint; between two; while one is written; when a file of results is newer than the last one.
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["first step", "between", "checkpoint", "file", "validation"])
+def test_survives_a_kill(uninterrupted: Path, tmp_path: Path, moment: str) -> None:
+    assert run(tmp_path, moment).returncode == -signal.SIGKILL
     last = tmp_path / "last.ckpt"
-    deadline = time.monotonic() + 300
-    while not last.exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(random.random())  # at any moment, also while a checkpoint is being written
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL, "it was over before it could be killed"
-    resumed = start(tmp_path, str(last))
-    text, _ = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, text
+    assert last.exists() == (moment != "first step")
+    resumed = run(tmp_path, resume=last if last.exists() else "")
+    assert resumed.returncode == 0, resumed.stdout
     expected = Reconstruction.load(uninterrupted / "all.safetensors")
     found = Reconstruction.load(tmp_path / "all.safetensors")
     for name in vars(expected):
@@ -276,20 +284,15 @@ def test_survives_a_kill(uninterrupted: Path, tmp_path: Path) -> None:
     assert sorted(Reconstruction.cat(parts).ids.tolist()) == list(range(10))
 
 
+@pytest.mark.slow
 def test_an_interrupt_writes_what_is_there(uninterrupted: Path, tmp_path: Path) -> None:
-    process = start(tmp_path)
-    deadline = time.monotonic() + 300
-    while not list(tmp_path.glob("reconstructions/*.safetensors")) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=300)
+    said = run(tmp_path, "interrupt").stdout
     assert not (tmp_path / "all.safetensors").exists(), "it was over before it could be interrupted"
-    assert "Traceback" not in text or "KeyboardInterrupt" in text, text
+    assert "Traceback" not in said or "KeyboardInterrupt" in said, said
     expected = {row["victim"]: row for row in rows(uninterrupted)}
     written = rows(tmp_path)
     done = [row for row in written if row["status"] != "running"]
-    assert len(done) >= 1
+    assert 3 <= len(done) < len(expected)
     for row in done:
         # Scored and final, though the run did not reach its end.
         assert row == expected[row["victim"]]

@@ -96,7 +96,7 @@ def test_batch_norm_statistics_are_those_of_a_plain_loop() -> None:
             squares += (found - float(running[channel])) ** 2
         expected += squares**0.5
     state = {"norm.running_mean": mean, "norm.running_var": variance}
-    found = BatchNormStatistics()({"norm": Activation(maps, maps), "other": Activation(maps, maps)}, state)
+    found = BatchNormStatistics()({"norm": Activation(maps, maps)}, state)
     assert float(found) == pytest.approx(expected)
 
 
@@ -109,7 +109,7 @@ def test_batch_norm_statistics_have_a_slope_at_zero() -> None:
 
 def test_batch_norm_statistics_look_at_layers_with_running_statistics_alone() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.BatchNorm2d(2, track_running_stats=False))
-    assert list(BatchNormStatistics().modules(model)) == ["1"]
+    assert list(BatchNormStatistics().watched(model)) == ["1"]
 
 
 def test_terms_add_up_with_weights() -> None:
@@ -124,6 +124,7 @@ def test_terms_add_up_with_weights() -> None:
     assert [weight for weight, _ in (3 * SquaredDistance()).parts()] == [3.0]
     assert (SquaredDistance() + 0 * L2()).parts()[1:] == []
     assert repr(0 * L2()) == "0"
+    assert repr(sum([L2(), CosineDistance() / 4])) == "L2() + 0.25 * CosineDistance()"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,8 @@ def shared_of(*norms: float, dtype: torch.dtype = torch.float32) -> SharedGradie
 
 
 def test_units_are_powers_of_two_and_one_where_nothing_is_lost() -> None:
-    kept = SquaredDistance().begin(shared_of(1e-18, 1e-3, 1.0, 1e3, 1e20))
+    shared = shared_of(1e-18, 1e-3, 1.0, 1e3, 1e20)
+    kept = SquaredDistance().begin(shared, Victim(LeNet(1, 12), image_shape=(1, 12, 12)))
     units = kept["unit"].tolist()
     assert units[1:4] == [1.0, 1.0, 1.0]
     assert units[0] > 1e16
