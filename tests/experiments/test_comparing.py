@@ -268,6 +268,7 @@ class SilentForSome(Defense):
         return {name: speaks * tensor for name, tensor in gradients.items()}
 
 
+@pytest.mark.filterwarnings("ignore:The clients defend")
 def test_victims_whose_gradient_says_nothing_are_counted(tmp_path: Path) -> None:
     victims = Victims("sample", victims=6, model=LeNet(), defenses=[SilentForSome()])
     methods = {

@@ -173,6 +173,7 @@ def test_an_attack_from_memory_finds_what_one_on_images_finds(kit: Any) -> None:
     assert torch.equal(attack.finished.labels, truth.labels)
 
 
+@pytest.mark.filterwarnings("ignore:The clients defend")
 def test_noise_on_the_gradient_shows_in_the_images(kit: Any) -> None:
     def run(*defenses: Any) -> GradientInversion:
         victims = kit.victims(victims=4, model=small_network(), defenses=defenses)

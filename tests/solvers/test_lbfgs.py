@@ -81,7 +81,8 @@ def test_solves_quadratics_with_losses_that_never_rise(seed: int, unknowns: int,
     for _ in range(1000):
         optimizer.step(closure)
         assert bool((optimizer.lanes["loss"] <= accepted).all())
-        assert torch.equal(optimizer.best_loss, optimizer.lanes["loss"])
+        # A trial may be lower and yet be refused, as it is not low enough.
+        assert bool((optimizer.best_loss <= optimizer.lanes["loss"]).all())
         accepted = optimizer.lanes["loss"]
         if not optimizer.running.any():
             break
