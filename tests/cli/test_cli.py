@@ -221,6 +221,7 @@ def test_configs_are_taken(name: str, capsys: pytest.CaptureFixture[str]) -> Non
 PIECES = str(ROOT / "experiments" / "inverting_gradients" / "pieces.yaml")
 
 
+@pytest.mark.filterwarnings("ignore:The clients defend")
 def test_an_attack_made_of_pieces_finds_images(tmp_path: Path) -> None:
     """Those of the file, and what the command line says of them."""
 

@@ -21,6 +21,8 @@ from leakage.models import LeNet
 
 from .conftest import EXPERIMENTS, load
 
+pytestmark = pytest.mark.filterwarnings("ignore:The clients defend")
+
 METHODS = ["gauss_newton", "idlg"]
 TINY = ["--victims", "2", "--accelerator", "cpu"]
 QUICK = [*TINY, "--max-steps", "6", "--restarts", "0", "--solver", "cholesky"]
