@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import random
 import signal
 import subprocess
@@ -358,8 +359,10 @@ def two_processes(whole: Job, iterations: int) -> Verdict:
 
 def _end_and_resume(verdict: Verdict, command: list[str], table: Path, resume: list[str]) -> None:
     """Run a command, send it SIGTERM when the table comes, which is in the middle of the run, and run it again."""
+    # One thread, as the run left alone has: with more, sums are rounded otherwise.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         while process.poll() is None and not table.is_file():
             time.sleep(0.002)
         process.send_signal(signal.SIGTERM)
@@ -376,7 +379,9 @@ def _end_and_resume(verdict: Verdict, command: list[str], table: Path, resume: l
     saved = [WholeCheckpointIO().load_checkpoint(part)["leakage"]["iteration"] for part in parts]
     verdict.figures["checkpoints at"] = saved
     verdict.expect(min(saved, default=0) > 0, f"the checkpoints are of the iterations {saved}")
-    again = subprocess.run([*command, *resume], capture_output=True, text=True, check=False, timeout=600)
+    again = subprocess.run(
+        [*command, *resume], env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
     verdict.expect(again.returncode == 0, f"resuming ended with {again.returncode}: {again.stderr[-500:]}")
 
 
