@@ -39,8 +39,11 @@ SLOW = [
     "inversion/test_processes.py",
     "experiments/test_attack_speed.py",
     "experiments/test_benchmarks.py",
+    "experiments/test_comparing.py",
     "experiments/test_condensation_speed.py",
     "experiments/test_evaluation_speed.py",
+    "experiments/test_reconstruction_batches.py",
+    "experiments/test_second_order.py",
     "experiments/test_soak.py",
     "fuzz",
 ]

@@ -112,6 +112,7 @@ def readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     wandb.finish()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The clients defend")
 @pytest.mark.parametrize("document", WITH_CODE)
 def test_code_runs(document: str, readers_folder: Path) -> None:

@@ -29,6 +29,7 @@ def auxiliary_images(kit: Any, count: int = 60) -> Auxiliary:
     return Auxiliary(truth.images[200:, 0], truth.labels[200:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_images", [2, 4])
 def test_finds_the_images_of_a_batch(case: Any, kit: Any, num_images: int) -> None:
     victims = kit.victims(victims=4, images=num_images)
@@ -43,6 +44,7 @@ def test_finds_the_images_of_a_batch(case: Any, kit: Any, num_images: int) -> No
     assert all(score.mse > 1e-2 and score.success == 0 for score in start.scores.values())
 
 
+@pytest.mark.slow
 def test_finds_images_of_the_same_class(case: Any, kit: Any) -> None:
     images = kit.images()
     trousers = (images.tensors[1] == 1).nonzero().flatten().tolist()

@@ -96,6 +96,7 @@ def test_two_images_per_victim(case: Any, kit: Any) -> None:
     assert sum(score.label_accuracy == 1 for score in attack.scores.values()) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The Jacobian and normal equations")
 def test_a_large_network_of_torchvision_runs(case: Any, kit: Any) -> None:
     model = torchvision.models.resnet18(num_classes=10).eval()

@@ -42,6 +42,7 @@ def test_begins_with_the_layers_where_it_can(kit: Any) -> None:
     assert torch.equal(one.images, two.images)
 
 
+@pytest.mark.slow
 def test_searches_for_labels_together_with_the_images(kit: Any) -> None:
     attack = kit.fit(GaussNewtonAttack(joint_labels=True), kit.victims(victims=6))
     assert sum(score.success == 1 and score.label_accuracy == 1 for score in attack.scores.values()) >= 5
@@ -120,6 +121,7 @@ def test_names_a_loss_that_hides_features(kit: Any, attack: Any) -> None:
     assert len(kit.fit(GaussNewtonAttack(max_evaluations=2, restarts=0), kit.victims(**options)).finished) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["cholesky", "cg"])
 def test_the_same_seed_gives_the_same_bits_also_after_a_resume(kit: Any, tmp_path: Path, solver: str) -> None:
     def attack() -> GaussNewtonAttack:
@@ -134,6 +136,7 @@ def test_the_same_seed_gives_the_same_bits_also_after_a_resume(kit: Any, tmp_pat
         assert resumed.scores == whole.scores
 
 
+@pytest.mark.slow
 def test_double_precision_goes_further(kit: Any) -> None:
     options: dict[str, Any] = {"start": "noise", "tolerance": 1e-20}
     single = kit.by_id(kit.fit(GaussNewtonAttack(**options), kit.victims(victims=2)))
@@ -142,6 +145,7 @@ def test_double_precision_goes_further(kit: Any) -> None:
     assert bool((double.loss < single.loss).all())  # down to the rounding of the shared gradients
 
 
+@pytest.mark.slow
 def test_batches_start_with_their_layers_in_any_cohort(kit: Any) -> None:
     """Labels come unsorted, and one cohort after another."""
     options: dict[str, Any] = {"victims": 4, "images": 3, "lanes": 3, "reveal_labels": True}

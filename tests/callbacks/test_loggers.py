@@ -216,6 +216,7 @@ assert logger.experiment.offline
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["0" * 40, None], ids=["unreachable", "no account"])
 def test_goes_on_offline_when_wandb_cannot_be_used(tmp_path: Path, key: str | None) -> None:
     # In a process of its own, so that its end is seen too. Nobody listens on port 9.

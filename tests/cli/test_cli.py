@@ -49,6 +49,7 @@ def test_help_tells_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(option in said for option in ("--config", "--model", "--data", "--trainer.max_epochs", "--ckpt_path"))
 
 
+@pytest.mark.slow
 def test_the_start_imports_no_more_than_it_needs() -> None:
     """Lightning itself imports a lot, through torchmetrics; what counts is what comes on top of it."""
     code = """
@@ -236,6 +237,7 @@ def test_an_attack_made_of_pieces_finds_images(tmp_path: Path) -> None:
     assert mse(150) < 0.2 * mse(1)
 
 
+@pytest.mark.slow
 def test_pieces_of_ones_own_by_their_import_path(tmp_path: Path) -> None:
     """From a module in the folder where `leakage` is called, in a file and on the command line."""
     (tmp_path / "my_pieces.py").write_text(
@@ -277,6 +279,7 @@ class Signs(Defense):
     assert "0.01 * Smooth(power=1.5)" in told.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_own_gradients_of_a_resnet(tmp_path: Path) -> None:
     """BatchNorm included: a configuration can't call `eval()`."""
     victim = Victim(resnet18(num_classes=10).eval(), image_shape=(3, 32, 32))

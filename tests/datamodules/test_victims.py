@@ -46,6 +46,7 @@ def test_a_victim_is_the_same_however_victims_are_grouped(change):
         torch.testing.assert_close(torch.cat([part.gradients[name] for part in parts])[:7], gradient)
 
 
+@pytest.mark.slow
 def test_a_victim_is_the_same_in_another_process():
     data = ready(victims=3, images=2, seed=5)
     code = (

@@ -105,6 +105,7 @@ class GIASAttack(GradientInversion):
         )
 
 
+@pytest.mark.slow
 def test_an_attack_of_ones_own_that_tunes_the_generator_finds_what_it_does_not_know(kit: Any) -> None:
     """Half of the images are not of its making; under a hundred lines, none of them in the library."""
     images = torch.stack([kit.images()[index][0] for index in range(0, 1000, 5)])

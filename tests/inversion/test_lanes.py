@@ -121,6 +121,7 @@ def without_memory(monkeypatch: pytest.MonkeyPatch, room: int, after: int) -> No
 
 
 # Before the first evaluation; when nothing is done and the progress is told; when some victims are done.
+@pytest.mark.slow
 @pytest.mark.parametrize(("room", "after"), [(4, 0), (4, 11), (3, 20), (1, 30)])
 def test_half_of_the_lanes_go_on_and_nothing_is_lost(
     kit: Any, room: int, after: int, monkeypatch: pytest.MonkeyPatch

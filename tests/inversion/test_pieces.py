@@ -112,6 +112,7 @@ def test_a_distance_a_solver_and_images_of_ones_own(kit: Any) -> None:
     assert halves.finished.images.abs().max() > 0.01, "they have been moved"
 
 
+@pytest.mark.slow
 def test_inverting_gradients_finds_images_in_their_box(kit: Any) -> None:
     nothing = kit.fit(InvertingGradientsAttack(steps=1), kit.victims(victims=4))
     attack = kit.fit(InvertingGradientsAttack(steps=400), kit.victims(victims=4))
@@ -144,6 +145,7 @@ def batch_norm_network() -> nn.Module:
         return model
 
 
+@pytest.mark.slow
 def test_batch_norm_statistics_come_nearer_to_those_of_the_training_set(kit: Any) -> None:
     model = batch_norm_network()
     images = torch.stack([kit.images()[index][0] for index in range(0, 1000, 3)])

@@ -38,6 +38,7 @@ def state(path: Path) -> dict[str, Any]:
     return saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_resumes_bit_for_bit_from_the_moments_that_matter(
     lbfgs_case: Any, kit: Any, protocol: str, tmp_path: Path

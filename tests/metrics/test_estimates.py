@@ -214,6 +214,7 @@ def compute_in_process(rank: int, port: int, folder: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_estimates_are_those_of_all_processes(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
