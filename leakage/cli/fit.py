@@ -63,6 +63,13 @@ class LeakageCLI(LightningCLI):
         """Give the callbacks as defaults, so that a configuration can replace them."""
         parser.set_defaults({"trainer.callbacks": _CALLBACKS})
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse a seed that numpy does not take."""
+        super().parse_arguments(parser, args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if isinstance(seed, int) and not 0 <= seed < 2**32:
+            raise ValueError(f"Expected `seed_everything` from 0 to {2**32 - 1}, but got {seed}.")
+
     def before_instantiate_classes(self) -> None:
         """Replace the callbacks that are there by default with those of a condensation, where the model is one."""
         config = self.config[self.config.subcommand]

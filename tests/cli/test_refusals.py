@@ -47,6 +47,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             r"Expected an option of ConvNet, one of .*width \(did you mean `width`\?\), but got `widht`\.",
         ),
         ([*ATTACK, "--trainer.max_stepp", "3"], r"Expected an option of Trainer, .*`max_steps`\?\), but got"),
+        (
+            [*ATTACK, "--seed_everything", str(2**32)],
+            r"Expected `seed_everything` from 0 to 4294967295, but got 4294967296\.",
+        ),
+        ([*ATTACK, "--seed_everything", "-1"], r"Expected `seed_everything` from 0 to 4294967295, but got -1\."),
         ([*ATTACK, "--model.seed", "many"], r"Expected `seed` of IDLGAttack as int, but got 'many'\."),
         ([*ATTACK, "--model.restarts", "many"], r"Expected `restarts` of IDLGAttack as int \| None, but got 'many'\."),
         ([*ATTACK, "--trainer.max_steps", "many"], r"Expected `--trainer.max_steps` as int, but got 'many'\."),
