@@ -176,16 +176,16 @@ def test_default_activations(name):
 @pytest.mark.parametrize("name", ACTIVATED)
 def test_other_activations_under_vmap(name):
     """With an activation that is none of the defaults, and nothing in place."""
-    model = ACTIVATED[name][0](activation="silu")
+    model = ACTIVATED[name][0](activation="silu").double()
     state = draw_state(model, seed=0)
-    images, labels = draw(2, 1, 28, 28), torch.tensor([0, 2])
+    images, labels = draw(2, 1, 28, 28).double(), torch.tensor([0, 2])
     together = vmap(grad(loss_of(model)), in_dims=(None, 0, 0))(state, images, labels)
     model.load_state_dict(state)
     for index in range(2):
         model.zero_grad()
         F.cross_entropy(model(images[index, None]), labels[index, None]).backward()
         for key, parameter in model.named_parameters():
-            torch.testing.assert_close(together[key][index], parameter.grad, rtol=1e-3, atol=1e-4, msg=key)
+            torch.testing.assert_close(together[key][index], parameter.grad, rtol=1e-9, atol=1e-9, msg=key)
 
 
 @pytest.mark.parametrize("name", ACTIVATED)
