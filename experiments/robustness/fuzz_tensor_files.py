@@ -26,8 +26,14 @@ from leakage.inversion.reconstruction import Reconstruction
 _Header = dict[str, Any]
 _DTYPES = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F4", "C64", "I64", "I32", "I8"]
 _DTYPES += ["U64", "U32", "U16", "U8", "BOOL", "f32", "", "F128"]
-_CASTS = [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64]
+_CASTS = [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 _CASTS += [torch.int64, torch.int32, torch.int8, torch.uint8, torch.uint16, torch.uint64, torch.bool]
+try:
+    save({"x": torch.zeros(1, dtype=torch.complex64)})
+    COMPLEX = True
+    _CASTS.append(torch.complex64)
+except KeyError:  # old versions of safetensors write no complex numbers
+    COMPLEX = False
 _SIZES = [[], [0], [1], [2], [-1], [2, 0], [2**40], [2**62, 2**62], [0, 2**62, 2**62], ["2"], [1.5], [None], "2", 2]
 _SIZES += [[1] * 70, [2, 3], [3, 2], [6]]
 _NESTED = "[" * 100_000 + "]" * 100_000

@@ -93,6 +93,8 @@ def with_tensor(fuzz: SimpleNamespace, path: Path, kind: str, name: str, tensor:
 def test_tensors_of_other_types(
     fuzz: SimpleNamespace, tmp_path: Path, name: str, tensor: torch.Tensor, message: str
 ) -> None:
+    if tensor.is_complex() and not fuzz.tensor_files.COMPLEX:
+        pytest.skip("this version of safetensors writes no complex numbers")
     path = with_tensor(fuzz, tmp_path / "file", "shared", name, tensor)
     with pytest.raises(ValueError, match=rf"Expected a sound shared gradient in '{path}', but got: .*{message}"):
         SharedGradient.load(path)
