@@ -181,7 +181,7 @@ def read_reconstructions(folder: Path, victims: Sequence[int]) -> Reconstruction
         ValueError: they are not all there.
     """
     parts = [Reconstruction.load(path) for path in sorted((folder / "reconstructions").glob("part_*.safetensors"))]
-    found = Reconstruction.cat(parts) if parts else Reconstruction.empty()
+    found = Reconstruction.cat(parts)
     place = {victim: index for index, victim in enumerate(found.ids.tolist())}
     if not place.keys() >= set(victims):
         raise ValueError(

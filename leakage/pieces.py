@@ -33,7 +33,9 @@ class Piece:
         return f"{type(self).__name__}({told})"
 
     def _arguments(self) -> dict[str, Any]:
-        names = list(inspect.signature(type(self)).parameters)
+        # A module without a constructor of its own has that of all modules, which takes nothing.
+        own = type(self).__init__ is not nn.Module.__init__
+        names = list(inspect.signature(type(self)).parameters) if own else []
         if missing := [name for name in names if not hasattr(self, name)]:
             raise ValueError(
                 f"Expected {type(self).__name__} to keep the arguments of its constructor as attributes of the same "
@@ -42,7 +44,7 @@ class Piece:
         return {name: getattr(self, name) for name in names}
 
     def prepare(self, like: Tensor) -> None:
-        """Take the networks that it holds to where the search takes place, and to its precision.
+        """Take the networks that it holds, itself or in a piece, to where the search takes place, in its precision.
 
         Args:
             like: a tensor that is there.
@@ -50,6 +52,8 @@ class Piece:
         for value in (self, *vars(self).values()):
             if isinstance(value, nn.Module):
                 value.to(device=like.device, dtype=like.dtype)
+            elif isinstance(value, Piece) and value is not self:
+                value.prepare(like)
 
 
 def tell(value: Any) -> str:
@@ -60,7 +64,8 @@ def tell(value: Any) -> str:
         ('(0, 1.5)', 'None', True)
     """
     if isinstance(value, nn.Module):
-        return f"{type(value).__name__} {digest(dict(value.state_dict()))}"
+        made = Piece.__repr__(value) if isinstance(value, Piece) else type(value).__name__
+        return f"{made} {digest(dict(value.state_dict()))}"
     if isinstance(value, Tensor):
         return f"Tensor {tuple(value.shape)} {digest({'': value})}"
     if isinstance(value, list | tuple):

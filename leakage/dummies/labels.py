@@ -37,7 +37,7 @@ class _FixedLabels(Labels):
         """One for the label of each image."""
         labels = self._labels(shared, victim) if shared.labels is None else shared.labels
         like = next(iter(shared.gradients.values()))
-        return {"probabilities": F.one_hot(labels, victim.protocol.num_classes).to(like.dtype)}
+        return {"probabilities": F.one_hot(labels.long(), victim.protocol.num_classes).to(like.dtype)}
 
     def _labels(self, shared: SharedGradient, victim: Victim) -> Tensor:
         raise NotImplementedError

@@ -228,6 +228,7 @@ class GradientInversion(LightningModule):
             labels_known=self.labels.known,
         )
         evaluator = self._make_evaluator()
+        evaluator.prepare(next(victim.model.parameters()))  # which an earlier fit may have taken elsewhere
         evaluator.check(target)
         dtype = torch.float64 if self.trainer.precision == "64-true" else torch.float32
         shapes = evaluator.shapes().items()
@@ -252,7 +253,9 @@ class GradientInversion(LightningModule):
         victim = self._victim = copy.deepcopy(self.victim)
         victim.model.to(device=self.device, dtype=self.lanes.dtype)
         evaluator = self._make_evaluator()
-        evaluator.prepare(next(victim.model.parameters()))
+        like = next(victim.model.parameters())
+        evaluator.prepare(like)
+        self.solver.prepare(like)
         datamodule, search = self._datamodule, self._search
         search.move(evaluator)
         self._deal = self._deal or new_deal(self.trainer)
@@ -310,8 +313,7 @@ class GradientInversion(LightningModule):
         due = (
             self.iteration % _LOGGED_EVERY == 1 or self.trainer.should_stop or (every and (batch_idx + 1) % every == 0)
         )
-        losses = self._search.losses()
-        if not self.iteration or not due or losses is None:
+        if not self.iteration or not due or (losses := self._search.losses()) is None:
             return
         self.log("train/loss", losses.median(), prog_bar=True, batch_size=len(losses))
         self.log("train/running", float(self.num_running), batch_size=1)
@@ -389,6 +391,5 @@ class GradientInversion(LightningModule):
             dtype = next(iter(self.unknowns.values())).dtype
             declared = Lanes.state(self.victim.protocol, dtype) | self._make_evaluator().state(dtype)
             self._search = Search.restored(saved, self.victim, declared)
-            for name, tensor in checkpoint["state_dict"].items():
-                unknown = self.get_parameter(name)
-                unknown.data = torch.empty_like(tensor, device=unknown.device)
+            for name, unknown in self.unknowns.items():
+                unknown.data = torch.empty_like(checkpoint["state_dict"][f"unknowns.{name}"], device=unknown.device)

@@ -138,6 +138,7 @@ def _deal_anew(trainer: Trainer, checkpoint: dict[str, Any], parts: list[dict[st
         "scores": scores if first else {},
     }
     for name, tensor in checkpoint["state_dict"].items():
-        checkpoint["state_dict"][name] = tensor[:0]
+        if name.startswith("unknowns."):  # a piece that is a module has its weights there too
+            checkpoint["state_dict"][name] = tensor[:0]
     for state in checkpoint["optimizer_states"]:
         state["state"][0] = {name: tensor[:0] for name, tensor in state["state"][0].items()}

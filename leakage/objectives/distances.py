@@ -55,15 +55,12 @@ class SquaredDistance(Distance):
 
     def value(self, point: Point, kept: State) -> Tensor:
         """The sum of squares in the victim's unit."""
-        return torch.stack([part.square().sum() for part in self._differences(point, kept)]).sum()
+        return self(*_in_unit(point, kept))
 
     def residuals(self, point: Point, kept: State) -> Tensor:
-        """The differences one after another."""
-        return torch.cat([part.flatten() for part in self._differences(point, kept)])
-
-    def _differences(self, point: Point, kept: State) -> list[Tensor]:
-        found = [point.gradients[name] - wanted for name, wanted in point.shared.items()]
-        return [kept["unit"] * part for part in found] if "unit" in kept else found
+        """The differences one after another, in the victim's unit."""
+        gradients, shared = _in_unit(point, kept)
+        return torch.cat([(gradients[name] - wanted).flatten() for name, wanted in shared.items()])
 
     def state(self, protocol: Protocol, dtype: torch.dtype) -> State:
         """``unit``, a power of two by which a very small or large gradient is brought near 1; and the scale."""
@@ -93,12 +90,23 @@ class SquaredDistance(Distance):
         return largest > torch.finfo(largest.dtype).tiny ** 0.5 if self.relative else largest > 0
 
     def batched(self, victim: Victim) -> Batched | None:
-        """Without differentiating twice, where the network is a chain."""
+        """Without differentiating twice, where the network is a chain and no subclass has a distance of its own."""
+        if any(getattr(type(self), name) is not getattr(SquaredDistance, name) for name in ("__call__", "value")):
+            return None
         try:
             chain = ChainObjective(victim)
         except ValueError:
             return None
         return lambda shared, kept, images, targets: chain(shared, images, targets, kept.get("unit"))
+
+
+def _in_unit(point: Point, kept: State) -> tuple[Gradients, Gradients]:
+    """The gradients of the dummies and the shared ones, multiplied by the victim's unit."""
+    if "unit" not in kept:
+        return point.gradients, point.shared
+    both = ({name: kept["unit"] * part for name, part in side.items()} for side in (point.gradients, point.shared))
+    gradients, shared = both
+    return gradients, shared
 
 
 class CosineDistance(Distance):

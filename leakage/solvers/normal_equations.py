@@ -178,7 +178,8 @@ def cholesky_steps(
     step does not lower the loss, it serves another one with more damping; and where it does, further steps
     (chords) as long as each leaves a quarter of the loss or less: with residuals of their own these also mend what
     single precision loses in :math:`J^\top J`. Arguments are those of :func:`conjugate_gradients`, with L = 1 and
-    the damping relative to the mean of the diagonal.
+    the damping relative to the mean of the diagonal; ``max_chords`` is the number of further steps with one Jacobian
+    at most.
     """
     jacobian = dense_jacobian(equations, point, lane, spectrum)
     normal = _symmetric_product(jacobian)

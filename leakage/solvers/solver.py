@@ -67,10 +67,10 @@ class Evaluated:
 class Solver(Piece, ABC):
     """Moves the unknowns of many victims after each evaluation of the objective, each by a state of its own.
 
-    A *lane* is one index into the victims' dimension. Of your own: write :meth:`move`, and :meth:`fresh`. The lanes'
-    state has, beside what :meth:`fresh` gives, ``status (V,)`` (indices into :data:`STATUS`; end a lane with
+    A *lane* is one index into the victims' dimension. Of your own: write :meth:`move`, and :meth:`fresh` if it keeps a
+    state of its own. Beside that, the lanes' state has ``status (V,)`` (indices into :data:`STATUS`; end a lane with
     :func:`settle`), ``best_loss (V,)`` and ``best (V, D)`` (the lowest loss so far, and where), ``iterations (V,)``
-    (steps taken, which the solver counts for lanes that are running) and ``evaluations (V,)``.
+    (steps taken, which the solver counts; those of lanes that have ended are put back) and ``evaluations (V,)``.
 
     Example:
         >>> class Descent(Solver):

@@ -10,6 +10,7 @@ from leakage.attacks import IDLGAttack
 from leakage.clients.victim import Victim
 from leakage.datamodules import SharedGradients, Victims
 from leakage.defenses import Clip
+from leakage.dummies import RevealedLabels
 from leakage.models import LeNet
 
 
@@ -265,3 +266,12 @@ def test_an_attack_from_memory(shared, tmp_path):
     found = attack.finished.select(attack.finished.ids.argsort())
     assert torch.equal(found.labels, expected.labels)
     assert float((found.images - expected.images).square().mean()) < 0.05, "noise has 0.2"
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32], ids=str)
+def test_labels_of_any_whole_type_are_taken(shared, dtype):
+    victim = Victim(LeNet(), image_shape=(1, 28, 28))
+    labels = torch.tensor([[3], [1], [0], [9], [3]])
+    given = ready(dataclasses.replace(shared, labels=labels.to(dtype))).share(range(5))
+    probabilities = RevealedLabels().begin(given, victim)["probabilities"]
+    assert torch.equal(probabilities, torch.eye(10)[labels])

@@ -324,25 +324,6 @@ class Watches(ActivationPrior):
         return activations["0"].outputs.square().mean()
 
 
-class Learnt(nn.Module, Prior):
-    """A network that is a prior, and one that is held by one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(12, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layer(images).square().mean()
-
-
-class Holds(Prior):
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.layer(images).square().mean()
-
-
 def test_what_a_term_keeps_is_its_own(kit: Any, tmp_path: Path) -> None:
     def run(distance: Distance, prior: Prior, **options: Any) -> GradientInversion:
         attack = GradientInversion(objective=1e-9 * distance + 5 * prior, solver=LBFGS(max_evaluations=4))
@@ -364,14 +345,6 @@ def test_a_term_sees_the_modules_that_it_watches(kit: Any) -> None:
     attack = GradientInversion(objective=objective, solver=LBFGS(max_evaluations=3))
     found = kit.fit(attack, kit.victims(victims=2, model=batch_norm_network().eval()))
     assert bool(torch.isfinite(found.finished.loss).all())
-
-
-@pytest.mark.parametrize("prior", [Learnt, lambda: Holds(nn.Linear(12, 1))], ids=["is", "holds"])
-def test_a_prior_may_be_a_network(kit: Any, prior: Any) -> None:
-    """It goes where the search takes place, here to double precision."""
-    attack = GradientInversion(objective=SquaredDistance() + 1e-3 * prior(), solver=LBFGS(max_evaluations=3))
-    found = kit.fit(attack, kit.victims(victims=2), precision="64-true")
-    assert found.finished.images.dtype == torch.float64
 
 
 class Forgets(Prior):

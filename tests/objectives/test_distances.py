@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from leakage import LeNet, Victim
 from leakage.clients.losses import LOSSES, cross_entropy, mean_squared_error
+from leakage.dummies import Pixels, RevealedLabels
+from leakage.inversion.evaluator import Evaluator
 from leakage.objectives import DISTANCES as CLASSES
 from leakage.objectives import CosineDistance, RowCosineDistance, SquaredDistance
 
@@ -163,3 +169,40 @@ def test_mean_squared_error(generator):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_are_per_image(loss):
     assert LOSSES[loss](torch.zeros(5, 3), torch.zeros(5, 3)).shape == (5,)
+
+
+class WithoutBiases(SquaredDistance):
+    def __call__(self, gradients: Any, shared: Any) -> Tensor:
+        return torch.stack(
+            [(gradients[name] - shared[name]).square().sum() for name in shared if "weight" in name]
+        ).sum()
+
+
+class Constant(SquaredDistance):
+    def value(self, point: Any, kept: Any) -> Tensor:
+        return 7 + 0 * point.images.sum()
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_subclass_of_the_squared_distance_is_evaluated_as_it_is(relative: bool) -> None:
+    """On a chain too, whose fast way knows only the whole distance."""
+    victim = Victim(LeNet(1, 8, 5), image_shape=(1, 8, 8))
+    images = torch.rand(3, 1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    shared = victim.share(images, torch.tensor([[0], [1], [2]]), reveal_labels=True)
+    # One gradient so small that it needs a unit of its own.
+    shared.gradients = {name: part * torch.tensor([1.0, 1e-9, 1.0]).view(-1, *[1] * (part.ndim - 1))
+                        for name, part in shared.gradients.items()}  # fmt: skip
+    found = {}
+    for kind in (SquaredDistance, WithoutBiases, Constant):
+        evaluator = Evaluator(victim, kind(relative), Pixels(), RevealedLabels())
+        kept = evaluator.begin(shared)
+        found[kind], _ = evaluator(shared, kept, {"images": 1 - images})
+        scale = kept["objective/0/scale"] if relative else torch.ones(3)
+        unit = kept["objective/0/unit"] if relative else torch.ones(3)
+        targets = torch.eye(5)[torch.tensor([[0], [1], [2]])]
+        for index in range(3):
+            gradients = victim.gradients(victim.state, 1 - images[index], targets[index])
+            wanted = {name: part[index] for name, part in shared.gradients.items()}
+            exact = 7.0 if kind is Constant else unit[index] ** 2 * kind(relative)(gradients, wanted)
+            torch.testing.assert_close(found[kind][index], scale[index] * exact, rtol=1e-4, atol=0)
+    assert bool((found[WithoutBiases] < found[SquaredDistance]).all())
