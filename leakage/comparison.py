@@ -22,7 +22,7 @@ from leakage.files.text import write_json, write_text
 from leakage.inversion.processes import is_first_process
 from leakage.inversion.reconstruction import Reconstruction
 from leakage.metrics import MeanOverVictims, ShareOverVictims, score
-from leakage.plots import plot_fidelity, plot_gallery, save_figure
+from leakage.plots import as_power, plot_fidelity, plot_gallery, save_figure
 from leakage.solvers.solver import UNINFORMATIVE
 
 FILES = ("summary.json", "victims.csv", "gallery.png", "fidelity.png")
@@ -112,7 +112,7 @@ def run_attack(
     defaults = {"max_epochs": 1, "num_sanity_val_steps": 0, "enable_model_summary": False, "logger": False}
     runner = Trainer(callbacks=callbacks, **(defaults | trainer))
     if ckpt_path is None and is_first_process():
-        for pattern in ("victims.csv", "gallery.png", "reconstructions/part_*.safetensors"):
+        for pattern in (*VictimTable.files, *Gallery.files):
             for path in folder.glob(pattern):
                 path.unlink()
     runner.fit(attack, datamodule=victims, ckpt_path=ckpt_path)
@@ -196,7 +196,7 @@ def format_table(rows: list[Row]) -> str:
 
     Below it stands how many victims were uninformative, if there were any.
     """
-    success = " / ".join(dict.fromkeys(f"MSE < {_power(row.success_threshold)}" for row in rows))
+    success = " / ".join(dict.fromkeys(f"MSE < {as_power(row.success_threshold)}" for row in rows))
     header = ["", "victims", "label accuracy", "published", success, "median MSE", "PSNR", "evaluations", "time"]
     lines = [header]
     for row in rows:
@@ -276,12 +276,6 @@ def _gallery(folder: Path, names: list[str], victims: VictimDataModule, dataset:
         title=f"{dataset}: what the gradient gave away",
     )
     save_figure(figure, folder / "gallery.png")
-
-
-def _power(threshold: float) -> str:
-    """As 1e-3 or 2.5e-4."""
-    mantissa, exponent = f"{threshold:e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def _percent(value: float, interval: tuple[float, float]) -> str:

@@ -146,7 +146,7 @@ def plot_fidelity(curves: Mapping[str, Tensor], *, title: str = "") -> Figure:
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9,
-                title="share under 1e-3 (dashed)", title_fontsize=9)  # fmt: skip
+                title=f"share under {as_power(SUCCESS_THRESHOLD)} (dashed)", title_fontsize=9)  # fmt: skip
     return figure
 
 
@@ -282,8 +282,14 @@ def _curve_axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def as_power(threshold: float) -> str:
+    """As 1e-3 or 2.5e-4."""
+    mantissa, exponent = f"{threshold:e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
 def _thresholds(curves: Mapping[str, Tensor]) -> NDArray[np.float64]:
     """Thresholds from the best victims, or two decades below that of success, up to 1."""
     best = min((float(errors[errors > 0].min()) for errors in curves.values() if bool((errors > 0).any())), default=1.0)
-    lowest = min(-5.0, max(math.log10(best) - 1, -12)) if math.isfinite(best) else -6.0
+    lowest = min(math.log10(SUCCESS_THRESHOLD) - 2, max(math.log10(best) - 1, -12)) if math.isfinite(best) else -6.0
     return np.logspace(math.floor(lowest), 0, 400)

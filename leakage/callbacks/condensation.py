@@ -40,6 +40,7 @@ class CondensationCallback(ResultsCallback, ABC):
         for moment in moments:
             check_count(0, **{name: moment})
         self.moments = sorted(set(moments))
+        self._earlier: list[Path] = []
         self._begun = False
 
     @abstractmethod
@@ -56,22 +57,20 @@ class CondensationCallback(ResultsCallback, ABC):
         """Refuse other modules, find the folder and try to write there."""
         as_condensation(self, pl_module)
         super().setup(trainer, pl_module, stage)
-        self._begun = False
+        self._earlier, self._begun = [], False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove results that this run replaces, after a warning, and look."""
+        """Warn of results that this run will replace as soon as it has its first, and look."""
         if not trainer.is_global_zero:
             return
         patterns = self.files if trainer.ckpt_path is None else ()
-        earlier = sorted(path for pattern in patterns for path in self.folder.glob(pattern))
-        if earlier:
+        self._earlier = sorted(path for pattern in patterns for path in self.folder.glob(pattern))
+        if self._earlier:
             rank_zero_warn(
                 f"'{self.folder}' holds the results of an earlier run, which this one replaces ('"
-                f"{earlier[0].relative_to(self.folder)}' is one). Resume the earlier one with `ckpt_path`, or "
+                f"{self._earlier[0].relative_to(self.folder)}' is one). Resume the earlier one with `ckpt_path`, or "
                 f"give {type(self).__name__} another `output`."
             )
-        for path in earlier:
-            self._write(path, Path.unlink)
         self._begun = True
         self._look_if_due(trainer, pl_module)
 
@@ -99,6 +98,12 @@ class CondensationCallback(ResultsCallback, ABC):
         chosen = condensation.iteration in self.moments or condensation.iteration >= condensation.protocol.iterations
         if between_iterations(condensation) and chosen:
             self.look(trainer, condensation, last=False)
+
+    def _remove_earlier(self) -> None:
+        """Remove the results of an earlier run, now that this one has some."""
+        for path in self._earlier:
+            self._write(path, lambda path: path.unlink(missing_ok=True))
+        self._earlier = []
 
 
 def as_condensation(callback: object, pl_module: LightningModule) -> GradientMatchingCondensation:

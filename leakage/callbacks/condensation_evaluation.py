@@ -238,6 +238,7 @@ class SyntheticEvaluation(CondensationCallback):
     def _write_all(self, condensation: GradientMatchingCondensation) -> None:
         if not self.rows:
             return
+        self._remove_earlier()
         rows = [row.columns() for row in self.rows]
         values = [list(row.values()) for row in rows]
         self._write(self.folder / "accuracy.csv", lambda path: write_csv(path, list(rows[0]), values))

@@ -43,7 +43,7 @@ class SyntheticImages(CondensationCallback):
         OSError: the folder can't be written, or files are missing at the end.
     """
 
-    files = ("synthetic/iteration_*.png", "synthetic.safetensors")
+    files = ("synthetic/iteration_*.png", "synthetic.png", "synthetic.safetensors")
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class SyntheticImages(CondensationCallback):
     def look(self, trainer: Trainer, condensation: GradientMatchingCondensation, *, last: bool) -> None:
         """Write and log the images as they are now."""
         now = condensation.synthetic_set()
+        self._remove_earlier()
         if self._latest is None or not now.images.equal(self._latest.images):
             self._latest = now
             self._show(trainer, condensation, now)

@@ -64,6 +64,11 @@ class CondensationProgressBar(RunProgressBar):
                     metrics["now"] = "evaluating"
         return metrics
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse other modules."""
+        as_condensation(self, pl_module)
+        super().setup(trainer, pl_module, stage)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell what the time was spent on."""
         self._tell_time(as_condensation(self, pl_module))

@@ -137,7 +137,8 @@ class Gallery(VictimResultsCallback):
         path = self.folder / "gallery.png"
         if not results or (shown == self._drawn and path not in self._failures):
             return
-        self._look_up_truth(trainer, lambda: self._truth.keys() >= results.keys())
+        if not self._truth.keys() >= results.keys():
+            self._look_up_truth(trainer, lambda: self._truth.keys() >= results.keys())
         moments = [moment for moment in self.moments if any(moment in self._snapshots[victim] for victim in results)]
         has_truth = any(victim in self._truth for victim in results)
         rows = [

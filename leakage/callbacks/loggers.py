@@ -89,7 +89,7 @@ def log_table(trainer: Trainer, key: str, columns: Sequence[str], rows: Sequence
 def log_artifact(
     trainer: Trainer, name: str, paths: Sequence[Path], *, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Give files and whole folders, each under its own name, to W&B, the only logger that takes them.
+    """Give files, each under its own name, to W&B, the only logger that takes them.
 
     They are a version of one artifact of type ``dataset``; what W&B does not allow in a name becomes ``_``.
     """
@@ -100,8 +100,5 @@ def log_artifact(
             allowed = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:_LONGEST_NAME]
             artifact = wandb.Artifact(allowed, type="dataset", metadata=dict(metadata or {}))
             for path in paths:
-                if path.is_dir():
-                    artifact.add_dir(str(path), name=path.name)
-                else:
-                    artifact.add_file(str(path), name=path.name)
+                artifact.add_file(str(path), name=path.name)
             logger.experiment.log_artifact(artifact)

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
 
-from leakage.solvers import STATUS
-
 if TYPE_CHECKING:
     from leakage.inversion.gradient_inversion import GradientInversion
 
@@ -129,8 +127,7 @@ class AttackProgressBar(RunProgressBar):
         if success:
             metrics["success"] = f"{100 * sum(success) / len(success):.1f} %"
         elif attack.num_done:
-            converged = int((attack.finished.status == STATUS.index("converged")).sum())
-            metrics["converged"] = f"{100 * converged / attack.num_done:.1f} %"
+            metrics["converged"] = f"{100 * attack.num_converged / attack.num_done:.1f} %"
         metrics["iterations"] = attack.iteration
         metrics["running"] = attack.num_running
         return metrics

@@ -133,10 +133,8 @@ class VictimResultsCallback(ResultsCallback):
     def _write_results(self, trainer: Trainer, attack: GradientInversion, *, over: bool) -> None:
         """Write what is done and, if the run is ``over``, what is not finished; in the first process."""
 
-    def _look_up_truth(self, trainer: Trainer, are_known: Callable[[], bool]) -> None:
-        """Note the truth of victims that no validation has shown yet, as when the run is interrupted."""
-        if are_known():
-            return
+    def _look_up_truth(self, trainer: Trainer, is_enough: Callable[[], bool] = lambda: False) -> None:
+        """Note the truth of victims, all or until it is enough, where no validation has shown it yet."""
         # The loaders of several processes show each its own victims.
         several = trainer.world_size > 1 and isinstance(getattr(trainer, "datamodule", None), VictimDataModule)
         try:
@@ -145,7 +143,7 @@ class VictimResultsCallback(ResultsCallback):
             for batch in itertools.chain.from_iterable(loaders):
                 if isinstance(batch, GroundTruth):
                     self._note(batch)
-                if are_known():
+                if is_enough():
                     return
         except (OSError, RuntimeError, ValueError) as error:
             rank_zero_warn(f"The truth is left out of {self.files[0]} since it could not be read: {error}")

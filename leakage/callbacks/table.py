@@ -147,12 +147,17 @@ class VictimTable(VictimResultsCallback):
             if len(self._truth) < _ROWS_WITH_IMAGES and victim not in self._truth:
                 self._truth[victim] = images.detach().cpu()
 
+    def _know_truth_of(self, trainer: Trainer, victims: Reconstruction) -> None:
+        # All of it at once: the next victims would want it from the beginning again.
+        if not self._labels.keys() >= {*victims.ids.tolist()}:
+            self._look_up_truth(trainer)
+
     def _save(self, trainer: Trainer, attack: GradientInversion, *, complete: bool = False) -> None:
         """Write the victims that are done; ``complete`` says that the next go to the next file."""
         if not attack.num_done:
             return
         finished = attack.finished
-        self._look_up_truth(trainer, lambda: self._labels.keys() >= {*finished.ids.tolist()})
+        self._know_truth_of(trainer, finished)
         new = [index for index, victim in enumerate(finished.ids.tolist()) if victim not in self._saved]
         part = self._part(self._files)
         for path in self._earlier:
@@ -173,7 +178,7 @@ class VictimTable(VictimResultsCallback):
         running = running.select(running.iterations > 0)
         if not len(running):
             return
-        self._look_up_truth(trainer, lambda: self._labels.keys() >= {*running.ids.tolist()})
+        self._know_truth_of(trainer, running)
         self._write(self._unfinished, running.save)
         rows = self._rows(attack, attack.finished) + self._rows(attack, running)
         self._write(self.folder / "victims.csv", lambda path: write_csv(path, COLUMNS, rows))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leakage.errors import check_count, check_not_negative, check_positive
+from leakage.errors import check_count, check_not_negative, check_pair, check_positive
 
 # The transforms, and how many random numbers each needs. The order is that of the columns of the random numbers.
 _NUMBERS = {"color": 3, "crop": 2, "cutout": 2, "flip": 1, "scale": 2, "rotate": 1}
@@ -92,10 +92,10 @@ class SiameseAugmentation:
         for name, limit in limited.items():
             if getattr(self, name) > limit:
                 raise ValueError(f"Expected `{name}` of at most {limit}, but got {getattr(self, name)!r}.")
-        scale = self.scale
-        if not isinstance(scale, tuple | list) or len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
-            raise ValueError(f"Expected `scale` as two positive factors, the smaller first, but got {scale!r}.")
-        self.scale = (scale[0], scale[1])
+        low, high = check_pair(scale=self.scale)
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"Expected `scale` as two positive factors, the smaller first, but got {self.scale!r}.")
+        self.scale = (low, high)
 
     @property
     def names(self) -> tuple[str, ...]:

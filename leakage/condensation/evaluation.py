@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +182,8 @@ def evaluate_full(
         **training: all others of :class:`TrainingOptions`.
 
     Raises:
-        ValueError, FloatingPointError: as :func:`evaluate`.
+        ValueError: as :func:`evaluate`; or a file of the cache that is broken.
+        FloatingPointError: as :func:`evaluate`.
         OSError: the cache can't be written.
     """
     options = TrainingOptions(epochs, **training)
@@ -190,7 +191,11 @@ def evaluate_full(
     network = default_network(data) if network is None else network
     path = None if cache is None else Path(cache) / f"full_{_digest(data, network, networks, options)}.json"
     if path is not None and path.is_file():
-        return Evaluation(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return Evaluation(**{field.name: found[field.name] for field in fields(Evaluation)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"Expected a whole JSON file in the cache, but got '{path}'. Delete it.") from error
     images, labels = data.train.images, data.train.labels
     evaluation = Evaluation(
         *train_and_test(images, labels, data, network, networks, options, stacked, device, progress)

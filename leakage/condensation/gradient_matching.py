@@ -185,13 +185,16 @@ class GradientMatchingCondensation(LightningModule):
         """Write ``synthetic.safetensors``, ``synthetic.png`` and, as 8-bit pictures, ``images/<class>/``.
 
         Raises:
+            FileExistsError: ``images`` holds others that this set would not replace; the set and its picture are
+                written.
+            ValueError: images of neither one nor three channels, which no PNG file holds; likewise.
             OSError: a file can't be written.
         """
         folder = Path(folder)
         synthetic = self.synthetic_set()
         synthetic.save(folder / "synthetic.safetensors")
-        synthetic.save_images(folder / "images")
         save_figure(synthetic.figure(), folder / "synthetic.png")
+        synthetic.save_images(folder / "images")
 
     @contextlib.contextmanager
     def clock(self, part: str) -> Iterator[None]:
@@ -353,6 +356,11 @@ class GradientMatchingCondensation(LightningModule):
         cast(Any, self.optimizers()).step()
         self.last_loss = float(distances.sum())
 
+    @property
+    def _architecture(self) -> str:
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}
+        return f"{self.network} {shapes}"
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how far it is; a ``RuntimeError`` within a training step, as when one has failed."""
         if self.within_step:
@@ -363,7 +371,7 @@ class GradientMatchingCondensation(LightningModule):
         checkpoint["leakage"] = {
             "module": type(self).__name__,
             "precision": self.trainer.precision,
-            "network": str(self.network),
+            "network": self._architecture,
             **{name: copy.copy(getattr(self, name)) for name in _KEPT},
         }
 
@@ -373,7 +381,7 @@ class GradientMatchingCondensation(LightningModule):
         options = {name: value for name, value in self.hparams.items() if name not in free}
         check_checkpoint(checkpoint, type(self).__name__, options, self.trainer.precision)
         saved = checkpoint["leakage"]
-        if saved["network"] != str(self.network):
+        if saved["network"] != self._architecture:
             raise ValueError(
                 "Expected the network of the checkpoint, but got another: its architecture differs. Give the "
                 "`network` that the run began with."

@@ -178,6 +178,11 @@ class GradientInversion(LightningModule):
         return self._search.num_running
 
     @property
+    def num_converged(self) -> int:
+        """Victims of this process whose search has ended below the solver's tolerance."""
+        return self._search.num_converged
+
+    @property
     def num_done(self) -> int:
         """Victims whose search has ended."""
         return self._search.num_done

@@ -18,7 +18,7 @@ from leakage.inversion.lanes import Lanes, restored_lanes
 from leakage.inversion.memory import choose_lanes
 from leakage.inversion.reconstruction import Reconstruction
 from leakage.pieces import State
-from leakage.solvers.solver import UNINFORMATIVE
+from leakage.solvers.solver import CONVERGED, UNINFORMATIVE
 
 # Finished victims leave the lanes, or give them to others, when they are this share of them: both move much memory.
 _LEAVING_SHARE = 1 / 8
@@ -136,6 +136,12 @@ class Search:
     def num_done(self) -> int:
         """Victims whose search has ended."""
         return sum(map(len, self.finished)) + (len(self.lanes) - self.num_running if self._lanes else 0)
+
+    @property
+    def num_converged(self) -> int:
+        """Victims whose search has ended below the solver's tolerance."""
+        ended = [part.status for part in self.finished] + ([self._lanes.optimizer.status] if self._lanes else [])
+        return sum(int((status == CONVERGED).sum()) for status in ended)
 
     def losses(self) -> Tensor | None:
         """The lowest objectives of the victims in the lanes, else of those that left last; None before any."""

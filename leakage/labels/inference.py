@@ -126,6 +126,10 @@ class LabelReader:
                 layer without gradients, auxiliary images that don't fit, or something that the rule needs is not
                 there; the message names what to use instead.
         """
+        check_needs(self.rule, self._needs_met(victim, own_weights))
+
+    def _needs_met(self, victim: Victim, own_weights: bool) -> dict[str, str | None]:
+        """Those of the rules, where there is what all of them need."""
         protocol, layer = victim.protocol, victim.classifier
         if protocol.loss != "cross_entropy":
             raise ValueError(
@@ -143,7 +147,7 @@ class LabelReader:
             )
         if self.auxiliary is not None:
             self.auxiliary.check(protocol)
-        check_needs(self.rule, needs_met(victim, self.auxiliary, own_weights=own_weights))
+        return needs_met(victim, self.auxiliary, own_weights=own_weights)
 
     @torch.no_grad()
     @full_precision()
@@ -157,17 +161,18 @@ class LabelReader:
         Raises:
             ValueError: see :meth:`check`; gradients that don't fit the victim.
         """
-        self.check(victim, own_weights=shared.own_weights)
+        met = self._needs_met(victim, shared.own_weights)
+        check_needs(self.rule, met)
         victim.check(shared)
         if shared.gradients[victim.trainable[0]].dtype in (torch.float16, torch.bfloat16):
             shared = shared.to(torch.float32)
         parts = torch.split(torch.arange(len(shared)), _NETWORKS_AT_ONCE) if shared.own_weights else ()
         groups = [shared.select(part) for part in parts] or [shared]
-        return LabelCounts.cat([self._read(group, victim) for group in groups])
+        return LabelCounts.cat([self._read(group, victim, met) for group in groups])
 
-    def _read(self, shared: SharedGradient, victim: Victim) -> LabelCounts:
-        known = Knowledge(last_layer(shared, victim), self.auxiliary, self.seed)
-        met = needs_met(victim, self.auxiliary, own_weights=shared.own_weights)
+    def _read(self, shared: SharedGradient, victim: Victim, met: dict[str, str | None]) -> LabelCounts:
+        layer = last_layer(shared, victim, non_negative=met["non-negative"] is None)
+        known = Knowledge(layer, self.auxiliary, self.seed)
         usable = usable_rules(met)
         rule = self.rule
         if rule == "auto" and "idlg" in usable:

@@ -102,8 +102,14 @@ class LastLayer:
         return dataclasses.replace(self, weight=weight, bias=bias)
 
 
-def last_layer(shared: SharedGradient, victim: Victim) -> LastLayer:
-    """That of all victims, whose logits are the output of a linear layer."""
+def last_layer(shared: SharedGradient, victim: Victim, *, non_negative: bool | None = None) -> LastLayer:
+    """That of all victims, whose logits are the output of a linear layer.
+
+    Args:
+        shared: what they shared.
+        victim: their network and protocol.
+        non_negative: see :func:`has_non_negative_features`, which is asked by default.
+    """
     protocol = shared.protocol
     names = [f"{victim.classifier}.weight", f"{victim.classifier}.bias"]
     scale = 1.0 if protocol.reduction == "mean" else 1 / (protocol.local_batch_size or protocol.num_images)
@@ -119,7 +125,7 @@ def last_layer(shared: SharedGradient, victim: Victim) -> LastLayer:
         bias=bias,
         features=_Features(shared, victim),
         protocol=protocol,
-        non_negative=has_non_negative_features(victim),
+        non_negative=has_non_negative_features(victim) if non_negative is None else non_negative,
         own_weights=shared.own_weights,
     )
 

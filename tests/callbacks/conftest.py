@@ -78,6 +78,10 @@ class KnownAttack(LightningModule):
     def finished(self) -> Reconstruction:
         return self._reconstruct({victim: self.last(victim) for victim in self.done})
 
+    @property
+    def num_converged(self) -> int:
+        return int((self.finished.status == STATUS.index("converged")).sum())
+
     def current(self) -> Reconstruction:
         self.looks += 1
         return self._reconstruct(self.running)

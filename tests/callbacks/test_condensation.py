@@ -12,6 +12,9 @@ from tests.callbacks.condensation_runs import fit, module, quick
 
 
 class Other(LightningModule):
+    def on_fit_start(self) -> None:
+        raise AssertionError("It shall be refused before anything is done.")
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
         raise AssertionError
 

@@ -171,6 +171,20 @@ def test_a_new_run_replaces_an_earlier_one_after_a_warning(tmp_path: Path) -> No
     assert read_accuracies(tmp_path / "accuracy.csv")[:, 0].tolist() == [0, 2]
 
 
+def test_an_earlier_run_is_kept_until_there_is_something_new(tmp_path: Path) -> None:
+    fit(module(iterations=5), SyntheticImages(tmp_path), quick(tmp_path))
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    before = [path.read_bytes() for path in files]
+    stopped = module()
+    stopped.training_step = lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))
+    callbacks = [SyntheticImages(tmp_path, moments=(1,)), quick(tmp_path, at=(1,))]
+    for callback in callbacks:  # what there is when it breaks off is nothing new
+        callback.on_exception = lambda *_: None
+    with pytest.warns(UserWarning, match="earlier run"), pytest.raises(RuntimeError, match="out of memory"):
+        fit(stopped, *callbacks)
+    assert [path.read_bytes() for path in files] == before
+
+
 def test_images_that_are_no_pictures_are_kept_as_numbers(tmp_path: Path) -> None:
     fit(module(channels=2), SyntheticImages(tmp_path), channels=2)
     assert SyntheticSet.load(tmp_path / "synthetic.safetensors").image_shape == (2, 8, 8)

@@ -170,26 +170,26 @@ def test_tensorboard_holds_the_picture(run) -> None:
 
 
 class _AtTheEnd(Callback):
-    """Gives a file and a folder to the loggers."""
+    """Gives two files to the loggers."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / "set" / "images" / "cat").mkdir(parents=True)
+        (folder / "set").mkdir()
         (folder / "set" / "synthetic.safetensors").write_text("numbers")
-        (folder / "set" / "images" / "cat" / "0.png").write_text("pixels")
+        (folder / "set" / "synthetic.png").write_text("pixels")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        paths = [self.folder / "set" / name for name in ("synthetic.safetensors", "images")]
+        paths = [self.folder / "set" / name for name in ("synthetic.safetensors", "synthetic.png")]
         log_artifact(trainer, "synthetic-my photos/1", paths, metadata={"iterations": 5})
 
 
-def test_files_and_folders_become_an_artifact(run) -> None:
+def test_files_become_an_artifact(run) -> None:
     run.fit(run.attack(), _AtTheEnd(run.folder), logger=WandbLogger(project="leakage", save_dir=run.folder))
     wandb.finish()
     logged = OfflineRun(run.folder)
     assert logged.artifact_names == ["synthetic-my_photos_1"]
     content = {path: file.read_text() for path, file in logged.artifacts["dataset"].items()}
-    assert content == {"synthetic.safetensors": "numbers", "images/cat/0.png": "pixels"}
+    assert content == {"synthetic.safetensors": "numbers", "synthetic.png": "pixels"}
 
 
 def test_loggers_without_pictures_get_the_curves(run) -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from leakage.callbacks import VictimTable, table
+from leakage.datamodules import GroundTruth
 from leakage.inversion.reconstruction import Reconstruction
 
 from .conftest import Run
@@ -182,6 +186,32 @@ def test_an_earlier_run_is_kept_until_there_is_something_new(run) -> None:
         run.fit(run.attack(fail_at=0), VictimTable(run.folder))
     assert len(read(run.folder)) == 6
     assert len(reconstructions(run.folder)) == 2
+
+
+def test_the_truth_is_read_once(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    victims = 40
+    attack = run.attack()
+    attack.images, attack.labels = torch.rand(victims, 1, 1, 1, 1), torch.zeros(victims, 1, dtype=torch.long)
+    callback = VictimTable(run.folder)
+    callback.setup(Trainer(logger=False, accelerator="cpu", barebones=True), attack, "fit")
+    read_victims: list[int] = []
+
+    def loader() -> Iterator[GroundTruth]:
+        for victim in range(victims):
+            read_victims.append(victim)
+            yield GroundTruth(torch.tensor([victim]), attack.images[[victim]], attack.labels[[victim]])
+
+    class Loader:
+        def __iter__(self) -> Iterator[GroundTruth]:
+            return loader()
+
+    trainer: Any = SimpleNamespace(is_global_zero=True, world_size=1, val_dataloaders=Loader(), ckpt_path=None)
+    callback.on_train_start(trainer, attack)
+    for victim in range(victims):
+        attack.done.append(victim)
+        callback.on_train_batch_start(trainer, attack, (), victim)
+    assert len(read(run.folder)) > 30
+    assert read_victims == list(range(victims))
 
 
 def test_what_is_written_is_in_proportion_to_the_victims(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -429,6 +429,10 @@ def test_full_is_cached_by_configuration(data: Stripes, tmp_path: Path, monkeypa
     ):
         evaluate_full(whose, **({"network": small()} | options | changes))
         assert len(runs) == count, changes
+    for broken in ("{", "[]", "{}", '{"accuracies": [0.5]}', '{"accuracies": [0.5'):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=r"Expected a whole JSON file in the cache, but got '.*json'. Delete it"):
+            evaluate_full(data, network=small(), **options)
     with pytest.raises(OSError, match="Expected to write"):
         evaluate_full(data, network=small(), **(options | {"cache": path / "below a file"}))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
 
 from leakage.callbacks.timed_checkpoint import TimedCheckpoint
 from leakage.condensation import GradientMatchingCondensation
@@ -167,6 +168,28 @@ def test_refuses_a_checkpoint_of_another_network(kit: Any, checkpoint: str) -> N
             ValueError, match="Expected the network of the checkpoint, but got another: its architecture"
         ):
             kit.condense(2, loops=(2, 1), iterations=2, network=other, ckpt_path=checkpoint)
+
+
+def test_refuses_a_checkpoint_of_a_network_of_another_width(kit: Any, tmp_path: Path) -> None:
+    """Also where its layers print alike."""
+
+    class Bare(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.zeros(64, width)), nn.Parameter(torch.zeros(width, 3))
+
+        def reset_parameters(self) -> None:
+            nn.init.normal_(self.first)
+            nn.init.normal_(self.second)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return (images.flatten(1) @ self.first).relu() @ self.second
+
+    run = kit.condense(1, loops=(1, 1), iterations=1, network=Bare(4))
+    path = tmp_path / "bare.ckpt"
+    run.trainer.save_checkpoint(path)
+    with pytest.raises(ValueError, match="Expected the network of the checkpoint, but got another: its architecture"):
+        kit.condense(1, loops=(1, 1), iterations=1, network=Bare(5), ckpt_path=str(path))
 
 
 def test_refuses_a_checkpoint_of_other_data(kit: Any, checkpoint: str) -> None:

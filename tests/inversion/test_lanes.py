@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Callback
 
 from leakage.attacks import IDLGAttack
 from leakage.inversion import memory as lanes_module
@@ -118,6 +119,25 @@ def without_memory(monkeypatch: pytest.MonkeyPatch, room: int, after: int) -> No
         return evaluate(lanes)
 
     monkeypatch.setattr(Lanes, "evaluate", cramped)
+
+
+class Counts(Callback):
+    """Compares the number of converged victims with the reconstructions that are handed out, at every step."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def on_train_batch_end(self, trainer: Any, attack: Any, *_: Any) -> None:
+        assert attack.num_converged == int((attack.finished.status == STATUS.index("converged")).sum())
+        self.seen.add(attack.num_converged)
+
+
+def test_converged_victims_are_counted_as_they_end(kit: Any) -> None:
+    counts = Counts()
+    run = kit.fit(IDLGAttack(max_evaluations=90, restarts=0), kit.victims(victims=6, lanes=2), callbacks=[counts])
+    assert 0 in counts.seen
+    assert len(counts.seen) > 2
+    assert max(counts.seen) == run.num_converged
 
 
 # Before the first evaluation; when nothing is done and the progress is told; when some victims are done.
