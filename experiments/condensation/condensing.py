@@ -298,7 +298,7 @@ def _run(
 
 def _clear(folder: Path) -> None:
     """Remove what an earlier run of a method has written, and nothing else."""
-    written = ("run.json", "last.ckpt", "accuracy.*", "synthetic.*", "synthetic/iteration_*.png", "images/*/*.png")
+    written = ("run.json", "last.ckpt", "accuracy.*", "synthetic.*", "synthetic/iteration_*.png")
     for pattern in written:
         for path in folder.glob(pattern):
             path.unlink()

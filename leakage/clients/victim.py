@@ -21,12 +21,12 @@ from leakage.clients.inspection import (
     inspect_model,
 )
 from leakage.clients.losses import LOSSES
-from leakage.clients.precision import full_precision
 from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.defenses.base import Defense, check_defenses, defend
 from leakage.errors import check_count, show_shape
 from leakage.models.draw import draw_states, state_of
+from leakage.precision import full_precision
 
 # Victims whose gradients are captured at once; bounds the memory of a capture, not its result.
 _CAPTURED_AT_ONCE = 64

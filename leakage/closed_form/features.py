@@ -11,10 +11,10 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.nn import functional as F
 
 from leakage.clients.losses import LOSSES
-from leakage.clients.precision import full_precision
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_count
+from leakage.precision import full_precision
 from leakage.seeds import derive_seed
 from leakage.solvers.linear import select_lanes
 from leakage.solvers.normal_equations import judge_steps

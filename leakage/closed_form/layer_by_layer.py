@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from leakage.clients.chain import Link
-from leakage.clients.precision import full_precision
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.closed_form.features import SeparatedFeatures, check_separable, separate_features
 from leakage.closed_form.inverses import apply, find_chain, invert
 from leakage.closed_form.linear_system import LinearSystem
+from leakage.precision import full_precision
 from leakage.solvers.linear import least_squares
 
 # Bytes that the patches and weights of the victims solved at once may take: on the CPU they should stay in its cache.

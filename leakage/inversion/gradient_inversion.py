@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import nn
 
-from leakage.clients.precision import full_precision
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.datamodules.base import GroundTruth, VictimDataModule
@@ -28,6 +27,7 @@ from leakage.inversion.search import Queue, Search
 from leakage.metrics import ReconstructionMetrics, VictimScore
 from leakage.objectives import SquaredDistance, Term
 from leakage.pieces import tell
+from leakage.precision import full_precision
 from leakage.solvers import LBFGS, PerVictimOptimizer, Solver
 
 # What is matched needs gradients that are more precise than those of half precision.

@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from leakage.clients.precision import full_precision
 from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
@@ -16,6 +15,7 @@ from leakage.files.checkpoints import check_like
 from leakage.inversion.evaluator import Evaluator
 from leakage.inversion.reconstruction import Reconstruction
 from leakage.pieces import State
+from leakage.precision import full_precision
 from leakage.seeds import derive_seed
 from leakage.solvers import PerVictimOptimizer
 from leakage.solvers.solver import UNINFORMATIVE, settle

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from leakage.clients.precision import full_precision
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_choice, check_count
@@ -19,6 +18,7 @@ from leakage.labels.posterior import LabelPosterior
 from leakage.labels.rules import RULES, Knowledge, check_needs, needs_met, usable_rules
 from leakage.labels.simulation import draw_images, simulate
 from leakage.pieces import digest
+from leakage.precision import full_precision
 from leakage.seeds import derive_seed
 
 # Victims with networks of their own that are looked at together; bounds the memory, not the result.

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from leakage.clients.precision import full_precision
 from leakage.errors import check_positive
 from leakage.metrics.estimates import MeanOverVictims, ScoresOverVictims, ShareOverVictims
 from leakage.metrics.matching import check_images, match, score_dtype
+from leakage.precision import full_precision
 
 #: PSNR is kept within plus and minus this many dB, so that means stay finite: 150 dB is an MSE of
 #: 1e-15, the rounding of single precision.

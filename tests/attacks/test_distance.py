@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from leakage.attacks import IDLGAttack
+from leakage.defenses import Clip
 from leakage.objectives import DISTANCES
 
 
@@ -51,6 +52,17 @@ def test_images_come_nearer_by_the_angle_alone(kit: Any, distance: str) -> None:
         attack = kit.fit(IDLGAttack(max_evaluations=evaluations, restarts=0, distance=distance), kit.victims(victims=3))
         errors.append(sum(score.mse for score in attack.scores.values()))
     assert errors[1] < 0.2 * errors[0]
+
+
+@pytest.mark.filterwarnings("ignore:The clients defend")
+@pytest.mark.parametrize("norm", [0.1, 1.0])
+def test_clipping_hides_nothing_from_the_angle_and_all_from_the_difference(kit: Any, norm: float) -> None:
+    found = {}
+    for distance in ("squared", "cosine"):
+        attack = IDLGAttack(max_evaluations=600, restarts=0, distance=distance)
+        kit.fit(attack, kit.victims(victims=3, defenses=[Clip(norm)]))
+        found[distance] = [score.success for score in attack.scores.values()]
+    assert found == {"squared": [0.0] * 3, "cosine": [1.0] * 3}
 
 
 def test_names_an_unknown_distance(lbfgs_case: Any) -> None:

@@ -103,13 +103,15 @@ def test_defenses_act_there() -> None:
 
 @pytest.mark.filterwarnings("ignore:for .* from a non-meta parameter")  # it is copied all the same
 def test_condenses_there() -> None:
-    def condensed(elsewhere: bool) -> torch.Tensor:
+    def condensed(elsewhere: bool, **options: Any) -> torch.Tensor:
         network = ConvNet(width=2, depth=1)
-        condensation = GradientMatchingCondensation(network=network, iterations=1)
+        condensation = GradientMatchingCondensation(network=network, iterations=1, **options)
         data = LabelledImages("sample", batch_size=4)
         return fit(condensation, elsewhere=elsewhere, data=data).synthetic_set().images
 
-    torch.testing.assert_close(condensed(True), condensed(False))
+    found = condensed(True)
+    torch.testing.assert_close(found, condensed(False))
+    assert float((found - condensed(False, learning_rate=1e-12)).abs().max()) > 1e-4
 
 
 def test_a_resumed_run_is_where_the_trainer_computes(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_pieces_find_there_what_they_find_on_the_cpu(name: str) -> None:
     (attack, data), (again, same) = make(name), make(name)
     there = fit(attack, data, precision="64-true").finished
     here = fit(again, same, precision="64-true", accelerator="cpu").finished
+    assert here.evaluations.tolist() == [4] * 3
     torch.testing.assert_close(there.images, here.images, rtol=1e-3, atol=1e-3)
     assert there.labels.tolist() == here.labels.tolist()
 

@@ -79,19 +79,38 @@ def generator() -> nn.Module:
         lambda: {"objective": Weighted()},
         lambda: {"images": LatentCode(generator().double(), [16])},
         lambda: {"images": Pixels(start=Begins(nn.Linear(12, 12)))},
-        lambda: {"solver": Moves(nn.Linear(144, 144))},
     ],
-    ids=["a prior is one", "a prior holds one", "the objective is one", "images", "start", "solver"],
+    ids=["a prior is one", "a prior holds one", "the objective is one", "images", "start"],
 )
 def test_fits_in_each_precision_and_once_more(kit: Any, options: Any, solver: Any, precision: str) -> None:
-    given = {"solver": solver} | options()
+    given = options()
     if isinstance(solver, GaussNewton) and "objective" in given:
         pytest.skip("these are no sums of squares")
-    attack = GradientInversion(**given)
+    check_fits(kit, GradientInversion(solver=solver, **given), precision)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_a_solver_that_holds_one(kit: Any, precision: str) -> None:
+    check_fits(kit, GradientInversion(solver=Moves(nn.Linear(144, 144))), precision)
+
+
+def check_fits(kit: Any, attack: GradientInversion, precision: str) -> None:
     for _ in range(2):
         found = kit.fit(attack, kit.victims(victims=2), precision=precision)
         assert found.finished.images.dtype == (torch.float64 if precision == "64-true" else torch.float32)
         assert bool(torch.isfinite(found.finished.loss).all())
+
+
+@pytest.mark.parametrize("prior", [Learnt, lambda: Holds(nn.Linear(12, 1))], ids=["is one", "holds one"])
+def test_a_prior_that_is_one_counts(kit: Any, prior: Any) -> None:
+    def loss(objective: Any) -> float:
+        attack = GradientInversion(objective=objective, solver=LBFGS(max_evaluations=1))
+        return float(kit.fit(attack, kit.victims(victims=1)).finished.loss)
+
+    own = prior()
+    alone, distance, both = loss(1e-9 * SquaredDistance() + own), loss(SquaredDistance()), loss(SquaredDistance() + own)
+    assert alone > 1e-4
+    assert both == pytest.approx(distance + alone, rel=1e-4)
 
 
 def test_an_objective_that_is_one_goes_on_after_a_break(kit: Any, tmp_path: Path) -> None:

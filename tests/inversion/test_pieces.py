@@ -107,9 +107,11 @@ def test_a_distance_a_solver_and_images_of_ones_own(kit: Any) -> None:
     found = kit.fit(GradientInversion(objective=Manhattan(), solver=solver), kit.victims(victims=3))
     assert found.finished.evaluations.tolist() == [150] * 3
     assert bool((found.finished.loss < 0.3 * start.finished.loss).all())
-    halves = kit.fit(GradientInversion(images=Halves(), solver=LBFGS(max_evaluations=5)), kit.victims(victims=2))
-    assert torch.equal(halves.finished.images[..., :6], halves.finished.images[..., 6:])
-    assert halves.finished.images.abs().max() > 0.01, "they have been moved"
+    attacks = [GradientInversion(images=Halves(), solver=LBFGS(max_evaluations=count)) for count in (1, 8)]
+    first, halves = (kit.by_id(kit.fit(attack, kit.victims(victims=2))) for attack in attacks)
+    assert torch.equal(halves.images[..., :6], halves.images[..., 6:])
+    # Strictly: few garments have two halves that are the same, so that it is not by much.
+    assert bool((halves.loss < first.loss).all())
 
 
 @pytest.mark.slow
@@ -341,10 +343,15 @@ def test_what_a_term_keeps_is_its_own(kit: Any, tmp_path: Path) -> None:
 
 
 def test_a_term_sees_the_modules_that_it_watches(kit: Any) -> None:
-    objective = SquaredDistance() + Watches() + 1e-3 * BatchNormStatistics()
-    attack = GradientInversion(objective=objective, solver=LBFGS(max_evaluations=3))
-    found = kit.fit(attack, kit.victims(victims=2, model=batch_norm_network().eval()))
-    assert bool(torch.isfinite(found.finished.loss).all())
+    def losses(objective: Any) -> Tensor:
+        attack = GradientInversion(objective=objective, solver=LBFGS(max_evaluations=1))
+        found = kit.by_id(kit.fit(attack, kit.victims(victims=2, model=batch_norm_network().eval())))
+        return found.loss
+
+    parts = SquaredDistance(), Watches(), 1e-3 * BatchNormStatistics()
+    alone = [losses(1e-9 * parts[0] + part) for part in parts]
+    assert bool((torch.stack(alone) > 1e-3).all())
+    torch.testing.assert_close(losses(sum(parts)), torch.stack(alone).sum(0))
 
 
 class Forgets(Prior):
@@ -373,13 +380,13 @@ def test_options_are_those_of_the_attack_alone() -> None:
 
 
 def test_iterations_are_those_while_it_was_searched_for(kit: Any) -> None:
-    for solver in (SignedAdam(steps=9), Momentum(0.02, 9)):
+    # Momentum counts the step before which it ends.
+    for solver, iterations in ((SignedAdam(steps=9), 8), (Momentum(0.02, 9), 9)):
         runs = [
             kit.by_id(kit.fit(GradientInversion(solver=solver), kit.victims(victims=5, lanes=lanes))).iterations
             for lanes in (1, 3, 5)
         ]
-        assert runs[0].tolist() == runs[1].tolist() == runs[2].tolist()
-        assert bool((runs[0] <= 9).all())
+        assert [run.tolist() for run in runs] == [[iterations] * 5] * 3
 
 
 def test_defended_gradients_are_said_to_be_matched_as_if_they_were_not(kit: Any) -> None:

@@ -20,7 +20,7 @@ from leakage.dummies import LatentCode, Pixels
 from leakage.labels import infer_labels
 from leakage.metrics import score
 from leakage.solvers import LBFGS, GaussNewton, SignedAdam, Solver
-from tests.clients.test_precision import assert_full, settings
+from tests.test_precision import assert_full, settings
 
 # Where something looked at the settings since this was last emptied; each look asserts.
 seen: list[str] = []

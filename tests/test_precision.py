@@ -111,7 +111,7 @@ def test_flags_can_be_read_inside(change):
 
 @pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in FLAGS.items()])
 def test_by_flags_alone_as_before_torch_2_9(change, monkeypatch):
-    monkeypatch.setattr("leakage.clients.precision._BY_OPERATION", False)
+    monkeypatch.setattr("leakage.precision._BY_OPERATION", False)
     change()
     before = [torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()]
     with full_precision():
