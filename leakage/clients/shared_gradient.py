@@ -33,6 +33,8 @@ class SharedGradient:
         protocol: what the clients did.
         own_weights: whether ``state`` carries the victims' dimension.
         labels: ``(V, N)``, only where the attacker is told them.
+        basis: ``(V, K, N)``, within an attack: of the columns of the last layer's gradient, which is given in it,
+            and its weights by columns (:mod:`leakage.clients.low_rank`). None in what is shared.
 
     Example:
         >>> from leakage import LeNet, Victim
@@ -49,6 +51,7 @@ class SharedGradient:
     protocol: Protocol
     own_weights: bool = False
     labels: Tensor | None = None
+    basis: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -80,6 +83,8 @@ class SharedGradient:
         self.ids[places.cpu()] = others.ids
         if self.labels is not None and others.labels is not None:
             self.labels[places] = others.labels.to(self.labels)
+        if self.basis is not None and others.basis is not None:
+            self.basis[places] = others.basis
         return dataclasses.replace(self)
 
     @staticmethod
@@ -105,6 +110,7 @@ class SharedGradient:
             return {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]}
 
         labels = [part.labels for part in parts if part.labels is not None]
+        bases = [part.basis for part in parts if part.basis is not None]
         return SharedGradient(
             gradients=join([part.gradients for part in parts]),
             state=join([part.state for part in parts]) if first.own_weights else first.state,
@@ -112,6 +118,7 @@ class SharedGradient:
             protocol=first.protocol,
             own_weights=first.own_weights,
             labels=torch.cat(labels) if labels else None,
+            basis=torch.cat(bases) if bases else None,
         )
 
     def _map(self, change: Any, change_shared: Any) -> SharedGradient:
@@ -122,6 +129,7 @@ class SharedGradient:
             gradients={name: change(tensor) for name, tensor in self.gradients.items()},
             state={name: weights(tensor) for name, tensor in self.state.items()} if weights else self.state,
             labels=None if self.labels is None else change(self.labels),
+            basis=None if self.basis is None else change(self.basis),
         )
 
     def check(self) -> None:

@@ -21,6 +21,7 @@ from leakage.clients.inspection import (
     inspect_model,
 )
 from leakage.clients.losses import LOSSES
+from leakage.clients.low_rank import coordinates
 from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.defenses.base import Defense, check_defenses, defend
@@ -191,7 +192,12 @@ class Victim:
         return self.evaluate(state, images, targets)[0]
 
     def evaluate(
-        self, state: Mapping[str, Tensor], images: Tensor, targets: Tensor, modules: Sequence[str] = ()
+        self,
+        state: Mapping[str, Tensor],
+        images: Tensor,
+        targets: Tensor,
+        modules: Sequence[str] = (),
+        basis: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Activation]]:
         """:meth:`gradients`, and what some modules took and gave in the forward pass that they come from.
 
@@ -200,11 +206,16 @@ class Victim:
             images: ``(N, C, H, W)``.
             targets: class probabilities ``(N, K)``.
             modules: names that :meth:`check_modules` has let pass.
+            basis: ``(K, N)`` of the last layer's gradient, for one step: that gradient is then given in it, and what
+                lies outside of it under a further name; ``state`` has the weights by columns
+                (:mod:`leakage.clients.low_rank`).
 
         Returns:
             Gradients and activations by name, both differentiable. With local steps the activations are those of the
             first pass over all images, batch after batch, the weights of each as they are then.
         """
+        if basis is not None:
+            return self._evaluate_in_basis(state, images, targets, modules, basis)
         protocol = self.protocol
         loss_per_image = LOSSES[protocol.loss]
         trainable = frozenset(self.trainable)
@@ -237,6 +248,26 @@ class Victim:
                 passed.append(activations)
             total = {name: total[name] + gradients[name] for name in total}
         return {name: tensor / protocol.local_steps for name, tensor in total.items()}, joined(passed)
+
+    def _evaluate_in_basis(
+        self, state: Mapping[str, Tensor], images: Tensor, targets: Tensor, modules: Sequence[str], basis: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Activation]]:
+        """:meth:`evaluate` for one step, without ever making the gradient of the last layer's weights."""
+        assert self.classifier is not None
+        layer, name = self.classifier, f"{self.classifier}.weight"
+        weights = {own: state[own] for own in self.trainable if own != name}
+        fixed = {own: tensor for own, tensor in state.items() if own not in weights} | {name: state[name].mT}
+
+        def loss(weights: dict[str, Tensor], shift: Tensor) -> tuple[Tensor, dict[str, Activation]]:
+            with recorded(self.model, [*modules, layer]) as activations:
+                logits = functional_call(self.model, (weights, fixed), (images,))
+            losses = LOSSES[self.protocol.loss](logits + shift, targets)
+            return losses.mean() if self.protocol.reduction == "mean" else losses.sum(), activations
+
+        (gradients, delta), activations = grad(loss, argnums=(0, 1), has_aux=True)(weights, torch.zeros_like(targets))
+        inside, outside = coordinates(delta, activations[layer].inputs, basis)
+        gradients |= {name: inside, f"{name} outside": outside}
+        return gradients, {own: activations[own] for own in modules}
 
     def check_modules(self, modules: Sequence[str]) -> None:
         """Raise a ``ValueError`` unless :meth:`evaluate` can give the activations of these modules.
@@ -341,9 +372,14 @@ class Victim:
                 "gradients of different protocols need a SharedGradients each."
             )
         parameters = dict(self.model.named_parameters())
-        trainable = {name: parameters[name] for name in self.trainable}
+        trainable: dict[str, Tensor] = {name: parameters[name] for name in self.trainable}
+        victims, state = len(shared) if shared.own_weights else None, shared.state
+        if shared.basis is not None:
+            name = f"{self.classifier}.weight"
+            trainable[name] = trainable[name][: shared.basis.shape[2]]
+            state = {**state, name: state[name].mT}
         check_tensors("gradient", shared.gradients, trainable, victims=len(shared))
-        self._check_state(shared.state, victims=len(shared) if shared.own_weights else None)
+        self._check_state(state, victims=victims)
 
     def _check_state(self, state: Mapping[str, Tensor], *, victims: int | None) -> None:
         # Not ignored: who brings statistics and a model in training mode may just have forgotten `eval()`.

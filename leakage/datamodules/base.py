@@ -13,6 +13,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from leakage.clients.low_rank import has_low_rank
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_count
@@ -123,6 +124,11 @@ class VictimDataModule(ConfiguredDataModule):
         self.lanes = lanes
         self.wanted: Sequence[int] | None = None
         self.audited: Sequence[int] | None = None
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether attacks may take the gradient of the last layer in fewer numbers, after ``setup``."""
+        return has_low_rank(self.victim)
 
     @abstractmethod
     def share(self, victims: Sequence[int]) -> SharedGradient:

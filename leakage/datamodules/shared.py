@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from leakage.clients.low_rank import is_of_low_rank
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.datamodules.base import VictimDataModule
@@ -93,6 +94,11 @@ class SharedGradients(VictimDataModule):
         self.reveal_labels = self._shared.labels is not None
         self.own_weights = self._shared.own_weights
         self.victim = victim
+
+    @cached_property
+    def low_rank(self) -> bool:
+        """As in the base class, where it is true of what the clients have shared."""
+        return is_of_low_rank(self._shared, self.victim)
 
     def share(self, victims: Sequence[int]) -> SharedGradient:
         """What the victims at these places shared."""

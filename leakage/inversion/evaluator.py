@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from leakage.clients.low_rank import in_basis
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.dummies.dummy import Dummy, Images, Labels, Target
@@ -31,9 +32,11 @@ class Evaluator:
     differentiated under ``vmap``: on a CPU in pieces that its caches hold.
     """
 
-    def __init__(self, victim: Victim, objective: Term, images: Images, labels: Labels) -> None:
+    def __init__(self, victim: Victim, objective: Term, images: Images, labels: Labels, low_rank: bool = False) -> None:
         self.victim, self.images, self.labels = victim, images, labels
         self.terms = {f"objective/{place}": pair for place, pair in enumerate(objective.parts())}
+        # Whether the gradient of the last layer is given in fewer numbers.
+        self.low_rank = low_rank and all(term.isometric for _, term in self.terms.values())
         self.watched = {name: tuple(term.watched(victim.model)) for name, (_, term) in self.terms.items()}
         self.modules = list(dict.fromkeys(name for names in self.watched.values() for name in names))
         self.at_once = 0  # lanes that autograd evaluates at once; 0 for all
@@ -122,6 +125,10 @@ class Evaluator:
         """``(V,)``, whether a victim's gradient says anything to every term."""
         return torch.stack([term.informative(shared).cpu() for _, term in self.terms.values()]).all(0)
 
+    def reduced(self, shared: SharedGradient) -> SharedGradient:
+        """What evaluations need of that which was shared."""
+        return in_basis(shared, self.victim) if self.low_rank else shared
+
     def write(self, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Images ``(V, N, C, H, W)`` and class probabilities ``(V, N, K)``."""
         parts = _parted(kept)
@@ -141,10 +148,10 @@ class Evaluator:
             self.at_once = self._find_lanes_at_once(shared, kept, unknowns)
         evaluate = vmap(
             grad_and_value(self._objective),
-            in_dims=(0, 0, 0 if shared.own_weights else None, 0),
+            in_dims=_in_dims(shared),
             chunk_size=self.at_once or None,
         )
-        gradients, losses = evaluate(dict(unknowns), _parted(kept), shared.state, shared.gradients)
+        gradients, losses = evaluate(dict(unknowns), _parted(kept), shared.state, (shared.gradients, shared.basis))
         return losses, gradients
 
     def _objective(self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:
@@ -160,8 +167,11 @@ class Evaluator:
     def _point(self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any) -> Point:
         images = self.images.write(unknowns.get("images"), kept.get("images", {}))
         targets = self.labels.write(unknowns.get("labels"), kept.get("labels", {}))
-        gradients, activations = self.victim.evaluate(state, images, targets, self.modules)
-        return Point(images, targets, gradients, shared, activations, state)
+        wanted, basis = shared
+        gradients, activations = self.victim.evaluate(state, images, targets, self.modules, basis)
+        if basis is not None:  # what lies outside of it was not shared
+            wanted = {name: wanted[name] if name in wanted else torch.zeros_like(gradients[name]) for name in gradients}
+        return Point(images, targets, gradients, wanted, activations, state)
 
     def _seen(self, point: Point, term: str) -> Point:
         """What a term of this name may see of it."""
@@ -208,14 +218,24 @@ class Evaluator:
         kept = {name: tensor.new_ones(tensor.shape[1:]) for name, tensor in self.state(like.dtype).items()}
         kept = {name: tensor.to(like.device) for name, tensor in kept.items()}
         size = sum(map(math.prod, self.shapes().values()))
-        shared = {name: torch.zeros_like(state[name]) for name in self.victim.trainable}
+        protocol = self.victim.protocol
+        shared = SharedGradient(
+            {name: torch.zeros_like(state[name])[None] for name in self.victim.trainable},
+            state,
+            torch.arange(1),
+            protocol,
+        )
+        shared = self.reduced(shared)
+        gradients = {name: tensor[0] for name, tensor in shared.gradients.items()}
         with torch.no_grad():
-            return len(self._residuals(like.new_zeros(size), _parted(kept), state, shared))
+            basis = None if shared.basis is None else shared.basis[0]
+            return len(self._residuals(like.new_zeros(size), _parted(kept), shared.state, (gradients, basis)))
 
     def equations(self, shared: SharedGradient, kept: State, points: Tensor) -> Tensor:
         """Residuals ``(V, M)`` at unknowns ``(V, D)`` that lie one after another; their squares are the objective."""
-        evaluate = vmap(self._residuals, in_dims=(0, 0, 0 if shared.own_weights else None, 0))
-        residuals: Tensor = evaluate(points, _parted(self._needed(kept)), shared.state, shared.gradients)
+        evaluate = vmap(self._residuals, in_dims=_in_dims(shared))
+        given = shared.gradients, shared.basis
+        residuals: Tensor = evaluate(points, _parted(self._needed(kept)), shared.state, given)
         return residuals
 
     def _residuals(self, point: Tensor, kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:
@@ -234,9 +254,14 @@ class Evaluator:
         first = torch.zeros(1, dtype=torch.long)
         one, own = shared.select(first), _parted({name: tensor[first] for name, tensor in kept.items()})
         values = {name: value[first] for name, value in unknowns.items()}
-        evaluate = vmap(grad_and_value(self._objective), in_dims=(0, 0, 0 if shared.own_weights else None, 0))
-        device = next(iter(values.values())).device
-        return max(1, _BYTES_AT_ONCE // peak_memory(lambda: evaluate(values, own, one.state, one.gradients), device))
+        evaluate = vmap(grad_and_value(self._objective), in_dims=_in_dims(shared))
+        device, given = next(iter(values.values())).device, (one.gradients, one.basis)
+        return max(1, _BYTES_AT_ONCE // peak_memory(lambda: evaluate(values, own, one.state, given), device))
+
+
+def _in_dims(shared: SharedGradient) -> tuple[Any, ...]:
+    """Of unknowns, what is kept, weights, and what was shared: where ``vmap`` finds the victims."""
+    return 0, 0, 0 if shared.own_weights else None, (0, None if shared.basis is None else 0)
 
 
 def _joined(kept: Mapping[str, State]) -> State:

@@ -240,7 +240,7 @@ class GradientInversion(LightningModule):
         self.unknowns = nn.ParameterDict({name: torch.empty(0, *shape, dtype=dtype) for name, shape in shapes})
 
     def _make_evaluator(self) -> Evaluator:
-        return Evaluator(self.victim, self.objective, self.images, self.labels)
+        return Evaluator(self.victim, self.objective, self.images, self.labels, self._datamodule.low_rank)
 
     def configure_optimizers(self) -> PerVictimOptimizer:
         """The solver, on the unknowns."""

@@ -76,6 +76,7 @@ class Lanes:
         shared = shared.to(device=self.device, dtype=self.dtype)
         fresh, starts = self._begin(shared, places)
         informative = self.evaluator.informative(shared).to(self.device)
+        shared = self.evaluator.reduced(shared)
         taken, further = slice(len(free)), torch.arange(len(free), len(shared))
         if len(free):
             assert self.shared is not None
@@ -87,7 +88,10 @@ class Lanes:
         if len(further):
             entered.append(torch.arange(len(self), len(self) + len(further), device=self.device))
             self.optimizer.extend(*(start[len(free) :] for start in starts.values()))
-            rest, fresh = shared.select(further), {name: tensor[len(free) :] for name, tensor in fresh.items()}
+            rest, fresh = (
+                shared.select(further) if len(free) else shared,
+                {name: tensor[len(free) :] for name, tensor in fresh.items()},
+            )
             self.shared = rest if self.shared is None else SharedGradient.cat([self.shared, rest])
             kept = self.kept or {name: tensor[:0] for name, tensor in fresh.items()}
             self.kept = {name: torch.cat([tensor, fresh[name]]) for name, tensor in kept.items()}
@@ -223,12 +227,6 @@ class Lanes:
 
     def _mask(self, lanes: Tensor) -> Tensor:
         return torch.zeros(len(self), dtype=torch.bool, device=self.device).index_fill(0, lanes, True)
-
-    def bytes_per_lane(self, sample: SharedGradient) -> int:
-        """What a victim takes while it is in a lane: its gradients, weights of its own, the optimizer's state."""
-        tensors = [*sample.gradients.values(), *(sample.state.values() if sample.own_weights else ())]
-        shared: int = sum(tensor[0].nbytes for tensor in tensors)
-        return shared + self.optimizer.bytes_per_lane
 
     # Checkpoints; the optimizer's state is Lightning's to keep.
 

@@ -26,7 +26,8 @@ def choose_lanes(
 ) -> int:
     """How many victims to attack at once: as many as save time, and as fit into half of the memory that is free.
 
-    One and two lanes are evaluated to see how much memory one takes beside ``bytes_per_lane``; several ``processes`` of
+    One and two lanes are evaluated to see how much memory one takes, with what the victims shared, beside
+    ``bytes_per_lane`` of the solver; several ``processes`` of
     one machine share it on CPUs. On a CPU there are at most 256 lanes, on a GPU 1,024. The time is not looked at: it
     differs from run to run, and with the lanes the rounding would.
 
@@ -93,8 +94,9 @@ class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = function(*args, **(kwargs or {}))
+        given = {part.untyped_storage().data_ptr() for part in tree_iter((args, kwargs)) if isinstance(part, Tensor)}
         for tensor in tree_iter(results):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:  # no view of them
                 self._count(tensor.untyped_storage())
         return results
 

@@ -216,13 +216,19 @@ class Search:
         # Any labels will do, and none need be inferred.
         sample.labels = torch.zeros(len(sample), sample.protocol.num_images, dtype=torch.long, device=lanes.device)
 
+        kept, shared = lanes.evaluator.begin(sample), lanes.evaluator.reduced(sample)
+
         def evaluate(number: int) -> None:
-            shared = sample.select(torch.arange(number) % len(sample))
+            # Lanes of their own, so that what they hold is counted too.
+            chosen = torch.arange(number) % len(shared)
+            own = {name: tensor[chosen.to(tensor.device)] for name, tensor in kept.items()}
             values = {name: unknown.new_zeros(number, *unknown.shape[1:]) for name, unknown in lanes.unknowns.items()}
-            lanes.evaluator(shared, lanes.evaluator.begin(shared), values)
+            lanes.evaluator(shared.select(chosen), own, values)
             lanes.evaluator.forget()
 
-        return choose_lanes(evaluate, lanes.bytes_per_lane(sample), most=most, device=lanes.device, processes=processes)
+        return choose_lanes(
+            evaluate, lanes.optimizer.bytes_per_lane, most=most, device=lanes.device, processes=processes
+        )
 
     def begin_anew_with_fewer_lanes(self, running: Tensor, datamodule: VictimDataModule, error: RuntimeError) -> None:
         """Use half of the lanes: the victims in them go back to the queue, and begin anew where they began.

@@ -6,6 +6,7 @@ Long for what autograd could do, but about twice as fast as ``vmap(grad_and_valu
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from torch.nn import functional as F
 from torchvision.transforms import Normalize
 
 from leakage.clients.chain import Link
+from leakage.clients.low_rank import split
 from leakage.models.layers import AveragePooling
 
 # With fewer channels per group than this a matrix product with all patches is faster than a grouped convolution.
 _FEWEST_CHANNELS = 4
+# Products that are added one after another in a last layer of many features.
+_ADDED = 64
 
 
 # An activation's outputs, its first derivative and its second, None where that is 0.
@@ -233,6 +237,58 @@ class _Linear(_Layer):
         return [by_weight, self.delta.sum(1)][: len(self.parameters)]
 
 
+class _LowRankLinear(_Linear):
+    r"""A last layer whose gradient was shared in a basis Q of its columns (:mod:`leakage.clients.low_rank`).
+
+    The residual of its weights is :math:`Q S + R^\top H`; only the factors are ever made. The weights, which are many,
+    are taken as they are: of inputs that the layer before adds for its own sake nothing is read.
+    """
+
+    def __init__(self, plan: Plan, weight: _Parameter, bias: _Parameter | None, basis: Tensor) -> None:
+        super().__init__(plan, weight, bias)
+        self.basis = basis
+        self.columns = _one_or_each(weight.value)
+
+    def _enter(self, inputs: Tensor) -> Tensor:
+        return inputs.flatten(2)[..., : self.columns.shape[-2]]
+
+    def _apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # In parts: one sum of so many products would be rounded more than what clients compute.
+        pairs = zip(torch.split(inputs, _ADDED, dim=-1), torch.split(self.columns, _ADDED, dim=-2), strict=True)
+        outputs = torch.stack([part @ columns for part, columns in pairs]).sum(0)
+        return outputs if bias is None else outputs.add_(bias[:, None])
+
+    def _leave(self, by_inputs: Tensor) -> Tensor:
+        return F.pad(by_inputs, [0, math.prod(self.shape[2:]) - by_inputs.shape[2]]).reshape(self.shape)
+
+    def backward(self, delta: Tensor) -> Tensor:
+        assert self.weight.shared is not None
+        self.delta = delta
+        self.in_basis, self.outside = split(delta, self.basis)
+        self.inside = (self.in_basis.mT @ self.inputs).sub_(self.weight.shared)
+        if self.bias is not None:
+            by_bias = delta.sum(1)
+            self.bias.residual = by_bias.zero_() if self.bias.shared is None else by_bias.sub_(self.bias.shared)
+        return delta if self.first else self._leave(delta @ self.columns.mT)
+
+    def distances(self) -> list[Tensor]:
+        products = (self.outside @ self.outside.mT) * (self.inputs @ self.inputs.mT)
+        parts = [self.inside.square().sum((1, 2)), products.sum((1, 2)).clamp(min=0)]
+        return parts if self.bias is None else [*parts, self.bias.residual.square().sum(1)]
+
+    def tangent(self, tangent: Tensor) -> Tensor:
+        outputs = self.inputs @ self.inside.mT @ self.basis.mT
+        outputs += self.inputs @ self.inputs.mT @ self.outside
+        if self.bias is not None:
+            outputs += self.bias.residual[:, None]
+        return outputs if self.first else outputs.add_(self._apply(self._enter(tangent), self.weight.value, None))
+
+    def tangent_backward(self, tangent: Tensor) -> Tensor:
+        by_inputs = tangent @ self.columns.mT
+        by_inputs += self.in_basis @ self.inside
+        return self._leave(by_inputs.add_(self.delta @ self.outside.mT @ self.inputs))
+
+
 class _GroupedConvolution(_Layer):
     """Maps ``(N, V * C, H, W)``, convolved in one group per victim; in a single one where they share the weights."""
 
@@ -318,8 +374,11 @@ class Plan(Link):
     more_outputs: int = 0  # channels that it adds itself, whose outputs are zero behind the activation
     idle: float = 0.0  # the bias of these
 
-    def step(self, state: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Step:
-        """The module with the weights of victims, ``(V or 1, *shape)``, and the gradients that they shared."""
+    def step(self, state: Mapping[str, Tensor], gradients: Mapping[str, Tensor], basis: Tensor | None = None) -> Step:
+        """The module with the weights of victims, ``(V or 1, *shape)``, and the gradients that they shared.
+
+        ``basis`` is that of the last layer's, where it is given in one.
+        """
         module = self.module
         if isinstance(module, Normalize):
             return _Scaling(module, next(iter(gradients.values())))
@@ -327,6 +386,10 @@ class Plan(Link):
             return _Pooling(self)
         if type(module) in ACTIVATIONS:
             return _Activation(module)
+        if basis is not None:
+            as_it_is = dataclasses.replace(self, more_inputs=0)
+            weight, bias = (as_it_is._parameter(which, state, gradients) for which in ("weight", "bias"))
+            return _LowRankLinear(self, cast(_Parameter, weight), bias, basis)
         weight, bias = (self._parameter(which, state, gradients) for which in ("weight", "bias"))
         weight = cast(_Parameter, weight)
         if isinstance(module, nn.Linear):

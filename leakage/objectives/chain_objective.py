@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
 from leakage.clients.chain import Link, find_links
+from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.models.layers import AveragePooling
@@ -73,6 +74,7 @@ class ChainObjective:
         self._first = next(index for index, plan in enumerate(self._plans) if plan.first)
         self._made_from: list[tuple[Tensor, int]] = []
         self._steps: list[Step] = []
+        self._heads: list[_Head] = []
 
     @torch.no_grad()
     def __call__(
@@ -94,43 +96,89 @@ class ChainObjective:
         Returns:
             ``(V,)``, at least 0; ``(V, N, C, H, W)``; ``(V, N, K)``.
         """
-        steps = self._steps_for(shared, unit)
-        learned = steps[self._first :]
+        self._make_steps(shared, unit)
+        learned = self._steps[self._first :]
         outputs = images
-        for step in steps:
+        for step in self._steps:
             outputs = step.forward(outputs)
-        factor = 1 / images.shape[1] if self._protocol.reduction == "mean" else 1.0
-        # The unit multiplies the loss, so the gradients and, on the way along the residual, its derivatives.
-        delta, tangents = _LOSSES[self._protocol.loss](
-            outputs, targets, factor, 1.0 if unit is None else unit[:, None, None]
-        )
+        delta = _joined([head.backward(outputs, targets) for head in self._heads])
         for step in reversed(learned):
             delta = step.backward(delta)
-        distances = torch.stack([distance for step in learned for distance in step.distances()]).sum(0)
+        squares = [step.distances() for step in learned]
+        squares.append([_joined(parts) for parts in zip(*(head.distances() for head in self._heads), strict=True)])
+        distances = torch.stack([square for of_step in squares for square in of_step]).sum(0)
         for step in learned:  # the first is a layer, which does not look at it: images have no tangent
             outputs = step.tangent(outputs)
-        delta, by_targets = tangents(outputs)
-        for step in reversed(steps):
+        pairs = [head.tangent_backward(outputs) for head in self._heads]
+        delta, by_targets = (_joined(parts) for parts in zip(*pairs, strict=True))
+        for step in reversed(self._steps):
             delta = step.tangent_backward(delta)
         return distances, (2 * delta).contiguous(), 2 * by_targets
 
-    def _steps_for(self, shared: SharedGradient, unit: Tensor | None) -> list[Step]:
+    def _make_steps(self, shared: SharedGradient, unit: Tensor | None) -> None:
         """The network with the weights of the victims, made anew when a tensor is another or has changed."""
-        tensors = [*shared.state.values(), *shared.gradients.values(), *([] if unit is None else [unit])]
+        others = [tensor for tensor in (shared.basis, unit) if tensor is not None]
+        tensors = [*shared.state.values(), *shared.gradients.values(), *others]
         made_from = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-        if len(made_from) != len(self._made_from) or any(
-            new[0] is not old[0] or new[1] != old[1] for new, old in zip(made_from, self._made_from, strict=True)
+        if len(made_from) == len(self._made_from) and all(
+            new[0] is old[0] and new[1] == old[1] for new, old in zip(made_from, self._made_from, strict=True)
         ):
-            self._steps = []  # before there are new ones
-            state = {name: tensor if shared.own_weights else tensor[None] for name, tensor in shared.state.items()}
-            gradients = shared.gradients
-            if unit is not None:
-                gradients = {
-                    name: tensor * unit.view(-1, *[1] * (tensor.ndim - 1)) for name, tensor in gradients.items()
-                }
-            self._steps = [plan.step(state, gradients) for plan in self._plans]
-            self._made_from = made_from
-        return self._steps
+            return
+        self._steps, self._heads = [], []  # before there are new ones
+        state = {name: tensor if shared.own_weights else tensor[None] for name, tensor in shared.state.items()}
+        gradients = shared.gradients
+        if unit is not None:
+            gradients = {name: tensor * unit.view(-1, *[1] * (tensor.ndim - 1)) for name, tensor in gradients.items()}
+        *plans, last = self._plans
+        self._steps = [plan.step(state, gradients) for plan in plans]
+        lanes = [slice(None)]
+        if shared.basis is not None and shared.own_weights:  # each so large that it goes through the caches alone
+            lanes = [slice(lane, lane + 1) for lane in range(len(shared))]
+        self._heads = [_Head(last, self._protocol, state, gradients, shared.basis, unit, lane) for lane in lanes]
+        self._made_from = made_from
+
+
+class _Head:
+    """The last layer and the loss of some of the lanes.
+
+    What is read of the weights for the logits is still in the caches for the way back.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        protocol: Protocol,
+        state: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        basis: Tensor | None,
+        unit: Tensor | None,
+        lanes: slice,
+    ) -> None:
+        state, gradients = ({name: tensor[lanes] for name, tensor in part.items()} for part in (state, gradients))
+        self.layer = plan.step(state, gradients, None if basis is None else basis[lanes])
+        self.loss = _LOSSES[protocol.loss]
+        self.factor = 1 / protocol.num_images if protocol.reduction == "mean" else 1.0
+        # The unit multiplies the loss, so the gradients and, on the way along the residual, its derivatives.
+        self.unit: Tensor | float = 1.0 if unit is None else unit[lanes, None, None]
+        self.lanes = lanes
+
+    def backward(self, features: Tensor, targets: Tensor) -> Tensor:
+        """The loss's derivative by the features."""
+        logits = self.layer.forward(features[self.lanes])
+        delta, self.tangents = self.loss(logits, targets[self.lanes], self.factor, self.unit)
+        return self.layer.backward(delta)
+
+    def distances(self) -> list[Tensor]:
+        return self.layer.distances()
+
+    def tangent_backward(self, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        """The derivatives, along the residual, of what :meth:`backward` gives, and of the loss by the targets."""
+        delta, by_targets = self.tangents(self.layer.tangent(tangent[self.lanes]))
+        return self.layer.tangent_backward(delta), by_targets
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 # A loss at the logits: its derivative by them, and from their tangent that of this derivative and the derivative of the

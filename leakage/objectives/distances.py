@@ -44,6 +44,8 @@ class SquaredDistance(Distance):
         tensor(4.)
     """
 
+    isometric = True
+
     def __init__(self, relative: bool = True) -> None:
         check_flag(relative=relative)
         self.relative = relative
@@ -131,6 +133,8 @@ class CosineDistance(Distance):
         >>> CosineDistance()({"w": torch.ones(2, 2)}, {"w": -2 * torch.ones(2, 2)})
         tensor(2.)
     """
+
+    isometric = True
 
     def __call__(self, gradients: Gradients, shared: Gradients) -> Tensor:
         """Half the squared difference of the two directions."""

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,14 @@ class Term(Piece, ABC):
     Of your own: subclass :class:`Distance`, :class:`Prior` or :class:`ActivationPrior` and write ``__call__``. It is a
     function of one victim that ``torch.func.vmap`` runs for many: it may not branch on numbers (``if x > 0``;
     ``torch.where`` may), nor take them out (``x.item()``). It may be an ``nn.Module`` too, or hold one.
+
+    Attributes:
+        isometric: whether it stays the same when the gradients of the dummies and that which was shared are written in
+            other orthonormal coordinates, or does not look at them: those of a last layer with many classes may then be
+            given in fewer numbers (:mod:`leakage.clients.low_rank`).
     """
+
+    isometric: ClassVar[bool] = False
 
     @abstractmethod
     def value(self, point: Point, kept: State) -> Tensor:
@@ -208,6 +216,8 @@ class Prior(Term):
         0.25
     """
 
+    isometric = True
+
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
         """A scalar, from ``(N, C, H, W)``."""
@@ -237,6 +247,8 @@ class ActivationPrior(Term):
     They are collected in the one forward pass that also gives the gradients. With local steps they are those of the
     first pass over all images.
     """
+
+    isometric = True
 
     @abstractmethod
     def watched(self, model: nn.Module) -> Sequence[str]:

@@ -100,6 +100,11 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
     assert peak_memory(run, CPU) == 2 * 4000
 
 
+def test_peak_memory_does_not_count_what_was_there_before() -> None:
+    before = torch.zeros(1000)
+    assert peak_memory(lambda: before.view(10, 100)[:5].T.exp(), CPU) == 2000
+
+
 def test_recognises_what_an_allocator_says() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)

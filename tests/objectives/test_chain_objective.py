@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import grad_and_value
 from torchvision.transforms import Normalize
 
+from leakage.clients.low_rank import in_basis
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.models import MLP, ConvNet, LeNet
@@ -53,9 +54,11 @@ def make(
     return victim, shared, dummies, torch.randn(*size, classes, generator=generator, dtype=dtype)
 
 
-def check(victim: Victim, shared: SharedGradient, images: Tensor, targets: Tensor) -> None:
+def check(
+    victim: Victim, shared: SharedGradient, images: Tensor, targets: Tensor, given: SharedGradient | None = None
+) -> None:
     """Compare with a loop over single victims that differentiates twice."""
-    found = ChainObjective(victim)(shared, images, targets)
+    found = ChainObjective(victim)(shared if given is None else given, images, targets)
     assert [part.shape for part in found] == [images.shape[:1], images.shape, targets.shape]
     for index in range(len(shared)):
         state = {name: tensor[index] if shared.own_weights else tensor for name, tensor in shared.state.items()}
@@ -153,6 +156,38 @@ def test_victims_do_not_depend_on_one_another(own: bool, dtype: torch.dtype) -> 
     apart = objective(shared.select(order), images[order], targets[order])
     for one, other in zip(together, apart, strict=True):
         torch.testing.assert_close(one[order], other, rtol=TOLERANCE[dtype], atol=0 if dtype == torch.float64 else 1e-5)
+
+
+def without_bias() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 5, bias=False))
+
+
+def with_frozen_bias() -> nn.Module:
+    model = LeNet(3, 8, 5)
+    model.classifier.bias.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["64", "32"])
+@pytest.mark.parametrize("own", [True, False], ids=["own", "shared"])
+@pytest.mark.parametrize("num_images", [1, 3])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mean_squared_error"])
+@pytest.mark.parametrize(
+    "model",
+    [LeNet(3, 8, 5), MLP(3, 8, width=6), without_bias(), with_frozen_bias(), chain(nn.ReLU(), nn.AvgPool2d(1)),
+     nn.Sequential(nn.Flatten(), nn.Linear(192, 5))],
+    ids=["lenet", "mlp", "no bias", "frozen bias", "chain", "one layer"],
+)  # fmt: skip
+def test_a_last_layer_whose_gradient_is_given_in_a_basis(
+    model: nn.Module, loss: str, num_images: int, own: bool, dtype: torch.dtype
+) -> None:
+    victim, shared, images, targets = make(model, num_images=num_images, own=own, loss=loss, dtype=dtype)
+    given = in_basis(shared, victim)
+    check(victim, shared, images, targets, given)
+    unit = torch.tensor([2.0**20, 1.0, 2.0**-5], dtype=dtype)
+    plain = ChainObjective(victim)(given, images, targets)
+    for part, scaled in zip(plain, ChainObjective(victim)(given, images, targets, unit), strict=True):
+        assert torch.equal(scaled, part * unit.square().view(-1, *[1] * (part.ndim - 1)))
 
 
 def test_the_result_follows_changes_of_what_was_shared() -> None:

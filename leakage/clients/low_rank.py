@@ -1,0 +1,126 @@
+r"""The gradient of a last layer with many classes, in as few numbers as its rank allows.
+
+Of N images with features H ``(N, D)`` and derivatives :math:`\Delta` ``(N, K)`` by the logits, the gradient of the last
+layer's weights is :math:`\Delta^\top H`: of rank N. With an orthonormal basis Q ``(K, N)`` of its columns that which
+was shared is :math:`G = Q B`, and the gradient of other images differs from it by
+
+.. math::
+    \lVert \Delta^\top H - G \rVert^2 = \lVert Q^\top \Delta^\top H - B \rVert^2 + \lVert R^\top H \rVert^2, \qquad
+    R = \Delta - \Delta Q Q^\top
+
+where each part is a difference of things that are near at the solution, so no digits are lost, and none has K times D
+numbers. As an orthogonal change of coordinates it serves every distance that knows no coordinates, such as an angle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.linalg import cholesky_ex, qr, vector_norm
+
+from leakage.clients.shared_gradient import SharedGradient
+
+if TYPE_CHECKING:  # a victim computes gradients in these coordinates
+    from leakage.clients.victim import Victim
+
+# Numbers in a gradient from which on fewer of them save time, and how many times fewer they must be.
+_LARGE, _FEWER = 2**19, 4
+# What may be left outside of the basis, in units of the precision that was shared, and the least that such a unit is.
+_ROUNDING, _LEAST = 16.0, 1e-14
+# Rows of a gradient that are brought into double precision at once.
+_ROWS = 512
+
+
+def has_low_rank(victim: Victim) -> bool:
+    """Whether the gradient of the last layer is large, and of few images in one step that nothing has changed since."""
+    protocol, model = victim.protocol, victim.model
+    name = f"{victim.classifier}.weight"
+    if victim.classifier is None or name not in victim.trainable or protocol.local_steps > 1 or protocol.defenses:
+        return False
+    weight = model.get_parameter(name)
+    users = sum(own is weight for module in model.modules() for own in module.parameters(recurse=False))
+    classes, features = weight.shape
+    return users == 1 and weight.numel() >= _LARGE and _FEWER * protocol.num_images <= min(classes, features)
+
+
+def is_of_low_rank(shared: SharedGradient, victim: Victim) -> bool:
+    """Whether :func:`has_low_rank` is true of what clients have shared, to the rounding of its precision."""
+    if not has_low_rank(victim):
+        return False
+    gradients = shared.gradients[f"{victim.classifier}.weight"]
+    unit = _ROUNDING * max(torch.finfo(gradients.dtype).eps, _LEAST)
+    for gradient in gradients:
+        basis, inside = _factorised(gradient, victim.protocol.num_images)
+        if bool(vector_norm(gradient - basis @ inside) > unit * vector_norm(inside)):
+            return False
+    return True
+
+
+def in_basis(shared: SharedGradient, victim: Victim) -> SharedGradient:
+    """The same with the gradient of the last layer as B ``(V, N, D)``, and Q ``(V, K, N)`` as :attr:`basis`.
+
+    Its weights are given by columns, ``(V, D, K)`` or ``(D, K)``: so products with them, and with their transpose,
+    read them in order.
+    """
+    name = f"{victim.classifier}.weight"
+    gradients = shared.gradients[name]
+    factors = [_factorised(gradient, victim.protocol.num_images) for gradient in gradients]
+    basis, inside = (torch.stack(parts).to(gradients) for parts in zip(*factors, strict=True))
+    return dataclasses.replace(
+        shared,
+        gradients={**shared.gradients, name: inside},
+        state={**shared.state, name: shared.state[name].mT.contiguous()},
+        basis=basis,
+    )
+
+
+def coordinates(delta: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The gradient :math:`\Delta^\top H` of one victim's last layer: inside of a basis ``(K, N)``, and outside of it.
+
+    What is outside, :math:`R^\top H`, is given as :math:`R^\top L` with :math:`L L^\top = H H^\top`, which has the
+    same norm.
+
+    Args:
+        delta: ``(N, K)``.
+        features: ``(N, D)``.
+        basis: orthonormal columns.
+
+    Returns:
+        ``(N, D)`` and ``(K, N)``, both differentiable.
+    """
+    in_basis, outside = split(delta, basis)
+    products = features @ features.mT
+    # Features of two images may be the same, as those of images that start alike.
+    tiny = torch.finfo(products.dtype).eps * products.diagonal().sum() + torch.finfo(products.dtype).tiny
+    root = cholesky_ex(products + len(features) * tiny * torch.eye(len(features)).to(products))[0]
+    return in_basis.mT @ features, outside.mT @ root
+
+
+def split(delta: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """What of ``delta`` lies in a basis ``(K, N)``, in its coordinates, and what remains; of one or V victims."""
+    in_basis = delta @ basis
+    outside = delta - in_basis @ basis.mT
+    # A product of so many numbers is rounded: once more, or its error would be counted on both sides.
+    more = outside @ basis
+    return in_basis + more, outside - more @ basis.mT
+
+
+def _factorised(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Q and B of one victim's gradient ``(K, D)``, in double precision."""
+    columns = torch.randn(gradient.shape[1], rank, generator=torch.Generator().manual_seed(0)).to(gradient)
+    rows = _orthonormal(gradient.mT @ _orthonormal(gradient @ columns).to(gradient))
+    # From within the row space, and in double precision: whatever the first columns were, no digits are lost.
+    parts = torch.split(gradient, _ROWS)
+    basis = _orthonormal(torch.cat([part.double() @ rows for part in parts]))
+    pairs = zip(torch.split(basis, _ROWS), parts, strict=True)
+    return basis, torch.stack([of_basis.mT @ part.double() for of_basis, part in pairs]).sum(0)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    columns = columns.double()
+    largest = columns.abs().amax()  # squares of tiny gradients would vanish
+    basis: Tensor = qr(columns / torch.where(largest > 0, largest, 1.0))[0]
+    return basis
