@@ -4,6 +4,7 @@
     python experiments/benchmarks/attack_speed.py --method dlg --output speed_dlg.json
     python experiments/benchmarks/attack_speed.py --dataset fashion_mnist --output speed_fashion_mnist.json
     python experiments/benchmarks/attack_speed.py --method gauss_newton --threshold 1e-6 --output speed_exact.json
+    python experiments/benchmarks/attack_speed.py --dataset cifar10 --num-classes 1000 --victims 48 --output many.json
 
 The plain side is one victim at a time, ordinary autograd and `torch.optim.LBFGS` without line search, from N(0, 1),
 at most 300 calls of 20 iterations, stopped when the gradient distance, looked at every 10 calls, is below 1e-6. It
@@ -41,6 +42,7 @@ from leakage.clients.shared_gradient import SharedGradient
 from leakage.datamodules import DATASETS, GroundTruth, Victims
 from leakage.errors import check_count, check_positive
 from leakage.metrics import score, wilson_interval
+from leakage.models import LeNet
 from leakage.seeds import derive_seed
 
 # The published protocol.
@@ -196,6 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dataset", help=f"one of {', '.join(DATASETS)}, or a folder of images in ImageFolder layout (default: mnist)"
     )
+    parser.add_argument(
+        "--num-classes", type=int, help="logits of the network, at least the data set's classes (default: as many)"
+    )
     parser.add_argument("--victims", type=int, default=500, help="of our side (default: %(default)s)")
     parser.add_argument("--plain-victims", type=int, default=20, help="of the plain side (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
@@ -282,6 +287,17 @@ def _victims(given: argparse.Namespace, count: int) -> tuple[str, Victims]:
     options: dict[str, Any] = {"victims": count, "seed": given.seed}
     if given.lanes is not None:
         options["lanes"] = given.lanes
+    dataset, found = _found(given, options)
+    if given.num_classes is not None:
+        channels, height, width = found.victim.protocol.image_shape
+        model = LeNet(channels=channels, image_size=(height, width), num_classes=given.num_classes)
+        dataset, found = _found(given, options | {"model": model})
+        dataset = f"{dataset}, {given.num_classes} classes"
+    return dataset, found
+
+
+def _found(given: argparse.Namespace, options: dict[str, Any]) -> tuple[str, Victims]:
+    """Those of the data set that is asked for, else of MNIST or the bundled sample."""
     if given.dataset is not None:
         victims = Victims(given.dataset, root=given.root, image_size=given.image_size, **options)
         victims.prepare_data()

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             victims,
             given.output,
             dataset=victims.name,
-            published=PUBLISHED.get(given.dataset),
+            published=PUBLISHED.get(Path(given.dataset).name),
             resume=given.resume,
             accelerator=given.accelerator,
             devices=given.devices,

@@ -70,6 +70,17 @@ def test_another_method_and_threshold(speed: ModuleType, tmp_path: Path, monkeyp
     assert result["mse_median"]["leakage"] < 1e-6
 
 
+def test_a_network_of_more_classes(speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "CALLS", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    output = tmp_path / "speed.json"
+    counts = ["--victims", "2", "--plain-victims", "1", "--dataset", "sample"]
+    speed.main([*counts, "--method", "rgap", "--num-classes", "30", "--output", str(output)])
+    result = json.loads(output.read_text())
+    assert (result["dataset"], result["victims"]["leakage"]) == ("sample, 30 classes", 2)
+    assert result["label_accuracy"]["leakage"] == 1.0
+
+
 @dataclass
 class Near:
     """The gradient of a victim in 64 bit, and a start so near the truth that no rounding leads the search away."""
@@ -175,6 +186,7 @@ def test_the_plain_search_finds_what_is_near(speed: ModuleType, near: Near, meth
         (["--victims", "5"], "Expected `--plain-victims` to be at most the 5 victims of our side, but got 20"),
         (["--dataset", "nothing"], "Expected `dataset` to be one of ['mnist', 'fashion_mnist'"),
         (["--dataset", "sample", "--image-size", "9"], "Expected no `image_size` with 'sample', but got 9"),
+        (["--dataset", "sample", "--num-classes", "9"], "Expected `model` to have a logit for each of the 10 classes"),
         (["--output", "."], "Expected `--output` to be a file, but got the folder"),
         (["--output", "file/a.json"], "Expected `output` to be a folder that can be written, but got 'file'"),
     ],
