@@ -4,6 +4,7 @@ from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.evaluation import Evaluation, evaluate, evaluate_full
 from leakage.condensation.gradient_matching import GradientMatchingCondensation
 from leakage.condensation.protocols import CondensationProtocol
+from leakage.condensation.recipe import Recipe, Score
 from leakage.condensation.synthetic_set import SyntheticSet, random_images
 from leakage.condensation.training import TrainingOptions
 
@@ -11,6 +12,8 @@ __all__ = [
     "CondensationProtocol",
     "Evaluation",
     "GradientMatchingCondensation",
+    "Recipe",
+    "Score",
     "SiameseAugmentation",
     "SyntheticSet",
     "TrainingOptions",

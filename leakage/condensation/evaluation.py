@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.networks import default_network
 from leakage.condensation.synthetic_set import SyntheticSet, make_ready
-from leakage.condensation.training import NetworkResult, TrainingOptions, train_and_test
-from leakage.errors import check_choice
+from leakage.condensation.training import NetworkResult, TrainingOptions, evaluation_options, train_and_test
 from leakage.files.text import write_json
 from leakage.metrics.estimates import mean_interval
 from leakage.models import draw_state
@@ -27,11 +26,6 @@ from leakage.seeds import derive_seed
 
 if TYPE_CHECKING:
     from leakage.datamodules.labelled import LabelledImages
-
-# The papers' evaluations, which differ in the augmentation alone.
-EVALUATIONS = ("dc", "dsa")
-# Epochs without and with augmentation, in both papers.
-_EPOCHS, _EPOCHS_AUGMENTED = 300, 1000
 
 
 @dataclass
@@ -173,21 +167,6 @@ def evaluate(
     synthetic.check(data)
     seen = synthetic.images, synthetic.labels
     return _test(*seen, data, network, networks, options, stacked, device, progress, cache)
-
-
-def evaluation_options(
-    dataset: str, epochs: int | None = None, augmentation: SiameseAugmentation | str | None = "dc", **training: Any
-) -> TrainingOptions:
-    """What :func:`evaluate` trains networks with; a ``ValueError`` for an option out of its range."""
-    if isinstance(augmentation, str):
-        check_choice("augmentation", augmentation, EVALUATIONS)
-        if augmentation == "dsa":
-            augmentation = SiameseAugmentation.dsa(dataset)
-        else:
-            augmentation = SiameseAugmentation.mnist_evaluation() if dataset == "mnist" else None
-    if epochs is None:
-        epochs = _EPOCHS if augmentation is None else _EPOCHS_AUGMENTED
-    return TrainingOptions(epochs, augmentation=augmentation, **training)
 
 
 def evaluate_full(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import leakage
-from leakage.condensation.evaluation import EVALUATIONS, Evaluation, evaluation_options
+from leakage.condensation.training import EVALUATIONS, evaluation_options
 from leakage.errors import check_choice, check_count
 from leakage.models import NETWORKS
 
@@ -31,9 +31,8 @@ class Score:
         ValueError: an unknown name, no accuracies or some outside of [0, 1], or a number out of its range.
 
     Example:
-        >>> score = Score("dc", (0.70, 0.71, 0.69), epochs=300)
-        >>> print(score.result)
-        70.0 % ± 1.0 (3 networks, 95 % interval of the mean 67.5 to 72.5)
+        >>> Score("dc", (0.70, 0.71, 0.69), epochs=300).options
+        {'augmentation': 'dc', 'epochs': 300, 'seed': 0, 'precision': '32-true'}
     """
 
     evaluation: str
@@ -51,11 +50,6 @@ class Score:
         if not isinstance(given, list | tuple) or not given or not all(map(_is_share, given)):
             raise ValueError(f"Expected `accuracies` as at least one number from 0 to 1, but got {given!r}.")
         object.__setattr__(self, "accuracies", tuple(given))
-
-    @property
-    def result(self) -> Evaluation:
-        """The accuracies with their mean, standard deviation and interval."""
-        return Evaluation(accuracies=self.accuracies)  # type: ignore[arg-type]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -85,8 +79,8 @@ class Recipe:
 
     Example:
         >>> recipe = Recipe("fast", options={"iterations": 20}, scores=(Score("dc", (0.70, 0.71)),))
-        >>> recipe.score("dc").result.mean, recipe.score("dsa"), Recipe.from_json(recipe.to_json()) == recipe
-        (0.705, None, True)
+        >>> recipe.score("dc").accuracies, recipe.score("dsa"), Recipe.from_json(recipe.to_json()) == recipe
+        ((0.7, 0.71), None, True)
     """
 
     method: str

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from leakage.condensation.recipe import Recipe
 from leakage.errors import check_count
 from leakage.files.tensors import brief, header_value, read_safetensors, write_safetensors
 from leakage.plots import new_figure, to_pixels
@@ -43,6 +44,7 @@ class SyntheticSet:
         std: likewise, above 0.
         class_names: K of them, in the order of the labels.
         dataset: name of the data set.
+        recipe: how it was made and what it scored, where that is known.
 
     Raises:
         ValueError: shapes that don't fit together, another type of numbers, labels outside the range or not
@@ -64,6 +66,7 @@ class SyntheticSet:
     std: tuple[float, ...]
     class_names: tuple[str, ...]
     dataset: str = ""
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         self.mean, self.std = tuple(self.mean), tuple(self.std)
@@ -147,6 +150,8 @@ class SyntheticSet:
             OSError: the file can't be written.
         """
         header = {name: json.dumps(getattr(self, name)) for name in ("mean", "std", "class_names", "dataset")}
+        if self.recipe is not None:
+            header["recipe"] = json.dumps(self.recipe.to_json())
         write_safetensors(path, _FORMAT, {"images": self.images, "labels": self.labels}, header)
 
     @classmethod
@@ -155,7 +160,7 @@ class SyntheticSet:
 
         The file holds tensors ``images (M, C, H, W)`` (float32) and ``labels (M,)`` (int64); its header the
         entries ``format`` (``leakage.SyntheticSet``), ``version`` (``1``), and as JSON ``mean``, ``std``,
-        ``class_names`` and ``dataset``.
+        ``class_names``, ``dataset`` and, where it is known, ``recipe`` (:class:`Recipe`).
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -177,7 +182,8 @@ class SyntheticSet:
                 f"{brief(error)}"
             ) from error
         try:
-            return cls(tensors["images"], tensors["labels"], tuple(mean), tuple(std), tuple(names), dataset)
+            recipe = Recipe.from_json(header_value(header, "recipe")) if "recipe" in header else None
+            return cls(tensors["images"], tensors["labels"], tuple(mean), tuple(std), tuple(names), dataset, recipe)
         except ValueError as error:
             raise ValueError(f"Expected a synthetic set in '{path}', but got: {brief(error)}") from error
 

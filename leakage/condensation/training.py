@@ -28,6 +28,10 @@ from leakage.seeds import derive_seed
 if TYPE_CHECKING:
     from leakage.datamodules.labelled import LabelledImages
 
+# The papers' evaluations, which differ in the augmentation alone.
+EVALUATIONS = ("dc", "dsa")
+# Epochs without and with augmentation, in both papers.
+_EPOCHS, _EPOCHS_AUGMENTED = 300, 1000
 # Images at a time on the CPU, whose caches hold no more: twice as fast as 256, in training as in testing.
 _PIECE = 16
 # Images times networks at a time in testing on a GPU; each takes a megabyte or two.
@@ -79,6 +83,21 @@ class TrainingOptions:
             raise ValueError(
                 f"Expected `augmentation` to be a SiameseAugmentation or None, but got {self.augmentation!r}."
             )
+
+
+def evaluation_options(
+    dataset: str, epochs: int | None = None, augmentation: SiameseAugmentation | str | None = "dc", **training: Any
+) -> TrainingOptions:
+    """What networks are trained with in an evaluation; a ``ValueError`` for an option out of its range."""
+    if isinstance(augmentation, str):
+        check_choice("augmentation", augmentation, EVALUATIONS)
+        if augmentation == "dsa":
+            augmentation = SiameseAugmentation.dsa(dataset)
+        else:
+            augmentation = SiameseAugmentation.mnist_evaluation() if dataset == "mnist" else None
+    if epochs is None:
+        epochs = _EPOCHS if augmentation is None else _EPOCHS_AUGMENTED
+    return TrainingOptions(epochs, augmentation=augmentation, **training)
 
 
 @dataclass(frozen=True)
