@@ -1,6 +1,7 @@
 """Few images that stand for a whole training set, found by matching gradients."""
 
 from leakage.condensation.augmentation import SiameseAugmentation
+from leakage.condensation.dd_ranking import export_dd_ranking
 from leakage.condensation.evaluation import Evaluation, evaluate, evaluate_full
 from leakage.condensation.gradient_matching import GradientMatchingCondensation
 from leakage.condensation.kmeans import kmeans_images
@@ -20,6 +21,7 @@ __all__ = [
     "TrainingOptions",
     "evaluate",
     "evaluate_full",
+    "export_dd_ranking",
     "kmeans_images",
     "random_images",
 ]

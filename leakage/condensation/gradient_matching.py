@@ -21,6 +21,7 @@ from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.matching import Transform, match, matched_parameters, real_gradients
 from leakage.condensation.networks import fitting_network, take_statistics, train_on
 from leakage.condensation.protocols import CondensationProtocol, condensation_protocol, schedule
+from leakage.condensation.recipe import Recipe
 from leakage.condensation.start import start_images
 from leakage.condensation.synthetic_set import SyntheticSet
 from leakage.datamodules.labelled import ClassBatch, LabelledImages
@@ -176,7 +177,7 @@ class GradientMatchingCondensation(LightningModule):
         labels = torch.arange(self._num_classes).repeat_interleave(self.hparams["images_per_class"])
         scale, shift = (torch.tensor(self._about_data[name])[:, None, None] for name in ("std", "mean"))
         images = self.synthetic_images.detach().cpu().float() * scale + shift
-        return SyntheticSet(images, labels, **self._about_data)
+        return SyntheticSet(images, labels, **self._about_data, recipe=Recipe.of(self))
 
     def synthetic_dataset(self) -> TensorDataset:
         """Pairs of a synthetic image ``(C, H, W)`` in the data's scale (not normalised, not clamped) and its label."""

@@ -143,6 +143,7 @@ class Recipe:
         options = {name: value for name, value in condensation.hparams.items() if name not in ("seed", "num_classes")}
         options |= {**dataclasses.asdict(condensation.protocol), "loops": (condensation.outer, condensation.inner)}
         options["iterations"] = condensation.iteration
+        options = json.loads(json.dumps(options, default=str))
         seconds = math.fsum(spent for part, spent in condensation.seconds.items() if part != "evaluation")
         return cls(method or options["protocol"], condensation.hparams["seed"], options, seconds)
 

@@ -134,6 +134,7 @@ class SyntheticSet:
         Args:
             data: after its ``setup()``.
         """
+        self.check_name(data)
         origin = f" (of {self.dataset!r})" if self.dataset else ""
         for name in ("image_shape", "num_classes", "class_names", "mean", "std"):
             ours, theirs = getattr(self, name), getattr(data, name)
@@ -143,6 +144,14 @@ class SyntheticSet:
                     f"Expected a synthetic set with the {name} {brief(theirs)} of {data.name!r}, but got "
                     f"{brief(ours)}{origin}. Give the data set, and the share of its images, that it was made from."
                 )
+
+    def check_name(self, data: LabelledImages) -> None:
+        """Raise a ``ValueError`` if the set has a recipe and was made from another data set; ``data`` may be new."""
+        if self.recipe is not None and self.dataset != data.name:
+            raise ValueError(
+                f"Expected the data set that the recipe of the synthetic set names, {self.dataset!r}, but got "
+                f"{data.name!r}."
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all.

@@ -42,7 +42,7 @@ _LOOK_EVERY = 20
 _TRAINING_WORK = 3
 # Seconds between two updates of the bar; and in a file or a pipe, in which no update replaces the one before.
 _PAUSE, _PAUSE_IN_A_FILE = 0.1, 30.0
-_PRECISIONS = ("32-true", "bf16-mixed")
+PRECISIONS = ("32-true", "bf16-mixed")
 # What to do about training that diverges.
 _MEND = "Lower `learning_rate`, or look at the images."
 
@@ -73,7 +73,7 @@ class TrainingOptions:
     precision: str = "32-true"
 
     def __post_init__(self) -> None:
-        check_choice("precision", self.precision, _PRECISIONS)
+        check_choice("precision", self.precision, PRECISIONS)
         check_count(epochs=self.epochs, batch_size=self.batch_size)
         check_count(0, seed=self.seed)
         check_positive(learning_rate=self.learning_rate)
