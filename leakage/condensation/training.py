@@ -276,7 +276,9 @@ def train(
             if options.augmentation is not None:
                 images, their = _augment(images, their, options.augmentation, transforms)
             optimizer.zero_grad()
-            with torch.autocast(labels.device.type, torch.bfloat16, enabled=options.precision == "bf16-mixed"):
+            # Within another context of autocast its cache would outlive the step, and with it the weights of before.
+            mixed = options.precision == "bf16-mixed"
+            with torch.autocast(labels.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):
                 of_epoch += networks.backward(images, their)
             optimizer.step()
             tick(batch.numel())

@@ -518,17 +518,22 @@ def test_bfloat16_trains_nearly_the_same(data: Stripes, stacked: bool) -> None:
     assert mixed.mean == pytest.approx(single.mean, abs=0.05)
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(9, 1, 8, 8, generator=generator), torch.randint(3, (9,), generator=generator)
-    gradients = []
-    for precision in ("32-true", "bf16-mixed"):
-        state = draw_state(small(), 0)
+    state = draw_state(small(), 0)
+
+    def moved(precision: str, epochs: int) -> Tensor:
         network = SingleNetwork(small(), state, CPU, 4)
-        train(
-            network, [0], lambda index: images[index], labels, TrainingOptions(1, precision=precision), lambda _: None
-        )
-        gradients.append(dict(network.state())["features.0.weight"] - state["features.0.weight"])
-    assert gradients[1].dtype == torch.float32
-    assert not torch.equal(gradients[0], gradients[1])
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0.1 * float(gradients[0].abs().max()))
+        options = TrainingOptions(epochs, precision=precision)
+        train(network, [0], lambda index: images[index], labels, options, lambda _: None)
+        weight = dict(network.state())["features.0.weight"]
+        assert weight.dtype == torch.float32
+        return weight - state["features.0.weight"]
+
+    for epochs in (1, 40):
+        expected, found = moved("32-true", epochs), moved("bf16-mixed", epochs)
+        assert not torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * float(expected.abs().max()))
+    with torch.autocast("cpu", enabled=False):  # whose cache of weights is not to be taken
+        assert torch.equal(moved("bf16-mixed", 40), found)
 
 
 def test_evaluation_is_summed_up() -> None:

@@ -1,0 +1,149 @@
+"""How many iterations of a condensation fit into some minutes, with tests along the way."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+
+from leakage.callbacks import SyntheticEvaluation
+from leakage.condensation import GradientMatchingCondensation
+from leakage.datamodules import LabelledImages
+from leakage.errors import check_positive
+
+sys.path.append(str(Path(__file__).parents[1] / "comparison"))
+from records import trainer_defaults
+
+# Of what is left for iterations, as they don't all take the same time.
+_USED = 0.95
+# The most of a budget that tests along the way may take, and how many there are at most, the last one included.
+_WATCHING, _LOOKS = 0.25, 4
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to condense, and when to test the images on held-out training images.
+
+    Attributes:
+        budget: minutes that it was made for, None where the protocol or the user says how many iterations.
+        iterations: None for those of the protocol or of the user.
+        moments: iterations after which the images are tested, besides the last.
+        watches: whether there is any such test.
+    """
+
+    budget: float | None
+    iterations: int | None
+    moments: tuple[int, ...]
+    watches: bool = True
+
+
+class Stopwatch(Callback):
+    """Ends of the iterations, in seconds of a clock that only goes on."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the time, if an iteration is complete."""
+        assert isinstance(pl_module, GradientMatchingCondensation)
+        if pl_module.step % pl_module.outer == 0:
+            self.ends.append(time.monotonic())
+
+
+def read_schedule(folder: Path, budget: float | None) -> Schedule | None:
+    """The one that an earlier run of a method made for its budget, None if there is none.
+
+    Raises:
+        ValueError: it was made for another budget, or the file is damaged.
+    """
+    path = folder / "budget.json"
+    if not path.is_file():
+        return None
+    try:
+        found = Schedule(**json.loads(path.read_text(encoding="utf-8")))
+        moments = tuple(int(moment) for moment in found.moments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected '{path}' to be whole, but got another file ({error}). Remove it.") from error
+    if found.budget != budget:
+        raise ValueError(
+            f"Expected the `budget` of the run in '{folder}', {found.budget}, but got {budget}. Choose another "
+            "`output`, or don't resume."
+        )
+    return Schedule(found.budget, found.iterations, moments, found.watches)
+
+
+def fit_schedule(
+    probe: GradientMatchingCondensation,
+    data: LabelledImages,
+    budget: float,
+    watch: SyntheticEvaluation | None,
+    moments: Sequence[int] | None,
+    logger: Logger | bool,
+    trainer: dict[str, Any],
+) -> tuple[Schedule, str]:
+    """Time two iterations and a test, and find out how many fit.
+
+    Args:
+        probe: with two iterations.
+        data: that is condensed.
+        budget: minutes.
+        watch: the test along the way, with no moments but the end; None for none.
+        moments: when it takes place; by default evenly spread, and so few that they take a quarter of the budget.
+        logger, trainer: not the logger, which shall see the run alone; options of the Trainer.
+
+    Returns:
+        The schedule, and the expected time in words.
+
+    Raises:
+        ValueError: a budget that is not positive, or too small for one iteration.
+    """
+    check_positive(budget=budget)
+    stopwatch = Stopwatch()
+    options = trainer_defaults() | {"log_every_n_steps": 1} | trainer | {"enable_progress_bar": False}
+    began = time.monotonic()
+    with TemporaryDirectory() as folder:
+        callbacks: list[Callback] = [stopwatch]
+        if watch is not None:
+            callbacks.append(watch)
+        options |= {"default_root_dir": folder, "enable_checkpointing": False}
+        Trainer(logger=False, callbacks=callbacks, **options).fit(probe, datamodule=data)
+    whole = time.monotonic() - began
+    iteration = stopwatch.ends[1] - stopwatch.ends[0]
+    test = probe.seconds["evaluation"]
+    # Networks that are trained before the first iteration, say.
+    before = max(0.0, whole - test - 2 * iteration)
+    seconds = 60 * budget
+    looks = len(set(moments)) + 1 if moments is not None else _LOOKS
+    if watch is None or not test:
+        looks = 0
+    elif moments is None:
+        looks = min(looks, int(_WATCHING * seconds / test))
+    left = seconds - whole - before - looks * test
+    iterations = int(_USED * left / iteration) if left > 0 else 0
+    if iterations < 1:
+        needed = (whole + before + looks * test + iteration / _USED) / 60
+        raise ValueError(
+            f"Expected a `budget` of at least {needed:.2g} minutes, for one network and what comes before, but got "
+            f"{budget:g}."
+        )
+    if moments is None:
+        moments = sorted({round(iterations * look / looks) for look in range(1, looks)} - {0, iterations})
+    schedule = Schedule(budget, iterations, tuple(moments), watches=looks > 0)
+    expected = (before + iterations * iteration + looks * test) / 60
+    words = (
+        f"{iterations} iterations of {iteration:.2g} s and {looks} tests of {test:.2g} s on held-out images, expected "
+        f"to take {expected:.2g} minutes a set; {math.floor(whole):d} s went into finding out"
+    )
+    return schedule, words
