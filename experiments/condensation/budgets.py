@@ -48,10 +48,15 @@ class Schedule:
 
 
 class Stopwatch(Callback):
-    """Ends of the iterations, in seconds of a clock that only goes on."""
+    """When training began, and when each iteration was over, in seconds of a clock that only goes on."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.times: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note the time, if nothing has been done yet."""
+        if not self.times:
+            self.times.append(time.monotonic())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -59,7 +64,7 @@ class Stopwatch(Callback):
         """Note the time, if an iteration is complete."""
         assert isinstance(pl_module, GradientMatchingCondensation)
         if pl_module.step % pl_module.outer == 0:
-            self.ends.append(time.monotonic())
+            self.times.append(time.monotonic())
 
 
 def read_schedule(folder: Path, budget: float | None) -> Schedule | None:
@@ -120,24 +125,26 @@ def fit_schedule(
         options |= {"default_root_dir": folder, "enable_checkpointing": False}
         Trainer(logger=False, callbacks=callbacks, **options).fit(probe, datamodule=data)
     whole = time.monotonic() - began
-    iteration = stopwatch.ends[1] - stopwatch.ends[0]
-    test = probe.seconds["evaluation"]
-    # Networks that are trained before the first iteration, say.
-    before = max(0.0, whole - test - 2 * iteration)
+    start, first, second = stopwatch.times
+    iteration, test = second - first, probe.seconds["evaluation"]
+    # What the first has to do besides, such as training a network that is kept; so do the others that are kept.
+    more = max(0.0, first - start - iteration) * (getattr(probe.protocol, "pool", None) or 1)
+    before = max(0.0, whole - (second - start) - test) + more
     seconds = 60 * budget
     looks = len(set(moments)) + 1 if moments is not None else _LOOKS
     if watch is None or not test:
         looks = 0
     elif moments is None:
         looks = min(looks, int(_WATCHING * seconds / test))
-    left = seconds - whole - before - looks * test
-    iterations = int(_USED * left / iteration) if left > 0 else 0
-    if iterations < 1:
-        needed = (whole + before + looks * test + iteration / _USED) / 60
+    needed = whole + before + iteration / _USED
+    while moments is None and looks and needed + looks * test > seconds:
+        looks -= 1
+    if needed + looks * test > seconds:
         raise ValueError(
-            f"Expected a `budget` of at least {needed:.2g} minutes, for one network and what comes before, but got "
-            f"{budget:g}."
+            f"Expected a `budget` of at least {math.ceil((needed + looks * test) / 6) / 10} minutes, for one network and "
+            f"what comes before, but got {budget:g}."
         )
+    iterations = max(1, int(_USED * (seconds - whole - before - looks * test) / iteration))
     if moments is None:
         moments = sorted({round(iterations * look / looks) for look in range(1, looks)} - {0, iterations})
     schedule = Schedule(budget, iterations, tuple(moments), watches=looks > 0)

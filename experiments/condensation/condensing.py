@@ -5,23 +5,21 @@ from __future__ import annotations
 import copy
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from budgets import Schedule, fit_schedule, read_schedule  # beside this script
+from condensation_rows import FILES, CondensationRow, clear, sum_up, write_overview
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from leakage.callbacks import CondensationProgressBar, SyntheticEvaluation, SyntheticImages, read_accuracies
+from leakage.callbacks import CondensationProgressBar, SyntheticEvaluation, SyntheticImages
 from leakage.callbacks.timed_checkpoint import TimedCheckpoint
-from leakage.comparison import align
 from leakage.condensation import (
     Evaluation,
     GradientMatchingCondensation,
@@ -39,14 +37,10 @@ from leakage.datamodules import LabelledImages
 from leakage.errors import check_choice, check_count, check_share
 from leakage.files.text import write_json
 from leakage.files.whole import check_output
-from leakage.metrics.estimates import mean_interval
-from leakage.plots import plot_accuracy, save_figure
+from leakage.plots import save_figure
 
 sys.path.append(str(Path(__file__).parents[1] / "comparison"))
 from records import check_trainer, code_version, read_record, trainer_defaults
-
-# Of rows with `accuracy_std` and `accuracy_ci`.
-Row = TypeVar("Row")
 
 # How each method condenses.
 CONDENSATIONS: dict[str, dict[str, Any]] = {
@@ -64,44 +58,6 @@ METHODS = (*CONDENSATIONS, *CHOICES, "full")
 MOMENTS = (0, 10, 20, 50, 100, 200, 500, 1000)
 # Networks that are trained for such a test.
 _WATCHING = 1
-# All that a run writes to its folder itself.
-FILES = ("summary.json", "accuracy.png", "synthetic.png", "synthetic.safetensors")
-
-
-@dataclass
-class CondensationRow:
-    """Test accuracy of networks trained on the sets of one method, a line of ``summary.json``.
-
-    Attributes:
-        method: one of :data:`METHODS`.
-        dataset: where the images come from.
-        images_per_class: of each set; None for the whole training set.
-        evaluation: ``"dc"`` or ``"dsa"``; None for the whole training set.
-        sets: how many were made, each with a seed of its own.
-        iterations: of the condensation, None where there is none.
-        accuracy_mean: over the networks of all sets, 0 to 1.
-        accuracy_std: over the networks of all sets.
-        accuracy_ci: 95 % confidence interval of the mean, after Student: over the sets' means where there are several,
-            as networks that are trained on the same set are not independent; for one set over its networks, so about
-            this set alone.
-        networks: how many were trained on each set.
-        seconds: spent on making a set, without tests, on average and over all sessions of a resumed run; on training
-            and testing for ``"full"``.
-        published_accuracy: that of the paper of this evaluation, 0 to 1, where there is one and something is condensed.
-    """
-
-    method: str
-    dataset: str
-    images_per_class: int | None
-    evaluation: str | None
-    sets: int
-    iterations: int | None
-    accuracy_mean: float
-    accuracy_std: float
-    accuracy_ci: tuple[float, float]
-    networks: int
-    seconds: float
-    published_accuracy: float | None = None
 
 
 @dataclass
@@ -254,9 +210,8 @@ class _Run:
         self.data.prepare_data()
         self.data.setup("fit")
         watched = self.data if self.held_out is None else self.data.hold_out(self.held_out)
-        for method in methods:
-            if method in CHOICES:
-                CHOICES[method](self.data, self.images_per_class, seeds[0])
+        if CHOICES.keys() & set(methods):
+            random_images(self.data, self.images_per_class)
         sources = {method: watched if method in CONDENSATIONS else self.data for method in methods if method != "full"}
         schedules = {}
         for method, source in sources.items() if self.resume else ():
@@ -268,7 +223,7 @@ class _Run:
                 (self.output / file).unlink(missing_ok=True)
         for method in methods:
             if not self.resume:
-                _clear(self.output / method)
+                clear(self.output / method)
             if method == "full":
                 self._full(seeds[0])
                 continue
@@ -404,24 +359,18 @@ class _Run:
 
     def _tell(self, method: str, evaluation: str | None, found: list[Evaluation], made: list[_Made]) -> None:
         """Add a row, or put it in the place of the one with fewer sets, and write all."""
-        accuracies = torch.cat([outcome.accuracies for outcome in found])
-        means = torch.stack([outcome.accuracies.mean() for outcome in found])
-        row = CondensationRow(
+        self.rows[method, evaluation] = CondensationRow(
             method=method,
             dataset=self.data.name,
             images_per_class=None if method == "full" else self.images_per_class,
             evaluation=evaluation,
             sets=len(found),
             iterations=made[-1].iterations,
-            accuracy_mean=float(means.mean()),
-            accuracy_std=float(accuracies.std()) if len(accuracies) > 1 else math.nan,
-            accuracy_ci=mean_interval(means if len(found) > 1 else accuracies),
-            networks=found[-1].networks,
+            **sum_up(found),
             seconds=math.fsum(one.seconds for one in made) / len(made),
             published_accuracy=self.published.get(evaluation or "") if method in CONDENSATIONS else None,
         )
-        self.rows[method, evaluation] = row
-        _write_overview(self.output, list(self.rows.values()))
+        write_overview(self.output, list(self.rows.values()))
 
 
 def of_seed(data: LabelledImages, seed: int) -> LabelledImages:
@@ -430,53 +379,6 @@ def of_seed(data: LabelledImages, seed: int) -> LabelledImages:
     other.__dict__.pop("configuration", None)
     other.seed = seed
     return other
-
-
-def format_table(rows: Sequence[CondensationRow]) -> str:
-    """A line per method for the terminal, for each evaluation with the standard deviation over networks."""
-    evaluations = list(dict.fromkeys(row.evaluation for row in rows if row.evaluation)) or ["dc"]
-    columns = [title for name in evaluations for title in (f"test accuracy ({name})", "95 % interval", "paper")]
-    lines = [["", "images per class", "iterations", "sets x networks", *columns, "time a set"]]
-    for method in dict.fromkeys(row.method for row in rows):
-        own = {row.evaluation or evaluations[0]: row for row in rows if row.method == method}
-        first = next(iter(own.values()))
-        line = [
-            method,
-            "all" if first.images_per_class is None else str(first.images_per_class),
-            "-" if first.iterations is None else str(first.iterations),
-            f"{first.sets} x {first.networks}",
-        ]
-        for name in evaluations:
-            row = own.get(name)
-            if row is None:
-                line += ["-"] * 3
-                continue
-            paper = row.published_accuracy
-            line += accuracy_cells(row.accuracy_mean, row.accuracy_std, row.accuracy_ci)
-            line.append("-" if paper is None else f"{100 * paper:.1f} %")
-        lines.append([*line, f"{first.seconds:.0f} s"])
-    return align(lines)
-
-
-def accuracy_cells(mean: float, std: float, interval: tuple[float, float]) -> tuple[str, str]:
-    """An accuracy in words, and its interval; without what one network does not have."""
-    spread = "" if math.isnan(std) else f" ± {100 * std:.1f}"
-    low, high = interval
-    return f"{100 * mean:.1f}{spread} %", "-" if math.isnan(low) else f"[{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def read_accuracy_row(folder: Path, configuration: dict[str, Any], kind: type[Row]) -> Row | None:
-    """The row of a finished run as :func:`read_record` reads it, None if there is none.
-
-    One network has neither standard deviation nor interval, and JSON no numbers for that: they are null in the file.
-    """
-    record = read_record(folder, configuration, kind)
-    if record is None:
-        return None
-    std, interval = record["accuracy_std"], record["accuracy_ci"]
-    record["accuracy_std"] = math.nan if std is None else std
-    record["accuracy_ci"] = tuple(math.nan if end is None else end for end in interval)
-    return kind(**record)
 
 
 def _fit(
@@ -496,27 +398,3 @@ def _fit(
     options = trainer_defaults() | {"log_every_n_steps": 1} | trainer
     runner = Trainer(logger=logger, callbacks=callbacks, **options)
     runner.fit(condensation, datamodule=data, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
-
-
-def _clear(folder: Path) -> None:
-    """Remove what an earlier run of a method has written, and nothing else."""
-    written = ("run.json", "last.ckpt", "accuracy.*", "synthetic.*", "synthetic/iteration_*.png", "evaluations/*.json")
-    for pattern in ("budget.json", "evaluations/*.json", *(f"seed_*/{name}" for name in written)):
-        for path in folder.glob(pattern):
-            path.unlink()
-
-
-def _write_overview(folder: Path, rows: Sequence[CondensationRow]) -> None:
-    """The rows, the curves of all methods in one picture, and the first set of the first method that has one."""
-    firsts = {row.method: sorted((folder / row.method).glob("seed_*/synthetic.safetensors")) for row in rows}
-    paths = {method: found[0].with_name("accuracy.csv") for method, found in firsts.items() if found}
-    curves = {f"{method}, held out": read_accuracies(path) for method, path in paths.items() if path.is_file()}
-    lines = {f"{row.method}, test": row.accuracy_mean for row in rows if row.evaluation in (None, rows[0].evaluation)}
-    paper = [row.published_accuracy for row in rows if row.published_accuracy is not None]
-    if curves:
-        lines |= {"paper": paper[0]} if paper else {}
-        save_figure(plot_accuracy(curves, lines=lines, title=rows[0].dataset), folder / "accuracy.png")
-    write_json(folder / "summary.json", [asdict(row) for row in rows])
-    made = next((found[0] for found in firsts.values() if found), None)
-    for name in ("synthetic.safetensors", "synthetic.png") if made is not None else ():
-        shutil.copyfile(made.with_name(name), folder / name)

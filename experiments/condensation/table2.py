@@ -32,7 +32,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from condensing import FILES, METHODS, condense, format_table  # beside this script
+from condensation_rows import FILES, format_table  # beside this script
+from condensing import METHODS, condense
 
 from leakage.cli import quiet
 from leakage.condensation.training import EVALUATIONS, PRECISIONS

@@ -1,0 +1,123 @@
+"""As many iterations as fit into some minutes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import budgets  # in experiments/condensation, which conftest.py has put on the path
+import pytest
+from budgets import Schedule, fit_schedule, read_schedule
+
+from leakage.callbacks import SyntheticEvaluation
+from leakage.condensation import GradientMatchingCondensation
+from leakage.datamodules import LabelledImages
+from leakage.models import ConvNet
+
+TRAINER = {"accelerator": "cpu"}
+
+
+def probe() -> GradientMatchingCondensation:
+    return GradientMatchingCondensation(network=ConvNet(width=4), iterations=2)
+
+
+def timed(
+    monkeypatch: pytest.MonkeyPatch, *, iteration: float, test: float, first: float = 0.0, before: float = 0.0
+) -> None:
+    """A run that takes as long as it is said."""
+    clock = [0.0]
+    monkeypatch.setattr(budgets, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Run:
+        def __init__(self, *, callbacks: list[Any], **options: Any) -> None:
+            self.callbacks = callbacks
+
+        def fit(self, condensation: GradientMatchingCondensation, datamodule: LabelledImages) -> None:
+            clock[0] += before
+            self.callbacks[0].on_train_batch_start(None, condensation, None, 0)
+            for extra in (first, 0.0):
+                clock[0] += iteration + extra
+                condensation.step += condensation.outer
+                self.callbacks[0].on_train_batch_end(None, condensation, None, None, 0)
+            clock[0] += test
+            condensation.seconds["evaluation"] = test
+
+    monkeypatch.setattr(budgets, "Trainer", Run)
+
+
+def fitted(budget: float, moments: Any = None, watch: bool = True) -> tuple[Schedule, str]:
+    watching = SyntheticEvaluation((), networks=1) if watch else None
+    return fit_schedule(probe(), LabelledImages("sample"), budget, watching, moments, False, TRAINER)
+
+
+def test_all_fits_into_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, iteration=10, test=20, first=30, before=5)
+    schedule, words = fitted(20)
+    # Timing took 5 + 40 + 10 + 20 s; then 35 s come before, and 4 tests.
+    assert schedule == Schedule(20, int(0.95 * (1200 - 75 - 35 - 80) / 10), (24, 48, 71), True)
+    assert schedule.iterations is not None
+    assert "95 iterations of 10 s and 4 tests of 20 s" in words
+    assert "expected to take 18 minutes a set; 75 s went into finding out" in words
+
+
+def test_tests_take_a_quarter_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, iteration=1, test=60)
+    schedule, _ = fitted(10)
+    assert schedule.moments == (int(0.95 * (600 - 62 - 120)) // 2,)
+    schedule, _ = fitted(3)
+    assert (schedule.moments, schedule.watches) == ((), False)
+    assert schedule.iterations == int(0.95 * (180 - 62))
+    schedule, _ = fitted(10, moments=(5, 0, 5))
+    assert schedule == Schedule(10, int(0.95 * (600 - 62 - 180)), (5, 0, 5), True)
+
+
+def test_no_tests_where_nothing_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, iteration=10, test=0)
+    assert fitted(10, watch=False)[0] == Schedule(10, int(0.95 * 580 / 10), (), False)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (0.5, "Expected a `budget` of at least 1.9 minutes, for one network and what comes before, but got 0.5"),
+        (1.7, "Expected a `budget` of at least 1.9 minutes"),
+        (0, "Expected `budget` to be positive and finite, but got 0"),
+        (float("inf"), "Expected `budget` to be positive and finite, but got inf"),
+    ],
+)
+def test_too_small(monkeypatch: pytest.MonkeyPatch, budget: float, message: str) -> None:
+    timed(monkeypatch, iteration=30, test=20)
+    with pytest.raises(ValueError, match=message):
+        fitted(budget)
+    assert fitted(1.9)[0] == Schedule(1.9, 1, (), False)
+    with pytest.raises(ValueError, match="Expected a `budget` of at least 2.6 minutes"):
+        fitted(1.9, moments=(5,))
+
+
+def test_a_real_run_ends_in_time() -> None:
+    began = time.monotonic()
+    watch = SyntheticEvaluation((), networks=1, epochs=2)
+    data = LabelledImages("sample", batch_size=4)
+    schedule, words = fit_schedule(probe(), data, 0.25, watch, None, False, TRAINER)
+    taken = time.monotonic() - began
+    assert schedule.iterations is not None
+    assert schedule.iterations > 1
+    assert taken < 15
+    assert "minutes a set" in words
+
+
+def test_read_again(tmp_path: Path) -> None:
+    assert read_schedule(tmp_path, 5.0) is None
+    path = tmp_path / "budget.json"
+    path.write_text(json.dumps({"budget": 5.0, "iterations": 7, "moments": [2, 4], "watches": True}))
+    assert read_schedule(tmp_path, 5.0) == Schedule(5.0, 7, (2, 4), True)
+    for budget in (6.0, None):
+        with pytest.raises(ValueError, match=f"Expected the `budget` of the run in '.*', 5.0, but got {budget}"):
+            read_schedule(tmp_path, budget)
+    for broken in ("{", "[]", '{"budget": 5.0}', '{"budget": 5.0, "iterations": 7, "moments": ["x"]}'):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=r"Expected '.*budget.json' to be whole, but got another file"):
+            read_schedule(tmp_path, 5.0)
