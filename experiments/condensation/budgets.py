@@ -140,9 +140,10 @@ def fit_schedule(
     while moments is None and looks and needed + looks * test > seconds:
         looks -= 1
     if needed + looks * test > seconds:
+        least = math.ceil((needed + looks * test) / 6) / 10
         raise ValueError(
-            f"Expected a `budget` of at least {math.ceil((needed + looks * test) / 6) / 10} minutes, for one network and "
-            f"what comes before, but got {budget:g}."
+            f"Expected a `budget` of at least {least} minutes, for one network and what comes before, but got "
+            f"{budget:g}."
         )
     iterations = max(1, int(_USED * (seconds - whole - before - looks * test) / iteration))
     if moments is None:

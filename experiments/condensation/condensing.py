@@ -127,8 +127,7 @@ def condense(
         published: the papers' test accuracies by evaluation, 0 to 1.
         seed: of all that is drawn.
         resume: go on with what is in ``output``; where there is nothing, begin.
-        logger: as for the Trainer.
-        **trainer: further options of the Trainer.
+        logger, **trainer: options of the Trainer.
 
     Returns:
         One row per method and evaluation.
@@ -197,6 +196,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.device = "cpu" if self.trainer.get("accelerator") == "cpu" else None
+        self.progress = self.trainer.get("enable_progress_bar", True)
         self.rows: dict[tuple[str, str | None], CondensationRow] = {}
 
     def all(self, methods: Sequence[str], seeds: range) -> list[CondensationRow]:
@@ -236,8 +236,7 @@ class _Run:
                 synthetic, made = self._make(method, seed, source, schedules.get(method))
                 spent.append(made)
                 for evaluation in self.evaluations:
-                    folder = self._folder(method, seed)
-                    synthetic, outcome = self._test(synthetic, evaluation, seed, folder)
+                    synthetic, outcome = self._test(synthetic, evaluation, seed, self._folder(method, seed))
                     found[evaluation].append(outcome)
                     self._tell(method, evaluation, found[evaluation], spent)
         return list(self.rows.values())
@@ -326,7 +325,7 @@ class _Run:
             networks=self.networks,
             seed=seed,
             device=self.device,
-            progress=self.trainer.get("enable_progress_bar", True),
+            progress=self.progress,
             cache=folder / "evaluations",
             **self.tests,
         )
@@ -352,6 +351,7 @@ class _Run:
             precision=self.tests["precision"],
             seed=seed,
             device=self.device,
+            progress=self.progress,
             cache=self.cache if self.cache is not None else self.output / "full" / "evaluations",
         )
         made = _Made(None, outcome.training_seconds + outcome.testing_seconds)

@@ -124,7 +124,7 @@ def read_sets(path: Path) -> dict[str, SyntheticSet]:
         name = path.resolve().parent.name if path.stem == "synthetic" else path.stem
         return {synthetic.recipe.method if synthetic.recipe is not None else name: synthetic}
     found: dict[str, SyntheticSet] = {}
-    for file in sorted(path.glob("*/seed_*/synthetic.safetensors"), key=lambda file: (len(file.name), file)):
+    for file in sorted(path.glob("*/seed_*/synthetic.safetensors"), key=lambda file: (len(file.parent.name), file)):
         if file.parents[1].name not in found:
             found[file.parents[1].name] = SyntheticSet.load(file)
     if not found:
