@@ -102,8 +102,8 @@ def test_every_option_arrives(table2: ModuleType, tmp_path: Path, asked: dict[st
         [
             "--dataset", "sample", "--images-per-class", "10", "--method", "dsa", "fast", "dsa", "--iterations", "7",
             "--loops", "2", "3", "--cache", "kept", "--sets", "4", "--evaluation", "dsa", "dc", "dsa",
-            "--budget", "2.5", "--networks", "3", "--moments", "--epochs", "40", "--full-epochs", "6", "--seed", "5", "--precision",
-            "64-true", "--test-precision", "bf16-mixed", "--held-out", "0.1",
+            "--budget", "2.5", "--networks", "3", "--moments", "--epochs", "40", "--full-epochs", "6", "--seed", "5",
+            "--precision", "64-true", "--test-precision", "bf16-mixed", "--held-out", "0.1",
             "--accelerator", "cpu", "--resume", "--output", str(tmp_path),
         ]
     )  # fmt: skip
@@ -145,10 +145,9 @@ def test_a_folder_that_holds_the_data_set_of_the_paper(
 ) -> None:
     for part in ("train", "test"):
         for label in range(10):
-            (tmp_path / "photos" / part / str(label)).mkdir(parents=True)
-            Image.new("RGB", (32, 32), (25 * label, 200 - 9 * label, 50 + label)).save(
-                tmp_path / "photos" / part / str(label) / "1.png"
-            )
+            folder = tmp_path / "photos" / part / str(label)
+            folder.mkdir(parents=True)
+            Image.new("RGB", (32, 32), (25 * label, 200 - 9 * label, 50 + label)).save(folder / "1.png")
     given = ["--dataset", str(tmp_path / "photos"), "--images-per-class", "10", "--output", str(tmp_path / "out")]
     table2.main([*given, "--benchmark", "cifar10"])
     assert asked["published"] == {"dc": 0.449, "dsa": 0.521}
