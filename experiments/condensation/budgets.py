@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,6 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
 
 from leakage.callbacks import SyntheticEvaluation
 from leakage.condensation import GradientMatchingCondensation
@@ -90,23 +89,24 @@ def read_schedule(folder: Path, budget: float | None) -> Schedule | None:
 
 
 def fit_schedule(
-    probe: GradientMatchingCondensation,
+    make: Callable[[int], GradientMatchingCondensation],
     data: LabelledImages,
     budget: float,
     watch: SyntheticEvaluation | None,
     moments: Sequence[int] | None,
-    logger: Logger | bool,
+    tested: float,
     trainer: dict[str, Any],
 ) -> tuple[Schedule, str]:
-    """Time two iterations and a test, and find out how many fit.
+    """Time a few iterations and a test, and find out how many fit.
 
     Args:
-        probe: with two iterations.
+        make: a condensation with so many iterations.
         data: that is condensed.
         budget: minutes.
         watch: the test along the way, with no moments but the end; None for none.
         moments: when it takes place; by default evenly spread, and so few that they take a quarter of the budget.
-        logger, trainer: not the logger, which shall see the run alone; options of the Trainer.
+        tested: how many times as long as the one test along the way those of a set take when it is made.
+        trainer: options of the Trainer.
 
     Returns:
         The schedule, and the expected time in words.
@@ -115,28 +115,33 @@ def fit_schedule(
         ValueError: a budget that is not positive, or too small for one iteration.
     """
     check_positive(budget=budget)
+    seconds = 60 * budget
+    pool = getattr(make(1).protocol, "pool", 0)
+    probe = make(_states_of_a_network() if pool else 2)
     stopwatch = Stopwatch()
     options = trainer_defaults() | {"log_every_n_steps": 1} | trainer | {"enable_progress_bar": False}
     began = time.monotonic()
     with TemporaryDirectory() as folder:
-        callbacks: list[Callback] = [stopwatch]
-        if watch is not None:
-            callbacks.append(watch)
+        callbacks: list[Callback] = [stopwatch, *([watch] if watch is not None else [])]
         options |= {"default_root_dir": folder, "enable_checkpointing": False}
         Trainer(logger=False, callbacks=callbacks, **options).fit(probe, datamodule=data)
     whole = time.monotonic() - began
-    start, first, second = stopwatch.times
-    iteration, test = second - first, probe.seconds["evaluation"]
-    # What the first has to do besides, such as training a network that is kept; so do the others that are kept.
-    more = max(0.0, first - start - iteration) * (getattr(probe.protocol, "pool", None) or 1)
-    before = max(0.0, whole - (second - start) - test) + more
-    seconds = 60 * budget
+    start, *ends = stopwatch.times
+    test = probe.seconds["evaluation"]
+    before = max(0.0, whole - (ends[-1] - start) - test)
+    if pool:
+        # Each state of each network is made at its first visit; later ones take the time of the synthetic images alone.
+        count, early = pool * len(ends), (ends[-1] - start) / len(ends)
+        made = probe.seconds["real"] + probe.seconds["network"]
+        late = max(0.0, ends[-1] - start - made) / len(ends)
+    else:
+        count, early, late = 1, ends[0] - start, ends[1] - ends[0]
     looks = len(set(moments)) + 1 if moments is not None else _LOOKS
     if watch is None or not test:
         looks = 0
     elif moments is None:
         looks = min(looks, int(_WATCHING * seconds / test))
-    needed = whole + before + iteration / _USED
+    needed = whole + before + early / _USED
     while moments is None and looks and needed + looks * test > seconds:
         looks -= 1
     if needed + looks * test > seconds:
@@ -145,13 +150,22 @@ def fit_schedule(
             f"Expected a `budget` of at least {least} minutes, for one network and what comes before, but got "
             f"{budget:g}."
         )
-    iterations = max(1, int(_USED * (seconds - whole - before - looks * test) / iteration))
+    left = _USED * (seconds - whole - before - looks * test)
+    iterations = int(left / early) if left < count * early else int(count + (left - count * early) / late)
     if moments is None:
         moments = sorted({round(iterations * look / looks) for look in range(1, looks)} - {0, iterations})
     schedule = Schedule(budget, iterations, tuple(moments), watches=looks > 0)
-    expected = (before + iterations * iteration + looks * test) / 60
+    first = min(count, iterations)
+    expected = (before + first * early + (iterations - first) * late + looks * test) / 60
     words = (
-        f"{iterations} iterations of {iteration:.2g} s and {looks} tests of {test:.2g} s on held-out images, expected "
-        f"to take {expected:.2g} minutes a set; {math.floor(whole):d} s went into finding out"
+        f"{iterations} iterations, {first} of {early:.2g} s and then of {late:.2g} s, and {looks} tests of {test:.2g} "
+        f"s on held-out images. Expected are {expected:.2g} minutes a set, and {tested * test / 60:.2g} for its tests "
+        f"afterwards; {math.floor(whole):d} s went into finding out"
     )
     return schedule, words
+
+
+def _states_of_a_network() -> int:
+    from leakage.condensation.pool import MOMENTS
+
+    return len(MOMENTS)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,7 @@ def condense(
         images_per_class: of each set.
         sets: of each method, with the seeds ``seed``, ``seed + 1`` and so on.
         evaluations: of ``"dc"`` and ``"dsa"``, see :func:`~leakage.condensation.evaluate`.
-        loops: (outer, inner), by default those of the paper, see
-            :class:`~leakage.condensation.GradientMatchingCondensation`.
+        loops: (outer, inner) of ``"dc"`` and ``"dsa"``, by default those of the paper.
         iterations: networks that images are condensed on, of all methods; by default each protocol's own.
         budget: minutes for the condensation of a set with its tests on held-out images, in place of ``iterations``:
             one iteration is timed, and as many are made as fit.
@@ -120,10 +120,8 @@ def condense(
             :data:`MOMENTS`, or with a ``budget`` a few, evenly spread.
         held_out: share of the training images that no set is condensed from; None for none, and no such tests.
         network: for condensing and testing; by default the :class:`~leakage.models.ConvNet` that fits.
-        epochs: of the networks in the test, see :func:`~leakage.condensation.evaluate`.
-        test_precision: likewise.
-        full_epochs: on the whole training set.
-        cache: a folder that keeps the results on whole training sets, by default in ``output``.
+        epochs, test_precision: of the networks in the test, see :func:`~leakage.condensation.evaluate`.
+        full_epochs, cache: on the whole training set, and a folder that keeps its result, by default in ``output``.
         published: the papers' test accuracies by evaluation, 0 to 1.
         seed: of all that is drawn.
         resume: go on with what is in ``output``; where there is nothing, begin.
@@ -246,8 +244,8 @@ class _Run:
 
     def _condensation(self, method: str, seed: int, iterations: int | None) -> GradientMatchingCondensation:
         options = CONDENSATIONS[method] | self.options | {"seed": seed}
-        if iterations is not None:
-            options["iterations"] = iterations
+        options |= {} if iterations is None else {"iterations": iterations}
+        options |= {} if options["protocol"] == "published" else {"loops": None}
         if method == "dsa":
             options["augmentation"] = SiameseAugmentation.dsa(self.data.name).strategy
         return GradientMatchingCondensation(self.images_per_class, **options)
@@ -256,11 +254,13 @@ class _Run:
         """How many iterations, and when to look: as asked for, or what fits into the budget, for all sets alike."""
         if self.budget is None:
             return Schedule(None, None, tuple(MOMENTS if self.moments is None else self.moments))
-        print(f"{method}: timing two iterations and a test", flush=True)
+        print(f"{method}: timing some iterations and a test", flush=True)
         watch = self._watch(seed, (), None) if self.held_out is not None else None
-        schedule, words = fit_schedule(
-            self._condensation(method, seed, 2), data, self.budget, watch, self.moments, self.logger, self.trainer
-        )
+        make = partial(self._condensation, method, seed)
+        names = ("dc", *self.evaluations)
+        first, *epochs = (evaluation_options(data.name, self.tests["epochs"], name).epochs for name in names)
+        tested = self.networks * sum(epochs) / first / _WATCHING
+        schedule, words = fit_schedule(make, data, self.budget, watch, self.moments, tested, self.trainer)
         print(f"{method}: {words}", flush=True)
         write_json(self.output / method / "budget.json", asdict(schedule))
         return schedule

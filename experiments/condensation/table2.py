@@ -16,8 +16,8 @@ Several `--sets` have seeds one after the other. The interval is Student's over 
 are trained on the same set are not independent; for a single set it is over its networks, and about this set alone.
 
 A share of the training images (`--held-out`) is left out of condensation. On these, never on test images, the sets are
-tested on the way. `--budget` times two iterations and a test, tells how many iterations fit into so many minutes a set,
-and how long everything should take, and makes these; the schedule of a protocol ends with the last.
+tested on the way. `--budget` times some iterations and a test, tells how many iterations fit into so many minutes a
+set, and how long everything should take, and makes these; the schedule of a protocol ends with the last.
 
 A run that was stopped, in whatever way, goes on with the same command and `--resume`, and ends with the results that it
 would have had: each network's result is kept as soon as it is known. With `--resume` more sets, networks and
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs=2,
         type=int,
         metavar=("OUTER", "INNER"),
-        help="default: the paper's for 1, 10, 20 ... 50 images",
+        help="of dc and dsa (default: the paper's for 1, 10, 20 ... 50 images)",
     )
     parser.add_argument(
         "--iterations", type=int, help="networks to condense on, with every method (default: each protocol's)"

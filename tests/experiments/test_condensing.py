@@ -263,8 +263,8 @@ def test_a_budget_is_one_schedule_for_all_sets(
         run(tmp_path / "short", ["fast"], **options, budget=1e-6)
     asked: list[Any] = []
 
-    def fit(probe: GradientMatchingCondensation, *given: Any) -> tuple[Schedule, str]:
-        asked.append((probe.protocol.iterations, *given))
+    def fit(make: Any, *given: Any) -> tuple[Schedule, str]:
+        asked.append((make(2).protocol.iterations, *given))
         return Schedule(15, 3, (2,)), "some minutes a set"
 
     monkeypatch.setattr("condensing.fit_schedule", fit)
@@ -272,8 +272,9 @@ def test_a_budget_is_one_schedule_for_all_sets(
     (row,) = run(tmp_path, ["fast"], **options, budget=15)
     said = capsys.readouterr().out
     assert "fast: some minutes a set" in said
-    ((iterations, data, budget, watch, moments, *_),) = asked
+    ((iterations, data, budget, watch, moments, tested, _),) = asked
     assert (iterations, len(data.train), budget, moments) == (2, 780, 15, None)
+    assert tested == 2
     assert watch.moments == []
     assert row.iterations == 3
     for seed in (0, 1):
