@@ -3,6 +3,7 @@
 from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.evaluation import Evaluation, evaluate, evaluate_full
 from leakage.condensation.gradient_matching import GradientMatchingCondensation
+from leakage.condensation.kmeans import kmeans_images
 from leakage.condensation.protocols import CondensationProtocol
 from leakage.condensation.synthetic_set import SyntheticSet, random_images
 from leakage.condensation.training import TrainingOptions
@@ -16,5 +17,6 @@ __all__ = [
     "TrainingOptions",
     "evaluate",
     "evaluate_full",
+    "kmeans_images",
     "random_images",
 ]

@@ -21,7 +21,8 @@ from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.matching import Transform, match, matched_parameters, real_gradients
 from leakage.condensation.networks import fitting_network, take_statistics, train_on
 from leakage.condensation.protocols import CondensationProtocol, condensation_protocol, schedule
-from leakage.condensation.synthetic_set import SyntheticSet, start_images
+from leakage.condensation.start import start_images
+from leakage.condensation.synthetic_set import SyntheticSet
 from leakage.datamodules.labelled import ClassBatch, LabelledImages
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.files.checkpoints import check_checkpoint

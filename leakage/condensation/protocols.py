@@ -10,7 +10,7 @@ from leakage.errors import check_choice, check_count, check_flag, check_positive
 
 # (outer, inner) loops of the paper by images per class.
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
-INITIALIZATIONS = ("noise", "real")
+INITIALIZATIONS = ("noise", "real", "kmeans")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class CondensationProtocol:
         momentum: likewise, from 0 to below 1.
         decay: whether the learning rate falls to zero in equal steps over the run. Each network pulls the images
             its own way; smaller and smaller steps take the mean over the last ones.
-        initialization: ``"noise"`` from N(0, 1), or ``"real"`` images of the class.
+        initialization: ``"noise"`` from N(0, 1), ``"real"`` images of the class, or ``"kmeans"``, the real images of
+            :func:`~leakage.condensation.kmeans_images`.
 
     Raises:
         ValueError: a value out of its range.

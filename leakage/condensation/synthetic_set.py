@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -277,8 +278,22 @@ def random_images(data: LabelledImages, images_per_class: int, seed: int = 0) ->
         >>> random_images(LabelledImages("sample"), images_per_class=3).images_per_class.tolist()
         [3, 3, 3, 3, 3, 3, 3, 3, 3, 3]
     """
-    check_count(images_per_class=images_per_class)
     check_count(0, seed=seed)
+
+    def choose(members: Tensor, label: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(seed, label, "random images"))
+        return members[torch.randperm(len(members), generator=generator)[:images_per_class]]
+
+    return real_set(data, images_per_class, choose)
+
+
+def real_set(data: LabelledImages, images_per_class: int, choose: Callable[[Tensor, int], Tensor]) -> SyntheticSet:
+    """The training images that ``choose`` takes of each class, given the indices of all and the class.
+
+    Raises:
+        ValueError: more images than a class has.
+    """
+    check_count(images_per_class=images_per_class)
     make_ready(data)
     chosen = []
     for label, name in enumerate(data.class_names):
@@ -288,8 +303,7 @@ def random_images(data: LabelledImages, images_per_class: int, seed: int = 0) ->
                 f"Expected `images_per_class` of at most {len(members)}, the training images of class {label} "
                 f"({name}) of {data.name!r}, but got {images_per_class}."
             )
-        generator = torch.Generator().manual_seed(derive_seed(seed, label, "random images"))
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:images_per_class]])
+        chosen.append(choose(members, label))
     indices = torch.cat(chosen)
     return SyntheticSet(
         data.train.images[indices].float() / 255,
@@ -299,15 +313,6 @@ def random_images(data: LabelledImages, images_per_class: int, seed: int = 0) ->
         class_names=data.class_names,
         dataset=data.name,
     )
-
-
-def start_images(data: LabelledImages, images_per_class: int, initialization: str, seed: int) -> Tensor:
-    """Normalised images to begin a condensation with, class by class: ``"noise"`` from N(0, 1), or ``"real"`` ones."""
-    start = derive_seed(seed, 0, "start")
-    if initialization == "real":
-        return random_images(data, images_per_class, start).normalised()
-    generator = torch.Generator().manual_seed(start)
-    return torch.randn(data.num_classes * images_per_class, *data.image_shape, generator=generator)
 
 
 def make_ready(data: LabelledImages) -> None:

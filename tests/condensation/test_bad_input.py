@@ -26,7 +26,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"augmentation": "crop_blur"},
         r"to be some of \['color', 'crop', 'cutout', 'flip', 'scale', 'rotate'\].*'crop_blur'",
     ),
-    ({"initialization": "zeros"}, r"Expected `initialization` to be one of \['noise', 'real'\], but got 'zeros'"),
+    (
+        {"initialization": "zeros"},
+        r"Expected `initialization` to be one of \['kmeans', 'noise', 'real'\], but got 'zeros'",
+    ),
     ({"network_learning_rate": 0.0}, "Expected `network_learning_rate` to be positive and finite, but got 0.0"),
     ({"network_batch_size": 0}, "Expected `network_batch_size` to be a whole number of at least 1, but got 0"),
     ({"seed": -1}, "Expected `seed` to be a whole number of at least 0, but got -1"),
