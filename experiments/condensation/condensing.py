@@ -118,7 +118,7 @@ def condense(
         data: where the images come from.
         output: the folder.
         images_per_class: of the set.
-        loops: (outer, inner), by default those of the paper, see
+        loops: (outer, inner) of ``"dc"`` and ``"dsa"``, by default those of the paper, see
             :class:`~leakage.condensation.GradientMatchingCondensation`.
         iterations: networks that images are condensed on, of all methods; by default each protocol's own.
         networks: that are trained on the set for its test; one on the whole training set.
@@ -152,7 +152,12 @@ def condense(
     check_output(folder)
     condensations = {
         method: GradientMatchingCondensation(
-            images_per_class, network=network, loops=loops, iterations=iterations, seed=seed, **options
+            images_per_class,
+            network=network,
+            loops=loops if options["protocol"] == "published" else None,
+            iterations=iterations,
+            seed=seed,
+            **options,
         )
         for method in methods
         if (options := METHODS[method]) is not None

@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs=2,
         type=int,
         metavar=("OUTER", "INNER"),
-        help="default: the paper's for 1, 10, 20 ... 50 images",
+        help="of dc and dsa (default: the paper's for 1, 10, 20 ... 50 images)",
     )
     parser.add_argument(
         "--iterations", type=int, help="networks to condense on, with every method (default: each protocol's)"

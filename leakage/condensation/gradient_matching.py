@@ -312,9 +312,8 @@ class GradientMatchingCondensation(LightningModule):
         images = self.synthetic_images
         by_class = images.detach().view(self._num_classes, -1, *images.shape[1:])
         distance = self.hparams["distance"]
-        distances, derivatives = match(
-            self.network, goal.targets, by_class, distance=distance, transforms=goal.transforms
-        )
+        options = {"distance": distance, "transforms": goal.transforms, "in_turn": self.protocol.pool > 0}
+        distances, derivatives = match(self.network, goal.targets, by_class, **options)
         sound = torch.isfinite(distances) & torch.isfinite(derivatives).flatten(1).all(1)
         if not bool(sound.all()):
             if self._sound_images is not None:

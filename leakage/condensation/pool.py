@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,6 +23,9 @@ _BATCH, _RATE, _MOMENTUM = 64, 0.01, 0.9
 # Images at a time on the CPU, for its caches.
 _PIECE = 16
 
+# A state of a network, and what it says of real images.
+Kept = tuple[dict[str, Tensor], Goal]
+
 
 @dataclass
 class NetworkPool(Networks):
@@ -38,8 +41,8 @@ class NetworkPool(Networks):
     visited once in their order, then again and again in random orders. The networks are never trained on synthetic
     images.
 
-    A network is trained when one of its states is first wanted. It depends on the seed and its number alone, so that a
-    resumed run finds the same. Gradients are kept in bfloat16, whose rounding is far below what another batch of real
+    A network is trained as far as its states are wanted. It depends on the seed and its number alone, so that a resumed
+    run finds the same. Gradients are kept in bfloat16, whose rounding is far below what another batch of real
     images would change: (1 + K / 2) times the network in float32 for each state, 420 MB in all for 8 ConvNets and 10
     classes.
 
@@ -48,17 +51,20 @@ class NetworkPool(Networks):
     """
 
     size: int = 8
-    _kept: dict[int, list[tuple[dict[str, Tensor], Goal]]] = field(default_factory=dict)
+    _kept: dict[int, list[Kept]] = field(default_factory=dict, init=False)
+    _training: dict[int, Iterator[Kept]] = field(default_factory=dict, init=False)
 
     def goal(self, batch: ClassBatch) -> Goal:
         """Put the state of this visit into the network; its gradients."""
         number, moment = divmod(self.visited(batch.step), len(MOMENTS))
+        kept = self._kept.setdefault(number, [])
+        training = self._training.setdefault(number, self._train(number))
         seen = 0
-        if number not in self._kept:
-            self._kept[number] = self._make(number)
-            seen = sum(goal.real_images for _, goal in self._kept[number])
+        while len(kept) <= moment:
+            kept.append(next(training))
+            seen += kept[-1][1].real_images
         with self.clock("network"):
-            state, goal = self._kept[number][moment]
+            state, goal = kept[moment]
             self.network.load_state_dict(state, strict=False)
             dtype = next(self.network.parameters()).dtype
             targets = {name: target.to(dtype) for name, target in goal.targets.items()}
@@ -70,31 +76,27 @@ class NetworkPool(Networks):
         passed, place = divmod(step, count)
         return place if passed == 0 else int(torch.randperm(count, generator=self.generator(passed, "pool"))[place])
 
-    def _make(self, number: int) -> list[tuple[dict[str, Tensor], Goal]]:
-        """Train a network; its states and their gradients."""
+    def _train(self, number: int) -> Iterator[Kept]:
+        """Train a network; its states and their gradients, one after another."""
         state = draw_state(self.network, derive_seed(self.options["seed"], number, "network"))
-        self.network.load_state_dict(state, strict=False)
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=_RATE, momentum=_MOMENTUM)
         generator = self.generator(number, "pool training")
-        kept, trained = [], 0
+        trained = 0
         for index, moment in enumerate(MOMENTS, start=number * len(MOMENTS)):
             batch = self.data.class_batch(index)
             classes = [images.to(parameters[0].device) for images in self.split(batch)]
             with self.clock("network"):
+                self.network.load_state_dict(state, strict=False)  # others have been in its place
                 for _ in range(moment - trained):
-                    self._train(optimizer, parameters, generator)
+                    self._step(optimizer, parameters, generator)
                 trained = moment
                 take_statistics(self.network, self.data, classes)
-            state = {name: tensor.detach().clone() for name, tensor in state_of(self.network).items()}
+                state = {name: tensor.detach().clone() for name, tensor in state_of(self.network).items()}
             goal = self.take(index, classes)
-            targets = {name: target.bfloat16() for name, target in goal.targets.items()}
-            kept.append((state, replace(goal, targets=targets)))
-        return kept
+            yield state, replace(goal, targets={name: target.bfloat16() for name, target in goal.targets.items()})
 
-    def _train(
-        self, optimizer: torch.optim.SGD, parameters: Sequence[nn.Parameter], generator: torch.Generator
-    ) -> None:
+    def _step(self, optimizer: torch.optim.SGD, parameters: Sequence[nn.Parameter], generator: torch.Generator) -> None:
         """One step of SGD on random real images."""
         train, device = self.data.train, parameters[0].device
         chosen = torch.randint(len(train), (_BATCH,), generator=generator)
