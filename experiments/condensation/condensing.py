@@ -114,7 +114,7 @@ def condense(
         loops: (outer, inner) of ``"dc"`` and ``"dsa"``, by default those of the paper.
         iterations: networks that images are condensed on, of all methods; by default each protocol's own.
         budget: minutes for the condensation of a set with its tests on held-out images, in place of ``iterations``:
-            one iteration is timed, and as many are made as fit.
+            some iterations are timed, and as many are made as fit.
         networks: that are trained on each set for each evaluation; one on the whole training set.
         moments: iterations after which the images are tested on held-out training images, besides the last; by default
             :data:`MOMENTS`, or with a ``budget`` a few, evenly spread.

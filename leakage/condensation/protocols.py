@@ -30,6 +30,9 @@ class CondensationProtocol:
             its own way; smaller and smaller steps take the mean over the last ones.
         initialization: ``"noise"`` from N(0, 1), ``"real"`` images of the class, or ``"kmeans"``, the real images of
             :func:`~leakage.condensation.kmeans_images`.
+        pool: networks that are trained on real images and kept in several states with their gradients, see
+            :class:`~leakage.condensation.pool.NetworkPool`; an iteration is then a visit to one state. 0 for networks
+            drawn anew.
 
     Raises:
         ValueError: a value out of its range.
@@ -42,9 +45,11 @@ class CondensationProtocol:
     momentum: float = 0.5
     decay: bool = False
     initialization: str = "noise"
+    pool: int = 0
 
     def __post_init__(self) -> None:
         check_count(iterations=self.iterations, batch_size=self.batch_size, network_reuse=self.network_reuse)
+        check_count(0, pool=self.pool)
         check_flag(decay=self.decay)
         check_positive(learning_rate=self.learning_rate)
         check_momentum(self.momentum)
@@ -75,8 +80,17 @@ def condensation_protocol(name: str, images_per_class: int = 1, **replaced: Any)
     return dataclasses.replace(named, **{key: value for key, value in replaced.items() if value is not None})
 
 
-def schedule(images_per_class: int, loops: tuple[int, int] | list[int] | None) -> tuple[int, int]:
-    """Outer steps per network, and epochs it is trained for between two of them: those given, else the paper's."""
+def schedule(images_per_class: int, loops: tuple[int, int] | list[int] | None, pool: int = 0) -> tuple[int, int]:
+    """Outer steps per network, and epochs it is trained for between two of them: those given, else the paper's.
+
+    With a pool a visit is one step, after which nothing is trained.
+    """
+    if pool:
+        if loops is not None:
+            raise ValueError(
+                f"Expected no `loops` with a pool of networks, which no synthetic images train, but got {loops!r}."
+            )
+        return 1, 0
     if loops is None:
         if images_per_class not in LOOPS:
             raise ValueError(

@@ -10,7 +10,7 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from leakage.condensation import GradientMatchingCondensation, gradient_matching
+from leakage.condensation import GradientMatchingCondensation, fresh
 from leakage.datamodules import Victims
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -179,7 +179,7 @@ def test_steps_too_large_end_with_an_error_and_the_last_good_images(kit: Any) ->
 def test_a_network_that_breaks_down_leaves_good_images(
     kit: Any, loops: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact, calls = gradient_matching.real_gradients, []
+    exact, calls = fresh.real_gradients, []
 
     def spoilt(*arguments: Any) -> dict[str, Tensor]:
         gradients = exact(*arguments)
@@ -188,7 +188,7 @@ def test_a_network_that_breaks_down_leaves_good_images(
             gradients["classifier.weight"][1, 0] = torch.inf
         return gradients
 
-    monkeypatch.setattr(gradient_matching, "real_gradients", spoilt)
+    monkeypatch.setattr(fresh, "real_gradients", spoilt)
     condensation = GradientMatchingCondensation(network=kit.network(), iterations=5, loops=loops)
     where = rf"at iteration {3 // loops[0]}, class 1 \(middle\)"
     with pytest.raises(FloatingPointError, match=where):
