@@ -158,9 +158,9 @@ def fit_schedule(
     first = min(count, iterations)
     expected = (before + first * early + (iterations - first) * late + looks * test) / 60
     words = (
-        f"{iterations} iterations, {first} of {early:.2g} s and then of {late:.2g} s, and {looks} tests of {test:.2g} "
-        f"s on held-out images. Expected are {expected:.2g} minutes a set, and {tested * test / 60:.2g} for its tests "
-        f"afterwards; {math.floor(whole):d} s went into finding out"
+        f"{iterations} iterations, {first} of {early:.2g} s and then of {late:.2g} s, and {looks} "
+        f"test{'s' * (looks != 1)} of {test:.2g} s on held-out images. Expected are {expected:.2g} minutes a set, and "
+        f"{tested * test / 60:.2g} for its tests afterwards; {math.floor(whole):d} s went into finding out"
     )
     return schedule, words
 
