@@ -37,7 +37,8 @@ from leakage.cli import quiet
 from leakage.comparison import align
 from leakage.condensation import SyntheticSet, evaluate, random_images
 from leakage.condensation.training import EVALUATIONS, evaluation_options
-from leakage.datamodules import LABELLED_DATASETS, LabelledImages
+from leakage.datamodules import DATASETS, LABELLED_DATASETS, LabelledImages
+from leakage.datamodules.benchmarks import BENCHMARKS
 from leakage.errors import check_count
 from leakage.files.text import write_json
 from leakage.files.whole import check_output
@@ -281,10 +282,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.device is not None:
             _check_device(given.device)
         sets = read_sets(given.synthetic)
-        dataset = given.dataset or next(iter(sets.values())).dataset
+        named = next(iter(sets.values())).dataset
+        dataset = given.dataset or named
         if not dataset:
             raise ValueError(f"Expected `--dataset`, as '{given.synthetic}' names none, but got none.")
-        data = LabelledImages(dataset, root=given.root, image_size=given.image_size, seed=given.seed)
+        # A folder may hold what has a name of its own.
+        benchmark = named if named in BENCHMARKS and dataset not in DATASETS else None
+        data = LabelledImages(
+            dataset, root=given.root, image_size=given.image_size, benchmark=benchmark, seed=given.seed
+        )
         check_output(given.output)
         if not given.resume and (given.output / "summary.json").exists():
             raise ValueError(

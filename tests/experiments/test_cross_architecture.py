@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from leakage.condensation import Recipe, SyntheticSet, evaluate, random_images
 from leakage.datamodules import LabelledImages
@@ -188,6 +189,19 @@ def test_evaluation_of_the_networks(
     cross.main(["--synthetic", str(path), *arguments, *asked])
     assert [call["augmentation"] for call in calls] == [expected]
     assert read(tmp_path / "out")[0]["source"] == method
+
+
+def test_a_folder_that_holds_the_data_set(cross: ModuleType, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for label, name in enumerate(("cat", "dog")):
+            folder = tmp_path / "photos" / part / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (16, 16), (100 * label + 10, 60 * label, 99 - label)).save(folder / "1.png")
+    data = LabelledImages(tmp_path / "photos", benchmark="cifar10")
+    random_images(data, 1).save(tmp_path / "s.safetensors")
+    arguments = ["--synthetic", str(tmp_path / "s.safetensors"), "--dataset", str(tmp_path / "photos")]
+    cross.main([*arguments, *SMALL, "--architectures", "mlp", "--output", str(tmp_path / "out")])
+    assert read(tmp_path / "out")[0]["dataset"] == "cifar10"
 
 
 @pytest.mark.parametrize(("shape", "count"), [((1, 28, 28), 61706), ((3, 32, 32), 62006), ((1, 16, 20), None)])
