@@ -27,6 +27,13 @@ def check_not_negative(**values: float) -> None:
             raise ValueError(f"Expected `{name}` of at least 0, but got {value!r}.")
 
 
+def check_share(**values: float) -> None:
+    """Raise a ``ValueError`` naming the first of ``values`` that is not a number above zero and below one."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise ValueError(f"Expected `{name}` to be above 0 and below 1, but got {value!r}.")
+
+
 def check_count(at_least: int = 1, /, **values: int) -> None:
     """Raise a ``ValueError`` naming the first of ``values`` that is not a whole number of at least ``at_least``."""
     for name, value in values.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,16 @@ from leakage.files.checkpoints import WholeCheckpointIO
 
 def holds_results(folder: Path) -> bool:
     """Whether a comparison, finished or not, was written to a folder."""
-    return (folder / "summary.json").exists() or any(folder.glob("*/run.json"))
+    return (folder / "summary.json").exists() or any(folder.glob("*/run.json")) or any(folder.glob("*/seed_*/run.json"))
+
+
+def code_version() -> str | None:
+    """The commit of this code, with ``-dirty`` where it was changed since; None where that can't be told."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def trainer_defaults() -> dict[str, Any]:

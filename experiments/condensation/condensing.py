@@ -2,85 +2,71 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-import shutil
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from budgets import Schedule, fit_schedule, read_schedule  # beside this script
+from condensation_rows import FILES, CondensationRow, clear, sum_up, write_overview
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from leakage.callbacks import CondensationProgressBar, SyntheticEvaluation, SyntheticImages, read_accuracies
+from leakage.callbacks import CondensationProgressBar, SyntheticEvaluation, SyntheticImages
 from leakage.callbacks.timed_checkpoint import TimedCheckpoint
-from leakage.comparison import align
 from leakage.condensation import (
+    Evaluation,
     GradientMatchingCondensation,
+    Recipe,
+    Score,
     SiameseAugmentation,
+    SyntheticSet,
     evaluate,
     evaluate_full,
+    kmeans_images,
     random_images,
 )
+from leakage.condensation.training import EVALUATIONS, evaluation_options
 from leakage.datamodules import LabelledImages
-from leakage.errors import check_choice, check_count
+from leakage.errors import check_choice, check_count, check_share
 from leakage.files.text import write_json
 from leakage.files.whole import check_output
-from leakage.plots import plot_accuracy, save_figure
+from leakage.plots import save_figure
 
 sys.path.append(str(Path(__file__).parents[1] / "comparison"))
-from records import check_trainer, read_record, trainer_defaults
+from records import check_trainer, code_version, read_record, trainer_defaults
 
-# Of rows with `accuracy_std` and `accuracy_ci`.
-Row = TypeVar("Row")
-
-# How each method condenses; those with None take no gradient.
-METHODS: dict[str, dict[str, Any] | None] = {
+# How each method condenses.
+CONDENSATIONS: dict[str, dict[str, Any]] = {
     "dc": {"protocol": "published"},
-    "dsa": {"protocol": "published", "augmentation": "color_crop_cutout_flip_scale_rotate"},
+    "dsa": {"protocol": "published", "initialization": "real"},  # and the augmentation that goes with the data set
     "fast": {"protocol": "fast"},
-    "random": None,
-    "full": None,
 }
-# Iterations after which the images are tested; always at the end.
+# Real images in place of condensed ones.
+CHOICES: dict[str, Callable[[LabelledImages, int, int], SyntheticSet]] = {
+    "random": random_images,
+    "kmeans": kmeans_images,
+}
+METHODS = (*CONDENSATIONS, *CHOICES, "full")
+# Iterations after which the images are tested on held-out training images; always at the end.
 MOMENTS = (0, 10, 20, 50, 100, 200, 500, 1000)
-# All that a run writes to its folder itself.
-FILES = ("summary.json", "accuracy.png", "synthetic.png", "synthetic.safetensors")
+# Networks that are trained for such a test.
+_WATCHING = 1
 
 
 @dataclass
-class CondensationRow:
-    """Test accuracy of networks trained on one set of images, a line of ``summary.json``.
+class _Made:
+    """What is recorded of a set that is made."""
 
-    Attributes:
-        method: a key of :data:`METHODS`.
-        dataset: where the images come from.
-        images_per_class: of the set; None for the whole training set.
-        iterations: of the condensation, None where there is none.
-        accuracy_mean: over the networks, 0 to 1.
-        accuracy_std: over the networks.
-        accuracy_ci: 95 % confidence interval of the mean, after Student.
-        networks: how many were trained.
-        seconds: spent on condensing, without tests, over all sessions of a resumed run; on training and testing for
-            ``"full"``, 0 for ``"random"``.
-        published_accuracy: the paper's figure, 0 to 1, where there is one.
-    """
-
-    method: str
-    dataset: str
-    images_per_class: int | None
     iterations: int | None
-    accuracy_mean: float
-    accuracy_std: float
-    accuracy_ci: tuple[float, float]
-    networks: int
     seconds: float
-    published_accuracy: float | None = None
 
 
 def condense(
@@ -89,13 +75,17 @@ def condense(
     output: str | os.PathLike[str],
     *,
     images_per_class: int = 1,
+    sets: int = 1,
+    evaluations: Sequence[str] = ("dc",),
     loops: tuple[int, int] | None = None,
     iterations: int | None = None,
+    budget: float | None = None,
     networks: int = 10,
-    moments: Sequence[int] = MOMENTS,
+    moments: Sequence[int] | None = None,
+    held_out: float | None = 0.02,
     network: nn.Module | None = None,
     epochs: int | None = None,
-    augmentation: SiameseAugmentation | None = None,
+    test_precision: str = "32-true",
     full_epochs: int = 5,
     cache: str | os.PathLike[str] | None = None,
     published: Mapping[str, float] | None = None,
@@ -104,180 +94,294 @@ def condense(
     logger: Logger | bool = False,
     **trainer: Any,
 ) -> list[CondensationRow]:
-    """Make a small training set in each of several ways, one after another, and test what each is worth.
+    """Make small training sets in each of several ways, one after another, and test what each is worth.
 
     Files in ``output``: ``summary.json`` (a list of :class:`CondensationRow`), ``synthetic.safetensors`` and
-    ``synthetic.png`` of the first method that makes a set, where something is condensed ``accuracy.png`` (test
-    accuracy over iterations, the other methods as lines), and a folder per method with its record, its last
-    checkpoint while it runs, its set, and what :class:`~leakage.callbacks.SyntheticImages` and
-    :class:`~leakage.callbacks.SyntheticEvaluation` write. Without ``resume`` those of an earlier run are replaced.
+    ``synthetic.png`` of the first method that makes a set, where something is condensed ``accuracy.png`` (accuracy on
+    held-out training images over iterations, test accuracies as lines), and a folder ``<method>/seed_<seed>`` per set
+    with its record, its last checkpoint while it runs, the set with its recipe, what
+    :class:`~leakage.callbacks.SyntheticImages` and :class:`~leakage.callbacks.SyntheticEvaluation` write, and the
+    result of each network that was trained on it. Without ``resume`` those of an earlier run are replaced.
 
     Args:
-        methods: of ``"dc"``, ``"dsa"`` (with siamese augmentation, of the networks in the test too), ``"fast"``,
-            ``"random"`` (real images, drawn by the seed) and ``"full"`` (the whole training set, for few epochs).
+        methods: of ``"dc"``, ``"dsa"`` (with siamese augmentation, from real images), ``"fast"``, ``"random"`` and
+            ``"kmeans"`` (real images) and ``"full"`` (the whole training set, for few epochs).
         data: where the images come from.
         output: the folder.
-        images_per_class: of the set.
-        loops: (outer, inner), by default those of the paper, see
-            :class:`~leakage.condensation.GradientMatchingCondensation`.
+        images_per_class: of each set.
+        sets: of each method, with the seeds ``seed``, ``seed + 1`` and so on.
+        evaluations: of ``"dc"`` and ``"dsa"``, see :func:`~leakage.condensation.evaluate`.
+        loops: (outer, inner) of ``"dc"`` and ``"dsa"``, by default those of the paper.
         iterations: networks that images are condensed on, of all methods; by default each protocol's own.
-        networks: that are trained on the set for its test; one on the whole training set.
-        moments: iterations after which the images are tested, besides the last.
+        budget: minutes for the condensation of a set with its tests on held-out images, in place of ``iterations``:
+            some iterations are timed, and as many are made as fit.
+        networks: that are trained on each set for each evaluation; one on the whole training set.
+        moments: iterations after which the images are tested on held-out training images, besides the last; by default
+            :data:`MOMENTS`, or with a ``budget`` a few, evenly spread.
+        held_out: share of the training images that no set is condensed from; None for none, and no such tests.
         network: for condensing and testing; by default the :class:`~leakage.models.ConvNet` that fits.
-        epochs: of the networks in the test, see :func:`~leakage.condensation.evaluate`.
-        augmentation: likewise; ``"dsa"`` keeps its own.
-        full_epochs: on the whole training set.
-        cache: a folder that keeps the results on whole training sets, so that they are worked out once.
-        published: the paper's test accuracies by method, 0 to 1.
-        seed: of all but the batches of real images, whose seed is that of ``data``.
+        epochs, test_precision: of the networks in the test, see :func:`~leakage.condensation.evaluate`.
+        full_epochs, cache: on the whole training set, and a folder that keeps its result, by default in ``output``.
+        published: the papers' test accuracies by evaluation, 0 to 1.
+        seed: of all that is drawn.
         resume: go on with what is in ``output``; where there is nothing, begin.
-        logger: as for the Trainer.
-        **trainer: further options of the Trainer.
+        logger, **trainer: options of the Trainer.
 
     Returns:
-        One row per method.
+        One row per method and evaluation.
 
     Raises:
-        ValueError: an unknown method, an option out of its range, a network that does not fit the data, or with
-            ``resume`` results that are damaged or of another configuration.
+        ValueError: an unknown method, an option out of its range, a network that does not fit the data, a budget too
+            small for one iteration, or with ``resume`` results that are damaged or of another configuration.
         OSError: a folder or file that can't be written.
     """
     if not methods:
         raise ValueError("Expected `methods` to name at least one method, but got none.")
     for method in methods:
         check_choice("methods", method, METHODS)
-    check_count(images_per_class=images_per_class, networks=networks, full_epochs=full_epochs)
-    folder = Path(output)
+    if not evaluations:
+        raise ValueError("Expected `evaluations` to name at least one evaluation, but got none.")
+    for evaluation in evaluations:
+        check_choice("evaluations", evaluation, EVALUATIONS)
+    if budget is not None and iterations is not None:
+        raise ValueError(f"Expected `budget` or `iterations`, but got both, {budget!r} and {iterations!r}.")
+    check_count(images_per_class=images_per_class, sets=sets, networks=networks, full_epochs=full_epochs)
+    evaluation_options(data.name, epochs, seed=seed, precision=test_precision)
+    if held_out is not None:
+        check_share(held_out=held_out)
     check_trainer(trainer)
-    check_output(folder)
-    condensations = {
-        method: GradientMatchingCondensation(
-            images_per_class, network=network, loops=loops, iterations=iterations, seed=seed, **options
-        )
-        for method in methods
-        if (options := METHODS[method]) is not None
-    }
-    data.prepare_data()
-    data.setup("fit")
-    test: dict[str, Any] = {"network": network, "networks": networks, "epochs": epochs, "seed": seed}
-    device = "cpu" if trainer.get("accelerator") == "cpu" else None
-    tests = {method: {**test, "augmentation": _augmentation(method, augmentation)} for method in methods}
-    configurations = {
-        method: {
+    run = _Run(
+        data=data,
+        output=Path(output),
+        images_per_class=images_per_class,
+        evaluations=tuple(evaluations),
+        options={"network": network, "loops": loops, "iterations": iterations},
+        tests={"network": network, "epochs": epochs, "precision": test_precision},
+        budget=budget,
+        networks=networks,
+        moments=moments,
+        held_out=held_out,
+        full_epochs=full_epochs,
+        cache=cache,
+        published=dict(published or {}),
+        resume=resume,
+        logger=logger,
+        trainer=trainer,
+    )
+    return run.all(methods, range(seed, seed + sets))
+
+
+@dataclass
+class _Run:
+    """All that the sets have in common; see :func:`condense`."""
+
+    data: LabelledImages
+    output: Path
+    images_per_class: int
+    evaluations: tuple[str, ...]
+    options: dict[str, Any]
+    tests: dict[str, Any]
+    budget: float | None
+    networks: int
+    moments: Sequence[int] | None
+    held_out: float | None
+    full_epochs: int
+    cache: str | os.PathLike[str] | None
+    published: dict[str, float]
+    resume: bool
+    logger: Logger | bool
+    trainer: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.device = "cpu" if self.trainer.get("accelerator") == "cpu" else None
+        self.progress = self.trainer.get("enable_progress_bar", True)
+        self.rows: dict[tuple[str, str | None], CondensationRow] = {}
+
+    def all(self, methods: Sequence[str], seeds: range) -> list[CondensationRow]:
+        """Make and test all sets, and write what is known after each evaluation."""
+        # What can be refused is refused before the first is made, and before anything of an earlier run is touched.
+        for method in methods:
+            if method in CONDENSATIONS:
+                self._condensation(method, seeds[0], None)
+        SyntheticEvaluation(self.moments or (), **self.tests)
+        check_output(self.output)
+        self.data.prepare_data()
+        self.data.setup("fit")
+        watched = self.data if self.held_out is None else self.data.hold_out(self.held_out)
+        if CHOICES.keys() & set(methods):
+            random_images(self.data, self.images_per_class)
+        sources = {method: watched if method in CONDENSATIONS else self.data for method in methods if method != "full"}
+        schedules = {}
+        for method, source in sources.items() if self.resume else ():
+            schedules[method] = read_schedule(self.output / method, self.budget) if method in CONDENSATIONS else None
+            for seed in seeds:
+                self._finished(method, seed, of_seed(source, seed), schedules[method])
+        if not self.resume:
+            for file in FILES:
+                (self.output / file).unlink(missing_ok=True)
+        for method in methods:
+            if not self.resume:
+                clear(self.output / method)
+            if method == "full":
+                self._full(seeds[0])
+                continue
+            found: dict[str, list[Evaluation]] = {evaluation: [] for evaluation in self.evaluations}
+            spent: list[_Made] = []
+            for seed in seeds:
+                source = of_seed(sources[method], seed)
+                if method in CONDENSATIONS and schedules.get(method) is None:
+                    schedules[method] = self._schedule(method, seed, source)
+                synthetic, made = self._make(method, seed, source, schedules.get(method))
+                spent.append(made)
+                for evaluation in self.evaluations:
+                    synthetic, outcome = self._test(synthetic, evaluation, seed, self._folder(method, seed))
+                    found[evaluation].append(outcome)
+                    self._tell(method, evaluation, found[evaluation], spent)
+        return list(self.rows.values())
+
+    def _folder(self, method: str, seed: int) -> Path:
+        return self.output / method / f"seed_{seed}"
+
+    def _condensation(self, method: str, seed: int, iterations: int | None) -> GradientMatchingCondensation:
+        options = CONDENSATIONS[method] | self.options | {"seed": seed}
+        options |= {} if iterations is None else {"iterations": iterations}
+        options |= {} if options["protocol"] == "published" else {"loops": None}
+        if method == "dsa":
+            options["augmentation"] = SiameseAugmentation.dsa(self.data.name).strategy
+        return GradientMatchingCondensation(self.images_per_class, **options)
+
+    def _schedule(self, method: str, seed: int, data: LabelledImages) -> Schedule:
+        """How many iterations, and when to look: as asked for, or what fits into the budget, for all sets alike."""
+        if self.budget is None:
+            return Schedule(None, None, tuple(MOMENTS if self.moments is None else self.moments))
+        print(f"{method}: timing some iterations and a test", flush=True)
+        watch = self._watch(seed, (), None) if self.held_out is not None else None
+        make = partial(self._condensation, method, seed)
+        names = ("dc", *self.evaluations)
+        first, *epochs = (evaluation_options(data.name, self.tests["epochs"], name).epochs for name in names)
+        tested = self.networks * sum(epochs) / first / _WATCHING
+        schedule, words = fit_schedule(make, data, self.budget, watch, self.moments, tested, self.trainer)
+        print(f"{method}: {words}", flush=True)
+        write_json(self.output / method / "budget.json", asdict(schedule))
+        return schedule
+
+    def _watch(self, seed: int, moments: Sequence[int], folder: Path | None) -> SyntheticEvaluation:
+        return SyntheticEvaluation(moments, output=folder, networks=_WATCHING, seed=seed, **self.tests)
+
+    def _configuration(self, method: str, seed: int, data: LabelledImages, schedule: Schedule | None) -> dict[str, Any]:
+        iterations = schedule.iterations if schedule is not None else None
+        condenses = method in CONDENSATIONS
+        return {
             "method": method,
             "data": data.configuration,
-            "images_per_class": images_per_class,
-            "condensation": dict(condensations[method].hparams) if method in condensations else None,
-            "test": {name: _plain(value) for name, value in tests[method].items()},
-            "full_epochs": full_epochs if method == "full" else None,
-            "precision": trainer.get("precision"),
+            "images_per_class": self.images_per_class,
+            "condensation": dict(self._condensation(method, seed, iterations).hparams) if condenses else None,
+            "seed": seed,
+            "precision": self.trainer.get("precision"),
         }
-        for method in methods
-    }
-    # What was run before is compared with what is asked for, for all methods before the first is run.
-    finished = {}
-    for method in methods:
-        row = read_accuracy_row(folder / method, configurations[method], CondensationRow) if resume else None
-        if row is not None:
-            finished[method] = row
-    # What can be refused is refused before the first is run.
-    chosen = random_images(data, images_per_class, seed) if "random" in methods else None
-    evaluations = {
-        method: SyntheticEvaluation(moments, output=folder / method, **tests[method]) for method in condensations
-    }
-    if not resume:
-        for file in FILES:
-            (folder / file).unlink(missing_ok=True)
-    for method in methods:
-        if method in finished:
-            continue
-        record = folder / method / "run.json"
-        if not resume:
-            _clear(folder / method)
-        write_json(record, {"configuration": configurations[method], "row": None})
-        begun = time.perf_counter()
-        condensation = condensations.get(method)
-        if condensation is not None:
-            callbacks: list[Callback] = [evaluations[method], SyntheticImages(record.parent, moments=moments)]
-            _run(method, condensation, data, record.parent, callbacks, logger, trainer)
-            outcome = evaluations[method].last
-            seconds = sum(spent for part, spent in condensation.seconds.items() if part != "evaluation")
-        elif method == "random" and chosen is not None:
-            outcome = evaluate(chosen, data, device=device, **tests[method])
-            chosen.save(record.parent / "synthetic.safetensors")
-            save_figure(chosen.figure(), record.parent / "synthetic.png")
-            seconds = 0.0
+
+    def _finished(self, method: str, seed: int, data: LabelledImages, schedule: Schedule | None) -> _Made | None:
+        """What is recorded of a set that is made already; a ``ValueError`` if another one was begun there."""
+        configuration = self._configuration(method, seed, data, schedule)
+        record = read_record(self._folder(method, seed), configuration, _Made)
+        return None if record is None else _Made(**record)
+
+    def _make(
+        self, method: str, seed: int, data: LabelledImages, schedule: Schedule | None
+    ) -> tuple[SyntheticSet, _Made]:
+        folder = self._folder(method, seed)
+        path = folder / "synthetic.safetensors"
+        made = self._finished(method, seed, data, schedule) if self.resume else None
+        if made is not None:
+            return SyntheticSet.load(path), made
+        configuration = self._configuration(method, seed, data, schedule)
+        write_json(folder / "run.json", {"configuration": configuration, "row": None})
+        if schedule is not None:
+            condensation = self._condensation(method, seed, schedule.iterations)
+            callbacks: list[Callback] = [SyntheticImages(folder, moments=schedule.moments)]
+            if self.held_out is not None and schedule.watches:
+                callbacks.insert(0, self._watch(seed, schedule.moments, folder))
+            _fit(f"{method} {seed}", condensation, data, folder, callbacks, self.logger, self.trainer)
+            synthetic, recipe = condensation.synthetic_set(), Recipe.of(condensation, method)
+            made = _Made(condensation.iteration, recipe.seconds)
         else:
-            outcome = evaluate_full(data, network=network, epochs=full_epochs, seed=seed, device=device, cache=cache)
-            seconds = time.perf_counter() - begun
-        finished[method] = CondensationRow(
+            synthetic = CHOICES[method](data, self.images_per_class, seed)
+            recipe, made = Recipe(method, seed), _Made(None, 0.0)
+            save_figure(synthetic.figure(), folder / "synthetic.png")
+        synthetic = replace(synthetic, recipe=replace(recipe, commit=code_version()))
+        synthetic.save(path)
+        write_json(folder / "run.json", {"configuration": configuration, "row": asdict(made)})
+        (folder / "last.ckpt").unlink(missing_ok=True)
+        return synthetic, made
+
+    def _test(
+        self, synthetic: SyntheticSet, evaluation: str, seed: int, folder: Path
+    ) -> tuple[SyntheticSet, Evaluation]:
+        """The set with its score in the recipe, and what came of the networks."""
+        outcome = evaluate(
+            synthetic,
+            self.data,
+            augmentation=evaluation,
+            networks=self.networks,
+            seed=seed,
+            device=self.device,
+            progress=self.progress,
+            cache=folder / "evaluations",
+            **self.tests,
+        )
+        if self.tests["network"] is None and synthetic.recipe is not None:
+            options = evaluation_options(self.data.name, self.tests["epochs"], evaluation)
+            score = Score(
+                evaluation,
+                tuple(outcome.accuracies.tolist()),
+                epochs=options.epochs,
+                seed=seed,
+                precision=self.tests["precision"],
+            )
+            if synthetic.recipe.score(evaluation) != score:
+                synthetic = replace(synthetic, recipe=synthetic.recipe.with_score(score))
+                synthetic.save(folder / "synthetic.safetensors")
+        return synthetic, outcome
+
+    def _full(self, seed: int) -> None:
+        outcome = evaluate_full(
+            self.data,
+            network=self.tests["network"],
+            epochs=self.full_epochs,
+            precision=self.tests["precision"],
+            seed=seed,
+            device=self.device,
+            progress=self.progress,
+            cache=self.cache if self.cache is not None else self.output / "full" / "evaluations",
+        )
+        made = _Made(None, outcome.training_seconds + outcome.testing_seconds)
+        self._tell("full", None, [outcome], [made])
+
+    def _tell(self, method: str, evaluation: str | None, found: list[Evaluation], made: list[_Made]) -> None:
+        """Add a row, or put it in the place of the one with fewer sets, and write all."""
+        self.rows[method, evaluation] = CondensationRow(
             method=method,
-            dataset=data.name,
-            images_per_class=None if method == "full" else images_per_class,
-            iterations=None if condensation is None else condensation.iteration,
-            accuracy_mean=outcome.mean,
-            accuracy_std=outcome.std,
-            accuracy_ci=outcome.interval,
-            networks=outcome.networks,
-            seconds=seconds,
-            published_accuracy=(published or {}).get(method),
+            dataset=self.data.name,
+            images_per_class=None if method == "full" else self.images_per_class,
+            evaluation=evaluation,
+            sets=len(found),
+            iterations=made[-1].iterations,
+            **sum_up(found),
+            seconds=math.fsum(one.seconds for one in made) / len(made),
+            published_accuracy=self.published.get(evaluation or "") if method in CONDENSATIONS else None,
         )
-        write_json(record, {"configuration": configurations[method], "row": asdict(finished[method])})
-        (record.parent / "last.ckpt").unlink(missing_ok=True)
-        # After each, so that a later one that fails loses nothing.
-        rows = [finished[name] for name in methods if name in finished]
-        _write_overview(folder, rows)
-    rows = [finished[method] for method in methods]
-    _write_overview(folder, rows)
-    return rows
+        write_overview(self.output, list(self.rows.values()))
 
 
-def format_table(rows: Sequence[CondensationRow]) -> str:
-    """The rows as a table for the terminal, accuracy with its standard deviation over networks."""
-    lines = [["", "images per class", "iterations", "test accuracy", "95 % interval", "paper", "networks", "time"]]
-    for row in rows:
-        lines.append(
-            [
-                row.method,
-                "all" if row.images_per_class is None else str(row.images_per_class),
-                "-" if row.iterations is None else str(row.iterations),
-                *accuracy_cells(row.accuracy_mean, row.accuracy_std, row.accuracy_ci),
-                "-" if row.published_accuracy is None else f"{100 * row.published_accuracy:.1f} %",
-                str(row.networks),
-                f"{row.seconds:.0f} s",
-            ]
-        )
-    return align(lines)
+def of_seed(data: LabelledImages, seed: int) -> LabelledImages:
+    """The same images in batches of another seed."""
+    other = copy.copy(data)
+    other.__dict__.pop("configuration", None)
+    other.seed = seed
+    return other
 
 
-def accuracy_cells(mean: float, std: float, interval: tuple[float, float]) -> tuple[str, str]:
-    """An accuracy in words, and its interval; without what one network does not have."""
-    spread = "" if math.isnan(std) else f" ± {100 * std:.1f}"
-    low, high = interval
-    return f"{100 * mean:.1f}{spread} %", "-" if math.isnan(low) else f"[{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def read_accuracy_row(folder: Path, configuration: dict[str, Any], kind: type[Row]) -> Row | None:
-    """The row of a finished run as :func:`read_record` reads it, None if there is none.
-
-    One network has neither standard deviation nor interval, and JSON no numbers for that: they are null in the file.
-    """
-    record = read_record(folder, configuration, kind)
-    if record is None:
-        return None
-    std, interval = record["accuracy_std"], record["accuracy_ci"]
-    record["accuracy_std"] = math.nan if std is None else std
-    record["accuracy_ci"] = tuple(math.nan if end is None else end for end in interval)
-    return kind(**record)
-
-
-def _augmentation(method: str, given: SiameseAugmentation | None) -> SiameseAugmentation | None:
-    """Of the networks in the test: that of the condensation, where it has one, else the one that is given."""
-    strategy = (METHODS[method] or {}).get("augmentation")
-    return given if strategy is None else SiameseAugmentation(strategy)
-
-
-def _run(
+def _fit(
     method: str,
     condensation: GradientMatchingCondensation,
     data: LabelledImages,
@@ -294,31 +398,3 @@ def _run(
     options = trainer_defaults() | {"log_every_n_steps": 1} | trainer
     runner = Trainer(logger=logger, callbacks=callbacks, **options)
     runner.fit(condensation, datamodule=data, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
-
-
-def _clear(folder: Path) -> None:
-    """Remove what an earlier run of a method has written, and nothing else."""
-    written = ("run.json", "last.ckpt", "accuracy.*", "synthetic.*", "synthetic/iteration_*.png")
-    for pattern in written:
-        for path in folder.glob(pattern):
-            path.unlink()
-
-
-def _write_overview(folder: Path, rows: Sequence[CondensationRow]) -> None:
-    """The rows, the curves of all methods in one picture, and the set of the first that has one."""
-    curves = {row.method: read_accuracies(folder / row.method / "accuracy.csv") for row in rows if row.iterations}
-    lines = {row.method: row.accuracy_mean for row in rows if not row.iterations}
-    paper = {f"{row.method}, paper": row.published_accuracy for row in rows if row.published_accuracy is not None}
-    if curves:
-        save_figure(plot_accuracy(curves, lines={**lines, **paper}, title=rows[0].dataset), folder / "accuracy.png")
-    write_json(folder / "summary.json", [asdict(row) for row in rows])
-    made = [row.method for row in rows if row.images_per_class is not None]
-    for name in ("synthetic.safetensors", "synthetic.png") if made else ():
-        shutil.copyfile(folder / made[0] / name, folder / name)
-
-
-def _plain(value: Any) -> Any:
-    """What tells an option from another in a record."""
-    if isinstance(value, SiameseAugmentation):
-        return dict(vars(value))
-    return value if value is None or isinstance(value, int) else str(value)

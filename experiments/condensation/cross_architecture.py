@@ -4,10 +4,13 @@ r"""Images condensed with one network train another: test accuracy of a saved se
         --networks 5 --baseline random --output results/cross_architecture
 
 `--synthetic` is a file that `SyntheticSet.save`, `leakage fit` or `table2.py` wrote, or a folder of `table2.py`, of
-which every method's set is tested. For each architecture new networks are trained on the set alone, as for table 2, and
-tested on the whole test set of the data set that the file names. With `--baseline random` the same is done with as many
-random real images. As in the papers, networks on MNIST are trained with augmentation, and so are those on sets of the
-method `dsa`, unless `--no-augment-test` is given.
+which every method's first set is tested. For each architecture new networks are trained on the set alone, as for table
+2, and tested on the whole test set of the data set that the file names. With `--baseline random` the same is done with
+as many random real images. Networks are trained as in the evaluation of the first paper (`dc`), those on sets of the
+method `dsa` as in that of the second, unless `--evaluation` says otherwise.
+
+LeNet is that of the attacks (sigmoids, weights from the uniform distribution on [-0.5, 0.5]), which is not made to be
+trained; LeNet with ReLU is that of Dataset Condensation, which is.
 
 What is done is written after each architecture. A run that was stopped goes on with the same command and `--resume`, as
 does one that more architectures are asked of. Without it a folder that holds results is refused.
@@ -18,21 +21,24 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from condensing import METHODS, accuracy_cells, read_accuracy_row  # beside this script
+from condensation_rows import accuracy_cells, read_accuracy_row  # beside this script
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from torch import nn
 
 from leakage.cli import quiet
 from leakage.comparison import align
-from leakage.condensation import SiameseAugmentation, SyntheticSet, evaluate, random_images
-from leakage.datamodules import LABELLED_DATASETS, LabelledImages
+from leakage.condensation import SyntheticSet, evaluate, random_images
+from leakage.condensation.training import EVALUATIONS, evaluation_options
+from leakage.datamodules import DATASETS, LABELLED_DATASETS, LabelledImages
+from leakage.datamodules.benchmarks import BENCHMARKS
 from leakage.errors import check_count
 from leakage.files.text import write_json
 from leakage.files.whole import check_output
@@ -41,9 +47,38 @@ from leakage.pieces import digest
 from leakage.plots import save_figure
 
 FILES = ("summary.json", "accuracy.png")
+
+
+def lenet_relu(channels: int, image_size: tuple[int, int], num_classes: int) -> nn.Sequential:
+    """The LeNet of Dataset Condensation: ReLU, max-pooling, and weights drawn as torch draws them.
+
+    Sides of 28 pixels are padded to 32 by the first convolution.
+    """
+    sides = [(side + 4 * (side == 28) - 4) // 2 for side in image_size]
+    height, width = ((side - 4) // 2 for side in sides)
+    if min(height, width) < 1:
+        raise ValueError(f"Expected images of at least 16 pixels a side for LeNet with ReLU, but got {image_size}.")
+    return nn.Sequential(
+        nn.Conv2d(channels, 6, 5, padding=tuple(2 * (side == 28) for side in image_size)),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * height * width, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, num_classes),
+    )
+
+
+# Each is called as those of `NETWORKS` are.
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {**NETWORKS, "lenet_relu": lenet_relu}
 # As the papers write them.
 WRITTEN = {
-    "convnet": "ConvNet", "mlp": "MLP", "lenet": "LeNet",
+    "convnet": "ConvNet", "mlp": "MLP", "lenet": "LeNet", "lenet_relu": "LeNet, ReLU",
     "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet18",
 }  # fmt: skip
 # Told apart also by readers who do not see red and green as different (Okabe and Ito).
@@ -55,7 +90,7 @@ class CrossRow:
     """Test accuracy of one architecture trained on one set, a line of ``summary.json``.
 
     Attributes:
-        architecture: a key of ``NETWORKS``.
+        architecture: a key of :data:`ARCHITECTURES`.
         dataset: where the test images come from.
         images_per_class: of the set; the fewest that a class has.
         source: the file or the method that the set comes from, ``"random"`` for random real images.
@@ -85,13 +120,18 @@ def read_sets(path: Path) -> dict[str, SyntheticSet]:
         FileNotFoundError: no such file or folder.
     """
     if not path.is_dir():
-        # `dc/synthetic.safetensors` is known by its folder.
+        synthetic = SyntheticSet.load(path)
+        # `dc/synthetic.safetensors` is known by its folder, unless it has a recipe.
         name = path.resolve().parent.name if path.stem == "synthetic" else path.stem
-        return {name: SyntheticSet.load(path)}
-    found = {file.parent.name: SyntheticSet.load(file) for file in sorted(path.glob("*/synthetic.safetensors"))}
+        return {synthetic.recipe.method if synthetic.recipe is not None else name: synthetic}
+    found: dict[str, SyntheticSet] = {}
+    for file in sorted(path.glob("*/seed_*/synthetic.safetensors"), key=lambda file: (len(file.parent.name), file)):
+        if file.parents[1].name not in found:
+            found[file.parents[1].name] = SyntheticSet.load(file)
     if not found:
         raise ValueError(
-            f"Expected `--synthetic` to hold <method>/synthetic.safetensors, but got '{path}', which does not."
+            f"Expected `--synthetic` to hold <method>/seed_<seed>/synthetic.safetensors, but got '{path}', which does "
+            "not."
         )
     if len({synthetic.dataset for synthetic in found.values()}) > 1:
         of = {name: synthetic.dataset for name, synthetic in found.items()}
@@ -107,7 +147,7 @@ def cross_architecture(
     *,
     networks: int,
     epochs: int | None,
-    augmentations: Mapping[str, SiameseAugmentation | None],
+    evaluations: Mapping[str, str],
     seed: int,
     resume: bool,
     device: str | None,
@@ -115,7 +155,7 @@ def cross_architecture(
 ) -> list[CrossRow]:
     """Test each set with each architecture, and write what came of it after each.
 
-    Sets and augmentations (of the networks' training) are by source.
+    Sets and evaluations are by source.
 
     Raises:
         ValueError: a set that does not fit the data, an architecture that does not take its images, or with ``resume``
@@ -123,7 +163,7 @@ def cross_architecture(
         OSError: a file that can't be written.
     """
     channels, height, width = data.image_shape
-    models = {name: NETWORKS[name](channels, (height, width), data.num_classes) for name in architectures}
+    models = {name: ARCHITECTURES[name](channels, (height, width), data.num_classes) for name in architectures}
     options = {"networks": networks, "epochs": epochs, "seed": seed}
     tested_on = {
         "name": data.name,
@@ -139,7 +179,7 @@ def cross_architecture(
                 "set": digest({"images": synthetic.images, "labels": synthetic.labels}),
                 "data": tested_on,
                 "network": repr(models[architecture]),
-                "augmentation": None if augmentations[source] is None else vars(augmentations[source]),
+                "evaluation": evaluations[source],
                 **options,
             }
     # What was run before is compared with what is asked for before anything is run.
@@ -156,7 +196,7 @@ def cross_architecture(
                 sets[source],
                 data,
                 network=models[architecture],
-                augmentation=augmentations[source],
+                augmentation=evaluations[source],
                 device=device,
                 progress=progress,
                 **options,  # type: ignore[arg-type]
@@ -238,14 +278,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet()
     try:
         check_count(networks=given.networks)
-        check_count(0, seed=given.seed)
+        evaluation_options("", given.epochs, seed=given.seed)
         if given.device is not None:
             _check_device(given.device)
         sets = read_sets(given.synthetic)
-        dataset = given.dataset or next(iter(sets.values())).dataset
+        named = next(iter(sets.values())).dataset
+        dataset = given.dataset or named
         if not dataset:
             raise ValueError(f"Expected `--dataset`, as '{given.synthetic}' names none, but got none.")
-        data = LabelledImages(dataset, root=given.root, image_size=given.image_size, seed=given.seed)
+        # A folder may hold what has a name of its own.
+        benchmark = named if named in BENCHMARKS and dataset not in DATASETS else None
+        data = LabelledImages(
+            dataset, root=given.root, image_size=given.image_size, benchmark=benchmark, seed=given.seed
+        )
         check_output(given.output)
         if not given.resume and (given.output / "summary.json").exists():
             raise ValueError(
@@ -259,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sets["random"] = random_images(data, images_per_class, given.seed)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    augmentations = {source: _augmentation(source, dataset, given.augment_test) for source in sets}
+    evaluations = {source: given.evaluation or ("dsa" if source == "dsa" else "dc") for source in sets}
     try:
         rows = cross_architecture(
             sets,
@@ -268,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.output,
             networks=given.networks,
             epochs=given.epochs,
-            augmentations=augmentations,
+            evaluations=evaluations,
             seed=given.seed,
             resume=given.resume,
             device=given.device,
@@ -280,14 +325,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{format_table(rows)}\n")
     for name in FILES:
         print(given.output / name)
-
-
-def _augmentation(source: str, dataset: str, asked: bool | None) -> SiameseAugmentation | None:
-    """What networks are trained on a set with; if nothing is asked for, as in the papers."""
-    strategy = (METHODS.get(source) or {}).get("augmentation")
-    if asked is None and strategy is not None:
-        return SiameseAugmentation(strategy)
-    return SiameseAugmentation.mnist_evaluation() if asked or (asked is None and dataset == "mnist") else None
 
 
 def _check_device(device: str) -> None:
@@ -312,15 +349,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--networks", type=int, default=5, help="of each architecture (default: %(default)s)")
     parser.add_argument(
-        "--architectures", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS), help="default: all"
+        "--architectures", nargs="+", choices=tuple(ARCHITECTURES), default=list(ARCHITECTURES), help="default: all"
     )
     parser.add_argument("--baseline", choices=("random",), help="test as many random real images too")
     parser.add_argument("--epochs", type=int, help="of each network (default: 300, augmented 1000)")
     parser.add_argument(
-        "--augment-test",
-        action=argparse.BooleanOptionalAction,
-        help="train the networks with the paper's augmentation for MNIST (default: with mnist, and for sets of the "
-        "method dsa with its own)",
+        "--evaluation",
+        choices=EVALUATIONS,
+        help="how networks are trained (default: dc, for sets of the method dsa dsa)",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for results")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")

@@ -1,18 +1,28 @@
 r"""Table 2 of Dataset Condensation: test accuracy of networks trained on a few condensed images, per data set.
 
-    python experiments/condensation/table2.py --dataset fashion_mnist --images-per-class 1 --iterations 100 \
-        --method dc random --output results/fashion_mnist_1
-    python experiments/condensation/table2.py --dataset fashion_mnist --images-per-class 1 --method fast \
-        --output results/fashion_mnist_1_fast
+    python experiments/condensation/table2.py --dataset fashion_mnist --images-per-class 10 --method fast kmeans \
+        --evaluation dc dsa --sets 3 --budget 15 --output results/fashion_mnist_10
+    python experiments/condensation/table2.py --dataset data/cifar10 --benchmark cifar10 --images-per-class 1 \
+        --method fast --sets 3 --output results/cifar10_1
 
 Methods: `dc` (gradient matching with the paper's protocol, https://arxiv.org/abs/2006.05929), `dsa` (the same with
-siamese augmentation, https://arxiv.org/abs/2102.08259), `fast` (this library's protocol), `random` (as many random real
-images) and `full` (the whole training set, for `--full-epochs`). The papers' figures, after 1,000 iterations, stand
-beside ours in the table that is printed; `fast` is compared with that of `dc`. As in the paper, networks on MNIST are
-trained with random shifts, scales and rotations; `--no-augment-test` leaves them out.
+siamese augmentation, https://arxiv.org/abs/2102.08259), `fast` (this library's protocol), `random` and `kmeans` (as
+many real images) and `full` (the whole training set, for `--full-epochs`). Evaluations: `dc`, as in the first paper
+(300 epochs without augmentation, but on MNIST 1,000 with random shifts, scales and rotations), and `dsa`, as in the
+second (1,000 epochs with its augmentation). Each paper's figure, after 1,000 iterations, stands beside ours of its
+evaluation.
+
+Several `--sets` have seeds one after the other. The interval is Student's over the means of the sets, as networks that
+are trained on the same set are not independent; for a single set it is over its networks, and about this set alone.
+
+A share of the training images (`--held-out`) is left out of condensation. On these, never on test images, the sets are
+tested on the way. `--budget` times some iterations and a test, tells how many iterations fit into so many minutes a
+set, and how long everything should take, and makes these; the schedule of a protocol ends with the last.
 
 A run that was stopped, in whatever way, goes on with the same command and `--resume`, and ends with the results that it
-would have had. Without `--resume` a folder that holds results is refused, so that none are lost by mistake.
+would have had: each network's result is kept as soon as it is known. With `--resume` more sets, networks and
+evaluations can be asked for, and what is known stays. Without it a folder that holds results is refused, so that none
+are lost by mistake.
 """
 
 from __future__ import annotations
@@ -22,11 +32,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from condensing import FILES, METHODS, MOMENTS, condense, format_table  # beside this script
+from condensation_rows import FILES, format_table  # beside this script
+from condensing import METHODS, condense
 
 from leakage.cli import quiet
-from leakage.condensation import SiameseAugmentation
+from leakage.condensation.training import EVALUATIONS, PRECISIONS
 from leakage.datamodules import LABELLED_DATASETS, LabelledImages
+from leakage.datamodules.benchmarks import BENCHMARKS
 from leakage.files.whole import check_output
 
 sys.path.append(str(Path(__file__).parents[1] / "comparison"))
@@ -51,12 +63,12 @@ _DSA = {
 
 
 def published(dataset: str, images_per_class: int) -> dict[str, float]:
-    """The papers' test accuracies from 0 to 1 by method, where they have one."""
+    """The papers' test accuracies from 0 to 1 by evaluation, where they have one."""
     found = {}
-    for method, table in (("dc", _DC), ("dsa", _DSA), ("fast", _DC)):
+    for evaluation, table in (("dc", _DC), ("dsa", _DSA)):
         for count, accuracy in zip(_COUNTS, table.get(dataset, ()), strict=False):
             if count == images_per_class:
-                found[method] = accuracy / 100
+                found[evaluation] = accuracy / 100
     return found
 
 
@@ -65,7 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     quiet()
     try:
-        data = LabelledImages(given.dataset, root=given.root, image_size=given.image_size, seed=given.seed)
+        data = LabelledImages(
+            given.dataset,
+            root=given.root,
+            image_size=given.image_size,
+            benchmark=given.benchmark,
+            seed=given.seed,
+        )
         check_output(given.output)
         if not given.resume and holds_results(given.output):
             raise ValueError(
@@ -77,7 +95,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     methods = list(dict.fromkeys(given.method))
-    augments = given.dataset == "mnist" if given.augment_test is None else given.augment_test
     print(f"{'/'.join(methods)} on {data.name}, {given.images_per_class} per class:", flush=True)
     try:
         rows = condense(
@@ -85,15 +102,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             data,
             given.output,
             images_per_class=given.images_per_class,
+            sets=given.sets,
+            evaluations=list(dict.fromkeys(given.evaluation)),
             loops=None if given.loops is None else tuple(given.loops),
             iterations=given.iterations,
+            budget=given.budget,
             networks=given.networks,
             moments=given.moments,
+            held_out=given.held_out or None,
             epochs=given.epochs,
-            augmentation=SiameseAugmentation.mnist_evaluation() if augments else None,
+            test_precision=given.test_precision,
             full_epochs=given.full_epochs,
             cache=given.cache,
-            published=published(given.dataset, given.images_per_class),
+            published=published(data.name, given.images_per_class),
             seed=given.seed,
             resume=given.resume,
             accelerator=given.accelerator,
@@ -120,34 +141,50 @@ def _parser() -> argparse.ArgumentParser:
         help=f"one of {', '.join(LABELLED_DATASETS)}, or a folder of images in ImageFolder layout, "
         "<folder>/<class>/<image>",
     )
+    parser.add_argument(
+        "--benchmark",
+        choices=tuple(BENCHMARKS),
+        help="the data set that a folder holds, whose published figures and statistics are to be used",
+    )
     parser.add_argument("--images-per-class", type=int, default=1, help="of the sets (default: %(default)s)")
-    parser.add_argument("--method", nargs="+", choices=tuple(METHODS), default=["dc"], help="default: dc")
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=["dc"], help="default: dc")
+    parser.add_argument("--sets", type=int, default=1, help="of each method, seed after seed (default: %(default)s)")
+    parser.add_argument("--evaluation", nargs="+", choices=EVALUATIONS, default=["dc"], help="default: dc")
     parser.add_argument(
         "--loops",
         nargs=2,
         type=int,
         metavar=("OUTER", "INNER"),
-        help="default: the paper's for 1, 10, 20 ... 50 images",
+        help="of dc and dsa (default: the paper's for 1, 10, 20 ... 50 images)",
     )
     parser.add_argument(
         "--iterations", type=int, help="networks to condense on, with every method (default: each protocol's)"
     )
-    parser.add_argument("--networks", type=int, default=10, help="trained on a set to test it (default: %(default)s)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="MINUTES",
+        help="for the condensation of a set, in place of --iterations: as many as fit",
+    )
+    parser.add_argument(
+        "--networks", type=int, default=10, help="trained on a set for each evaluation (default: %(default)s)"
+    )
     parser.add_argument(
         "--moments",
         nargs="*",
         type=int,
-        default=list(MOMENTS),
-        help="iterations after which the images are tested, besides the last (default: %(default)s)",
+        help="iterations after which the images are tested on held-out training images, besides the last (default: 0, "
+        "10, 20, 50, ..., with --budget a few)",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.02,
+        help="share of the training images that are left out for such tests; 0 for none (default: %(default)s)",
     )
     parser.add_argument("--epochs", type=int, help="of the networks in the test (default: 300, augmented 1000)")
     parser.add_argument("--full-epochs", type=int, default=5, help="of the method full (default: %(default)s)")
     parser.add_argument("--cache", type=Path, help="folder that keeps results on whole training sets (default: none)")
-    parser.add_argument(
-        "--augment-test",
-        action=argparse.BooleanOptionalAction,
-        help="train the networks in the test with the paper's augmentation for MNIST (default: with mnist only)",
-    )
     parser.add_argument("--output", type=Path, required=True, help="folder for results")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
     parser.add_argument("--seed", type=int, default=0, help="of images, networks and starts (default: %(default)s)")
@@ -158,6 +195,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("32-true", "64-true", "bf16-mixed"),
         default="32-true",
         help="of the condensation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--test-precision",
+        choices=PRECISIONS,
+        default="32-true",
+        help="of the networks in the test (default: %(default)s)",
     )
     parser.add_argument("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
     return parser

@@ -21,7 +21,7 @@ from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.evaluation import Evaluation, evaluate
 from leakage.condensation.gradient_matching import GradientMatchingCondensation
 from leakage.condensation.networks import check_network
-from leakage.condensation.training import TrainingOptions
+from leakage.condensation.training import evaluation_options
 from leakage.datamodules.labelled import LabelledImages
 from leakage.errors import check_count
 from leakage.files.text import write_csv
@@ -104,8 +104,9 @@ class SyntheticEvaluation(CondensationCallback):
         networks: how many are trained for one test.
         epochs: that each is trained for, see :func:`~leakage.condensation.evaluate`.
         network: their architecture; by default the one that the run condenses with.
-        augmentation: of the synthetic images in their training.
+        augmentation: of the synthetic images in their training, see :func:`~leakage.condensation.evaluate`.
         seed: of all that is drawn, the same for each test.
+        precision: of their training.
         stacked: train all networks at once; by default where that is faster.
 
     Raises:
@@ -125,21 +126,23 @@ class SyntheticEvaluation(CondensationCallback):
         networks: int = 10,
         epochs: int | None = None,
         network: nn.Module | None = None,
-        augmentation: SiameseAugmentation | None = None,
+        augmentation: SiameseAugmentation | str | None = "dc",
         seed: int = 0,
+        precision: str = "32-true",
         stacked: bool | None = None,
     ) -> None:
         super().__init__(output, at, "at")
         check_count(networks=networks)
         # What is out of its range is refused now, not at the first test.
-        TrainingOptions(1 if epochs is None else epochs, augmentation=augmentation, seed=seed)
+        training: dict[str, Any] = {"augmentation": augmentation, "seed": seed, "precision": precision}
+        evaluation_options("", epochs, **training)
         if network is not None and not isinstance(network, nn.Module):
             raise ValueError(f"Expected `network` to be a torch.nn.Module, but got {type(network).__name__}.")
         self.network = network
         self.evaluating = False
         self.rows: list[AccuracyRow] = []
         self._options: dict[str, Any] = {
-            "networks": networks, "epochs": epochs, "augmentation": augmentation, "seed": seed, "stacked": stacked,
+            "networks": networks, "epochs": epochs, "stacked": stacked, **training,
         }  # fmt: skip
         self._failed_at, self._failure = -1, ""
 

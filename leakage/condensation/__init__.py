@@ -1,9 +1,12 @@
 """Few images that stand for a whole training set, found by matching gradients."""
 
 from leakage.condensation.augmentation import SiameseAugmentation
+from leakage.condensation.dd_ranking import export_dd_ranking
 from leakage.condensation.evaluation import Evaluation, evaluate, evaluate_full
 from leakage.condensation.gradient_matching import GradientMatchingCondensation
+from leakage.condensation.kmeans import kmeans_images
 from leakage.condensation.protocols import CondensationProtocol
+from leakage.condensation.recipe import Recipe, Score
 from leakage.condensation.synthetic_set import SyntheticSet, random_images
 from leakage.condensation.training import TrainingOptions
 
@@ -11,10 +14,14 @@ __all__ = [
     "CondensationProtocol",
     "Evaluation",
     "GradientMatchingCondensation",
+    "Recipe",
+    "Score",
     "SiameseAugmentation",
     "SyntheticSet",
     "TrainingOptions",
     "evaluate",
     "evaluate_full",
+    "export_dd_ranking",
+    "kmeans_images",
     "random_images",
 ]

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leakage.errors import check_count, check_not_negative, check_pair, check_positive
+from leakage.errors import check_count, check_flag, check_not_negative, check_pair, check_positive
 
 # The transforms, and how many random numbers each needs. The order is that of the columns of the random numbers.
 _NUMBERS = {"color": 3, "crop": 2, "cutout": 2, "flip": 1, "scale": 2, "rotate": 1}
+# Data sets of digits, which a mirror makes into something else.
+_DIGITS = ("mnist", "svhn")
 
 
 @dataclass
@@ -51,6 +53,8 @@ class SiameseAugmentation:
         flip: probability of the mirror image, above 0 and at most 1.
         scale: smallest and largest factor, positive.
         rotate: greatest angle in degrees, above 0 and at most 180.
+        same: whether the images of a call of :meth:`draw` with ``num_images`` all go through the same one of the
+            transforms, each with parameters of its own, as when DSA trains networks; otherwise each has its own choice.
 
     Raises:
         ValueError: a name that is no transform or comes twice, or a size outside of its range.
@@ -78,6 +82,7 @@ class SiameseAugmentation:
     flip: float = 0.5
     scale: tuple[float, float] = (1 / 1.2, 1.2)
     rotate: float = 15.0
+    same: bool = True
 
     def __post_init__(self) -> None:
         names = self.names if isinstance(self.strategy, str) else ()
@@ -86,6 +91,7 @@ class SiameseAugmentation:
                 f"Expected `strategy` to be some of {list(_NUMBERS)}, each at most once, joined by '_', "
                 f"but got {self.strategy!r}."
             )
+        check_flag(same=self.same)
         check_not_negative(brightness=self.brightness, saturation=self.saturation, contrast=self.contrast)
         limited = {"crop": 1, "cutout": 1, "flip": 1, "rotate": 180}
         check_positive(**{name: getattr(self, name) for name in limited})
@@ -118,7 +124,21 @@ class SiameseAugmentation:
             >>> transform(torch.randn(10, 1, 28, 28)).shape
             torch.Size([10, 1, 28, 28])
         """
-        return cls("crop_scale_rotate", crop=0.125, scale=(0.8, 1.2), rotate=45.0)
+        return cls("crop_scale_rotate", crop=0.125, scale=(0.8, 1.2), rotate=45.0, same=False)
+
+    @classmethod
+    def dsa(cls, dataset: str) -> SiameseAugmentation:
+        """DSA's transforms for a data set: all of them, but no mirror images of the digits of MNIST and SVHN.
+
+        References:
+            Zhao and Bilen, *Dataset Condensation with Differentiable Siamese Augmentation*, ICML 2021,
+            https://arxiv.org/abs/2102.08259; its code, https://github.com/VICO-UoE/DatasetCondensation.
+
+        Example:
+            >>> SiameseAugmentation.dsa("mnist").strategy
+            'color_crop_cutout_scale_rotate'
+        """
+        return cls("_".join(name for name in _NUMBERS if name != "flip" or dataset not in _DIGITS))
 
     def draw(self, generator: torch.Generator, num_images: int | None = None) -> Callable[[Tensor], Tensor]:
         """A random transform: one for all images, or one for each of ``num_images`` images.
@@ -127,7 +147,7 @@ class SiameseAugmentation:
             generator: on the CPU, so that the same transforms come out for images on any device. A call takes as many
                 random numbers whatever the strategy and whichever transform it picks.
             num_images: None for one transform that is the same for every image and every call; a number for images
-                that each get a choice and parameters of their own.
+                that each get parameters of their own, and unless :attr:`same` a choice of their own.
 
         Returns:
             A function, always the same, of normalised images of any floating type on any device, ``(..., C, H, W)``
@@ -151,6 +171,8 @@ class SiameseAugmentation:
             check_count(num_images=num_images)
         shape = () if num_images is None else (num_images,)
         numbers = torch.rand(*shape, 1 + sum(_NUMBERS.values()), generator=generator, dtype=torch.float64)
+        if self.same and num_images is not None:
+            numbers[:, 0] = numbers[0, 0].clone()
         return _Drawn(self, numbers)
 
     def _color(self, images: Tensor, numbers: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.networks import default_network
 from leakage.condensation.synthetic_set import SyntheticSet, make_ready
-from leakage.condensation.training import TrainingOptions, train_and_test
+from leakage.condensation.training import NetworkResult, TrainingOptions, evaluation_options, train_and_test
 from leakage.files.text import write_json
 from leakage.metrics.estimates import mean_interval
 from leakage.models import draw_state
@@ -25,9 +26,6 @@ from leakage.seeds import derive_seed
 
 if TYPE_CHECKING:
     from leakage.datamodules.labelled import LabelledImages
-
-# Epochs without and with augmentation, as in the paper.
-_EPOCHS, _EPOCHS_AUGMENTED = 300, 1000
 
 
 @dataclass
@@ -85,6 +83,15 @@ class Evaluation:
             f"{100 * low:.1f} to {100 * high:.1f})"
         )
 
+    @classmethod
+    def of(cls, tested: Sequence[NetworkResult]) -> Evaluation:
+        """What came of these networks."""
+        accuracies = torch.tensor([one.accuracy for one in tested], dtype=torch.float64)
+        training, testing = (
+            math.fsum(getattr(one, name) for one in tested) for name in ("training_seconds", "testing_seconds")
+        )
+        return cls(accuracies, training, testing)
+
 
 def evaluate(
     synthetic: SyntheticSet,
@@ -93,18 +100,19 @@ def evaluate(
     network: nn.Module | None = None,
     networks: int = 10,
     epochs: int | None = None,
-    augmentation: SiameseAugmentation | None = None,
+    augmentation: SiameseAugmentation | str | None = "dc",
     stacked: bool | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
+    cache: str | os.PathLike[str] | None = None,
     **training: Any,
 ) -> Evaluation:
     """Train new networks on a synthetic set alone and test them on the whole real test set.
 
-    The protocol of Dataset Condensation: every network is drawn anew and trained by SGD, with a tenth of the
-    learning rate from half-way on. Network r depends on ``seed`` and r alone: not on how many there are, on how
-    they are grouped, or (up to rounding) on the device. Everything is computed in float32. Neither the set, the
-    network nor any global random state is changed.
+    The protocol of Dataset Condensation (DC): every network is drawn anew and trained by SGD, with a tenth of the
+    learning rate from half-way on. That of its successor (DSA) is the same but for the ``augmentation``. Network r
+    depends on ``seed`` and r alone: not on how many there are, on how they are grouped, or (up to rounding) on the
+    device. Neither the set, the network nor any global random state is changed.
 
     Args:
         synthetic: what the networks are trained on.
@@ -113,25 +121,32 @@ def evaluate(
             ``reset_parameters``, such as those of :mod:`leakage.models` and torchvision; by default
             :class:`~leakage.models.ConvNet`. Its own weights play no part, and all are trained.
         networks: R.
-        epochs: 300 by default, 1,000 with ``augmentation``.
-        augmentation: transforms each image of each batch on its own, such as
-            :meth:`SiameseAugmentation.mnist_evaluation` in the paper's numbers for MNIST.
+        epochs: as in both papers 300 by default, 1,000 with augmentation.
+        augmentation: transforms the images of each batch. ``"dc"``, the evaluation of DC: shifts, scales and rotations
+            for MNIST, none for other data sets. ``"dsa"``, that of DSA: :meth:`SiameseAugmentation.dsa`. Or one of your
+            own, or None.
         stacked: all networks at once, as one network with stacked weights, or one after the other. By default
             whichever is faster: stacked on GPUs, if the network allows it; one after the other on the CPU.
         device: by default the first GPU of CUDA if there is one, else the CPU.
         progress: show a bar.
-        **training: learning rate, momentum, weight decay, batch size and seed, see :class:`TrainingOptions`.
+        cache: a folder that keeps the accuracy of each network as soon as it is known, by all that decides it, and
+            from which those are read that are known.
+        **training: learning rate, momentum, weight decay, batch size, seed and precision, see :class:`TrainingOptions`.
 
     Returns:
         Accuracies from 0 to 1.
 
     Raises:
         ValueError: a synthetic set that does not fit the data set, a network that does not fit either, an option
-            out of its range, or ``stacked=True`` with a network that ``torch.func`` can't stack.
+            out of its range, ``stacked=True`` with a network that ``torch.func`` can't stack, or a file of the cache
+            that is broken.
         FloatingPointError: training that is no longer finite; network and epoch are named.
+        OSError: the cache can't be written.
 
     References:
-        Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021, https://arxiv.org/abs/2006.05929.
+        Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
+        https://arxiv.org/abs/2006.05929; Zhao and Bilen, *Dataset Condensation with Differentiable Siamese
+        Augmentation*, ICML 2021, https://arxiv.org/abs/2102.08259.
 
     Example:
         >>> from leakage.condensation import random_images
@@ -147,15 +162,11 @@ def evaluate(
     """
     if not isinstance(synthetic, SyntheticSet):
         raise ValueError(f"Expected `synthetic` to be a SyntheticSet, but got {type(synthetic).__name__}.")
-    if epochs is None:
-        epochs = _EPOCHS if augmentation is None else _EPOCHS_AUGMENTED
-    options = TrainingOptions(epochs, augmentation=augmentation, **training)
+    options = evaluation_options(data.name, epochs, augmentation, **training)
     make_ready(data)
     synthetic.check(data)
-    network = default_network(data) if network is None else network
-    return Evaluation(
-        *train_and_test(synthetic.images, synthetic.labels, data, network, networks, options, stacked, device, progress)
-    )
+    seen = synthetic.images, synthetic.labels
+    return _test(*seen, data, network, networks, options, stacked, device, progress, cache)
 
 
 def evaluate_full(
@@ -172,43 +183,63 @@ def evaluate_full(
 ) -> Evaluation:
     """:func:`evaluate` with the whole real training set: the upper bound for a synthetic set.
 
-    The few epochs of the default come close to it, not all the way.
+    The few epochs of the default come close to it, not all the way. There is no augmentation but one that is given.
 
     Args:
-        data, network, networks, stacked, device, progress: as for :func:`evaluate`.
+        data, network, networks, stacked, device, progress, cache: as for :func:`evaluate`.
         epochs: of the whole training set.
-        cache: a folder for results, one JSON file each. What was worked out before, with the same data, network and
-            options (on whatever device), is read from there.
         **training: all others of :class:`TrainingOptions`.
 
     Raises:
-        ValueError: as :func:`evaluate`; or a file of the cache that is broken.
+        ValueError: as :func:`evaluate`.
         FloatingPointError: as :func:`evaluate`.
-        OSError: the cache can't be written.
+        OSError: as :func:`evaluate`.
     """
     options = TrainingOptions(epochs, **training)
     make_ready(data)
+    seen = data.train.images, data.train.labels
+    return _test(*seen, data, network, networks, options, stacked, device, progress, cache)
+
+
+def _test(
+    images: Tensor,
+    labels: Tensor,
+    data: LabelledImages,
+    network: nn.Module | None,
+    networks: int,
+    options: TrainingOptions,
+    stacked: bool | None,
+    device: torch.device | str | None,
+    progress: bool,
+    cache: str | os.PathLike[str] | None,
+) -> Evaluation:
+    """Train and test the networks that the cache does not know."""
     network = default_network(data) if network is None else network
-    path = None if cache is None else Path(cache) / f"full_{_digest(data, network, networks, options)}.json"
-    if path is not None and path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return Evaluation(**{field.name: found[field.name] for field in fields(Evaluation)})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"Expected a whole JSON file in the cache, but got '{path}'. Delete it.") from error
-    images, labels = data.train.images, data.train.labels
-    evaluation = Evaluation(
-        *train_and_test(images, labels, data, network, networks, options, stacked, device, progress)
-    )
-    if path is not None:
-        write_json(path, vars(evaluation) | {"accuracies": evaluation.accuracies.tolist()})
-    return evaluation
+    training = images, labels, data, network, networks, options, stacked, device, progress
+    if cache is None:
+        return Evaluation.of(train_and_test(*training))
+    path = Path(cache) / f"{_digest(images, labels, data, network, options)}.json"
+    known = _read(path)
+    if len(known) < networks:
+        known = train_and_test(*training, known, lambda tested: write_json(path, [asdict(one) for one in tested]))
+    return Evaluation.of(known[:networks])
 
 
-def _digest(data: LabelledImages, network: nn.Module, networks: int, options: TrainingOptions) -> str:
-    """Of all that decides the result."""
-    # How it draws batches of classes plays no part.
-    of_data = {name: value for name, value in data.configuration.items() if name not in ("batch_size", "seed")}
+def _read(path: Path) -> list[NetworkResult]:
+    if not path.is_file():
+        return []
+    try:
+        found = [NetworkResult(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
+        if not all(isinstance(value, float) for one in found for value in vars(one).values()):
+            raise TypeError("numbers")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected a whole JSON file in the cache, but got '{path}'. Delete it.") from error
+    return found
+
+
+def _digest(images: Tensor, labels: Tensor, data: LabelledImages, network: nn.Module, options: TrainingOptions) -> str:
+    """Of all that decides what comes of network r, on whatever device."""
     first = draw_state(network, derive_seed(options.seed, 0, "evaluation network"))
-    told = tell([of_data, data.test.images[::97], data.test.labels, repr(network), first, networks, options])
+    tests = [data.test.images, data.test.labels, data.mean, data.std]
+    told = tell([images, labels, *tests, repr(network), first, options])
     return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -18,17 +18,19 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from leakage.condensation.augmentation import SiameseAugmentation
-from leakage.condensation.matching import Transform, match, matched_parameters, real_gradients
-from leakage.condensation.networks import fitting_network, take_statistics, train_on
+from leakage.condensation.fresh import FreshNetworks, Goal, Networks
+from leakage.condensation.matching import match
+from leakage.condensation.networks import fitting_network
+from leakage.condensation.pool import NetworkPool
 from leakage.condensation.protocols import CondensationProtocol, condensation_protocol, schedule
-from leakage.condensation.synthetic_set import SyntheticSet, start_images
+from leakage.condensation.recipe import Recipe
+from leakage.condensation.start import start_images
+from leakage.condensation.synthetic_set import SyntheticSet
 from leakage.datamodules.labelled import ClassBatch, LabelledImages
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.files.checkpoints import check_checkpoint
-from leakage.models import draw_state
 from leakage.objectives import DISTANCES
 from leakage.plots import save_figure
-from leakage.seeds import derive_seed
 
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 # What the time of a run is spent on.
@@ -80,7 +82,7 @@ class GradientMatchingCondensation(LightningModule):
     Raises:
         ValueError: an unknown choice or a number out of its range; in ``fit``, a DataModule that is no
             :class:`~leakage.datamodules.LabelledImages`, a network that does not fit its images, more images per
-            class than a class has with ``initialization="real"``, a checkpoint of another configuration, or a Trainer
+            class than a class has with a start from real ones, a checkpoint of another configuration, or a Trainer
             that has already fitted.
         FloatingPointError: in ``fit``, a loss or derivative that is not finite; the images are then the last for which
             both were finite, since the run began or was resumed.
@@ -121,6 +123,7 @@ class GradientMatchingCondensation(LightningModule):
         momentum: float | None = None,
         decay: bool | None = None,
         initialization: str | None = None,
+        pool: int | None = None,
     ) -> None:
         super().__init__()
         check_count(images_per_class=images_per_class, network_batch_size=network_batch_size)
@@ -131,18 +134,19 @@ class GradientMatchingCondensation(LightningModule):
         check_choice("distance", distance, DISTANCES)
         if network is not None and not isinstance(network, nn.Module):
             raise ValueError(f"Expected `network` to be a torch.nn.Module, but got {type(network).__name__}.")
-        self.outer, self.inner = schedule(images_per_class, loops)
-        loops = None if loops is None else (self.outer, self.inner)
         self.augmentation = None if augmentation is None else SiameseAugmentation(augmentation)
+        loops = tuple(loops) if isinstance(loops, list) else loops
         self.save_hyperparameters(ignore=["network"])
         replaced = {field.name: self.hparams[field.name] for field in dataclasses.fields(CondensationProtocol)}
         self.protocol = condensation_protocol(protocol, images_per_class, **replaced)
+        self.outer, self.inner = schedule(images_per_class, loops, self.protocol.pool)
         self.automatic_optimization = False
         # In a tuple, so that it is no submodule: it stays the user's, and `network` is a copy.
         self._given_network = (network,)
         self.network: nn.Module = nn.Identity()
         self.synthetic_images = nn.Parameter(torch.empty(0, 1, 1, 1))
         self._about_data: dict[str, Any] = {}  # what a synthetic set says of it
+        self._networks: Networks
         self._reset()
 
     def _reset(self) -> None:
@@ -175,7 +179,7 @@ class GradientMatchingCondensation(LightningModule):
         labels = torch.arange(self._num_classes).repeat_interleave(self.hparams["images_per_class"])
         scale, shift = (torch.tensor(self._about_data[name])[:, None, None] for name in ("std", "mean"))
         images = self.synthetic_images.detach().cpu().float() * scale + shift
-        return SyntheticSet(images, labels, **self._about_data)
+        return SyntheticSet(images, labels, **self._about_data, recipe=Recipe.of(self))
 
     def synthetic_dataset(self) -> TensorDataset:
         """Pairs of a synthetic image ``(C, H, W)`` in the data's scale (not normalised, not clamped) and its label."""
@@ -240,6 +244,9 @@ class GradientMatchingCondensation(LightningModule):
         self.synthetic_images = nn.Parameter(start_images(data, count, start, self.hparams["seed"]))
         self._about_data = {name: getattr(data, name) for name in ("mean", "std", "class_names")}
         self._about_data["dataset"] = data.name
+        loops = (self.outer, self.inner)
+        given = (self.network, data, self.augmentation, dict(self.hparams), loops, self.clock)
+        self._networks = NetworkPool(*given, self.protocol.pool) if self.protocol.pool else FreshNetworks(*given)
         if self.trainer.precision == "64-true":
             self.double()  # Lightning does so only after it has read a checkpoint, which would be rounded
 
@@ -267,42 +274,16 @@ class GradientMatchingCondensation(LightningModule):
         if batch.step != self.step:
             raise RuntimeError(f"Expected the real images of step {self.step}, but got those of {batch.step}.")
         self.within_step = True
-        classes = torch.split(batch.images, torch.bincount(batch.labels, minlength=self._num_classes).tolist())
-        with self.clock("network"):
-            if self.step % self.outer == 0:
-                state = draw_state(self.network, derive_seed(self.hparams["seed"], self.iteration, "network"))
-                self.network.load_state_dict(state, strict=False)
-            take_statistics(self.network, self._datamodule, classes)
-        transforms = None
-        if self.augmentation is not None:  # the same for real and synthetic images of a class
-            generator = self._generator("augmentation")
-            transforms = [self.augmentation.draw(generator) for _ in classes]
-        prepare = [self._prepare(transform) for transform in transforms or [nn.Identity()] * len(classes)]
-        with self.clock("real"):
-            names = matched_parameters(self.network, self.hparams["distance"])
-            targets = real_gradients(self.network, names, classes, prepare)
-            self.real_images_seen += len(batch.images)
+        goal = self._networks.goal(batch)
+        self.real_images_seen += goal.real_images
         with self.clock("synthetic"):
             reuse = self.protocol.network_reuse
             for update in range(self.step * reuse, (self.step + 1) * reuse):
                 left = 1 - update / (self._steps * reuse) if self.protocol.decay else 1.0
                 self.trainer.optimizers[0].param_groups[0]["lr"] = self.protocol.learning_rate * left
-                self._move(targets, transforms)
+                self._move(goal)
         self.step += 1
-        if self.step % self.outer:
-            with self.clock("network"):
-                images = self.synthetic_images.detach()
-                labels = torch.arange(self._num_classes, device=images.device)
-                train_on(
-                    self.network,
-                    images,
-                    labels.repeat_interleave(self.hparams["images_per_class"]),
-                    epochs=self.inner,
-                    learning_rate=self.hparams["network_learning_rate"],
-                    batch_size=self.hparams["network_batch_size"],
-                    generator=self._generator("training"),
-                    augmentation=self.augmentation,
-                )
+        self._networks.after(self.step, self.synthetic_images.detach())
         self.within_step = False
         self.log("train/loss", self.last_loss, prog_bar=True, batch_size=1)
         times = {f"time/{part}": seconds for part, seconds in self.seconds.items()}
@@ -327,18 +308,13 @@ class GradientMatchingCondensation(LightningModule):
     def _num_classes(self) -> int:
         return len(self._about_data["class_names"])
 
-    def _generator(self, stream: str) -> torch.Generator:
-        return torch.Generator().manual_seed(derive_seed(self.hparams["seed"], self.step, stream))
-
-    def _prepare(self, transform: Transform) -> Transform:
-        return lambda images: transform(self._datamodule.normalise(images).to(self.synthetic_images.dtype))
-
-    def _move(self, targets: dict[str, Tensor], transforms: list[Transform] | None) -> None:
+    def _move(self, goal: Goal) -> None:
         """One step of the synthetic images."""
         images = self.synthetic_images
         by_class = images.detach().view(self._num_classes, -1, *images.shape[1:])
         distance = self.hparams["distance"]
-        distances, derivatives = match(self.network, targets, by_class, distance=distance, transforms=transforms)
+        options = {"distance": distance, "transforms": goal.transforms, "in_turn": self.protocol.pool > 0}
+        distances, derivatives = match(self.network, goal.targets, by_class, **options)
         sound = torch.isfinite(distances) & torch.isfinite(derivatives).flatten(1).all(1)
         if not bool(sound.all()):
             if self._sound_images is not None:

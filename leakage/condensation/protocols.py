@@ -10,7 +10,7 @@ from leakage.errors import check_choice, check_count, check_flag, check_positive
 
 # (outer, inner) loops of the paper by images per class.
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
-INITIALIZATIONS = ("noise", "real")
+INITIALIZATIONS = ("noise", "real", "kmeans")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,11 @@ class CondensationProtocol:
         momentum: likewise, from 0 to below 1.
         decay: whether the learning rate falls to zero in equal steps over the run. Each network pulls the images
             its own way; smaller and smaller steps take the mean over the last ones.
-        initialization: ``"noise"`` from N(0, 1), or ``"real"`` images of the class.
+        initialization: ``"noise"`` from N(0, 1), ``"real"`` images of the class, or ``"kmeans"``, the real images of
+            :func:`~leakage.condensation.kmeans_images`.
+        pool: networks that are trained on real images and kept in several states with their gradients, see
+            :class:`~leakage.condensation.pool.NetworkPool`; an iteration is then a visit to one state. 0 for networks
+            drawn anew.
 
     Raises:
         ValueError: a value out of its range.
@@ -41,9 +45,11 @@ class CondensationProtocol:
     momentum: float = 0.5
     decay: bool = False
     initialization: str = "noise"
+    pool: int = 0
 
     def __post_init__(self) -> None:
         check_count(iterations=self.iterations, batch_size=self.batch_size, network_reuse=self.network_reuse)
+        check_count(0, pool=self.pool)
         check_flag(decay=self.decay)
         check_positive(learning_rate=self.learning_rate)
         check_momentum(self.momentum)
@@ -74,8 +80,17 @@ def condensation_protocol(name: str, images_per_class: int = 1, **replaced: Any)
     return dataclasses.replace(named, **{key: value for key, value in replaced.items() if value is not None})
 
 
-def schedule(images_per_class: int, loops: tuple[int, int] | list[int] | None) -> tuple[int, int]:
-    """Outer steps per network, and epochs it is trained for between two of them: those given, else the paper's."""
+def schedule(images_per_class: int, loops: tuple[int, int] | list[int] | None, pool: int = 0) -> tuple[int, int]:
+    """Outer steps per network, and epochs it is trained for between two of them: those given, else the paper's.
+
+    With a pool a visit is one step, after which nothing is trained.
+    """
+    if pool:
+        if loops is not None:
+            raise ValueError(
+                f"Expected no `loops` with a pool of networks, which no synthetic images train, but got {loops!r}."
+            )
+        return 1, 0
     if loops is None:
         if images_per_class not in LOOPS:
             raise ValueError(

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from leakage.condensation.recipe import Recipe
 from leakage.errors import check_count
 from leakage.files.tensors import brief, header_value, read_safetensors, write_safetensors
 from leakage.plots import new_figure, to_pixels
@@ -43,6 +45,7 @@ class SyntheticSet:
         std: likewise, above 0.
         class_names: K of them, in the order of the labels.
         dataset: name of the data set.
+        recipe: how it was made and what it scored, where that is known.
 
     Raises:
         ValueError: shapes that don't fit together, another type of numbers, labels outside the range or not
@@ -64,6 +67,7 @@ class SyntheticSet:
     std: tuple[float, ...]
     class_names: tuple[str, ...]
     dataset: str = ""
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         self.mean, self.std = tuple(self.mean), tuple(self.std)
@@ -130,6 +134,7 @@ class SyntheticSet:
         Args:
             data: after its ``setup()``.
         """
+        self.check_name(data)
         origin = f" (of {self.dataset!r})" if self.dataset else ""
         for name in ("image_shape", "num_classes", "class_names", "mean", "std"):
             ours, theirs = getattr(self, name), getattr(data, name)
@@ -140,6 +145,14 @@ class SyntheticSet:
                     f"{brief(ours)}{origin}. Give the data set, and the share of its images, that it was made from."
                 )
 
+    def check_name(self, data: LabelledImages) -> None:
+        """Raise a ``ValueError`` if the set has a recipe and was made from another data set; ``data`` may be new."""
+        if self.recipe is not None and self.dataset != data.name:
+            raise ValueError(
+                f"Expected the data set that the recipe of the synthetic set names, {self.dataset!r}, but got "
+                f"{data.name!r}."
+            )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all.
 
@@ -147,6 +160,8 @@ class SyntheticSet:
             OSError: the file can't be written.
         """
         header = {name: json.dumps(getattr(self, name)) for name in ("mean", "std", "class_names", "dataset")}
+        if self.recipe is not None:
+            header["recipe"] = json.dumps(self.recipe.to_json())
         write_safetensors(path, _FORMAT, {"images": self.images, "labels": self.labels}, header)
 
     @classmethod
@@ -155,7 +170,7 @@ class SyntheticSet:
 
         The file holds tensors ``images (M, C, H, W)`` (float32) and ``labels (M,)`` (int64); its header the
         entries ``format`` (``leakage.SyntheticSet``), ``version`` (``1``), and as JSON ``mean``, ``std``,
-        ``class_names`` and ``dataset``.
+        ``class_names``, ``dataset`` and, where it is known, ``recipe`` (:class:`Recipe`).
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -177,7 +192,8 @@ class SyntheticSet:
                 f"{brief(error)}"
             ) from error
         try:
-            return cls(tensors["images"], tensors["labels"], tuple(mean), tuple(std), tuple(names), dataset)
+            recipe = Recipe.from_json(header_value(header, "recipe")) if "recipe" in header else None
+            return cls(tensors["images"], tensors["labels"], tuple(mean), tuple(std), tuple(names), dataset, recipe)
         except ValueError as error:
             raise ValueError(f"Expected a synthetic set in '{path}', but got: {brief(error)}") from error
 
@@ -277,8 +293,22 @@ def random_images(data: LabelledImages, images_per_class: int, seed: int = 0) ->
         >>> random_images(LabelledImages("sample"), images_per_class=3).images_per_class.tolist()
         [3, 3, 3, 3, 3, 3, 3, 3, 3, 3]
     """
-    check_count(images_per_class=images_per_class)
     check_count(0, seed=seed)
+
+    def choose(members: Tensor, label: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(seed, label, "random images"))
+        return members[torch.randperm(len(members), generator=generator)[:images_per_class]]
+
+    return real_set(data, images_per_class, choose)
+
+
+def real_set(data: LabelledImages, images_per_class: int, choose: Callable[[Tensor, int], Tensor]) -> SyntheticSet:
+    """The training images that ``choose`` takes of each class, given the indices of all and the class.
+
+    Raises:
+        ValueError: more images than a class has.
+    """
+    check_count(images_per_class=images_per_class)
     make_ready(data)
     chosen = []
     for label, name in enumerate(data.class_names):
@@ -288,8 +318,7 @@ def random_images(data: LabelledImages, images_per_class: int, seed: int = 0) ->
                 f"Expected `images_per_class` of at most {len(members)}, the training images of class {label} "
                 f"({name}) of {data.name!r}, but got {images_per_class}."
             )
-        generator = torch.Generator().manual_seed(derive_seed(seed, label, "random images"))
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:images_per_class]])
+        chosen.append(choose(members, label))
     indices = torch.cat(chosen)
     return SyntheticSet(
         data.train.images[indices].float() / 255,
@@ -299,15 +328,6 @@ def random_images(data: LabelledImages, images_per_class: int, seed: int = 0) ->
         class_names=data.class_names,
         dataset=data.name,
     )
-
-
-def start_images(data: LabelledImages, images_per_class: int, initialization: str, seed: int) -> Tensor:
-    """Normalised images to begin a condensation with, class by class: ``"noise"`` from N(0, 1), or ``"real"`` ones."""
-    start = derive_seed(seed, 0, "start")
-    if initialization == "real":
-        return random_images(data, images_per_class, start).normalised()
-    generator = torch.Generator().manual_seed(start)
-    return torch.randn(data.num_classes * images_per_class, *data.image_shape, generator=generator)
 
 
 def make_ready(data: LabelledImages) -> None:

@@ -21,13 +21,17 @@ from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.networks import check_network
 from leakage.condensation.protocols import check_momentum
 from leakage.condensation.stacking import SingleNetwork, StackedNetworks, stacking_error, works_image_by_image
-from leakage.errors import check_count, check_not_negative, check_positive
+from leakage.errors import check_choice, check_count, check_not_negative, check_positive
 from leakage.models import draw_state
 from leakage.seeds import derive_seed
 
 if TYPE_CHECKING:
     from leakage.datamodules.labelled import LabelledImages
 
+# The papers' evaluations, which differ in the augmentation alone.
+EVALUATIONS = ("dc", "dsa")
+# Epochs without and with augmentation, in both papers.
+_EPOCHS, _EPOCHS_AUGMENTED = 300, 1000
 # Images at a time on the CPU, whose caches hold no more: twice as fast as 256, in training as in testing.
 _PIECE = 16
 # Images times networks at a time in testing on a GPU; each takes a megabyte or two.
@@ -38,6 +42,7 @@ _LOOK_EVERY = 20
 _TRAINING_WORK = 3
 # Seconds between two updates of the bar; and in a file or a pipe, in which no update replaces the one before.
 _PAUSE, _PAUSE_IN_A_FILE = 0.1, 30.0
+PRECISIONS = ("32-true", "bf16-mixed")
 # What to do about training that diverges.
 _MEND = "Lower `learning_rate`, or look at the images."
 
@@ -54,6 +59,8 @@ class TrainingOptions:
         batch_size: images in a batch; a set with at most as many is one batch.
         augmentation: what each image of each batch goes through, with a transform of its own, or None.
         seed: of weights, orders and transforms; those of network r depend on (seed, r) alone.
+        precision: ``"32-true"``, or ``"bf16-mixed"`` for bfloat16 where autocast takes it, in training only: weights
+            and tests stay in single precision.
     """
 
     epochs: int
@@ -63,8 +70,10 @@ class TrainingOptions:
     batch_size: int = 256
     augmentation: SiameseAugmentation | None = None
     seed: int = 0
+    precision: str = "32-true"
 
     def __post_init__(self) -> None:
+        check_choice("precision", self.precision, PRECISIONS)
         check_count(epochs=self.epochs, batch_size=self.batch_size)
         check_count(0, seed=self.seed)
         check_positive(learning_rate=self.learning_rate)
@@ -74,6 +83,36 @@ class TrainingOptions:
             raise ValueError(
                 f"Expected `augmentation` to be a SiameseAugmentation or None, but got {self.augmentation!r}."
             )
+
+
+def evaluation_options(
+    dataset: str, epochs: int | None = None, augmentation: SiameseAugmentation | str | None = "dc", **training: Any
+) -> TrainingOptions:
+    """What networks are trained with in an evaluation; a ``ValueError`` for an option out of its range."""
+    if isinstance(augmentation, str):
+        check_choice("augmentation", augmentation, EVALUATIONS)
+        if augmentation == "dsa":
+            augmentation = SiameseAugmentation.dsa(dataset)
+        else:
+            augmentation = SiameseAugmentation.mnist_evaluation() if dataset == "mnist" else None
+    if epochs is None:
+        epochs = _EPOCHS if augmentation is None else _EPOCHS_AUGMENTED
+    return TrainingOptions(epochs, augmentation=augmentation, **training)
+
+
+@dataclass(frozen=True)
+class NetworkResult:
+    """What came of one network.
+
+    Attributes:
+        accuracy: on the test set, from 0 to 1.
+        training_seconds: its share, where several were trained at once.
+        testing_seconds: likewise.
+    """
+
+    accuracy: float
+    training_seconds: float
+    testing_seconds: float
 
 
 def train_and_test(
@@ -86,13 +125,16 @@ def train_and_test(
     stacked: bool | None,
     device: torch.device | str | None,
     progress: bool,
-) -> tuple[Tensor, float, float]:
+    known: Sequence[NetworkResult] = (),
+    keep: Callable[[list[NetworkResult]], None] = lambda tested: None,
+) -> list[NetworkResult]:
     """Train newly drawn networks on images, uint8 or in the data's scale, and test them on the test set of ``data``.
 
-    The other arguments are those of :func:`leakage.condensation.evaluate`.
+    Args:
+        known: the first networks, where they were trained before.
+        keep: is called with all networks so far as soon as there are further ones.
 
-    Returns:
-        Accuracies ``(R,)`` from 0 to 1 in double precision, seconds of training, seconds of testing.
+    The other arguments are those of :func:`leakage.condensation.evaluate`.
     """
     check_count(networks=networks)
     if stacked not in (None, True, False):
@@ -112,7 +154,7 @@ def train_and_test(
         at_once = networks if _choose_stacked(stacked, model, data, networks, place) else 1
         run = _Run(model, images, labels, data, options, place)
         with _bar(networks * (_TRAINING_WORK * options.epochs * len(labels) + len(data.test)), progress) as bar:
-            return run.all(networks, at_once, bar)
+            return run.all(networks, at_once, bar, list(known), keep)
 
 
 @dataclass
@@ -133,26 +175,31 @@ class _Run:
         self.test_images, self.test_labels = test.images.to(self.device), test.labels.to(self.device)
         in_pieces = self.device.type == "cpu" and works_image_by_image(self.model, self.data.image_shape)
         self.piece = _PIECE if in_pieces else None
-        self.seconds = [0.0, 0.0]
 
-    def all(self, networks: int, at_once: int, bar: Any) -> tuple[Tensor, float, float]:
-        """Train and test all networks, so many at once, or fewer if they don't fit into the memory."""
-        correct: list[int] = []
-        while len(correct) < networks:
-            numbers = range(len(correct), min(len(correct) + at_once, networks))
-            bar.n = bar.total * len(correct) / networks
+    def all(
+        self,
+        networks: int,
+        at_once: int,
+        bar: Any,
+        tested: list[NetworkResult],
+        keep: Callable[[list[NetworkResult]], None],
+    ) -> list[NetworkResult]:
+        """Train and test all networks that are not tested, so many at once, or fewer if memory is short."""
+        while len(tested) < networks:
+            numbers = range(len(tested), min(len(tested) + at_once, networks))
+            bar.n = bar.total * len(tested) / networks
             try:
-                correct += self._group(numbers, networks, bar)
+                tested += self._group(numbers, networks, bar)
+                keep(tested)
                 continue
             except torch.OutOfMemoryError:
                 if len(numbers) == 1:
                     raise
             torch.cuda.empty_cache()  # not where the error is at hand, whose frames hold the tensors
             at_once = math.ceil(len(numbers) / 2)
-        return torch.tensor(correct, dtype=torch.float64) / len(self.test_labels), self.seconds[0], self.seconds[1]
+        return tested
 
-    def _group(self, numbers: Sequence[int], networks: int, bar: Any) -> list[int]:
-        """Correct test images of each network."""
+    def _group(self, numbers: Sequence[int], networks: int, bar: Any) -> list[NetworkResult]:
         seed = self.options.seed
         states = [draw_state(self.model, derive_seed(seed, r, "evaluation network")) for r in numbers]
         group: SingleNetwork | StackedNetworks
@@ -184,10 +231,9 @@ class _Run:
             found = group.logits(self._normalise(self.test_images[chosen])).argmax(-1)
             correct += (found == self.test_labels[chosen]).sum(-1)
             bar.update(len(chosen) * len(group))
-        counts: list[int] = correct.tolist()
-        self.seconds[0] += trained - began
-        self.seconds[1] += time.perf_counter() - trained
-        return counts
+        accuracies = (correct.cpu().double() / len(self.test_labels)).tolist()
+        seconds = [spent / len(numbers) for spent in (trained - began, time.perf_counter() - trained)]
+        return [NetworkResult(accuracy, *seconds) for accuracy in accuracies]
 
     def _normalise(self, images: Tensor) -> Tensor:
         return self.data.normalise(images).float()
@@ -230,7 +276,10 @@ def train(
             if options.augmentation is not None:
                 images, their = _augment(images, their, options.augmentation, transforms)
             optimizer.zero_grad()
-            of_epoch += networks.backward(images, their)
+            # Within another context of autocast its cache would outlive the step, and with it the weights of before.
+            mixed = options.precision == "bf16-mixed"
+            with torch.autocast(labels.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):
+                of_epoch += networks.backward(images, their)
             optimizer.step()
             tick(batch.numel())
         losses.append(of_epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from leakage.datamodules.base import ConfiguredDataModule
+from leakage.datamodules.benchmarks import BENCHMARKS
 from leakage.datamodules.memory import in_memory
-from leakage.datamodules.sources import LABELLED_DATASETS, AnySource, LabelledTensors, OpenSource, Source, in_unit_range
-from leakage.errors import check_count
+from leakage.datamodules.sources import LABELLED_DATASETS, AnySource, LabelledTensors, Source, in_unit_range
+from leakage.errors import check_choice, check_count, check_share
 from leakage.pieces import digest
 from leakage.seeds import derive_seed
 
@@ -73,6 +75,8 @@ class LabelledImages(ConfiguredDataModule):
         seed: decides which images each batch holds.
         test_share: share of the images of each class that are held out, above 0 and below 1; by default 0.2. Only
             where nothing else says which are test images.
+        benchmark: the data set of torchvision that a folder holds. It goes by that name, and images are normalised by
+            the published mean and standard deviation.
         root, download, image_size, channels, num_classes: as for :class:`~leakage.datamodules.Victims`.
         num_workers: processes that decode images; 0 decodes in this one, faster for small images.
 
@@ -110,6 +114,7 @@ class LabelledImages(ConfiguredDataModule):
         batch_size: int | None = None,
         seed: int = 0,
         test_share: float | None = None,
+        benchmark: str | None = None,
         root: str | os.PathLike[str] | None = None,
         download: bool = True,
         image_size: int | tuple[int, int] | None = None,
@@ -132,7 +137,14 @@ class LabelledImages(ConfiguredDataModule):
         options: dict[str, Any] = {"root": root, "download": download, "image_size": image_size, "channels": channels}
         self.sources = [Source(each, num_classes=num_classes, **options) for each in pair]
         first = self.sources[0]
-        self.name = first.name
+        self.name, self._statistics = first.name, first.statistics
+        if benchmark is not None:
+            check_choice("benchmark", benchmark, BENCHMARKS)
+            if first.kind != "folder":
+                raise ValueError(
+                    f"Expected no `benchmark` with {self.name!r}, which is no folder, but got {benchmark!r}."
+                )
+            self.name, self._statistics = benchmark, (BENCHMARKS[benchmark].mean, BENCHMARKS[benchmark].std)
         self.test_share = test_share
         if len(pair) == 2 or first.parts or first.kind == "sample":
             if test_share is not None:
@@ -141,8 +153,8 @@ class LabelledImages(ConfiguredDataModule):
                 )
         elif test_share is None:
             self.test_share = 0.2
-        elif isinstance(test_share, bool) or not isinstance(test_share, int | float) or not 0 < test_share < 1:
-            raise ValueError(f"Expected `test_share` to be above 0 and below 1, but got {test_share!r}.")
+        else:
+            check_share(test_share=test_share)
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
@@ -167,11 +179,11 @@ class LabelledImages(ConfiguredDataModule):
                 f"Expected training and test images of '{self.name}' of one size, but got "
                 f"{tuple(train.images.shape[1:])} and {tuple(test.images.shape[1:])}."
             )
-        by_class = [(train.labels == label).nonzero().flatten() for label in range(len(class_names))]
+        by_class = _by_class(train.labels, len(class_names))
         empty = [name for name, members in zip(class_names, by_class, strict=True) if len(members) == 0]
         if empty:
             raise ValueError(f"Expected training images of every class of '{self.name}', but got none of {empty}.")
-        self.mean, self.std = self.sources[0].statistics or channel_statistics(train.images)
+        self.mean, self.std = self._statistics or channel_statistics(train.images)
         if min(self.std) == 0:
             raise ValueError(
                 f"Expected training images of '{self.name}' that can be normalised, but got the same value in "
@@ -186,7 +198,10 @@ class LabelledImages(ConfiguredDataModule):
         first = self.sources[0]
         train = first.open("train")
         if len(self.sources) == 1 and not first.parts:
-            held_out = self._hold_out(train)
+            if self.test_share is None:  # the bundled sample, 100 images of each class after one another
+                held_out = torch.arange(len(train.labels)) % 100 >= 80
+            else:
+                held_out = self._held_out(train.labels, train.class_names, self.test_share)
             data = in_memory(train, self.num_workers)
             parts = [LabelledTensors(data.images[which], data.labels[which]) for which in (~held_out, held_out)]
             return parts[0], parts[1], train.class_names
@@ -207,23 +222,50 @@ class LabelledImages(ConfiguredDataModule):
         first = self.sources[0]
         return str(first.folder) if first.kind == "folder" else self.name
 
-    def _hold_out(self, images: OpenSource) -> Tensor:
+    def _held_out(self, labels: Tensor, class_names: tuple[str, ...], share: float) -> Tensor:
         """``(M,)``, whether an image is held out."""
-        labels = images.labels
-        if self.test_share is None:  # the bundled sample, 100 images of each class after one another
-            return torch.arange(len(labels)) % 100 >= 80
         held_out = torch.zeros(len(labels), dtype=torch.bool)
-        for label, name in enumerate(images.class_names):
-            members = (labels == label).nonzero().flatten()
+        for label, (name, members) in enumerate(zip(class_names, _by_class(labels, len(class_names)), strict=True)):
             if len(members) < 2:
                 raise ValueError(
                     f"Expected at least two images of class {name!r} in '{self._where}', to hold one out as test "
                     f"image, but got {len(members)}. Add some, or give training and test images as a pair."
                 )
             generator = torch.Generator().manual_seed(derive_seed(0, label, "held-out images"))
-            count = min(max(round(self.test_share * len(members)), 1), len(members) - 1)
+            count = min(max(round(share * len(members)), 1), len(members) - 1)
             held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
         return held_out
+
+    def hold_out(self, share: float) -> LabelledImages:
+        """The same data set without its test images: training images held out from training stand in their place.
+
+        For whatever is chosen or watched by accuracy. Which images are held out depends on the share alone, by the
+        formula of ``test_share``. Mean and standard deviation stay as they are.
+
+        Args:
+            share: of the training images of each class, above 0 and below 1.
+
+        Raises:
+            ValueError: a share outside of its range, or a class with a single image.
+
+        Example:
+            >>> data = LabelledImages("sample")
+            >>> data.setup("fit")
+            >>> watched = data.hold_out(0.1)
+            >>> len(watched.train), len(watched.test)
+            (720, 80)
+        """
+        check_share(share=share)
+        self.setup("fit")
+        held_out = self._held_out(self.train.labels, self.class_names, share)
+        other = copy.copy(self)
+        other.__dict__.pop("configuration", None)  # that of the whole
+        other.train, other.test = (
+            LabelledTensors(self.train.images[which], self.train.labels[which], self.train.classes)
+            for which in (~held_out, held_out)
+        )
+        other._by_class = _by_class(other.train.labels, self.num_classes)
+        return other
 
     @property
     def num_classes(self) -> int:
@@ -317,6 +359,11 @@ class LabelledImages(ConfiguredDataModule):
                 f"Expected labels from 0 to {len(class_names) - 1} in the {split} images of '{self.name}', but got "
                 f"{int(outside[0])}."
             )
+
+
+def _by_class(labels: Tensor, num_classes: int) -> list[Tensor]:
+    """The numbers of the images of each class."""
+    return [(labels == label).nonzero().flatten() for label in range(num_classes)]
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

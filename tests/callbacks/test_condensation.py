@@ -38,6 +38,11 @@ def test_other_modules_are_refused(callback, tmp_path: Path) -> None:
         (lambda: SyntheticEvaluation(networks=0), "Expected `networks` to be a whole number of at least 1, but got 0"),
         (lambda: SyntheticEvaluation(epochs=0), "Expected `epochs` to be a whole number of at least 1, but got 0"),
         (lambda: SyntheticEvaluation(seed=-1), "Expected `seed` to be a whole number of at least 0, but got -1"),
+        (lambda: SyntheticEvaluation(precision="8"), "Expected `precision` to be one of .* but got '8'"),
+        (
+            lambda: SyntheticEvaluation(augmentation="idc"),
+            r"Expected `augmentation` to be one of \['dc', 'dsa'\], but got",
+        ),
         (lambda: SyntheticEvaluation(network="mlp"), r"Expected `network` to be a torch\.nn\.Module, but got str"),
     ],
 )

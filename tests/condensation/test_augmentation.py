@@ -311,3 +311,28 @@ def test_what_draw_and_its_function_refuse(generator):
     for shape in [(3, 1, 8, 8), (1, 8, 8), (4, 3, 1, 8, 8)]:
         with pytest.raises(ValueError, match=r"shape \(\.\.\., 4, C, H, W\), for as many images as were drawn"):
             each(torch.zeros(shape))
+
+
+def test_one_transform_for_all_images_or_one_for_each(generator):
+    """With parameters of their own in both cases."""
+    together = SiameseAugmentation("crop_scale_rotate").draw(generator, 200)
+    assert len(set(together.choices)) == 1
+    assert len(together.numbers[:, 4].unique()) == 200
+    apart = SiameseAugmentation("crop_scale_rotate", same=False).draw(generator, 200)
+    assert set(apart.choices) == {0, 1, 2}
+    assert not SiameseAugmentation.mnist_evaluation().same
+    kinds = {SiameseAugmentation("crop_scale_rotate").draw(generator, 2).choices[0] for _ in range(50)}
+    assert kinds == {0, 1, 2}, "another one in each call"
+    with pytest.raises(ValueError, match="Expected `same` to be True or False, but got 1"):
+        SiameseAugmentation(same=1)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "strategy"),
+    [
+        *[(name, "color_crop_cutout_flip_scale_rotate") for name in ("fashion_mnist", "cifar10", "cifar100", "own")],
+        *[(name, "color_crop_cutout_scale_rotate") for name in ("mnist", "svhn")],
+    ],
+)
+def test_transforms_of_the_paper(dataset, strategy):
+    assert SiameseAugmentation.dsa(dataset) == SiameseAugmentation(strategy)

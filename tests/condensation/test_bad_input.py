@@ -10,7 +10,7 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from leakage.condensation import GradientMatchingCondensation, gradient_matching
+from leakage.condensation import GradientMatchingCondensation, fresh
 from leakage.datamodules import Victims
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -26,7 +26,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"augmentation": "crop_blur"},
         r"to be some of \['color', 'crop', 'cutout', 'flip', 'scale', 'rotate'\].*'crop_blur'",
     ),
-    ({"initialization": "zeros"}, r"Expected `initialization` to be one of \['noise', 'real'\], but got 'zeros'"),
+    (
+        {"initialization": "zeros"},
+        r"Expected `initialization` to be one of \['kmeans', 'noise', 'real'\], but got 'zeros'",
+    ),
     ({"network_learning_rate": 0.0}, "Expected `network_learning_rate` to be positive and finite, but got 0.0"),
     ({"network_batch_size": 0}, "Expected `network_batch_size` to be a whole number of at least 1, but got 0"),
     ({"seed": -1}, "Expected `seed` to be a whole number of at least 0, but got -1"),
@@ -176,7 +179,7 @@ def test_steps_too_large_end_with_an_error_and_the_last_good_images(kit: Any) ->
 def test_a_network_that_breaks_down_leaves_good_images(
     kit: Any, loops: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact, calls = gradient_matching.real_gradients, []
+    exact, calls = fresh.real_gradients, []
 
     def spoilt(*arguments: Any) -> dict[str, Tensor]:
         gradients = exact(*arguments)
@@ -185,7 +188,7 @@ def test_a_network_that_breaks_down_leaves_good_images(
             gradients["classifier.weight"][1, 0] = torch.inf
         return gradients
 
-    monkeypatch.setattr(gradient_matching, "real_gradients", spoilt)
+    monkeypatch.setattr(fresh, "real_gradients", spoilt)
     condensation = GradientMatchingCondensation(network=kit.network(), iterations=5, loops=loops)
     where = rf"at iteration {3 // loops[0]}, class 1 \(middle\)"
     with pytest.raises(FloatingPointError, match=where):

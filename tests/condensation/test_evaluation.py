@@ -20,7 +20,7 @@ from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.evaluation import Evaluation, evaluate, evaluate_full
 from leakage.condensation.stacking import SingleNetwork, StackedNetworks, stacking_error, works_image_by_image
 from leakage.condensation.synthetic_set import SyntheticSet, random_images
-from leakage.condensation.training import TrainingOptions, train
+from leakage.condensation.training import NetworkResult, TrainingOptions, train
 from leakage.datamodules import LabelledImages, LabelledTensors
 from leakage.models import MLP, ConvNet, draw_state
 from leakage.seeds import derive_seed
@@ -166,26 +166,57 @@ def test_good_images_are_better_than_bad_ones(data: Stripes) -> None:
     assert evaluate(bad, data, **options).mean < 0.2
 
 
-def test_protocol_of_the_paper_is_the_default(data: Stripes, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[TrainingOptions] = []
-    networks: list[nn.Module] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What is to be trained and tested, which is not done."""
+    seen: list[tuple[Any, ...]] = []
 
-    def note(
-        images: Tensor, labels: Tensor, data: Any, network: nn.Module, count: int, options: Any, *rest: Any
-    ) -> Any:
-        seen.append(options)
-        networks.append(network)
-        return torch.full((count,), 0.5), 1.0, 2.0
+    def note(*arguments: Any) -> list[NetworkResult]:
+        seen.append(arguments)
+        return [NetworkResult(0.5, 1.0, 2.0)] * arguments[4]
 
     monkeypatch.setattr("leakage.condensation.evaluation.train_and_test", note)
+    return seen
+
+
+def test_protocol_of_the_paper_is_the_default(data: Stripes, asked: list[tuple[Any, ...]]) -> None:
     synthetic = random_images(data, 1)
     evaluation = evaluate(synthetic, data)
     evaluate(synthetic, data, augmentation=SiameseAugmentation.mnist_evaluation())
-    assert seen[0] == TrainingOptions(300, 0.01, 0.9, 5e-4, 256, None, 0)
-    assert seen[1].epochs == 1000
+    assert asked[0][5] == TrainingOptions(300, 0.01, 0.9, 5e-4, 256, None, 0, "32-true")
+    assert asked[1][5].epochs == 1000
     assert evaluation.networks == 10
-    assert isinstance(networks[0], ConvNet)
-    assert networks[0].features[0].weight.shape == (128, 1, 3, 3)
+    network = asked[0][3]
+    assert isinstance(network, ConvNet)
+    assert network.features[0].weight.shape == (128, 1, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "epochs", "augmentation"),
+    [
+        ("mnist", "dc", 1000, SiameseAugmentation.mnist_evaluation()),
+        ("fashion_mnist", "dc", 300, None),
+        ("cifar10", "dc", 300, None),
+        ("fashion_mnist", "dsa", 1000, SiameseAugmentation("color_crop_cutout_flip_scale_rotate", same=True)),
+        ("cifar10", "dsa", 1000, SiameseAugmentation("color_crop_cutout_flip_scale_rotate", same=True)),
+        ("mnist", "dsa", 1000, SiameseAugmentation("color_crop_cutout_scale_rotate", same=True)),
+        ("svhn", "dsa", 1000, SiameseAugmentation("color_crop_cutout_scale_rotate", same=True)),
+        ("mnist", None, 300, None),
+    ],
+)
+def test_evaluations_of_the_papers(
+    data: Stripes,
+    asked: list[tuple[Any, ...]],
+    dataset: str,
+    name: str | None,
+    epochs: int,
+    augmentation: SiameseAugmentation | None,
+) -> None:
+    data.name = dataset
+    evaluate(random_images(data, 1), data, augmentation=name)
+    assert asked[0][5] == TrainingOptions(epochs, augmentation=augmentation)
+    evaluate(random_images(data, 1), data, augmentation=name, epochs=7)
+    assert asked[1][5].epochs == 7
 
 
 def test_network_is_left_as_it_was(data: Stripes) -> None:
@@ -339,7 +370,12 @@ def test_network_without_reset_parameters(data: Stripes) -> None:
         ({"learning_rate": 0}, "Expected `learning_rate` to be positive and finite, but got 0"),
         ({"momentum": 1.0}, "Expected `momentum` from 0 to below 1, but got 1.0"),
         ({"weight_decay": -1e-4}, "Expected `weight_decay` of at least 0, but got -0.0001"),
-        ({"augmentation": "crop"}, "Expected `augmentation` to be a SiameseAugmentation or None, but got 'crop'"),
+        ({"augmentation": "crop"}, r"Expected `augmentation` to be one of \['dc', 'dsa'\], but got 'crop'"),
+        ({"augmentation": 1}, "Expected `augmentation` to be a SiameseAugmentation or None, but got 1"),
+        (
+            {"precision": "16-mixed"},
+            r"Expected `precision` to be one of \['32-true', 'bf16-mixed'\], but got '16-mixed'",
+        ),
         ({"stacked": "yes"}, "Expected `stacked` to be True, False or None, but got 'yes'"),
     ],
 )
@@ -395,21 +431,50 @@ def test_full_is_training_on_all_images(data: Stripes) -> None:
     assert found.mean > 0.8
 
 
-def test_full_is_cached_by_configuration(data: Stripes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_network_is_kept(data: Stripes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped loses one network at most, and ends as if it had not been stopped."""
+    synthetic = random_images(data, 2)
+    options = OPTIONS | {"network": small(), "networks": 4}
+    whole = evaluate(synthetic, data, **options)
+    trained: list[int] = []
+
+    def stopping(networks: Any, numbers: Any, *rest: Any) -> None:
+        if len(trained) == stop_after:
+            raise KeyboardInterrupt
+        trained.extend(numbers)
+        train(networks, numbers, *rest)
+
+    monkeypatch.setattr(training, "train", stopping)
+    stop_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(synthetic, data, cache=tmp_path, **options)
+    (path,) = tmp_path.iterdir()
+    assert [one["accuracy"] for one in json.loads(path.read_text())] == whole.accuracies[:2].tolist()
+    stop_after = 100
+    again = evaluate(synthetic, data, cache=tmp_path, **options)
+    assert trained == [0, 1, 2, 3]
+    assert torch.equal(again.accuracies, whole.accuracies)
+    assert again.training_seconds > 0
+    fewer = evaluate(synthetic, data, cache=tmp_path, **(options | {"networks": 3}))
+    assert torch.equal(fewer.accuracies, whole.accuracies[:3])
+    assert fewer.training_seconds < again.training_seconds
+    assert trained == [0, 1, 2, 3], "nothing more"
+    evaluate(random_images(data, 2, seed=1), data, cache=tmp_path, **options)
+    evaluate(synthetic, data, cache=tmp_path, augmentation="dsa", **options)
+    assert trained == [0, 1, 2, 3] * 3, "another set, another evaluation"
+
+
+def test_full_is_cached_by_configuration(
+    data: Stripes, tmp_path: Path, asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = tmp_path / "cache"
     options: dict[str, Any] = {"networks": 2, "epochs": 2, "device": "cpu", "progress": False, "cache": cache}
-    first = evaluate_full(data, network=small(), **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leakage.condensation.evaluation.train_and_test", training.train_and_test)
+        first = evaluate_full(data, network=small(), **options)
     (path,) = cache.iterdir()
-    assert json.loads(path.read_text())["accuracies"] == first.accuracies.tolist()
-    runs: list[int] = []
-
-    def run(*arguments: Any) -> Any:
-        runs.append(1)
-        return torch.tensor([0.25, 0.5]), 1.0, 2.0
-
-    monkeypatch.setattr("leakage.condensation.evaluation.train_and_test", run)
     again = evaluate_full(data, network=small(), **options)
-    assert not runs
+    assert not asked
     assert torch.equal(again.accuracies, first.accuracies)
     assert again.training_seconds == first.training_seconds
     other_data = Stripes(per_class=7)
@@ -419,6 +484,7 @@ def test_full_is_cached_by_configuration(data: Stripes, tmp_path: Path, monkeypa
             (data, {"epochs": 3}),
             (data, {"networks": 3}),
             (data, {"seed": 1}),
+            (data, {"precision": "bf16-mixed"}),
             (data, {"augmentation": SiameseAugmentation("crop")}),
             (data, {"augmentation": SiameseAugmentation("crop", crop=0.25)}),
             (data, {"network": small(norm="batch")}),
@@ -428,13 +494,46 @@ def test_full_is_cached_by_configuration(data: Stripes, tmp_path: Path, monkeypa
         start=1,
     ):
         evaluate_full(whose, **({"network": small()} | options | changes))
-        assert len(runs) == count, changes
-    for broken in ("{", "[]", "{}", '{"accuracies": [0.5]}', '{"accuracies": [0.5'):
+        assert len(asked) == count, changes
+    for broken in ("{", "3", '["accuracy"]', '[{"accuracy": 0.5}]', '[{"accuracy": 0.5', path.read_text()[:-9]):
         path.write_text(broken)
         with pytest.raises(ValueError, match=r"Expected a whole JSON file in the cache, but got '.*json'. Delete it"):
             evaluate_full(data, network=small(), **options)
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.touch()
+    monkeypatch.undo()
     with pytest.raises(OSError, match="Expected to write"):
-        evaluate_full(data, network=small(), **(options | {"cache": path / "below a file"}))
+        evaluate_full(data, network=small(), **options)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_bfloat16_trains_nearly_the_same(data: Stripes, stacked: bool) -> None:
+    """In training only, and seen in the figures: weights differ a little, accuracies hardly."""
+    synthetic = random_images(data, 6)
+    options = OPTIONS | {"network": small(), "epochs": 60, "stacked": stacked}
+    single = evaluate(synthetic, data, **options)
+    mixed = evaluate(synthetic, data, precision="bf16-mixed", **options)
+    assert mixed.mean > 0.9
+    assert mixed.mean == pytest.approx(single.mean, abs=0.05)
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(9, 1, 8, 8, generator=generator), torch.randint(3, (9,), generator=generator)
+    state = draw_state(small(), 0)
+
+    def moved(precision: str, epochs: int) -> Tensor:
+        network = SingleNetwork(small(), state, CPU, 4)
+        options = TrainingOptions(epochs, precision=precision)
+        train(network, [0], lambda index: images[index], labels, options, lambda _: None)
+        weight = dict(network.state())["features.0.weight"]
+        assert weight.dtype == torch.float32
+        return weight - state["features.0.weight"]
+
+    for epochs in (1, 40):
+        expected, found = moved("32-true", epochs), moved("bf16-mixed", epochs)
+        assert not torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * float(expected.abs().max()))
+    with torch.autocast("cpu", enabled=False):  # whose cache of weights is not to be taken
+        assert torch.equal(moved("bf16-mixed", 40), found)
 
 
 def test_evaluation_is_summed_up() -> None:

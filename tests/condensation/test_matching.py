@@ -113,14 +113,15 @@ def plain_match(
 
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("images_per_class", [1, 3, 12])
+@pytest.mark.parametrize("in_turn", [False, True])
 def test_matches_as_a_plain_loop_does(
-    network: nn.Module, generator: torch.Generator, distance: str, images_per_class: int
+    network: nn.Module, generator: torch.Generator, distance: str, images_per_class: int, in_turn: bool
 ) -> None:
     names = matched_parameters(network, distance)
     targets = {name: shared_random(generator, 3, *network.get_parameter(name).shape) for name in names}
     images = shared_random(generator, 3, images_per_class, 1, 8, 8)
     before = images.clone()
-    distances, derivatives = match(network, targets, images, distance=distance)
+    distances, derivatives = match(network, targets, images, distance=distance, in_turn=in_turn)
     expected = plain_match(network, targets, images, distance, [as_it_is] * 3)
     torch.testing.assert_close((distances, derivatives), expected)
     assert derivatives.abs().max() > 1e-6
@@ -142,15 +143,16 @@ def test_how_many_classes_are_matched_at_once_does_not_matter(
 
 
 @pytest.mark.parametrize("strategy", ["color", "crop", "cutout", "flip", "scale", "rotate"])
+@pytest.mark.parametrize("in_turn", [False, True])
 def test_differentiates_through_a_transform_for_each_class(
-    network: nn.Module, generator: torch.Generator, strategy: str
+    network: nn.Module, generator: torch.Generator, strategy: str, in_turn: bool
 ) -> None:
     augmentation = SiameseAugmentation(strategy)
     transforms = [augmentation.draw(generator) for _ in range(3)]
     names = matched_parameters(network, "row_cosine")
     targets = {name: shared_random(generator, 3, *network.get_parameter(name).shape) for name in names}
-    images = shared_random(generator, 3, 2, 1, 8, 8)
-    found = match(network, targets, images, distance="row_cosine", transforms=transforms)
+    images = shared_random(generator, 3, 3, 1, 8, 8)
+    found = match(network, targets, images, distance="row_cosine", transforms=transforms, in_turn=in_turn)
     torch.testing.assert_close(found, plain_match(network, targets, images, "row_cosine", transforms))
     assert not images.requires_grad
 

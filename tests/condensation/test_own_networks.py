@@ -59,9 +59,8 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
         note(network)
         return match(network, *arguments, **options)
 
-    module = "leakage.condensation.gradient_matching"
-    monkeypatch.setattr(f"{module}.real_gradients", watched_real)
-    monkeypatch.setattr(f"{module}.match", watched_match)
+    monkeypatch.setattr("leakage.condensation.fresh.real_gradients", watched_real)
+    monkeypatch.setattr("leakage.condensation.gradient_matching.match", watched_match)
     return seen
 
 

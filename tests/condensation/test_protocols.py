@@ -40,7 +40,10 @@ def test_values_replace_those_of_the_protocol_and_none_keeps_them() -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"name": "slow"}, r"Expected `protocol` to be one of \['fast', 'published'\], but got 'slow'"),
-    ({"initialization": "zeros"}, r"Expected `initialization` to be one of \['noise', 'real'\], but got 'zeros'"),
+    (
+        {"initialization": "zeros"},
+        r"Expected `initialization` to be one of \['kmeans', 'noise', 'real'\], but got 'zeros'",
+    ),
     ({"iterations": 0}, "Expected `iterations` to be a whole number of at least 1, but got 0"),
     ({"iterations": 1.5}, "Expected `iterations` to be a whole number of at least 1, but got 1.5"),
     ({"batch_size": 0}, "Expected `batch_size` to be a whole number of at least 1, but got 0"),

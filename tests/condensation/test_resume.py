@@ -23,6 +23,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "decay, real start, strong momentum": {
         "images_per_class": 1, "decay": True, "initialization": "real", "momentum": 0.9, "network_reuse": 3, **INNER
     },
+    "pool": {"images_per_class": 3, "iterations": 17, "pool": 2, "decay": True, "augmentation": "color_crop_flip"},
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def test_resumes_bit_for_bit_from_every_step(kit: Any, run: str, norm: str, tmp_
     assert torch.equal(kit.images(whole), kit.images(plain)), "writing checkpoints changes nothing"
     paths = checkpoints(tmp_path)
     assert len(paths) == whole.step == whole.outer * options["iterations"]
-    for done, path in enumerate(paths, start=1):
+    for done, path in list(enumerate(paths, start=1))[:: max(1, len(paths) // 6)]:
         trainer = {"plugins": [WholeCheckpointIO()]}
         resumed = kit.condense(network=kit.network(norm=norm), **options, ckpt_path=str(path), trainer=trainer)
         assert torch.equal(kit.images(resumed), kit.images(whole)), f"after step {done}"

@@ -376,3 +376,50 @@ def test_a_pair_of_other_classes():
 def test_data_sets_that_cannot_be_parted(dataset, options, message):
     with pytest.raises(ValueError, match=message):
         LabelledImages(dataset, **options)
+
+
+def test_training_images_in_place_of_the_test_images():
+    data = ready(batch_size=3)
+    configuration = data.configuration
+    watched = data.hold_out(0.3)
+    assert (len(watched.train), len(watched.test)) == (13, 6)
+    assert watched.test.labels.bincount().tolist() == [3, 1, 2]
+    parts = [{image.numpy().tobytes() for image in part.images} for part in (watched.train, watched.test, data.train)]
+    assert parts[0] | parts[1] == parts[2]
+    assert not parts[0] & parts[1]
+    assert (watched.mean, watched.std, watched.name, watched.class_names) == (
+        data.mean, data.std, "toy", data.class_names,
+    )  # fmt: skip
+    for step in range(10):
+        batch = watched.class_batch(step)
+        assert batch.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        assert {image.numpy().tobytes() for image in batch.images} <= parts[0]
+    assert (len(data.train), len(data.test)) == (19, 4), "the data set stays as it is"
+    assert data.configuration == configuration
+    assert (watched.configuration["images"], configuration["images"]) == (13, 19)
+    assert torch.equal(Data(seed=9).hold_out(0.3).test.images, watched.test.images), "whatever the seed"
+    for share in (0, 1, 1.5, True, "half"):
+        with pytest.raises(ValueError, match=f"Expected `share` to be above 0 and below 1, but got {share!r}"):
+            data.hold_out(share)
+    with pytest.raises(ValueError, match=r"Expected at least two images of class 'bee' in 'toy'.* but got 1"):
+        Data(train=tensors([0, 0, 1, 2, 2])).hold_out(0.3)
+
+
+def test_a_folder_that_holds_a_data_set_of_torchvision(tmp_path):
+    for part in ("train", "test"):
+        for label, name in enumerate(("cat", "dog")):
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+            colour = (100 * label + 10, 60 * label, 99 - label)
+            Image.new("RGB", (8, 8), colour).save(tmp_path / "photos" / part / name / "1.png")
+    data = LabelledImages(tmp_path / "photos", benchmark="cifar10")
+    data.setup("fit")
+    assert (data.name, data.mean, data.std) == ("cifar10", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    assert data.configuration["name"] == "cifar10"
+    plain = LabelledImages(tmp_path / "photos")
+    plain.setup("fit")
+    assert plain.name == "photos"
+    assert plain.std != data.std
+    with pytest.raises(ValueError, match=r"Expected `benchmark` to be one of .* but got 'imagenet'"):
+        LabelledImages(tmp_path / "photos", benchmark="imagenet")
+    with pytest.raises(ValueError, match="Expected no `benchmark` with 'sample', which is no folder, but got 'mnist'"):
+        LabelledImages("sample", benchmark="mnist")

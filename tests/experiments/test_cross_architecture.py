@@ -3,16 +3,18 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from leakage.condensation import SiameseAugmentation, SyntheticSet, evaluate, random_images
+from leakage.condensation import Recipe, SyntheticSet, evaluate, random_images
 from leakage.datamodules import LabelledImages
-from leakage.models import MLP, ConvNet
+from leakage.models import MLP, ConvNet, draw_state
 
 from .conftest import load
 
@@ -27,8 +29,8 @@ def cross() -> ModuleType:
 @pytest.fixture(autouse=True)
 def small_networks(cross: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others take too long for tests."""
-    monkeypatch.setitem(cross.NETWORKS, "convnet", lambda *shape: ConvNet(*shape, width=4))
-    monkeypatch.setitem(cross.NETWORKS, "mlp", lambda *shape: MLP(*shape, width=8))
+    monkeypatch.setitem(cross.ARCHITECTURES, "convnet", lambda *shape: ConvNet(*shape, width=4))
+    monkeypatch.setitem(cross.ARCHITECTURES, "mlp", lambda *shape: MLP(*shape, width=8))
     monkeypatch.setattr(cross, "evaluate", lambda *given, **options: evaluate(*given, **{**options, "progress": False}))
 
 
@@ -134,7 +136,7 @@ def test_resumes_what_is_done_and_nothing_else(
     for options, differing in (
         (["--seed", "1"], "`seed`: 0 there, 1 here"),
         (["--epochs", "3"], "`epochs`: 2 there, 3 here"),
-        (["--augment-test"], "`augmentation`: None there"),
+        (["--evaluation", "dsa"], "`evaluation`: 'dc' there, 'dsa' here"),
     ):
         assert differing in refused(cross, capsys, *arguments, "convnet", "--resume", *options)
     other = tmp_path / "dc" / "synthetic.safetensors"
@@ -147,24 +149,16 @@ def test_resumes_what_is_done_and_nothing_else(
 def test_a_folder_of_table2(
     cross: ModuleType, synthetic: Path, tmp_path: Path, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of which the first set of each method is tested."""
     folder = tmp_path / "table"
-    for method in ("dc", "random"):
-        (folder / method).mkdir(parents=True)
-        shutil.copyfile(synthetic, folder / method / "synthetic.safetensors")
+    for method, seed in (("dc", 0), ("random", 9), ("random", 10)):
+        (folder / method / f"seed_{seed}").mkdir(parents=True)
+    for file in ("dc/seed_0", "random/seed_9", "."):
+        shutil.copyfile(synthetic, folder / file / "synthetic.safetensors")
+    (folder / "random" / "seed_10" / "synthetic.safetensors").touch()
     (folder / "full").mkdir()
-    shutil.copyfile(synthetic, folder / "synthetic.safetensors")
-    arguments = [
-        "--networks",
-        "1",
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
-        "--architectures",
-        "mlp",
-        "--baseline",
-        "random",
-    ]
+    arguments = ["--networks", "1", "--epochs", "1", "--device", "cpu", "--architectures", "mlp"]
+    arguments += ["--baseline", "random"]
     cross.main(["--synthetic", str(folder), *arguments, "--output", str(tmp_path / "out")])
     rows = read(tmp_path / "out")
     assert [row["source"] for row in rows] == ["dc", "random"], "random is in the folder already"
@@ -177,35 +171,57 @@ def test_a_folder_of_table2(
 
 
 @pytest.mark.parametrize(
-    ("source", "dataset", "asked", "expected"),
+    ("method", "asked", "expected"),
     [
-        ("dc", "sample", None, None),
-        ("dc", "sample", True, "mnist"),
-        ("dc", "mnist", None, "mnist"),
-        ("random", "mnist", None, "mnist"),
-        ("dc", "mnist", False, None),
-        ("dsa", "sample", None, "dsa"),
-        ("dsa", "mnist", None, "dsa"),
-        ("dsa", "sample", False, None),
-        ("another", "sample", None, None),
+        ("fast", [], "dc"),
+        ("dsa", [], "dsa"),
+        ("dsa", ["--evaluation", "dc"], "dc"),
+        ("fast", ["--evaluation", "dsa"], "dsa"),
     ],
 )
-def test_augmentation_of_the_networks(
-    cross: ModuleType, source: str, dataset: str, asked: bool | None, expected: str | None
+def test_evaluation_of_the_networks(
+    cross: ModuleType, tmp_path: Path, calls: list[dict[str, Any]], method: str, asked: list[str], expected: str
 ) -> None:
-    found = cross._augmentation(source, dataset, asked)
-    named = {"mnist": SiameseAugmentation.mnist_evaluation(), "dsa": SiameseAugmentation()}
-    assert (None if found is None else vars(found)) == (None if expected is None else vars(named[expected]))
+    """A set that goes by another name is known by its recipe."""
+    path = tmp_path / "sample_2.safetensors"
+    replace(random_images(LabelledImages("sample"), 2), recipe=Recipe(method)).save(path)
+    arguments = [*SMALL, "--architectures", "mlp", "--output", str(tmp_path / "out")]
+    cross.main(["--synthetic", str(path), *arguments, *asked])
+    assert [call["augmentation"] for call in calls] == [expected]
+    assert read(tmp_path / "out")[0]["source"] == method
 
 
-def test_augmentation_reaches_the_evaluation(
-    cross: ModuleType, synthetic: Path, tmp_path: Path, calls: list[dict[str, Any]]
-) -> None:
-    arguments = ["--synthetic", str(synthetic), *SMALL, "--architectures", "mlp", "--output", str(tmp_path)]
-    cross.main([*arguments, "--augment-test"])
-    assert calls[0]["augmentation"].names == ("crop", "scale", "rotate")
-    cross.main([*arguments, "--augment-test", "--resume"])
-    assert len(calls) == 1, "the same augmentation is the same configuration"
+def test_a_folder_that_holds_the_data_set(cross: ModuleType, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for label, name in enumerate(("cat", "dog")):
+            folder = tmp_path / "photos" / part / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (16, 16), (100 * label + 10, 60 * label, 99 - label)).save(folder / "1.png")
+    data = LabelledImages(tmp_path / "photos", benchmark="cifar10")
+    random_images(data, 1).save(tmp_path / "s.safetensors")
+    arguments = ["--synthetic", str(tmp_path / "s.safetensors"), "--dataset", str(tmp_path / "photos")]
+    cross.main([*arguments, *SMALL, "--architectures", "mlp", "--output", str(tmp_path / "out")])
+    assert read(tmp_path / "out")[0]["dataset"] == "cifar10"
+
+
+@pytest.mark.parametrize(("shape", "count"), [((1, 28, 28), 61706), ((3, 32, 32), 62006), ((1, 16, 20), None)])
+def test_lenet_with_relu(cross: ModuleType, shape: tuple[int, int, int], count: int | None) -> None:
+    """The numbers of parameters are those of Dataset Condensation's code."""
+    network = cross.lenet_relu(shape[0], shape[1:], 10)
+    assert network(torch.zeros(2, *shape)).shape == (2, 10)
+    if count is not None:
+        assert sum(parameter.numel() for parameter in network.parameters()) == count
+    first = draw_state(network, 0)
+    assert not torch.equal(first["0.weight"], draw_state(network, 1)["0.weight"]), "it can be drawn anew"
+    with pytest.raises(ValueError, match=r"Expected images of at least 16 pixels a side .* but got \(15, 20\)"):
+        cross.lenet_relu(1, (15, 20), 10)
+
+
+def test_lenet_with_relu_learns(cross: ModuleType) -> None:
+    data = LabelledImages("sample")
+    network = cross.lenet_relu(1, (28, 28), 10)
+    options = {"network": network, "networks": 1, "device": "cpu", "progress": False}
+    assert evaluate(random_images(data, 10), data, epochs=300, **options).mean > 0.4
 
 
 def rows_of(cross: ModuleType) -> list[Any]:
@@ -242,8 +258,7 @@ def test_sets_that_do_not_fit(
     cross: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], calls: list[dict[str, Any]]
 ) -> None:
     def saved(name: str, dataset: str, shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10) -> str:
-        (tmp_path / name).mkdir(exist_ok=True)
-        path = tmp_path / name / "synthetic.safetensors"
+        path = tmp_path / name / "seed_0" / "synthetic.safetensors"
         SyntheticSet(
             torch.rand(classes, *shape), torch.arange(classes), (0.5,) * shape[0], (0.5,) * shape[0],
             tuple(map(str, range(classes))), dataset,
@@ -265,7 +280,7 @@ def test_sets_that_do_not_fit(
     assert "Expected `--synthetic` to hold sets of one data set, but got {" in said
     (tmp_path / "empty").mkdir()
     said = refused(cross, capsys, "--synthetic", str(tmp_path / "empty"), *SMALL, "--output", str(tmp_path / "out"))
-    assert "Expected `--synthetic` to hold <method>/synthetic.safetensors" in said
+    assert "Expected `--synthetic` to hold <method>/seed_<seed>/synthetic.safetensors" in said
     said = refused(cross, capsys, "--synthetic", str(tmp_path / "none"), *SMALL, "--output", str(tmp_path / "out"))
     assert "Expected a safetensors file at" in said
     assert not calls

@@ -7,9 +7,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from leakage.condensation import SiameseAugmentation, SyntheticSet
-from leakage.datamodules import LabelledImages
+from leakage.condensation import SyntheticSet
 from leakage.models import ConvNet
 
 from .conftest import load
@@ -73,9 +73,9 @@ def test_runs_refuses_to_overwrite_and_resumes(
 
     said = refused(table2, capsys, *SMALL, "--output", str(output))
     assert f"Expected `--output` to be a folder without results, but got '{output}'. Add --resume" in said
-    said = refused(table2, capsys, *SMALL, "--seed", "1", "--output", str(output), "--resume")
+    said = refused(table2, capsys, *SMALL, "--loops", "2", "1", "--output", str(output), "--resume")
     assert "Expected" in said
-    assert "`condensation.seed`: 0 there, 1 here" in said
+    assert "`condensation.loops`: None there, [2, 1] here" in said
 
     table2.main([*SMALL, "--method", "random", "dc", "--output", str(output), "--resume"])
     rows = json.loads((output / "summary.json").read_text())
@@ -101,9 +101,10 @@ def test_every_option_arrives(table2: ModuleType, tmp_path: Path, asked: dict[st
     table2.main(
         [
             "--dataset", "sample", "--images-per-class", "10", "--method", "dsa", "fast", "dsa", "--iterations", "7",
-            "--loops", "2", "3", "--cache", "kept",
-            "--networks", "3", "--moments", "--epochs", "40", "--full-epochs", "6", "--seed", "5", "--precision",
-            "bf16-mixed", "--accelerator", "cpu", "--resume", "--output", str(tmp_path),
+            "--loops", "2", "3", "--cache", "kept", "--sets", "4", "--evaluation", "dsa", "dc", "dsa",
+            "--budget", "2.5", "--networks", "3", "--moments", "--epochs", "40", "--full-epochs", "6", "--seed", "5",
+            "--precision", "64-true", "--test-precision", "bf16-mixed", "--held-out", "0.1",
+            "--accelerator", "cpu", "--resume", "--output", str(tmp_path),
         ]
     )  # fmt: skip
     data = asked.pop("data")
@@ -112,12 +113,16 @@ def test_every_option_arrives(table2: ModuleType, tmp_path: Path, asked: dict[st
         "methods": ["dsa", "fast"],
         "output": tmp_path,
         "images_per_class": 10,
+        "sets": 4,
+        "evaluations": ["dsa", "dc"],
         "iterations": 7,
+        "budget": 2.5,
         "loops": (2, 3),
         "networks": 3,
         "moments": [],
+        "held_out": 0.1,
         "epochs": 40,
-        "augmentation": None,
+        "test_precision": "bf16-mixed",
         "full_epochs": 6,
         "cache": Path("kept"),
         "published": {},
@@ -125,55 +130,51 @@ def test_every_option_arrives(table2: ModuleType, tmp_path: Path, asked: dict[st
         "resume": True,
         "accelerator": "cpu",
         "devices": 1,
-        "precision": "bf16-mixed",
+        "precision": "64-true",
     }
 
 
-@pytest.mark.parametrize(
-    ("dataset", "flags", "augments"),
-    [
-        ("mnist", [], True),
-        ("mnist", ["--no-augment-test"], False),
-        ("sample", [], False),
-        ("sample", ["--augment-test"], True),
-    ],
-)
-def test_networks_on_mnist_are_trained_with_augmentation(
-    table2: ModuleType,
-    tmp_path: Path,
-    asked: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    dataset: str,
-    flags: list[str],
-    augments: bool,
+def test_by_default_as_in_the_first_paper(table2: ModuleType, tmp_path: Path, asked: dict[str, Any]) -> None:
+    table2.main(["--dataset", "sample", "--held-out", "0", "--output", str(tmp_path)])
+    assert (asked["methods"], asked["evaluations"], asked["sets"], asked["epochs"]) == (["dc"], ["dc"], 1, None)
+    assert asked["held_out"] is asked["budget"] is asked["moments"] is None
+
+
+def test_a_folder_that_holds_the_data_set_of_the_paper(
+    table2: ModuleType, tmp_path: Path, asked: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sample = LabelledImages("sample")
-    monkeypatch.setattr(table2, "LabelledImages", lambda name, **_: sample)
-    table2.main(["--dataset", dataset, *flags, "--output", str(tmp_path)])
-    augmentation = asked["augmentation"]
-    assert (augmentation is not None) == augments
-    if augmentation is not None:
-        assert vars(augmentation) == vars(SiameseAugmentation.mnist_evaluation())
-    assert asked["published"] == ({"dc": 0.917, "dsa": 0.887, "fast": 0.917} if dataset == "mnist" else {})
+    for part in ("train", "test"):
+        for label in range(10):
+            folder = tmp_path / "photos" / part / str(label)
+            folder.mkdir(parents=True)
+            Image.new("RGB", (32, 32), (25 * label, 200 - 9 * label, 50 + label)).save(folder / "1.png")
+    given = ["--dataset", str(tmp_path / "photos"), "--images-per-class", "10", "--output", str(tmp_path / "out")]
+    table2.main([*given, "--benchmark", "cifar10"])
+    assert asked["published"] == {"dc": 0.449, "dsa": 0.521}
+    data = asked["data"]
+    assert (data.name, data.std, len(data.train), len(data.test)) == ("cifar10", (0.2023, 0.1994, 0.2010), 10, 10)
+    assert "dc on cifar10, 10 per class" in capsys.readouterr().out
+    table2.main(given)
+    assert (asked["published"], asked["data"].name) == ({}, "photos")
 
 
 @pytest.mark.parametrize(
     ("dataset", "images_per_class", "expected"),
     [
-        ("mnist", 1, {"dc": 91.7, "dsa": 88.7, "fast": 91.7}),
-        ("mnist", 10, {"dc": 97.4, "dsa": 97.8, "fast": 97.4}),
-        ("mnist", 50, {"dc": 98.8, "dsa": 99.2, "fast": 98.8}),
-        ("fashion_mnist", 1, {"dc": 70.5, "dsa": 70.6, "fast": 70.5}),
-        ("fashion_mnist", 10, {"dc": 82.3, "dsa": 84.6, "fast": 82.3}),
-        ("fashion_mnist", 50, {"dc": 83.6, "dsa": 88.7, "fast": 83.6}),
-        ("svhn", 1, {"dc": 31.2, "dsa": 27.5, "fast": 31.2}),
-        ("svhn", 10, {"dc": 76.1, "dsa": 79.2, "fast": 76.1}),
-        ("svhn", 50, {"dc": 82.3, "dsa": 84.4, "fast": 82.3}),
-        ("cifar10", 1, {"dc": 28.3, "dsa": 28.8, "fast": 28.3}),
-        ("cifar10", 10, {"dc": 44.9, "dsa": 52.1, "fast": 44.9}),
-        ("cifar10", 50, {"dc": 53.9, "dsa": 60.6, "fast": 53.9}),
-        ("cifar100", 1, {"dc": 12.8, "dsa": 13.9, "fast": 12.8}),
-        ("cifar100", 10, {"dc": 25.2, "dsa": 32.3, "fast": 25.2}),
+        ("mnist", 1, {"dc": 91.7, "dsa": 88.7}),
+        ("mnist", 10, {"dc": 97.4, "dsa": 97.8}),
+        ("mnist", 50, {"dc": 98.8, "dsa": 99.2}),
+        ("fashion_mnist", 1, {"dc": 70.5, "dsa": 70.6}),
+        ("fashion_mnist", 10, {"dc": 82.3, "dsa": 84.6}),
+        ("fashion_mnist", 50, {"dc": 83.6, "dsa": 88.7}),
+        ("svhn", 1, {"dc": 31.2, "dsa": 27.5}),
+        ("svhn", 10, {"dc": 76.1, "dsa": 79.2}),
+        ("svhn", 50, {"dc": 82.3, "dsa": 84.4}),
+        ("cifar10", 1, {"dc": 28.3, "dsa": 28.8}),
+        ("cifar10", 10, {"dc": 44.9, "dsa": 52.1}),
+        ("cifar10", 50, {"dc": 53.9, "dsa": 60.6}),
+        ("cifar100", 1, {"dc": 12.8, "dsa": 13.9}),
+        ("cifar100", 10, {"dc": 25.2, "dsa": 32.3}),
         ("cifar100", 50, {}),
         ("mnist", 20, {}),
         ("sample", 1, {}),
@@ -190,6 +191,8 @@ def test_published_figures(table2: ModuleType, dataset: str, images_per_class: i
     [
         (["--networks", "0"], "Expected `networks` to be a whole number of at least 1, but got 0"),
         (["--images-per-class", "2"], "Expected `loops` (outer, inner) with images_per_class=2"),
+        (["--budget", "5"], "Expected `budget` or `iterations`, but got both, 5.0 and 1"),
+        (["--sets", "0"], "Expected `sets` to be a whole number of at least 1, but got 0"),
     ],
 )
 def test_refuses_before_anything_is_run(
@@ -210,6 +213,8 @@ def test_refuses_before_anything_is_run(
         (["--dataset", "imagenet"], "Expected `dataset` to be one of ['mnist', 'fashion_mnist', 'cifar10', 'cifar100'"),
         (["--dataset", "sample", "--method", "dm"], "invalid choice: 'dm' (choose from"),
         (["--dataset", "sample", "--root", "."], "Expected no `root` with 'sample', but got ."),
+        (["--dataset", "sample", "--benchmark", "mnist"], "Expected no `benchmark` with 'sample', which is no folder"),
+        (["--dataset", "sample", "--evaluation", "idc"], "invalid choice: 'idc' (choose from"),
         (["--dataset", "mnist", "--image-size", "9"], "Expected no `image_size` with 'mnist', but got 9"),
         (["--dataset", "sample", "--output", "file/x"], "Expected `output` to be a folder that can be written"),
     ],

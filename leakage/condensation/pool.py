@@ -1,0 +1,121 @@
+"""Networks trained on real images, kept in several states with their gradients of real images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leakage.condensation.fresh import Goal, Networks
+from leakage.condensation.networks import batch_norms, take_statistics
+from leakage.datamodules.labelled import ClassBatch
+from leakage.models import draw_state
+from leakage.models.draw import state_of
+from leakage.seeds import derive_seed
+
+# Steps of training after which the state of a network is kept.
+MOMENTS = (0, 2, 5, 10, 20, 40, 80)
+# Images in a step, and SGD as in the test of synthetic sets.
+_BATCH, _RATE, _MOMENTUM = 64, 0.01, 0.9
+# Images at a time on the CPU, for its caches.
+_PIECE = 16
+
+# A state of a network, and what it says of real images.
+Kept = tuple[dict[str, Tensor], Goal]
+
+
+@dataclass
+class NetworkPool(Networks):
+    r"""Few networks, met again and again: what they say of real images is worked out once.
+
+    The gradient of real images does not depend on the synthetic ones. So ``size`` networks are drawn and trained on
+    real images by SGD, each is kept in its states after :data:`MOMENTS` steps of training,
+    :math:`\theta_{n,t}`, and with each state the gradients of a batch of real images of every class,
+
+    .. math:: g^*_{n,t,c} = \frac{1}{M_c} \sum_{i=1}^{M_c} \nabla_\theta \ell(x_{c,i}, c; \theta_{n,t}).
+
+    One step of a condensation visits one state, and costs no more than the gradients of the synthetic images. All are
+    visited once in their order, then again and again in random orders. The networks are never trained on synthetic
+    images.
+
+    A network is trained as far as its states are wanted. It depends on the seed and its number alone, so that a resumed
+    run finds the same. Gradients are kept in bfloat16, whose rounding is far below what another batch of real
+    images would change: (1 + K / 2) times the network in float32 for each state, 420 MB in all for 8 ConvNets and 10
+    classes.
+
+    Attributes:
+        size: networks.
+    """
+
+    size: int = 8
+    _kept: dict[int, list[Kept]] = field(default_factory=dict, init=False)
+    _training: dict[int, Iterator[Kept]] = field(default_factory=dict, init=False)
+
+    def goal(self, batch: ClassBatch) -> Goal:
+        """Put the state of this visit into the network; its gradients."""
+        number, moment = divmod(self.visited(batch.step), len(MOMENTS))
+        kept = self._kept.setdefault(number, [])
+        training = self._training.setdefault(number, self._train(number))
+        seen = 0
+        while len(kept) <= moment:
+            kept.append(next(training))
+            seen += kept[-1][1].real_images
+        with self.clock("network"):
+            state, goal = kept[moment]
+            self.network.load_state_dict(state, strict=False)
+            dtype = next(self.network.parameters()).dtype
+            targets = {name: target.to(dtype) for name, target in goal.targets.items()}
+        return Goal(targets, goal.transforms, seen)
+
+    def visited(self, step: int) -> int:
+        """Number of the state that a step visits, counted network by network."""
+        count = self.size * len(MOMENTS)
+        passed, place = divmod(step, count)
+        return place if passed == 0 else int(torch.randperm(count, generator=self.generator(passed, "pool"))[place])
+
+    def _train(self, number: int) -> Iterator[Kept]:
+        """Train a network; its states and their gradients, one after another."""
+        state = draw_state(self.network, derive_seed(self.options["seed"], number, "network"))
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=_RATE, momentum=_MOMENTUM)
+        generator = self.generator(number, "pool training")
+        trained = 0
+        for index, moment in enumerate(MOMENTS, start=number * len(MOMENTS)):
+            batch = self.data.class_batch(index)
+            classes = [images.to(parameters[0].device) for images in self.split(batch)]
+            with self.clock("network"):
+                self.network.load_state_dict(state, strict=False)  # others have been in its place
+                for _ in range(moment - trained):
+                    self._step(optimizer, parameters, generator)
+                trained = moment
+                take_statistics(self.network, self.data, classes)
+                state = {name: tensor.detach().clone() for name, tensor in state_of(self.network).items()}
+            goal = self.take(index, classes)
+            yield state, replace(goal, targets={name: target.bfloat16() for name, target in goal.targets.items()})
+
+    def _step(self, optimizer: torch.optim.SGD, parameters: Sequence[nn.Parameter], generator: torch.Generator) -> None:
+        """One step of SGD on random real images."""
+        train, device = self.data.train, parameters[0].device
+        chosen = torch.randint(len(train), (_BATCH,), generator=generator)
+        norms = batch_norms(self.network)
+        piece = _PIECE if device.type == "cpu" and not norms else _BATCH
+        for module in norms:
+            module.train()
+        totals = [torch.zeros_like(parameter) for parameter in parameters]
+        for some in torch.split(chosen, piece):
+            images, labels = train.images[some].to(device), train.labels[some].to(device)
+            loss = F.cross_entropy(self.network(self.normalise(images)), labels, reduction="sum") / _BATCH
+            for total, gradient in zip(
+                totals, torch.autograd.grad(loss, parameters, materialize_grads=True), strict=True
+            ):
+                total += gradient
+        for parameter, total in zip(parameters, totals, strict=True):
+            parameter.grad = total
+        optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        for module in norms:
+            module.eval()

@@ -1,0 +1,157 @@
+"""Networks that are trained on real images, kept in several states, and met again and again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leakage.condensation import GradientMatchingCondensation, SiameseAugmentation, fresh, pool
+from leakage.condensation.pool import MOMENTS
+from leakage.datamodules import LabelledImages
+from leakage.models import draw_state
+from leakage.seeds import derive_seed
+
+Entry = tuple[dict[str, Tensor], list[list[Tensor]], list[Any]]
+
+
+def stream(index: int, name: str, seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(seed, index, name))
+
+
+def plain_pool(data: LabelledImages, network: nn.Module, size: int, strategy: str | None) -> list[Entry]:
+    """States, gradients by class, and transforms: trained whole batch by whole batch, in double precision."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    entries: list[Entry] = []
+    for number in range(size):
+        network.load_state_dict(draw_state(network, derive_seed(0, number, "network")))
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+        generator = stream(number, "pool training")
+        for step in range(MOMENTS[-1] + 1):
+            if step in MOMENTS:
+                batch = data.class_batch(len(entries))
+                classes = [batch.images[batch.labels == label] for label in range(data.num_classes)]
+                if norms:
+                    for norm in norms:
+                        norm.momentum = 1.0
+                    network.train()(data.normalise(torch.cat([images[:16] for images in classes])).double())
+                network.eval()
+                drawn = stream(len(entries), "augmentation")
+                transforms: list[Any] = [
+                    SiameseAugmentation(strategy).draw(drawn) if strategy else nn.Identity() for _ in classes
+                ]
+                gradients = []
+                for label, (images, transform) in enumerate(zip(classes, transforms, strict=True)):
+                    logits = network(transform(data.normalise(images).double()))
+                    loss = F.cross_entropy(logits, torch.full((len(images),), label))
+                    found = torch.autograd.grad(loss, list(network.parameters()))
+                    gradients.append([gradient.bfloat16().double() for gradient in found])
+                state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+                entries.append((state, gradients, transforms))
+            chosen = torch.randint(len(data.train), (64,), generator=generator)
+            network.train()
+            optimizer.zero_grad()
+            logits = network(data.normalise(data.train.images[chosen]).double())
+            F.cross_entropy(logits, data.train.labels[chosen]).backward()
+            optimizer.step()
+    return entries
+
+
+def plain_condensation(
+    data: LabelledImages, network: nn.Module, count: int, size: int, iterations: int, reuse: int, strategy: str | None
+) -> Tensor:
+    data.setup()
+    network = network.double()
+    entries = plain_pool(data, network, size, strategy)
+    images = torch.randn(data.num_classes * count, *data.image_shape, generator=stream(0, "start")).double()
+    velocity = torch.zeros_like(images)
+    for step in range(iterations):
+        passed, place = divmod(step, len(entries))
+        order = torch.randperm(len(entries), generator=stream(passed, "pool")) if passed else range(len(entries))
+        state, targets, transforms = entries[int(order[place])]
+        network.load_state_dict(state)
+        network.eval()
+        for _ in range(reuse):
+            images.requires_grad_()
+            loss = torch.zeros(())
+            for label, (own, transform) in enumerate(zip(images.split(count), transforms, strict=True)):
+                mean = F.cross_entropy(network(transform(own)), torch.full((count,), label))
+                gradients = torch.autograd.grad(mean, list(network.parameters()), create_graph=True)
+                for gradient, target in zip(gradients, targets[label], strict=True):
+                    if gradient.ndim > 1:
+                        for a, b in zip(gradient.flatten(1), target.flatten(1), strict=True):
+                            loss = loss + 1 - (a * b).sum() / (a.norm() * b.norm() + 1e-6)
+            (derivative,) = torch.autograd.grad(loss, images)
+            velocity = 0.5 * velocity + derivative
+            images = images.detach() - 0.1 * velocity
+    return images
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize(
+    ("count", "iterations", "reuse", "strategy"),
+    [(1, 3, 1, None), (4, 30, 1, None), (2, 16, 2, "color_crop_cutout_flip_scale_rotate")],
+    ids=["first states", "two passes and a half", "augmentation and reuse"],
+)
+def test_is_the_algorithm(kit: Any, norm: str, count: int, iterations: int, reuse: int, strategy: str | None) -> None:
+    run = kit.condense(
+        count,
+        pool=2,
+        iterations=iterations,
+        network_reuse=reuse,
+        augmentation=strategy,
+        network=kit.network(norm=norm),
+        trainer={"precision": "64-true"},
+    )
+    images = plain_condensation(kit.data(batch_size=6), kit.network(norm=norm), count, 2, iterations, reuse, strategy)
+    torch.testing.assert_close(run.synthetic_images.detach(), images, rtol=1e-5, atol=1e-5)
+    assert run.iteration == run.step == iterations
+
+
+def test_takes_the_gradients_of_real_images_once(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, seen = fresh.real_gradients, []
+
+    def count(*arguments: Any) -> dict[str, Tensor]:
+        seen.append(1)
+        return exact(*arguments)
+
+    monkeypatch.setattr(fresh, "real_gradients", count)
+    run = kit.condense(pool=2, iterations=5 * len(MOMENTS))
+    assert len(seen) == 2 * len(MOMENTS)
+    assert run.real_images_seen == 2 * len(MOMENTS) * (6 + 5 + 6)
+    assert all(run.seconds[part] > 0 for part in ("real", "synthetic", "network"))
+
+
+def test_a_network_is_trained_as_far_as_it_is_wanted(kit: Any) -> None:
+    run = kit.condense(pool=3, iterations=len(MOMENTS) + 2)
+    networks = run._networks
+    assert isinstance(networks, pool.NetworkPool)
+    assert {number: len(kept) for number, kept in networks._kept.items()} == {0: len(MOMENTS), 1: 2}
+
+
+def test_a_pass_visits_every_state_once(kit: Any) -> None:
+    networks = kit.condense(pool=3, iterations=1)._networks
+    count = 3 * len(MOMENTS)
+    passes = [[networks.visited(count * number + place) for place in range(count)] for number in range(3)]
+    assert passes[0] == sorted(passes[1]) == sorted(passes[2]) == list(range(count))
+    assert passes[1] != passes[2]
+
+
+def test_any_number_of_images_needs_no_loops(kit: Any) -> None:
+    assert len(kit.condense(5, pool=1, iterations=1).synthetic_dataset()) == 15
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loops": (1, 1)}, r"Expected no `loops` with a pool of networks.*but got \(1, 1\)"),
+        ({"pool": -1}, "Expected `pool` to be a whole number of at least 0, but got -1"),
+        ({"pool": 1.5}, r"Expected `pool` to be a whole number of at least 0, but got 1\.5"),
+    ],
+)
+def test_names_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GradientMatchingCondensation(**{"pool": 2} | options)
