@@ -13,7 +13,7 @@ from torchvision.transforms import Normalize
 from leakage.clients.chain import Link, find_links
 from leakage.clients.victim import Victim
 from leakage.models.layers import AveragePooling
-from leakage.objectives.chain_layers import ACTIVATIONS
+from leakage.objectives.activations import ACTIVATIONS
 
 # How near a sigmoid's or tanh's output may come to its bounds: what is found overshoots them.
 _MARGIN = 1e-9

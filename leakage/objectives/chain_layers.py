@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,52 +21,12 @@ from torchvision.transforms import Normalize
 from leakage.clients.chain import Link
 from leakage.clients.low_rank import split
 from leakage.models.layers import AveragePooling
+from leakage.objectives.activations import ACTIVATIONS
 
 # With fewer channels per group than this a matrix product with all patches is faster than a grouped convolution.
 _FEWEST_CHANNELS = 4
 # Products that are added one after another in a last layer of many features.
 _ADDED = 64
-
-
-# An activation's outputs, its first derivative and its second, None where that is 0.
-_Derivatives = tuple[Tensor, Tensor, Tensor | None]
-
-
-def _sigmoid(_: nn.Module, inputs: Tensor) -> _Derivatives:
-    outputs = inputs.sigmoid()
-    slope = torch.addcmul(outputs, outputs, outputs, value=-1)
-    return outputs, slope, torch.addcmul(slope, slope, outputs, value=-2)
-
-
-def _tanh(_: nn.Module, inputs: Tensor) -> _Derivatives:
-    outputs = inputs.tanh()
-    slope = 1 - outputs.square()
-    return outputs, slope, -2 * outputs * slope
-
-
-def _silu(_: nn.Module, inputs: Tensor) -> _Derivatives:
-    sigmoid, slope, _curvature = _sigmoid(_, inputs)
-    outputs = inputs * sigmoid
-    return outputs, torch.addcmul(sigmoid, inputs, slope), slope * (2 + inputs - 2 * outputs)
-
-
-def _relu(_: nn.Module, inputs: Tensor) -> _Derivatives:
-    outputs = inputs.relu()
-    return outputs, (outputs > 0).to(inputs), None
-
-
-def _leaky_relu(module: nn.Module, inputs: Tensor) -> _Derivatives:
-    slope = torch.full_like(inputs, cast(nn.LeakyReLU, module).negative_slope).masked_fill_(inputs > 0, 1)
-    return inputs * slope, slope, None
-
-
-ACTIVATIONS: dict[type[nn.Module], Callable[[nn.Module, Tensor], _Derivatives]] = {
-    nn.Sigmoid: _sigmoid,
-    nn.Tanh: _tanh,
-    nn.SiLU: _silu,
-    nn.ReLU: _relu,
-    nn.LeakyReLU: _leaky_relu,
-}
 
 
 class Step(ABC):
