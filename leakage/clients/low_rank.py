@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.linalg import cholesky_ex, qr, vector_norm
+from torch.linalg import cholesky_ex, qr, svd, vector_norm
 
 from leakage.clients.shared_gradient import SharedGradient
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:  # a victim computes gradients in these coordinates
 _LARGE, _FEWER = 2**19, 4
 # What may be left outside of the basis, in units of the precision that was shared, and the least that such a unit is.
 _ROUNDING, _LEAST = 16.0, 1e-14
+# Subspace iterations, each of which makes the rounding that the space holds smaller by as much as it is to begin with,
+# and directions beside those that are wanted.
+_REPEATED, _SPARE = 3, 8
 # Rows of a gradient that are brought into double precision at once.
 _ROWS = 512
 
@@ -106,6 +109,22 @@ def split(delta: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     # A product of so many numbers is rounded: once more, or its error would be counted on both sides.
     more = outside @ basis
     return in_basis + more, outside - more @ basis.mT
+
+
+def row_space(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The largest singular values ``(V, N)`` of matrices ``(V, K, D)``, and their right singular vectors ``(V, N, D)``.
+
+    Those of large matrices, which are of rank N but for their rounding, are found by subspace iteration.
+    """
+    if matrices[0].numel() < _LARGE or _FEWER * rank > min(matrices.shape[1:]):
+        _, strengths, rows = svd(matrices, full_matrices=False)
+        return strengths[:, :rank], rows[:, :rank]
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(matrices.shape[2], rank + _SPARE, generator=generator).to(matrices)
+    for _ in range(_REPEATED):
+        basis = qr(matrices.mT @ (matrices @ basis))[0]
+    _, strengths, turned = svd(matrices @ basis, full_matrices=False)
+    return strengths[:, :rank], (turned @ basis.mT)[:, :rank]
 
 
 def _factorised(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:

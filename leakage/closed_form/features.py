@@ -11,6 +11,7 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.nn import functional as F
 
 from leakage.clients.losses import LOSSES
+from leakage.clients.low_rank import row_space
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_count
@@ -26,7 +27,7 @@ _ROUNDS = (2, 6, 24)
 _ROUNDING, _AGREEING, _LEAST = 16.0, 50.0, 1e-12
 # A search ends after so many steps, or so many in a row that left more than this share of what the errors are.
 _STEPS, _SLOW_STEPS, _SLOW_SHARE = 200, 8, 1 - 1e-3
-# Bytes of the normal equations of all searches at once.
+# Bytes of the normal equations of all searches at once, and of the gradients of all victims.
 _MEMORY = 2**28
 
 
@@ -140,6 +141,14 @@ def separate_features(shared: SharedGradient, victim: Victim, labels: Tensor, *,
     victim.check(dataclasses.replace(shared, labels=labels))
     check_count(0, seed=seed)
     _check_repeated(labels, shared)
+    at_once = max(1, _MEMORY // shared.gradients[f"{victim.classifier}.weight"][0].numel() // 32)
+    victims = torch.split(torch.arange(len(shared)), at_once)
+    parts = [vars(_separate(shared.select(part), victim, labels[part], seed)) for part in victims]
+    return SeparatedFeatures(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def _separate(shared: SharedGradient, victim: Victim, labels: Tensor, seed: int) -> SeparatedFeatures:
+    """:func:`separate_features` for as many victims as fit the memory."""
     equations, basis, gradient = _equations(shared, victim, labels)
     known = shared.protocol.num_images == 1 and equations.has_bias
     unknowns = equations.mean[:, None] if known else _solve(equations, shared, seed)
@@ -232,8 +241,7 @@ def _equations(shared: SharedGradient, victim: Victim, labels: Tensor) -> tuple[
     lengths = gradient.norm(dim=2)
     row_weights = torch.where(lengths > 0, 1 / lengths.clamp(min=smallest), 0.0)
     rows = gradient * row_weights[..., None]
-    _, strengths, basis = torch.linalg.svd(rows, full_matrices=False)
-    strengths, basis = strengths[:, : protocol.num_images], basis[:, : protocol.num_images]
+    strengths, basis = row_space(rows, protocol.num_images)
     basis = basis * torch.where(basis.sum(2, keepdim=True) < 0, -1.0, 1.0)  # one of the two there are
     # The mean feature: all rows are g_b times it, but for what differs between images. Without a bias the deltas of
     # features of zero stand in for g_b.

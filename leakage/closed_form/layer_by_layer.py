@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -126,10 +127,22 @@ def invert_layers(
         if tuple(tensor.shape) != expected:
             raise ValueError(f"Expected `{name}` of shape {expected}, but got {tuple(tensor.shape)}.")
     parts, at_once = [], _at_once(links, protocol.num_images, separated.features.device)
+    # The last layer, which may have far more weights than all others, is gone through victim by victim.
+    head = shared.state[f"{classifier.name}.weight"]
+    back = torch.stack(
+        [
+            gradient.double() @ (head[victim] if shared.own_weights else head).double()
+            for victim, gradient in enumerate(separated.logit_gradients)
+        ]
+    )
+    gradients, state = (
+        {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] != classifier.name}
+        for tensors in (shared.gradients, shared.state)
+    )
+    rest = dataclasses.replace(shared, gradients=gradients, state=state)
     for victims in torch.split(torch.arange(len(shared)), at_once):
-        inversion = _Inversion(shared.select(victims), links, tolerance, max_iterations)
-        features, gradients = separated.features[victims].double(), separated.logit_gradients[victims].double()
-        parts.append(inversion.run(features, gradients @ inversion.state[f"{classifier.name}.weight"]))
+        inversion = _Inversion(rest.select(victims), links, tolerance, max_iterations)
+        parts.append(inversion.run(separated.features[victims].double(), back[victims]))
     images, equations, residual = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     layers = [link for link in links if link.is_layer]
     sizes = [protocol.num_images * math.prod(link.input_shape) for link in layers]

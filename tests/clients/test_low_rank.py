@@ -9,7 +9,7 @@ from torch.func import grad
 
 from leakage import LeNet, SharedGradient, Victim
 from leakage.clients import low_rank
-from leakage.clients.low_rank import coordinates, has_low_rank, in_basis, is_of_low_rank
+from leakage.clients.low_rank import coordinates, has_low_rank, in_basis, is_of_low_rank, row_space
 from leakage.defenses import GaussianNoise
 
 WEIGHT = "classifier.weight"
@@ -105,3 +105,18 @@ def test_coordinates_of_the_same_images_twice_and_of_no_features_can_be_differen
     for features in (draw(1, 20).expand(2, 20).clone(), torch.zeros(2, 20).double()):
         expected = grad(lambda features: (delta.mT @ features).square().sum())(features)
         torch.testing.assert_close(grad(length)(features), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_row_space_of_a_large_matrix_is_that_of_its_singular_vectors(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = draw(2, 60, rank) @ draw(2, rank, 40, seed=1)
+    noisy = rows + 1e-7 * draw(2, 60, 40, seed=2)  # as rounding in single precision leaves it
+    strengths, basis = row_space(noisy, rank)
+    assert (strengths.shape, basis.shape) == ((2, rank), (2, rank, 40))
+    monkeypatch.setattr(low_rank, "_LARGE", 10_000)
+    found, space = row_space(noisy, rank)
+    assert not torch.equal(found, strengths), "in another way"
+    torch.testing.assert_close(strengths, found, rtol=1e-12, atol=0)
+    torch.testing.assert_close(basis.mT @ basis, space.mT @ space, rtol=0, atol=1e-12)
