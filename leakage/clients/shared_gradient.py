@@ -156,7 +156,7 @@ class SharedGradient:
                     raise ValueError(f"Expected the gradient of {name!r} in floating point, but got {tensor.dtype}.")
                 if tensor.dtype not in (*_REAL, *_WHOLE, torch.bool):
                     raise ValueError(f"Expected the {kind} of {name!r} as real numbers, but got {tensor.dtype}.")
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                if tensor.is_floating_point() and not _all_finite(tensor):
                     where = ""
                     if leading:
                         finite = torch.isfinite(tensor).reshape(victims, -1).all(1)
@@ -233,3 +233,8 @@ class SharedGradient:
         except ValueError as error:
             raise ValueError(f"Expected a sound shared gradient in '{path}', but got: {brief(error)}") from error
         return shared
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # The extremes are NaN if any number is; `isfinite` of all numbers takes thirty times as long.
+    return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor))

@@ -215,7 +215,8 @@ def _one_minus_cosines(gradient: Tensor, target: Tensor) -> Tensor:
 
 def _largest(gradients: Gradients) -> Tensor:
     """The largest size of an entry of each victim's gradient, ``(V,)``."""
-    return torch.stack([tensor.flatten(1).abs().amax(1) for tensor in gradients.values() if tensor[0].numel()]).amax(0)
+    ends = [tensor.flatten(1).aminmax(dim=1) for tensor in gradients.values() if tensor[0].numel()]
+    return torch.stack([torch.maximum(-low, high) for low, high in ends]).amax(0)
 
 
 def _check_same(gradients: Gradients, targets: Gradients) -> None:
