@@ -251,6 +251,11 @@ class GradientMatchingCondensation(LightningModule):
         if self.trainer.precision == "64-true":
             self.double()  # Lightning does so only after it has read a checkpoint, which would be rounded
 
+    def teardown(self, stage: str) -> None:
+        """Let go of networks that were kept."""
+        if hasattr(self, "_networks"):
+            del self._networks
+
     def configure_optimizers(self) -> torch.optim.SGD:
         """SGD on the synthetic images."""
         return torch.optim.SGD([self.synthetic_images], lr=self.protocol.learning_rate, momentum=self.protocol.momentum)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leakage.condensation import GradientMatchingCondensation, SiameseAugmentation, fresh, pool
+from leakage.condensation import GradientMatchingCondensation, SiameseAugmentation, fresh
+from leakage.condensation.pool import NetworkPool
 from leakage.datamodules import LabelledImages
 from leakage.models import draw_state
 from leakage.seeds import derive_seed
@@ -129,19 +132,43 @@ def test_takes_the_gradients_of_real_images_once(kit: Any, monkeypatch: pytest.M
     assert all(run.seconds[part] > 0 for part in ("real", "synthetic", "network"))
 
 
+def made(kit: Any, size: int, images_per_class: int) -> NetworkPool:
+    data = kit.data(batch_size=6)
+    data.setup()
+    options = {"seed": 0, "images_per_class": images_per_class, "distance": "row_cosine"}
+    return NetworkPool(kit.network().eval(), data, None, options, (1, 0), lambda part: nullcontext(), size)
+
+
 def test_a_network_is_trained_as_far_as_it_is_wanted(kit: Any) -> None:
-    run = kit.condense(8, pool=3, iterations=9, initialization="noise")
-    networks = run._networks
-    assert isinstance(networks, pool.NetworkPool)
+    networks = made(kit, 3, images_per_class=8)
+    seen = [networks.goal(networks.data.class_batch(step)).real_images for step in range(9)]
+    assert seen == [17] * 9
     assert {number: len(kept) for number, kept in networks._kept.items()} == {0: 7, 1: 2}
 
 
+def test_a_state_is_the_same_whenever_it_is_wanted(kit: Any) -> None:
+    """As in a resumed run, which comes to the states in another order and has other networks between them."""
+    first, resumed = made(kit, 2, images_per_class=1), made(kit, 2, images_per_class=1)
+    batches = [first.data.class_batch(step) for step in range(16)]
+    expected = [(first.goal(batch).targets, copy.deepcopy(first.network.state_dict())) for batch in batches]
+    for step in range(13, 16):
+        targets, state = expected[step]
+        found = resumed.goal(batches[step]).targets
+        assert all(torch.equal(found[name], target) for name, target in targets.items())
+        assert all(torch.equal(resumed.network.state_dict()[name], tensor) for name, tensor in state.items())
+
+
 def test_a_pass_visits_every_state_once(kit: Any) -> None:
-    networks = kit.condense(pool=3, iterations=1)._networks
-    count = 3 * 4
-    passes = [[networks.visited(count * number + place) for place in range(count)] for number in range(3)]
-    assert passes[0] == sorted(passes[1]) == sorted(passes[2]) == list(range(count))
+    networks = made(kit, 3, images_per_class=1)
+    passes = [[networks.visited(12 * number + place) for place in range(12)] for number in range(3)]
+    assert passes[0] == sorted(passes[1]) == sorted(passes[2]) == list(range(12))
     assert passes[1] != passes[2]
+
+
+def test_a_run_that_is_over_keeps_no_networks(kit: Any) -> None:
+    run = kit.condense(pool=1, iterations=2)
+    assert not hasattr(run, "_networks")
+    assert torch.equal(kit.images(copy.deepcopy(run)), kit.images(run))
 
 
 def test_any_number_of_images_needs_no_loops(kit: Any) -> None:
