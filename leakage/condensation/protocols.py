@@ -64,7 +64,7 @@ def check_momentum(momentum: float) -> None:
 PROTOCOLS = {
     "published": CondensationProtocol(),
     "fast": CondensationProtocol(
-        iterations=2000, batch_size=96, learning_rate=0.1, decay=True, initialization="kmeans", pool=8
+        iterations=1000, batch_size=96, learning_rate=0.1, decay=True, initialization="kmeans", pool=8
     ),
 }
 
