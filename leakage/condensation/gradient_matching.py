@@ -53,8 +53,9 @@ class GradientMatchingCondensation(LightningModule):
     One *iteration* is one freshly drawn network. It has ``outer`` training steps; in each, the gradients of a batch of
     real images per class are taken, then the synthetic images make ``network_reuse`` steps towards them, and the
     network is trained for ``inner`` epochs on the synthetic images (not after the last step, so with one image per
-    class it never is). All iterations are one epoch of the Trainer. The images are normalised, start from N(0, 1) or
-    from real images, and are never clamped.
+    class it never is). With a ``pool`` an iteration is one step, on a network that real images have trained and that is
+    met again and again (:class:`~leakage.condensation.pool.NetworkPool`). All iterations are one epoch of the Trainer.
+    The images are normalised, start from N(0, 1) or from real images, and are never clamped.
 
     Attributes:
         synthetic_images: the parameters, normalised, ``(K * images_per_class, C, H, W)`` in the order of the classes.
@@ -69,14 +70,15 @@ class GradientMatchingCondensation(LightningModule):
         num_classes: to be checked against the data; by default the data's.
         network: drawn anew for each iteration; by default the :class:`~leakage.models.ConvNet` that fits the data. It
             takes normalised images. Dropout is off; BatchNorm takes its statistics from real images.
-        protocol: ``"published"``, or ``"fast"``, which with one image per class gets as far in a fraction of the time.
-        loops: (outer, inner); by default the paper's, which it has for 1, 10, 20, 30, 40 and 50 images per class.
+        protocol: ``"published"``, or ``"fast"``, which with a pool of networks gets further in the same time.
+        loops: (outer, inner); by default the paper's, which it has for 1, 10, 20, 30, 40 and 50 images per class. Not
+            with a pool.
         distance: a key of :data:`leakage.objectives.DISTANCES`.
         augmentation: strategy of :class:`~leakage.condensation.SiameseAugmentation`, the same random transform for real
             and synthetic images of a class (DSA); None for none.
         network_learning_rate, network_batch_size: for training the network on the synthetic images.
         seed: of networks, start, order and augmentation, each with its own stream.
-        iterations, batch_size, network_reuse, learning_rate, momentum, decay, initialization: replace the
+        iterations, batch_size, network_reuse, learning_rate, momentum, decay, initialization, pool: replace the
             protocol's value, see :class:`~leakage.condensation.CondensationProtocol`.
 
     Raises:
@@ -249,6 +251,11 @@ class GradientMatchingCondensation(LightningModule):
         self._networks = NetworkPool(*given, self.protocol.pool) if self.protocol.pool else FreshNetworks(*given)
         if self.trainer.precision == "64-true":
             self.double()  # Lightning does so only after it has read a checkpoint, which would be rounded
+
+    def teardown(self, stage: str) -> None:
+        """Let go of networks that were kept."""
+        if hasattr(self, "_networks"):
+            del self._networks
 
     def configure_optimizers(self) -> torch.optim.SGD:
         """SGD on the synthetic images."""

@@ -16,8 +16,10 @@ from leakage.models import draw_state
 from leakage.models.draw import state_of
 from leakage.seeds import derive_seed
 
-# Steps of training after which the state of a network is kept.
+# Steps of training after which the state of a network is kept, and how many there are at most for each synthetic image
+# of a class: what few images train gets no further.
 MOMENTS = (0, 2, 5, 10, 20, 40, 80)
+_STEPS_PER_IMAGE = 10
 # Images in a step, and SGD as in the test of synthetic sets.
 _BATCH, _RATE, _MOMENTUM = 64, 0.01, 0.9
 # Images at a time on the CPU, for its caches.
@@ -32,8 +34,9 @@ class NetworkPool(Networks):
     r"""Few networks, met again and again: what they say of real images is worked out once.
 
     The gradient of real images does not depend on the synthetic ones. So ``size`` networks are drawn and trained on
-    real images by SGD, each is kept in its states after :data:`MOMENTS` steps of training,
-    :math:`\theta_{n,t}`, and with each state the gradients of a batch of real images of every class,
+    real images by SGD. Each is kept in its states :math:`\theta_{n,t}` after t steps of training, t = 0, 2, 5, 10, 20,
+    40 and 80 but not more than ten times the synthetic images of a class, and with each state the gradients of a batch
+    of real images of every class,
 
     .. math:: g^*_{n,t,c} = \frac{1}{M_c} \sum_{i=1}^{M_c} \nabla_\theta \ell(x_{c,i}, c; \theta_{n,t}).
 
@@ -43,7 +46,7 @@ class NetworkPool(Networks):
 
     A network is trained as far as its states are wanted. It depends on the seed and its number alone, so that a resumed
     run finds the same. Gradients are kept in bfloat16, whose rounding is far below what another batch of real
-    images would change: (1 + K / 2) times the network in float32 for each state, 420 MB in all for 8 ConvNets and 10
+    images would change: (1 + K / 2) times the network in float32 for each state, 430 MB in all for 8 ConvNets and 10
     classes.
 
     Attributes:
@@ -54,9 +57,14 @@ class NetworkPool(Networks):
     _kept: dict[int, list[Kept]] = field(default_factory=dict, init=False)
     _training: dict[int, Iterator[Kept]] = field(default_factory=dict, init=False)
 
+    @property
+    def moments(self) -> list[int]:
+        """Steps of training after which a network is kept."""
+        return [moment for moment in MOMENTS if moment <= _STEPS_PER_IMAGE * self.options["images_per_class"]]
+
     def goal(self, batch: ClassBatch) -> Goal:
         """Put the state of this visit into the network; its gradients."""
-        number, moment = divmod(self.visited(batch.step), len(MOMENTS))
+        number, moment = divmod(self.visited(batch.step), len(self.moments))
         kept = self._kept.setdefault(number, [])
         training = self._training.setdefault(number, self._train(number))
         seen = 0
@@ -72,7 +80,7 @@ class NetworkPool(Networks):
 
     def visited(self, step: int) -> int:
         """Number of the state that a step visits, counted network by network."""
-        count = self.size * len(MOMENTS)
+        count = self.size * len(self.moments)
         passed, place = divmod(step, count)
         return place if passed == 0 else int(torch.randperm(count, generator=self.generator(passed, "pool"))[place])
 
@@ -83,7 +91,7 @@ class NetworkPool(Networks):
         optimizer = torch.optim.SGD(parameters, lr=_RATE, momentum=_MOMENTUM)
         generator = self.generator(number, "pool training")
         trained = 0
-        for index, moment in enumerate(MOMENTS, start=number * len(MOMENTS)):
+        for index, moment in enumerate(self.moments, start=number * len(self.moments)):
             batch = self.data.class_batch(index)
             classes = [images.to(parameters[0].device) for images in self.split(batch)]
             with self.clock("network"):

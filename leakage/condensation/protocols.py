@@ -18,12 +18,12 @@ class CondensationProtocol:
     """How condensation searches; by default as the paper does.
 
     Attributes:
-        iterations: freshly drawn networks, one after another.
+        iterations: freshly drawn networks, one after another; with a ``pool`` visits to a state of one.
         batch_size: real images of each class whose gradient is matched at a time, unless the DataModule has a
             ``batch_size`` of its own.
         network_reuse: updates of the images in a row against the same network and the same gradients of the
             real images. The paper makes one; each further one saves almost all that an update costs.
-        learning_rate: of the synthetic images, which are normalised. That of ``"fast"`` is 0.3 for one image per
+        learning_rate: of the synthetic images, which are normalised. That of ``"fast"`` is 0.1 for one image per
             class and grows with their number, since each has only its share in the mean gradient.
         momentum: likewise, from 0 to below 1.
         decay: whether the learning rate falls to zero in equal steps over the run. Each network pulls the images
@@ -31,8 +31,7 @@ class CondensationProtocol:
         initialization: ``"noise"`` from N(0, 1), ``"real"`` images of the class, or ``"kmeans"``, the real images of
             :func:`~leakage.condensation.kmeans_images`.
         pool: networks that are trained on real images and kept in several states with their gradients, see
-            :class:`~leakage.condensation.pool.NetworkPool`; an iteration is then a visit to one state. 0 for networks
-            drawn anew.
+            :class:`~leakage.condensation.pool.NetworkPool`. 0 for networks drawn anew.
 
     Raises:
         ValueError: a value out of its range.
@@ -64,7 +63,9 @@ def check_momentum(momentum: float) -> None:
 
 PROTOCOLS = {
     "published": CondensationProtocol(),
-    "fast": CondensationProtocol(iterations=20, batch_size=64, network_reuse=10, learning_rate=0.3, decay=True),
+    "fast": CondensationProtocol(
+        iterations=1000, batch_size=96, learning_rate=0.1, decay=True, initialization="kmeans", pool=8
+    ),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leakage.condensation import GradientMatchingCondensation, SiameseAugmentation, fresh, pool
-from leakage.condensation.pool import MOMENTS
+from leakage.condensation import GradientMatchingCondensation, SiameseAugmentation, fresh
+from leakage.condensation.pool import NetworkPool
 from leakage.datamodules import LabelledImages
 from leakage.models import draw_state
 from leakage.seeds import derive_seed
@@ -22,7 +24,12 @@ def stream(index: int, name: str, seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, index, name))
 
 
-def plain_pool(data: LabelledImages, network: nn.Module, size: int, strategy: str | None) -> list[Entry]:
+def moments_for(count: int) -> list[int]:
+    """Of so many synthetic images a class."""
+    return [0, 2, 5, 10, 20, 40, 80][: {1: 4, 2: 5, 4: 6}.get(count, 7)]
+
+
+def plain_pool(data: LabelledImages, network: nn.Module, count: int, size: int, strategy: str | None) -> list[Entry]:
     """States, gradients by class, and transforms: trained whole batch by whole batch, in double precision."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     entries: list[Entry] = []
@@ -30,8 +37,8 @@ def plain_pool(data: LabelledImages, network: nn.Module, size: int, strategy: st
         network.load_state_dict(draw_state(network, derive_seed(0, number, "network")))
         optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
         generator = stream(number, "pool training")
-        for step in range(MOMENTS[-1] + 1):
-            if step in MOMENTS:
+        for step in range(moments_for(count)[-1] + 1):
+            if step in moments_for(count):
                 batch = data.class_batch(len(entries))
                 classes = [batch.images[batch.labels == label] for label in range(data.num_classes)]
                 if norms:
@@ -65,7 +72,7 @@ def plain_condensation(
 ) -> Tensor:
     data.setup()
     network = network.double()
-    entries = plain_pool(data, network, size, strategy)
+    entries = plain_pool(data, network, count, size, strategy)
     images = torch.randn(data.num_classes * count, *data.image_shape, generator=stream(0, "start")).double()
     velocity = torch.zeros_like(images)
     for step in range(iterations):
@@ -93,7 +100,7 @@ def plain_condensation(
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize(
     ("count", "iterations", "reuse", "strategy"),
-    [(1, 3, 1, None), (4, 30, 1, None), (2, 16, 2, "color_crop_cutout_flip_scale_rotate")],
+    [(1, 3, 1, None), (4, 30, 1, None), (2, 12, 2, "color_crop_cutout_flip_scale_rotate")],
     ids=["first states", "two passes and a half", "augmentation and reuse"],
 )
 def test_is_the_algorithm(kit: Any, norm: str, count: int, iterations: int, reuse: int, strategy: str | None) -> None:
@@ -119,25 +126,49 @@ def test_takes_the_gradients_of_real_images_once(kit: Any, monkeypatch: pytest.M
         return exact(*arguments)
 
     monkeypatch.setattr(fresh, "real_gradients", count)
-    run = kit.condense(pool=2, iterations=5 * len(MOMENTS))
-    assert len(seen) == 2 * len(MOMENTS)
-    assert run.real_images_seen == 2 * len(MOMENTS) * (6 + 5 + 6)
+    run = kit.condense(pool=2, iterations=20)
+    assert len(seen) == 2 * 4
+    assert run.real_images_seen == 2 * 4 * (6 + 5 + 6)
     assert all(run.seconds[part] > 0 for part in ("real", "synthetic", "network"))
 
 
+def made(kit: Any, size: int, images_per_class: int) -> NetworkPool:
+    data = kit.data(batch_size=6)
+    data.setup()
+    options = {"seed": 0, "images_per_class": images_per_class, "distance": "row_cosine"}
+    return NetworkPool(kit.network().eval(), data, None, options, (1, 0), lambda part: nullcontext(), size)
+
+
 def test_a_network_is_trained_as_far_as_it_is_wanted(kit: Any) -> None:
-    run = kit.condense(pool=3, iterations=len(MOMENTS) + 2)
-    networks = run._networks
-    assert isinstance(networks, pool.NetworkPool)
-    assert {number: len(kept) for number, kept in networks._kept.items()} == {0: len(MOMENTS), 1: 2}
+    networks = made(kit, 3, images_per_class=8)
+    seen = [networks.goal(networks.data.class_batch(step)).real_images for step in range(9)]
+    assert seen == [17] * 9
+    assert {number: len(kept) for number, kept in networks._kept.items()} == {0: 7, 1: 2}
+
+
+def test_a_state_is_the_same_whenever_it_is_wanted(kit: Any) -> None:
+    """As in a resumed run, which comes to the states in another order and has other networks between them."""
+    first, resumed = made(kit, 2, images_per_class=1), made(kit, 2, images_per_class=1)
+    batches = [first.data.class_batch(step) for step in range(16)]
+    expected = [(first.goal(batch).targets, copy.deepcopy(first.network.state_dict())) for batch in batches]
+    for step in range(13, 16):
+        targets, state = expected[step]
+        found = resumed.goal(batches[step]).targets
+        assert all(torch.equal(found[name], target) for name, target in targets.items())
+        assert all(torch.equal(resumed.network.state_dict()[name], tensor) for name, tensor in state.items())
 
 
 def test_a_pass_visits_every_state_once(kit: Any) -> None:
-    networks = kit.condense(pool=3, iterations=1)._networks
-    count = 3 * len(MOMENTS)
-    passes = [[networks.visited(count * number + place) for place in range(count)] for number in range(3)]
-    assert passes[0] == sorted(passes[1]) == sorted(passes[2]) == list(range(count))
+    networks = made(kit, 3, images_per_class=1)
+    passes = [[networks.visited(12 * number + place) for place in range(12)] for number in range(3)]
+    assert passes[0] == sorted(passes[1]) == sorted(passes[2]) == list(range(12))
     assert passes[1] != passes[2]
+
+
+def test_a_run_that_is_over_keeps_no_networks(kit: Any) -> None:
+    run = kit.condense(pool=1, iterations=2)
+    assert not hasattr(run, "_networks")
+    assert torch.equal(kit.images(copy.deepcopy(run)), kit.images(run))
 
 
 def test_any_number_of_images_needs_no_loops(kit: Any) -> None:
