@@ -291,7 +291,7 @@ def _victims(given: argparse.Namespace, count: int) -> tuple[str, Victims]:
     if given.num_classes is not None:
         channels, height, width = found.victim.protocol.image_shape
         model = LeNet(channels=channels, image_size=(height, width), num_classes=given.num_classes)
-        dataset, found = _found(given, options | {"model": model})
+        dataset, found = _found(given, options | {"model": model, "weights": "own"})
         dataset = f"{dataset}, {given.num_classes} classes"
     return dataset, found
 
