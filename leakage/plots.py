@@ -188,7 +188,7 @@ def plot_accuracy(
     for name, accuracy in (lines or {}).items():
         if not 0 <= accuracy <= 1:
             raise ValueError(f"Expected `lines` from 0 to 1, but got {accuracy} for {name!r}.")
-    figure, axes = _curve_axes(title, xlabel, "test accuracy")
+    figure, axes = _curve_axes(title, xlabel, "accuracy")
     for index, (name, curve) in enumerate(curves.items()):
         x, mean, low, high = curve.detach().double().cpu().numpy().T
         colour = COLOURS[index % len(COLOURS)]
