@@ -2,6 +2,7 @@
 
 from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.dd_ranking import export_dd_ranking
+from leakage.condensation.decoding import decode, encode
 from leakage.condensation.evaluation import Evaluation, evaluate, evaluate_full
 from leakage.condensation.gradient_matching import GradientMatchingCondensation
 from leakage.condensation.kmeans import kmeans_images
@@ -19,6 +20,8 @@ __all__ = [
     "SiameseAugmentation",
     "SyntheticSet",
     "TrainingOptions",
+    "decode",
+    "encode",
     "evaluate",
     "evaluate_full",
     "export_dd_ranking",

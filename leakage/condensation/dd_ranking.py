@@ -29,7 +29,7 @@ def export_dd_ranking(synthetic: SyntheticSet, folder: str | os.PathLike[str]) -
         score.compute_metrics(image_tensor=images, hard_labels=labels, syn_lr=0.01)
 
     Args:
-        synthetic: of CIFAR-10 or CIFAR-100, with the same number of images of each class.
+        synthetic: of CIFAR-10 or CIFAR-100, with the same number of images of each class. Decoded images are written.
         folder: where to; files of the same name are replaced.
 
     Raises:
@@ -47,6 +47,7 @@ def export_dd_ranking(synthetic: SyntheticSet, folder: str | os.PathLike[str]) -
         raise ValueError(
             f"Expected a set of one of {list(_DATASETS)}, which DD-Ranking has, but got one of {synthetic.dataset!r}."
         )
+    synthetic = synthetic.decoded()
     counts = synthetic.images_per_class
     if int(counts.min()) != int(counts.max()):
         raise ValueError(

@@ -115,7 +115,7 @@ def evaluate(
     device. Neither the set, the network nor any global random state is changed.
 
     Args:
-        synthetic: what the networks are trained on.
+        synthetic: what the networks are trained on, as :meth:`SyntheticSet.decoded`.
         data: whose test set they are tested on; made ready (``prepare_data``, ``setup``) if it is not yet.
         network: an architecture for the data's images and classes, whose modules with weights have
             ``reset_parameters``, such as those of :mod:`leakage.models` and torchvision; by default
@@ -165,8 +165,8 @@ def evaluate(
     options = evaluation_options(data.name, epochs, augmentation, **training)
     make_ready(data)
     synthetic.check(data)
-    seen = synthetic.images, synthetic.labels
-    return _test(*seen, data, network, networks, options, stacked, device, progress, cache)
+    seen = synthetic.decoded()
+    return _test(seen.images, seen.labels, data, network, networks, options, stacked, device, progress, cache)
 
 
 def evaluate_full(

@@ -58,7 +58,10 @@ class Networks:
         raise NotImplementedError
 
     def after(self, step: int, images: Tensor) -> None:
-        """What becomes of the network once the synthetic images have made their step; ``step`` are complete."""
+        """What becomes of the network once the synthetic images have made their step; ``step`` are complete.
+
+        Images are ``(K * M, C, H, W)`` as networks get them, class by class.
+        """
 
     def generator(self, index: int, stream: str) -> torch.Generator:
         """Random numbers of one purpose and one index."""
@@ -112,7 +115,7 @@ class FreshNetworks(Networks):
             train_on(
                 self.network,
                 images,
-                labels.repeat_interleave(self.options["images_per_class"]),
+                labels.repeat_interleave(len(images) // len(labels)),
                 epochs=inner,
                 learning_rate=self.options["network_learning_rate"],
                 batch_size=self.options["network_batch_size"],

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from leakage.condensation.augmentation import SiameseAugmentation
+from leakage.condensation.decoding import decode
 from leakage.condensation.fresh import FreshNetworks, Goal, Networks
 from leakage.condensation.matching import match
 from leakage.condensation.networks import fitting_network
@@ -31,6 +32,7 @@ from leakage.errors import check_choice, check_count, check_positive
 from leakage.files.checkpoints import check_checkpoint
 from leakage.objectives import DISTANCES
 from leakage.plots import save_figure
+from leakage.seeds import derive_seed
 
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 # What the time of a run is spent on.
@@ -78,14 +80,15 @@ class GradientMatchingCondensation(LightningModule):
             and synthetic images of a class (DSA); None for none.
         network_learning_rate, network_batch_size: for training the network on the synthetic images.
         seed: of networks, start, order and augmentation, each with its own stream.
-        iterations, batch_size, network_reuse, learning_rate, momentum, decay, initialization, pool: replace the
-            protocol's value, see :class:`~leakage.condensation.CondensationProtocol`.
+        iterations, batch_size, network_reuse, learning_rate, momentum, decay, initialization, factor,
+            synthetic_batch_size, pool: replace the protocol's value, see
+            :class:`~leakage.condensation.CondensationProtocol`.
 
     Raises:
         ValueError: an unknown choice or a number out of its range; in ``fit``, a DataModule that is no
-            :class:`~leakage.datamodules.LabelledImages`, a network that does not fit its images, more images per
-            class than a class has with a start from real ones, a checkpoint of another configuration, or a Trainer
-            that has already fitted.
+            :class:`~leakage.datamodules.LabelledImages`, a network that does not fit its images, a ``factor`` that does
+            not divide their size, more images per class than a class has with a start from real ones, a checkpoint of
+            another configuration, or a Trainer that has already fitted.
         FloatingPointError: in ``fit``, a loss or derivative that is not finite; the images are then the last for which
             both were finite, since the run began or was resumed.
 
@@ -125,6 +128,8 @@ class GradientMatchingCondensation(LightningModule):
         momentum: float | None = None,
         decay: bool | None = None,
         initialization: str | None = None,
+        factor: int | None = None,
+        synthetic_batch_size: int | None = None,
         pool: int | None = None,
     ) -> None:
         super().__init__()
@@ -181,7 +186,7 @@ class GradientMatchingCondensation(LightningModule):
         labels = torch.arange(self._num_classes).repeat_interleave(self.hparams["images_per_class"])
         scale, shift = (torch.tensor(self._about_data[name])[:, None, None] for name in ("std", "mean"))
         images = self.synthetic_images.detach().cpu().float() * scale + shift
-        return SyntheticSet(images, labels, **self._about_data, recipe=Recipe.of(self))
+        return SyntheticSet(images, labels, **self._about_data, recipe=Recipe.of(self), factor=self.protocol.factor)
 
     def synthetic_dataset(self) -> TensorDataset:
         """Pairs of a synthetic image ``(C, H, W)`` in the data's scale (not normalised, not clamped) and its label."""
@@ -242,8 +247,8 @@ class GradientMatchingCondensation(LightningModule):
             )
         self._reset()
         self.network = fitting_network(self._given_network[0], data, self.hparams["distance"], self.trainer.precision)
-        count, start = self.hparams["images_per_class"], self.protocol.initialization
-        self.synthetic_images = nn.Parameter(start_images(data, count, start, self.hparams["seed"]))
+        start = self.protocol.initialization, self.hparams["seed"], self.protocol.factor
+        self.synthetic_images = nn.Parameter(start_images(data, self.hparams["images_per_class"], *start))
         self._about_data = {name: getattr(data, name) for name in ("mean", "std", "class_names")}
         self._about_data["dataset"] = data.name
         loops = (self.outer, self.inner)
@@ -288,9 +293,9 @@ class GradientMatchingCondensation(LightningModule):
             for update in range(self.step * reuse, (self.step + 1) * reuse):
                 left = 1 - update / (self._steps * reuse) if self.protocol.decay else 1.0
                 self.trainer.optimizers[0].param_groups[0]["lr"] = self.protocol.learning_rate * left
-                self._move(goal)
+                self._move(goal, update)
         self.step += 1
-        self._networks.after(self.step, self.synthetic_images.detach())
+        self._networks.after(self.step, decode(self.synthetic_images.detach(), self.protocol.factor))
         self.within_step = False
         self.log("train/loss", self.last_loss, prog_bar=True, batch_size=1)
         times = {f"time/{part}": seconds for part, seconds in self.seconds.items()}
@@ -315,13 +320,15 @@ class GradientMatchingCondensation(LightningModule):
     def _num_classes(self) -> int:
         return len(self._about_data["class_names"])
 
-    def _move(self, goal: Goal) -> None:
+    def _move(self, goal: Goal, update: int) -> None:
         """One step of the synthetic images."""
         images = self.synthetic_images
-        by_class = images.detach().view(self._num_classes, -1, *images.shape[1:])
+        decoded = decode(images, self.protocol.factor)
+        by_class = decoded.view(self._num_classes, -1, *images.shape[1:])
+        matched = by_class[:, self._batch(update, by_class.shape[1])]
         distance = self.hparams["distance"]
         options = {"distance": distance, "transforms": goal.transforms, "in_turn": self.protocol.pool > 0}
-        distances, derivatives = match(self.network, goal.targets, by_class, **options)
+        distances, derivatives = match(self.network, goal.targets, matched.detach(), **options)
         sound = torch.isfinite(distances) & torch.isfinite(derivatives).flatten(1).all(1)
         if not bool(sound.all()):
             if self._sound_images is not None:
@@ -335,9 +342,18 @@ class GradientMatchingCondensation(LightningModule):
                 "A smaller `learning_rate` may help."
             )
         self._sound_images = images.detach().clone()
-        images.grad = derivatives.flatten(0, 1)
+        (images.grad,) = torch.autograd.grad(matched, images, derivatives)
         cast(Any, self.optimizers()).step()
         self.last_loss = float(distances.sum())
+
+    def _batch(self, update: int, count: int) -> Tensor | slice:
+        """Which of the ``count`` images of each class an update matches."""
+        size = self.protocol.synthetic_batch_size
+        if size is None or size >= count:
+            return slice(None)
+        passed, place = divmod(update, math.ceil(count / size))
+        generator = torch.Generator().manual_seed(derive_seed(self.hparams["seed"], passed, "synthetic batch"))
+        return torch.split(torch.randperm(count, generator=generator), size)[place]
 
     @property
     def _architecture(self) -> str:

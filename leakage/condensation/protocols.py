@@ -30,6 +30,10 @@ class CondensationProtocol:
             its own way; smaller and smaller steps take the mean over the last ones.
         initialization: ``"noise"`` from N(0, 1), ``"real"`` images of the class, or ``"kmeans"``, the real images of
             :func:`~leakage.condensation.kmeans_images`.
+        factor: each synthetic image holds ``factor**2`` smaller ones, see :func:`~leakage.condensation.decode`; it
+            divides their size. 1 for images as they are.
+        synthetic_batch_size: synthetic images of each class, as decoded, that are matched at a time; all take part in
+            turn, in random order. None for all at a time.
         pool: networks that are trained on real images and kept in several states with their gradients, see
             :class:`~leakage.condensation.pool.NetworkPool`. 0 for networks drawn anew.
 
@@ -44,10 +48,15 @@ class CondensationProtocol:
     momentum: float = 0.5
     decay: bool = False
     initialization: str = "noise"
+    factor: int = 1
+    synthetic_batch_size: int | None = None
     pool: int = 0
 
     def __post_init__(self) -> None:
         check_count(iterations=self.iterations, batch_size=self.batch_size, network_reuse=self.network_reuse)
+        check_count(factor=self.factor)
+        if self.synthetic_batch_size is not None:
+            check_count(synthetic_batch_size=self.synthetic_batch_size)
         check_count(0, pool=self.pool)
         check_flag(decay=self.decay)
         check_positive(learning_rate=self.learning_rate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leakage.condensation.decoding import check_factor, encode
 from leakage.condensation.kmeans import kmeans_images
 from leakage.condensation.synthetic_set import random_images
 from leakage.datamodules.labelled import LabelledImages
@@ -13,14 +14,17 @@ from leakage.seeds import derive_seed
 _REAL = {"real": random_images, "kmeans": kmeans_images}
 
 
-def start_images(data: LabelledImages, images_per_class: int, initialization: str, seed: int) -> Tensor:
+def start_images(
+    data: LabelledImages, images_per_class: int, initialization: str, seed: int, factor: int = 1
+) -> Tensor:
     """Normalised images ``(K * images_per_class, C, H, W)`` to begin with, class by class.
 
     ``"noise"`` is from N(0, 1), ``"real"`` are random images of the class, ``"kmeans"`` those of
-    :func:`~leakage.condensation.kmeans_images`.
+    :func:`~leakage.condensation.kmeans_images`. With a ``factor`` above 1 each holds several real ones.
     """
+    check_factor(factor, data.image_shape)
     start = derive_seed(seed, 0, "start")
     if initialization in _REAL:
-        return _REAL[initialization](data, images_per_class, start).normalised()
+        return encode(_REAL[initialization](data, images_per_class * factor**2, start).normalised(), factor)
     generator = torch.Generator().manual_seed(start)
     return torch.randn(data.num_classes * images_per_class, *data.image_shape, generator=generator)

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from leakage.condensation.decoding import check_factor, decode
 from leakage.condensation.recipe import Recipe
 from leakage.errors import check_count
 from leakage.files.tensors import brief, header_value, read_safetensors, write_safetensors
@@ -46,10 +47,12 @@ class SyntheticSet:
         class_names: K of them, in the order of the labels.
         dataset: name of the data set.
         recipe: how it was made and what it scored, where that is known.
+        factor: each image holds ``factor**2`` smaller ones (:func:`~leakage.condensation.decode`); networks are trained
+            on those of :meth:`decoded`. 1 for images as they are.
 
     Raises:
         ValueError: shapes that don't fit together, another type of numbers, labels outside the range or not
-            ascending, NaN or infinite images, or no images.
+            ascending, a factor that does not divide the size, NaN or infinite images, or no images.
 
     Example:
         >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 0, 1, 1])
@@ -68,6 +71,7 @@ class SyntheticSet:
     class_names: tuple[str, ...]
     dataset: str = ""
     recipe: Recipe | None = None
+    factor: int = 1
 
     def __post_init__(self) -> None:
         self.mean, self.std = tuple(self.mean), tuple(self.std)
@@ -78,6 +82,7 @@ class SyntheticSet:
                 "Expected `images` of shape (M, C, H, W) with at least one image, as float32 in the data's scale, but "
                 f"got {tuple(images.shape)}, {images.dtype}."
             )
+        check_factor(self.factor, images.shape[1:])
         if tuple(labels.shape) != (len(images),) or labels.dtype != torch.int64:
             raise ValueError(
                 f"Expected `labels` of shape ({len(images)},) as int64, but got {tuple(labels.shape)}, {labels.dtype}."
@@ -119,14 +124,22 @@ class SyntheticSet:
         """``(K,)``, how many images each class has."""
         return self.labels.bincount(minlength=self.num_classes)
 
+    def decoded(self) -> SyntheticSet:
+        """The set of the images that these hold, ``factor**2`` of each; itself where the factor is 1."""
+        if self.factor == 1:
+            return self
+        labels = self.labels.repeat_interleave(self.factor**2)
+        return replace(self, images=decode(self.images, self.factor), labels=labels, factor=1)
+
     def normalised(self) -> Tensor:
-        """What networks are trained on: ``(image - mean) / std``, ``(M, C, H, W)``."""
+        """The images as networks take them: ``(image - mean) / std``, ``(M, C, H, W)``."""
         mean, std = (self.images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (self.images - mean) / std
 
     def to_dataset(self) -> TensorDataset:
-        """Pairs of an image ``(C, H, W)`` in the data's scale, not normalised, and its label."""
-        return TensorDataset(self.images, self.labels)
+        """Pairs of a decoded image ``(C, H, W)`` in the data's scale, not normalised, and its label."""
+        decoded = self.decoded()
+        return TensorDataset(decoded.images, decoded.labels)
 
     def check(self, data: LabelledImages) -> None:
         """Raise a ``ValueError`` unless the set has the image shape, the classes and the statistics of a data set.
@@ -162,6 +175,8 @@ class SyntheticSet:
         header = {name: json.dumps(getattr(self, name)) for name in ("mean", "std", "class_names", "dataset")}
         if self.recipe is not None:
             header["recipe"] = json.dumps(self.recipe.to_json())
+        if self.factor != 1:
+            header["factor"] = json.dumps(self.factor)
         write_safetensors(path, _FORMAT, {"images": self.images, "labels": self.labels}, header)
 
     @classmethod
@@ -170,7 +185,8 @@ class SyntheticSet:
 
         The file holds tensors ``images (M, C, H, W)`` (float32) and ``labels (M,)`` (int64); its header the
         entries ``format`` (``leakage.SyntheticSet``), ``version`` (``1``), and as JSON ``mean``, ``std``,
-        ``class_names``, ``dataset`` and, where it is known, ``recipe`` (:class:`Recipe`).
+        ``class_names``, ``dataset`` and, where it is known, ``recipe`` (:class:`Recipe`) and, where it is not 1,
+        ``factor``.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -193,12 +209,14 @@ class SyntheticSet:
             ) from error
         try:
             recipe = Recipe.from_json(header_value(header, "recipe")) if "recipe" in header else None
-            return cls(tensors["images"], tensors["labels"], tuple(mean), tuple(std), tuple(names), dataset, recipe)
+            factor = header_value(header, "factor") if "factor" in header else 1
+            about = tuple(mean), tuple(std), tuple(names), dataset, recipe, factor
+            return cls(tensors["images"], tensors["labels"], *about)
         except ValueError as error:
             raise ValueError(f"Expected a synthetic set in '{path}', but got: {brief(error)}") from error
 
     def save_images(self, folder: str | os.PathLike[str]) -> None:
-        """Write 8-bit PNG files in the layout of torchvision's ``ImageFolder``: ``<class>/<number>.png``.
+        """Write the decoded images as PNG files in torchvision's ``ImageFolder`` layout: ``<class>/<number>.png``.
 
         Values outside [0, 1] are clipped and the rest rounded, so what is read back trains a network a little
         differently: :meth:`save` keeps the images exactly. Folders have the names of the classes, with the
@@ -210,6 +228,9 @@ class SyntheticSet:
             OSError: a file can't be written.
         """
         folder = Path(folder)
+        if self.factor != 1:
+            self.decoded().save_images(folder)
+            return
         if self.image_shape[0] not in (1, 3):
             raise ValueError(f"Expected images of 1 or 3 channels to write as PNG, but got {self.image_shape[0]}.")
         names = self._folder_names()

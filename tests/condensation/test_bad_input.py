@@ -38,6 +38,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"network_reuse": 0}, "Expected `network_reuse` to be a whole number of at least 1, but got 0"),
     ({"learning_rate": -0.1}, "Expected `learning_rate` to be positive and finite, but got -0.1"),
     ({"momentum": 1.0}, r"Expected `momentum` from 0 to below 1, but got 1\.0"),
+    ({"factor": 0}, "Expected `factor` to be a whole number of at least 1, but got 0"),
+    ({"synthetic_batch_size": 0}, "Expected `synthetic_batch_size` to be a whole number of at least 1, but got 0"),
     ({"decay": 1}, "Expected `decay` to be True or False, but got 1"),
 ]
 

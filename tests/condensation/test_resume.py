@@ -23,6 +23,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "decay, real start, strong momentum": {
         "images_per_class": 1, "decay": True, "initialization": "real", "momentum": 0.9, "network_reuse": 3, **INNER
     },
+    "several images in one": {
+        "images_per_class": 1, "iterations": 9, "pool": 1, "factor": 2, "synthetic_batch_size": 3,
+        "initialization": "real",
+    },
     "pool": {"images_per_class": 3, "iterations": 17, "pool": 2, "decay": True, "augmentation": "color_crop_flip"},
 }  # fmt: skip
 
