@@ -1,5 +1,6 @@
 """Scores of reconstructions, per image, matched one-to-one, and of labels; over victims with confidence intervals."""
 
+from leakage.metrics.baselines import baseline_guesses, below_baseline, identified
 from leakage.metrics.estimates import (
     Estimate,
     MeanOverVictims,
@@ -22,6 +23,9 @@ __all__ = [
     "Scores",
     "ShareOverVictims",
     "VictimScore",
+    "baseline_guesses",
+    "below_baseline",
+    "identified",
     "match",
     "mean_interval",
     "score",
