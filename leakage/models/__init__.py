@@ -6,7 +6,8 @@ from leakage.models.convolutional import VGG11, AlexNet, ConvNet
 from leakage.models.draw import draw_state
 from leakage.models.lenet import LeNet
 from leakage.models.mlp import MLP
-from leakage.models.resnet import ResNet18
+from leakage.models.resnet import ResNet18, ResNet20
+from leakage.models.vit import ViT
 
 NETWORKS: dict[str, type[nn.Module]] = {
     "convnet": ConvNet,
@@ -15,7 +16,9 @@ NETWORKS: dict[str, type[nn.Module]] = {
     "alexnet": AlexNet,
     "vgg11": VGG11,
     "resnet18": ResNet18,
+    "resnet20": ResNet20,
+    "vit": ViT,
 }
 """Networks by name; each is called as ``Network(channels, image_size, num_classes)``."""
 
-__all__ = ["MLP", "NETWORKS", "VGG11", "AlexNet", "ConvNet", "LeNet", "ResNet18", "draw_state"]
+__all__ = ["MLP", "NETWORKS", "VGG11", "AlexNet", "ConvNet", "LeNet", "ResNet18", "ResNet20", "ViT", "draw_state"]

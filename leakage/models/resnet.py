@@ -1,6 +1,8 @@
-"""ResNet-18 for small images."""
+"""ResNets for small images: torchvision's blocks behind a stem of one convolution."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -9,7 +11,57 @@ from leakage.models.draw import reset
 from leakage.models.layers import ACTIVATIONS, MAP_NORMS, make_norm
 
 
-class ResNet18(nn.Module):
+class _ResNet(nn.Module):
+    """A 3x3 convolution, stages of blocks that each double the channels and halve the maps, and one linear layer."""
+
+    def __init__(
+        self,
+        stages: Sequence[int],
+        width: int,
+        channels: int,
+        image_size: int | tuple[int, int],
+        num_classes: int,
+        norm: str,
+        activation: str,
+    ) -> None:
+        super().__init__()
+        check_count(channels=channels, num_classes=num_classes, width=width)
+        check_choice("norm", norm, MAP_NORMS)
+        check_choice("activation", activation, ACTIVATIONS)
+        # of the last maps: if these can be normalised, the larger ones can
+        halved = 2 ** (len(stages) - 1)
+        last = [-(-side // halved) for side in check_image_size(image_size)]
+
+        def normalise(channels: int) -> nn.Module:
+            return make_norm(norm, channels, *last) or nn.Identity()  # the blocks call it in any case
+
+        from torchvision.models.resnet import BasicBlock  # here: it takes a second, and `leakage` imports us
+
+        layers = [nn.Conv2d(channels, width, 3, padding=1, bias=False), normalise(width), ACTIVATIONS[activation]()]
+        inputs, outputs = width, width
+        for stage, count in enumerate(stages):
+            blocks = []
+            for block in range(count):
+                stride = 2 if stage and not block else 1
+                shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False), normalise(outputs)
+                changed = stride != 1 or inputs != outputs
+                downsample = nn.Sequential(*shortcut) if changed else None
+                blocks.append(BasicBlock(inputs, outputs, stride, downsample, norm_layer=normalise))
+                blocks[-1].relu = ACTIVATIONS[activation]()  # torchvision's works in place
+                inputs = outputs
+            layers.append(nn.Sequential(*blocks))
+            outputs *= 2
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(inputs, num_classes)
+        self.apply(reset)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
+        logits: Tensor = self.classifier(self.features(images).mean((-2, -1)))
+        return logits
+
+
+class ResNet18(_ResNet):
     """ResNet-18 in the small form of dataset condensation: torchvision's blocks behind a stem for small images.
 
     The first convolution is 3x3 with stride 1, and no pooling follows it; the four stages of two
@@ -48,32 +100,47 @@ class ResNet18(nn.Module):
         norm: str = "instance",
         activation: str = "relu",
     ) -> None:
-        super().__init__()
-        check_count(channels=channels, num_classes=num_classes)
-        check_choice("norm", norm, MAP_NORMS)
-        check_choice("activation", activation, ACTIVATIONS)
-        # of the last maps: if these can be normalised, the larger ones can
-        height, width = (-(-side // 8) for side in check_image_size(image_size))
+        super().__init__((2, 2, 2, 2), 64, channels, image_size, num_classes, norm, activation)
 
-        def normalise(channels: int) -> nn.Module:
-            return make_norm(norm, channels, height, width) or nn.Identity()  # the blocks call it in any case
 
-        from torchvision.models.resnet import BasicBlock, ResNet  # here: it takes a second, and `leakage` imports us
+class ResNet20(_ResNet):
+    """ResNet-20, the small network of the ResNet paper for CIFAR: three stages of three blocks.
 
-        network = ResNet(BasicBlock, [2, 2, 2, 2], norm_layer=normalise)
-        self.features = nn.Sequential(
-            nn.Conv2d(channels, 64, 3, padding=1, bias=False),
-            normalise(64),
-            ACTIVATIONS[activation](),
-            *(network.layer1, network.layer2, network.layer3, network.layer4),
-        )
-        self.classifier = nn.Linear(512, num_classes)
-        for module in self.modules():
-            if isinstance(module, BasicBlock):
-                module.relu = ACTIVATIONS[activation]()  # torchvision's works in place
-        self.apply(reset)
+    With ``width=64`` it is the ResNet20-4 of Inverting Gradients. Where a stage changes the shape its shortcut is a
+    1x1 convolution, as in that paper; He et al. fill channels up with zeros. 272,474 parameters for images of three
+    channels and 10 classes, 4,327,754 with ``width=64``. Weights are drawn as torch draws those of each layer.
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
-        logits: Tensor = self.classifier(self.features(images).mean((-2, -1)))
-        return logits
+    Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
+
+    Args:
+        channels, image_size, num_classes: as for :class:`ConvNet`.
+        width: channels of the first stage; the others have two and four times as many.
+        norm: behind each convolution, ``"batch"`` as published, ``"instance"``, ``"group"`` (4 groups) or ``"none"``.
+        activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
+
+    Raises:
+        ValueError: a size or count that is not a whole number of at least 1, an unknown norm or activation, or images
+            of at most 4 x 4 pixels with ``norm="instance"``, whose last maps are one pixel.
+
+    References:
+        He, Zhang, Ren, Sun, *Deep Residual Learning for Image Recognition*, CVPR 2016,
+        https://arxiv.org/abs/1512.03385; Geiping et al., *Inverting Gradients*, NeurIPS 2020,
+        https://arxiv.org/abs/2003.14053.
+
+    Example:
+        >>> import torch
+        >>> ResNet20(channels=3, image_size=32).eval()(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        image_size: int | tuple[int, int] = 28,
+        num_classes: int = 10,
+        *,
+        width: int = 16,
+        norm: str = "batch",
+        activation: str = "relu",
+    ) -> None:
+        super().__init__((3, 3, 3), width, channels, image_size, num_classes, norm, activation)

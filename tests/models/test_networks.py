@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from leakage.models import MLP, NETWORKS, VGG11, AlexNet, ConvNet, LeNet, ResNet18, draw_state
+from leakage.models import MLP, NETWORKS, VGG11, AlexNet, ConvNet, LeNet, ResNet18, ResNet20, ViT, draw_state
 from leakage.models.layers import ACTIVATIONS
 
 # Small ones where width is an option; the others are what they are.
@@ -22,6 +22,8 @@ SMALL: dict[str, Callable[..., nn.Module]] = {
     "alexnet": AlexNet,
     "vgg11": VGG11,
     "resnet18": ResNet18,
+    "resnet20": lambda *sizes: ResNet20(*sizes, width=4).eval(),
+    "vit": lambda *sizes: ViT(*sizes, width=8, depth=2, heads=2),
 }
 
 
@@ -49,6 +51,8 @@ def test_all_are_tested():
         ("alexnet", 1_865_802, 1_872_202),
         ("vgg11", 9_229_962, 9_231_114),
         ("resnet18", 11_172_810, 11_173_962),
+        ("resnet20", 272_186, 272_474),
+        ("vit", 803_082, 809_098),
     ],
 )
 def test_parameters(name, grey, colour):
@@ -114,12 +118,12 @@ def test_second_derivative(name):
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch", "group", "none"])
-@pytest.mark.parametrize("network", [AlexNet, VGG11, ResNet18])
+@pytest.mark.parametrize("network", [AlexNet, VGG11, ResNet18, ResNet20])
 def test_norms(network, norm):
     kind = {"batch": nn.BatchNorm2d, "none": ()}.get(norm, nn.GroupNorm)
     with torch.device("meta"):
         model = network(1, 32, 10, norm=norm).eval()
-    convolutions = {AlexNet: 5, VGG11: 8, ResNet18: 20}[network]
+    convolutions = {AlexNet: 5, VGG11: 8, ResNet18: 20, ResNet20: 21}[network]
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.GroupNorm)]
     assert all(isinstance(module, kind) for module in norms)
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == convolutions
@@ -142,6 +146,7 @@ ACTIVATED: dict[str, tuple[Callable[..., nn.Module], str, int]] = {
     "lenet": (lambda **options: LeNet(1, 28, 3, **options), "sigmoid", 3),
     "vgg11": (lambda **options: VGG11(1, 28, 3, **options), "relu", 8),
     "resnet18": (lambda **options: ResNet18(1, 28, 3, **options), "relu", 17),
+    "resnet20": (lambda **options: ResNet20(1, 28, 3, width=4, **options).eval(), "relu", 19),
 }
 """Each network, its default activation and how often it is applied to images."""
 
@@ -195,7 +200,7 @@ def test_unknown_activations(name):
         ACTIVATED[name][0](activation="tanh")
 
 
-@pytest.mark.parametrize("network", [ConvNet, ResNet18])
+@pytest.mark.parametrize("network", [ConvNet, ResNet18, ResNet20])
 def test_batch_norm_in_evaluation_mode_under_vmap(network):
     model = network(1, 16, 3, norm="batch").eval()
     state = draw_state(model, seed=0)
@@ -276,3 +281,16 @@ def test_smallest_images():
         assert AlexNet(1, 8)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
         assert ResNet18(1, (8, 9))(torch.zeros(2, 1, 8, 9)).shape == (2, 10)
         assert ResNet18(1, 1, norm="batch").eval()(torch.zeros(2, 1, 1, 1)).shape == (2, 10)
+
+
+def test_transformer_sees_all_of_an_image_that_is_no_whole_number_of_patches():
+    model = ViT(1, (10, 7), 3, patch_size=4, width=8, depth=1, heads=2)
+    image = draw(1, 1, 10, 7).requires_grad_()
+    (by_pixel,) = torch.autograd.grad(model(image)[0, 0], image)
+    assert bool((by_pixel != 0).all())
+    assert len(model.position.weight) == 6
+
+
+def test_heads_divide_the_width():
+    with pytest.raises(ValueError, match="^Expected `heads` to divide `width` 128, but got 3"):
+        ViT(heads=3)
