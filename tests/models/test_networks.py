@@ -22,7 +22,7 @@ SMALL: dict[str, Callable[..., nn.Module]] = {
     "alexnet": AlexNet,
     "vgg11": VGG11,
     "resnet18": ResNet18,
-    "resnet20": lambda *sizes: ResNet20(*sizes, width=4).eval(),
+    "resnet20": lambda *sizes: ResNet20(*sizes, width=4, norm="instance"),
     "vit": lambda *sizes: ViT(*sizes, width=8, depth=2, heads=2),
 }
 
@@ -146,7 +146,7 @@ ACTIVATED: dict[str, tuple[Callable[..., nn.Module], str, int]] = {
     "lenet": (lambda **options: LeNet(1, 28, 3, **options), "sigmoid", 3),
     "vgg11": (lambda **options: VGG11(1, 28, 3, **options), "relu", 8),
     "resnet18": (lambda **options: ResNet18(1, 28, 3, **options), "relu", 17),
-    "resnet20": (lambda **options: ResNet20(1, 28, 3, width=4, **options).eval(), "relu", 19),
+    "resnet20": (lambda **options: ResNet20(1, 28, 3, width=4, norm="instance", **options), "relu", 19),
 }
 """Each network, its default activation and how often it is applied to images."""
 
@@ -292,5 +292,5 @@ def test_transformer_sees_all_of_an_image_that_is_no_whole_number_of_patches():
 
 
 def test_heads_divide_the_width():
-    with pytest.raises(ValueError, match="^Expected `heads` to divide `width` 128, but got 3"):
+    with pytest.raises(ValueError, match=r"^Expected `heads` to divide `width` 128, but got 3"):
         ViT(heads=3)
