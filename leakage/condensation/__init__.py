@@ -1,6 +1,7 @@
-"""Few images that stand for a whole training set, found by matching gradients."""
+"""Few images that stand for a whole training set, found by matching gradients or features."""
 
 from leakage.condensation.augmentation import SiameseAugmentation
+from leakage.condensation.condensation import Condensation
 from leakage.condensation.dd_ranking import export_dd_ranking
 from leakage.condensation.decoding import decode, encode
 from leakage.condensation.evaluation import Evaluation, evaluate, evaluate_full
@@ -12,6 +13,7 @@ from leakage.condensation.synthetic_set import SyntheticSet, random_images
 from leakage.condensation.training import TrainingOptions
 
 __all__ = [
+    "Condensation",
     "CondensationProtocol",
     "Evaluation",
     "GradientMatchingCondensation",

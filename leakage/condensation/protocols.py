@@ -19,7 +19,7 @@ class CondensationProtocol:
 
     Attributes:
         iterations: freshly drawn networks, one after another; with a ``pool`` visits to a state of one.
-        batch_size: real images of each class whose gradient is matched at a time, unless the DataModule has a
+        batch_size: real images of each class that are matched at a time, unless the DataModule has a
             ``batch_size`` of its own.
         network_reuse: updates of the images in a row against the same network and the same gradients of the
             real images. The paper makes one; each further one saves almost all that an update costs.
