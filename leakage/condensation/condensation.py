@@ -228,7 +228,7 @@ class Condensation(LightningModule):
                 f"Expected one `batch_size`, but got {asked} for the condensation and {data.batch_size} for the data."
             )
         self._reset()
-        self.network = fitting_network(self._given_network[0], data, self.trainer.precision)
+        self.network = fitting_network(self._given_network[0], data)
         matching = self.configure_matching(data)
         start = self.protocol.initialization, self.hparams["seed"], self.protocol.factor
         self.synthetic_images = nn.Parameter(start_images(data, self.hparams["images_per_class"], *start))

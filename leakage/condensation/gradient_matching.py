@@ -6,6 +6,7 @@ from typing import Any
 
 from leakage.condensation.condensation import Condensation
 from leakage.condensation.matching import Gradients, matched_parameters
+from leakage.condensation.networks import batch_norms
 from leakage.condensation.protocols import condensation_protocol, schedule
 from leakage.datamodules.labelled import LabelledImages
 from leakage.errors import check_choice, check_count, check_positive
@@ -42,7 +43,7 @@ class GradientMatchingCondensation(Condensation):
 
     Raises:
         ValueError: an unknown choice, or what :class:`~leakage.condensation.Condensation` raises; in ``fit``, a network
-            without weights that the distance looks at.
+            without weights that the distance looks at, or with BatchNorm in bfloat16.
         FloatingPointError: as :class:`~leakage.condensation.Condensation`.
 
     References:
@@ -90,5 +91,10 @@ class GradientMatchingCondensation(Condensation):
             raise ValueError(
                 f"Expected a `network` with trainable weights that distance={distance!r} looks at, but got "
                 f"{type(self.network).__name__} without."
+            )
+        if self.trainer.precision == "bf16-mixed" and batch_norms(self.network):
+            raise ValueError(
+                "Expected a `network` without BatchNorm with precision='bf16-mixed', but got "
+                f"{type(self.network).__name__} with it, whose gradients `torch.func` can't take then."
             )
         return Gradients(names, distance, in_turn=self.protocol.pool > 0)

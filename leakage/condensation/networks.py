@@ -25,7 +25,7 @@ def default_network(data: LabelledImages) -> ConvNet:
         return ConvNet(channels, (height, width), data.num_classes)
 
 
-def fitting_network(given: nn.Module | None, data: LabelledImages, precision: str) -> nn.Module:
+def fitting_network(given: nn.Module | None, data: LabelledImages) -> nn.Module:
     """A copy of ``given`` in single precision, or the default; a ``ValueError`` if it can't be condensed with."""
     if given is None:
         return default_network(data)
@@ -34,11 +34,6 @@ def fitting_network(given: nn.Module | None, data: LabelledImages, precision: st
         raise ValueError(f"Expected a `network` with trainable weights, but got {type(given).__name__} without.")
     check_network(network, data)
     draw_state(network, 0)  # one that can't be drawn anew shall fail now
-    if precision == "bf16-mixed" and batch_norms(network):
-        raise ValueError(
-            "Expected a `network` without BatchNorm with precision='bf16-mixed', but got "
-            f"{type(given).__name__} with it, whose gradients `torch.func` can't take then."
-        )
     return network
 
 

@@ -87,7 +87,12 @@ def condensation_protocol(name: str, images_per_class: int = 1, **replaced: Any)
     named = PROTOCOLS[name]
     if name == "fast":
         named = dataclasses.replace(named, learning_rate=named.learning_rate * images_per_class)
-    return dataclasses.replace(named, **{key: value for key, value in replaced.items() if value is not None})
+    return replace_given(named, **replaced)
+
+
+def replace_given(protocol: CondensationProtocol, **replaced: Any) -> CondensationProtocol:
+    """The protocol with values replaced where they are not None."""
+    return dataclasses.replace(protocol, **{key: value for key, value in replaced.items() if value is not None})
 
 
 def schedule(images_per_class: int, loops: tuple[int, int] | list[int] | None, pool: int = 0) -> tuple[int, int]:
