@@ -20,7 +20,9 @@ from torch.utils.data import TensorDataset
 
 from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.decoding import decode
+from leakage.condensation.embeddings import embedding_layer
 from leakage.condensation.fresh import FreshNetworks, Goal, Networks
+from leakage.condensation.kmeans import Clusters
 from leakage.condensation.matching import Matching
 from leakage.condensation.networks import fitting_network
 from leakage.condensation.pool import NetworkPool
@@ -71,15 +73,16 @@ class Condensation(LightningModule):
         augmentation: strategy of :class:`~leakage.condensation.SiameseAugmentation`, the same random transform for real
             and synthetic images of a class (DSA); None for none.
         seed: of networks, start, order and augmentation, each with its own stream.
-        iterations, batch_size, network_reuse, learning_rate, momentum, decay, initialization, factor,
-            synthetic_batch_size, pool: replace the protocol's value, see
+        iterations, batch_size, network_reuse, learning_rate, momentum, decay, initialization, real_images,
+            factor, synthetic_batch_size, pool: replace the protocol's value, see
             :class:`~leakage.condensation.CondensationProtocol`.
 
     Raises:
         ValueError: a number out of its range; in ``fit``, a DataModule that is no
             :class:`~leakage.datamodules.LabelledImages`, a network that does not fit its images, a ``factor`` that does
-            not divide their size, more images per class than a class has with a start from real ones, a checkpoint of
-            another configuration, or a Trainer that has already fitted.
+            not divide their size, more images per class than a class has with a start from real ones, a batch larger
+            than a class or a network whose logits are not the output of a linear layer with clustered real images, a
+            checkpoint of another configuration, or a Trainer that has already fitted.
         FloatingPointError: in ``fit``, a loss or derivative that is not finite; the images are then the last for which
             both were finite, since the run began or was resumed.
     """
@@ -104,6 +107,7 @@ class Condensation(LightningModule):
         momentum: float | None = None,
         decay: bool | None = None,
         initialization: str | None = None,
+        real_images: str | None = None,
         factor: int | None = None,
         synthetic_batch_size: int | None = None,
         pool: int | None = None,
@@ -229,13 +233,16 @@ class Condensation(LightningModule):
             )
         self._reset()
         self.network = fitting_network(self._given_network[0], data)
-        matching = self.configure_matching(data)
+        matching, clusters = self.configure_matching(data), None
+        if self.protocol.real_images == "kmeans":
+            layer = embedding_layer(self.network, data.image_shape)
+            clusters = Clusters(data, layer, data.batch_size or self.protocol.batch_size)
         start = self.protocol.initialization, self.hparams["seed"], self.protocol.factor
         self.synthetic_images = nn.Parameter(start_images(data, self.hparams["images_per_class"], *start))
         self._about_data = {name: getattr(data, name) for name in ("mean", "std", "class_names")}
         self._about_data["dataset"] = data.name
         loops = (self.outer, self.inner)
-        given = (self.network, data, matching, self.augmentation, dict(self.hparams), loops, self.clock)
+        given = (self.network, data, matching, clusters, self.augmentation, dict(self.hparams), loops, self.clock)
         self._networks = NetworkPool(*given, self.protocol.pool) if self.protocol.pool else FreshNetworks(*given)
         if self.trainer.precision == "64-true":
             self.double()  # Lightning does so only after it has read a checkpoint, which would be rounded

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leakage.condensation.augmentation import SiameseAugmentation
+from leakage.condensation.kmeans import Clusters
 from leakage.condensation.matching import Matching, Transform
 from leakage.condensation.networks import take_statistics, train_on
 from leakage.datamodules.labelled import ClassBatch, LabelledImages
@@ -41,6 +42,7 @@ class Networks:
         network: takes the weights of each.
         data: real images.
         matching: what real and synthetic images shall have in common.
+        clusters: that the real images are chosen from, or None for those of the batch.
         augmentation: for real and synthetic images of a class alike, or None.
         options: of the condensation, by the names of its arguments.
         loops: (outer, inner).
@@ -50,6 +52,7 @@ class Networks:
     network: nn.Module
     data: LabelledImages
     matching: Matching
+    clusters: Clusters | None
     augmentation: SiameseAugmentation | None
     options: dict[str, Any]
     loops: tuple[int, int]
@@ -76,6 +79,8 @@ class Networks:
             generator = self.generator(index, "augmentation")
             transforms = [self.augmentation.draw(generator) for _ in classes]
         with self.clock("real"):
+            if self.clusters is not None:
+                classes = self.clusters.choose(self.network, self.generator(index, "clusters"))
             prepare = [self._prepare(transform) for transform in transforms or [nn.Identity()] * len(classes)]
             targets = self.matching.targets(self.network, classes, prepare)
         return Goal(targets, transforms, sum(map(len, classes)))

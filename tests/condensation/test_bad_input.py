@@ -30,6 +30,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"initialization": "zeros"},
         r"Expected `initialization` to be one of \['kmeans', 'noise', 'real'\], but got 'zeros'",
     ),
+    ({"real_images": "all"}, r"Expected `real_images` to be one of \['kmeans', 'random'\], but got 'all'"),
     ({"network_learning_rate": 0.0}, "Expected `network_learning_rate` to be positive and finite, but got 0.0"),
     ({"network_batch_size": 0}, "Expected `network_batch_size` to be a whole number of at least 1, but got 0"),
     ({"seed": -1}, "Expected `seed` to be a whole number of at least 0, but got -1"),

@@ -139,7 +139,7 @@ def made(kit: Any, size: int, images_per_class: int) -> NetworkPool:
     options = {"seed": 0, "images_per_class": images_per_class}
     network = kit.network().eval()
     gradients = Gradients(matched_parameters(network, "row_cosine"), "row_cosine")
-    return NetworkPool(network, data, gradients, None, options, (1, 0), lambda part: nullcontext(), size)
+    return NetworkPool(network, data, gradients, None, None, options, (1, 0), lambda part: nullcontext(), size)
 
 
 def test_a_network_is_trained_as_far_as_it_is_wanted(kit: Any) -> None:
