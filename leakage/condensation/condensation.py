@@ -85,6 +85,12 @@ class Condensation(LightningModule):
             checkpoint of another configuration, or a Trainer that has already fitted.
         FloatingPointError: in ``fit``, a loss or derivative that is not finite; the images are then the last for which
             both were finite, since the run began or was resumed.
+
+    Example:
+        >>> from leakage.condensation import DistributionMatchingCondensation
+        >>> condensation = DistributionMatchingCondensation(10)
+        >>> isinstance(condensation, Condensation), condensation.protocol.learning_rate
+        (True, 1.0)
     """
 
     protocol: CondensationProtocol
