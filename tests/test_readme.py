@@ -44,6 +44,8 @@ CHEAPER = [
         f'"{ROOT.as_posix()}/experiments/',
         "the code runs in a folder of its own",
     ),
+    ("docs/condensation.md", "images_per_class=10)", "images_per_class=2, iterations=1)", "one network"),
+    ("docs/condensation.md", '"cifar10"', '"sample", batch_size=16', "images of the package, in small batches"),
     ("docs/labels.md", "torch.rand(100, 24,", "torch.rand(10, 24,", "fewer victims"),
     ("docs/labels.md", "torch.randint(10, (100, 24))", "torch.randint(10, (10, 24))", "fewer victims"),
     ("docs/second_order.md", 'Victims("mnist", victims=500', 'Victims("sample", victims=2', "images of the package"),
@@ -55,7 +57,11 @@ MADE = {
         "inferred.counts.shape == (10, 10)",
         "len(condensation.synthetic_dataset()) == 10",
     ],
-    "docs/condensation.md": ["images.shape == (10, 1, 28, 28)", "0.69 < min(synthetic.recipe.score('dc').accuracies)"],
+    "docs/condensation.md": [
+        "images.shape == (10, 1, 28, 28)",
+        "0.69 < min(synthetic.recipe.score('dc').accuracies)",
+        "condensation.protocol.real_images == 'kmeans'",
+    ],
     "docs/labels.md": ["inferred.labels.shape == (10, 24)"],
     "docs/second_order.md": ["all(score.mse < 1e-6 for score in attack.scores.values())", "len(attack.scores) == 2"],
 }

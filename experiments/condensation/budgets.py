@@ -16,7 +16,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from leakage.callbacks import SyntheticEvaluation
-from leakage.condensation import GradientMatchingCondensation
+from leakage.condensation import Condensation
 from leakage.datamodules import LabelledImages
 from leakage.errors import check_positive
 
@@ -61,7 +61,7 @@ class Stopwatch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the time, if an iteration is complete."""
-        assert isinstance(pl_module, GradientMatchingCondensation)
+        assert isinstance(pl_module, Condensation)
         if pl_module.step % pl_module.outer == 0:
             self.times.append(time.monotonic())
 
@@ -89,7 +89,7 @@ def read_schedule(folder: Path, budget: float | None) -> Schedule | None:
 
 
 def fit_schedule(
-    make: Callable[[int], GradientMatchingCondensation],
+    make: Callable[[int], Condensation],
     data: LabelledImages,
     budget: float,
     watch: SyntheticEvaluation | None,

@@ -22,6 +22,8 @@ from torch import nn
 from leakage.callbacks import CondensationProgressBar, SyntheticEvaluation, SyntheticImages
 from leakage.callbacks.timed_checkpoint import TimedCheckpoint
 from leakage.condensation import (
+    Condensation,
+    DistributionMatchingCondensation,
     Evaluation,
     GradientMatchingCondensation,
     Recipe,
@@ -44,10 +46,11 @@ sys.path.append(str(Path(__file__).parents[1] / "comparison"))
 from records import check_trainer, code_version, read_record, trainer_defaults
 
 # How each method condenses.
-CONDENSATIONS: dict[str, dict[str, Any]] = {
-    "dc": {"protocol": "published"},
-    "dsa": {"protocol": "published", "initialization": "real"},  # and the augmentation that goes with the data set
-    "fast": {"protocol": "fast"},
+CONDENSATIONS: dict[str, Callable[..., Condensation]] = {
+    "dc": GradientMatchingCondensation,
+    "dsa": partial(GradientMatchingCondensation, initialization="real"),
+    "dm": DistributionMatchingCondensation,
+    "fast": partial(GradientMatchingCondensation, protocol="fast"),
 }
 # Real images in place of condensed ones.
 CHOICES: dict[str, Callable[[LabelledImages, int, int], SyntheticSet]] = {
@@ -104,8 +107,8 @@ def condense(
     result of each network that was trained on it. Without ``resume`` those of an earlier run are replaced.
 
     Args:
-        methods: of ``"dc"``, ``"dsa"`` (with siamese augmentation, from real images), ``"fast"``, ``"random"`` and
-            ``"kmeans"`` (real images) and ``"full"`` (the whole training set, for few epochs).
+        methods: of ``"dc"``, ``"dsa"`` (with siamese augmentation, from real images), ``"dm"``, ``"fast"``,
+            ``"random"`` and ``"kmeans"`` (real images) and ``"full"`` (the whole training set, for few epochs).
         data: where the images come from.
         output: the folder.
         images_per_class: of each set.
@@ -242,13 +245,13 @@ class _Run:
     def _folder(self, method: str, seed: int) -> Path:
         return self.output / method / f"seed_{seed}"
 
-    def _condensation(self, method: str, seed: int, iterations: int | None) -> GradientMatchingCondensation:
-        options = CONDENSATIONS[method] | self.options | {"seed": seed}
-        options |= {} if iterations is None else {"iterations": iterations}
-        options |= {} if options["protocol"] == "published" else {"loops": None}
-        if method == "dsa":
+    def _condensation(self, method: str, seed: int, iterations: int | None) -> Condensation:
+        options = self.options | {"seed": seed} | ({} if iterations is None else {"iterations": iterations})
+        if method not in ("dc", "dsa"):
+            del options["loops"]
+        if method in ("dsa", "dm"):
             options["augmentation"] = SiameseAugmentation.dsa(self.data.name).strategy
-        return GradientMatchingCondensation(self.images_per_class, **options)
+        return CONDENSATIONS[method](self.images_per_class, **options)
 
     def _schedule(self, method: str, seed: int, data: LabelledImages) -> Schedule:
         """How many iterations, and when to look: as asked for, or what fits into the budget, for all sets alike."""
@@ -354,8 +357,7 @@ class _Run:
             progress=self.progress,
             cache=self.cache if self.cache is not None else self.output / "full" / "evaluations",
         )
-        made = _Made(None, outcome.training_seconds + outcome.testing_seconds)
-        self._tell("full", None, [outcome], [made])
+        self._tell("full", None, [outcome], [_Made(None, outcome.training_seconds + outcome.testing_seconds)])
 
     def _tell(self, method: str, evaluation: str | None, found: list[Evaluation], made: list[_Made]) -> None:
         """Add a row, or put it in the place of the one with fewer sets, and write all."""
@@ -383,7 +385,7 @@ def of_seed(data: LabelledImages, seed: int) -> LabelledImages:
 
 def _fit(
     method: str,
-    condensation: GradientMatchingCondensation,
+    condensation: Condensation,
     data: LabelledImages,
     folder: Path,
     callbacks: list[Callback],
@@ -392,9 +394,7 @@ def _fit(
 ) -> None:
     """Condense, from the last checkpoint if there is one."""
     checkpoint = folder / "last.ckpt"
-    callbacks = [*callbacks, TimedCheckpoint(folder)]
-    if trainer.get("enable_progress_bar", True):
-        callbacks.append(CondensationProgressBar(name=method))
-    options = trainer_defaults() | {"log_every_n_steps": 1} | trainer
-    runner = Trainer(logger=logger, callbacks=callbacks, **options)
+    bar = [CondensationProgressBar(name=method)] if trainer.get("enable_progress_bar", True) else []
+    callbacks = [*callbacks, TimedCheckpoint(folder), *bar]
+    runner = Trainer(logger=logger, callbacks=callbacks, **trainer_defaults() | {"log_every_n_steps": 1} | trainer)
     runner.fit(condensation, datamodule=data, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)

@@ -6,10 +6,11 @@ r"""Table 2 of Dataset Condensation: test accuracy of networks trained on a few 
         --method fast --sets 3 --output results/cifar10_1
 
 Methods: `dc` (gradient matching with the paper's protocol, https://arxiv.org/abs/2006.05929), `dsa` (the same with
-siamese augmentation, https://arxiv.org/abs/2102.08259), `fast` (this library's protocol), `random` and `kmeans` (as
-many real images) and `full` (the whole training set, for `--full-epochs`). Evaluations: `dc`, as in the first paper
-(300 epochs without augmentation, but on MNIST 1,000 with random shifts, scales and rotations), and `dsa`, as in the
-second (1,000 epochs with its augmentation). Each paper's figure, after 1,000 iterations, stands beside ours of its
+siamese augmentation, https://arxiv.org/abs/2102.08259), `dm` (distribution matching, as published, with that
+augmentation, https://arxiv.org/abs/2110.04181), `fast` (this library's protocol), `random` and `kmeans` (as many real
+images) and `full` (the whole training set, for `--full-epochs`). Evaluations: `dc`, as in the first paper (300 epochs
+without augmentation, but on MNIST 1,000 with random shifts, scales and rotations), and `dsa`, as in the second (1,000
+epochs with its augmentation). The figures of these two papers, after 1,000 iterations, stand beside ours of their
 evaluation.
 
 Several `--sets` have seeds one after the other. The interval is Student's over the means of the sets, as networks that

@@ -12,7 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from leakage.callbacks.results import ResultsCallback
-from leakage.condensation.gradient_matching import GradientMatchingCondensation
+from leakage.condensation.condensation import Condensation
 from leakage.errors import check_count
 
 
@@ -29,7 +29,7 @@ class CondensationCallback(ResultsCallback, ABC):
 
     Raises:
         ValueError: moments that are not whole numbers of at least 0; in ``fit``, a module that is no
-            :class:`~leakage.condensation.GradientMatchingCondensation`.
+            :class:`~leakage.condensation.Condensation`.
         OSError: the folder can't be written, or files are missing at the end.
     """
 
@@ -44,7 +44,7 @@ class CondensationCallback(ResultsCallback, ABC):
         self._begun = False
 
     @abstractmethod
-    def look(self, trainer: Trainer, condensation: GradientMatchingCondensation, *, last: bool) -> None:
+    def look(self, trainer: Trainer, condensation: Condensation, *, last: bool) -> None:
         """Do what this callback is for with the images as they are now.
 
         Args:
@@ -106,17 +106,14 @@ class CondensationCallback(ResultsCallback, ABC):
         self._earlier = []
 
 
-def as_condensation(callback: object, pl_module: LightningModule) -> GradientMatchingCondensation:
+def as_condensation(callback: object, pl_module: LightningModule) -> Condensation:
     """The module of a callback that works with nothing else; a ``ValueError`` if it is another."""
-    if not isinstance(pl_module, GradientMatchingCondensation):
-        raise ValueError(
-            f"Expected {type(callback).__name__} with a GradientMatchingCondensation, but got "
-            f"{type(pl_module).__name__}."
-        )
+    if not isinstance(pl_module, Condensation):
+        raise ValueError(f"Expected {type(callback).__name__} with a condensation, but got {type(pl_module).__name__}.")
     return pl_module
 
 
-def between_iterations(condensation: GradientMatchingCondensation) -> bool:
+def between_iterations(condensation: Condensation) -> bool:
     """Whether an iteration is complete and the next has not begun."""
     # The images move within a step, which counts only when it is done.
     return not condensation.within_step and condensation.step == condensation.iteration * condensation.outer

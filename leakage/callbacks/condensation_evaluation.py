@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from leakage.callbacks.condensation import CondensationCallback, as_condensation
 from leakage.callbacks.progress import RunProgressBar
 from leakage.condensation.augmentation import SiameseAugmentation
+from leakage.condensation.condensation import Condensation
 from leakage.condensation.evaluation import Evaluation, evaluate
-from leakage.condensation.gradient_matching import GradientMatchingCondensation
 from leakage.condensation.networks import check_network
 from leakage.condensation.training import evaluation_options
 from leakage.datamodules.labelled import LabelledImages
@@ -111,7 +111,7 @@ class SyntheticEvaluation(CondensationCallback):
 
     Raises:
         ValueError: an option out of its range; in ``fit``, a module that is no
-            :class:`~leakage.condensation.GradientMatchingCondensation`, or at its start a network that does not
+            :class:`~leakage.condensation.Condensation`, or at its start a network that does not
             fit the data.
         OSError: the folder can't be written, or files are missing at the end.
     """
@@ -184,7 +184,7 @@ class SyntheticEvaluation(CondensationCallback):
         if self._begun and self._failures:
             self._write_all(as_condensation(self, pl_module))
 
-    def look(self, trainer: Trainer, condensation: GradientMatchingCondensation, *, last: bool) -> None:
+    def look(self, trainer: Trainer, condensation: Condensation, *, last: bool) -> None:
         """Test the images as they are now, unless they have been."""
         tested = [self._failed_at, *(row.step for row in self.rows[-1:])]
         if condensation.step not in tested:
@@ -199,7 +199,7 @@ class SyntheticEvaluation(CondensationCallback):
         elif last and (self._failures or not (self.folder / "accuracy.csv").exists()):
             self._write_all(condensation)
 
-    def _test(self, trainer: Trainer, condensation: GradientMatchingCondensation) -> None:
+    def _test(self, trainer: Trainer, condensation: Condensation) -> None:
         """Add and log a row, unless training a network fails."""
         try:
             with condensation.clock("evaluation"):
@@ -233,12 +233,12 @@ class SyntheticEvaluation(CondensationCallback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=row.step)
 
-    def _tell(self, trainer: Trainer, condensation: GradientMatchingCondensation) -> None:
+    def _tell(self, trainer: Trainer, condensation: Condensation) -> None:
         bar = trainer.progress_bar_callback
         if isinstance(bar, RunProgressBar):
             bar.tell(trainer, condensation)
 
-    def _write_all(self, condensation: GradientMatchingCondensation) -> None:
+    def _write_all(self, condensation: Condensation) -> None:
         if not self.rows:
             return
         self._remove_earlier()

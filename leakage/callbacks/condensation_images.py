@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from leakage.callbacks.condensation import CondensationCallback, as_condensation, between_iterations
 from leakage.callbacks.loggers import log_artifact, log_image
-from leakage.condensation.gradient_matching import GradientMatchingCondensation
+from leakage.condensation.condensation import Condensation
 from leakage.condensation.synthetic_set import SyntheticSet
 from leakage.plots import figure_pixels, save_figure
 
@@ -39,7 +39,7 @@ class SyntheticImages(CondensationCallback):
 
     Raises:
         ValueError: moments that are not whole numbers of at least 0; in ``fit``, a module that is no
-            :class:`~leakage.condensation.GradientMatchingCondensation`.
+            :class:`~leakage.condensation.Condensation`.
         OSError: the folder can't be written, or files are missing at the end.
     """
 
@@ -70,7 +70,7 @@ class SyntheticImages(CondensationCallback):
         except ValueError as error:
             rank_zero_warn(f"The images of the run that broke off were not written: {error}")
 
-    def look(self, trainer: Trainer, condensation: GradientMatchingCondensation, *, last: bool) -> None:
+    def look(self, trainer: Trainer, condensation: Condensation, *, last: bool) -> None:
         """Write and log the images as they are now."""
         now = condensation.synthetic_set()
         self._remove_earlier()
@@ -90,7 +90,7 @@ class SyntheticImages(CondensationCallback):
                 metadata={"dataset": now.dataset, "images_per_class": count, "iterations": condensation.iteration},
             )
 
-    def _show(self, trainer: Trainer, condensation: GradientMatchingCondensation, now: SyntheticSet) -> None:
+    def _show(self, trainer: Trainer, condensation: Condensation, now: SyntheticSet) -> None:
         done = f"{condensation.iteration} iterations"
         figure = now.figure(title=f"{now.dataset}: {done}")
         self._pending[self.folder / "synthetic.safetensors"] = now.save

@@ -9,12 +9,12 @@ from lightning import LightningModule, Trainer
 from leakage.callbacks.condensation import as_condensation
 from leakage.callbacks.condensation_evaluation import SyntheticEvaluation
 from leakage.callbacks.progress import RunProgressBar
-from leakage.condensation.gradient_matching import GradientMatchingCondensation
+from leakage.condensation.condensation import Condensation
 
 # What the parts of `condensation.seconds` are called in the last line.
 _PARTS = {
-    "real": "gradients of real images",
-    "synthetic": "gradients of synthetic images",
+    "real": "real images",
+    "synthetic": "synthetic images",
     "network": "networks",
     "evaluation": "evaluation",
 }
@@ -34,7 +34,7 @@ class CondensationProgressBar(RunProgressBar):
         name: what stands before the bar, by default ``Iterations``.
 
     Raises:
-        ValueError: in ``fit``, a module that is no :class:`~leakage.condensation.GradientMatchingCondensation`.
+        ValueError: in ``fit``, a module that is no :class:`~leakage.condensation.Condensation`.
     """
 
     unit = "iterations"
@@ -75,11 +75,11 @@ class CondensationProgressBar(RunProgressBar):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Tell it too, if there was a run."""
-        if self._train_progress_bar is not None and isinstance(pl_module, GradientMatchingCondensation):
+        if self._train_progress_bar is not None and isinstance(pl_module, Condensation):
             self.train_progress_bar.close()
             self._tell_time(pl_module)
 
-    def _tell_time(self, condensation: GradientMatchingCondensation) -> None:
+    def _tell_time(self, condensation: Condensation) -> None:
         total = sum(condensation.seconds.values())
         if self.is_enabled and total:
             parts = ", ".join(

@@ -22,7 +22,7 @@ from leakage import attacks, datamodules, models  # noqa: F401
 from leakage.callbacks.results import ResultsCallback
 from leakage.cli import quiet
 from leakage.cli.refusals import explain, one_line, own_words
-from leakage.condensation import GradientMatchingCondensation
+from leakage.condensation import Condensation
 from leakage.files.checkpoints import WholeCheckpointIO
 
 # Of a configuration: those that are written by hand have fewer than a hundred.
@@ -75,7 +75,7 @@ class LeakageCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         module, _, name = config.model.class_path.rpartition(".")
         model = getattr(importlib.import_module(module), name)
-        if not isinstance(model, type) or not issubclass(model, GradientMatchingCondensation):
+        if not isinstance(model, type) or not issubclass(model, Condensation):
             return
         # Its steps take long, and there may be only a few.
         config.trainer.log_every_n_steps = config.trainer.log_every_n_steps or 1

@@ -1,8 +1,10 @@
-"""Few images that stand for a whole training set, found by matching gradients."""
+"""Few images that stand for a whole training set, found by matching gradients or features."""
 
 from leakage.condensation.augmentation import SiameseAugmentation
+from leakage.condensation.condensation import Condensation
 from leakage.condensation.dd_ranking import export_dd_ranking
 from leakage.condensation.decoding import decode, encode
+from leakage.condensation.distribution_matching import DistributionMatchingCondensation
 from leakage.condensation.evaluation import Evaluation, evaluate, evaluate_full
 from leakage.condensation.gradient_matching import GradientMatchingCondensation
 from leakage.condensation.kmeans import kmeans_images
@@ -12,7 +14,9 @@ from leakage.condensation.synthetic_set import SyntheticSet, random_images
 from leakage.condensation.training import TrainingOptions
 
 __all__ = [
+    "Condensation",
     "CondensationProtocol",
+    "DistributionMatchingCondensation",
     "Evaluation",
     "GradientMatchingCondensation",
     "Recipe",

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from leakage.condensation.augmentation import SiameseAugmentation
-from leakage.condensation.matching import Transform, matched_parameters, real_gradients
+from leakage.condensation.kmeans import Clusters
+from leakage.condensation.matching import Matching, Transform
 from leakage.condensation.networks import take_statistics, train_on
 from leakage.datamodules.labelled import ClassBatch, LabelledImages
 from leakage.models import draw_state
@@ -23,9 +24,9 @@ class Goal:
     """What the synthetic images move towards in one step.
 
     Attributes:
-        targets: gradients of real images ``(K, *shape)`` by the name of the parameter.
+        targets: what real images say, ``(K, *shape)`` by name.
         transforms: what the images of each class went through, or None.
-        real_images: whose gradient was taken for it.
+        real_images: that were looked at for it.
     """
 
     targets: dict[str, Tensor]
@@ -35,11 +36,13 @@ class Goal:
 
 @dataclass
 class Networks:
-    """The networks whose gradients are matched, one after another, all with the modules of ``network``.
+    """The networks that images are matched on, one after another, all with the modules of ``network``.
 
     Attributes:
         network: takes the weights of each.
         data: real images.
+        matching: what real and synthetic images shall have in common.
+        clusters: that the real images are chosen from, or None for those of the batch.
         augmentation: for real and synthetic images of a class alike, or None.
         options: of the condensation, by the names of its arguments.
         loops: (outer, inner).
@@ -48,6 +51,8 @@ class Networks:
 
     network: nn.Module
     data: LabelledImages
+    matching: Matching
+    clusters: Clusters | None
     augmentation: SiameseAugmentation | None
     options: dict[str, Any]
     loops: tuple[int, int]
@@ -68,16 +73,21 @@ class Networks:
         return torch.Generator().manual_seed(derive_seed(self.options["seed"], index, stream))
 
     def take(self, index: int, classes: Sequence[Tensor]) -> Goal:
-        """The gradients of real images of each class, under transforms of their own where there is augmentation."""
+        """What real images of each class say, under transforms of their own where there is augmentation."""
         transforms: list[Transform] | None = None
         if self.augmentation is not None:  # the same for real and synthetic images of a class
             generator = self.generator(index, "augmentation")
             transforms = [self.augmentation.draw(generator) for _ in classes]
         with self.clock("real"):
-            names = matched_parameters(self.network, self.options["distance"])
+            if self.clusters is not None:
+                classes = self.clusters.choose(self.network, self.generator(index, "clusters"))
             prepare = [self._prepare(transform) for transform in transforms or [nn.Identity()] * len(classes)]
-            targets = real_gradients(self.network, names, classes, prepare)
+            targets = self.matching.targets(self.network, classes, prepare)
         return Goal(targets, transforms, sum(map(len, classes)))
+
+    def match(self, goal: Goal, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Distances ``(K,)`` of synthetic images ``(K, M, C, H, W)`` to the goal, and their derivatives."""
+        return self.matching.match(self.network, goal.targets, images, goal.transforms)
 
     def split(self, batch: ClassBatch) -> tuple[Tensor, ...]:
         """The images of each class."""
@@ -95,7 +105,7 @@ class FreshNetworks(Networks):
     """Each network is drawn anew and has ``outer`` steps, between which it is trained on the synthetic images."""
 
     def goal(self, batch: ClassBatch) -> Goal:
-        """Draw the network at the first step of an iteration; gradients of the batch."""
+        """Draw the network at the first step of an iteration; what the batch says."""
         classes = self.split(batch)
         outer, _ = self.loops
         with self.clock("network"):

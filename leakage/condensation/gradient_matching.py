@@ -2,46 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dataclasses
-import math
-import os
-import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
-
-from leakage.condensation.augmentation import SiameseAugmentation
-from leakage.condensation.decoding import decode
-from leakage.condensation.fresh import FreshNetworks, Goal, Networks
-from leakage.condensation.matching import match
-from leakage.condensation.networks import fitting_network
-from leakage.condensation.pool import NetworkPool
-from leakage.condensation.protocols import CondensationProtocol, condensation_protocol, schedule
-from leakage.condensation.recipe import Recipe
-from leakage.condensation.start import start_images
-from leakage.condensation.synthetic_set import SyntheticSet
-from leakage.datamodules.labelled import ClassBatch, LabelledImages
+from leakage.condensation.condensation import Condensation
+from leakage.condensation.matching import Gradients, matched_parameters
+from leakage.condensation.networks import batch_norms
+from leakage.condensation.protocols import condensation_protocol, schedule
+from leakage.datamodules.labelled import LabelledImages
 from leakage.errors import check_choice, check_count, check_positive
-from leakage.files.checkpoints import check_checkpoint
 from leakage.objectives import DISTANCES
-from leakage.plots import save_figure
-from leakage.seeds import derive_seed
-
-_PRECISIONS = ("32-true", "64-true", "bf16-mixed")
-# What the time of a run is spent on.
-PARTS = ("real", "synthetic", "network", "evaluation")
-# What a checkpoint keeps beside the images, the network and the momentum, which are Lightning's to keep.
-_KEPT = ("step", "last_loss", "seconds", "real_images_seen")
 
 
-class GradientMatchingCondensation(LightningModule):
+class GradientMatchingCondensation(Condensation):
     r"""Condenses a training set into a few synthetic images per class, by matching gradients.
 
     A network trained on the synthetic images alone shall do on real images what one trained on the whole set does. For
@@ -59,38 +31,20 @@ class GradientMatchingCondensation(LightningModule):
     met again and again (:class:`~leakage.condensation.pool.NetworkPool`). All iterations are one epoch of the Trainer.
     The images are normalised, start from N(0, 1) or from real images, and are never clamped.
 
-    Attributes:
-        synthetic_images: the parameters, normalised, ``(K * images_per_class, C, H, W)`` in the order of the classes.
-        seconds: time spent so far on gradients of real images (``"real"``), of synthetic ones (``"synthetic"``),
-            drawing and training the network (``"network"``) and what callbacks add as ``"evaluation"``.
-        last_loss: the sum of the distances over classes at the last step.
-        step: training steps that are complete.
-        within_step: whether one has begun and is not.
-
     Args:
         images_per_class: synthetic images of each class.
         num_classes: to be checked against the data; by default the data's.
-        network: drawn anew for each iteration; by default the :class:`~leakage.models.ConvNet` that fits the data. It
-            takes normalised images. Dropout is off; BatchNorm takes its statistics from real images.
         protocol: ``"published"``, or ``"fast"``, which with a pool of networks gets further in the same time.
         loops: (outer, inner); by default the paper's, which it has for 1, 10, 20, 30, 40 and 50 images per class. Not
             with a pool.
         distance: a key of :data:`leakage.objectives.DISTANCES`.
-        augmentation: strategy of :class:`~leakage.condensation.SiameseAugmentation`, the same random transform for real
-            and synthetic images of a class (DSA); None for none.
         network_learning_rate, network_batch_size: for training the network on the synthetic images.
-        seed: of networks, start, order and augmentation, each with its own stream.
-        iterations, batch_size, network_reuse, learning_rate, momentum, decay, initialization, factor,
-            synthetic_batch_size, pool: replace the protocol's value, see
-            :class:`~leakage.condensation.CondensationProtocol`.
+        options: see :class:`~leakage.condensation.Condensation`.
 
     Raises:
-        ValueError: an unknown choice or a number out of its range; in ``fit``, a DataModule that is no
-            :class:`~leakage.datamodules.LabelledImages`, a network that does not fit its images, a ``factor`` that does
-            not divide their size, more images per class than a class has with a start from real ones, a checkpoint of
-            another configuration, or a Trainer that has already fitted.
-        FloatingPointError: in ``fit``, a loss or derivative that is not finite; the images are then the last for which
-            both were finite, since the run began or was resumed.
+        ValueError: an unknown choice, or what :class:`~leakage.condensation.Condensation` raises; in ``fit``, a network
+            without weights that the distance looks at, or with BatchNorm in bfloat16.
+        FloatingPointError: as :class:`~leakage.condensation.Condensation`.
 
     References:
         Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
@@ -113,282 +67,34 @@ class GradientMatchingCondensation(LightningModule):
         images_per_class: int = 1,
         num_classes: int | None = None,
         *,
-        network: nn.Module | None = None,
         protocol: str = "published",
         loops: tuple[int, int] | None = None,
         distance: str = "row_cosine",
-        augmentation: str | None = None,
         network_learning_rate: float = 0.01,
         network_batch_size: int = 256,
-        seed: int = 0,
-        iterations: int | None = None,
-        batch_size: int | None = None,
-        network_reuse: int | None = None,
-        learning_rate: float | None = None,
-        momentum: float | None = None,
-        decay: bool | None = None,
-        initialization: str | None = None,
-        factor: int | None = None,
-        synthetic_batch_size: int | None = None,
-        pool: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        check_count(images_per_class=images_per_class, network_batch_size=network_batch_size)
-        if num_classes is not None:
-            check_count(2, num_classes=num_classes)
-        check_count(0, seed=seed)
+        loops = tuple(loops) if isinstance(loops, list) else loops
+        super().__init__(images_per_class, num_classes, **options)
+        check_count(network_batch_size=network_batch_size)
         check_positive(network_learning_rate=network_learning_rate)
         check_choice("distance", distance, DISTANCES)
-        if network is not None and not isinstance(network, nn.Module):
-            raise ValueError(f"Expected `network` to be a torch.nn.Module, but got {type(network).__name__}.")
-        self.augmentation = None if augmentation is None else SiameseAugmentation(augmentation)
-        loops = tuple(loops) if isinstance(loops, list) else loops
-        self.save_hyperparameters(ignore=["network"])
-        replaced = {field.name: self.hparams[field.name] for field in dataclasses.fields(CondensationProtocol)}
-        self.protocol = condensation_protocol(protocol, images_per_class, **replaced)
+        self.method = protocol
+        self.protocol = condensation_protocol(protocol, images_per_class, **self._replaced())
         self.outer, self.inner = schedule(images_per_class, loops, self.protocol.pool)
-        self.automatic_optimization = False
-        # In a tuple, so that it is no submodule: it stays the user's, and `network` is a copy.
-        self._given_network = (network,)
-        self.network: nn.Module = nn.Identity()
-        self.synthetic_images = nn.Parameter(torch.empty(0, 1, 1, 1))
-        self._about_data: dict[str, Any] = {}  # what a synthetic set says of it
-        self._networks: Networks
-        self._reset()
 
-    def _reset(self) -> None:
-        self.step = 0
-        self.last_loss = float("nan")
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self.real_images_seen = 0
-        self.within_step = False
-        self._sound_images: Tensor | None = None
-
-    @property
-    def iteration(self) -> int:
-        """Iterations that are complete."""
-        return self.step // self.outer
-
-    @property
-    def images_per_second(self) -> float:
-        """Real images whose gradient was taken, by the seconds of the run without evaluations."""
-        spent = sum(seconds for part, seconds in self.seconds.items() if part != "evaluation")
-        return self.real_images_seen / spent if spent else 0.0
-
-    def synthetic_set(self) -> SyntheticSet:
-        """A copy of the synthetic images as they are now, in the data's scale.
-
-        Raises:
-            RuntimeError: before ``Trainer.fit``.
-        """
-        if not self._about_data:
-            raise RuntimeError("Expected `Trainer.fit` to have begun, but got no synthetic images yet.")
-        labels = torch.arange(self._num_classes).repeat_interleave(self.hparams["images_per_class"])
-        scale, shift = (torch.tensor(self._about_data[name])[:, None, None] for name in ("std", "mean"))
-        images = self.synthetic_images.detach().cpu().float() * scale + shift
-        return SyntheticSet(images, labels, **self._about_data, recipe=Recipe.of(self), factor=self.protocol.factor)
-
-    def synthetic_dataset(self) -> TensorDataset:
-        """Pairs of a synthetic image ``(C, H, W)`` in the data's scale (not normalised, not clamped) and its label."""
-        return self.synthetic_set().to_dataset()
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``synthetic.safetensors``, ``synthetic.png`` and, as 8-bit pictures, ``images/<class>/``.
-
-        Raises:
-            FileExistsError: ``images`` holds others that this set would not replace; the set and its picture are
-                written.
-            ValueError: images of neither one nor three channels, which no PNG file holds; likewise.
-            OSError: a file can't be written.
-        """
-        folder = Path(folder)
-        synthetic = self.synthetic_set()
-        synthetic.save(folder / "synthetic.safetensors")
-        save_figure(synthetic.figure(), folder / "synthetic.png")
-        synthetic.save_images(folder / "images")
-
-    @contextlib.contextmanager
-    def clock(self, part: str) -> Iterator[None]:
-        """Add the time that passes within to :attr:`seconds`."""
-        self._wait()
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._wait()
-            self.seconds[part] += time.perf_counter() - begun
-
-    def _wait(self) -> None:
-        # A GPU works while Python goes on.
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def setup(self, stage: str) -> None:
-        """Look at the data, and make synthetic images and a network of its shape."""
-        data = self._datamodule
-        if self.trainer.current_epoch and not self.trainer.ckpt_path:
-            raise ValueError(
-                "Expected a new Trainer, but got one that has already fitted: it would not train, and the images would "
-                "be lost."
-            )
-        check_choice("precision", self.trainer.precision, _PRECISIONS)
-        if self.trainer.world_size > 1:
-            raise ValueError(
-                "Expected a Trainer with one process (devices=1, num_nodes=1), but got "
-                f"{self.trainer.world_size}: each would condense the whole set. Run one process per seed instead."
-            )
-        wanted = self.hparams["num_classes"]
-        if wanted is not None and wanted != data.num_classes:
-            raise ValueError(f"Expected `num_classes` to be the {data.num_classes} of {data.name}, but got {wanted}.")
-        asked = self.hparams["batch_size"]
-        if None not in (asked, data.batch_size) and asked != data.batch_size:
-            raise ValueError(
-                f"Expected one `batch_size`, but got {asked} for the condensation and {data.batch_size} for the data."
-            )
-        self._reset()
-        self.network = fitting_network(self._given_network[0], data, self.hparams["distance"], self.trainer.precision)
-        start = self.protocol.initialization, self.hparams["seed"], self.protocol.factor
-        self.synthetic_images = nn.Parameter(start_images(data, self.hparams["images_per_class"], *start))
-        self._about_data = {name: getattr(data, name) for name in ("mean", "std", "class_names")}
-        self._about_data["dataset"] = data.name
-        loops = (self.outer, self.inner)
-        given = (self.network, data, self.augmentation, dict(self.hparams), loops, self.clock)
-        self._networks = NetworkPool(*given, self.protocol.pool) if self.protocol.pool else FreshNetworks(*given)
-        if self.trainer.precision == "64-true":
-            self.double()  # Lightning does so only after it has read a checkpoint, which would be rounded
-
-    def teardown(self, stage: str) -> None:
-        """Let go of networks that were kept."""
-        if hasattr(self, "_networks"):
-            del self._networks
-
-    def configure_optimizers(self) -> torch.optim.SGD:
-        """SGD on the synthetic images."""
-        return torch.optim.SGD([self.synthetic_images], lr=self.protocol.learning_rate, momentum=self.protocol.momentum)
-
-    def on_fit_start(self) -> None:
-        """Ask for the batches that are left."""
-        self._datamodule.default_batch_size = self.protocol.batch_size
-        self._datamodule.first_batch = self.step
-        self._datamodule.batches_per_epoch = self._steps
-
-    def on_train_start(self) -> None:
-        """Turn dropout off, and end at once if nothing is left to do."""
-        self.network.eval()
-        self.trainer.should_stop |= self.step >= self._steps
-
-    def on_train_epoch_start(self) -> None:
-        """Ask for the batches that are left, should there be several epochs."""
-        self._datamodule.first_batch = self.step
-
-    def training_step(self, batch: ClassBatch, batch_idx: int) -> None:
-        """Take the real gradients, move the synthetic images towards them, train the network on these."""
-        if batch.step != self.step:
-            raise RuntimeError(f"Expected the real images of step {self.step}, but got those of {batch.step}.")
-        self.within_step = True
-        goal = self._networks.goal(batch)
-        self.real_images_seen += goal.real_images
-        with self.clock("synthetic"):
-            reuse = self.protocol.network_reuse
-            for update in range(self.step * reuse, (self.step + 1) * reuse):
-                left = 1 - update / (self._steps * reuse) if self.protocol.decay else 1.0
-                self.trainer.optimizers[0].param_groups[0]["lr"] = self.protocol.learning_rate * left
-                self._move(goal, update)
-        self.step += 1
-        self._networks.after(self.step, decode(self.synthetic_images.detach(), self.protocol.factor))
-        self.within_step = False
-        self.log("train/loss", self.last_loss, prog_bar=True, batch_size=1)
-        times = {f"time/{part}": seconds for part, seconds in self.seconds.items()}
-        self.log_dict({"train/images_per_second": self.images_per_second} | times, batch_size=1)
-        self.trainer.should_stop |= self.step >= self._steps
-
-    @property
-    def _datamodule(self) -> LabelledImages:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if not isinstance(datamodule, LabelledImages):
-            raise ValueError(
-                "Expected `Trainer.fit(condensation, datamodule=...)` with a labelled data set of "
-                f"`leakage.datamodules`, `LabelledImages`, but got {type(datamodule).__name__}."
-            )
-        return datamodule
-
-    @property
-    def _steps(self) -> int:
-        return self.protocol.iterations * self.outer
-
-    @property
-    def _num_classes(self) -> int:
-        return len(self._about_data["class_names"])
-
-    def _move(self, goal: Goal, update: int) -> None:
-        """One step of the synthetic images."""
-        images = self.synthetic_images
-        decoded = decode(images, self.protocol.factor)
-        by_class = decoded.view(self._num_classes, -1, *images.shape[1:])
-        matched = by_class[:, self._batch(update, by_class.shape[1])]
+    def configure_matching(self, data: LabelledImages) -> Gradients:
+        """The gradients of the weights that the distance looks at."""
         distance = self.hparams["distance"]
-        options = {"distance": distance, "transforms": goal.transforms, "in_turn": self.protocol.pool > 0}
-        distances, derivatives = match(self.network, goal.targets, matched.detach(), **options)
-        sound = torch.isfinite(distances) & torch.isfinite(derivatives).flatten(1).all(1)
-        if not bool(sound.all()):
-            if self._sound_images is not None:
-                images.data.copy_(self._sound_images)
-            label = int((~sound).nonzero()[0])
-            name, loss = self._about_data["class_names"][label], float(distances[label])
-            what = "derivative that is not" if math.isfinite(loss) else f"loss of {loss:g}"
-            raise FloatingPointError(
-                f"Expected a finite matching loss and derivative, but got a {what} at iteration {self.iteration}, "
-                f"class {label} ({name}). The synthetic images are the last for which both were finite. "
-                "A smaller `learning_rate` may help."
-            )
-        self._sound_images = images.detach().clone()
-        (images.grad,) = torch.autograd.grad(matched, images, derivatives)
-        cast(Any, self.optimizers()).step()
-        self.last_loss = float(distances.sum())
-
-    def _batch(self, update: int, count: int) -> Tensor | slice:
-        """Which of the ``count`` images of each class an update matches."""
-        size = self.protocol.synthetic_batch_size
-        if size is None or size >= count:
-            return slice(None)
-        passed, place = divmod(update, math.ceil(count / size))
-        generator = torch.Generator().manual_seed(derive_seed(self.hparams["seed"], passed, "synthetic batch"))
-        return torch.split(torch.randperm(count, generator=generator), size)[place]
-
-    @property
-    def _architecture(self) -> str:
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}
-        return f"{self.network} {shapes}"
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add how far it is; a ``RuntimeError`` within a training step, as when one has failed."""
-        if self.within_step:
-            raise RuntimeError(
-                "Expected a checkpoint between two training steps, but got one within: a run that goes on from there "
-                "would not end as if it had never stopped. Use the last checkpoint before."
-            )
-        checkpoint["leakage"] = {
-            "module": type(self).__name__,
-            "precision": self.trainer.precision,
-            "network": self._architecture,
-            **{name: copy.copy(getattr(self, name)) for name in _KEPT},
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where the checkpoint was made; without ``decay`` also to another number of ``iterations``."""
-        free = set() if self.protocol.decay else {"iterations"}
-        options = {name: value for name, value in self.hparams.items() if name not in free}
-        check_checkpoint(checkpoint, type(self).__name__, options, self.trainer.precision)
-        saved = checkpoint["leakage"]
-        if saved["network"] != self._architecture:
+        names = matched_parameters(self.network, distance)
+        if not names:
             raise ValueError(
-                "Expected the network of the checkpoint, but got another: its architecture differs. Give the "
-                "`network` that the run began with."
+                f"Expected a `network` with trainable weights that distance={distance!r} looks at, but got "
+                f"{type(self.network).__name__} without."
             )
-        for name in _KEPT:
-            setattr(self, name, copy.copy(saved[name]))
-        if self.step < self._steps and "loops" in checkpoint:
-            # It may be of a run that was over with fewer iterations, whose one epoch Lightning takes for done.
-            progress = checkpoint["loops"]["fit_loop"]
-            progress["epoch_progress"]["current"].update(processed=0, completed=0)
-            progress["epoch_loop.batch_progress"]["is_last_batch"] = False
+        if self.trainer.precision == "bf16-mixed" and batch_norms(self.network):
+            raise ValueError(
+                "Expected a `network` without BatchNorm with precision='bf16-mixed', but got "
+                f"{type(self.network).__name__} with it, whose gradients `torch.func` can't take then."
+            )
+        return Gradients(names, distance, in_turn=self.protocol.pool > 0)

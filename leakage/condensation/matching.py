@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,49 @@ _SYNTHETIC_AT_ONCE_ON_CPU = 10
 _LARGE_CLASS = 3
 
 Transform = Callable[[Tensor], Tensor]
+
+
+class Matching(Protocol):
+    """What real and synthetic images of a class shall have in common, as a network sees it."""
+
+    def targets(self, network: nn.Module, classes: Sequence[Tensor], prepare: Sequence[Transform]) -> dict[str, Tensor]:
+        """What real images say, ``(K, *shape)`` by name.
+
+        Images of class c are ``(M_c, C, H, W)`` as the data set has them; ``prepare`` normalises and augments them.
+        """
+
+    def match(
+        self, network: nn.Module, targets: dict[str, Tensor], images: Tensor, transforms: Sequence[Transform] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The distances ``(K,)`` of synthetic images to the targets, and the derivatives of their sum by the images.
+
+        Images are ``(K, M, C, H, W)``, normalised, M of each class; ``transforms`` augment those of each class.
+        """
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The mean gradient of each class: :func:`real_gradients` and :func:`match`.
+
+    Attributes:
+        names: of the parameters.
+        distance: a key of :data:`leakage.objectives.DISTANCES`.
+        in_turn: see :func:`match`.
+    """
+
+    names: Sequence[str]
+    distance: str
+    in_turn: bool = False
+
+    def targets(self, network: nn.Module, classes: Sequence[Tensor], prepare: Sequence[Transform]) -> dict[str, Tensor]:
+        """The gradients of real images."""
+        return real_gradients(network, self.names, classes, prepare)
+
+    def match(
+        self, network: nn.Module, targets: dict[str, Tensor], images: Tensor, transforms: Sequence[Transform] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Distances of the synthetic images' gradients, and their derivatives."""
+        return match(network, targets, images, distance=self.distance, transforms=transforms, in_turn=self.in_turn)
 
 
 def matched_parameters(network: nn.Module, distance: str) -> list[str]:

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from leakage.condensation.augmentation import SiameseAugmentation
-from leakage.condensation.matching import matched_parameters
 from leakage.datamodules.labelled import LabelledImages
 from leakage.models import ConvNet, draw_state
 
@@ -26,23 +25,15 @@ def default_network(data: LabelledImages) -> ConvNet:
         return ConvNet(channels, (height, width), data.num_classes)
 
 
-def fitting_network(given: nn.Module | None, data: LabelledImages, distance: str, precision: str) -> nn.Module:
+def fitting_network(given: nn.Module | None, data: LabelledImages) -> nn.Module:
     """A copy of ``given`` in single precision, or the default; a ``ValueError`` if it can't be condensed with."""
     if given is None:
         return default_network(data)
     network = copy.deepcopy(given).float()  # the Trainer decides about the precision
-    if not matched_parameters(network, distance):
-        raise ValueError(
-            f"Expected a `network` with trainable weights that distance={distance!r} looks at, but got "
-            f"{type(given).__name__} without."
-        )
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ValueError(f"Expected a `network` with trainable weights, but got {type(given).__name__} without.")
     check_network(network, data)
     draw_state(network, 0)  # one that can't be drawn anew shall fail now
-    if precision == "bf16-mixed" and batch_norms(network):
-        raise ValueError(
-            "Expected a `network` without BatchNorm with precision='bf16-mixed', but got "
-            f"{type(given).__name__} with it, whose gradients `torch.func` can't take then."
-        )
     return network
 
 

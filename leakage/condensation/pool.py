@@ -1,4 +1,4 @@
-"""Networks trained on real images, kept in several states with their gradients of real images."""
+"""Networks trained on real images, kept in several states with what they say of real images."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ Kept = tuple[dict[str, Tensor], Goal]
 class NetworkPool(Networks):
     r"""Few networks, met again and again: what they say of real images is worked out once.
 
-    The gradient of real images does not depend on the synthetic ones. So ``size`` networks are drawn and trained on
-    real images by SGD. Each is kept in its states :math:`\theta_{n,t}` after t steps of training, t = 0, 2, 5, 10, 20,
-    40 and 80 but not more than ten times the synthetic images of a class, and with each state the gradients of a batch
-    of real images of every class,
+    What real images say does not depend on the synthetic ones. So ``size`` networks are drawn and trained on real
+    images by SGD. Each is kept in its states :math:`\theta_{n,t}` after t steps of training, t = 0, 2, 5, 10, 20, 40
+    and 80 but not more than ten times the synthetic images of a class, and with each state the targets of a batch of
+    real images of every class, in gradient matching
 
     .. math:: g^*_{n,t,c} = \frac{1}{M_c} \sum_{i=1}^{M_c} \nabla_\theta \ell(x_{c,i}, c; \theta_{n,t}).
 
-    One step of a condensation visits one state, and costs no more than the gradients of the synthetic images. All are
+    One step of a condensation visits one state, and costs no more than the synthetic images. All are
     visited once in their order, then again and again in random orders. The networks are never trained on synthetic
     images.
 
     A network is trained as far as its states are wanted. It depends on the seed and its number alone, so that a resumed
-    run finds the same. Gradients are kept in bfloat16, whose rounding is far below what another batch of real
-    images would change: (1 + K / 2) times the network in float32 for each state, 430 MB in all for 8 ConvNets and 10
-    classes.
+    run finds the same. Targets are kept in bfloat16, whose rounding is far below what another batch of real
+    images would change: with gradients (1 + K / 2) times the network in float32 for each state, 430 MB in all for 8
+    ConvNets and 10 classes.
 
     Attributes:
         size: networks.
@@ -63,7 +63,7 @@ class NetworkPool(Networks):
         return [moment for moment in MOMENTS if moment <= _STEPS_PER_IMAGE * self.options["images_per_class"]]
 
     def goal(self, batch: ClassBatch) -> Goal:
-        """Put the state of this visit into the network; its gradients."""
+        """Put the state of this visit into the network; its targets."""
         number, moment = divmod(self.visited(batch.step), len(self.moments))
         kept = self._kept.setdefault(number, [])
         training = self._training.setdefault(number, self._train(number))
@@ -85,7 +85,7 @@ class NetworkPool(Networks):
         return place if passed == 0 else int(torch.randperm(count, generator=self.generator(passed, "pool"))[place])
 
     def _train(self, number: int) -> Iterator[Kept]:
-        """Train a network; its states and their gradients, one after another."""
+        """Train a network; its states and their targets, one after another."""
         state = draw_state(self.network, derive_seed(self.options["seed"], number, "network"))
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=_RATE, momentum=_MOMENTUM)

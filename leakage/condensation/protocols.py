@@ -11,6 +11,7 @@ from leakage.errors import check_choice, check_count, check_flag, check_positive
 # (outer, inner) loops of the paper by images per class.
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 INITIALIZATIONS = ("noise", "real", "kmeans")
+REAL_IMAGES = ("random", "kmeans")
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class CondensationProtocol:
 
     Attributes:
         iterations: freshly drawn networks, one after another; with a ``pool`` visits to a state of one.
-        batch_size: real images of each class whose gradient is matched at a time, unless the DataModule has a
+        batch_size: real images of each class that are matched at a time, unless the DataModule has a
             ``batch_size`` of its own.
         network_reuse: updates of the images in a row against the same network and the same gradients of the
             real images. The paper makes one; each further one saves almost all that an update costs.
@@ -30,6 +31,9 @@ class CondensationProtocol:
             its own way; smaller and smaller steps take the mean over the last ones.
         initialization: ``"noise"`` from N(0, 1), ``"real"`` images of the class, or ``"kmeans"``, the real images of
             :func:`~leakage.condensation.kmeans_images`.
+        real_images: that are matched: ``"random"`` ones of each class, or ``"kmeans"``, those nearest to the centres
+            of as many clusters of what the network makes of some, see :class:`~leakage.condensation.kmeans.Clusters`;
+            chosen anew in each step, and with a ``pool`` once for each state.
         factor: each synthetic image holds ``factor**2`` smaller ones, see :func:`~leakage.condensation.decode`; it
             divides their size. 1 for images as they are.
         synthetic_batch_size: synthetic images of each class, as decoded, that are matched at a time; all take part in
@@ -48,6 +52,7 @@ class CondensationProtocol:
     momentum: float = 0.5
     decay: bool = False
     initialization: str = "noise"
+    real_images: str = "random"
     factor: int = 1
     synthetic_batch_size: int | None = None
     pool: int = 0
@@ -62,6 +67,7 @@ class CondensationProtocol:
         check_positive(learning_rate=self.learning_rate)
         check_momentum(self.momentum)
         check_choice("initialization", self.initialization, INITIALIZATIONS)
+        check_choice("real_images", self.real_images, REAL_IMAGES)
 
 
 def check_momentum(momentum: float) -> None:
@@ -87,7 +93,12 @@ def condensation_protocol(name: str, images_per_class: int = 1, **replaced: Any)
     named = PROTOCOLS[name]
     if name == "fast":
         named = dataclasses.replace(named, learning_rate=named.learning_rate * images_per_class)
-    return dataclasses.replace(named, **{key: value for key, value in replaced.items() if value is not None})
+    return replace_given(named, **replaced)
+
+
+def replace_given(protocol: CondensationProtocol, **replaced: Any) -> CondensationProtocol:
+    """The protocol with values replaced where they are not None."""
+    return dataclasses.replace(protocol, **{key: value for key, value in replaced.items() if value is not None})
 
 
 def schedule(images_per_class: int, loops: tuple[int, int] | list[int] | None, pool: int = 0) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from leakage.errors import check_choice, check_count
 from leakage.models import NETWORKS
 
 if TYPE_CHECKING:
-    from leakage.condensation.gradient_matching import GradientMatchingCondensation
+    from leakage.condensation.condensation import Condensation
 
 
 @dataclass(frozen=True)
@@ -133,19 +133,19 @@ class Recipe:
             raise ValueError(f"Expected a recipe with its scores, but got one that can't be read: {error}") from error
 
     @classmethod
-    def of(cls, condensation: GradientMatchingCondensation, method: str | None = None) -> Recipe:
+    def of(cls, condensation: Condensation, method: str | None = None) -> Recipe:
         """How the images of a condensation came about, as far as it has got.
 
         Args:
             condensation: during or after ``Trainer.fit``.
-            method: what to call it; by default its protocol.
+            method: what to call it; by default what the condensation calls itself.
         """
         options = {name: value for name, value in condensation.hparams.items() if name not in ("seed", "num_classes")}
         options |= {**dataclasses.asdict(condensation.protocol), "loops": (condensation.outer, condensation.inner)}
         options["iterations"] = condensation.iteration
         options = json.loads(json.dumps(options, default=str))
         seconds = math.fsum(spent for part, spent in condensation.seconds.items() if part != "evaluation")
-        return cls(method or options["protocol"], condensation.hparams["seed"], options, seconds)
+        return cls(method or condensation.method, condensation.hparams["seed"], options, seconds)
 
 
 def _is_share(value: object) -> bool:

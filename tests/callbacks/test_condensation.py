@@ -24,7 +24,7 @@ class Other(LightningModule):
 
 @pytest.mark.parametrize("callback", [CondensationProgressBar, SyntheticImages, SyntheticEvaluation])
 def test_other_modules_are_refused(callback, tmp_path: Path) -> None:
-    expected = f"Expected {callback.__name__} with a GradientMatchingCondensation, but got Other"
+    expected = f"Expected {callback.__name__} with a condensation, but got Other"
     with pytest.raises(ValueError, match=expected):
         fit(Other(), callback(), default_root_dir=tmp_path)
 

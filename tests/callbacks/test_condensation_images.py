@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from leakage.callbacks import SyntheticImages, condensation_images, read_accuracies
-from leakage.condensation import GradientMatchingCondensation, SyntheticSet, gradient_matching
+from leakage.condensation import GradientMatchingCondensation, SyntheticSet, matching
 from tests.callbacks.condensation_runs import At, Copies, fail, fit, interrupt, module, quick
 
 
@@ -110,8 +110,8 @@ def test_within_a_step_there_is_no_picture_of_the_iteration(tmp_path: Path, monk
         calls.append(condensation.synthetic_set().images)
         return end() if len(calls) == 2 else match(*args, **options)
 
-    match = gradient_matching.match
-    monkeypatch.setattr(gradient_matching, "match", break_off)
+    match = matching.match
+    monkeypatch.setattr(matching, "match", break_off)
     picture, found = tmp_path / "synthetic" / "iteration_000000.png", []
 
     class Look(Callback):

@@ -32,7 +32,7 @@ def test_the_bar_tells_iterations_loss_speed_and_accuracy(tmp_path: Path, said) 
     assert f"loss={condensation.last_loss:.4g}" in last
     assert f"accuracy={100 * evaluation.last.mean:.1f} %" in last
     assert "evaluating" not in last
-    assert time.startswith("Time: gradients of real images ")
+    assert time.startswith("Time: real images ")
 
 
 def test_the_bar_counts_the_steps_of_an_iteration(said) -> None:
@@ -57,7 +57,7 @@ def test_the_time_adds_up(tmp_path: Path, said) -> None:
     condensation.seconds = {"real": 6.0, "synthetic": 1.0, "network": 1.0, "evaluation": 2.0}
     CondensationProgressBar().on_fit_end(Trainer(logger=False), condensation)
     assert said()[-1].startswith(
-        "Time: gradients of real images 6.0 s (60 %), gradients of synthetic images 1.0 s (10 %), networks "
+        "Time: real images 6.0 s (60 %), synthetic images 1.0 s (10 %), networks "
         "1.0 s (10 %), evaluation 2.0 s (20 %); "
     )
 

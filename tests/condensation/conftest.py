@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor, nn
 
-from leakage.condensation.gradient_matching import GradientMatchingCondensation
+from leakage.condensation import Condensation, GradientMatchingCondensation
 from leakage.datamodules import LabelledImages, LabelledTensors
 from leakage.models import ConvNet
 
@@ -54,18 +55,18 @@ def trainer(**options: Any) -> Trainer:
 def condense(
     images_per_class: int = 1,
     *,
+    kind: Callable[..., Condensation] = GradientMatchingCondensation,
     data: LabelledImages | None = None,
+    data_batch_size: int = 6,
     network: nn.Module | None = None,
     ckpt_path: Any = None,
     trainer: dict[str, Any] | None = None,
     **options: Any,
-) -> GradientMatchingCondensation:
+) -> Any:
     """A run on stripes."""
-    condensation = GradientMatchingCondensation(
-        images_per_class, network=small() if network is None else network, **options
-    )
+    condensation = kind(images_per_class, network=small() if network is None else network, **options)
     kit_trainer(**trainer or {}).fit(
-        condensation, datamodule=Stripes(batch_size=6) if data is None else data, ckpt_path=ckpt_path
+        condensation, datamodule=Stripes(batch_size=data_batch_size) if data is None else data, ckpt_path=ckpt_path
     )
     return condensation
 
@@ -73,7 +74,7 @@ def condense(
 kit_trainer = trainer
 
 
-def images_of(condensation: GradientMatchingCondensation) -> Tensor:
+def images_of(condensation: Condensation) -> Tensor:
     """The synthetic images as they are, a copy."""
     return condensation.synthetic_images.detach().clone()
 

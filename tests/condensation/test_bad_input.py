@@ -10,7 +10,7 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from leakage.condensation import GradientMatchingCondensation, fresh
+from leakage.condensation import GradientMatchingCondensation, matching
 from leakage.datamodules import Victims
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -30,6 +30,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"initialization": "zeros"},
         r"Expected `initialization` to be one of \['kmeans', 'noise', 'real'\], but got 'zeros'",
     ),
+    ({"real_images": "all"}, r"Expected `real_images` to be one of \['kmeans', 'random'\], but got 'all'"),
     ({"network_learning_rate": 0.0}, "Expected `network_learning_rate` to be positive and finite, but got 0.0"),
     ({"network_batch_size": 0}, "Expected `network_batch_size` to be a whole number of at least 1, but got 0"),
     ({"seed": -1}, "Expected `seed` to be a whole number of at least 0, but got -1"),
@@ -102,11 +103,15 @@ class Own(nn.Module):
 def test_the_network_must_have_weights_that_can_be_matched_and_drawn(kit: Any) -> None:
     with pytest.raises(
         ValueError,
-        match="Expected a `network` with trainable weights that distance='row_cosine' looks at, but got Flatten",
+        match="Expected a `network` with trainable weights, but got Flatten without",
     ):
         kit.condense(network=nn.Flatten(), iterations=1)
     frozen = kit.network().requires_grad_(False)
-    with pytest.raises(ValueError, match="that distance='row_cosine' looks at, but got ConvNet without"):
+    with pytest.raises(ValueError, match="with trainable weights, but got ConvNet without"):
+        kit.condense(network=frozen, iterations=1)
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(parameter.ndim == 1)
+    with pytest.raises(ValueError, match="with trainable weights that distance='row_cosine' looks at, but got ConvNet"):
         kit.condense(network=frozen, iterations=1)
     with pytest.raises(ValueError, match="but got Pair, which makes tuple of two"):
         kit.condense(network=Pair(), iterations=1)
@@ -181,7 +186,7 @@ def test_steps_too_large_end_with_an_error_and_the_last_good_images(kit: Any) ->
 def test_a_network_that_breaks_down_leaves_good_images(
     kit: Any, loops: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact, calls = fresh.real_gradients, []
+    exact, calls = matching.real_gradients, []
 
     def spoilt(*arguments: Any) -> dict[str, Tensor]:
         gradients = exact(*arguments)
@@ -190,7 +195,7 @@ def test_a_network_that_breaks_down_leaves_good_images(
             gradients["classifier.weight"][1, 0] = torch.inf
         return gradients
 
-    monkeypatch.setattr(fresh, "real_gradients", spoilt)
+    monkeypatch.setattr(matching, "real_gradients", spoilt)
     condensation = GradientMatchingCondensation(network=kit.network(), iterations=5, loops=loops)
     where = rf"at iteration {3 // loops[0]}, class 1 \(middle\)"
     with pytest.raises(FloatingPointError, match=where):

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from leakage.condensation import (
     SyntheticSet,
+    condensation,
     decode,
     encode,
     evaluate,
     export_dd_ranking,
-    gradient_matching,
     kmeans_images,
 )
 from leakage.files.tensors import write_safetensors
@@ -85,7 +85,7 @@ def test_the_stored_pixels_learn_through_the_decoding(kit: Any, monkeypatch: pyt
     start = kit.images(kit.condense(1, factor=2, **options | {"learning_rate": 1e-30}))
     moved = kit.images(kit.condense(1, factor=2, **options))
     decoded = decode(start, 2)
-    monkeypatch.setattr(gradient_matching, "start_images", lambda *_: decoded.clone())
+    monkeypatch.setattr(condensation, "start_images", lambda *_: decoded.clone())
     step = kit.images(kit.condense(4, **options)) - decoded
     leaf = start.requires_grad_()
     (expected,) = torch.autograd.grad(decode(leaf, 2), leaf, step)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leakage.condensation import kmeans_images, random_images
-from leakage.condensation.kmeans import _centres
+from leakage.condensation.kmeans import Clusters, _centres
 from leakage.datamodules import LabelledImages, LabelledTensors
 
 
@@ -99,3 +99,83 @@ def test_a_condensation_starts_from_them(kit: Any) -> None:
     assert bool(found.all())
     with pytest.raises(ValueError, match="Expected `images_per_class` of at most 5"):
         kit.condense(6, initialization="kmeans", iterations=1, loops=(1, 1))
+
+
+def test_clusters_are_of_what_the_network_makes_of_the_images(kit: Any) -> None:
+    """An image of each group that the network sees, be they of one colour."""
+    images = torch.zeros(12, 1, 8, 8, dtype=torch.uint8)
+    images[:10] = torch.arange(100, 110, dtype=torch.uint8)[:, None, None, None]
+    images[10:, :, :, :4] = 200  # a group of its own: few among many
+    train = LabelledTensors(images.repeat(2, 1, 1, 1), torch.arange(2).repeat_interleave(12), ("a", "b"))
+    data = LabelledImages((train, train))
+    data.setup()
+    network = kit.network(num_classes=2).eval()
+    for seed in range(5):
+        for own in Clusters(data, "classifier", 3).choose(network, torch.Generator().manual_seed(seed)):
+            assert own.shape == (3, 1, 8, 8)
+            assert len({image.numpy().tobytes() for image in own}) == 3
+            assert (own == 200).flatten(1).any(1).any(), "the few are there"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_each_centre_takes_the_nearest_of_the_images_drawn(kit: Any, size: int) -> None:
+    data, network = kit.data(), kit.network().double().eval()
+    data.setup()
+    found = Clusters(data, "classifier", size).choose(network, torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(7)
+    for label, own in enumerate(found):
+        images = data.train.images[data.train.labels == label]
+        drawn = images[torch.randperm(len(images), generator=generator)[: 4 * size]]
+        with torch.no_grad():
+            points = torch.stack([network.features(data.normalise(image).double()[None]).flatten() for image in drawn])
+        left = list(range(len(drawn)))
+        for centre, image in zip(_centres(points, size, generator), own, strict=True):
+            (taken,) = (i for i in left if torch.equal(drawn[i], image))
+            distances = {i: float((points[i] - centre).norm()) for i in left}
+            # Two images in a cluster are equally near to its centre.
+            assert distances[taken] == pytest.approx(min(distances.values()), abs=1e-9)
+            left.remove(taken)
+
+
+def test_clusters_hold_images_of_the_class_and_each_once(kit: Any) -> None:
+    data, network = kit.data(), kit.network().eval()
+    data.setup()
+    first, again, other = (
+        Clusters(data, "classifier", 5).choose(network, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    for label, own in enumerate(first):
+        members = data.train.images[data.train.labels == label]
+        assert (own[:, None] == members[None]).flatten(2).all(2).any(0).sum() == 5
+    assert all(map(torch.equal, first, again))
+    assert not all(map(torch.equal, first, other))
+
+
+def test_a_pool_chooses_real_images_once_for_each_state(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose, calls = Clusters.choose, []
+
+    def noted(self: Clusters, *arguments: Any) -> Any:
+        calls.append(arguments)
+        return choose(self, *arguments)
+
+    monkeypatch.setattr(Clusters, "choose", noted)
+    run = kit.condense(pool=2, iterations=20, real_images="kmeans", data_batch_size=2)
+    assert len(calls) == 2 * 4
+    assert run.real_images_seen == 2 * 4 * 3 * 2
+    random = kit.condense(pool=2, iterations=20, data_batch_size=2)
+    assert len(calls) == 2 * 4
+    assert not torch.equal(kit.images(run), kit.images(random))
+
+
+def test_clusters_refuse_what_they_cannot_choose_from(kit: Any) -> None:
+    message = (
+        r"Expected `batch_size` of at most 5 with real_images='kmeans', the training images of class 1 \(middle\) of "
+        "'stripes', but got 6"
+    )
+    with pytest.raises(ValueError, match=message):
+        kit.condense(real_images="kmeans", iterations=1)
+    with pytest.raises(ValueError, match=r"of at most 5 with real_images='kmeans'.*but got 256"):
+        kit.condense(real_images="kmeans", iterations=1, data=kit.data())
+    assert kit.condense(real_images="kmeans", iterations=1, data_batch_size=5).real_images_seen == 15
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.Sigmoid())
+    with pytest.raises(ValueError, match=r"logits are the output of an nn\.Linear layer.*but got Sequential"):
+        kit.condense(real_images="kmeans", iterations=1, data_batch_size=5, network=network)

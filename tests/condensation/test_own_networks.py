@@ -59,8 +59,8 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
         note(network)
         return match(network, *arguments, **options)
 
-    monkeypatch.setattr("leakage.condensation.fresh.real_gradients", watched_real)
-    monkeypatch.setattr("leakage.condensation.gradient_matching.match", watched_match)
+    monkeypatch.setattr("leakage.condensation.matching.real_gradients", watched_real)
+    monkeypatch.setattr("leakage.condensation.matching.match", watched_match)
     return seen
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leakage.condensation import GradientMatchingCondensation, SiameseAugmentation, fresh
+from leakage.condensation import GradientMatchingCondensation, SiameseAugmentation, matching
+from leakage.condensation.matching import Gradients, matched_parameters
 from leakage.condensation.pool import NetworkPool
 from leakage.datamodules import LabelledImages
 from leakage.models import draw_state
@@ -119,13 +120,13 @@ def test_is_the_algorithm(kit: Any, norm: str, count: int, iterations: int, reus
 
 
 def test_takes_the_gradients_of_real_images_once(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact, seen = fresh.real_gradients, []
+    exact, seen = matching.real_gradients, []
 
     def count(*arguments: Any) -> dict[str, Tensor]:
         seen.append(1)
         return exact(*arguments)
 
-    monkeypatch.setattr(fresh, "real_gradients", count)
+    monkeypatch.setattr(matching, "real_gradients", count)
     run = kit.condense(pool=2, iterations=20)
     assert len(seen) == 2 * 4
     assert run.real_images_seen == 2 * 4 * (6 + 5 + 6)
@@ -135,8 +136,10 @@ def test_takes_the_gradients_of_real_images_once(kit: Any, monkeypatch: pytest.M
 def made(kit: Any, size: int, images_per_class: int) -> NetworkPool:
     data = kit.data(batch_size=6)
     data.setup()
-    options = {"seed": 0, "images_per_class": images_per_class, "distance": "row_cosine"}
-    return NetworkPool(kit.network().eval(), data, None, options, (1, 0), lambda part: nullcontext(), size)
+    options = {"seed": 0, "images_per_class": images_per_class}
+    network = kit.network().eval()
+    gradients = Gradients(matched_parameters(network, "row_cosine"), "row_cosine")
+    return NetworkPool(network, data, gradients, None, None, options, (1, 0), lambda part: nullcontext(), size)
 
 
 def test_a_network_is_trained_as_far_as_it_is_wanted(kit: Any) -> None:

@@ -21,6 +21,7 @@ def test_the_published_protocol_is_that_of_the_paper() -> None:
         momentum=0.5,
         decay=False,
         initialization="noise",
+        real_images="random",
         pool=0,
     )
     assert LOOPS == {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -47,6 +48,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"initialization": "zeros"},
         r"Expected `initialization` to be one of \['kmeans', 'noise', 'real'\], but got 'zeros'",
     ),
+    ({"real_images": "all"}, r"Expected `real_images` to be one of \['kmeans', 'random'\], but got 'all'"),
     ({"iterations": 0}, "Expected `iterations` to be a whole number of at least 1, but got 0"),
     ({"iterations": 1.5}, "Expected `iterations` to be a whole number of at least 1, but got 1.5"),
     ({"batch_size": 0}, "Expected `batch_size` to be a whole number of at least 1, but got 0"),

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from leakage.callbacks.timed_checkpoint import TimedCheckpoint
-from leakage.condensation import GradientMatchingCondensation
+from leakage.condensation import DistributionMatchingCondensation, GradientMatchingCondensation
 from leakage.files.checkpoints import WholeCheckpointIO
 
 INNER: dict[str, Any] = {"loops": (3, 2), "iterations": 2, "network_batch_size": 4}
@@ -28,6 +28,19 @@ RUNS: dict[str, dict[str, Any]] = {
         "initialization": "real",
     },
     "pool": {"images_per_class": 3, "iterations": 17, "pool": 2, "decay": True, "augmentation": "color_crop_flip"},
+    "distribution matching": {
+        "kind": DistributionMatchingCondensation, "images_per_class": 2, "iterations": 5, "network_reuse": 2
+    },
+    "distribution matching on a pool": {
+        "kind": DistributionMatchingCondensation, "images_per_class": 1, "iterations": 9, "pool": 1, "factor": 2,
+        "synthetic_batch_size": 3, "initialization": "noise", "decay": True,
+    },
+    "real images from clusters": {
+        "images_per_class": 2, "real_images": "kmeans", "data_batch_size": 2, "augmentation": "color_crop_flip", **INNER
+    },
+    "real images from clusters on a pool": {
+        "images_per_class": 1, "real_images": "kmeans", "data_batch_size": 2, "pool": 2, "iterations": 17
+    },
 }  # fmt: skip
 
 
@@ -60,9 +73,10 @@ def test_resumes_bit_for_bit_from_every_step(kit: Any, run: str, norm: str, tmp_
         assert resumed.iteration == whole.iteration == options["iterations"]
 
 
+@pytest.mark.parametrize("run", ["augmentation and reuse", "distribution matching", "real images from clusters"])
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
-def test_resumes_bit_for_bit_in_other_precisions(kit: Any, precision: str, tmp_path: Path) -> None:
-    options = RUNS["augmentation and reuse"]
+def test_resumes_bit_for_bit_in_other_precisions(kit: Any, precision: str, run: str, tmp_path: Path) -> None:
+    options = RUNS[run]
     whole = kit.condense(**options, trainer={"precision": precision} | every_step(tmp_path))
     paths = checkpoints(tmp_path)
     assert len(paths) == whole.step > 1
@@ -141,6 +155,12 @@ def test_fewer_iterations_than_it_has_made_are_no_more_to_do(kit: Any, tmp_path:
     assert not torch.equal(kit.images(third), kit.images(whole))
 
 
+def test_refuses_a_checkpoint_of_another_method(kit: Any, checkpoint: str) -> None:
+    message = "Expected a checkpoint of DistributionMatchingCondensation, but got one of GradientMatchingCondensation"
+    with pytest.raises(ValueError, match=message):
+        kit.condense(2, kind=DistributionMatchingCondensation, iterations=2, ckpt_path=checkpoint)
+
+
 @pytest.fixture
 def checkpoint(kit: Any, tmp_path: Path) -> str:
     kit.condense(2, loops=(2, 1), iterations=2, trainer=every_step(tmp_path))
@@ -156,6 +176,7 @@ def checkpoint(kit: Any, tmp_path: Path) -> str:
         ({"distance": "squared"}, r"distance='row_cosine' \(now 'squared'\)"),
         ({"augmentation": "flip"}, r"augmentation=None \(now 'flip'\)"),
         ({"learning_rate": 0.2}, r"learning_rate=None \(now 0.2\)"),
+        ({"real_images": "kmeans", "data_batch_size": 5}, r"real_images=None \(now 'kmeans'\)"),
         ({"trainer": {"precision": "64-true"}}, "Expected the checkpoint's precision '32-true', but got '64-true'"),
     ],
 )

@@ -311,7 +311,7 @@ def test_other_batches_of_the_same_images() -> None:
     ("methods", "options", "message"),
     [
         ([], {}, "Expected `methods` to name at least one method, but got none"),
-        (["dm"], {}, r"Expected `methods` to be one of \['dc', 'dsa', 'fast', .*\], but got 'dm'"),
+        (["idc"], {}, r"Expected `methods` to be one of \['dc', 'dm', 'dsa', 'fast', .*\], but got 'idc'"),
         (["dc"], {"images_per_class": 0}, "Expected `images_per_class` to be a whole number of at least 1"),
         (["dc"], {"sets": 0}, "Expected `sets` to be a whole number of at least 1, but got 0"),
         (["dc"], {"evaluations": ()}, "Expected `evaluations` to name at least one evaluation, but got none"),
@@ -328,6 +328,16 @@ def test_other_batches_of_the_same_images() -> None:
 def test_refuses(tmp_path: Path, methods: list[str], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(tmp_path, methods, **options)
+
+
+def test_distribution_matching_as_published(tmp_path: Path) -> None:
+    (row,) = run(tmp_path, ["dm"], images_per_class=7, loops=(2, 1), moments=())
+    recipe = load(tmp_path, "dm").recipe
+    assert recipe is not None
+    expected = {"learning_rate": 1.0, "momentum": 0.5, "initialization": "real", "loops": [1, 0], "pool": 0}
+    assert expected.items() <= recipe.options.items()
+    assert recipe.options["augmentation"] == "color_crop_cutout_flip_scale_rotate"
+    assert (recipe.method, row.method, row.iterations) == ("dm", "dm", 2)
 
 
 def test_any_loops(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_refuses_before_anything_is_run(
     ("arguments", "message"),
     [
         (["--dataset", "imagenet"], "Expected `dataset` to be one of ['mnist', 'fashion_mnist', 'cifar10', 'cifar100'"),
-        (["--dataset", "sample", "--method", "dm"], "invalid choice: 'dm' (choose from"),
+        (["--dataset", "sample", "--method", "idc"], "invalid choice: 'idc' (choose from"),
         (["--dataset", "sample", "--root", "."], "Expected no `root` with 'sample', but got ."),
         (["--dataset", "sample", "--benchmark", "mnist"], "Expected no `benchmark` with 'sample', which is no folder"),
         (["--dataset", "sample", "--evaluation", "idc"], "invalid choice: 'idc' (choose from"),

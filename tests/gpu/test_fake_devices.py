@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from leakage.attacks import (
     RGAPAttack,
 )
 from leakage.clients.victim import Victim
-from leakage.condensation import GradientMatchingCondensation
+from leakage.condensation import Condensation, DistributionMatchingCondensation, GradientMatchingCondensation
 from leakage.datamodules import LabelledImages, Victims
 from leakage.labels import infer_labels
 from leakage.models import MLP, ConvNet, LeNet
@@ -102,10 +103,12 @@ def test_defenses_act_there() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:for .* from a non-meta parameter")  # it is copied all the same
-def test_condenses_there() -> None:
+@pytest.mark.parametrize("kind", [GradientMatchingCondensation, DistributionMatchingCondensation])
+@pytest.mark.parametrize("real_images", ["random", "kmeans"])
+def test_condenses_there(kind: Callable[..., Condensation], real_images: str) -> None:
     def condensed(elsewhere: bool, **options: Any) -> torch.Tensor:
         network = ConvNet(width=2, depth=1)
-        condensation = GradientMatchingCondensation(network=network, iterations=1, **options)
+        condensation = kind(network=network, iterations=1, real_images=real_images, **options)
         data = LabelledImages("sample", batch_size=4)
         return fit(condensation, elsewhere=elsewhere, data=data).synthetic_set().images
 
