@@ -74,7 +74,7 @@ class Condensation(LightningModule):
             and synthetic images of a class (DSA); None for none.
         seed: of networks, start, order and augmentation, each with its own stream.
         iterations, batch_size, network_reuse, learning_rate, momentum, decay, initialization, real_images,
-            factor, synthetic_batch_size, pool: replace the protocol's value, see
+            factor, synthetic_batch_size, pool, pool_passes: replace the protocol's value, see
             :class:`~leakage.condensation.CondensationProtocol`.
 
     Raises:
@@ -117,6 +117,7 @@ class Condensation(LightningModule):
         factor: int | None = None,
         synthetic_batch_size: int | None = None,
         pool: int | None = None,
+        pool_passes: int | None = None,
     ) -> None:
         super().__init__()
         check_count(images_per_class=images_per_class)
@@ -249,7 +250,8 @@ class Condensation(LightningModule):
         self._about_data["dataset"] = data.name
         loops = (self.outer, self.inner)
         given = (self.network, data, matching, clusters, self.augmentation, dict(self.hparams), loops, self.clock)
-        self._networks = NetworkPool(*given, self.protocol.pool) if self.protocol.pool else FreshNetworks(*given)
+        pool = self.protocol.pool, self.protocol.pool_passes
+        self._networks = NetworkPool(*given, *pool) if self.protocol.pool else FreshNetworks(*given)
         if self.trainer.precision == "64-true":
             self.double()  # Lightning does so only after it has read a checkpoint, which would be rounded
 

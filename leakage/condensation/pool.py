@@ -41,8 +41,8 @@ class NetworkPool(Networks):
     .. math:: g^*_{n,t,c} = \frac{1}{M_c} \sum_{i=1}^{M_c} \nabla_\theta \ell(x_{c,i}, c; \theta_{n,t}).
 
     One step of a condensation visits one state, and costs no more than the synthetic images. All are
-    visited once in their order, then again and again in random orders. The networks are never trained on synthetic
-    images.
+    visited once in their order, then again in random orders. After ``passes`` visits to each, new networks take the
+    place of all. The networks are never trained on synthetic images.
 
     A network is trained as far as its states are wanted. It depends on the seed and its number alone, so that a resumed
     run finds the same. Targets are kept in bfloat16, whose rounding is far below what another batch of real
@@ -50,10 +50,12 @@ class NetworkPool(Networks):
     ConvNets and 10 classes.
 
     Attributes:
-        size: networks.
+        size: networks at a time.
+        passes: visits to each state; None for any number.
     """
 
     size: int = 8
+    passes: int | None = None
     _kept: dict[int, list[Kept]] = field(default_factory=dict, init=False)
     _training: dict[int, Iterator[Kept]] = field(default_factory=dict, init=False)
 
@@ -65,6 +67,8 @@ class NetworkPool(Networks):
     def goal(self, batch: ClassBatch) -> Goal:
         """Put the state of this visit into the network; its targets."""
         number, moment = divmod(self.visited(batch.step), len(self.moments))
+        for old in [other for other in self._kept if other // self.size < number // self.size]:
+            del self._kept[old], self._training[old]
         kept = self._kept.setdefault(number, [])
         training = self._training.setdefault(number, self._train(number))
         seen = 0
@@ -82,7 +86,10 @@ class NetworkPool(Networks):
         """Number of the state that a step visits, counted network by network."""
         count = self.size * len(self.moments)
         passed, place = divmod(step, count)
-        return place if passed == 0 else int(torch.randperm(count, generator=self.generator(passed, "pool"))[place])
+        generation, again = divmod(passed, self.passes) if self.passes else (0, passed)
+        if again:
+            place = int(torch.randperm(count, generator=self.generator(passed, "pool"))[place])
+        return generation * count + place
 
     def _train(self, number: int) -> Iterator[Kept]:
         """Train a network; its states and their targets, one after another."""

@@ -40,6 +40,8 @@ class CondensationProtocol:
             turn, in random order. None for all at a time.
         pool: networks that are trained on real images and kept in several states with their gradients, see
             :class:`~leakage.condensation.pool.NetworkPool`. 0 for networks drawn anew.
+        pool_passes: visits to each state, after which new networks take the place of those in the pool. None for
+            never: then the images in time learn what is peculiar to these networks.
 
     Raises:
         ValueError: a value out of its range.
@@ -56,6 +58,7 @@ class CondensationProtocol:
     factor: int = 1
     synthetic_batch_size: int | None = None
     pool: int = 0
+    pool_passes: int | None = None
 
     def __post_init__(self) -> None:
         check_count(iterations=self.iterations, batch_size=self.batch_size, network_reuse=self.network_reuse)
@@ -63,6 +66,8 @@ class CondensationProtocol:
         if self.synthetic_batch_size is not None:
             check_count(synthetic_batch_size=self.synthetic_batch_size)
         check_count(0, pool=self.pool)
+        if self.pool_passes is not None:
+            check_count(pool_passes=self.pool_passes)
         check_flag(decay=self.decay)
         check_positive(learning_rate=self.learning_rate)
         check_momentum(self.momentum)

@@ -69,17 +69,32 @@ def plain_pool(data: LabelledImages, network: nn.Module, count: int, size: int, 
 
 
 def plain_condensation(
-    data: LabelledImages, network: nn.Module, count: int, size: int, iterations: int, reuse: int, strategy: str | None
+    data: LabelledImages,
+    network: nn.Module,
+    count: int,
+    size: int,
+    iterations: int,
+    reuse: int,
+    strategy: str | None,
+    passes: int | None,
 ) -> Tensor:
     data.setup()
     network = network.double()
-    entries = plain_pool(data, network, count, size, strategy)
+    # With ``passes`` as many networks as are ever met.
+    per_network = len(moments_for(count))
+    pools = 1 if passes is None else -(-iterations // (size * per_network * passes))
+    entries = plain_pool(data, network, count, size * pools, strategy)
+    at_a_time = size * per_network
     images = torch.randn(data.num_classes * count, *data.image_shape, generator=stream(0, "start")).double()
     velocity = torch.zeros_like(images)
     for step in range(iterations):
-        passed, place = divmod(step, len(entries))
-        order = torch.randperm(len(entries), generator=stream(passed, "pool")) if passed else range(len(entries))
-        state, targets, transforms = entries[int(order[place])]
+        passed, place = divmod(step, at_a_time)
+        first, order = 0, torch.randperm(at_a_time, generator=stream(passed, "pool"))
+        if passes is not None:
+            first = passed // passes * at_a_time
+        if passed % (passes or iterations) == 0:
+            order = torch.arange(at_a_time)
+        state, targets, transforms = entries[first + int(order[place])]
         network.load_state_dict(state)
         network.eval()
         for _ in range(reuse):
@@ -100,21 +115,31 @@ def plain_condensation(
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize(
-    ("count", "iterations", "reuse", "strategy"),
-    [(1, 3, 1, None), (4, 30, 1, None), (2, 12, 2, "color_crop_cutout_flip_scale_rotate")],
-    ids=["first states", "two passes and a half", "augmentation and reuse"],
+    ("count", "iterations", "reuse", "strategy", "passes"),
+    [
+        (1, 3, 1, None, None),
+        (4, 30, 1, None, None),
+        (2, 12, 2, "color_crop_cutout_flip_scale_rotate", None),
+        (1, 21, 1, None, 1),
+        (1, 21, 1, None, 2),
+    ],
+    ids=["first states", "two passes and a half", "augmentation and reuse", "new networks", "new networks, two passes"],
 )
-def test_is_the_algorithm(kit: Any, norm: str, count: int, iterations: int, reuse: int, strategy: str | None) -> None:
+def test_is_the_algorithm(
+    kit: Any, norm: str, count: int, iterations: int, reuse: int, strategy: str | None, passes: int | None
+) -> None:
     run = kit.condense(
         count,
         pool=2,
+        pool_passes=passes,
         iterations=iterations,
         network_reuse=reuse,
         augmentation=strategy,
         network=kit.network(norm=norm),
         trainer={"precision": "64-true"},
     )
-    images = plain_condensation(kit.data(batch_size=6), kit.network(norm=norm), count, 2, iterations, reuse, strategy)
+    plain = kit.data(batch_size=6), kit.network(norm=norm), count, 2, iterations, reuse, strategy, passes
+    images = plain_condensation(*plain)
     torch.testing.assert_close(run.synthetic_images.detach(), images, rtol=1e-5, atol=1e-5)
     assert run.iteration == run.step == iterations
 
@@ -168,6 +193,19 @@ def test_a_pass_visits_every_state_once(kit: Any) -> None:
     assert passes[1] != passes[2]
 
 
+def test_networks_that_were_replaced_are_not_kept(kit: Any) -> None:
+    networks = made(kit, 2, images_per_class=1)
+    networks.passes = 2
+    for step in range(2 * 8 * 2 + 5):
+        networks.goal(networks.data.class_batch(step))
+        generation = step // 16
+        assert {number // 2 for number in networks._kept} == {generation}
+    assert networks._training.keys() == networks._kept.keys()
+    visits = [networks.visited(step) for step in range(16, 32)]
+    assert visits[:8] == list(range(8, 16)) == sorted(visits[8:])
+    assert visits[8:] != visits[:8]
+
+
 def test_a_run_that_is_over_keeps_no_networks(kit: Any) -> None:
     run = kit.condense(pool=1, iterations=2)
     assert not hasattr(run, "_networks")
@@ -183,6 +221,7 @@ def test_any_number_of_images_needs_no_loops(kit: Any) -> None:
     [
         ({"loops": (1, 1)}, r"Expected no `loops` with a pool of networks.*but got \(1, 1\)"),
         ({"pool": -1}, "Expected `pool` to be a whole number of at least 0, but got -1"),
+        ({"pool_passes": 0}, "Expected `pool_passes` to be a whole number of at least 1, but got 0"),
         ({"pool": 1.5}, r"Expected `pool` to be a whole number of at least 0, but got 1\.5"),
     ],
 )

@@ -27,6 +27,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "images_per_class": 1, "iterations": 9, "pool": 1, "factor": 2, "synthetic_batch_size": 3,
         "initialization": "real",
     },
+    "pool, new networks": {"images_per_class": 1, "iterations": 13, "pool": 1, "pool_passes": 2},
     "pool": {"images_per_class": 3, "iterations": 17, "pool": 2, "decay": True, "augmentation": "color_crop_flip"},
     "distribution matching": {
         "kind": DistributionMatchingCondensation, "images_per_class": 2, "iterations": 5, "network_reuse": 2
