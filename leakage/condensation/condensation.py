@@ -68,13 +68,14 @@ class Condensation(LightningModule):
     Args:
         images_per_class: synthetic images of each class.
         num_classes: to be checked against the data; by default the data's.
-        network: drawn anew for each iteration; by default the :class:`~leakage.models.ConvNet` that fits the data. It
-            takes normalised images. Dropout is off; BatchNorm takes its statistics from real images.
+        network: drawn anew for each iteration; by default the :class:`~leakage.models.ConvNet` that fits the data, with
+            ``network_width`` channels. It takes normalised images. Dropout is off; BatchNorm takes its statistics from
+            real images.
         augmentation: strategy of :class:`~leakage.condensation.SiameseAugmentation`, the same random transform for real
             and synthetic images of a class (DSA); None for none.
         seed: of networks, start, order and augmentation, each with its own stream.
         iterations, batch_size, network_reuse, learning_rate, momentum, decay, initialization, real_images,
-            factor, synthetic_batch_size, pool, pool_passes: replace the protocol's value, see
+            factor, synthetic_batch_size, pool, pool_passes, network_width: replace the protocol's value, see
             :class:`~leakage.condensation.CondensationProtocol`.
 
     Raises:
@@ -118,6 +119,7 @@ class Condensation(LightningModule):
         synthetic_batch_size: int | None = None,
         pool: int | None = None,
         pool_passes: int | None = None,
+        network_width: int | None = None,
     ) -> None:
         super().__init__()
         check_count(images_per_class=images_per_class)
@@ -239,7 +241,7 @@ class Condensation(LightningModule):
                 f"Expected one `batch_size`, but got {asked} for the condensation and {data.batch_size} for the data."
             )
         self._reset()
-        self.network = fitting_network(self._given_network[0], data)
+        self.network = fitting_network(self._given_network[0], data, self.protocol.network_width)
         matching, clusters = self.configure_matching(data), None
         if self.protocol.real_images == "kmeans":
             layer = embedding_layer(self.network, data.image_shape)

@@ -18,17 +18,17 @@ from leakage.models import ConvNet, draw_state
 _IMAGES_FOR_STATISTICS = 16
 
 
-def default_network(data: LabelledImages) -> ConvNet:
-    """The network of the paper for a data set; its first weights play no part."""
-    channels, height, width = data.image_shape
+def default_network(data: LabelledImages, width: int = 128) -> ConvNet:
+    """The network of the paper for a data set, with so many channels; its first weights play no part."""
+    channels, height, across = data.image_shape
     with torch.random.fork_rng(devices=[]):
-        return ConvNet(channels, (height, width), data.num_classes)
+        return ConvNet(channels, (height, across), data.num_classes, width=width)
 
 
-def fitting_network(given: nn.Module | None, data: LabelledImages) -> nn.Module:
+def fitting_network(given: nn.Module | None, data: LabelledImages, width: int) -> nn.Module:
     """A copy of ``given`` in single precision, or the default; a ``ValueError`` if it can't be condensed with."""
     if given is None:
-        return default_network(data)
+        return default_network(data, width)
     network = copy.deepcopy(given).float()  # the Trainer decides about the precision
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise ValueError(f"Expected a `network` with trainable weights, but got {type(given).__name__} without.")

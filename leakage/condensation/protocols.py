@@ -42,6 +42,8 @@ class CondensationProtocol:
             :class:`~leakage.condensation.pool.NetworkPool`. 0 for networks drawn anew.
         pool_passes: visits to each state, after which new networks take the place of those in the pool. None for
             never: then the images in time learn what is peculiar to these networks.
+        network_width: channels of the network that images are condensed with, if it is the default one. Half of the
+            128 with which they are tested cost less than half of the time and condense as well.
 
     Raises:
         ValueError: a value out of its range.
@@ -59,10 +61,11 @@ class CondensationProtocol:
     synthetic_batch_size: int | None = None
     pool: int = 0
     pool_passes: int | None = None
+    network_width: int = 128
 
     def __post_init__(self) -> None:
         check_count(iterations=self.iterations, batch_size=self.batch_size, network_reuse=self.network_reuse)
-        check_count(factor=self.factor)
+        check_count(factor=self.factor, network_width=self.network_width)
         if self.synthetic_batch_size is not None:
             check_count(synthetic_batch_size=self.synthetic_batch_size)
         check_count(0, pool=self.pool)

@@ -41,6 +41,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"momentum": 1.0}, r"Expected `momentum` from 0 to below 1, but got 1\.0"),
     ({"factor": 0}, "Expected `factor` to be a whole number of at least 1, but got 0"),
     ({"synthetic_batch_size": 0}, "Expected `synthetic_batch_size` to be a whole number of at least 1, but got 0"),
+    ({"network_width": 0}, "Expected `network_width` to be a whole number of at least 1, but got 0"),
     ({"decay": 1}, "Expected `decay` to be True or False, but got 1"),
 ]
 
@@ -238,3 +239,10 @@ def test_the_global_random_state_is_left_alone_with_the_default_network(kit: Any
     before = torch.get_rng_state()
     kit.trainer().fit(GradientMatchingCondensation(iterations=1), datamodule=kit.data(side=32, batch_size=1))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("options", "width"), [({}, 128), ({"network_width": 5}, 5)])
+def test_the_default_network_has_the_width_asked_for(kit: Any, options: dict[str, Any], width: int) -> None:
+    condensation = GradientMatchingCondensation(iterations=1, **options)
+    kit.trainer().fit(condensation, datamodule=kit.data(side=8, batch_size=2))
+    assert condensation.network.features[0].out_channels == width
