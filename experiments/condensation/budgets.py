@@ -116,7 +116,7 @@ def fit_schedule(
     """
     check_positive(budget=budget)
     seconds = 60 * budget
-    pool = getattr(make(1).protocol, "pool", 0)
+    pool, passes = make(1).protocol.pool, make(1).protocol.pool_passes
     probe = make(_states_of_a_network() if pool else 2)
     stopwatch = Stopwatch()
     options = trainer_defaults() | {"log_every_n_steps": 1} | trainer | {"enable_progress_bar": False}
@@ -134,6 +134,8 @@ def fit_schedule(
         count, early = pool * len(ends), (ends[-1] - start) / len(ends)
         made = probe.seconds["real"] + probe.seconds["network"]
         late = max(0.0, ends[-1] - start - made) / len(ends)
+        if passes:
+            late += (early - late) / passes
     else:
         count, early, late = 1, ends[0] - start, ends[1] - ends[0]
     looks = len(set(moments)) + 1 if moments is not None else _LOOKS

@@ -35,6 +35,7 @@ from leakage.condensation import (
     kmeans_images,
     random_images,
 )
+from leakage.condensation.decoding import check_factor
 from leakage.condensation.training import EVALUATIONS, evaluation_options
 from leakage.datamodules import LabelledImages
 from leakage.errors import check_choice, check_count, check_share
@@ -82,6 +83,7 @@ def condense(
     evaluations: Sequence[str] = ("dc",),
     loops: tuple[int, int] | None = None,
     iterations: int | None = None,
+    factor: int | None = None,
     budget: float | None = None,
     networks: int = 10,
     moments: Sequence[int] | None = None,
@@ -109,15 +111,13 @@ def condense(
     Args:
         methods: of ``"dc"``, ``"dsa"`` (with siamese augmentation, from real images), ``"dm"``, ``"fast"``,
             ``"random"`` and ``"kmeans"`` (real images) and ``"full"`` (the whole training set, for few epochs).
-        data: where the images come from.
-        output: the folder.
+        data, output: where the images come from, and the folder.
         images_per_class: of each set.
         sets: of each method, with the seeds ``seed``, ``seed + 1`` and so on.
         evaluations: of ``"dc"`` and ``"dsa"``, see :func:`~leakage.condensation.evaluate`.
         loops: (outer, inner) of ``"dc"`` and ``"dsa"``, by default those of the paper.
-        iterations: networks that images are condensed on, of all methods; by default each protocol's own.
-        budget: minutes for the condensation of a set with its tests on held-out images, in place of ``iterations``:
-            some iterations are timed, and as many are made as fit.
+        iterations, factor: of all methods that condense; by default each protocol's own.
+        budget: minutes for a set with its tests on held-out images, in place of ``iterations``: as many as fit.
         networks: that are trained on each set for each evaluation; one on the whole training set.
         moments: iterations after which the images are tested on held-out training images, besides the last; by default
             :data:`MOMENTS`, or with a ``budget`` a few, evenly spread.
@@ -158,7 +158,7 @@ def condense(
         output=Path(output),
         images_per_class=images_per_class,
         evaluations=tuple(evaluations),
-        options={"network": network, "loops": loops, "iterations": iterations},
+        options={"network": network, "loops": loops, "iterations": iterations, "factor": factor},
         tests={"network": network, "epochs": epochs, "precision": test_precision},
         budget=budget,
         networks=networks,
@@ -203,13 +203,13 @@ class _Run:
     def all(self, methods: Sequence[str], seeds: range) -> list[CondensationRow]:
         """Make and test all sets, and write what is known after each evaluation."""
         # What can be refused is refused before the first is made, and before anything of an earlier run is touched.
-        for method in methods:
-            if method in CONDENSATIONS:
-                self._condensation(method, seeds[0], None)
+        condensations = [self._condensation(method, seeds[0], None) for method in methods if method in CONDENSATIONS]
         SyntheticEvaluation(self.moments or (), **self.tests)
         check_output(self.output)
         self.data.prepare_data()
         self.data.setup("fit")
+        for condensation in condensations:
+            check_factor(condensation.protocol.factor, self.data.image_shape)
         watched = self.data if self.held_out is None else self.data.hold_out(self.held_out)
         if CHOICES.keys() & set(methods):
             random_images(self.data, self.images_per_class)

@@ -107,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             evaluations=list(dict.fromkeys(given.evaluation)),
             loops=None if given.loops is None else tuple(given.loops),
             iterations=given.iterations,
+            factor=given.factor,
             budget=given.budget,
             networks=given.networks,
             moments=given.moments,
@@ -160,6 +161,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--iterations", type=int, help="networks to condense on, with every method (default: each protocol's)"
+    )
+    parser.add_argument(
+        "--factor",
+        type=int,
+        help="each image of a set holds FACTOR x FACTOR smaller ones (default: 2 for fast, 1 for others)",
     )
     parser.add_argument(
         "--budget",

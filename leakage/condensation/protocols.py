@@ -24,7 +24,7 @@ class CondensationProtocol:
             ``batch_size`` of its own.
         network_reuse: updates of the images in a row against the same network and the same gradients of the
             real images. The paper makes one; each further one saves almost all that an update costs.
-        learning_rate: of the synthetic images, which are normalised. That of ``"fast"`` is 0.1 for one image per
+        learning_rate: of the synthetic images, which are normalised. That of ``"fast"`` is 0.2 for one image per
             class and grows with their number, since each has only its share in the mean gradient.
         momentum: likewise, from 0 to below 1.
         decay: whether the learning rate falls to zero in equal steps over the run. Each network pulls the images
@@ -87,7 +87,14 @@ def check_momentum(momentum: float) -> None:
 PROTOCOLS = {
     "published": CondensationProtocol(),
     "fast": CondensationProtocol(
-        iterations=1000, batch_size=96, learning_rate=0.1, decay=True, initialization="kmeans", pool=8
+        iterations=1000,
+        batch_size=32,
+        learning_rate=0.2,
+        decay=True,
+        initialization="kmeans",
+        factor=2,
+        pool=24,
+        network_width=64,
     ),
 }
 

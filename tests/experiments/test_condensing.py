@@ -288,6 +288,15 @@ def test_a_budget_is_one_schedule_for_all_sets(
         run(tmp_path, ["fast"], resume=True, **options, budget=20)
 
 
+def test_the_factor_must_fit_before_anything_is_made(tmp_path: Path) -> None:
+    run(tmp_path, ["random"])
+    with pytest.raises(ValueError, match="Expected `factor` to divide the size of the images, 28 x 28, but got 3"):
+        run(tmp_path, ["random", "dc"], factor=3)
+    assert load(tmp_path, "random").factor == 1, "what is there stays"
+    run(tmp_path, ["dc", "fast"], factor=1)
+    assert load(tmp_path, "dc").factor == load(tmp_path, "fast").factor == 1
+
+
 def test_dsa_starts_from_real_images_with_its_augmentation(tmp_path: Path) -> None:
     run(tmp_path, ["dsa"], moments=())
     recipe = load(tmp_path, "dsa").recipe

@@ -102,8 +102,8 @@ def test_every_option_arrives(table2: ModuleType, tmp_path: Path, asked: dict[st
         [
             "--dataset", "sample", "--images-per-class", "10", "--method", "dsa", "fast", "dsa", "--iterations", "7",
             "--loops", "2", "3", "--cache", "kept", "--sets", "4", "--evaluation", "dsa", "dc", "dsa",
-            "--budget", "2.5", "--networks", "3", "--moments", "--epochs", "40", "--full-epochs", "6", "--seed", "5",
-            "--precision", "64-true", "--test-precision", "bf16-mixed", "--held-out", "0.1",
+            "--budget", "2.5", "--factor", "2", "--networks", "3", "--moments", "--epochs", "40", "--full-epochs",
+            "6", "--seed", "5", "--precision", "64-true", "--test-precision", "bf16-mixed", "--held-out", "0.1",
             "--accelerator", "cpu", "--resume", "--output", str(tmp_path),
         ]
     )  # fmt: skip
@@ -116,6 +116,7 @@ def test_every_option_arrives(table2: ModuleType, tmp_path: Path, asked: dict[st
         "sets": 4,
         "evaluations": ["dsa", "dc"],
         "iterations": 7,
+        "factor": 2,
         "budget": 2.5,
         "loops": (2, 3),
         "networks": 3,
