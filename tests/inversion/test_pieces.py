@@ -31,7 +31,7 @@ from leakage.objectives import (
     SquaredDistance,
     TotalVariation,
 )
-from leakage.solvers import LBFGS, STATUS, GaussNewton, SignedAdam, Solver, settle
+from leakage.solvers import LBFGS, STATUS, Adam, GaussNewton, SignedAdam, Solver, settle
 from tests.kit import mean_error
 
 EXHAUSTED = STATUS.index("exhausted")
@@ -214,12 +214,13 @@ def test_restarts_of_searches_without_an_end_keep_the_best(kit: Any) -> None:
             solver=LBFGS(max_evaluations=30),
         ),
         lambda: GradientInversion(objective=Manhattan() + 0.1 * Smooth(1.5), solver=Momentum(0.05, 40)),
+        lambda: GradientInversion(solver=Adam(steps=30, noise=0.3), restarts=1),
         lambda: GradientInversion(
             images=LatentCode(nn.Sequential(nn.Linear(5, 144), nn.Unflatten(1, (1, 12, 12))), [5]),
             solver=SignedAdam(steps=30),
         ),
     ],
-    ids=["InvertingGradients", "sum", "own", "latent"],
+    ids=["InvertingGradients", "sum", "own", "noise", "latent"],
 )
 def test_a_run_of_pieces_goes_on_bit_for_bit(kit: Any, attack: Any, tmp_path: Path) -> None:
     def seeded() -> GradientInversion:
@@ -233,6 +234,20 @@ def test_a_run_of_pieces_goes_on_bit_for_bit(kit: Any, attack: Any, tmp_path: Pa
     resumed = kit.fit(seeded(), kit.victims(victims=5, lanes=3), ckpt_path=str(tmp_path / "step=24.ckpt"))
     kit.assert_same(whole, resumed)
     torch.load(tmp_path / "step=24.ckpt", weights_only=True)
+
+
+def test_noise_is_of_a_victim_and_a_restart_whatever_the_lanes(kit: Any) -> None:
+    """But for rounding, within a few steps; the noise is a thousand times that."""
+
+    def images(seed: int, lanes: int, noise: float = 0.3) -> Tensor:
+        attack = GradientInversion(solver=Adam(steps=8, noise=noise), restarts=1, seed=seed)
+        return kit.by_id(kit.fit(attack, kit.victims(victims=5, lanes=lanes), precision="64-true")).images
+
+    one = images(0, 1)
+    for lanes in (2, 5):
+        torch.testing.assert_close(images(0, lanes), one, rtol=0, atol=1e-4)
+    assert bool(((images(0, 5, 0.0) - one).abs().amax((1, 2, 3, 4)) > 1e-2).all())
+    assert bool(((images(1, 5) - one).abs().amax((1, 2, 3, 4)) > 1e-2).all())
 
 
 def test_a_checkpoint_of_other_pieces_is_refused(kit: Any, tmp_path: Path) -> None:
