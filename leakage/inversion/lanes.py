@@ -204,10 +204,11 @@ class Lanes:
         """Best iterate of every lane over all its starts, by the attack's own objective."""
         optimizer, kept = self.optimizer, self.kept
         unknowns = dict(zip(self.unknowns, optimizer.best(), strict=True))
-        images, targets = self.evaluator.write(self._of_pieces(), unknowns)
+        shared, own = cast(SharedGradient, self.shared), self._of_pieces()
+        images, targets = self.evaluator.write(own, unknowns, self.evaluator.best_seeds(shared, own, unknowns))
         newer = optimizer.best_loss < kept["best_loss"]
         return Reconstruction(
-            ids=cast(SharedGradient, self.shared).ids.to(images.device),
+            ids=shared.ids.to(images.device),
             images=torch.where(newer[:, None, None, None, None], images, kept["best_images"]),
             labels=torch.where(newer[:, None], self.evaluator.labels.read(targets), kept["best_labels"]),
             loss=torch.minimum(optimizer.best_loss, kept["best_loss"]),
