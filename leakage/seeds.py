@@ -55,8 +55,7 @@ def hashed_normal(seeds: Tensor, steps: Tensor, size: int) -> Tensor:
     place = torch.arange(size, device=seeds.device)
     bits = _mixed(_mixed(seeds + _STEP * steps)[:, None] + _STEP * place)
     upper, lower = ((half & (_HALF - 1)).double() for half in (bits >> 32, bits))
-    numbers: Tensor = (-2 * ((upper + 0.5) / _HALF).log()).sqrt() * (2 * math.pi / _HALF * lower).cos()
-    return numbers
+    return (-2 * ((upper + 0.5) / _HALF).log()).sqrt() * (2 * math.pi / _HALF * lower).cos()
 
 
 def _mixed(numbers: Tensor) -> Tensor:
@@ -68,4 +67,5 @@ def _mixed(numbers: Tensor) -> Tensor:
 
 def _shifted(numbers: Tensor, places: int) -> Tensor:
     """To the right, as if they had no sign."""
-    return (numbers >> places) & (2 ** (64 - places) - 1)
+    shifted: Tensor = (numbers >> places) & (2 ** (64 - places) - 1)
+    return shifted
