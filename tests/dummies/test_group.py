@@ -152,7 +152,10 @@ def test_the_first_set_starts_where_the_layers_lead(kit: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"images": LatentCode(nn.Linear(3, 4), [3])}, r"Expected `images` to be leakage\.dummies\.Pixels, but got Lat"),
+        (
+            {"images": LatentCode(nn.Linear(3, 4), [3])},
+            r"Expected `images` to be leakage\.dummies\.Pixels, but got Lat",
+        ),
         ({"seeds": 1}, "Expected `seeds` to be a whole number of at least 2, but got 1"),
         ({"weight": -1.0}, "Expected `weight` of at least 0, but got -1.0"),
     ],
