@@ -25,8 +25,8 @@ class Group(Images):
         \bar x = \frac{1}{S} \sum_s T_s x_s
 
     with L the objective of the attack and :math:`T_s` the shift (:func:`registered`) after which :math:`x_s` lies
-    nearest to the plain mean. :math:`\bar x` is a goal: nothing is differentiated through it. Where
-    the whole was lowest the set of the lowest L is the victim's. One evaluation costs S of a single set.
+    nearest to the plain mean. :math:`\bar x` is a goal: nothing is differentiated through it. Of the iterate
+    where the whole is lowest, the set of the lowest L is the victim's. One evaluation costs S of a single set.
 
     The paper registers by RANSAC-flow, a learnt dense flow. Here images are shifted by whole pixels, image by image:
     with labels given, the n-th images of all sets have the same label. Several images of one label may stand in
