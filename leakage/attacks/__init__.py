@@ -2,6 +2,8 @@
 
 from leakage.attacks.dlg import DLGAttack
 from leakage.attacks.gauss_newton import GaussNewtonAttack
+from leakage.attacks.gias import GIASAttack
+from leakage.attacks.gradinversion import GradInversionAttack
 from leakage.attacks.idlg import IDLGAttack
 from leakage.attacks.inverting_gradients import InvertingGradientsAttack
 from leakage.attacks.protocols import PROTOCOLS, SearchProtocol
@@ -11,7 +13,9 @@ from leakage.inversion import GradientInversion
 __all__ = [
     "PROTOCOLS",
     "DLGAttack",
+    "GIASAttack",
     "GaussNewtonAttack",
+    "GradInversionAttack",
     "GradientInversion",
     "IDLGAttack",
     "InvertingGradientsAttack",

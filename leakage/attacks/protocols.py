@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from leakage.dummies import Labels, Pixels
 from leakage.errors import check_choice, check_count, check_flag, check_positive
@@ -14,6 +15,8 @@ from leakage.solvers import LBFGS, PlainLBFGS, Solver
 
 # Calls of the published protocol have 20 iterations, one evaluation each.
 ITERATIONS_PER_CALL = 20
+
+Values = TypeVar("Values")
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,14 @@ class LBFGSAttack(GradientInversion):
         seed: of the starts; victim and restart have their own streams, however victims are grouped.
         success_threshold: an image counts as reconstructed if its MSE is below this.
         restart_above: a victim that ends above this objective may start again, within ``restarts``.
-        distance: a key of :data:`leakage.objectives.DISTANCES`; ``"squared"`` is that of the papers.
+        distance: a key of :data:`leakage.objectives.DISTANCES`; ``"squared"`` is that of the papers, and the only one
+            with ``protocol="published"``.
         start_std, history_size, tolerance, max_evaluations, restarts, spectrum: replace the protocol's
             value, see :class:`SearchProtocol`.
 
     Raises:
-        ValueError: an unknown protocol or distance, or a number out of its range; in ``fit``, what
+        ValueError: an unknown protocol or distance, another distance than the papers' with ``protocol="published"``, or
+            a number out of its range; in ``fit``, what
             :class:`~leakage.attacks.GradientInversion` raises.
     """
 
@@ -129,6 +134,11 @@ class LBFGSAttack(GradientInversion):
     ) -> None:
         check_positive(restart_above=restart_above)
         check_choice("distance", distance, DISTANCES)
+        if protocol == "published" and distance != "squared":
+            raise ValueError(
+                f"Expected distance='squared' with protocol='published', the papers' own, but got {distance!r}. Use "
+                "protocol='robust'."
+            )
         options = {"history_size": history_size, "tolerance": tolerance, "max_evaluations": max_evaluations}
         self.search = search_protocol(protocol, start_std=start_std, restarts=restarts, spectrum=spectrum, **options)
         super().__init__(
@@ -145,6 +155,11 @@ class LBFGSAttack(GradientInversion):
 
 def search_protocol(name: str, **replaced: Any) -> SearchProtocol:
     """The protocol of that name, with the values replaced that are not None; a ``ValueError`` for one out of range."""
-    check_choice("protocol", name, PROTOCOLS)
+    return chosen_values(PROTOCOLS, name, **replaced)
+
+
+def chosen_values(protocols: Mapping[str, Values], name: str, **replaced: Any) -> Values:
+    """The values of the protocol of that name, but for those that are replaced by something else than None."""
+    check_choice("protocol", name, protocols)
     given = {key: value for key, value in replaced.items() if value is not None}
-    return dataclasses.replace(PROTOCOLS[name], **given)
+    return dataclasses.replace(cast(Any, protocols[name]), **given)  # type: ignore[no-any-return]

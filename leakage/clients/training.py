@@ -117,16 +117,10 @@ def trained_network(
         >>> trained.model(torch.rand(5, 1, 28, 28)).shape, len(trained.seen), 0 <= trained.accuracy <= 1
         (torch.Size([5, 10]), 100, True)
     """
-    if not isinstance(data, LabelledImages):
-        raise ValueError(f"Expected `data` to be a LabelledImages, but got {type(data).__name__}.")
-    check_count(0, epochs=epochs, seed=seed)
-    check_count(batch_size=batch_size)
     check_positive(learning_rate=learning_rate)
     check_choice("precision", precision, _PRECISIONS)
-    if not hasattr(data, "test"):
-        data.prepare_data()
-        data.setup("fit")
-    seen = _choose_images(data, num_images, seed)
+    training = CachedTraining(data, epochs, num_images, batch_size, seed, precision, root, accelerator, progress)
+    seen = training.seen
     network = copy.deepcopy(model).cpu().float()
     *_, classes = inspect_model(network.eval(), data.image_shape, 2)
     if classes != data.num_classes:
@@ -136,63 +130,132 @@ def trained_network(
         )
     first = draw_state(network, seed)
     network.load_state_dict(first, strict=False)  # of tied weights only the first are drawn
-    configuration = {
-        "format": 2,
-        "data": {name: value for name, value in data.configuration.items() if name not in ("batch_size", "seed")},
-        "test": digest({"images": data.test.images[::97], "labels": data.test.labels}),
-        "layers": str(network),
-        "weights": digest(first),
-        "trained": [name for name, parameter in network.named_parameters() if parameter.requires_grad],
-        "images": len(seen),
-        "learning_rate": float(learning_rate),
-        "momentum": _MOMENTUM,
-        "weight_decay": _WEIGHT_DECAY,
-        "batch_size": batch_size,
-        "seed": seed,
-        "precision": precision,
-    }
-    key = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(root or "~/.cache/leakage/networks").expanduser() / f"{type(model).__name__.lower()}_{key}"
-    if not (folder / "configuration.json").is_file():
-        write_json(folder / "configuration.json", configuration)  # where that fails, better before than after
     classifier = Classifier(
         nn.Sequential(Normalize(data.mean, data.std), network), data.num_classes, learning_rate, seed
     )
-    kept = [int(path.stem.removeprefix("epoch_")) for path in folder.glob("epoch_*.ckpt")]
-    done = max((epoch for epoch in kept if epoch <= epochs), default=0)
-    last, goal = (folder / f"epoch_{epoch}.ckpt" for epoch in (done, epochs))
-    if done:
-        checkpoint = WholeCheckpointIO().load_checkpoint(last)
-        classifier.load_state_dict(checkpoint["state_dict"])
-        classifier.on_load_checkpoint(checkpoint)
-    options: dict[str, Any] = {
-        "accelerator": accelerator,
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": progress,
-        "plugins": [WholeCheckpointIO()],
+    configuration = {
+        "layers": str(network),
+        "weights": digest(first),
+        "trained": [name for name, parameter in network.named_parameters() if parameter.requires_grad],
+        "learning_rate": float(learning_rate),
+        "momentum": _MOMENTUM,
+        "weight_decay": _WEIGHT_DECAY,
     }
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
-        # The images are in memory: workers would only copy them.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        trainer = Trainer(max_epochs=epochs, precision=cast('Literal["32-true", "bf16-mixed"]', precision), **options)
-        if done < epochs:
-            batches: DataLoader[Any] = DataLoader(
-                TensorDataset(data.train.images, data.train.labels),
-                batch_size=None,
-                sampler=_Order(seen, batch_size, seed, done),
-                generator=torch.Generator(),  # nothing is drawn, but one without advances the global one
+    training.run(classifier, type(model).__name__.lower(), configuration)
+    return TrainedNetwork(classifier.model, epochs, seen, classifier.accuracy, classifier.seen_accuracy)
+
+
+@dataclass
+class CachedTraining:
+    """A training on a data set in memory that is kept, and read the next time.
+
+    What is trained is a LightningModule whose batches are uint8 images and labels, which says itself what belongs into
+    its checkpoints, and draws nothing that it does not seed at the beginning of an epoch.
+
+    Attributes:
+        seen: ``(M,)``, ascending, the indices of the images to train on.
+
+    Args:
+        data: made ready if it is not yet.
+        epochs, num_images, batch_size, seed, precision, root, accelerator, progress: see :func:`trained_network`.
+
+    Raises:
+        ValueError: other data, an option out of its range, or more ``num_images`` than there are.
+    """
+
+    data: LabelledImages
+    epochs: int
+    num_images: int | None
+    batch_size: int
+    seed: int
+    precision: str
+    root: str | os.PathLike[str] | None
+    accelerator: str
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.data, LabelledImages):
+            raise ValueError(f"Expected `data` to be a LabelledImages, but got {type(self.data).__name__}.")
+        check_count(0, epochs=self.epochs, seed=self.seed)
+        check_count(batch_size=self.batch_size)
+        if not hasattr(self.data, "test"):
+            self.data.prepare_data()
+            self.data.setup("fit")
+        self.seen = _choose_images(self.data, self.num_images, self.seed)
+
+    def run(self, module: LightningModule, name: str, configuration: dict[str, Any]) -> None:
+        """Train and test it, or read it; it is on the CPU and in evaluation mode then.
+
+        Args:
+            module: with its first weights.
+            name: of its folder, before the hash.
+            configuration: all that decides the result but the data and the options here.
+
+        Raises:
+            ValueError: a checkpoint in the cache that is broken.
+            OSError: the cache can't be written.
+        """
+        data, epochs = self.data, self.epochs
+        configuration = {
+            "format": 2,
+            "data": {name: value for name, value in data.configuration.items() if name not in ("batch_size", "seed")},
+            "test": digest({"images": data.test.images[::97], "labels": data.test.labels}),
+            "images": len(self.seen),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "precision": self.precision,
+            **configuration,
+        }
+        key = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:16]
+        folder = Path(self.root or "~/.cache/leakage/networks").expanduser() / f"{name}_{key}"
+        if not (folder / "configuration.json").is_file():
+            write_json(folder / "configuration.json", configuration)  # where that fails, better before than after
+        kept = [int(path.stem.removeprefix("epoch_")) for path in folder.glob("epoch_*.ckpt")]
+        done = max((epoch for epoch in kept if epoch <= epochs), default=0)
+        last, goal = (folder / f"epoch_{epoch}.ckpt" for epoch in (done, epochs))
+        if done:
+            checkpoint = WholeCheckpointIO().load_checkpoint(last)
+            module.load_state_dict(checkpoint["state_dict"])
+            module.on_load_checkpoint(checkpoint)
+        options: dict[str, Any] = {
+            "accelerator": self.accelerator,
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "enable_progress_bar": self.progress,
+            "plugins": [WholeCheckpointIO()],
+        }
+        precision = cast('Literal["32-true", "bf16-mixed"]', self.precision)
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
+            # The images are in memory: workers would only copy them.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            trainer = Trainer(max_epochs=epochs, precision=precision, **options)
+            if done < epochs:
+                batches: DataLoader[Any] = DataLoader(
+                    TensorDataset(data.train.images, data.train.labels),
+                    batch_size=None,
+                    sampler=_Order(self.seen, self.batch_size, self.seed, done),
+                    generator=torch.Generator(),  # nothing is drawn, but one without advances the global one
+                )
+                trainer.fit(module.train(), batches, ckpt_path=last if done else None)
+            module.eval()
+            if done < epochs or not epochs:
+                Trainer(**options).test(module, data.test_dataloader(), verbose=False)
+            if done < epochs:
+                trainer.save_checkpoint(goal)
+        module.zero_grad(set_to_none=True)
+        module.cpu()
+
+
+def check_weights(model: nn.Module, epoch: int, learning_rate: float) -> None:
+    """Raise a ``FloatingPointError`` if training has spoilt them."""
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise FloatingPointError(
+                f"Expected finite weights in training, but got NaN or inf in {name!r} in epoch "
+                f"{epoch + 1} with learning_rate={learning_rate:g}. Lower `learning_rate`."
             )
-            trainer.fit(classifier.train(), batches, ckpt_path=last if done else None)
-        classifier.eval()
-        if done < epochs or not epochs:
-            Trainer(**options).test(classifier, data.test_dataloader(), verbose=False)
-        if done < epochs:
-            trainer.save_checkpoint(goal)
-    classifier.zero_grad(set_to_none=True)
-    return TrainedNetwork(classifier.model.cpu(), epochs, seen, classifier.accuracy, classifier.seen_accuracy)
 
 
 class Classifier(LightningModule):
@@ -225,12 +288,7 @@ class Classifier(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Look at the weights before they are kept."""
-        for name, tensor in self.model.state_dict().items():
-            if not torch.isfinite(tensor).all():
-                raise FloatingPointError(
-                    f"Expected finite weights in training, but got NaN or inf in {name!r} in epoch "
-                    f"{self.current_epoch + 1} with learning_rate={self.learning_rate:g}. Lower `learning_rate`."
-                )
+        check_weights(self.model, self.current_epoch, self.learning_rate)
         self.seen_accuracy = round(float(self.train_accuracy.compute()), 6)
         self.train_accuracy.reset()
         self.log("train/accuracy", self.seen_accuracy, prog_bar=True)

@@ -100,7 +100,18 @@ class Dummy(Piece, ABC):
 
 
 class Images(Dummy):
-    """A way to write images."""
+    """A way to write images.
+
+    Attributes:
+        seeds: how many sets of images a victim's unknown holds. If there are several, they are its first dimension,
+            and :meth:`write` is given one of them; the objective is the mean of theirs and what :meth:`joint` adds.
+    """
+
+    seeds: int = 1
+
+    def joint(self, unknown: Tensor) -> Tensor:
+        """What one victim's sets of images ``(seeds, ...)`` have to do with one another, a scalar; by default 0."""
+        return unknown.new_zeros(())
 
     def first_starts(
         self, starts: Tensor, shared: SharedGradient, victim: Victim, labels: Tensor | None, seed: int

@@ -46,7 +46,7 @@ class Evaluator:
         """Let go of what belongs to the lanes that were evaluated last, and takes memory."""
         found = [term.batched(self.victim) for _, term in self.terms.values()]
         ways = [way for way in found if way is not None]
-        self._batched: list[Batched] | None = ways if len(ways) == len(found) else None
+        self._batched: list[Batched] | None = ways if len(ways) == len(found) and self.images.seeds == 1 else None
 
     @property
     def dummies(self) -> dict[str, Dummy]:
@@ -68,7 +68,7 @@ class Evaluator:
             assert project is not None
             return torch.cat([project(points[:, :pixels]), points[:, pixels:]], dim=1)
 
-        squares = all(term.is_sum_of_squares for _, term in self.terms.values())
+        squares = self.images.seeds == 1 and all(term.is_sum_of_squares for _, term in self.terms.values())
         images = "an image" if protocol.num_images == 1 else f"{protocol.num_images} images"
         return Problem(
             num_images=protocol.num_images,
@@ -129,9 +129,19 @@ class Evaluator:
         """What evaluations need of that which was shared."""
         return in_basis(shared, self.victim) if self.low_rank else shared
 
-    def write(self, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Images ``(V, N, C, H, W)`` and class probabilities ``(V, N, K)``."""
+    def write(self, kept: State, unknowns: Mapping[str, Tensor], seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images ``(V, N, C, H, W)`` and class probabilities ``(V, N, K)``.
+
+        Args:
+            kept: of the pieces.
+            unknowns: where the search is.
+            seeds: ``(V,)``, which images where a victim has several sets; by default the first.
+        """
         parts = _parted(kept)
+        if self.images.seeds > 1:
+            sets = unknowns["images"]
+            chosen = sets[:, 0] if seeds is None else sets[torch.arange(len(sets), device=sets.device), seeds]
+            unknowns = {**unknowns, "images": chosen}
         images, targets = (
             dummy.write_all(unknowns.get(name), parts.get(name, {})) for name, dummy in self.dummies.items()
         )
@@ -146,16 +156,38 @@ class Evaluator:
             return self._by_terms(self._batched, shared, kept, unknowns)
         if not self.at_once and next(iter(unknowns.values())).device.type == "cpu":
             self.at_once = self._find_lanes_at_once(shared, kept, unknowns)
-        evaluate = vmap(
-            grad_and_value(self._objective),
-            in_dims=_in_dims(shared),
-            chunk_size=self.at_once or None,
-        )
-        gradients, losses = evaluate(dict(unknowns), _parted(kept), shared.state, (shared.gradients, shared.basis))
+        gradients, losses = self._for_all(grad_and_value(self._objective), shared, kept, unknowns)
         return losses, gradients
+
+    def best_seeds(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> Tensor | None:
+        """``(V,)``, which of a victim's sets of images has the lowest objective; None where there is but one."""
+        if self.images.seeds == 1:
+            return None
+        losses: Tensor = self._for_all(self._of_sets, shared, self._needed(kept), unknowns)
+        return losses.nan_to_num(nan=torch.inf).argmin(1)
+
+    def _for_all(
+        self, function: Callable[..., Any], shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]
+    ) -> Any:
+        """A function of one victim, for all."""
+        evaluate = vmap(function, in_dims=_in_dims(shared), chunk_size=self.at_once or None)
+        return evaluate(dict(unknowns), _parted(kept), shared.state, (shared.gradients, shared.basis))
 
     def _objective(self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:
         """Of one victim."""
+        if self.images.seeds == 1:
+            return self._of_set(unknowns, kept, state, shared)
+        return self._of_sets(unknowns, kept, state, shared).mean() + self.images.joint(unknowns["images"])
+
+    def _of_sets(self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:
+        """Of each set of images of one victim, ``(seeds,)``."""
+        found: Tensor = vmap(lambda images: self._of_set({**unknowns, "images": images}, kept, state, shared))(
+            unknowns["images"]
+        )
+        return found
+
+    def _of_set(self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:
+        """Of one set of images of one victim."""
         point = self._point(unknowns, kept, state, shared)
         total: Tensor | None = None
         for name, (weight, term) in self.terms.items():

@@ -75,19 +75,20 @@ class Lanes:
         """Put new victims into lanes: first into those that are free, then into further ones."""
         shared = shared.to(device=self.device, dtype=self.dtype)
         fresh, starts = self._begin(shared, places)
+        seeds = self._seeds(shared.ids, fresh["restarts"])
         informative = self.evaluator.informative(shared).to(self.device)
         shared = self.evaluator.reduced(shared)
         taken, further = slice(len(free)), torch.arange(len(free), len(shared))
         if len(free):
             assert self.shared is not None
-            self.optimizer.restart(free, *(start[taken] for start in starts.values()))
+            self.optimizer.restart(free, *(start[taken] for start in starts.values()), seeds=seeds[taken])
             self.shared = self.shared.replace(free, shared.select(torch.arange(len(free))))
             for name, tensor in fresh.items():
                 self.kept[name][free] = tensor[taken]
         entered = [free]
         if len(further):
             entered.append(torch.arange(len(self), len(self) + len(further), device=self.device))
-            self.optimizer.extend(*(start[len(free) :] for start in starts.values()))
+            self.optimizer.extend(*(start[len(free) :] for start in starts.values()), seeds=seeds[len(free) :])
             rest, fresh = (
                 shared.select(further) if len(free) else shared,
                 {name: tensor[len(free) :] for name, tensor in fresh.items()},
@@ -146,6 +147,12 @@ class Lanes:
                 starts[name] = self._projected(starts[name])
         return starts
 
+    def _seeds(self, ids: Tensor, restarts: Tensor) -> Tensor:
+        """For solvers that draw, ``(V,)``: one for each victim and restart."""
+        pairs = zip(ids.tolist(), restarts.tolist(), strict=True)
+        seeds = [derive_seed(self.seed, victim, f"solver/{restart}") for victim, restart in pairs]
+        return torch.tensor(seeds, dtype=torch.long)
+
     def _projected(self, images: Tensor) -> Tensor:
         project = self.evaluator.images.project()
         return images if project is None else project(images)
@@ -187,8 +194,9 @@ class Lanes:
         for name, tensor in (("loss", so_far.loss), ("images", so_far.images), ("labels", so_far.labels)):
             self.kept[f"best_{name}"][again] = tensor[again]
         self.kept["restarts"][again] += 1
-        starts = self._starts(self.shared.ids[again.cpu()], self.kept["restarts"][again])
-        self.optimizer.restart(again, *starts.values())
+        ids, restarts = self.shared.ids[again.cpu()], self.kept["restarts"][again]
+        starts = self._starts(ids, restarts)
+        self.optimizer.restart(again, *starts.values(), seeds=self._seeds(ids, restarts))
 
     @torch.no_grad()
     @full_precision()
@@ -196,10 +204,11 @@ class Lanes:
         """Best iterate of every lane over all its starts, by the attack's own objective."""
         optimizer, kept = self.optimizer, self.kept
         unknowns = dict(zip(self.unknowns, optimizer.best(), strict=True))
-        images, targets = self.evaluator.write(self._of_pieces(), unknowns)
+        shared, own = cast(SharedGradient, self.shared), self._of_pieces()
+        images, targets = self.evaluator.write(own, unknowns, self.evaluator.best_seeds(shared, own, unknowns))
         newer = optimizer.best_loss < kept["best_loss"]
         return Reconstruction(
-            ids=cast(SharedGradient, self.shared).ids.to(images.device),
+            ids=shared.ids.to(images.device),
             images=torch.where(newer[:, None, None, None, None], images, kept["best_images"]),
             labels=torch.where(newer[:, None], self.evaluator.labels.read(targets), kept["best_labels"]),
             loss=torch.minimum(optimizer.best_loss, kept["best_loss"]),

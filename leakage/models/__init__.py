@@ -4,6 +4,7 @@ from torch import nn
 
 from leakage.models.convolutional import VGG11, AlexNet, ConvNet
 from leakage.models.draw import draw_state
+from leakage.models.generator import Generator
 from leakage.models.lenet import LeNet
 from leakage.models.mlp import MLP
 from leakage.models.resnet import ResNet18, ResNet20
@@ -21,4 +22,16 @@ NETWORKS: dict[str, type[nn.Module]] = {
 }
 """Networks by name; each is called as ``Network(channels, image_size, num_classes)``."""
 
-__all__ = ["MLP", "NETWORKS", "VGG11", "AlexNet", "ConvNet", "LeNet", "ResNet18", "ResNet20", "ViT", "draw_state"]
+__all__ = [
+    "MLP",
+    "NETWORKS",
+    "VGG11",
+    "AlexNet",
+    "ConvNet",
+    "Generator",
+    "LeNet",
+    "ResNet18",
+    "ResNet20",
+    "ViT",
+    "draw_state",
+]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leakage.errors import check_choice, check_count, check_not_negative, check_pair, check_positive
 from leakage.pieces import State
+from leakage.seeds import hashed_normal
 from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, Evaluated, Solver, running, settle
 
 SCHEDULES = ("steps", "cosine", "constant")
@@ -22,9 +23,11 @@ class Adam(Solver):
     r"""Adam, with moments and a learning rate of each victim's own.
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
-        x \leftarrow x - \eta_t \, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+        x \leftarrow x - \eta_t \, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon} +
+        \eta_t \, \sigma \, n, \quad n \sim N(0, 1)
 
-    Nothing keeps the loss from rising; the iterate of lowest loss is kept.
+    with noise (Langevin) that each victim, restart and step have of their own, however victims are grouped: see
+    :func:`leakage.seeds.hashed_normal`. Nothing keeps the loss from rising; the iterate of lowest loss is kept.
 
     ============= ===============================================================================
     ``schedule``  :math:`\eta_t`
@@ -42,12 +45,14 @@ class Adam(Solver):
         betas: :math:`\beta_1, \beta_2`, each from 0 to below 1.
         eps: :math:`\epsilon`.
         tolerance: a victim has converged when its loss is at most this.
+        noise: :math:`\sigma`, by default none; 0.2 in GradInversion.
 
     Raises:
         ValueError: an option out of its range.
 
     References:
-        Kingma and Ba, *Adam: A Method for Stochastic Optimization*, 2015, https://arxiv.org/abs/1412.6980.
+        Kingma and Ba, *Adam: A Method for Stochastic Optimization*, 2015, https://arxiv.org/abs/1412.6980;
+        for the noise Yin et al., *See through Gradients*, CVPR 2021, https://arxiv.org/abs/2104.07586.
 
     Example:
         >>> Adam(lr=0.1, steps=4800).schedule
@@ -61,20 +66,22 @@ class Adam(Solver):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     tolerance: float = 0.0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive(lr=self.lr, eps=self.eps)
         check_count(steps=self.steps)
         check_count(0, warmup=self.warmup)
         check_choice("schedule", self.schedule, SCHEDULES)
-        check_not_negative(tolerance=self.tolerance)
+        check_not_negative(tolerance=self.tolerance, noise=self.noise)
         self.betas = check_pair(betas=self.betas)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"Expected `betas` from 0 to below 1, but got {self.betas!r}.")
 
     def fresh(self, like: Tensor) -> State:
-        """The two moments."""
-        return {"mean": torch.zeros_like(like), "square": torch.zeros_like(like)}
+        """The two moments, and a seed where there is noise."""
+        moments = {"mean": torch.zeros_like(like), "square": torch.zeros_like(like)}
+        return moments | ({"seed": torch.zeros(len(like), dtype=torch.long, device=like.device)} if self.noise else {})
 
     def move(self, lanes: State, at: Evaluated) -> Tensor:
         """One step for each victim."""
@@ -87,8 +94,12 @@ class Adam(Solver):
         mean = lanes["mean"] = torch.lerp(gradient, lanes["mean"], self.betas[0])
         square = lanes["square"] = torch.lerp(gradient.square(), lanes["square"], self.betas[1])
         first, second = (1 - beta**step for beta in self.betas)
-        rate = self._rate(step) / first
-        return at.point - rate[:, None] * mean / ((square / second[:, None]).sqrt() + self.eps)
+        rate = self._rate(step)
+        target = at.point - (rate / first)[:, None] * mean / ((square / second[:, None]).sqrt() + self.eps)
+        if not self.noise:
+            return target
+        noise = hashed_normal(lanes["seed"], lanes["evaluations"], target.shape[1])
+        return target + self.noise * rate[:, None] * noise.to(target)
 
     def _gradient(self, gradient: Tensor) -> Tensor:
         return gradient

@@ -156,9 +156,12 @@ class PerVictimOptimizer(Optimizer):
             "evaluations": count.clone(),
         }
 
-    def _fresh(self, victims: int) -> State:
+    def _fresh(self, victims: int, seeds: Tensor | None = None) -> State:
         like = self._like(victims)
-        return self._own(like) | self.solver.fresh(like)
+        fresh = self._own(like) | self.solver.fresh(like)
+        if seeds is not None and "seed" in fresh:
+            fresh["seed"] = seeds.to(fresh["seed"])
+        return fresh
 
     @torch.no_grad()
     def select(self, kept: Tensor) -> None:
@@ -170,18 +173,23 @@ class PerVictimOptimizer(Optimizer):
         self._set_lanes(self.solver.select(self.lanes, indices))
 
     @torch.no_grad()
-    def extend(self, *values: Tensor) -> None:
-        """Append lanes that start at ``values``, one ``(new, ...)`` tensor per parameter."""
-        fresh = self.solver.match(self._fresh(len(values[0])), self.lanes)
+    def extend(self, *values: Tensor, seeds: Tensor | None = None) -> None:
+        """Append lanes that start at ``values``, one ``(new, ...)`` tensor per parameter.
+
+        Args:
+            values: where they start.
+            seeds: ``(new,)``, int64, for a solver that draws; by default 0.
+        """
+        fresh = self.solver.match(self._fresh(len(values[0]), seeds), self.lanes)
         self._set_lanes({name: torch.cat([tensor, fresh[name]]) for name, tensor in self.lanes.items()})
         for parameter, value in zip(self._params, values, strict=True):
             parameter.data = torch.cat([parameter.data, value.to(parameter.data)])
             parameter.grad = None
 
     @torch.no_grad()
-    def restart(self, chosen: Tensor, *values: Tensor) -> None:
-        """Begin the lanes at the given indices anew at ``values``, one ``(chosen, ...)`` tensor per parameter."""
-        self.solver.renew(self.lanes, chosen, self._fresh(len(chosen)))
+    def restart(self, chosen: Tensor, *values: Tensor, seeds: Tensor | None = None) -> None:
+        """Begin the lanes at the given indices anew, with ``values`` and ``seeds`` as for :meth:`extend`."""
+        self.solver.renew(self.lanes, chosen, self._fresh(len(chosen), seeds))
         for parameter, value in zip(self._params, values, strict=True):
             parameter.data[chosen] = value.to(parameter.data)
 

@@ -87,6 +87,9 @@ class Solver(Piece, ABC):
     def fresh(self, like: Tensor) -> State:
         """The state of lanes that have not been evaluated yet, each entry ``(V, ...)``; by default none.
 
+        An entry ``seed (V,)``, int64, is for a solver that draws: an attack fills it with one for each victim and
+        restart.
+
         Args:
             like: ``(V, D)``, for its shape, precision and device.
         """

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from leakage.attacks import IDLGAttack
+from leakage.attacks import DLGAttack, IDLGAttack
 from leakage.defenses import Clip
 from leakage.objectives import DISTANCES
 
@@ -21,8 +21,16 @@ def test_the_distance_of_the_papers_is_the_default(lbfgs_case: Any, kit: Any) ->
     assert default.hparams["distance"] == "squared"
 
 
-@pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("protocol", ["robust", "published"])
+@pytest.mark.parametrize("attack", [DLGAttack, IDLGAttack])
+def test_the_papers_have_no_other_distance(attack: Any) -> None:
+    message = "Expected distance='squared' with protocol='published', the papers' own, but got 'cosine'. Use protocol="
+    with pytest.raises(ValueError, match=message):
+        attack(protocol="published", distance="cosine")
+
+
+@pytest.mark.parametrize(
+    ("protocol", "distance"), [("published", "squared"), *(("robust", distance) for distance in DISTANCES)]
+)
 def test_an_attack_lowers_the_distance_it_is_given(kit: Any, distance: str, protocol: str) -> None:
     def attack(evaluations: int) -> IDLGAttack:
         options: dict[str, Any] = {"protocol": protocol, "distance": distance, "restarts": 0}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from leakage.attacks import GradientInversion
+from leakage.clients import Protocol
 from leakage.dummies import Images, LatentCode
 from leakage.objectives import SquaredDistance
 from leakage.solvers import LBFGS
@@ -61,11 +62,48 @@ def test_a_latent_code_finds_images_that_the_generator_knows(kit: Any) -> None:
         ({"code_shape": "64"}, r"Expected `code_shape` as a list of sizes such as \[64\], but got '64'"),
         ({"code_shape": [0]}, "Expected `code_shape` to be a whole number of at least 1, but got 0"),
         ({"std": 0.0}, "Expected `std` to be positive and finite, but got 0.0"),
+        ({"tuning": -1.0}, "Expected `tuning` of at least 0, but got -1.0"),
+        ({"tuning": 0.1}, "Expected `generator` with weights for tuning=0.1, but got none"),
     ],
 )
 def test_names_a_bad_option(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LatentCode(**({"generator": nn.Identity(), "code_shape": [64]} | options))
+
+
+def test_tuned_weights_are_those_given_plus_what_is_searched_for() -> None:
+    generator = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Unflatten(1, (1, 4, 4)))
+    written = LatentCode(generator, [3], std=2.0, tuning=0.1)
+    protocol = Protocol((1, 4, 4), 10, num_images=2)
+    assert written.shape(protocol) == (2 * 3 + 4 * 16,)
+    noise = torch.randn(5, 70)
+    starts = written.starts(noise, torch.zeros(5, dtype=torch.long))
+    assert torch.equal(starts[:, :6], 2 * noise[:, :6])
+    assert not starts[:, 6:].any()
+    torch.testing.assert_close(written.write(starts[0], {}), generator(starts[0, :6].view(2, 3)))
+    codes = noise[0, :6].view(2, 3)
+    weight, bias = generator[0].weight + 0.1 * noise[0, 6:54].view(16, 3), generator[0].bias + 0.1 * noise[0, 54:]
+    torch.testing.assert_close(written.write(noise[0], {}), (codes @ weight.T + bias).tanh().view(2, 1, 4, 4))
+
+
+@pytest.mark.slow
+def test_tuning_finds_what_the_generator_does_not_know(kit: Any) -> None:
+    """Each victim tunes one of its own, and that which was given stays as it is."""
+    images = torch.stack([kit.images()[index][0] for index in range(0, 1000, 5)])
+    generator = generator_of(images, 10)
+    before = copy.deepcopy(generator.state_dict())
+    solver = LBFGS(max_evaluations=200, tolerance=1e-10)
+
+    def error(tuning: float, lanes: int = 4) -> Tensor:
+        written = LatentCode(generator, [10], std=0.1, tuning=tuning)
+        attack = kit.fit(GradientInversion(images=written, solver=solver), kit.victims(victims=4, lanes=lanes))
+        return torch.tensor([attack.scores[victim].mse for victim in range(4)])
+
+    known, tuned = error(0.0), error(0.1)
+    assert tuned.mean() < 0.1 * known.mean()
+    assert bool((error(0.1, lanes=1) < 0.5 * known).all())
+    for name, tensor in generator.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 class TunedGenerator(Images):

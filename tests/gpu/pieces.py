@@ -12,10 +12,10 @@ from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.datamodules import Victims
 from leakage.defenses import Clip, GaussianNoise, TopK
-from leakage.dummies import JointLabels, LatentCode, Pixels
+from leakage.dummies import Group, JointLabels, LatentCode, Pixels
 from leakage.models import LeNet
 from leakage.objectives import L2, BatchNormStatistics, Prior, SquaredDistance, TotalVariation
-from leakage.solvers import LBFGS, SignedAdam
+from leakage.solvers import LBFGS, Adam, SignedAdam
 
 
 class Smooth(Prior):
@@ -42,6 +42,10 @@ RUNS: dict[str, Any] = {
     "batch norm": lambda: (
         {"objective": SquaredDistance() + 1e-3 * BatchNormStatistics(), "solver": FEW},
         {"model": batch_norm_network()},
+    ),
+    "group": lambda: (
+        {"images": Group(Pixels(std=0.3, box=(0, 1)), seeds=2, weight=0.1), "solver": Adam(steps=4, noise=0.1)},
+        {"images": 2},
     ),
     "priors": lambda: (
         {"objective": SquaredDistance() + 0.1 * TotalVariation() + 0.1 * L2() + 0.1 * Smooth(), "solver": FEW},

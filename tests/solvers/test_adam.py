@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from leakage.seeds import hashed_normal
 from leakage.solvers import STATUS, Adam, NoSearch, PerVictimOptimizer, PlainLBFGS, Problem, SignedAdam
 
 from .conftest import lbfgs
@@ -63,6 +65,42 @@ def test_schedules(schedule: str) -> None:
         assert rates[4:].unique().tolist() == [0.2]
 
 
+@pytest.mark.parametrize("kind", [Adam, SignedAdam])
+def test_noise_is_added_to_each_step_by_the_rate(kind: type[Adam]) -> None:
+    options: dict[str, Any] = {"lr": 0.1, "steps": 60, "schedule": "cosine"}
+    start, gradient = torch.ones(2, 3).double(), torch.tensor([[1.0, -2.0, 0.5], [0.1, 3.0, -1.0]]).double()
+    moved = []
+    for noise in (0.0, 0.2):
+        optimizer = PerVictimOptimizer([nn.Parameter(start[:0].clone())], kind(noise=noise, **options))
+        optimizer.extend(start, seeds=torch.tensor([5, 6]))
+        (x,) = optimizer.param_groups[0]["params"]
+
+        def closure(x: Any = x) -> torch.Tensor:
+            x.grad = gradient
+            return torch.zeros(2).double() + 1
+
+        path = []
+        for _ in range(3):
+            optimizer.step(closure)
+            path.append(x.detach().clone())
+        moved.append(torch.stack(path))
+    rates = [0.1 * (1 + math.cos(math.pi * step / 60)) / 2 for step in range(3)]
+    noises = [hashed_normal(torch.tensor([5, 6]), torch.full((2,), step), 3) for step in (1, 2, 3)]
+    expected = torch.stack([0.2 * rate * noise for rate, noise in zip(rates, noises, strict=True)]).cumsum(0)
+    torch.testing.assert_close(moved[1] - moved[0], expected, rtol=0, atol=1e-12)
+
+
+def test_noise_has_a_seed_of_each_start() -> None:
+    optimizer = PerVictimOptimizer([nn.Parameter(torch.zeros(0, 3))], Adam(noise=0.1))
+    optimizer.extend(torch.zeros(2, 3), seeds=torch.tensor([5, 6]))
+    optimizer.extend(torch.zeros(1, 3), seeds=torch.tensor([7]))
+    optimizer.restart(torch.tensor([1]), torch.zeros(1, 3), seeds=torch.tensor([8]))
+    assert optimizer.lanes["seed"].tolist() == [5, 8, 7]
+    optimizer.select(torch.tensor([2, 1]))
+    assert optimizer.lanes["seed"].tolist() == [7, 8]
+    assert "seed" not in PerVictimOptimizer([nn.Parameter(torch.zeros(2, 3))], Adam()).lanes
+
+
 def test_ends_after_its_steps_or_at_its_tolerance_and_keeps_the_best() -> None:
     start = torch.stack([torch.zeros(3), torch.tensor([1.0, 0.0, -1.0])]).double()
     optimizer = PerVictimOptimizer([nn.Parameter(start)], Adam(lr=3.0, steps=8, schedule="constant", tolerance=1e-3))
@@ -99,6 +137,7 @@ def test_a_victim_without_numbers_has_diverged() -> None:
         ({"betas": (0.9, 0.99, 0.999)}, r"Expected `betas` as two numbers, but got \(0\.9, 0\.99, 0\.999\)"),
         ({"betas": ("0.9", "0.99")}, r"Expected `betas` as two numbers, but got \('0\.9', '0\.99'\)"),
         ({"tolerance": -1.0}, "Expected `tolerance` of at least 0, but got -1.0"),
+        ({"noise": -0.1}, "Expected `noise` of at least 0, but got -0.1"),
     ],
 )
 def test_names_a_bad_option(options: dict[str, Any], message: str) -> None:

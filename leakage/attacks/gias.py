@@ -1,0 +1,106 @@
+"""Gradient inversion with a generative image prior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from leakage.attacks.protocols import chosen_values
+from leakage.dummies import InferredLabels, LatentCode
+from leakage.errors import check_not_negative
+from leakage.inversion import GradientInversion
+from leakage.labels import Auxiliary
+from leakage.objectives import CosineDistance, TotalVariation
+from leakage.solvers import Adam
+
+
+@dataclass(frozen=True)
+class GIASProtocol:
+    """The values of a protocol of :class:`GIASAttack`, whose arguments of the same names replace them."""
+
+    total_variation: float
+    lr: float
+    tuning: float
+    steps: int
+    restarts: int
+
+    def __post_init__(self) -> None:
+        check_not_negative(total_variation=self.total_variation)
+
+
+# Those of the authors' script for images of 32 pixels: 500 steps for codes, 5,000 at a rate of 1e-3 for weights.
+GIAS = {"published": GIASProtocol(total_variation=1e-6, lr=3e-2, tuning=1 / 30, steps=5500, restarts=2)}
+
+
+class GIASAttack(GradientInversion):
+    r"""GIAS: searches among the images that a generator makes, and then among generators.
+
+    .. math:: \min_{z, u} \; 1 - \frac{\langle \nabla_\theta \ell(f_\theta(x), y), \, g^* \rangle}
+        {\lVert \nabla_\theta \ell(f_\theta(x), y) \rVert \, \lVert g^* \rVert} + \alpha \, \mathrm{TV}(x),
+        \qquad x_n = G_{w + \tau u}(z_n)
+
+    for each victim, with a code z for each image and weights u of its own. A generator that the attacker trained on
+    images of the same kind is :func:`leakage.dummies.training.trained_generator`.
+
+    What differs from the paper: codes and weights are searched for at once, weights at :math:`\tau` times the rate,
+    not codes first and weights then; the steps are those of both. Every victim begins with the generator that was
+    given.
+
+    Pieces: :class:`~leakage.objectives.CosineDistance`, :class:`~leakage.objectives.TotalVariation`,
+    :class:`~leakage.dummies.LatentCode`, :class:`~leakage.dummies.InferredLabels`, :class:`~leakage.solvers.Adam`.
+
+    Shapes: images ``(V, N, C, H, W)`` in the range of the generator, labels ``(V, N)``.
+
+    Args:
+        generator, code_shape: see :class:`~leakage.dummies.LatentCode`.
+        protocol: ``"published"``.
+        total_variation: :math:`\alpha`.
+        lr, steps: of :class:`~leakage.solvers.Adam`.
+        tuning: :math:`\tau`; 0 searches for codes alone.
+        restarts: further starts; the one of lowest objective is kept.
+        rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.
+        seed: of the starts, and of rules that draw.
+        success_threshold: an image counts as reconstructed if its MSE is below this.
+
+    Raises:
+        ValueError: an unknown protocol, a number out of its range, and what the pieces raise: in ``fit``, a generator
+            that makes other images than the victims'.
+
+    References:
+        Jeon et al., *Gradient Inversion with Generative Image Prior*, NeurIPS 2021, https://arxiv.org/abs/2110.14962.
+
+    Example:
+        >>> from leakage.models import Generator
+        >>> GIASAttack(Generator(), [64], tuning=0.0, steps=300).solver.steps
+        300
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        code_shape: Sequence[int],
+        *,
+        protocol: str = "published",
+        total_variation: float | None = None,
+        lr: float | None = None,
+        tuning: float | None = None,
+        steps: int | None = None,
+        restarts: int | None = None,
+        rule: str = "auto",
+        auxiliary: Auxiliary | None = None,
+        seed: int = 0,
+        success_threshold: float = 1e-3,
+    ) -> None:
+        options = {"total_variation": total_variation, "lr": lr, "tuning": tuning, "steps": steps, "restarts": restarts}
+        values = chosen_values(GIAS, protocol, **options)
+        super().__init__(
+            objective=CosineDistance() + values.total_variation * TotalVariation(),
+            images=LatentCode(generator, code_shape, tuning=values.tuning),
+            labels=InferredLabels(rule, auxiliary, seed),
+            solver=Adam(lr=values.lr, steps=values.steps),
+            restarts=values.restarts,
+            seed=seed,
+            success_threshold=success_threshold,
+        )

@@ -1,0 +1,85 @@
+"""A small generator of images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from leakage.errors import check_count, check_image_size
+
+
+class Generator(nn.Module):
+    """Images of codes: one linear layer, then twice 2x2 nearest enlargement and a convolution.
+
+    A linear layer makes ``2 * width`` maps of a quarter of the image's sides; two 3x3 convolutions, each after an
+    enlargement, halve them to ``width``; a third makes the channels, and a sigmoid puts them into [0, 1]. The
+    defaults have 231,841 parameters. :func:`leakage.dummies.training.trained_generator` trains one.
+
+    Shapes: codes ``(N, code_size)``, normally distributed; images ``(N, channels, *image_size)`` in [0, 1].
+
+    Args:
+        channels: channels of the images.
+        image_size: height and width in pixels, multiples of 4; one number for square images.
+        code_size: numbers of a code.
+        width: maps of the last hidden layer.
+
+    Raises:
+        ValueError: a size or count that is not a whole number of at least 1, or sides that 4 does not divide.
+
+    Example:
+        >>> model = Generator(channels=3, image_size=32, code_size=128)
+        >>> model(torch.randn(2, 128)).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    def __init__(
+        self, channels: int = 1, image_size: int | tuple[int, int] = 28, *, code_size: int = 64, width: int = 32
+    ) -> None:
+        super().__init__()
+        check_count(channels=channels, code_size=code_size, width=width)
+        height, width_of_images = check_image_size(image_size)
+        if height % 4 or width_of_images % 4:
+            raise ValueError(f"Expected `image_size` of multiples of 4, but got {image_size}.")
+        maps = (2 * width, height // 4, width_of_images // 4)
+        self.code_size = code_size
+        self.layers = nn.Sequential(
+            nn.Linear(code_size, maps[0] * maps[1] * maps[2]),
+            nn.Unflatten(1, maps),
+            nn.LeakyReLU(0.2),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(2 * width, width, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, channels, 3, padding=1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Images ``(N, channels, *image_size)`` of codes ``(N, code_size)``."""
+        images: Tensor = self.layers(codes)
+        return images
+
+
+class Encoder(nn.Module):
+    """Of each image the mean and the log-variance of its code, for the training of a :class:`Generator`.
+
+    Shapes: images ``(N, channels, *image_size)`` in [0, 1]; means and log-variances, each ``(N, code_size)``.
+    """
+
+    def __init__(self, channels: int, image_size: tuple[int, int], code_size: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, width, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),
+            nn.Linear(2 * width * (image_size[0] // 4) * (image_size[1] // 4), 2 * code_size),
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance."""
+        mean, log_variance = torch.chunk(self.layers(images), 2, dim=1)
+        return mean, log_variance

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from leakage.models import Generator
+
+
+@pytest.mark.parametrize(("channels", "image_size"), [(1, 28), (3, 32), (2, (8, 12))])
+def test_makes_images_in_the_unit_range(channels: int, image_size: Any) -> None:
+    model = Generator(channels, image_size, code_size=5, width=4)
+    images = model(100 * torch.randn(6, 5))
+    sides = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    assert images.shape == (6, channels, *sides)
+    assert 0 <= images.min() < images.max() <= 1
+
+
+def test_parameters() -> None:
+    width, code, maps = 32, 64, 64 * 7 * 7
+    expected = (code + 1) * maps + (64 * 9 + 1) * width + (width * 9 + 1) * width + (width * 9 + 1)
+    assert sum(parameter.numel() for parameter in Generator().parameters()) == expected == 231_841
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 30}, "Expected `image_size` of multiples of 4, but got 30"),
+        ({"image_size": (28, 30)}, r"Expected `image_size` of multiples of 4, but got \(28, 30\)"),
+        ({"channels": 0}, "Expected `channels` to be a whole number of at least 1, but got 0"),
+        ({"code_size": 1.5}, "Expected `code_size` to be a whole number of at least 1, but got 1.5"),
+        ({"width": 0}, "Expected `width` to be a whole number of at least 1, but got 0"),
+    ],
+)
+def test_names_a_bad_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Generator(**options)
