@@ -12,7 +12,7 @@ from leakage.errors import check_choice, check_count
 from leakage.seeds import derive_seed
 
 _DIRICHLET = "dirichlet:"
-_CHOICES = ("uniform", "single-class", f"{_DIRICHLET}A")
+_CHOICES = ("uniform", "single-class", "distinct", f"{_DIRICHLET}A")
 
 
 def draw_victims(
@@ -28,6 +28,7 @@ def draw_victims(
     ================ ========================================================================
     ``uniform``      any of the data set, whose class frequencies they so have on average
     ``single-class`` all of one class, any of those with at least N images
+    ``distinct``     each of another class, drawn among those there are
     ``dirichlet:A``  class proportions :math:`p \sim \mathrm{Dirichlet}(A, \dots, A)` of its own,
                      then labels by p: a few classes for A = 0.1, nearly all alike for A = 100
     ================ ========================================================================
@@ -49,7 +50,7 @@ def draw_victims(
 
     Raises:
         ValueError: no labels, or not whole numbers of shape ``(M,)``; fewer images than N, for
-            ``single-class`` in every class; another distribution; bad counts.
+            ``single-class`` in every class; fewer classes than N for ``distinct``; another distribution; bad counts.
 
     References:
         Hsu et al., *Measuring the Effects of Non-Identical Data Distribution for Federated Visual
@@ -82,12 +83,20 @@ def draw_victims(
                 f"all of them from one, but got {num_images}."
             )
         members = [images for images in members if len(images) >= num_images]
+    if distribution == "distinct" and num_images > len(members):
+        raise ValueError(
+            f"Expected at most {len(members)} images for each victim, one of each class, as 'distinct' takes no two of "
+            f"one class, but got {num_images}."
+        )
 
     drawn = np.empty((victims, num_images), dtype=np.int64)
     for victim in range(victims):
         rng = np.random.default_rng(derive_seed(seed, victim, "victim's images"))
         if concentration is not None:
             drawn[victim] = _dirichlet(members, num_images, concentration, rng)
+        elif distribution == "distinct":
+            chosen = rng.choice(len(members), num_images, replace=False)
+            drawn[victim] = [rng.choice(members[label]) for label in chosen]
         else:
             images = members[rng.integers(len(members))] if distribution == "single-class" else len(labels)
             drawn[victim] = rng.choice(images, num_images, replace=False)

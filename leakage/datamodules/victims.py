@@ -70,8 +70,8 @@ class Victims(VictimDataModule):
         victims: number of victims.
         images: N, the images behind one gradient.
         seed: decides images, networks and the noise of defenses.
-        labels: how the victims' labels are spread: None as above, or ``"uniform"``, ``"single-class"`` or
-            ``"dirichlet:A"`` as for :func:`~leakage.datamodules.draw_victims`.
+        labels: how the victims' labels are spread: None as above, or ``"uniform"``, ``"single-class"``,
+            ``"distinct"`` or ``"dirichlet:A"`` as for :func:`~leakage.datamodules.draw_victims`.
         lanes: victims that are attacked at once, see :class:`VictimDataModule`.
         model: the clients' network, images in [0, 1] to logits; by default a
             :class:`~leakage.LeNet` that fits images and classes.

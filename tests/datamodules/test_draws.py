@@ -64,6 +64,20 @@ def test_a_single_class_is_any_that_has_enough_images() -> None:
     assert counts[counts > 0].min() > 70
 
 
+def test_distinct_images_are_of_as_many_classes_each_as_likely() -> None:
+    labels = torch.tensor([3] * 50 + [4] * 7 + [7] * 8 + [9] * 20)
+    drawn = draw_victims(labels, victims=600, num_images=2, distribution="distinct", seed=1)
+    of_victim = labels[drawn]
+    assert bool((of_victim[:, 0] != of_victim[:, 1]).all())
+    counts = torch.bincount(of_victim.flatten(), minlength=10)[[3, 4, 7, 9]]
+    assert counts.min() > 250, "each class alike, not each image"
+    assert len(drawn[of_victim == 3].unique()) > 45
+    assert torch.equal(draw_victims(labels, victims=7, num_images=2, distribution="distinct", seed=1), drawn[:7])
+    assert draw_victims(labels, victims=3, num_images=4, distribution="distinct").shape == (3, 4)
+    with pytest.raises(ValueError, match=r"Expected at most 4 images for each victim, one of each class, .* but got 5"):
+        draw_victims(labels, victims=3, num_images=5, distribution="distinct")
+
+
 @pytest.mark.parametrize("concentration", [0.1, 1.0, 100.0])
 def test_proportions_spread_as_those_of_a_dirichlet(concentration: float) -> None:
     labels = torch.arange(6000) % 5
@@ -118,7 +132,7 @@ def draw(**changes: Any) -> Tensor:
 
 @pytest.mark.parametrize("distribution", ["normal", "dirichlet", "Uniform", "", None, 0.1])
 def test_an_unknown_distribution_is_refused_with_the_choices(distribution: Any) -> None:
-    choices = r"\['dirichlet:A', 'single-class', 'uniform'\]"
+    choices = r"\['dirichlet:A', 'distinct', 'single-class', 'uniform'\]"
     with pytest.raises(ValueError, match=rf"Expected `distribution` to be one of {choices}, but got {distribution!r}"):
         draw(distribution=distribution)
 

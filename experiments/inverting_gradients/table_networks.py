@@ -1,0 +1,105 @@
+"""The networks of `table.py` by name, untrained or trained, and the victims that share gradients of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torchvision.transforms import Normalize
+
+from leakage.clients.training import trained_network
+from leakage.datamodules import LabelledImages, Victims
+from leakage.models import VGG11, ConvNet, LeNet, ResNet18, ResNet20, ViT, draw_state
+
+# Each is called with channels, size of the images and number of classes.
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "lenet": LeNet,
+    "convnet": partial(ConvNet, width=32, norm="none"),
+    "convnet64": partial(ConvNet, width=64),
+    "resnet20": ResNet20,
+    "resnet20x4": partial(ResNet20, width=64),
+    "resnet18": partial(ResNet18, norm="batch"),
+    "vgg11": partial(VGG11, norm="batch"),
+    "vit": ViT,
+}
+WRITTEN = {
+    "lenet": "LeNet", "convnet": "ConvNet, 32 channels", "convnet64": "ConvNet, 64 channels, instance norm",
+    "resnet20": "ResNet-20", "resnet20x4": "ResNet-20, 64 channels", "resnet18": "ResNet-18", "vgg11": "VGG11",
+    "vit": "ViT",
+}  # fmt: skip
+BATCH_NORM = ("evaluation", "training")
+# More parameters than this are shared by all victims.
+_SMALL = 500_000
+
+
+@dataclass
+class Network:
+    """What the victims are given.
+
+    Attributes:
+        model: images in [0, 1] to logits.
+        own: whether each victim draws weights of its own.
+        accuracy: on the test images, 0 to 1; None untrained.
+    """
+
+    model: nn.Module
+    own: bool
+    accuracy: float | None
+
+
+def make_network(given: argparse.Namespace, data: LabelledImages, epochs: int) -> Network:
+    """The network that was asked for after so many epochs, from the cache if it is there.
+
+    All but LeNet, which takes images as they are in the papers on attacks, normalise them first.
+
+    Raises:
+        ValueError: a network that does not fit the images.
+    """
+    channels, height, width = data.image_shape
+    with torch.random.fork_rng(devices=[]):
+        network = NETWORKS[given.network](channels, (height, width), data.num_classes)
+    network.load_state_dict(draw_state(network, given.seed), strict=False)
+    accuracy = None
+    if epochs:
+        options = {} if given.learning_rate is None else {"learning_rate": given.learning_rate}
+        trained = trained_network(
+            network,
+            data,
+            epochs=epochs,
+            num_images=given.train_images,
+            seed=given.seed,
+            root=given.networks,
+            accelerator=given.accelerator,
+            progress=sys.stderr.isatty(),
+            **options,
+        )
+        model, accuracy = trained.model, trained.accuracy
+    else:
+        model = network if isinstance(network, LeNet) else nn.Sequential(Normalize(data.mean, data.std), network)
+    model.train(given.batch_norm == "training")
+    small = sum(parameter.numel() for parameter in network.parameters()) <= _SMALL
+    return Network(model, small and not epochs, accuracy)
+
+
+def make_victims(given: argparse.Namespace, data: LabelledImages, network: Network) -> Victims:
+    """Victims with test images, which no network was trained on."""
+    local = {} if given.local_steps == 1 else {"learning_rate": given.local_learning_rate}
+    return Victims(
+        data.test,
+        num_classes=data.num_classes,
+        labels={"random": None, "equal": "single-class", "distinct": "distinct"}[given.labels],
+        victims=given.victims,
+        images=given.images,
+        seed=given.seed,
+        lanes=given.lanes,
+        model=network.model,
+        weights="own" if network.own else "shared",
+        reveal_labels=not given.infer_labels,
+        local_steps=given.local_steps,
+        **local,
+    )
