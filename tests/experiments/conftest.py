@@ -35,3 +35,10 @@ def speed() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXPERIMENTS / "benchmarks")  # as for a script that is run
         yield load("benchmarks/attack_speed.py")
+
+
+@pytest.fixture(scope="session")
+def inverting() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXPERIMENTS / "inverting_gradients")
+        yield load("inverting_gradients/table.py")

@@ -1,0 +1,323 @@
+r"""Attacks on networks that people train: PSNR of each, with the baselines that look at no gradient.
+
+    python experiments/inverting_gradients/table.py --dataset cifar10 --network convnet --victims 20 \
+        --attacks inverting_gradients gauss_newton --iterations 1600 --output results/convnet
+    python experiments/inverting_gradients/table.py --dataset data/cifar10 --network resnet18 --epochs 5 --images 4 \
+        --attacks inverting_gradients grad_inversion --output results/resnet18
+
+Victims hold test images, which no network was trained on. Each of an untrained network of up to half a million weights
+has a newly drawn one of its own; larger and trained ones are shared. The attacker is told the labels, unless
+`--infer-labels`. `--local-steps` of SGD are simulated by the attacks, with the clients' learning rate.
+
+An attack that does not beat every baseline (a grey image, the own mean colour of each image, the nearest training
+image) is marked in table and pictures. *Identified* is an image that its reconstruction is nearer to than to any of
+`--others` training images. Where there is one, the paper's figure stands beside ours (Inverting Gradients:
+https://arxiv.org/abs/2003.14053, CIFAR-10, one image, 4,800 iterations).
+
+Files in the output folder: `summary.json`, a row for each attack; `gallery.png`; `psnr_over_time.png`; and the folder
+`attacks` as of `experiments/comparison`. A run that was stopped, in whatever way, goes on with the same command and
+`--resume`, and ends with the results that it would have had. Without `--resume` a folder that holds results is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from table_networks import BATCH_NORM, NETWORKS, Network, make_network, make_victims  # these two lie beside this script
+from table_networks import WRITTEN as NETWORKS_WRITTEN
+from table_rows import BASELINES, WRITTEN, TableRow, format_table, plot_time
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from leakage.attacks import (
+    DLGAttack,
+    GaussNewtonAttack,
+    GIASAttack,
+    GradientInversion,
+    GradInversionAttack,
+    IDLGAttack,
+    InvertingGradientsAttack,
+)
+from leakage.cli import quiet
+from leakage.comparison import Row, read_reconstructions
+from leakage.condensation.embeddings import embed, embedding_layer
+from leakage.datamodules import LABELLED_DATASETS, GroundTruth, LabelledImages, in_unit_range
+from leakage.datamodules.benchmarks import BENCHMARKS
+from leakage.dummies.training import trained_generator
+from leakage.errors import check_count, check_positive
+from leakage.files.text import write_json
+from leakage.files.whole import check_output
+from leakage.metrics import MeanOverVictims, ShareOverVictims, baseline_guesses, below_baseline, identified, score
+from leakage.plots import plot_gallery, save_figure
+from leakage.seeds import derive_seed
+
+sys.path.append(str(Path(__file__).parents[1] / "comparison"))
+from comparing import compare
+from records import holds_results
+
+PROTOCOLS = ("published", "robust")
+LABELS = ("random", "distinct", "equal")
+# Mean PSNR in dB in table 1 of Inverting Gradients, by network and whether it was trained.
+PUBLISHED = {("lenet", False): 18.00, ("lenet", True): 18.08, ("resnet20x4", False): 19.83, ("resnet20x4", True): 13.95}
+_SHOWN = 8
+
+
+class Table:
+    """One network's victims and the attacks on them: made ready and checked, then run.
+
+    Raises:
+        ValueError: options that don't go together, or don't fit the data.
+        OSError: a folder that can't be written.
+    """
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        self.names = list(dict.fromkeys(given.attacks))
+        check_count(victims=given.victims, images=given.images, others=given.others, local_steps=given.local_steps)
+        check_count(0, epochs=given.epochs, generator_epochs=given.generator_epochs, seed=given.seed)
+        check_positive(local_learning_rate=given.local_learning_rate)
+        self.data = LabelledImages(
+            given.dataset, root=given.root, image_size=given.image_size, benchmark=given.benchmark, seed=given.seed
+        )
+        check_output(given.output)
+        if not given.resume and (holds_results(given.output) or holds_results(given.output / "attacks")):
+            raise ValueError(
+                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
+                "with them, or choose another folder."
+            )
+        self.data.prepare_data()
+        self.data.setup("fit")
+        if given.others > len(self.data.train):
+            raise ValueError(
+                f"Expected `--others` of at most {len(self.data.train)}, the training images of {self.data.name!r}, "
+                f"but got {given.others}."
+            )
+        # What can be refused is refused before anything is trained.
+        network = make_network(given, self.data, epochs=0)
+        victims = make_victims(given, self.data, network)
+        victims.setup("fit")
+        for name in self.names:
+            self._attack(name, network.model, generator_epochs=0)
+
+    def run(self) -> list[TableRow]:
+        """Attack, and write what was found."""
+        given, folder = self.given, self.given.output / "attacks"
+        network = make_network(given, self.data, given.epochs)
+        victims = make_victims(given, self.data, network)
+        compared = compare(
+            {name: self._attack(name, network.model, given.generator_epochs) for name in self.names},
+            victims,
+            folder,
+            dataset=self.data.name,
+            resume=given.resume,
+            accelerator=given.accelerator,
+            devices=1,
+            enable_progress_bar=sys.stderr.isatty(),
+        )
+        truth = GroundTruth.cat(list(victims.val_dataloader()))
+        public = in_unit_range(self.data.train.images)
+        guesses = baseline_guesses(truth.images, public)
+        baselines = {name: score(guesses[name], truth.labels, truth.images, truth.labels).psnr for name in BASELINES}
+        rows, pictures = [], {}
+        for row in compared:
+            found = read_reconstructions(folder / row.method, truth.ids.tolist())
+            order = score(found.images, found.labels, truth.images, truth.labels).order
+            images = found.images[torch.arange(len(truth))[:, None], order]
+            rows.append(self._row(row, network, truth, images, public, baselines))
+            pictures[row.method] = images
+        write_json(given.output / "summary.json", [asdict(row) for row in rows])
+        self._draw(rows, truth, guesses["nearest"], pictures)
+        return rows
+
+    def _attack(self, name: str, model: nn.Module, generator_epochs: int) -> GradientInversion:
+        """An attack as it was asked for."""
+        given = self.given
+        options: dict[str, Any] = {"seed": given.seed}
+        options |= {} if name == "gauss_newton" else {"protocol": given.protocol}
+        if given.iterations is not None:
+            limit = "steps" if name in ("inverting_gradients", "grad_inversion", "gias") else "max_evaluations"
+            options[limit] = given.iterations
+        if name == "gias":
+            trained = trained_generator(
+                self.data,
+                epochs=generator_epochs,
+                seed=derive_seed(given.seed, 0, "generator"),
+                root=given.networks,
+                accelerator=given.accelerator,
+                progress=sys.stderr.isatty(),
+            )
+            return GIASAttack(trained.model, [trained.model.code_size], **options)
+        if name == "grad_inversion" and not has_statistics(model):
+            options["batch_norm"] = 0.0
+        if name == "gauss_newton":
+            options["underdetermined"] = True
+        return ATTACKS[name](**options)
+
+    def _row(
+        self,
+        compared: Row,
+        network: Network,
+        truth: GroundTruth,
+        images: Tensor,
+        public: Tensor,
+        baselines: dict[str, Tensor],
+    ) -> TableRow:
+        given = self.given
+        psnr = MeanOverVictims()(score(images, truth.labels, truth.images, truth.labels).psnr.mean(1))
+        generator = torch.Generator().manual_seed(derive_seed(given.seed, 0, "others"))
+        others = public[torch.randperm(len(public), generator=generator)[: given.others]]
+        told = identified(images, truth.images, others).double().mean(1)
+        share = ShareOverVictims()(told)
+        by_features = None
+        if given.epochs:
+            seen = Features(network.model, embedding_layer(network.model, self.data.image_shape))
+            by_features = float(identified(images, truth.images, others, seen).double().mean())
+        means = {name: float(values.mean()) for name, values in baselines.items()}
+        is_published = (given.images, given.local_steps, self.data.name) == (1, 1, "cifar10")
+        key = given.network, given.epochs > 0
+        return TableRow(
+            attack=compared.method,
+            protocol=compared.protocol,
+            network=given.network,
+            epochs=given.epochs,
+            test_accuracy=network.accuracy,
+            images=given.images,
+            labels=given.labels,
+            labels_told=not given.infer_labels,
+            local_steps=given.local_steps,
+            victims=compared.victims,
+            psnr_mean=psnr.value,
+            psnr_ci=(psnr.low, psnr.high),
+            ssim_mean=compared.ssim_mean,
+            identified=share.value,
+            identified_ci=(share.low, share.high),
+            identified_features=by_features,
+            others=given.others,
+            **{f"baseline_{name}": value for name, value in means.items()},
+            below=below_baseline(psnr.value, means),
+            label_accuracy=compared.label_accuracy,
+            iterations=compared.evaluations_per_victim,
+            seconds_per_victim=compared.seconds / compared.victims,
+            published_psnr=PUBLISHED.get(key) if is_published and compared.method == "inverting_gradients" else None,
+        )
+
+    def _draw(self, rows: list[TableRow], truth: GroundTruth, nearest: Tensor, pictures: dict[str, Tensor]) -> None:
+        shown = min(_SHOWN, truth.images.shape[0] * truth.images.shape[1])
+        columns = {"truth": truth.images, "nearest\ntraining image": nearest}
+        columns |= {
+            WRITTEN[row.attack].replace(" ", "\n") + "\nbelow a baseline" * bool(row.below): pictures[row.attack]
+            for row in rows
+        }
+        flat = {name: images.flatten(0, 1)[:shown] for name, images in columns.items()}
+        own = truth.images.flatten(0, 1)[:shown]
+        captions = {}
+        for name, images in flat.items():
+            decibels = -10 * (images - own).square().flatten(1).mean(1).log10()
+            captions[name] = [f"{value:.1f} dB" if name != "truth" else "" for value in decibels.tolist()]
+        told = NETWORKS_WRITTEN[self.given.network]
+        epochs = f"after {self.given.epochs} epochs" if self.given.epochs else "untrained"
+        title = f"{self.data.name}, {told}, {epochs}"
+        figure = plot_gallery(
+            [[images[place] for images in flat.values()] for place in range(shown)],
+            columns=list(flat),
+            rows=[str(place) for place in range(shown)],
+            captions=[[lines[place] for lines in captions.values()] for place in range(shown)],
+            title=title,
+        )
+        save_figure(figure, self.given.output / "gallery.png")
+        save_figure(plot_time(rows, title), self.given.output / "psnr_over_time.png")
+
+
+ATTACKS: dict[str, Callable[..., GradientInversion]] = {
+    "inverting_gradients": InvertingGradientsAttack,
+    "grad_inversion": GradInversionAttack,
+    "gias": GIASAttack,
+    "dlg": DLGAttack,
+    "idlg": IDLGAttack,
+    "gauss_newton": GaussNewtonAttack,
+}
+
+
+class Features(nn.Module):
+    """What a network makes of images before its last layer."""
+
+    def __init__(self, model: nn.Module, layer: str) -> None:
+        super().__init__()
+        self.model, self.layer = model, layer
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, D)`` of images ``(B, C, H, W)``, a hundred at a time."""
+        return torch.cat([embed(self.model, self.layer, some) for some in torch.split(images, 100)])
+
+
+def has_statistics(model: nn.Module) -> bool:
+    """Whether it has BatchNorm in evaluation mode, whose running statistics an attacker knows."""
+    return any(isinstance(module, _BatchNorm) and not module.training for module in model.modules())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    quiet()
+    try:
+        table = Table(given)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"{'/'.join(table.names)} on {given.victims} victims of {table.data.name}:", flush=True)
+    try:
+        rows = table.run()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, OSError) or str(error).startswith("Expected "):
+            sys.exit(f"{parser.prog}: error: {error}")
+        raise
+    print(f"\n{format_table(rows)}\n")
+    for name in ("summary.json", "gallery.png", "psnr_over_time.png"):
+        print(given.output / name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--dataset",
+        required=True,
+        help=f"one of {', '.join(LABELLED_DATASETS)}, or a folder of images in ImageFolder layout",
+    )
+    add("--benchmark", choices=tuple(BENCHMARKS), help="the data set that a folder holds, whose statistics are used")
+    add("--network", choices=tuple(NETWORKS), default="convnet", help="default: %(default)s")
+    add("--epochs", type=int, default=0, help="of its training, 0 for none (default: %(default)s)")
+    add("--batch-norm", choices=BATCH_NORM, default="evaluation", help="mode of BatchNorm (default: %(default)s)")
+    add("--attacks", nargs="+", choices=tuple(ATTACKS), default=["inverting_gradients"], help="default: %(default)s")
+    add("--protocol", choices=PROTOCOLS, default="published", help="of the attacks (default: %(default)s)")
+    add("--iterations", type=int, help="evaluations of the objective for each start (default: the protocol's)")
+    add("--victims", type=int, default=20, help="default: %(default)s")
+    add("--images", type=int, default=1, help="of a victim (default: %(default)s)")
+    add("--labels", choices=LABELS, default="random", help="of a victim's images (default: %(default)s)")
+    add("--infer-labels", action="store_true", help="read them off the gradient; else the attacker is told them")
+    add("--local-steps", type=int, default=1, help="of SGD, whose sum is shared (default: %(default)s)")
+    add("--local-learning-rate", type=float, default=1e-2, help="of several local steps (default: %(default)s)")
+    add("--others", type=int, default=1000, help="training images to tell victims' from (default: %(default)s)")
+    add("--generator-epochs", type=int, default=3, help="for gias (default: %(default)s)")
+    add("--train-images", type=int, help="to train the network on (default: all)")
+    add("--learning-rate", type=float, help="of the network's training (default: that of leakage.clients.training)")
+    add("--networks", type=Path, help="folder that keeps trained networks (default: ~/.cache/leakage/networks)")
+    add("--lanes", type=int, default=16, help="victims attacked at once (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
+    add("--output", type=Path, required=True, help="folder for results")
+    add("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    add("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    add("--image-size", type=int, help="scale and crop a folder's images to this height and width")
+    add("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

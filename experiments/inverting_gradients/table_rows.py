@@ -1,0 +1,128 @@
+"""What `table.py` found: its rows, the table, and the picture of PSNR over time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from leakage.comparison import align
+from leakage.plots import COLOURS, INK, PALE, new_figure
+
+BASELINES = ("grey", "mean_colour", "nearest")
+WRITTEN = {
+    "inverting_gradients": "Inverting Gradients", "grad_inversion": "GradInversion", "gias": "GIAS", "dlg": "DLG",
+    "idlg": "iDLG", "gauss_newton": "Gauss-Newton",
+}  # fmt: skip
+_BASELINES_WRITTEN = {"grey": "grey", "mean_colour": "own mean colour", "nearest": "nearest training image"}
+
+
+@dataclass
+class TableRow:
+    """One attack's figures over all victims, a line of ``summary.json``.
+
+    Attributes:
+        attack: its name.
+        protocol: ``"published"`` or ``"robust"``.
+        network: its name.
+        epochs: of its training, 0 for none.
+        test_accuracy: of the network, 0 to 1; None untrained.
+        images: of a victim.
+        labels: ``"random"``, ``"distinct"`` or ``"equal"``.
+        labels_told: whether the attacker is told them.
+        local_steps: of a victim.
+        victims: number of victims.
+        psnr_mean: mean over victims, dB.
+        psnr_ci: its 95 % interval, after Student.
+        ssim_mean: mean over victims.
+        identified: share of the images that are nearer to their reconstruction than any of ``others`` is, by MSE.
+        identified_ci: its 95 % Wilson interval.
+        identified_features: the same by the features before the last layer of the trained network; None untrained.
+        others: number of other images.
+        baseline_grey: mean PSNR of a grey image, dB.
+        baseline_mean_colour: of the image's own mean colour.
+        baseline_nearest: of the training image nearest to it.
+        below: names of the baselines that the attack does not beat.
+        label_accuracy: share of the images whose label is right.
+        iterations: mean number of evaluations of the objective and its gradient, over all starts.
+        seconds_per_victim: in the attack.
+        published_psnr: the paper's figure, dB, where there is one.
+    """
+
+    attack: str
+    protocol: str
+    network: str
+    epochs: int
+    test_accuracy: float | None
+    images: int
+    labels: str
+    labels_told: bool
+    local_steps: int
+    victims: int
+    psnr_mean: float
+    psnr_ci: tuple[float, float]
+    ssim_mean: float
+    identified: float
+    identified_ci: tuple[float, float]
+    identified_features: float | None
+    others: int
+    baseline_grey: float
+    baseline_mean_colour: float
+    baseline_nearest: float
+    below: list[str]
+    label_accuracy: float
+    iterations: float
+    seconds_per_victim: float
+    published_psnr: float | None = None
+
+
+def format_table(rows: Sequence[TableRow]) -> str:
+    """The rows as a table for the terminal; a star marks an attack that does not beat every baseline."""
+    lines = [["", "PSNR", "published", "SSIM", "identified", "labels", "iterations", "time"]]
+    for row in rows:
+        low, high = row.psnr_ci
+        share, (least, most) = row.identified, row.identified_ci
+        lines.append(
+            [
+                WRITTEN[row.attack] + " *" * bool(row.below),
+                f"{row.psnr_mean:.1f} dB [{low:.1f}, {high:.1f}]",
+                "" if row.published_psnr is None else f"{row.published_psnr:.1f} dB",
+                f"{row.ssim_mean:.3f}",
+                f"{100 * share:.0f} % [{100 * least:.0f}, {100 * most:.0f}]",
+                f"{100 * row.label_accuracy:.0f} %",
+                f"{row.iterations:,.0f}",
+                f"{row.seconds_per_victim:.1f} s",
+            ]
+        )
+    first = rows[0]
+    told = [f"{_BASELINES_WRITTEN[name]} {getattr(first, f'baseline_{name}'):.1f} dB" for name in BASELINES]
+    notes = [f"Without any gradient: {', '.join(told)}."]
+    for row in rows:
+        if row.below:
+            names = " and ".join(_BASELINES_WRITTEN[name] for name in row.below)
+            notes.append(f"* {WRITTEN[row.attack]} does not beat {names}: it shows nothing here.")
+    return "\n".join([align(lines), "", *notes])
+
+
+def plot_time(rows: Sequence[TableRow], title: str) -> Figure:
+    """PSNR over the time that each attack takes for a victim, with the baselines as lines."""
+    figure = new_figure(7.2, 3.8)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    for row, colour in zip(rows, COLOURS, strict=False):
+        low, high = row.psnr_ci
+        bars = None if math.isnan(low) else [[row.psnr_mean - low], [high - row.psnr_mean]]
+        label = WRITTEN[row.attack] + (", below a baseline" if row.below else "")
+        marker = "x" if row.below else "o"
+        axes.errorbar(row.seconds_per_victim, row.psnr_mean, bars, fmt=marker, color=colour, capsize=3, label=label)
+    for name, style in zip(BASELINES, (":", "--", "-."), strict=True):
+        level = getattr(rows[0], f"baseline_{name}")
+        axes.axhline(level, color=PALE, linestyle=style, linewidth=1, label=_BASELINES_WRITTEN[name])
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds for a victim", color=INK)
+    axes.set_ylabel("PSNR, dB", color=INK)
+    axes.set_title(title, fontsize=10, color=INK)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
