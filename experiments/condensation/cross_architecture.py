@@ -175,8 +175,9 @@ def cross_architecture(
     for architecture in architectures:
         for source, synthetic in sets.items():
             synthetic.check(data)
+            seen = synthetic.decoded()
             configurations[architecture, source] = {
-                "set": digest({"images": synthetic.images, "labels": synthetic.labels}),
+                "set": digest({"images": seen.images, "labels": seen.labels}),
                 "data": tested_on,
                 "network": repr(models[architecture]),
                 "evaluation": evaluations[source],
