@@ -79,7 +79,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {**NETWORKS, "lenet_relu": 
 # As the papers write them.
 WRITTEN = {
     "convnet": "ConvNet", "mlp": "MLP", "lenet": "LeNet", "lenet_relu": "LeNet, ReLU",
-    "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet18",
+    "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet18", "resnet20": "ResNet20", "vit": "ViT",
 }  # fmt: skip
 # Told apart also by readers who do not see red and green as different (Okabe and Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -292,7 +292,7 @@ def test_sets_that_do_not_fit(
         (["--networks", "0"], "Expected `networks` to be a whole number of at least 1, but got 0"),
         (["--epochs", "0"], "Expected `epochs` to be a whole number of at least 1, but got 0"),
         (["--seed", "-1"], "Expected `seed` to be a whole number of at least 0, but got -1"),
-        (["--architectures", "vit"], "invalid choice: 'vit' (choose from"),
+        (["--architectures", "swin"], "invalid choice: 'swin' (choose from"),
         (["--baseline", "best"], "invalid choice: 'best' (choose from"),
         (["--device", "nonsense"], "Expected `--device` to be one that torch can use, but got 'nonsense'"),
         (["--dataset", "nothing"], "Expected `dataset` to be one of ['mnist', 'fashion_mnist'"),

@@ -461,7 +461,7 @@ TRAINED = ["--epochs", "1", "--train-images", "300"]
     [
         (["--dataset", "nothing"], "Expected `dataset` to be one of ['mnist', 'fashion_mnist'"),
         (["--image-size", "8"], "Expected no `image_size` with 'sample', but got 8"),
-        (["--network", "vit"], "invalid choice: 'vit' (choose from"),
+        (["--network", "swin"], "invalid choice: 'swin' (choose from"),
         (["--network", "alexnet", "--activation", "silu"], "Expected no `--activation` with 'alexnet', which has only"),
         (["--norm", "batch"], "Expected no `--norm` with 'mlp', which has only one, but got 'batch'"),
         (["--mode", "train"], "Expected no `--mode` with a network without BatchNorm, but got 'train'"),
