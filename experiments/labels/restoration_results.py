@@ -18,7 +18,7 @@ from leakage.plots import save_figure
 # As the papers write them.
 WRITTEN = {
     "convnet": "ConvNet", "mlp": "MLP", "lenet": "LeNet",
-    "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet-18",
+    "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet-18", "resnet20": "ResNet-20", "vit": "ViT",
 }  # fmt: skip
 _DATASETS = {
     "mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR-10",
