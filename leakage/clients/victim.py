@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from leakage.clients.activations import Activation, check_names, joined, recorded
+from leakage.clients.activations import Activation, check_names, recorded
 from leakage.clients.inspection import (
     black_images,
     check_no_dropout,
@@ -20,6 +20,7 @@ from leakage.clients.inspection import (
     drop_unused_statistics,
     inspect_model,
 )
+from leakage.clients.local_steps import train
 from leakage.clients.losses import LOSSES
 from leakage.clients.low_rank import coordinates
 from leakage.clients.protocol import Protocol
@@ -198,6 +199,8 @@ class Victim:
         targets: Tensor,
         modules: Sequence[str] = (),
         basis: Tensor | None = None,
+        *,
+        sparing: bool = False,
     ) -> tuple[dict[str, Tensor], dict[str, Activation]]:
         """:meth:`gradients`, and what some modules took and gave in the forward pass that they come from.
 
@@ -209,6 +212,8 @@ class Victim:
             basis: ``(K, N)`` of the last layer's gradient, for one step: that gradient is then given in it, and what
                 lies outside of it under a further name; ``state`` has the weights by columns
                 (:mod:`leakage.clients.low_rank`).
+            sparing: where there are many local steps, compute each once or twice more for a derivative, backwards
+                only, instead of keeping the activations of all.
 
         Returns:
             Gradients and activations by name, both differentiable. With local steps the activations are those of the
@@ -217,37 +222,28 @@ class Victim:
         if basis is not None:
             return self._evaluate_in_basis(state, images, targets, modules, basis)
         protocol = self.protocol
-        loss_per_image = LOSSES[protocol.loss]
-        trainable = frozenset(self.trainable)
-        fixed = {name: tensor for name, tensor in state.items() if name not in trainable}
-
-        def loss(
-            weights: dict[str, Tensor], images: Tensor, targets: Tensor, modules: Sequence[str] = modules
-        ) -> tuple[Tensor, dict[str, Activation]]:
-            with recorded(self.model, modules) as activations:
-                logits = functional_call(self.model, (weights, fixed), (images,))
-            losses = loss_per_image(logits, targets)
-            return losses.mean() if protocol.reduction == "mean" else losses.sum(), activations
-
+        fixed = {name: tensor for name, tensor in state.items() if name not in frozenset(self.trainable)}
         weights = {name: state[name] for name in self.trainable}
-        size = protocol.local_batch_size or len(images)
-        step_gradients = grad(loss, has_aux=True)
-        gradients, first = step_gradients(weights, images[:size], targets[:size])
-        if protocol.learning_rate is None:  # one step
-            return gradients, first
-        total, passed = gradients, [first]
-        for step in range(1, protocol.local_steps):
-            weights = {name: weights[name] - protocol.learning_rate * gradients[name] for name in weights}
-            start = step * size % len(images)
-            batch = slice(start, start + size)
-            is_first_pass = step * size < len(images)
-            gradients, activations = step_gradients(
-                weights, images[batch], targets[batch], modules if is_first_pass else ()
-            )
-            if is_first_pass:
-                passed.append(activations)
-            total = {name: total[name] + gradients[name] for name in total}
-        return {name: tensor / protocol.local_steps for name, tensor in total.items()}, joined(passed)
+        step_gradients = grad(self._loss, has_aux=True)
+        if protocol.local_steps == 1:
+            found: tuple[dict[str, Tensor], dict[str, Activation]]
+            found = step_gradients(weights, fixed, images, targets, modules)
+            return found
+        return train(step_gradients, protocol, (fixed, images, targets), weights, modules, sparing=sparing)
+
+    def _loss(
+        self,
+        weights: dict[str, Tensor],
+        fixed: dict[str, Tensor],
+        images: Tensor,
+        targets: Tensor,
+        modules: Sequence[str],
+    ) -> tuple[Tensor, dict[str, Activation]]:
+        """Of one step, and the activations of the forward pass."""
+        with recorded(self.model, modules) as activations:
+            logits = functional_call(self.model, (weights, fixed), (images,))
+        losses = LOSSES[self.protocol.loss](logits, targets)
+        return losses.mean() if self.protocol.reduction == "mean" else losses.sum(), activations
 
     def _evaluate_in_basis(
         self, state: Mapping[str, Tensor], images: Tensor, targets: Tensor, modules: Sequence[str], basis: Tensor
