@@ -54,31 +54,41 @@ def train(
     rate = protocol.learning_rate or 0.0  # never None with several steps
 
     def steps(
-        span: range, lengths: Sequence[int], weights: _Tensors, data: tuple[_Tensors, Tensor, Tensor]
-    ) -> tuple[_Tensors, _Tensors, dict[str, Activation]]:
-        """Weights after some steps, the sum of these, and activations; in spans of the first of the lengths."""
+        span: range,
+        lengths: Sequence[int],
+        weights: _Tensors,
+        velocity: _Tensors,
+        data: tuple[_Tensors, Tensor, Tensor],
+    ) -> tuple[_Tensors, _Tensors, _Tensors, dict[str, Activation]]:
+        """Weights and velocity after some steps, the sum of these, and activations; in spans of the first length."""
         total: _Tensors = {}
         passed = []
         for start in span[:: lengths[0] if lengths else 1]:
             if lengths:
                 part = range(start, min(start + lengths[0], span.stop))
-                weights, taken, seen = recomputed(partial(steps, part, lengths[1:]), weights, data)
+                weights, velocity, taken, seen = recomputed(partial(steps, part, lengths[1:]), weights, velocity, data)
             else:
                 buffers, images, targets = data
                 first = start * batch_size % len(images)
                 batch = slice(first, first + batch_size)
                 watched = modules if start * batch_size < len(images) else ()
                 taken, seen = step_gradients(weights, buffers, images[batch], targets[batch], watched)
+                if protocol.weight_decay:
+                    taken = {name: taken[name] + protocol.weight_decay * weights[name] for name in taken}
+                if velocity:
+                    taken = {name: taken[name] + protocol.momentum * velocity[name] for name in taken}
+                if protocol.momentum:
+                    velocity = taken
                 weights = {name: weights[name] - rate * taken[name] for name in weights}
             total = {name: total[name] + taken[name] for name in total} if total else taken
             passed += [seen] if seen else []
-        return weights, total, joined(passed) if passed else {}
+        return weights, velocity, total, joined(passed) if passed else {}
 
     count = protocol.local_steps
     lengths: tuple[int, ...] = ()
     if sparing and count >= _SPARING_FROM:
         lengths = (1,) if count < _IN_SPANS_FROM else (math.isqrt(count), 1)
-    _, total, seen = steps(range(count), lengths, weights, data)
+    *_, total, seen = steps(range(count), lengths, weights, {}, data)
     return {name: tensor / count for name, tensor in total.items()}, seen
 
 

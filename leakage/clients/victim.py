@@ -43,11 +43,12 @@ class Victim:
 
     and is computed for V victims at once, their weights shared (one global model, many clients)
     or their own (the protocol of the papers: a fresh random network for each). With T ``local_steps``
-    (federated averaging) the client trains by plain SGD, ``local_batch_size`` images at a time in
-    their order, over and over, and shares the average gradient of its steps,
+    (federated averaging) the client trains by SGD, ``local_batch_size`` images at a time in
+    their order, over and over, and shares the average of its steps: of its gradients, where there
+    is no momentum and no weight decay,
 
-    .. math:: \theta_{t+1} = \theta_t - \eta \, g_t(\theta_t), \qquad
-        \frac{1}{T} \sum_{t=0}^{T-1} g_t(\theta_t) = \frac{\theta_0 - \theta_T}{\eta T},
+    .. math:: v_t = \mu v_{t-1} + g_t(\theta_t) + \lambda \theta_t, \qquad \theta_{t+1} = \theta_t - \eta v_t,
+        \qquad \frac{1}{T} \sum_{t=0}^{T-1} v_t = \frac{\theta_0 - \theta_T}{\eta T},
 
     which it sums step by step: the difference of the weights would lose digits.
 
@@ -69,6 +70,7 @@ class Victim:
         learning_rate: :math:`\eta`, required for several steps; with one it cancels out.
         local_batch_size: images of one step, by default all N. It divides N, and T steps use every image
             equally often.
+        momentum, weight_decay: :math:`\mu`, from 0 to below 1, and :math:`\lambda`, of several steps.
         defenses: what the client does, one after the other, to this gradient before it shares it (with local steps
             to their average): objects of :class:`leakage.defenses.Defense`.
 
@@ -114,6 +116,8 @@ class Victim:
         local_steps: int = 1,
         learning_rate: float | None = None,
         local_batch_size: int | None = None,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
         defenses: Sequence[Defense] = (),
     ) -> None:
         self.defenses = check_defenses(defenses)
@@ -126,6 +130,8 @@ class Victim:
             local_steps=local_steps,
             learning_rate=learning_rate,
             local_batch_size=local_batch_size,
+            momentum=momentum,
+            weight_decay=weight_decay,
             defenses=tuple(defense.describe() for defense in self.defenses),
         )
         check_no_dropout(model)

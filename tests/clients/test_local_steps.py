@@ -14,12 +14,12 @@ from leakage.inversion.memory import peak_memory
 from tests.clients.networks import CLASSES, IMAGE_SHAPE, network, private
 
 
-def made(kind: str, local_steps: int, *, batch: int | None = None, train: bool = False) -> Victim:
+def made(kind: str, local_steps: int, *, batch: int | None = None, train: bool = False, **options: float) -> Victim:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = network(kind, bias=True).train(train)
     steps = {"local_steps": local_steps, "learning_rate": 0.3, "local_batch_size": batch}
-    return Victim(model, image_shape=IMAGE_SHAPE, num_images=4, **steps)
+    return Victim(model, image_shape=IMAGE_SHAPE, num_images=4, **steps, **options)
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -30,7 +30,7 @@ def made(kind: str, local_steps: int, *, batch: int | None = None, train: bool =
 )
 def test_values_and_gradients_are_those_of_the_plain_simulation(kind, local_steps, batch, train, modules, seeds):
     """Of several victims with weights of their own, and of several sets of images of each."""
-    victim = made(kind, local_steps, batch=batch, train=train)
+    victim = made(kind, local_steps, batch=batch, train=train, momentum=0.9 if batch else 0.0, weight_decay=0.01)
     images, labels = private(3, 4)
     sets = images[:, None] * torch.linspace(0.5, 1, seeds, dtype=torch.float64).view(1, -1, 1, 1, 1, 1)
     logits = F.one_hot(labels, CLASSES).double()
@@ -60,7 +60,7 @@ def test_values_and_gradients_are_those_of_the_plain_simulation(kind, local_step
 
 
 def test_gradients_agree_with_finite_differences():
-    victim = made("conv", 8, batch=2)
+    victim = made("conv", 8, batch=2, momentum=0.5, weight_decay=0.1)
     images, labels = private(1, 4)
     targets = F.one_hot(labels[0], CLASSES).double()
 
