@@ -19,6 +19,7 @@ from leakage.clients.inspection import (
     check_tensors,
     drop_unused_statistics,
     inspect_model,
+    take_affine_apart,
 )
 from leakage.clients.local_steps import train
 from leakage.clients.losses import LOSSES
@@ -137,6 +138,7 @@ class Victim:
         check_no_dropout(model)
         self.model = copy.deepcopy(model)
         self._unused_statistics = drop_unused_statistics(self.model)
+        take_affine_apart(self.model)
         self.model.zero_grad(set_to_none=True)
         self.trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         if not self.trainable:
