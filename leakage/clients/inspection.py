@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from leakage.errors import show_shape
+
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 
 
 def check_no_dropout(model: nn.Module) -> None:
@@ -38,6 +44,25 @@ def drop_unused_statistics(model: nn.Module) -> frozenset[str]:
                 setattr(module, name, None)
                 names.append(f"{prefix}.{name}" if prefix else name)
     return frozenset(names)
+
+
+def take_affine_apart(model: nn.Module) -> None:
+    """Let BatchNorm and InstanceNorm that normalise by their input map it by their weights in a step of its own.
+
+    Else ``torch.func`` differentiates the gradient of these weights wrongly where ``vmap`` stands within the
+    derivative, as in ``grad(vmap(...))`` and ``vjp(vmap(...), ...)``: its rule takes mean and variance, which are in
+    that gradient, for constants.
+    """
+    for module in model.modules():
+        if type(module) in _NORMS and module.affine and not module.track_running_stats:
+            plain = type(module)(module.num_features, eps=module.eps, affine=False, track_running_stats=False)
+            module.forward = partial(_normalise, module, plain)
+
+
+def _normalise(module: nn.Module, plain: nn.Module, inputs: Tensor) -> Tensor:
+    normalised: Tensor = plain(inputs)
+    weight, bias = (cast(Tensor, part).view(-1, *[1] * (inputs.ndim - 2)) for part in (module.weight, module.bias))
+    return normalised * weight + bias
 
 
 def black_images(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from leakage.clients.losses import LOSSES
-from leakage.errors import check_choice, check_count, check_positive
+from leakage.errors import check_choice, check_count, check_not_negative, check_positive
 from leakage.files.tensors import brief
 
 # Values of all images behind one gradient: with more, not even one search would fit into a machine.
@@ -29,11 +29,13 @@ class Protocol:
         num_images: N, the images behind one gradient.
         loss: the training loss, a key of :data:`leakage.clients.losses.LOSSES`.
         reduction: over the images of a step, ``"mean"`` or ``"sum"``.
-        local_steps: steps of plain SGD that the client makes before it shares their average gradient;
-            with one it shares the gradient at the weights that it was given. At most 10,000, since every
-            evaluation of an attack goes through all of them.
+        local_steps: steps of SGD that the client makes before it shares their average; with one it shares the
+            gradient at the weights that it was given. At most 10,000, since every evaluation of an attack goes
+            through all of them.
         learning_rate: of these steps; None with one step, where it cancels out.
         local_batch_size: images of one step; None for all N.
+        momentum: of several steps, from 0 to below 1, as :class:`torch.optim.SGD` has it (no dampening, no Nesterov).
+        weight_decay: of several steps, at least 0, likewise: so much of the weights is added to their gradient.
         defenses: what the attacker knows of the client's defenses, in their order, as
             :meth:`leakage.defenses.Defense.describe` tells it: each a dict with a ``"name"``, of what JSON can hold.
     """
@@ -46,6 +48,8 @@ class Protocol:
     local_steps: int = 1
     learning_rate: float | None = None
     local_batch_size: int | None = None
+    momentum: float = 0.0
+    weight_decay: float = 0.0
     defenses: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -61,14 +65,27 @@ class Protocol:
             )
         check_choice("loss", self.loss, LOSSES)
         check_choice("reduction", self.reduction, ("mean", "sum"))
-        check_local_steps(self.num_images, self.local_steps, self.learning_rate, self.local_batch_size)
+        check_local_steps(
+            self.num_images,
+            self.local_steps,
+            self.learning_rate,
+            self.local_batch_size,
+            self.momentum,
+            self.weight_decay,
+        )
+        self.momentum, self.weight_decay = float(self.momentum), float(self.weight_decay)
         if self.local_batch_size == self.num_images:
             self.local_batch_size = None  # one way to say it, so that equal protocols compare equal
         self.defenses = _plain(self.defenses)
 
 
 def check_local_steps(
-    num_images: int, local_steps: int, learning_rate: float | None, local_batch_size: int | None
+    num_images: int,
+    local_steps: int,
+    learning_rate: float | None,
+    local_batch_size: int | None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
 ) -> None:
     """Raise a ``ValueError`` unless a client can make such steps, using every image equally often."""
     check_count(num_images=num_images, local_steps=local_steps)
@@ -90,6 +107,14 @@ def check_local_steps(
                 f"Expected `local_steps` to be a multiple of {steps} = `num_images` / `local_batch_size`, so that "
                 f"every image is used equally often, but got {local_steps}."
             )
+    check_not_negative(momentum=momentum, weight_decay=weight_decay)
+    if momentum >= 1:
+        raise ValueError(f"Expected `momentum` below 1, as steps would grow without end, but got {momentum!r}.")
+    if local_steps == 1 and (momentum or weight_decay):
+        raise ValueError(
+            "Expected no `momentum` and no `weight_decay` with one local step, whose gradient is shared as it is, but "
+            f"got {momentum!r} and {weight_decay!r}. Leave them out, or set `local_steps`."
+        )
     if local_steps > 1:
         if learning_rate is None:
             raise ValueError(f"Expected a `learning_rate` for {local_steps} local steps, but got None.")

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from leakage.clients.activations import Activation, check_names, joined, recorded
+from leakage.clients.activations import Activation, check_names, recorded
 from leakage.clients.inspection import (
     black_images,
     check_no_dropout,
     check_tensors,
     drop_unused_statistics,
     inspect_model,
+    take_affine_apart,
 )
+from leakage.clients.local_steps import train
 from leakage.clients.losses import LOSSES
 from leakage.clients.low_rank import coordinates
 from leakage.clients.protocol import Protocol
@@ -42,11 +44,12 @@ class Victim:
 
     and is computed for V victims at once, their weights shared (one global model, many clients)
     or their own (the protocol of the papers: a fresh random network for each). With T ``local_steps``
-    (federated averaging) the client trains by plain SGD, ``local_batch_size`` images at a time in
-    their order, over and over, and shares the average gradient of its steps,
+    (federated averaging) the client trains by SGD, ``local_batch_size`` images at a time in
+    their order, over and over, and shares the average of its steps: of its gradients, where there
+    is no momentum and no weight decay,
 
-    .. math:: \theta_{t+1} = \theta_t - \eta \, g_t(\theta_t), \qquad
-        \frac{1}{T} \sum_{t=0}^{T-1} g_t(\theta_t) = \frac{\theta_0 - \theta_T}{\eta T},
+    .. math:: v_t = \mu v_{t-1} + g_t(\theta_t) + \lambda \theta_t, \qquad \theta_{t+1} = \theta_t - \eta v_t,
+        \qquad \frac{1}{T} \sum_{t=0}^{T-1} v_t = \frac{\theta_0 - \theta_T}{\eta T},
 
     which it sums step by step: the difference of the weights would lose digits.
 
@@ -68,6 +71,7 @@ class Victim:
         learning_rate: :math:`\eta`, required for several steps; with one it cancels out.
         local_batch_size: images of one step, by default all N. It divides N, and T steps use every image
             equally often.
+        momentum, weight_decay: :math:`\mu`, from 0 to below 1, and :math:`\lambda`, of several steps.
         defenses: what the client does, one after the other, to this gradient before it shares it (with local steps
             to their average): objects of :class:`leakage.defenses.Defense`.
 
@@ -113,6 +117,8 @@ class Victim:
         local_steps: int = 1,
         learning_rate: float | None = None,
         local_batch_size: int | None = None,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
         defenses: Sequence[Defense] = (),
     ) -> None:
         self.defenses = check_defenses(defenses)
@@ -125,11 +131,14 @@ class Victim:
             local_steps=local_steps,
             learning_rate=learning_rate,
             local_batch_size=local_batch_size,
+            momentum=momentum,
+            weight_decay=weight_decay,
             defenses=tuple(defense.describe() for defense in self.defenses),
         )
         check_no_dropout(model)
         self.model = copy.deepcopy(model)
         self._unused_statistics = drop_unused_statistics(self.model)
+        take_affine_apart(self.model)
         self.model.zero_grad(set_to_none=True)
         self.trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         if not self.trainable:
@@ -198,6 +207,8 @@ class Victim:
         targets: Tensor,
         modules: Sequence[str] = (),
         basis: Tensor | None = None,
+        *,
+        sparing: bool = False,
     ) -> tuple[dict[str, Tensor], dict[str, Activation]]:
         """:meth:`gradients`, and what some modules took and gave in the forward pass that they come from.
 
@@ -209,6 +220,8 @@ class Victim:
             basis: ``(K, N)`` of the last layer's gradient, for one step: that gradient is then given in it, and what
                 lies outside of it under a further name; ``state`` has the weights by columns
                 (:mod:`leakage.clients.low_rank`).
+            sparing: where there are many local steps, compute each once or twice more for a derivative, backwards
+                only, instead of keeping the activations of all.
 
         Returns:
             Gradients and activations by name, both differentiable. With local steps the activations are those of the
@@ -217,37 +230,28 @@ class Victim:
         if basis is not None:
             return self._evaluate_in_basis(state, images, targets, modules, basis)
         protocol = self.protocol
-        loss_per_image = LOSSES[protocol.loss]
-        trainable = frozenset(self.trainable)
-        fixed = {name: tensor for name, tensor in state.items() if name not in trainable}
-
-        def loss(
-            weights: dict[str, Tensor], images: Tensor, targets: Tensor, modules: Sequence[str] = modules
-        ) -> tuple[Tensor, dict[str, Activation]]:
-            with recorded(self.model, modules) as activations:
-                logits = functional_call(self.model, (weights, fixed), (images,))
-            losses = loss_per_image(logits, targets)
-            return losses.mean() if protocol.reduction == "mean" else losses.sum(), activations
-
+        fixed = {name: tensor for name, tensor in state.items() if name not in frozenset(self.trainable)}
         weights = {name: state[name] for name in self.trainable}
-        size = protocol.local_batch_size or len(images)
-        step_gradients = grad(loss, has_aux=True)
-        gradients, first = step_gradients(weights, images[:size], targets[:size])
-        if protocol.learning_rate is None:  # one step
-            return gradients, first
-        total, passed = gradients, [first]
-        for step in range(1, protocol.local_steps):
-            weights = {name: weights[name] - protocol.learning_rate * gradients[name] for name in weights}
-            start = step * size % len(images)
-            batch = slice(start, start + size)
-            is_first_pass = step * size < len(images)
-            gradients, activations = step_gradients(
-                weights, images[batch], targets[batch], modules if is_first_pass else ()
-            )
-            if is_first_pass:
-                passed.append(activations)
-            total = {name: total[name] + gradients[name] for name in total}
-        return {name: tensor / protocol.local_steps for name, tensor in total.items()}, joined(passed)
+        step_gradients = grad(self._loss, has_aux=True)
+        if protocol.local_steps == 1:
+            found: tuple[dict[str, Tensor], dict[str, Activation]]
+            found = step_gradients(weights, fixed, images, targets, modules)
+            return found
+        return train(step_gradients, protocol, (fixed, images, targets), weights, modules, sparing=sparing)
+
+    def _loss(
+        self,
+        weights: dict[str, Tensor],
+        fixed: dict[str, Tensor],
+        images: Tensor,
+        targets: Tensor,
+        modules: Sequence[str],
+    ) -> tuple[Tensor, dict[str, Activation]]:
+        """Of one step, and the activations of the forward pass."""
+        with recorded(self.model, modules) as activations:
+            logits = functional_call(self.model, (weights, fixed), (images,))
+        losses = LOSSES[self.protocol.loss](logits, targets)
+        return losses.mean() if self.protocol.reduction == "mean" else losses.sum(), activations
 
     def _evaluate_in_basis(
         self, state: Mapping[str, Tensor], images: Tensor, targets: Tensor, modules: Sequence[str], basis: Tensor

@@ -25,7 +25,16 @@ from leakage.pieces import digest
 from leakage.seeds import derive_seed
 
 # Those entries of a protocol that say what the clients do, and not what of.
-_OF_THE_CLIENT = ("num_images", "loss", "reduction", "local_steps", "learning_rate", "local_batch_size")
+_OF_THE_CLIENT = (
+    "num_images",
+    "loss",
+    "reduction",
+    "local_steps",
+    "learning_rate",
+    "local_batch_size",
+    "momentum",
+    "weight_decay",
+)
 # Victims whose images one worker decodes at a time.
 _DECODED_AT_ONCE = 64
 # Victims whose reconstructions are scored at a time.
@@ -79,7 +88,8 @@ class Victims(VictimDataModule):
             the weights of ``model``. By default own without a ``model``, else shared.
         loss: the clients' training loss, a key of :data:`leakage.clients.losses.LOSSES`.
         reduction: over the images of a step, ``"mean"`` or ``"sum"``.
-        local_steps, learning_rate, local_batch_size: the clients' local training, see :class:`~leakage.Victim`.
+        local_steps, learning_rate, local_batch_size, momentum, weight_decay: the clients' local training, see
+            :class:`~leakage.Victim`.
         reveal_labels: tell the attacker the labels.
         defenses: what clients do to their gradients before they share them, see :class:`~leakage.Victim`.
         split: ``"train"`` or ``"test"``, where the data set has both.
@@ -136,6 +146,8 @@ class Victims(VictimDataModule):
         local_steps: int = 1,
         learning_rate: float | None = None,
         local_batch_size: int | None = None,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
         reveal_labels: bool = False,
         defenses: Sequence[Defense] = (),
         split: str = "train",
@@ -158,7 +170,8 @@ class Victims(VictimDataModule):
             weights = "own" if model is None else "shared"
         check_choice("weights", weights, ("own", "shared"))
         # What can be said of the protocol before there is a model or an image.
-        protocol = Protocol((1, 1, 1), 2, images, loss, reduction, local_steps, learning_rate, local_batch_size)
+        steps = (local_steps, learning_rate, local_batch_size, momentum, weight_decay)
+        protocol = Protocol((1, 1, 1), 2, images, loss, reduction, *steps)
         check_choice("split", split, ("train", "test"))
         self.source = Source(
             dataset, root=root, download=download, image_size=image_size, channels=channels, num_classes=num_classes

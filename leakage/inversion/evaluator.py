@@ -188,7 +188,7 @@ class Evaluator:
 
     def _of_set(self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:
         """Of one set of images of one victim."""
-        point = self._point(unknowns, kept, state, shared)
+        point = self._point(unknowns, kept, state, shared, sparing=True)
         total: Tensor | None = None
         for name, (weight, term) in self.terms.items():
             value = _weighted(weight, kept.get(name, {}), term.value(self._seen(point, name), kept.get(name, {})))
@@ -196,11 +196,19 @@ class Evaluator:
         assert total is not None
         return total
 
-    def _point(self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any) -> Point:
+    def _point(
+        self,
+        unknowns: Mapping[str, Tensor],
+        kept: Mapping[str, State],
+        state: Any,
+        shared: Any,
+        *,
+        sparing: bool = False,
+    ) -> Point:
         images = self.images.write(unknowns.get("images"), kept.get("images", {}))
         targets = self.labels.write(unknowns.get("labels"), kept.get("labels", {}))
         wanted, basis = shared
-        gradients, activations = self.victim.evaluate(state, images, targets, self.modules, basis)
+        gradients, activations = self.victim.evaluate(state, images, targets, self.modules, basis, sparing=sparing)
         if basis is not None:  # what lies outside of it was not shared
             wanted = {name: wanted[name] if name in wanted else torch.zeros_like(gradients[name]) for name in gradients}
         return Point(images, targets, gradients, wanted, activations, state)

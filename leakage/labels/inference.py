@@ -68,7 +68,8 @@ class LabelReader:
     after local steps that change predictions much another may find more, as ``row_minimum`` for few images.
 
     After local steps the average gradient is taken for a gradient: by ``ilrg`` and ``mean_feature`` at the weights
-    half-way, by the others at those that were given. ``rlu`` and ``posterior`` simulate the last layer's steps.
+    half-way, by the others at those that were given. ``rlu`` and ``posterior`` simulate the last layer's steps. Of
+    momentum and weight decay it is freed first (:func:`leakage.labels.last_layer.mean_gradient`).
 
     What ``auto`` chose and ``posterior`` learnt serves for all victims of one network, of the same protocol and number
     of images: only another network is learnt about anew. So what is found about a victim does not depend on

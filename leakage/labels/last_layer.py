@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -86,20 +88,55 @@ class LastLayer:
         r"""The same with the weights half-way through the local steps, where gradients are near their average.
 
         Step t is taken at :math:`\theta_0 - \eta \sum_{s<t} g_s`, so the mean over the steps is about
-        :math:`\theta_0 - \eta \frac{T - 1}{2} \bar g`. With one step this changes nothing.
+        :math:`\theta_0 - \eta \frac{T - 1}{2} \bar g`; with momentum and weight decay see :func:`mean_gradient`.
+        With one step this changes nothing.
         """
-        rate = self.protocol.learning_rate
-        if rate is None:
+        if self.protocol.local_steps == 1:
             return self
-        way = rate * (self.protocol.local_steps - 1) / 2
-        if self.protocol.reduction == "sum":
-            way *= self.protocol.local_batch_size or self.num_images
+        _, way = _of_one_gradient(self.protocol)
+        along = way / _scale(self.protocol)
         weight, bias = self.weight, self.bias
         if self.weight_gradient is not None:
-            weight = weight - way * self.weight_gradient
+            weight = (weight - along * self.weight_gradient) / (1 + way * self.protocol.weight_decay)
         if self.bias_gradient is not None:
-            bias = bias - way * self.bias_gradient
+            bias = (bias - along * self.bias_gradient) / (1 + way * self.protocol.weight_decay)
         return dataclasses.replace(self, weight=weight, bias=bias)
+
+
+def mean_gradient(protocol: Protocol, shared: Tensor, weight: Tensor) -> Tensor:
+    r"""The gradient of an image, on average over the images and local steps, that is behind what was shared.
+
+    Were the gradients of all steps the same g, momentum would make step t :math:`c_t = 1 + \mu c_{t-1}` times as long,
+    and the average of the steps, which is shared, :math:`\bar c` times g; that is divided out. Weight decay adds
+    :math:`\lambda \theta` to g, which is taken off at the weights half-way, weighted as momentum weighs them. Without
+    both nothing is assumed.
+
+    Args:
+        protocol: of the clients.
+        shared: what they shared of some weights, ``(V, ...)``.
+        weight: these weights before the first step, ``(V or 1, ...)``.
+    """
+    if protocol.local_steps == 1:
+        return shared * _scale(protocol)
+    length, way = _of_one_gradient(protocol)
+    step = shared / length
+    if protocol.weight_decay:
+        step = step - protocol.weight_decay * (weight - way * step)
+    return step * _scale(protocol)
+
+
+def _of_one_gradient(protocol: Protocol) -> tuple[float, float]:
+    """How long steps of one and the same gradient are on average, and how far they have come where they are made."""
+    count, rate = protocol.local_steps, protocol.learning_rate or 0.0
+    lengths = list(accumulate(range(1, count), lambda length, _: 1 + protocol.momentum * length, initial=1.0))
+    ways = [0.0, *accumulate(lengths[:-1])]
+    # The gradient of step s is in all later ones too, as often as the first is in the step as far from it.
+    return sum(lengths) / count, rate * sum(map(mul, lengths[::-1], ways)) / sum(lengths)
+
+
+def _scale(protocol: Protocol) -> float:
+    """That makes a mean over the images of one step of the client's gradient."""
+    return 1.0 if protocol.reduction == "mean" else 1 / (protocol.local_batch_size or protocol.num_images)
 
 
 def last_layer(shared: SharedGradient, victim: Victim, *, non_negative: bool | None = None) -> LastLayer:
@@ -112,12 +149,14 @@ def last_layer(shared: SharedGradient, victim: Victim, *, non_negative: bool | N
     """
     protocol = shared.protocol
     names = [f"{victim.classifier}.weight", f"{victim.classifier}.bias"]
-    scale = 1.0 if protocol.reduction == "mean" else 1 / (protocol.local_batch_size or protocol.num_images)
-    gradients = [shared.gradients[name] * scale if name in shared.gradients else None for name in names]
     weight = shared.state[names[0]]
     bias = shared.state.get(names[1], torch.zeros_like(weight[..., 0]))
     if not shared.own_weights:
         weight, bias = weight[None], bias[None]
+    gradients = [
+        mean_gradient(protocol, shared.gradients[name], start) if name in shared.gradients else None
+        for name, start in zip(names, (weight, bias), strict=True)
+    ]
     return LastLayer(
         weight_gradient=gradients[0],
         bias_gradient=gradients[1],

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from leakage.labels.auxiliary import LabelledFeatures
-from leakage.labels.last_layer import LastLayer
+from leakage.labels.last_layer import LastLayer, mean_gradient
 
 # Half of the clients have all classes alike; of the others each draws its Dirichlet parameter from this range.
 _EVEN_SHARE = 0.5
@@ -73,22 +73,31 @@ def simulate(layer: LastLayer, known: LabelledFeatures, drawn: Tensor) -> LastLa
 def _train(layer: LastLayer, features: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     protocol = layer.protocol
     size = protocol.local_batch_size or drawn.shape[1]
-    rate = (protocol.learning_rate or 0.0) * (size if protocol.reduction == "sum" else 1)
+    rate, times = protocol.learning_rate or 0.0, size if protocol.reduction == "sum" else 1
     drawn = drawn.to(features.device)
-    weight, bias = layer.weight, layer.bias
-    weights, biases = torch.zeros((), device=features.device), torch.zeros((), device=features.device)
+    # What is frozen, or not there, does not move.
+    moving = [layer.weight_gradient is not None, layer.bias_gradient is not None]
+    starts = values = [layer.weight, layer.bias]
+    velocities = totals = [torch.zeros((), device=features.device)] * 2
     for step in range(protocol.local_steps):
         first = step * size % drawn.shape[1]
         batch = drawn[:, first : first + size]
         inputs = features[batch]
+        weight, bias = values
         predictions = (inputs @ weight.mT + bias[:, None]).softmax(dim=2)
-        error = (predictions - F.one_hot(labels[batch], layer.num_classes)) / size
-        weight_gradient, bias_gradient = error.mT @ inputs, error.sum(1)
-        weights, biases = weights + weight_gradient, biases + bias_gradient
-        if step + 1 < protocol.local_steps:
-            # What is frozen, or not there, does not move.
-            if layer.weight_gradient is not None:
-                weight = weight - rate * weight_gradient
-            if layer.bias_gradient is not None:
-                bias = bias - rate * bias_gradient
-    return weights / protocol.local_steps, biases / protocol.local_steps
+        error = times * (predictions - F.one_hot(labels[batch], layer.num_classes)) / size
+        gradients = [error.mT @ inputs, error.sum(1)]
+        velocities = [
+            protocol.momentum * velocity + gradient + protocol.weight_decay * value
+            for velocity, gradient, value in zip(velocities, gradients, values, strict=True)
+        ]
+        totals = [total + velocity for total, velocity in zip(totals, velocities, strict=True)]
+        values = [
+            value - rate * velocity if moves else value
+            for value, velocity, moves in zip(values, velocities, moving, strict=True)
+        ]
+    weights, biases = (
+        mean_gradient(protocol, total / protocol.local_steps, start)
+        for total, start in zip(totals, starts, strict=True)
+    )
+    return weights, biases

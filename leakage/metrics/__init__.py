@@ -10,6 +10,7 @@ from leakage.metrics.estimates import (
 )
 from leakage.metrics.labels import LabelMetrics, LabelScore, score_labels, trivial_score
 from leakage.metrics.matching import match
+from leakage.metrics.perceptual import perceptual_distance
 from leakage.metrics.scores import PSNR_LIMIT, SUCCESS_THRESHOLD, ReconstructionMetrics, Scores, VictimScore, score
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "identified",
     "match",
     "mean_interval",
+    "perceptual_distance",
     "score",
     "score_labels",
     "trivial_score",

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from leakage import Victim
 from leakage.attacks import GaussNewtonAttack, RGAPAttack
 from leakage.models import ConvNet, LeNet
 
@@ -153,3 +154,21 @@ def test_batches_start_with_their_layers_in_any_cohort(kit: Any) -> None:
     assert sum(score.success == 1 and score.label_accuracy == 1 for score in attack.scores.values()) >= 3
     alone = kit.fit(GaussNewtonAttack(), kit.victims(**(options | {"lanes": 1})))
     assert torch.equal(kit.by_id(alone).labels, kit.by_id(attack).labels)
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "cg"])
+def test_many_local_steps(kit: Any, monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
+    """Differentiated in little memory, but for the equations, which need derivatives forwards too."""
+    asked, evaluate = [], Victim.evaluate
+
+    def noted(self: Victim, *args: Any, **options: Any) -> Any:
+        asked.append(options.get("sparing"))
+        return evaluate(self, *args, **options)
+
+    monkeypatch.setattr(Victim, "evaluate", noted)
+    victims = kit.victims(victims=2, local_steps=8, learning_rate=0.1)
+    attack = kit.fit(GaussNewtonAttack(start="noise", solver=solver, max_evaluations=3, restarts=0), victims)
+    assert {True, False} <= set(asked)
+    start = kit.fit(GaussNewtonAttack(start="noise", solver=solver, max_evaluations=1, restarts=0), victims)
+    before, after = kit.by_id(start).loss, kit.by_id(attack).loss
+    assert bool((after < before).all())

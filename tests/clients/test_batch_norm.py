@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.func import functional_call, jvp, vjp, vmap
+from torch.nn import functional as F
 
 from leakage import Victim
 from tests.clients.networks import CLASSES, IMAGE_SHAPE, everything, one_at_a_time, private
@@ -115,3 +119,44 @@ def test_statistics_updated_on_the_way():
     with pytest.raises(ValueError, match="no statistics updated on the way"):
         Victim(model, image_shape=IMAGE_SHAPE)
     Victim(model.eval(), image_shape=IMAGE_SHAPE)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("instance", [True, False])
+def test_derivatives_of_all_victims_together(instance, own):
+    """As Gauss-Newton takes them, forwards and backwards; ``torch.func`` alone has the weights' gradient wrong."""
+    model = normalising_twice()
+    if instance:
+        model[1] = nn.InstanceNorm2d(3, affine=True, dtype=torch.float64)
+    victim = Victim(copy.deepcopy(model), image_shape=IMAGE_SHAPE, num_images=3)
+    images, labels = private(2, 3)
+    direction = private(2, 3, seed=1)[0]
+    targets = F.one_hot(labels, CLASSES).double()
+    states = victim.fresh_states([1, 2]) if own else victim.state
+
+    def flat(images, targets, state):
+        return torch.cat([gradient.flatten() for gradient in victim.gradients(state, images, targets).values()])
+
+    def together(images):
+        return vmap(flat, in_dims=(0, 0, 0 if own else None))(images, targets, states)
+
+    image_of = jvp(together, (images,), (direction,))[1]
+    residuals, pull = vjp(together, images)
+    pulled = pull(residuals)[0]
+    for index in range(2):
+        state = model.state_dict() | ({} if not own else {name: states[name][index] for name in states})
+
+        def plain(images, index=index, state=state):
+            given = {
+                name: tensor.clone().requires_grad_() for name, tensor in state.items() if name in victim.trainable
+            }
+            logits = functional_call(copy.deepcopy(model), given, images)
+            loss = F.cross_entropy(logits, labels[index])
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(given.values()), create_graph=True)])
+
+        step = 1e-5 * direction[index]
+        slope = (plain(images[index] + step) - plain(images[index] - step)).detach() / 2e-5
+        torch.testing.assert_close(image_of[index], slope, rtol=1e-6, atol=1e-8)
+        leaf = images[index].clone().requires_grad_()
+        expected = torch.autograd.grad(plain(leaf).square().sum() / 2, leaf)[0]
+        torch.testing.assert_close(pulled[index], expected, rtol=1e-8, atol=1e-11)

@@ -19,7 +19,8 @@ from leakage.files.tensors import write_safetensors
 from tests.clients.shared import assert_equal, make, rewrite
 
 PROTOCOL = Protocol(image_shape=(1, 4, 4), num_classes=3, num_images=2)
-LOCAL = Protocol((1, 4, 4), 3, num_images=6, local_steps=4, learning_rate=0.05, local_batch_size=3)
+STEPS = {"local_steps": 4, "learning_rate": 0.05, "local_batch_size": 3, "momentum": 0.9, "weight_decay": 1e-4}
+LOCAL = Protocol((1, 4, 4), 3, num_images=6, **STEPS)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -62,6 +63,8 @@ def test_protocol_in_header_as_documented(tmp_path):
         "local_steps": 1,
         "learning_rate": None,
         "local_batch_size": None,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
         "defenses": [],
     }
     assert {"ids", "labels", "gradients/0.weight", "state/1.running_mean"} <= names
@@ -98,10 +101,11 @@ def test_file_keeps_the_local_steps(tmp_path):
     loaded = SharedGradient.load(tmp_path / "client.safetensors").protocol
     assert loaded == LOCAL
     assert (loaded.local_steps, loaded.learning_rate, loaded.local_batch_size) == (4, 0.05, 3)
+    assert (loaded.momentum, loaded.weight_decay) == (0.9, 1e-4)
 
 
 def test_file_from_before_local_steps_and_defenses(path):
-    new = ("local_steps", "learning_rate", "local_batch_size", "defenses")
+    new = ("local_steps", "learning_rate", "local_batch_size", "momentum", "weight_decay", "defenses")
     old = {name: value for name, value in GOOD.items() if name not in new}
     rewrite(path, protocol=json.dumps(old))
     loaded = SharedGradient.load(path)
@@ -169,7 +173,9 @@ GOOD = dataclasses.asdict(PROTOCOL)
         ("{", "Expecting property name"),
         ("[1]", "must be a mapping"),
         (json.dumps({"image_shape": [1, 4, 4]}), "num_classes"),
-        (json.dumps(GOOD | {"momentum": 0.9}), "momentum"),
+        (json.dumps(GOOD | {"dampening": 0.9}), "dampening"),
+        (json.dumps(GOOD | {"momentum": 0.9}), "no `momentum` and no `weight_decay` with one local step.* but got 0.9"),
+        (json.dumps(GOOD | {"weight_decay": "1"}), "`weight_decay` of at least 0, but got '1'"),
         (json.dumps(GOOD | {"learning_rate": 1}), "no `learning_rate` with one local step.* but got 1"),
         (json.dumps(GOOD | {"local_steps": 2}), "a `learning_rate` for 2 local steps, but got None"),
         (json.dumps(GOOD | {"local_steps": 1.5}), "`local_steps` to be a whole number of at least 1, but got 1.5"),

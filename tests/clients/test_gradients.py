@@ -77,7 +77,8 @@ def with_local_steps(protocol: Protocol, model: nn.Module, images: Tensor, label
     model = copy.deepcopy(model)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    optimizer = torch.optim.SGD(parameters.values(), lr=protocol.learning_rate)
+    options = {"momentum": protocol.momentum, "weight_decay": protocol.weight_decay}
+    optimizer = torch.optim.SGD(parameters.values(), lr=protocol.learning_rate, **options)
     size = protocol.local_batch_size or protocol.num_images
     batches = itertools.cycle(zip(images.split(size), labels.split(size), strict=True))
     for batch, targets in itertools.islice(batches, protocol.local_steps):
@@ -89,6 +90,7 @@ def with_local_steps(protocol: Protocol, model: nn.Module, images: Tensor, label
 
 
 @pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("sgd", [(0.0, 0.0), (0.9, 0.0), (0.0, 0.1), (0.5, 0.3)])
 @pytest.mark.parametrize(
     ("kind", "training", "reduction", "local_steps", "local_batch_size"),
     [
@@ -100,7 +102,7 @@ def with_local_steps(protocol: Protocol, model: nn.Module, images: Tensor, label
         ("batch_norm", True, "sum", 4, 2),
     ],
 )
-def test_local_steps_are_those_of_sgd(kind, training, reduction, local_steps, local_batch_size, own):
+def test_local_steps_are_those_of_sgd(kind, training, reduction, local_steps, local_batch_size, sgd, own):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = network(kind, bias=True).train(training)
@@ -114,6 +116,8 @@ def test_local_steps_are_those_of_sgd(kind, training, reduction, local_steps, lo
         local_steps=local_steps,
         learning_rate=0.3,
         local_batch_size=local_batch_size,
+        momentum=sgd[0],
+        weight_decay=sgd[1],
     )
     states = victim.fresh_states([5, 6, 7]) if own else None
     shared = victim.share(images, labels, states=states)

@@ -17,6 +17,12 @@ def test_a_local_batch_of_all_images_is_the_default():
     assert dataclasses.replace(one_step, local_batch_size=2) == one_step
 
 
+def test_momentum_and_weight_decay_are_numbers_of_one_kind():
+    """So that equal protocols are written alike."""
+    told = dataclasses.replace(LOCAL, momentum=0, weight_decay=1)
+    assert repr(told) == repr(dataclasses.replace(LOCAL, momentum=0.0, weight_decay=1.0))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -32,6 +38,20 @@ def test_a_local_batch_of_all_images_is_the_default():
         ({"local_batch_size": 12}, "`local_batch_size` to divide `num_images` = 6, .* got 12"),
         ({"local_batch_size": 2}, "`local_steps` to be a multiple of 3 = `num_images` / .* but got 4"),
         ({"local_steps": 1, "learning_rate": None}, "`local_steps` to be a multiple of 2 = .* but got 1"),
+        ({"momentum": -0.1}, "`momentum` of at least 0, but got -0.1"),
+        ({"momentum": 1.0}, "`momentum` below 1, .* but got 1.0"),
+        ({"momentum": "0.9"}, "`momentum` of at least 0, but got '0.9'"),
+        ({"momentum": None}, "`momentum` of at least 0, but got None"),
+        ({"weight_decay": -1e-4}, "`weight_decay` of at least 0, but got -0.0001"),
+        ({"weight_decay": float("nan")}, "`weight_decay` of at least 0, but got nan"),
+        (
+            {"local_steps": 1, "learning_rate": None, "local_batch_size": None, "momentum": 0.9},
+            "no `momentum` and no `weight_decay` with one local step, .* but got 0.9 and 0.0. Leave them out",
+        ),
+        (
+            {"local_steps": 1, "learning_rate": None, "local_batch_size": None, "weight_decay": 0.1},
+            "no `momentum` and no `weight_decay` with one local step, .* but got 0.0 and 0.1",
+        ),
     ],
 )
 def test_wrong_local_steps(changes, message):

@@ -113,7 +113,10 @@ def test_local_steps_reach_the_victims():
     torch.testing.assert_close(shared.gradients["classifier.bias"][1], average, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("change", [{"local_steps": 2}, {"learning_rate": 0.2}, {"local_batch_size": None}])
+@pytest.mark.parametrize(
+    "change",
+    [{"local_steps": 2}, {"learning_rate": 0.2}, {"local_batch_size": None}, {"momentum": 0.9}, {"weight_decay": 0.1}],
+)
 def test_a_checkpoint_of_other_local_steps(change):
     state = ready(victims=2, **LOCAL).state_dict()
     ready(victims=2, **LOCAL).load_state_dict(state)
@@ -126,6 +129,8 @@ def test_a_checkpoint_of_other_local_steps(change):
     ("change", "message"),
     [
         ({"learning_rate": None}, "Expected a `learning_rate` for 4 local steps, but got None"),
+        ({"momentum": 1.5}, "Expected `momentum` below 1, .* but got 1.5"),
+        ({"weight_decay": -1.0}, "Expected `weight_decay` of at least 0, but got -1.0"),
         ({"local_steps": 0}, "Expected `local_steps` to be a whole number of at least 1, but got 0"),
         ({"local_steps": 3}, "Expected `local_steps` to be a multiple of 2"),
         ({"images": 3, "local_batch_size": 2}, "Expected `local_batch_size` to divide `num_images` = 3"),

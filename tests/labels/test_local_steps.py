@@ -12,7 +12,7 @@ from torch import Tensor
 from leakage.clients.victim import Victim
 from leakage.labels import Auxiliary, infer_labels
 from leakage.labels.auxiliary import known_features
-from leakage.labels.last_layer import LastLayer, last_layer
+from leakage.labels.last_layer import LastLayer, last_layer, mean_gradient
 from leakage.labels.simulation import draw_images, simulate
 from tests.labels.by_hand import (
     Signed,
@@ -31,6 +31,9 @@ PROTOCOLS: list[Any] = [
     {"local_steps": 4, "learning_rate": 0.5},
     {"local_steps": 3, "learning_rate": 0.5, "local_batch_size": 2},
     {"local_steps": 12, "learning_rate": 0.2, "local_batch_size": 1},
+    {"local_steps": 4, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.1},
+    {"local_steps": 6, "learning_rate": 0.2, "local_batch_size": 2, "momentum": 0.5},
+    {"local_steps": 6, "learning_rate": 0.2, "local_batch_size": 1, "weight_decay": 0.3},
 ]
 
 
@@ -64,7 +67,7 @@ def test_simulated_clients_share_what_real_ones_do(
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("options", PROTOCOLS)
+@pytest.mark.parametrize("options", PROTOCOLS[:5])
 def test_half_way_is_the_mean_of_the_weights_at_both_ends(options: dict[str, Any], reduction: str) -> None:
     victim, _, _, shared = shares(6, 4, linear(4, 12), {**options, "reduction": reduction})
     layer = last_layer(shared, victim).midway()
@@ -73,6 +76,33 @@ def test_half_way_is_the_mean_of_the_weights_at_both_ends(options: dict[str, Any
         start, update = shared.state[f"1.{name}"], shared.gradients[f"1.{name}"]
         last = start - rate * (steps - 1) * update  # where about the last gradient was taken
         torch.testing.assert_close(found.expand_as(last), (start + last) / 2)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.1), (0.0, 0.3)])
+def test_a_gradient_that_stays_the_same_is_read_exactly(momentum: float, weight_decay: float, reduction: str) -> None:
+    """torch's SGD makes the steps; only with weight decay and momentum is it less than exact, by the second order."""
+    options: dict[str, Any] = {"local_steps": 6, "learning_rate": 0.01, "local_batch_size": 2, "reduction": reduction}
+    protocol = victim_of(linear(4, 12), 4, **options, momentum=momentum, weight_decay=weight_decay).protocol
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = torch.randn(2, 1, 4, 3, dtype=torch.float64, generator=generator)
+    weight = torch.nn.Parameter(start.clone())
+    sgd = torch.optim.SGD([weight], 0.01, momentum=momentum, weight_decay=weight_decay)
+    visited = []
+    for _ in range(6):
+        weight.grad = gradient * (2 if reduction == "sum" else 1)
+        visited.append(weight.detach().clone())
+        sgd.step()
+    shared = (start - weight.detach()) / 0.06
+    found = mean_gradient(protocol, shared, start)
+    torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-2 * weight_decay)
+    assert not momentum or not torch.allclose(shared, gradient, rtol=0.1)
+
+    # The weights half-way: where gradients are made, weighed by how often momentum has them in a step.
+    layer = LastLayer(found, None, start, torch.zeros(1, 4), lambda images: images, protocol, True, False)
+    often = torch.tensor([sum(momentum**later for later in range(6 - step)) for step in range(6)], dtype=torch.float64)
+    mean = (torch.stack(visited) * (often / often.sum()).view(-1, 1, 1, 1)).sum(0)
+    torch.testing.assert_close(layer.midway().weight, mean, rtol=1e-9, atol=1e-2 * weight_decay + 1e-12)
 
 
 def test_half_way_with_nothing_that_moves() -> None:
