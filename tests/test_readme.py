@@ -55,7 +55,7 @@ MADE = {
     "README.md": [
         "len(attack.finished.ids) == 2",
         "inferred.counts.shape == (10, 10)",
-        "len(condensation.synthetic_dataset()) == 10",
+        "len(condensation.synthetic_dataset()) == 40",
     ],
     "docs/condensation.md": [
         "images.shape == (10, 1, 28, 28)",

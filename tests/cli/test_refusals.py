@@ -15,7 +15,7 @@ from leakage.cli.refusals import explain, own_words
 ATTACK = ["--model", "IDLGAttack", "--data", "Victims", "--data.dataset", "sample"]
 PIECES = ["--model", "GradientInversion", "--data", "Victims", "--data.dataset", "sample"]
 CONDENSATION = ["--model", "GradientMatchingCondensation", "--data", "LabelledImages", "--data.dataset", "sample"]
-NETWORKS = r"one of AlexNet, ConvNet, LeNet, MLP, ResNet18, VGG11"
+NETWORKS = r"one of AlexNet, ConvNet, Generator, LeNet, MLP, ResNet18, ResNet20, VGG11, ViT"
 NETWORK = rf"Expected `network` of GradientMatchingCondensation to be {NETWORKS}"
 MODULE = r"the import path of another subclass of torch\.nn\.modules\.module\.Module"
 

@@ -72,7 +72,7 @@ def test_what_a_condensation_says_of_itself(kit: SimpleNamespace, tmp_path: Path
     ("changes", "message"),
     [
         ({"evaluation": "idc"}, r"Expected `evaluation` to be one of \['dc', 'dsa'\], but got 'idc'"),
-        ({"network": "vit"}, "Expected `network` to be one of .*but got 'vit'"),
+        ({"network": "swin"}, "Expected `network` to be one of .*but got 'swin'"),
         ({"accuracies": ()}, r"Expected `accuracies` as at least one number from 0 to 1, but got \(\)"),
         ({"accuracies": (0.5, 70.1)}, r"from 0 to 1, but got \(0.5, 70.1\)"),
         ({"accuracies": (float("nan"),)}, "from 0 to 1, but got"),

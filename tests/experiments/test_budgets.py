@@ -71,11 +71,15 @@ def test_networks_that_are_kept_are_made_in_the_first_pass(monkeypatch: pytest.M
 
     def with_pool(iterations: int) -> GradientMatchingCondensation:
         made = real(iterations)
-        made.protocol = SimpleNamespace(pool=2, iterations=iterations)  # type: ignore[assignment]
+        made.protocol = SimpleNamespace(pool=2, pool_passes=passes, iterations=iterations)  # type: ignore[assignment]
         made.seconds |= {"real": 14.0, "network": 10.0, "synthetic": 6.0}
         return made
 
-    for minutes, iterations in ((10, int(6 + (0.95 * 570 - 60) / 2)), (1, int(0.95 * 30 / 10))):
+    for minutes, passes, iterations in (
+        (10, None, int(6 + (0.95 * 570 - 60) / 2)),
+        (1, None, int(0.95 * 30 / 10)),
+        (10, 4, int(6 + (0.95 * 570 - 60) / 4)),  # a quarter of the later ones are of new networks, 8 s more
+    ):
         schedule, _ = fit_schedule(with_pool, LabelledImages("sample"), minutes, None, None, 0, TRAINER)
         assert schedule.iterations == iterations
 
