@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,7 +70,7 @@ def test_networks_that_are_kept_are_made_in_the_first_pass(monkeypatch: pytest.M
     timed(monkeypatch, iteration=10, test=0)
     real = make
 
-    def with_pool(iterations: int) -> GradientMatchingCondensation:
+    def with_pool(passes: int | None, iterations: int) -> GradientMatchingCondensation:
         made = real(iterations)
         made.protocol = SimpleNamespace(pool=2, pool_passes=passes, iterations=iterations)  # type: ignore[assignment]
         made.seconds |= {"real": 14.0, "network": 10.0, "synthetic": 6.0}
@@ -80,7 +81,9 @@ def test_networks_that_are_kept_are_made_in_the_first_pass(monkeypatch: pytest.M
         (1, None, int(0.95 * 30 / 10)),
         (10, 4, int(6 + (0.95 * 570 - 60) / 4)),  # a quarter of the later ones are of new networks, 8 s more
     ):
-        schedule, _ = fit_schedule(with_pool, LabelledImages("sample"), minutes, None, None, 0, TRAINER)
+        schedule, _ = fit_schedule(
+            partial(with_pool, passes), LabelledImages("sample"), minutes, None, None, 0, TRAINER
+        )
         assert schedule.iterations == iterations
 
 
