@@ -22,6 +22,7 @@ Files in the output folder: `summary.json`, a row for each attack; `gallery.png`
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -176,7 +177,8 @@ class Table:
         share = ShareOverVictims()(told)
         by_features = None
         if given.epochs:
-            seen = Features(network.model, embedding_layer(network.model, self.data.image_shape))
+            model = copy.deepcopy(network.model).eval()  # one in training mode mixes the images of a batch
+            seen = Features(model, embedding_layer(model, self.data.image_shape))
             by_features = float(identified(images, truth.images, others, seen).double().mean())
         means = {name: float(values.mean()) for name, values in baselines.items()}
         is_published = (given.images, given.local_steps, self.data.name) == (1, 1, "cifar10")

@@ -184,11 +184,11 @@ class Condensation(LightningModule):
         return SyntheticSet(images, labels, **self._about_data, recipe=Recipe.of(self), factor=self.protocol.factor)
 
     def synthetic_dataset(self) -> TensorDataset:
-        """Pairs of a synthetic image ``(C, H, W)`` in the data's scale (not normalised, not clamped) and its label."""
+        """Pairs of a decoded image ``(C, H, W)`` in the data's scale (not normalised, not clamped) and its label."""
         return self.synthetic_set().to_dataset()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``synthetic.safetensors``, ``synthetic.png`` and, as 8-bit pictures, ``images/<class>/``.
+        """Write ``synthetic.safetensors``, ``synthetic.png`` and, decoded and as 8-bit pictures, ``images/<class>/``.
 
         Raises:
             FileExistsError: ``images`` holds others that this set would not replace; the set and its picture are

@@ -11,12 +11,7 @@ from torch import Tensor, nn
 
 from leakage.clients.activations import recorded
 from leakage.clients.inspection import inspect_model
-from leakage.condensation.matching import Transform
-
-# Real images that go through the network at once on a CPU: what they leave in memory then stays in its cache.
-_REAL_AT_ONCE_ON_CPU = 8
-# The same for synthetic images: small classes together, large ones each alone.
-_SYNTHETIC_AT_ONCE_ON_CPU = 10
+from leakage.condensation.matching import REAL_AT_ONCE_ON_CPU, SYNTHETIC_AT_ONCE_ON_CPU, Transform
 
 
 def embedding_layer(network: nn.Module, image_shape: tuple[int, ...]) -> str:
@@ -41,7 +36,7 @@ def embed(network: nn.Module, layer: str, images: Tensor) -> Tensor:
 @torch.no_grad()
 def embed_real(network: nn.Module, layer: str, images: Tensor, prepare: Transform) -> Tensor:
     """The same for many images as the data set has them, which ``prepare`` normalises; without derivatives."""
-    at_once = _REAL_AT_ONCE_ON_CPU if images.device.type == "cpu" else len(images)
+    at_once = REAL_AT_ONCE_ON_CPU if images.device.type == "cpu" else len(images)
     return torch.cat([embed(network, layer, prepare(some)) for some in torch.split(images, at_once)])
 
 
@@ -73,7 +68,7 @@ class Embeddings:
         count = images.shape[1]
         at_once = len(images)
         if images.device.type == "cpu":
-            at_once = max(1, _SYNTHETIC_AT_ONCE_ON_CPU // count)
+            at_once = max(1, SYNTHETIC_AT_ONCE_ON_CPU // count)
         distances: list[Tensor] = []
         derivatives: list[Tensor] = []
         for labels in torch.split(torch.arange(len(images)), at_once):

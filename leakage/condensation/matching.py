@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from leakage.objectives import DISTANCES
 
 # Real images whose gradient is taken at once on a CPU: what they leave in memory then stays in its cache.
-_REAL_AT_ONCE_ON_CPU = 8
+REAL_AT_ONCE_ON_CPU = 8
 # The same for synthetic images: small classes together, large ones each alone.
-_SYNTHETIC_AT_ONCE_ON_CPU = 10
+SYNTHETIC_AT_ONCE_ON_CPU = 10
 # From so many images on a class is faster alone, without `torch.func`: by a fifth for ten.
 _LARGE_CLASS = 3
 
@@ -87,7 +87,7 @@ def real_gradients(
     """
     parameters = dict(network.named_parameters())
     wanted = [parameters[name] for name in names]
-    at_once = _REAL_AT_ONCE_ON_CPU if wanted[0].device.type == "cpu" else None
+    at_once = REAL_AT_ONCE_ON_CPU if wanted[0].device.type == "cpu" else None
     gradients = [torch.zeros(len(classes), *parameter.shape).to(parameter) for parameter in wanted]
     for label, (images, transform) in enumerate(zip(classes, prepare, strict=True)):
         for chunk in torch.split(images, at_once or len(images)):
@@ -132,7 +132,7 @@ def match(
 
     at_once = None
     if images.device.type == "cpu":
-        at_once = max(1, _SYNTHETIC_AT_ONCE_ON_CPU // images.shape[1])
+        at_once = max(1, SYNTHETIC_AT_ONCE_ON_CPU // images.shape[1])
     evaluate = vmap(grad_and_value(objective), chunk_size=at_once)
     labels = torch.arange(len(images), device=images.device)
     if transforms is None:

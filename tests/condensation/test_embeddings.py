@@ -72,7 +72,7 @@ def test_looking_for_the_layer_changes_nothing(kit: Any) -> None:
 def test_targets_are_the_means_over_the_real_images_of_each_class(
     network: nn.Module, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr(embeddings, "_REAL_AT_ONCE_ON_CPU", at_once)
+    monkeypatch.setattr(embeddings, "REAL_AT_ONCE_ON_CPU", at_once)
     classes = [random(generator, count, 1, 8, 8) for count in (1, 4, 7)]
     prepare: list[Callable[[Tensor], Tensor]] = [as_it_is, lambda images: images * 2, lambda images: images.flip(-1)]
     found = Embeddings("classifier").targets(network, classes, prepare)

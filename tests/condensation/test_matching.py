@@ -53,7 +53,7 @@ def test_row_cosine_leaves_biases_out_and_no_distance_looks_at_frozen_weights(ne
 def test_real_gradients_are_those_of_the_mean_loss_of_each_class(
     network: nn.Module, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr(matching, "_REAL_AT_ONCE_ON_CPU", at_once)
+    monkeypatch.setattr(matching, "REAL_AT_ONCE_ON_CPU", at_once)
     # Classes of different sizes: below a chunk, a multiple of one, and neither.
     classes = [shared_random(generator, count, 1, 8, 8) for count in (1, 8, 13)]
     prepare = [lambda images: images, lambda images: images * 2, lambda images: images.flip(-1)]
@@ -135,7 +135,7 @@ def test_matches_as_a_plain_loop_does(
 def test_how_many_classes_are_matched_at_once_does_not_matter(
     network: nn.Module, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr(matching, "_SYNTHETIC_AT_ONCE_ON_CPU", at_once)
+    monkeypatch.setattr(matching, "SYNTHETIC_AT_ONCE_ON_CPU", at_once)
     targets = {"classifier.weight": shared_random(generator, 3, 3, 16)}
     images = shared_random(generator, 3, 1, 1, 8, 8)
     expected = plain_match(network, targets, images, "row_cosine", [as_it_is] * 3)
