@@ -26,6 +26,7 @@ from leakage.clients.losses import LOSSES
 from leakage.clients.low_rank import coordinates
 from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.smoothing import smoothed, without_sharpness
 from leakage.defenses.base import Defense, check_defenses, defend
 from leakage.errors import check_count, show_shape
 from leakage.models.draw import draw_states, state_of
@@ -213,7 +214,8 @@ class Victim:
         """:meth:`gradients`, and what some modules took and gave in the forward pass that they come from.
 
         Args:
-            state: weights and buffers by name.
+            state: weights and buffers by name; with one named ``"leakage.sharpness"`` the network is that of
+                :func:`~leakage.clients.smoothing.smoothed`.
             images: ``(N, C, H, W)``.
             targets: class probabilities ``(N, K)``.
             modules: names that :meth:`check_modules` has let pass.
@@ -248,7 +250,8 @@ class Victim:
         modules: Sequence[str],
     ) -> tuple[Tensor, dict[str, Activation]]:
         """Of one step, and the activations of the forward pass."""
-        with recorded(self.model, modules) as activations:
+        fixed, sharpness = without_sharpness(fixed)
+        with recorded(self.model, modules) as activations, smoothed(sharpness):
             logits = functional_call(self.model, (weights, fixed), (images,))
         losses = LOSSES[self.protocol.loss](logits, targets)
         return losses.mean() if self.protocol.reduction == "mean" else losses.sum(), activations
@@ -261,9 +264,10 @@ class Victim:
         layer, name = self.classifier, f"{self.classifier}.weight"
         weights = {own: state[own] for own in self.trainable if own != name}
         fixed = {own: tensor for own, tensor in state.items() if own not in weights} | {name: state[name].mT}
+        fixed, sharpness = without_sharpness(fixed)
 
         def loss(weights: dict[str, Tensor], shift: Tensor) -> tuple[Tensor, dict[str, Activation]]:
-            with recorded(self.model, [*modules, layer]) as activations:
+            with recorded(self.model, [*modules, layer]) as activations, smoothed(sharpness):
                 logits = functional_call(self.model, (weights, fixed), (images,))
             losses = LOSSES[self.protocol.loss](logits + shift, targets)
             return losses.mean() if self.protocol.reduction == "mean" else losses.sum(), activations

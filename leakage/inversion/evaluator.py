@@ -14,12 +14,13 @@ from torch.func import grad_and_value, vmap
 
 from leakage.clients.low_rank import in_basis
 from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.smoothing import SHARPNESS
 from leakage.clients.victim import Victim
 from leakage.dummies.dummy import Dummy, Images, Labels, Target
 from leakage.inversion.memory import peak_memory
 from leakage.objectives.terms import Batched, Point, Term
 from leakage.pieces import State
-from leakage.solvers import Problem
+from leakage.solvers import STEERING, Problem
 
 # Bytes that lanes evaluated at once may take on a CPU: with more its cores wait for the memory.
 _BYTES_AT_ONCE = 2**28
@@ -117,9 +118,14 @@ class Evaluator:
         return _joined(kept)
 
     def _needed(self, kept: State) -> State:
-        """Without what changes nothing for any of these victims."""
+        """Without what changes nothing for any of these victims, and priors as weak as the solver has made them."""
         parts = _parted(kept)
-        return _joined(parts | {name: term.needed(parts.get(name, {})) for name, (_, term) in self.terms.items()})
+        own = {name: term.needed(parts.get(name, {})) for name, (_, term) in self.terms.items()}
+        if (fading := parts.get(STEERING, {}).pop("fading", None)) is not None:
+            for name, (_, term) in self.terms.items():
+                if term.fades:
+                    own[name] = {**own[name], "scale": own[name].get("scale", 1.0) * fading}
+        return _joined(parts | own)
 
     def informative(self, shared: SharedGradient) -> Tensor:
         """``(V,)``, whether a victim's gradient says anything to every term."""
@@ -152,7 +158,7 @@ class Evaluator:
     def __call__(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, State]:
         """Objectives ``(V,)`` of V victims, and their gradients by each of the unknowns ``(V, ...)``."""
         kept = self._needed(kept)
-        if self._batched is not None:
+        if self._batched is not None and f"{STEERING}/sharpness" not in kept:
             return self._by_terms(self._batched, shared, kept, unknowns)
         if not self.at_once and next(iter(unknowns.values())).device.type == "cpu":
             self.at_once = self._find_lanes_at_once(shared, kept, unknowns)
@@ -208,6 +214,8 @@ class Evaluator:
         images = self.images.write(unknowns.get("images"), kept.get("images", {}))
         targets = self.labels.write(unknowns.get("labels"), kept.get("labels", {}))
         wanted, basis = shared
+        if (sharpness := kept.get(STEERING, {}).get("sharpness")) is not None:
+            state = {**state, SHARPNESS: sharpness}
         gradients, activations = self.victim.evaluate(state, images, targets, self.modules, basis, sparing=sparing)
         if basis is not None:  # what lies outside of it was not shared
             wanted = {name: wanted[name] if name in wanted else torch.zeros_like(gradients[name]) for name in gradients}

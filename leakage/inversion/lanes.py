@@ -181,7 +181,8 @@ class Lanes:
         return self.evaluator.equations(self.shared.select(lanes), of_pieces, points)
 
     def _of_pieces(self) -> State:
-        return {name: tensor for name, tensor in self.kept.items() if "/" in name}
+        """What pieces keep, and how the solver steers the objective."""
+        return {name: tensor for name, tensor in {**self.kept, **self.optimizer.lanes}.items() if "/" in name}
 
     # They start again, or leave.
 

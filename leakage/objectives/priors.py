@@ -15,9 +15,11 @@ from leakage.errors import check_choice
 from leakage.objectives.terms import ActivationPrior, Point, Prior
 from leakage.pieces import State
 
-_KINDS = ("anisotropic", "isotropic", "squared")
+_KINDS = ("anisotropic", "isotropic", "smooth", "squared")
 # Below this length a difference counts as none: the root has no slope at zero.
 _TINY = 1e-8
+# The length below which a difference counts as a square with ``smooth``.
+_SMALL = 1e-2
 
 
 class TotalVariation(Prior):
@@ -30,10 +32,14 @@ class TotalVariation(Prior):
     =============== ==================================================================
     ``anisotropic`` :math:`\mathrm{mean}\,|d_h| + \mathrm{mean}\,|d_w|`, that of Inverting Gradients
     ``isotropic``   :math:`\mathrm{mean}\,\sqrt{d_h^2 + d_w^2}`, over all pixels that have both
-    ``squared``     :math:`\mathrm{mean}\,d_h^2 + \mathrm{mean}\,d_w^2`, a sum of squares
+    ``smooth``      :math:`\mathrm{mean}\,(n - 0.01), \; n^2 = d_h^2 + d_w^2 + 0.01^2`, over all pixels
+    ``squared``     :math:`\mathrm{mean}\,d_h^2 + \mathrm{mean}\,d_w^2`
     =============== ==================================================================
 
-    The mean is over images, channels and pixels, so that weights mean the same for images of any size.
+    The mean is over images, channels and pixels, so that weights mean the same for images of any size. The last two are
+    sums of squares, as second-order solvers want them: ``smooth`` as
+    :math:`\mathrm{mean}\,[d_h^2 + d_w^2 + (n - 0.01)^2] / 2 n` with the n that divides held fixed in derivatives. The
+    gradient stays the same, and a least-squares step is one of reweighted squares.
 
     Args:
         kind: of the table.
@@ -58,6 +64,8 @@ class TotalVariation(Prior):
     def __call__(self, images: Tensor) -> Tensor:
         """At least 0."""
         down, across = images.diff(dim=-2), images.diff(dim=-1)
+        if self.kind == "smooth":
+            return _mean(self._lengths(images)[-1] - _SMALL)
         if self.kind == "squared":
             return _mean(down.square()) + _mean(across.square())
         if self.kind == "anisotropic":
@@ -65,14 +73,25 @@ class TotalVariation(Prior):
         squares = down[..., :-1].square() + across[..., :-1, :].square()
         return _mean((squares + _TINY**2).sqrt() - _TINY)
 
+    @staticmethod
+    def _lengths(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Differences of every pixel, 0 where there is no next one, and n."""
+        down = images.diff(dim=-2, append=images[..., -1:, :])
+        across = images.diff(dim=-1, append=images[..., -1:])
+        return down, across, (down.square() + across.square() + _SMALL**2).sqrt()
+
     @property
     def is_sum_of_squares(self) -> bool:
-        """Only ``squared`` is."""
-        return self.kind == "squared"
+        """Only ``smooth`` and ``squared`` are."""
+        return self.kind in ("smooth", "squared")
 
     def residuals(self, point: Point, kept: State) -> Tensor:
-        """The differences, each over the root of their number."""
-        parts = point.images.diff(dim=-2), point.images.diff(dim=-1)
+        """Numbers whose squares add up to the value."""
+        parts = [point.images.diff(dim=-2), point.images.diff(dim=-1)]
+        if self.kind == "smooth":
+            down, across, length = self._lengths(point.images)
+            length = length.detach()
+            parts = [part / (2 * length).sqrt() for part in (down, across, length - _SMALL)]
         return torch.cat([part.flatten() / max(1, part.numel()) ** 0.5 for part in parts])
 
 

@@ -56,9 +56,11 @@ class Term(Piece, ABC):
         isometric: whether it stays the same when the gradients of the dummies and that which was shared are written in
             other orthonormal coordinates, or does not look at them: those of a last layer with many classes may then be
             given in fewer numbers (:mod:`leakage.clients.low_rank`).
+        fades: whether a solver may lower its weight as the search gets nearer: it is a prior.
     """
 
     isometric: ClassVar[bool] = False
+    fades: ClassVar[bool] = False
 
     @abstractmethod
     def value(self, point: Point, kept: State) -> Tensor:
@@ -217,6 +219,7 @@ class Prior(Term):
     """
 
     isometric = True
+    fades = True
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
@@ -249,6 +252,7 @@ class ActivationPrior(Term):
     """
 
     isometric = True
+    fades = True
 
     @abstractmethod
     def watched(self, model: nn.Module) -> Sequence[str]:

@@ -192,6 +192,13 @@ class GaussNewton(Solver):
             target[moving] = lanes["point"][moving] + self._steps(lanes, moving, at.problem)
         return target
 
+    def meet_new_objective(self, lanes: State, chosen: Tensor, target: Tensor) -> Tensor:
+        """Begin anew at the best points, with the damping that was right."""
+        damping = lanes["damping"][chosen].clamp(max=self.damping)
+        target = super().meet_new_objective(lanes, chosen, target)
+        lanes["damping"][chosen] = damping
+        return target
+
     def _steps(self, lanes: State, moving: Tensor, problem: Problem) -> Tensor:
         """Of the lanes at the given indices."""
         equations = cast(Equations, problem.equations)

@@ -16,6 +16,9 @@ from leakage.pieces import Piece, State
 STATUS = ("running", "converged", "stalled", "diverged", "exhausted", "uninformative")
 RUNNING, CONVERGED, STALLED, DIVERGED, EXHAUSTED, UNINFORMATIVE = range(6)
 
+# Entries of a solver's state under this name steer the objective, see :class:`Solver`.
+STEERING = "steering"
+
 # Residuals (L, M) of some lanes, from their unknowns (L, D) and the lanes' numbers (L,); row by row independent.
 Equations = Callable[[Tensor, Tensor], Tensor]
 
@@ -88,7 +91,9 @@ class Solver(Piece, ABC):
         """The state of lanes that have not been evaluated yet, each entry ``(V, ...)``; by default none.
 
         An entry ``seed (V,)``, int64, is for a solver that draws: an attack fills it with one for each victim and
-        restart.
+        restart. A solver steers the objective by ``"steering/sharpness" (V,)``, that of
+        :func:`~leakage.clients.smoothing.smoothed` networks, and ``"steering/fading" (V,)``, which multiplies the
+        weights of priors.
 
         Args:
             like: ``(V, D)``, for its shape, precision and device.
@@ -111,6 +116,24 @@ class Solver(Piece, ABC):
             ValueError: one that it can't solve.
         """
         return self
+
+    def meet_new_objective(self, lanes: State, chosen: Tensor, target: Tensor) -> Tensor:
+        """The objective of the lanes at these indices has changed: forget what is known of the old one.
+
+        By default they begin anew at their best points.
+
+        Args:
+            lanes: the state of all lanes, changed in place.
+            chosen: indices.
+            target: the points ``(V, D)`` that :meth:`move` has given.
+
+        Returns:
+            The next points.
+        """
+        target = target.clone()
+        target[chosen] = lanes["best"][chosen]
+        self.renew(lanes, chosen, self.fresh(target[chosen]))
+        return target
 
     # Where a state is large, a solver may lay it out in its own way.
 

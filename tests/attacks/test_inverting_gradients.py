@@ -3,8 +3,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from leakage.attacks import InvertingGradientsAttack
+from leakage.clients.victim import Victim
+from leakage.datamodules import SharedGradients
+from leakage.models import ConvNet
+from leakage.solvers import Continuation, GaussNewton
 
 
 def test_the_published_protocol_has_the_papers_values() -> None:
@@ -22,10 +27,40 @@ def test_values_are_replaced_one_by_one() -> None:
     assert repr(attack.images) == "Pixels(start='noise', std=0.5, box=(0, 1))"
 
 
+def test_the_robust_protocol_is_a_continuation_by_least_squares() -> None:
+    attack = InvertingGradientsAttack(protocol="robust", steps=70)
+    assert repr(attack.objective) == "CosineDistance() + 0.03 * TotalVariation(kind='smooth')"
+    solver: Any = attack.solver
+    assert isinstance(solver, Continuation)
+    assert isinstance(solver.solver, GaussNewton)
+    assert (solver.evaluations, solver.levels) == (70, 14)
+    short: Any = InvertingGradientsAttack(protocol="robust", steps=3).solver
+    assert short.levels == 3
+
+
+def test_robust_finds_more_than_published_for_less_work(kit: Any) -> None:
+    """On a small network with ReLU and max pooling, whose kinks the published search is caught in."""
+    torch.manual_seed(0)
+    model = ConvNet(1, 12, 10, width=8, depth=2, norm="none", pooling="max").eval()
+    victim = Victim(model, image_shape=(1, 12, 12))
+    side = torch.linspace(0, 3, 12)
+    images = torch.stack([(side[:, None] * a + side * b).sin() / 2 + 0.5 for a, b in ((1.0, 2.0), (2.0, -1.0), (0.5, 1.5), (3.0, 0.0))])
+    shared = victim.share(images[:, None, None], torch.tensor([[3], [7], [0], [1]]))
+    mse = {}
+    for protocol, steps in (("published", 400), ("robust", 42)):
+        attack = InvertingGradientsAttack(protocol=protocol, steps=steps)
+        kit.fit(attack, SharedGradients(shared, victim))
+        found = attack.finished.images[attack.finished.ids.argsort()][:, 0]
+        mse[protocol] = (found[:, 0] - images).square().mean()
+        assert bool(((found >= 0) & (found <= 1)).all())
+    assert mse["robust"] < mse["published"] / 2, mse
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protocol": "fast"}, r"Expected `protocol` to be one of \['published'\], but got 'fast'"),
+        ({"protocol": "fast"}, r"Expected `protocol` to be one of \['published', 'robust'\], but got 'fast'"),
+        ({"protocol": "robust", "lr": 0.1}, "Expected no `lr` with protocol='robust', .* but got 0.1"),
         ({"total_variation": -1.0}, "Expected `total_variation` of at least 0, but got -1.0"),
         ({"start_std": 0.0}, "Expected `start_std` to be positive and finite, but got 0.0"),
         ({"steps": 0}, "Expected `steps` to be a whole number of at least 1, but got 0"),

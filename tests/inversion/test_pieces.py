@@ -215,10 +215,43 @@ def test_restarts_of_searches_without_an_end_keep_the_best(kit: Any) -> None:
     assert bool((runs[1].loss <= runs[0].loss).all())
 
 
+class Steered(Momentum):
+    """Tells the objective how sharp and how strong its priors are."""
+
+    def __init__(self, sharpness: float, fading: float) -> None:
+        super().__init__(0.05, 10)
+        self.sharpness, self.fading = sharpness, fading
+
+    def fresh(self, like: Tensor) -> dict[str, Tensor]:
+        steering = {"sharpness": self.sharpness, "fading": self.fading}
+        return super().fresh(like) | {
+            f"steering/{name}": torch.full_like(like[:, 0], value) for name, value in steering.items()
+        }
+
+
+def test_a_solver_steers_the_network_and_the_priors(kit: Any) -> None:
+    class Kinked(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Flatten(), nn.Linear(144, 12), nn.ReLU(), nn.Linear(12, 10))
+
+    def images(solver: Any, weight: float) -> Tensor:
+        attack = GradientInversion(objective=SquaredDistance() + weight * L2(), labels=RevealedLabels(), solver=solver)
+        victims = kit.victims(victims=3, model=Kinked(), reveal_labels=True)
+        found: Tensor = kit.by_id(kit.fit(attack, victims, precision="64-true")).images
+        return found
+
+    plain = images(Momentum(0.05, 10), 0.3)
+    torch.testing.assert_close(images(Steered(1e12, 1.0), 0.3), plain)
+    torch.testing.assert_close(images(Steered(1e12, 0.5), 0.6), plain)
+    assert float((images(Steered(1e12, 0.5), 0.3) - plain).abs().max()) > 1e-3
+    assert float((images(Steered(1.0, 1.0), 0.3) - plain).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize(
     "attack",
     [
         lambda: InvertingGradientsAttack(steps=30, restarts=1),
+        lambda: InvertingGradientsAttack(protocol="robust", steps=30),
         lambda: GradientInversion(
             objective=SquaredDistance() + 1e-3 * TotalVariation() + 1e-3 * L2(),
             labels=JointLabels(),
@@ -231,7 +264,7 @@ def test_restarts_of_searches_without_an_end_keep_the_best(kit: Any) -> None:
             solver=SignedAdam(steps=30),
         ),
     ],
-    ids=["InvertingGradients", "sum", "own", "noise", "latent"],
+    ids=["InvertingGradients", "robust", "sum", "own", "noise", "latent"],
 )
 def test_a_run_of_pieces_goes_on_bit_for_bit(kit: Any, attack: Any, tmp_path: Path) -> None:
     def seeded() -> GradientInversion:

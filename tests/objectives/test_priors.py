@@ -34,7 +34,7 @@ def point(shown: Tensor) -> Point:
 
 def plain_variation(shown: Tensor, kind: str) -> float:
     """Pixel by pixel."""
-    down, across, both = [], [], []
+    down, across, both, every = [], [], [], []
     for image in shown.flatten(0, 1).tolist():
         for row in range(len(image)):
             for column in range(len(image[0])):
@@ -44,18 +44,23 @@ def plain_variation(shown: Tensor, kind: str) -> float:
                     across.append(image[row][column + 1] - image[row][column])
                 if row + 1 < len(image) and column + 1 < len(image[0]):
                     both.append((down[-1] ** 2 + across[-1] ** 2) ** 0.5)
+                below, right = row + 1 < len(image), column + 1 < len(image[0])
+                squares = below * down[-1] ** 2 + right * across[-1] ** 2 if down and across else 0
+                every.append((squares + 0.01**2) ** 0.5 - 0.01)
+    if kind == "smooth":
+        return sum(every) / len(every)
     if kind == "isotropic":
         return sum(both) / len(both)
     size = abs if kind == "anisotropic" else lambda difference: difference**2
     return sum(map(size, down)) / len(down) + sum(map(size, across)) / len(across)
 
 
-@pytest.mark.parametrize("kind", ["anisotropic", "isotropic", "squared"])
+@pytest.mark.parametrize("kind", ["anisotropic", "isotropic", "smooth", "squared"])
 def test_total_variation_is_that_of_a_plain_loop(kind: str) -> None:
     assert float(TotalVariation(kind)(images())) == pytest.approx(plain_variation(images(), kind), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["anisotropic", "isotropic", "squared"])
+@pytest.mark.parametrize("kind", ["anisotropic", "isotropic", "smooth", "squared"])
 def test_total_variation_is_least_and_has_a_slope_where_images_are_flat(kind: str) -> None:
     flat = torch.full((1, 1, 4, 4), 0.3, dtype=torch.float64, requires_grad=True)
     value = TotalVariation(kind)(flat)
@@ -66,11 +71,24 @@ def test_total_variation_is_least_and_has_a_slope_where_images_are_flat(kind: st
         TotalVariation("l1")
 
 
-@pytest.mark.parametrize("term", [L2(), TotalVariation("squared"), SquaredDistance(), CosineDistance()], ids=repr)
+SQUARES = [L2(), TotalVariation("squared"), TotalVariation("smooth"), SquaredDistance(), CosineDistance()]
+
+
+@pytest.mark.parametrize("term", SQUARES, ids=repr)
 def test_residuals_are_the_root_of_the_value(term: Term) -> None:
     at = point(images())
     assert term.is_sum_of_squares
     torch.testing.assert_close(term.residuals(at, {}).square().sum(), term.value(at, {}))
+
+
+@pytest.mark.parametrize("term", SQUARES[:3], ids=repr)
+def test_residuals_have_the_slope_of_the_value(term: Term) -> None:
+    values = [lambda at: term.value(at, {}), lambda at: term.residuals(at, {}).square().sum()]
+    shown = [images().requires_grad_() for _ in values]
+    by_value, by_residuals = (
+        torch.autograd.grad(value(point(x)), x)[0] for value, x in zip(values, shown, strict=True)
+    )
+    torch.testing.assert_close(by_value, by_residuals)
 
 
 @pytest.mark.parametrize("term", [TotalVariation(), BatchNormStatistics()], ids=repr)

@@ -1,0 +1,142 @@
+"""Levels of one search, and how they steer the objective."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from leakage.solvers import LBFGS, STATUS, Continuation, GaussNewton, PerVictimOptimizer, Problem, SignedAdam, Solver
+
+SHARPNESS, FADING = "steering/sharpness", "steering/fading"
+GOAL = torch.tensor([[0.3, -2.0], [1.0, 4.0], [0.0, 0.5]]).double()
+
+
+def optimizer_of(solver: Solver) -> PerVictimOptimizer:
+    """Least squares of x^3 + s x against what the goal gives without s, with s one over the sharpness."""
+
+    def equations(x: torch.Tensor, lanes: torch.Tensor) -> torch.Tensor:
+        return x**3 + x / optimizer.lanes[SHARPNESS][lanes, None] - GOAL[lanes] ** 3
+
+    problem = Problem(equations=equations, num_equations=2, num_unknowns=2)
+    optimizer = PerVictimOptimizer([nn.Parameter(torch.full((3, 2), 1.5).double())], solver, problem)
+    return optimizer
+
+
+def run(optimizer: PerVictimOptimizer) -> list[tuple[list[int], list[float]]]:
+    """Levels and best losses after each step."""
+    (x,) = optimizer.param_groups[0]["params"]
+
+    def closure() -> torch.Tensor:
+        losses: torch.Tensor = optimizer.problem.equations(x, torch.arange(3)).square().sum(1)  # type: ignore[misc]
+        x.grad = torch.autograd.grad(losses.sum(), x)[0]
+        return losses
+
+    seen = []
+    while bool(optimizer.running.any()):
+        optimizer.step(closure)
+        seen.append((optimizer.lanes["level"].tolist(), optimizer.best_loss.tolist()))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [GaussNewton(max_evaluations=200, tolerance=1e-20), LBFGS(max_evaluations=1500, tolerance=1e-20)],
+    ids=["gauss_newton", "lbfgs"],
+)
+def test_ends_where_the_last_level_does(solver: Solver) -> None:
+    optimizer = optimizer_of(Continuation(solver=solver, levels=5, sharpness=(0.1, 1e9)))
+    seen = run(optimizer)
+    assert optimizer.lanes["level"].tolist() == [4, 4, 4]
+    torch.testing.assert_close(optimizer.best()[0], GOAL, rtol=0, atol=1e-3)
+    assert [STATUS[status] for status in optimizer.status.tolist()] != ["running"] * 3
+    for lane in range(3):
+        levels = [at[lane] for at, _ in seen]
+        assert levels == sorted(levels), "levels only rise"
+        assert set(levels) == set(range(5)), "and none is left out"
+
+
+def test_steers_by_geometric_levels() -> None:
+    solver = Continuation(solver=SignedAdam(steps=12), levels=4, sharpness=(2.0, 250.0), fading=1.5)
+    optimizer = optimizer_of(solver)
+    (x,) = optimizer.param_groups[0]["params"]
+    seen = []
+    for _ in range(12):
+        seen.append(torch.stack([optimizer.lanes[name] for name in (SHARPNESS, FADING)]))
+
+        def closure() -> torch.Tensor:
+            x.grad = torch.ones_like(x)
+            return torch.ones(3).double()
+
+        optimizer.step(closure)
+    expected = torch.tensor([2.0, 10.0, 50.0, 250.0]).double().repeat_interleave(3)
+    steered = torch.stack(seen)[:, :, 0].T
+    torch.testing.assert_close(steered, torch.stack([expected, (expected / 2) ** -1.5]))
+    assert optimizer.evaluations.tolist() == [12, 12, 12]
+    assert {STATUS[status] for status in optimizer.status.tolist()} == {"exhausted"}
+
+
+def test_adam_goes_on_over_the_levels() -> None:
+    """One level and many are the same where the objective does not look at them."""
+    found = []
+    for levels in (1, 6):
+        optimizer = optimizer_of(Continuation(solver=SignedAdam(steps=30), levels=levels))
+        (x,) = optimizer.param_groups[0]["params"]
+
+        def closure(x: Any = x) -> torch.Tensor:
+            x.grad = 2 * (x - GOAL)
+            return (x - GOAL).square().sum(1).detach()
+
+        for _ in range(30):
+            optimizer.step(closure)
+        found.append(x.detach().clone())
+    assert torch.equal(*found)
+
+
+def test_what_counts_is_the_best_of_the_last_level() -> None:
+    optimizer = optimizer_of(Continuation(solver=SignedAdam(steps=4), levels=2))
+    (x,) = optimizer.param_groups[0]["params"]
+    points = []
+    for loss in (1.0, 2.0, 4.0, 3.0):
+
+        def closure(loss: float = loss) -> torch.Tensor:
+            points.append(x.detach().clone())
+            x.grad = torch.ones_like(x)
+            return torch.full((3,), loss).double()
+
+        optimizer.step(closure)
+    assert optimizer.best_loss.tolist() == [3.0] * 3
+    assert torch.equal(optimizer.best()[0], points[3])
+
+
+def test_a_lane_that_diverges_goes_no_further() -> None:
+    optimizer = optimizer_of(Continuation(solver=SignedAdam(steps=10), levels=5))
+    (x,) = optimizer.param_groups[0]["params"]
+
+    def closure() -> torch.Tensor:
+        x.grad = torch.ones_like(x)
+        return torch.tensor([1.0, torch.nan, 1.0]).double()
+
+    for _ in range(10):
+        optimizer.step(closure)
+    assert [STATUS[status] for status in optimizer.status.tolist()] == ["exhausted", "diverged", "exhausted"]
+    assert optimizer.lanes["level"].tolist() == [4, 0, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"levels": 0}, "Expected `levels` to be a whole number of at least 1, but got 0"),
+        ({"levels": 11}, "Expected `levels` of at most 10, the solver's evaluations, but got 11"),
+        ({"sharpness": (0.0, 5.0)}, r"Expected `sharpness\[0\]` to be positive and finite, but got 0.0"),
+        ({"sharpness": 5.0}, "Expected `sharpness`"),
+        ({"fading": -1.0}, "Expected `fading` of at least 0, but got -1.0"),
+        ({"solver": "adam"}, "Expected `solver` to be another solver, but got 'adam'"),
+        ({"solver": Continuation(solver=SignedAdam(steps=20))}, "Expected `solver` to be another solver"),
+    ],
+)
+def test_names_a_bad_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Continuation(**{"solver": SignedAdam(steps=10), "levels": 5, **options})
