@@ -7,7 +7,8 @@ r"""Attacks on networks that people train: PSNR of each, with the baselines that
 
 Victims hold test images, which no network was trained on. Each of an untrained network of up to half a million weights
 has a newly drawn one of its own; larger and trained ones are shared. The attacker is told the labels, unless
-`--infer-labels`. `--local-steps` of SGD are simulated by the attacks, with the clients' learning rate.
+`--infer-labels`. `--local-steps` of SGD are simulated by the attacks, with the clients' learning rate and order, or
+with those that they search for (`--hide-learning-rate`, `--shuffle`).
 
 An attack that does not beat every baseline (a grey image, the own mean colour of each image, the nearest training
 image) is marked in table and pictures. *Identified* is an image that its reconstruction is nearer to than to any of
@@ -131,6 +132,9 @@ class Table:
             order = score(found.images, found.labels, truth.images, truth.labels).order
             images = found.images[torch.arange(len(truth))[:, None], order]
             rows.append(self._row(row, network, truth, images, public, baselines))
+            if found.learning_rate is not None:
+                misses = (found.learning_rate / given.local_learning_rate - 1).abs()
+                rows[-1].learning_rate_error = float(misses.median())
             pictures[row.method] = images
         write_json(given.output / "summary.json", [asdict(row) for row in rows])
         self._draw(rows, truth, guesses["nearest"], pictures)
@@ -306,6 +310,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--infer-labels", action="store_true", help="read them off the gradient; else the attacker is told them")
     add("--local-steps", type=int, default=1, help="of SGD, whose sum is shared (default: %(default)s)")
     add("--local-learning-rate", type=float, default=1e-2, help="of several local steps (default: %(default)s)")
+    add("--hide-learning-rate", action="store_true", help="of local steps from the attacker, who searches for it")
+    add("--local-batch-size", type=int, help="images of a local step (default: all)")
+    add("--shuffle", action="store_true", help="take local batches in an order that the attacker is not told")
     add("--others", type=int, default=1000, help="training images to tell victims' from (default: %(default)s)")
     add("--generator-epochs", type=int, default=3, help="for gias (default: %(default)s)")
     add("--train-images", type=int, help="to train the network on (default: all)")

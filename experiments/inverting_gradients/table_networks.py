@@ -88,7 +88,8 @@ def make_network(given: argparse.Namespace, data: LabelledImages, epochs: int) -
 
 def make_victims(given: argparse.Namespace, data: LabelledImages, network: Network) -> Victims:
     """Victims with test images, which no network was trained on."""
-    local = {} if given.local_steps == 1 else {"learning_rate": given.local_learning_rate}
+    told = not given.hide_learning_rate
+    local = {} if told and given.local_steps == 1 else {"learning_rate": given.local_learning_rate}
     return Victims(
         data.test,
         num_classes=data.num_classes,
@@ -101,5 +102,8 @@ def make_victims(given: argparse.Namespace, data: LabelledImages, network: Netwo
         weights="own" if network.own else "shared",
         reveal_labels=not given.infer_labels,
         local_steps=given.local_steps,
+        local_batch_size=given.local_batch_size,
+        shuffle=given.shuffle,
+        reveal_learning_rate=told,
         **local,
     )

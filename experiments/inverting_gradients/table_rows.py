@@ -49,6 +49,8 @@ class TableRow:
         iterations: mean number of evaluations of the objective and its gradient, over all starts.
         seconds_per_victim: in the attack.
         published_psnr: the paper's figure, dB, where there is one.
+        learning_rate_error: of the clients' rate as it was found, relative to the true one, median over victims; None
+            where it is told.
     """
 
     attack: str
@@ -76,6 +78,7 @@ class TableRow:
     iterations: float
     seconds_per_victim: float
     published_psnr: float | None = None
+    learning_rate_error: float | None = None
 
 
 def format_table(rows: Sequence[TableRow]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,7 +55,8 @@ class GIASAttack(GradientInversion):
     Shapes: images ``(V, N, C, H, W)`` in the range of the generator, labels ``(V, N)``.
 
     Args:
-        generator, code_shape: see :class:`~leakage.dummies.LatentCode`.
+        generator, code_shape: see :class:`~leakage.dummies.LatentCode`. On the command line a trained one is given by
+            its file, ``--model.generator generator.safetensors``, as ``trained.model.save`` writes it.
         protocol: ``"published"``.
         total_variation: :math:`\alpha`.
         lr, steps: of :class:`~leakage.solvers.Adam`.
@@ -73,14 +75,14 @@ class GIASAttack(GradientInversion):
 
     Example:
         >>> from leakage.models import Generator
-        >>> GIASAttack(Generator(), [64], tuning=0.0, steps=300).solver.steps
+        >>> GIASAttack(Generator(), tuning=0.0, steps=300).solver.steps
         300
     """
 
     def __init__(
         self,
-        generator: nn.Module,
-        code_shape: Sequence[int],
+        generator: nn.Module | str | os.PathLike[str],
+        code_shape: Sequence[int] | None = None,
         *,
         protocol: str = "published",
         total_variation: float | None = None,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "victim", "labels_true", "labels_recovered", "label_accuracy", "mse", "psnr", "ssim", "success",
-    "loss", "iterations", "evaluations", "restarts", "status",
+    "loss", "iterations", "evaluations", "restarts", "status", "learning_rate",
 )  # fmt: skip
 
 # Files are written when so many further victims are done, and this share of those that were: as `victims.csv` is
@@ -44,7 +44,8 @@ class VictimTable(VictimResultsCallback):
       number), ``labels_true`` and ``labels_recovered`` (in ascending order, with spaces between those
       of one victim), ``label_accuracy`` (0 to 1), ``mse``, ``psnr`` (dB), ``ssim`` (means over the
       victim's images), ``success`` (share of its images under the threshold), ``loss`` (the attack's
-      own objective), ``iterations``, ``evaluations``, ``restarts`` and ``status``. Without ground
+      own objective), ``iterations``, ``evaluations``, ``restarts``, ``status`` and ``learning_rate`` (that
+      of its local steps as the attack found it, empty where it is told). Without ground
       truth the columns that need it are empty. A victim's status is ``converged`` (its objective is
       below the solver's tolerance), ``stalled`` (it falls no further), ``diverged`` (it is not finite),
       ``exhausted`` (the solver's evaluations are spent) or ``uninformative`` (the gradient says
@@ -207,7 +208,8 @@ class VictimTable(VictimResultsCallback):
                 scored = [score.label_accuracy, score.mse, score.psnr, score.ssim, score.success]
             labels = [_show(self._labels.get(victim)), _show(found.labels[index].tolist())]
             counts = [int(count[index]) for count in (found.iterations, found.evaluations, found.restarts)]
-            rows.append([victim, *labels, *scored, float(found.loss[index]), *counts, status])
+            rate = None if found.learning_rate is None else float(found.learning_rate[index])
+            rows.append([victim, *labels, *scored, float(found.loss[index]), *counts, status, rate])
         return rows
 
     def _log(self, trainer: Trainer, attack: GradientInversion) -> None:

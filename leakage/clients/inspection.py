@@ -12,6 +12,7 @@ from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from leakage.clients.protocol import Protocol
 from leakage.errors import show_shape
 
 _NORMS = (
@@ -140,3 +141,33 @@ def check_tensors(
             raise ValueError(
                 f"Expected the {kind} of {name!r} of a type like {expected[name].dtype}, but got {tensor.dtype}."
             )
+
+
+def check_no_statistics(state: Mapping[str, Tensor], unused: frozenset[str]) -> None:
+    """Raise a ``ValueError`` if a state has statistics that BatchNorm does not normalise by."""
+    # Not ignored: who brings statistics and a model in training mode may just have forgotten `eval()`.
+    if given := sorted(unused & state.keys()):
+        raise ValueError(
+            "Expected no running statistics of BatchNorm that normalises by the client's own batch (in training "
+            f"mode, or without running statistics), but got {given}. Call `model.eval()` if the client "
+            "normalised by them, else leave them out of the state."
+        )
+
+
+def check_private(images: Tensor, labels: Tensor, protocol: Protocol) -> None:
+    """Raise a ``ValueError`` unless these can be the private images and labels of clients of this protocol."""
+    expected = (protocol.num_images, *protocol.image_shape)
+    if images.ndim != 5 or tuple(images.shape[1:]) != expected or not len(images):
+        raise ValueError(f"Expected `images` of shape {show_shape('V', *expected)}, but got {tuple(images.shape)}.")
+    if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
+        raise ValueError(
+            f"Expected `images` as floating-point numbers in [0, 1], but got {images.dtype} from "
+            f"{images.min().item()} to {images.max().item()}."
+        )
+    if tuple(labels.shape) != tuple(images.shape[:2]):
+        raise ValueError(f"Expected `labels` of shape {tuple(images.shape[:2])}, but got {tuple(labels.shape)}.")
+    if labels.is_floating_point() or not bool(((labels >= 0) & (labels < protocol.num_classes)).all()):
+        raise ValueError(
+            f"Expected `labels` as class indices from 0 to {protocol.num_classes - 1}, but got "
+            f"{labels.dtype} from {labels.min().item()} to {labels.max().item()}."
+        )

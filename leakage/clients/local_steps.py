@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from leakage.clients.activations import Activation, joined
 from leakage.clients.protocol import Protocol
+from leakage.seeds import derive_seed
 
 # Steps from which on activations are made again, and from which on the weights before them too. Measured with a ConvNet
 # of 24,714 parameters and four images, megabytes and milliseconds of one evaluation with its gradient:
@@ -28,37 +30,59 @@ _Tensors = dict[str, Tensor]
 _StepGradients = Callable[..., tuple[_Tensors, dict[str, Activation]]]
 
 
+@dataclass
+class Secrets:
+    """What the protocol does not tell of a client's local steps: as it is, or as an attack supposes it to be.
+
+    Attributes:
+        learning_rate: by default that of the protocol; derivatives are taken by a scalar tensor.
+        order: ``(steps * local_batch_size,)``, the images of all steps one after another, by default in turns.
+        shares: ``(steps, N)``, in place of an order: how much of each image is in each step, from 0 to 1. Every step
+            then takes all images, and derivatives are taken by their shares.
+    """
+
+    learning_rate: float | Tensor | None = None
+    order: Tensor | None = None
+    shares: Tensor | None = None
+
+
 def train(
     step_gradients: _StepGradients,
     protocol: Protocol,
     data: tuple[_Tensors, Tensor, Tensor],
     weights: _Tensors,
     modules: Sequence[str],
+    secrets: Secrets,
     *,
     sparing: bool,
 ) -> tuple[_Tensors, dict[str, Activation]]:
     """The average of what the client's steps take off its weights, and the activations of its first pass.
 
     Args:
-        step_gradients: by weights, buffers, images, targets and the modules that are watched: gradients of one step,
-            and activations. It depends on no other tensor.
+        step_gradients: by weights, buffers, images, targets, the modules that are watched and the images' shares, or
+            None: gradients of one step, and activations. It depends on no other tensor.
         protocol: says what steps.
         data: buffers by name, images ``(N, C, H, W)``, targets ``(N, K)``.
         weights: before the first step.
         modules: names of the modules whose activations are wanted.
+        secrets: what else there is to know of the steps.
         sparing: where there are many steps, differentiate in little memory. The activations of one step are kept, and
             the weights before each, which is made once more; of very many steps T, the weights before about 2 sqrt(T)
             of them, and each is made twice more. Derivatives forwards (``torch.func.jvp``) need it False.
     """
-    batch_size = protocol.local_batch_size or len(data[1])
-    rate = protocol.learning_rate or 0.0  # never None with several steps
+    images, count, order = data[1], protocol.local_steps, secrets.order
+    batch_size = protocol.local_batch_size or len(images)
+    rate = protocol.known_rate if secrets.learning_rate is None else secrets.learning_rate
+    if not isinstance(rate, Tensor):
+        rate = torch.full((), rate, dtype=images.dtype, device=images.device)
+    given = (*data, rate) if secrets.shares is None else (*data, rate, secrets.shares)
 
     def steps(
         span: range,
         lengths: Sequence[int],
         weights: _Tensors,
         velocity: _Tensors,
-        data: tuple[_Tensors, Tensor, Tensor],
+        data: tuple[Any, ...],
     ) -> tuple[_Tensors, _Tensors, _Tensors, dict[str, Activation]]:
         """Weights and velocity after some steps, the sum of these, and activations; in spans of the first length."""
         total: _Tensors = {}
@@ -68,11 +92,15 @@ def train(
                 part = range(start, min(start + lengths[0], span.stop))
                 weights, velocity, taken, seen = recomputed(partial(steps, part, lengths[1:]), weights, velocity, data)
             else:
-                buffers, images, targets = data
-                first = start * batch_size % len(images)
-                batch = slice(first, first + batch_size)
-                watched = modules if start * batch_size < len(images) else ()
-                taken, seen = step_gradients(weights, buffers, images[batch], targets[batch], watched)
+                buffers, images, targets, rate, *shares = data
+                size = len(images) if shares else batch_size
+                first = start * size % len(images)
+                batch: slice | Tensor = slice(first, first + size)
+                if order is not None:
+                    batch = order[start * size : (start + 1) * size]
+                watched = modules if start * size < len(images) else ()
+                share = shares[0][start] if shares else None
+                taken, seen = step_gradients(weights, buffers, images[batch], targets[batch], watched, share)
                 if protocol.weight_decay:
                     taken = {name: taken[name] + protocol.weight_decay * weights[name] for name in taken}
                 if velocity:
@@ -84,12 +112,23 @@ def train(
             passed += [seen] if seen else []
         return weights, velocity, total, joined(passed) if passed else {}
 
-    count = protocol.local_steps
     lengths: tuple[int, ...] = ()
     if sparing and count >= _SPARING_FROM:
         lengths = (1,) if count < _IN_SPANS_FROM else (math.isqrt(count), 1)
-    *_, total, seen = steps(range(count), lengths, weights, {}, data)
+    *_, total, seen = steps(range(count), lengths, weights, {}, given)
     return {name: tensor / count for name, tensor in total.items()}, seen
+
+
+def draw_orders(protocol: Protocol, ids: Sequence[int], seed: int) -> Tensor | None:
+    """``(V, steps * batch size)``, the images of all steps of each client that shuffles; None if clients don't."""
+    if not protocol.shuffle or protocol.local_batch_size is None:
+        return None
+    epochs = protocol.local_steps * protocol.local_batch_size // protocol.num_images
+    orders = []
+    for victim in ids:
+        generator = torch.Generator().manual_seed(derive_seed(seed, victim, "local order"))
+        orders.append(torch.cat([torch.randperm(protocol.num_images, generator=generator) for _ in range(epochs)]))
+    return torch.stack(orders)
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -15,13 +15,17 @@ numbers. As an orthogonal change of coordinates it serves every distance that kn
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.func import functional_call, grad
 from torch.linalg import cholesky_ex, qr, svd, vector_norm
 
+from leakage.clients.activations import Activation, recorded
 from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.smoothing import smoothed, without_sharpness
 
 if TYPE_CHECKING:  # a victim computes gradients in these coordinates
     from leakage.clients.victim import Victim
@@ -78,6 +82,27 @@ def in_basis(shared: SharedGradient, victim: Victim) -> SharedGradient:
         state={**shared.state, name: shared.state[name].mT.contiguous()},
         basis=basis,
     )
+
+
+def evaluate_in_basis(
+    victim: Victim, state: Mapping[str, Tensor], images: Tensor, targets: Tensor, modules: Sequence[str], basis: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Activation]]:
+    """:meth:`Victim.evaluate` for one step, without ever making the gradient of the last layer's weights."""
+    assert victim.classifier is not None
+    layer, name = victim.classifier, f"{victim.classifier}.weight"
+    weights = {own: state[own] for own in victim.trainable if own != name}
+    fixed = {own: tensor for own, tensor in state.items() if own not in weights} | {name: state[name].mT}
+    fixed, sharpness = without_sharpness(fixed)
+
+    def loss(weights: dict[str, Tensor], shift: Tensor) -> tuple[Tensor, dict[str, Activation]]:
+        with recorded(victim.model, [*modules, layer]) as activations, smoothed(sharpness):
+            logits = functional_call(victim.model, (weights, fixed), (images,))
+        return victim.loss(logits + shift, targets), activations
+
+    (gradients, delta), activations = grad(loss, argnums=(0, 1), has_aux=True)(weights, torch.zeros_like(targets))
+    inside, outside = coordinates(delta, activations[layer].inputs, basis)
+    gradients |= {name: inside, f"{name} outside": outside}
+    return gradients, {own: activations[own] for own in modules}
 
 
 def coordinates(delta: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

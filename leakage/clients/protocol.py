@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from leakage.clients.losses import LOSSES
-from leakage.errors import check_choice, check_count, check_not_negative, check_positive
+from leakage.errors import check_choice, check_count, check_flag, check_not_negative, check_positive
 from leakage.files.tensors import brief
 
 # Values of all images behind one gradient: with more, not even one search would fit into a machine.
@@ -17,6 +17,8 @@ _MOST_VALUES = 2**30
 _MOST_STEPS = 10_000
 # Characters of what a file may tell of all defenses: errors repeat it.
 _LONGEST_DEFENSES = 10_000
+#: What a protocol says of a learning rate that the attacker is not told.
+UNKNOWN = "unknown"
 
 
 @dataclass
@@ -32,8 +34,12 @@ class Protocol:
         local_steps: steps of SGD that the client makes before it shares their average; with one it shares the
             gradient at the weights that it was given. At most 10,000, since every evaluation of an attack goes
             through all of them.
-        learning_rate: of these steps; None with one step, where it cancels out.
+        learning_rate: of these steps; None with one step, where it cancels out. ``"unknown"``, with one step or more,
+            where the client keeps it to itself: what it shares then is its update, the weights that it was given minus
+            those after its steps. See :class:`~leakage.dummies.LearningRate`.
         local_batch_size: images of one step; None for all N.
+        shuffle: whether the client takes its images in a new order in each pass over them, which it keeps to itself.
+            Needs a ``local_batch_size``. See :class:`~leakage.dummies.LocalOrder`.
         momentum: of several steps, from 0 to below 1, as :class:`torch.optim.SGD` has it (no dampening, no Nesterov).
         weight_decay: of several steps, at least 0, likewise: so much of the weights is added to their gradient.
         defenses: what the attacker knows of the client's defenses, in their order, as
@@ -46,10 +52,11 @@ class Protocol:
     loss: str = "cross_entropy"
     reduction: str = "mean"
     local_steps: int = 1
-    learning_rate: float | None = None
+    learning_rate: float | str | None = None
     local_batch_size: int | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
+    shuffle: bool = False
     defenses: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -72,20 +79,27 @@ class Protocol:
             self.local_batch_size,
             self.momentum,
             self.weight_decay,
+            self.shuffle,
         )
         self.momentum, self.weight_decay = float(self.momentum), float(self.weight_decay)
         if self.local_batch_size == self.num_images:
             self.local_batch_size = None  # one way to say it, so that equal protocols compare equal
         self.defenses = _plain(self.defenses)
 
+    @property
+    def known_rate(self) -> float:
+        """The learning rate of several steps that the attacker is told, else 0."""
+        return 0.0 if self.learning_rate is None or isinstance(self.learning_rate, str) else self.learning_rate
+
 
 def check_local_steps(
     num_images: int,
     local_steps: int,
-    learning_rate: float | None,
+    learning_rate: float | str | None,
     local_batch_size: int | None,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
+    shuffle: bool = False,
 ) -> None:
     """Raise a ``ValueError`` unless a client can make such steps, using every image equally often."""
     check_count(num_images=num_images, local_steps=local_steps)
@@ -115,15 +129,32 @@ def check_local_steps(
             "Expected no `momentum` and no `weight_decay` with one local step, whose gradient is shared as it is, but "
             f"got {momentum!r} and {weight_decay!r}. Leave them out, or set `local_steps`."
         )
+    check_flag(shuffle=shuffle)
+    if shuffle and local_batch_size in (None, num_images):
+        raise ValueError(
+            "Expected a `local_batch_size` below `num_images` with `shuffle`, as the images of one step have no order, "
+            f"but got {local_batch_size} of {num_images}."
+        )
+    if learning_rate == UNKNOWN:
+        return
     if local_steps > 1:
         if learning_rate is None:
             raise ValueError(f"Expected a `learning_rate` for {local_steps} local steps, but got None.")
-        check_positive(learning_rate=learning_rate)
+        check_positive(learning_rate=cast(float, learning_rate))
     elif learning_rate is not None:
         raise ValueError(
             f"Expected no `learning_rate` with one local step, where it cancels out, but got {learning_rate!r}. "
             "Leave it out, or set `local_steps`."
         )
+
+
+def told_rate(learning_rate: float | str | None, *, reveal: bool) -> float | str | None:
+    """What a protocol tells of a client's learning rate; a ``ValueError`` if there is none to keep to itself."""
+    check_flag(reveal_learning_rate=reveal)
+    if reveal:
+        return learning_rate
+    check_positive(learning_rate=cast(float, learning_rate))
+    return UNKNOWN
 
 
 def _plain(defenses: object) -> tuple[dict[str, Any], ...]:

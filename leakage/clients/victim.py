@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,21 @@ from leakage.clients.activations import Activation, check_names, recorded
 from leakage.clients.inspection import (
     black_images,
     check_no_dropout,
+    check_no_statistics,
+    check_private,
     check_tensors,
     drop_unused_statistics,
     inspect_model,
     take_affine_apart,
 )
-from leakage.clients.local_steps import train
+from leakage.clients.local_steps import Secrets, draw_orders, train
 from leakage.clients.losses import LOSSES
-from leakage.clients.low_rank import coordinates
-from leakage.clients.protocol import Protocol
+from leakage.clients.low_rank import evaluate_in_basis
+from leakage.clients.protocol import UNKNOWN, Protocol, told_rate
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.smoothing import smoothed, without_sharpness
 from leakage.defenses.base import Defense, check_defenses, defend
-from leakage.errors import check_count, show_shape
+from leakage.errors import check_count
 from leakage.models.draw import draw_states, state_of
 from leakage.precision import full_precision
 
@@ -52,7 +55,8 @@ class Victim:
     .. math:: v_t = \mu v_{t-1} + g_t(\theta_t) + \lambda \theta_t, \qquad \theta_{t+1} = \theta_t - \eta v_t,
         \qquad \frac{1}{T} \sum_{t=0}^{T-1} v_t = \frac{\theta_0 - \theta_T}{\eta T},
 
-    which it sums step by step: the difference of the weights would lose digits.
+    which it sums step by step: the difference of the weights would lose digits. Where the attacker is not told the
+    learning rate it shares what there is to see then, its update :math:`\theta_0 - \theta_T`.
 
     The model is copied: nothing is ever left behind on the one that was given, and only parameters
     that require gradients share them. BatchNorm in training mode, or without running statistics,
@@ -61,18 +65,20 @@ class Victim:
     :attr:`state` has none; one in evaluation mode keeps its own.
 
     Args:
-        model: any module that maps images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``. A model
-            trained on normalised images is wrapped:
-            ``nn.Sequential(torchvision.transforms.Normalize(mean, std), model)``.
+        model: any module that maps images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``; one for normalised images is
+            wrapped, ``nn.Sequential(torchvision.transforms.Normalize(mean, std), model)``.
         image_shape: ``(C, H, W)``.
         num_images: N, the images behind one gradient.
         loss: the training loss, a key of :data:`leakage.clients.losses.LOSSES`.
         reduction: over the images of a step, ``"mean"`` or ``"sum"``.
         local_steps: T, the steps that the client makes, at most 10,000.
-        learning_rate: :math:`\eta`, required for several steps; with one it cancels out.
+        learning_rate: :math:`\eta`, required for several steps; with one it cancels out. ``"unknown"`` makes a client
+            that was only told of, and can't :meth:`share`.
         local_batch_size: images of one step, by default all N. It divides N, and T steps use every image
             equally often.
         momentum, weight_decay: :math:`\mu`, from 0 to below 1, and :math:`\lambda`, of several steps.
+        shuffle: in each pass over its images the client takes them in a new order, which no attacker is told.
+        reveal_learning_rate: whether the attacker is told :math:`\eta`, also of a single step.
         defenses: what the client does, one after the other, to this gradient before it shares it (with local steps
             to their average): objects of :class:`leakage.defenses.Defense`.
 
@@ -116,10 +122,12 @@ class Victim:
         loss: str = "cross_entropy",
         reduction: str = "mean",
         local_steps: int = 1,
-        learning_rate: float | None = None,
+        learning_rate: float | str | None = None,
         local_batch_size: int | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        shuffle: bool = False,
+        reveal_learning_rate: bool = True,
         defenses: Sequence[Defense] = (),
     ) -> None:
         self.defenses = check_defenses(defenses)
@@ -130,12 +138,15 @@ class Victim:
             loss=loss,
             reduction=reduction,
             local_steps=local_steps,
-            learning_rate=learning_rate,
+            learning_rate=told_rate(learning_rate, reveal=reveal_learning_rate),
             local_batch_size=local_batch_size,
             momentum=momentum,
             weight_decay=weight_decay,
+            shuffle=shuffle,
             defenses=tuple(defense.describe() for defense in self.defenses),
         )
+        # Of the client's own, as its defenses are: no attack is given it, see `as_told`.
+        self._hidden_rate = None if reveal_learning_rate else cast(float, learning_rate)
         check_no_dropout(model)
         self.model = copy.deepcopy(model)
         self._unused_statistics = drop_unused_statistics(self.model)
@@ -175,6 +186,12 @@ class Victim:
         victim.protocol = dataclasses.replace(protocol)
         return victim
 
+    def as_told(self) -> Victim:
+        """The same client as an attacker is told of it, without its learning rate and defenses."""
+        told = copy.copy(self)
+        told.defenses, told._hidden_rate = (), None
+        return told
+
     @property
     def state(self) -> dict[str, Tensor]:
         """Weights and buffers of the model by name, without statistics that BatchNorm does not use."""
@@ -209,37 +226,38 @@ class Victim:
         modules: Sequence[str] = (),
         basis: Tensor | None = None,
         *,
+        secrets: Secrets | None = None,
         sparing: bool = False,
     ) -> tuple[dict[str, Tensor], dict[str, Activation]]:
         """:meth:`gradients`, and what some modules took and gave in the forward pass that they come from.
 
         Args:
-            state: weights and buffers by name; with one named ``"leakage.sharpness"`` the network is that of
-                :func:`~leakage.clients.smoothing.smoothed`.
+            state: weights and buffers by name, and maybe :data:`~leakage.clients.smoothing.SHARPNESS`.
             images: ``(N, C, H, W)``.
             targets: class probabilities ``(N, K)``.
             modules: names that :meth:`check_modules` has let pass.
             basis: ``(K, N)`` of the last layer's gradient, for one step: that gradient is then given in it, and what
                 lies outside of it under a further name; ``state`` has the weights by columns
                 (:mod:`leakage.clients.low_rank`).
-            sparing: where there are many local steps, compute each once or twice more for a derivative, backwards
-                only, instead of keeping the activations of all.
+            secrets: what the protocol does not tell of several local steps.
+            sparing: compute each of many local steps again for a derivative, backwards only, and keep no activations.
 
         Returns:
             Gradients and activations by name, both differentiable. With local steps the activations are those of the
-            first pass over all images, batch after batch, the weights of each as they are then.
+            first pass over all images, batch after batch.
         """
         if basis is not None:
-            return self._evaluate_in_basis(state, images, targets, modules, basis)
+            return evaluate_in_basis(self, state, images, targets, modules, basis)
         protocol = self.protocol
         fixed = {name: tensor for name, tensor in state.items() if name not in frozenset(self.trainable)}
         weights = {name: state[name] for name in self.trainable}
         step_gradients = grad(self._loss, has_aux=True)
         if protocol.local_steps == 1:
             found: tuple[dict[str, Tensor], dict[str, Activation]]
-            found = step_gradients(weights, fixed, images, targets, modules)
+            found = step_gradients(weights, fixed, images, targets, modules, None)
             return found
-        return train(step_gradients, protocol, (fixed, images, targets), weights, modules, sparing=sparing)
+        data = fixed, images, targets
+        return train(step_gradients, protocol, data, weights, modules, secrets or Secrets(), sparing=sparing)
 
     def _loss(
         self,
@@ -248,34 +266,21 @@ class Victim:
         images: Tensor,
         targets: Tensor,
         modules: Sequence[str],
+        share: Tensor | None,
     ) -> tuple[Tensor, dict[str, Activation]]:
         """Of one step, and the activations of the forward pass."""
         fixed, sharpness = without_sharpness(fixed)
         with recorded(self.model, modules) as activations, smoothed(sharpness):
             logits = functional_call(self.model, (weights, fixed), (images,))
-        losses = LOSSES[self.protocol.loss](logits, targets)
-        return losses.mean() if self.protocol.reduction == "mean" else losses.sum(), activations
+        return self.loss(logits, targets, share), activations
 
-    def _evaluate_in_basis(
-        self, state: Mapping[str, Tensor], images: Tensor, targets: Tensor, modules: Sequence[str], basis: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Activation]]:
-        """:meth:`evaluate` for one step, without ever making the gradient of the last layer's weights."""
-        assert self.classifier is not None
-        layer, name = self.classifier, f"{self.classifier}.weight"
-        weights = {own: state[own] for own in self.trainable if own != name}
-        fixed = {own: tensor for own, tensor in state.items() if own not in weights} | {name: state[name].mT}
-        fixed, sharpness = without_sharpness(fixed)
-
-        def loss(weights: dict[str, Tensor], shift: Tensor) -> tuple[Tensor, dict[str, Activation]]:
-            with recorded(self.model, [*modules, layer]) as activations, smoothed(sharpness):
-                logits = functional_call(self.model, (weights, fixed), (images,))
-            losses = LOSSES[self.protocol.loss](logits + shift, targets)
-            return losses.mean() if self.protocol.reduction == "mean" else losses.sum(), activations
-
-        (gradients, delta), activations = grad(loss, argnums=(0, 1), has_aux=True)(weights, torch.zeros_like(targets))
-        inside, outside = coordinates(delta, activations[layer].inputs, basis)
-        gradients |= {name: inside, f"{name} outside": outside}
-        return gradients, {own: activations[own] for own in modules}
+    def loss(self, logits: Tensor, targets: Tensor, share: Tensor | None = None) -> Tensor:
+        """Of one step, a scalar: from logits and class probabilities ``(N, K)`` of its images, or of shares of them."""
+        losses, protocol = LOSSES[self.protocol.loss](logits, targets), self.protocol
+        total = losses.sum() if share is None else (share * losses).sum()
+        if protocol.reduction == "sum":
+            return total
+        return losses.mean() if share is None else total / (protocol.local_batch_size or protocol.num_images)
 
     def check_modules(self, modules: Sequence[str]) -> None:
         """Raise a ``ValueError`` unless :meth:`evaluate` can give the activations of these modules.
@@ -308,36 +313,28 @@ class Victim:
                 it. By default all victims share the model's weights.
             ids: ``(V,)`` whole numbers that name the victims, by default 0 to V - 1.
             reveal_labels: put the labels into what is shared.
-            seed: with a victim's id, it decides what its defenses draw. Two calls with the same seed and ids add
-                the same noise, and the difference of what they share has none of it: give each round another seed.
+            seed: with a victim's id, it decides what its defenses draw, and the order that it shuffles into. Two calls
+                with the same seed and ids add the same noise, and the difference of what they share has none of it:
+                give each round another seed.
 
         Raises:
             ValueError: images or labels of another shape or range, images of another precision than the
                 weights, states that don't fit the model, gradients that are not finite, a defense that returns
-                something else than finite gradients, or a victim that does not have the defenses of its protocol.
+                something else than finite gradients, or a victim that was only told of its defenses or learning rate.
         """
-        protocol = self.protocol
+        protocol, hidden = self.protocol, self._hidden_rate
         if len(self.defenses) != len(protocol.defenses):
             raise ValueError(
                 "Expected a victim with defenses of its own to share, but got one that was only told of "
                 f"{[defense['name'] for defense in protocol.defenses]}. Make it by Victim(model, ..., defenses=[...])."
             )
+        if protocol.learning_rate == UNKNOWN and hidden is None:
+            raise ValueError(
+                f"Expected a victim with a learning rate of its own to share, but got one whose rate is {UNKNOWN!r}. "
+                "Make it by Victim(model, ..., learning_rate=0.1, reveal_learning_rate=False)."
+            )
         check_count(0, seed=seed)
-        expected = (protocol.num_images, *protocol.image_shape)
-        if images.ndim != 5 or tuple(images.shape[1:]) != expected or not len(images):
-            raise ValueError(f"Expected `images` of shape {show_shape('V', *expected)}, but got {tuple(images.shape)}.")
-        if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
-            raise ValueError(
-                f"Expected `images` as floating-point numbers in [0, 1], but got {images.dtype} from "
-                f"{images.min().item()} to {images.max().item()}."
-            )
-        if tuple(labels.shape) != tuple(images.shape[:2]):
-            raise ValueError(f"Expected `labels` of shape {tuple(images.shape[:2])}, but got {tuple(labels.shape)}.")
-        if labels.is_floating_point() or not bool(((labels >= 0) & (labels < protocol.num_classes)).all()):
-            raise ValueError(
-                f"Expected `labels` as class indices from 0 to {protocol.num_classes - 1}, but got "
-                f"{labels.dtype} from {labels.min().item()} to {labels.max().item()}."
-            )
+        check_private(images, labels, protocol)
         own = states is not None
         if states is not None:
             self._check_state(states, victims=len(images))
@@ -346,13 +343,22 @@ class Victim:
         if images.dtype != precision:
             raise ValueError(f"Expected `images` in the precision of the weights, {precision}, but got {images.dtype}.")
         targets = F.one_hot(labels.long(), protocol.num_classes).to(images.dtype)
-        capture = vmap(self.gradients, in_dims=(0 if own else None, 0, 0), chunk_size=_CAPTURED_AT_ONCE)
+        ids = torch.arange(len(images)) if ids is None else ids.cpu().long()
+        orders = draw_orders(protocol, ids.tolist(), seed)
+
+        def steps(state: dict[str, Tensor], images: Tensor, targets: Tensor, order: Tensor | None) -> dict[str, Tensor]:
+            return self.evaluate(state, images, targets, secrets=Secrets(hidden, order))[0]
+
+        in_dims = 0 if own else None, 0, 0, None if orders is None else 0
+        capture = vmap(steps, in_dims=in_dims, chunk_size=_CAPTURED_AT_ONCE)
         with torch.no_grad():
-            gradients = capture(states, images, targets)
+            gradients = capture(states, images, targets, None if orders is None else orders.to(images.device))
+        if hidden is not None:
+            gradients = {name: hidden * protocol.local_steps * tensor for name, tensor in gradients.items()}
         shared = SharedGradient(
             gradients=gradients,
             state=states,
-            ids=torch.arange(len(images)) if ids is None else ids.cpu().long(),
+            ids=ids,
             protocol=protocol,
             own_weights=own,
             labels=labels.long() if reveal_labels else None,
@@ -390,11 +396,5 @@ class Victim:
         self._check_state(state, victims=victims)
 
     def _check_state(self, state: Mapping[str, Tensor], *, victims: int | None) -> None:
-        # Not ignored: who brings statistics and a model in training mode may just have forgotten `eval()`.
-        if unused := sorted(self._unused_statistics & state.keys()):
-            raise ValueError(
-                "Expected no running statistics of BatchNorm that normalises by the client's own batch (in training "
-                f"mode, or without running statistics), but got {unused}. Call `model.eval()` if the client "
-                "normalised by them, else leave them out of the state."
-            )
+        check_no_statistics(state, self._unused_statistics)
         check_tensors("state", state, self.state, victims=victims)

@@ -58,10 +58,10 @@ def check_separable(victim: Victim) -> None:
             share no gradient, or more images than that gradient can tell apart.
     """
     protocol = victim.protocol
-    if protocol.local_steps > 1:
+    if protocol.learning_rate is not None:
         raise ValueError(
-            f"Expected victims of one local step, whose gradient is taken at known weights, but got `local_steps` "
-            f"{protocol.local_steps}."
+            "Expected victims of one local step, whose gradient is taken at known weights, but got `local_steps` "
+            f"{protocol.local_steps} and `learning_rate` {protocol.learning_rate!r}."
         )
     if not victim.classifier:
         raise ValueError(

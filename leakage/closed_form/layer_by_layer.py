@@ -112,10 +112,10 @@ def invert_layers(
         (True, [True, True])
     """
     protocol = shared.protocol
-    if protocol.local_steps > 1:
+    if protocol.learning_rate is not None:
         raise ValueError(
             "Expected victims with `local_steps` 1, whose gradient is that of one network, but got "
-            f"{protocol.local_steps}."
+            f"{protocol.local_steps} and `learning_rate` {protocol.learning_rate!r}."
         )
     *links, classifier = find_chain(victim)
     victim.check(shared)

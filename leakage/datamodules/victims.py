@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from leakage.clients.protocol import Protocol
+from leakage.clients.protocol import Protocol, told_rate
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.datamodules.base import GroundTruth, VictimDataModule
@@ -34,6 +34,7 @@ _OF_THE_CLIENT = (
     "local_batch_size",
     "momentum",
     "weight_decay",
+    "shuffle",
 )
 # Victims whose images one worker decodes at a time.
 _DECODED_AT_ONCE = 64
@@ -88,8 +89,9 @@ class Victims(VictimDataModule):
             the weights of ``model``. By default own without a ``model``, else shared.
         loss: the clients' training loss, a key of :data:`leakage.clients.losses.LOSSES`.
         reduction: over the images of a step, ``"mean"`` or ``"sum"``.
-        local_steps, learning_rate, local_batch_size, momentum, weight_decay: the clients' local training, see
+        local_steps, learning_rate, local_batch_size, momentum, weight_decay, shuffle: the clients' local training, see
             :class:`~leakage.Victim`.
+        reveal_learning_rate: tell the attacker the learning rate; else it is searched for together with the images.
         reveal_labels: tell the attacker the labels.
         defenses: what clients do to their gradients before they share them, see :class:`~leakage.Victim`.
         split: ``"train"`` or ``"test"``, where the data set has both.
@@ -148,6 +150,8 @@ class Victims(VictimDataModule):
         local_batch_size: int | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        shuffle: bool = False,
+        reveal_learning_rate: bool = True,
         reveal_labels: bool = False,
         defenses: Sequence[Defense] = (),
         split: str = "train",
@@ -170,7 +174,13 @@ class Victims(VictimDataModule):
             weights = "own" if model is None else "shared"
         check_choice("weights", weights, ("own", "shared"))
         # What can be said of the protocol before there is a model or an image.
-        steps = (local_steps, learning_rate, local_batch_size, momentum, weight_decay)
+        if isinstance(learning_rate, str):
+            raise ValueError(
+                f"Expected `learning_rate` as the number that the clients take, but got {learning_rate!r}. Pass "
+                "reveal_learning_rate=False with it to keep it from the attacker."
+            )
+        told = told_rate(learning_rate, reveal=reveal_learning_rate)
+        steps = (local_steps, told, local_batch_size, momentum, weight_decay, shuffle)
         protocol = Protocol((1, 1, 1), 2, images, loss, reduction, *steps)
         check_choice("split", split, ("train", "test"))
         self.source = Source(
@@ -188,6 +198,7 @@ class Victims(VictimDataModule):
         self.model = model
         self.weights, self.own_weights = weights, weights == "own"
         self.client = {name: value for name, value in vars(protocol).items() if name in _OF_THE_CLIENT}
+        self.client |= {"learning_rate": learning_rate, "reveal_learning_rate": reveal_learning_rate}
         self.reveal_labels = reveal_labels
         self.defenses = check_defenses(defenses)
         self.split = split

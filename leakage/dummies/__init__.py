@@ -1,9 +1,11 @@
-"""What is searched for: images, pixel by pixel or through a generator, and labels."""
+"""What is searched for: images, pixel by pixel or through a generator, labels, and secrets of local steps."""
 
 from leakage.dummies.dummy import Dummy, Images, Labels, Target
 from leakage.dummies.group import Group
 from leakage.dummies.labels import InferredLabels, JointLabels, RevealedLabels
 from leakage.dummies.latent import LatentCode
+from leakage.dummies.learning_rate import LearningRate
+from leakage.dummies.local_order import LocalOrder
 from leakage.dummies.pixels import Pixels, RGAPStart, Start
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "JointLabels",
     "Labels",
     "LatentCode",
+    "LearningRate",
+    "LocalOrder",
     "Pixels",
     "RGAPStart",
     "RevealedLabels",

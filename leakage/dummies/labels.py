@@ -77,7 +77,7 @@ class InferredLabels(_FixedLabels):
     Raises:
         ValueError: an unknown rule, other auxiliary images than an :class:`~leakage.labels.Auxiliary`; in ``fit``,
             where labels are not revealed, victims whose labels the rule can't read, or that take their images in turns
-            (``local_batch_size``), where the order matters.
+            (``local_batch_size`` without ``shuffle``), where the order matters.
 
     References:
         Zhao, Mopuri and Bilen, *iDLG: Improved Deep Leakage from Gradients*, 2020,
@@ -97,7 +97,8 @@ class InferredLabels(_FixedLabels):
         if target.labels_revealed:
             return
         self._reader.check(target.victim, own_weights=target.own_weights)
-        if target.victim.protocol.local_batch_size is not None:
+        # Where clients shuffle their images there is no order to know.
+        if target.victim.protocol.local_batch_size is not None and not target.victim.protocol.shuffle:
             raise ValueError(
                 "Expected victims that take all images in each local step, as inferred labels have no order, but got "
                 f"`local_batch_size` {target.victim.protocol.local_batch_size}. Use DLGAttack, or reveal the labels "

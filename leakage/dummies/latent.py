@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,7 @@ from torch.func import functional_call, vmap
 from leakage.clients.protocol import Protocol
 from leakage.dummies.dummy import Images, Target
 from leakage.errors import check_count, check_not_negative, check_positive
+from leakage.models import Generator
 from leakage.pieces import State
 
 
@@ -27,16 +29,17 @@ class LatentCode(Images):
     Adam does, moves weights by :math:`\tau` times that.
 
     Args:
-        generator: any module that makes images ``(N, C, H, W)`` of codes ``(N, *code_shape)``. It is copied, put
-            into evaluation mode, and never changed.
-        code_shape: of the code of one image, such as ``[64]``.
+        generator: any module that makes images ``(N, C, H, W)`` of codes ``(N, *code_shape)``, or the path of a file
+            of :meth:`leakage.models.Generator.save`. It is copied, put into evaluation mode, and never changed.
+        code_shape: of the code of one image, such as ``[64]``; a :class:`~leakage.models.Generator` tells it by itself.
         std: of the normally distributed start. The generator expects what it was trained on, mostly 1.
         tuning: :math:`\tau`; 0 leaves the generator as it is.
 
     Raises:
-        ValueError: no module, a shape or number out of range, ``tuning`` of a generator without weights; in ``fit``, a
-            generator that does not take such codes, makes other images than the victims', or can't be run by
-            ``torch.func.vmap``.
+        FileNotFoundError: no such file.
+        ValueError: no module, a file of something else, a shape or number out of range, ``tuning`` of a generator
+            without weights; in ``fit``, a generator that does not take such codes, makes other images than the
+            victims', or can't be run by ``torch.func.vmap``.
 
     References:
         Jeon et al., *Gradient Inversion with Generative Image Prior* (GIAS), NeurIPS 2021,
@@ -49,9 +52,21 @@ class LatentCode(Images):
         torch.Size([2, 1, 28, 28])
     """
 
-    def __init__(self, generator: nn.Module, code_shape: Sequence[int], std: float = 1.0, tuning: float = 0.0) -> None:
+    def __init__(
+        self,
+        generator: nn.Module | str | os.PathLike[str],
+        code_shape: Sequence[int] | None = None,
+        std: float = 1.0,
+        tuning: float = 0.0,
+    ) -> None:
+        if isinstance(generator, str | os.PathLike):
+            generator = Generator.load(generator)
         if not isinstance(generator, nn.Module):
-            raise ValueError(f"Expected `generator` to be a torch.nn.Module, but got {type(generator).__name__}.")
+            raise ValueError(
+                f"Expected `generator` to be a torch.nn.Module or a path, but got {type(generator).__name__}."
+            )
+        if code_shape is None and isinstance(generator, Generator):
+            code_shape = [generator.code_size]
         if not isinstance(code_shape, list | tuple):
             raise ValueError(f"Expected `code_shape` as a list of sizes such as [64], but got {code_shape!r}.")
         for size in code_shape:

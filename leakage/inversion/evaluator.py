@@ -12,16 +12,23 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from leakage.clients.local_steps import Secrets
 from leakage.clients.low_rank import in_basis
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.smoothing import SHARPNESS
 from leakage.clients.victim import Victim
 from leakage.dummies.dummy import Dummy, Images, Labels, Target
+from leakage.dummies.learning_rate import LearningRate
+from leakage.dummies.local_order import LocalOrder
 from leakage.inversion.memory import peak_memory
-from leakage.objectives.terms import Batched, Point, Term
+from leakage.objectives.distances import LengthDistance
+from leakage.objectives.terms import Batched, Distance, Point, Term
 from leakage.pieces import State
 from leakage.solvers import STEERING, Problem
 
+# Of the length of an update whose learning rate is searched for, beside distances that only know its direction. From
+# 0.01 to 1 rates and images come out alike.
+_LENGTH_WEIGHT = 0.1
 # Bytes that lanes evaluated at once may take on a CPU: with more its cores wait for the memory.
 _BYTES_AT_ONCE = 2**28
 
@@ -34,8 +41,13 @@ class Evaluator:
     """
 
     def __init__(self, victim: Victim, objective: Term, images: Images, labels: Labels, low_rank: bool = False) -> None:
-        self.victim, self.images, self.labels = victim, images, labels
-        self.terms = {f"objective/{place}": pair for place, pair in enumerate(objective.parts())}
+        self.victim, self.images, self.labels, self.learning_rate = victim, images, labels, LearningRate()
+        self.order = LocalOrder()
+        parts = [*objective.parts()]
+        distances = [term for _, term in parts if isinstance(term, Distance)]
+        if self.searches_rate and distances and all(term.by_direction for term in distances):
+            parts.append((_LENGTH_WEIGHT, LengthDistance()))  # which tells the rate
+        self.terms = {f"objective/{place}": pair for place, pair in enumerate(parts)}
         # Whether the gradient of the last layer is given in fewer numbers.
         self.low_rank = low_rank and all(term.isometric for _, term in self.terms.values())
         self.watched = {name: tuple(term.watched(victim.model)) for name, (_, term) in self.terms.items()}
@@ -47,12 +59,18 @@ class Evaluator:
         """Let go of what belongs to the lanes that were evaluated last, and takes memory."""
         found = [term.batched(self.victim) for _, term in self.terms.values()]
         ways = [way for way in found if way is not None]
-        self._batched: list[Batched] | None = ways if len(ways) == len(found) and self.images.seeds == 1 else None
+        plain = self.images.seeds == 1 and not self.searches_rate
+        self._batched: list[Batched] | None = ways if len(ways) == len(found) and plain else None
+
+    @property
+    def searches_rate(self) -> bool:
+        """Whether the clients keep their learning rate to themselves."""
+        return self.learning_rate.shape(self.victim.protocol) is not None
 
     @property
     def dummies(self) -> dict[str, Dummy]:
-        """Images and labels, by these names."""
-        return {"images": self.images, "labels": self.labels}
+        """Images, labels and learning rate, by these names."""
+        return {"images": self.images, "labels": self.labels, "learning_rate": self.learning_rate, "order": self.order}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of one victim's unknowns, those of the images first."""
@@ -84,8 +102,8 @@ class Evaluator:
 
     def check(self, target: Target) -> None:
         """Raise a ``ValueError`` if a piece can't be used on such victims."""
-        for dummy in (self.labels, self.images):
-            dummy.check(target)
+        for name in ("labels", "images", "learning_rate", "order"):
+            self.dummies[name].check(target)
         for _, term in self.terms.values():
             term.check(target.victim)
         target.victim.check_modules(self.modules)
@@ -113,7 +131,10 @@ class Evaluator:
 
     def begin(self, shared: SharedGradient) -> State:
         """The same of V victims, from what they shared."""
-        kept = {name: dummy.begin(shared, self.victim) for name, dummy in self.dummies.items()}
+        rate = self.learning_rate.begin(shared, self.victim)
+        shared = self._in_steps(shared, rate)
+        kept = {name: self.dummies[name].begin(shared, self.victim) for name in ("images", "labels")}
+        kept["learning_rate"] = rate
         kept |= {name: term.begin(shared, self.victim) for name, (_, term) in self.terms.items()}
         return _joined(kept)
 
@@ -131,9 +152,20 @@ class Evaluator:
         """``(V,)``, whether a victim's gradient says anything to every term."""
         return torch.stack([term.informative(shared).cpu() for _, term in self.terms.values()]).all(0)
 
-    def reduced(self, shared: SharedGradient) -> SharedGradient:
+    def reduced(self, shared: SharedGradient, kept: State) -> SharedGradient:
         """What evaluations need of that which was shared."""
+        shared = self._in_steps(shared, _parted(kept).get("learning_rate", {}))
         return in_basis(shared, self.victim) if self.low_rank else shared
+
+    def _in_steps(self, shared: SharedGradient, rate: State) -> SharedGradient:
+        """Where the rate is not told, the update as the average step that it would be at the rate of the start."""
+        if not rate:
+            return shared
+        length = self.victim.protocol.local_steps * rate["start"]
+        gradients = {
+            name: tensor / length.view(-1, *[1] * (tensor.ndim - 1)) for name, tensor in shared.gradients.items()
+        }
+        return replace(shared, gradients=gradients)
 
     def write(self, kept: State, unknowns: Mapping[str, Tensor], seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images ``(V, N, C, H, W)`` and class probabilities ``(V, N, K)``.
@@ -149,9 +181,14 @@ class Evaluator:
             chosen = sets[:, 0] if seeds is None else sets[torch.arange(len(sets), device=sets.device), seeds]
             unknowns = {**unknowns, "images": chosen}
         images, targets = (
-            dummy.write_all(unknowns.get(name), parts.get(name, {})) for name, dummy in self.dummies.items()
+            self.dummies[name].write_all(unknowns.get(name), parts.get(name, {})) for name in ("images", "labels")
         )
         return images, targets
+
+    def write_rate(self, kept: State, unknowns: Mapping[str, Tensor]) -> Tensor | None:
+        """Learning rates ``(V,)``; None where they are told."""
+        own = _parted(kept).get("learning_rate", {})
+        return self.learning_rate.write_all(unknowns["learning_rate"], own) if self.searches_rate else None
 
     # Evaluations.
 
@@ -216,7 +253,16 @@ class Evaluator:
         wanted, basis = shared
         if (sharpness := kept.get(STEERING, {}).get("sharpness")) is not None:
             state = {**state, SHARPNESS: sharpness}
-        gradients, activations = self.victim.evaluate(state, images, targets, self.modules, basis, sparing=sparing)
+        rate, own = None, kept.get("learning_rate", {})
+        if self.searches_rate:
+            rate = self.learning_rate.write(unknowns["learning_rate"], own)
+        shares = self.order.write(unknowns["order"], {}) if "order" in unknowns else None
+        secrets = Secrets(rate, shares=shares)
+        gradients, activations = self.victim.evaluate(
+            state, images, targets, self.modules, basis, secrets=secrets, sparing=sparing
+        )
+        if rate is not None:
+            gradients = {name: rate / own["start"] * tensor for name, tensor in gradients.items()}
         if basis is not None:  # what lies outside of it was not shared
             wanted = {name: wanted[name] if name in wanted else torch.zeros_like(gradients[name]) for name in gradients}
         return Point(images, targets, gradients, wanted, activations, state)
@@ -273,7 +319,7 @@ class Evaluator:
             torch.arange(1),
             protocol,
         )
-        shared = self.reduced(shared)
+        shared = self.reduced(shared, {})
         gradients = {name: tensor[0] for name, tensor in shared.gradients.items()}
         with torch.no_grad():
             basis = None if shared.basis is None else shared.basis[0]

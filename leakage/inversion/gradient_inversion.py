@@ -55,10 +55,10 @@ class GradientInversion(LightningModule):
     diverged, stalled or spent its budget leaves with its best iterate by this objective; the next ones take the lanes
     that are free, and training ends when every victim is done: one epoch is all victims. Where an evaluation finds no
     memory, half of the lanes are used, and the victims that were searched for begin anew. A victim whose gradient is
-    zero, or too small to be compared with, is ``uninformative``, and not searched for.
+    zero, or too small to be compared with, is ``uninformative``, and not searched for. What clients don't tell of their
+    local steps is searched for too: :class:`~leakage.dummies.LearningRate`, :class:`~leakage.dummies.LocalOrder`.
 
-    Several processes, on one machine or many, share the victims out among them
-    (``Trainer(strategy="victim_parallel", devices=2)``); the first one has all results in the end.
+    Several processes share the victims out (``Trainer(strategy="victim_parallel", devices=2)``); the first has all.
 
     Attributes:
         finished: the victims done so far, in the order they finished; in the end all, in their own order.
@@ -223,7 +223,7 @@ class GradientInversion(LightningModule):
                 "forms need it. Pass accelerator='cpu' to the Trainer."
             )
         self._reset()
-        victim = self._victim = datamodule.victim
+        victim = self._victim = datamodule.victim.as_told()
         self.expected_victims = datamodule.victims
         self._search = Search(Queue([*range(self.trainer.global_rank, datamodule.victims, self.trainer.world_size)]))
         target = Target(

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from leakage.clients.protocol import Protocol
+from leakage.clients.protocol import UNKNOWN, Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.files.checkpoints import check_like
@@ -54,7 +54,8 @@ class Lanes:
     def state(protocol: Protocol, dtype: torch.dtype) -> State:
         """The engine's own entries, as tensors without a victim."""
         whole, real = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=dtype)
-        return {
+        rate = {"best_learning_rate": real} if protocol.learning_rate == UNKNOWN else {}
+        return rate | {
             "place": whole,
             "restarts": whole,
             # Of the earlier starts:
@@ -77,7 +78,7 @@ class Lanes:
         fresh, starts = self._begin(shared, places)
         seeds = self._seeds(shared.ids, fresh["restarts"])
         informative = self.evaluator.informative(shared).to(self.device)
-        shared = self.evaluator.reduced(shared)
+        shared = self.evaluator.reduced(shared, fresh)
         taken, further = slice(len(free)), torch.arange(len(free), len(shared))
         if len(free):
             assert self.shared is not None
@@ -129,6 +130,8 @@ class Lanes:
             "best_images": images.detach().clone(),
             "best_labels": labels,
         }
+        if (rate := evaluator.write_rate(kept, starts)) is not None:
+            own["best_learning_rate"] = rate
         return own | kept, starts
 
     def _starts(self, ids: Tensor, restarts: Tensor) -> dict[str, Tensor]:
@@ -192,8 +195,9 @@ class Lanes:
         so_far = self.best()
         for name in ("iterations", "evaluations"):
             self.kept[name][again] = getattr(so_far, name)[again]
-        for name, tensor in (("loss", so_far.loss), ("images", so_far.images), ("labels", so_far.labels)):
-            self.kept[f"best_{name}"][again] = tensor[again]
+        for name in ("loss", "images", "labels", "learning_rate"):
+            if (tensor := getattr(so_far, name)) is not None:
+                self.kept[f"best_{name}"][again] = tensor[again]
         self.kept["restarts"][again] += 1
         ids, restarts = self.shared.ids[again.cpu()], self.kept["restarts"][again]
         starts = self._starts(ids, restarts)
@@ -208,6 +212,7 @@ class Lanes:
         shared, own = cast(SharedGradient, self.shared), self._of_pieces()
         images, targets = self.evaluator.write(own, unknowns, self.evaluator.best_seeds(shared, own, unknowns))
         newer = optimizer.best_loss < kept["best_loss"]
+        rate = self.evaluator.write_rate(own, unknowns)
         return Reconstruction(
             ids=shared.ids.to(images.device),
             images=torch.where(newer[:, None, None, None, None], images, kept["best_images"]),
@@ -217,6 +222,7 @@ class Lanes:
             evaluations=kept["evaluations"] + optimizer.evaluations,
             restarts=kept["restarts"],
             status=optimizer.status,
+            learning_rate=None if rate is None else torch.where(newer, rate, kept["best_learning_rate"]),
         )
 
     def best_losses(self) -> Tensor:
@@ -225,7 +231,7 @@ class Lanes:
 
     def collect(self, lanes: Tensor) -> Reconstruction:
         """The best iterates of the lanes at these indices."""
-        return Reconstruction(**{name: part.detach().cpu() for name, part in vars(self.best().select(lanes)).items()})
+        return self.best().select(lanes).map(lambda part: part.detach().cpu())
 
     def keep(self, chosen: Tensor) -> None:
         """Drop the lanes outside of a boolean mask."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ class Reconstruction:
         evaluations: ``(V,)``, evaluations of the objective and its gradient, over all restarts.
         restarts: ``(V,)``, starts after the first.
         status: ``(V,)``, indices into :data:`leakage.solvers.STATUS`.
+        learning_rate: ``(V,)``, that of the clients' local steps, where they kept it to themselves; else None.
     """
 
     ids: Tensor
@@ -39,6 +40,7 @@ class Reconstruction:
     evaluations: Tensor
     restarts: Tensor
     status: Tensor
+    learning_rate: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,11 +52,15 @@ class Reconstruction:
         return cls(whole, real.view(0, 1, 1, 1, 1), whole.view(0, 1), real, whole, whole, whole, whole)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Reconstruction:
+        """The same with each tensor changed."""
+        return Reconstruction(**{name: change(tensor) for name, tensor in self._tensors().items()})
 
     def select(self, victims: Tensor) -> Reconstruction:
         """The victims at the given indices (or of a boolean mask), in that order."""
-        return Reconstruction(**{name: tensor[victims] for name, tensor in self._tensors().items()})
+        return self.map(lambda tensor: tensor[victims])
 
     @staticmethod
     def cat(parts: Iterable[Reconstruction]) -> Reconstruction:
@@ -81,7 +87,7 @@ class Reconstruction:
             ValueError: a file of another kind, truncated, or without one of the tensors.
         """
         _, tensors = read_safetensors(path, _FORMAT)
-        names = {field.name for field in dataclasses.fields(cls)}
-        if tensors.keys() != names:
+        names = {field.name for field in dataclasses.fields(cls)} - {"learning_rate"}
+        if tensors.keys() - {"learning_rate"} != names:
             raise ValueError(f"Expected tensors {sorted(names)} in '{path}', but got {brief(sorted(tensors))}.")
         return cls(**tensors)

@@ -216,7 +216,8 @@ class Search:
         # Any labels will do, and none need be inferred.
         sample.labels = torch.zeros(len(sample), sample.protocol.num_images, dtype=torch.long, device=lanes.device)
 
-        kept, shared = lanes.evaluator.begin(sample), lanes.evaluator.reduced(sample)
+        kept = lanes.evaluator.begin(sample)
+        shared = lanes.evaluator.reduced(sample, kept)
 
         def evaluate(number: int) -> None:
             # Lanes of their own, so that what they hold is counted too.

@@ -15,7 +15,7 @@ from leakage.labels.auxiliary import Auxiliary
 from leakage.labels.counts import LabelCounts
 from leakage.labels.last_layer import last_layer
 from leakage.labels.posterior import LabelPosterior
-from leakage.labels.rules import RULES, Knowledge, check_needs, needs_met, usable_rules
+from leakage.labels.rules import INSTEAD, RULES, Knowledge, check_needs, needs_met, usable_rules
 from leakage.labels.simulation import draw_images, simulate
 from leakage.pieces import digest
 from leakage.precision import full_precision
@@ -23,8 +23,9 @@ from leakage.seeds import derive_seed
 
 # Victims with networks of their own that are looked at together; bounds the memory, not the result.
 _NETWORKS_AT_ONCE = 64
-# Where victims have networks of their own, `auto` takes the first of these that can be used; `geng` always can.
-_WITHOUT_SIMULATION = ("mean_feature", "geng")
+# Where victims have networks of their own, `auto` takes the first of these that can be used; `geng` always can where
+# the attacker is told the learning rate.
+_WITHOUT_SIMULATION = ("mean_feature", "geng", "row_minimum")
 # The order in which `auto` tries rules, and takes the first of equals; not `rlg`, whose linear programmes take long.
 _PREFERRED = ("mean_feature", "ilrg", "geng", "row_minimum", "llg", "llg_star", "llg_plus", "rlu")
 # For `auto`: simulated clients, and the share of the auxiliary images that they hold.
@@ -32,8 +33,6 @@ _TRIED_ON, _HELD_OUT = 400, 1 / 4
 # A recall that is as good as all, how many rules must reach it to be believed, and what is added to the posterior's
 # where the images are noise.
 _GOOD_ENOUGH, _AGREEING, _MARGIN = 0.99, 3, 0.03
-# What to do where no rule can read labels.
-_INSTEAD = "Use DLGAttack, which recovers labels by optimisation, or reveal the labels (reveal_labels=True)."
 
 
 class LabelReader:
@@ -69,7 +68,8 @@ class LabelReader:
 
     After local steps the average gradient is taken for a gradient: by ``ilrg`` and ``mean_feature`` at the weights
     half-way, by the others at those that were given. ``rlu`` and ``posterior`` simulate the last layer's steps. Of
-    momentum and weight decay it is freed first (:func:`leakage.labels.last_layer.mean_gradient`).
+    momentum and weight decay it is freed first (:func:`leakage.labels.last_layer.mean_gradient`). Where the attacker is
+    not told their learning rate, and so not how long the average is, only ``idlg``, ``row_minimum`` and ``rlg`` serve.
 
     What ``auto`` chose and ``posterior`` learnt serves for all victims of one network, of the same protocol and number
     of images: only another network is learnt about anew. So what is found about a victim does not depend on
@@ -135,16 +135,16 @@ class LabelReader:
         if protocol.loss != "cross_entropy":
             raise ValueError(
                 "Expected a victim with loss 'cross_entropy', whose gradient is negative only for the true class, "
-                f"but got loss {protocol.loss!r}. {_INSTEAD}"
+                f"but got loss {protocol.loss!r}. {INSTEAD}"
             )
         if not layer:  # "" is a model that is one layer, of a kind of its own: images are no vectors
             raise ValueError(
                 "Expected logits that are the output of an nn.Linear layer, whose gradient tells the labels, "
-                f"but got logits from {victim.logits_from}. {_INSTEAD}"
+                f"but got logits from {victim.logits_from}. {INSTEAD}"
             )
         if not {f"{layer}.weight", f"{layer}.bias"} & {*victim.trainable}:
             raise ValueError(
-                f"Expected the last layer {layer!r} to share its gradient, but got frozen weights. {_INSTEAD}"
+                f"Expected the last layer {layer!r} to share its gradient, but got frozen weights. {INSTEAD}"
             )
         if self.auxiliary is not None:
             self.auxiliary.check(protocol)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from leakage.clients.protocol import Protocol
+from leakage.clients.protocol import UNKNOWN, Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 
@@ -111,6 +111,8 @@ def mean_gradient(protocol: Protocol, shared: Tensor, weight: Tensor) -> Tensor:
     :math:`\lambda \theta` to g, which is taken off at the weights half-way, weighted as momentum weighs them. Without
     both nothing is assumed.
 
+    Where the learning rate is not told neither is the length of the update, and the weights' share stays in it.
+
     Args:
         protocol: of the clients.
         shared: what they shared of some weights, ``(V, ...)``.
@@ -120,14 +122,14 @@ def mean_gradient(protocol: Protocol, shared: Tensor, weight: Tensor) -> Tensor:
         return shared * _scale(protocol)
     length, way = _of_one_gradient(protocol)
     step = shared / length
-    if protocol.weight_decay:
+    if protocol.weight_decay and protocol.learning_rate != UNKNOWN:
         step = step - protocol.weight_decay * (weight - way * step)
     return step * _scale(protocol)
 
 
 def _of_one_gradient(protocol: Protocol) -> tuple[float, float]:
     """How long steps of one and the same gradient are on average, and how far they have come where they are made."""
-    count, rate = protocol.local_steps, protocol.learning_rate or 0.0
+    count, rate = protocol.local_steps, protocol.known_rate
     lengths = list(accumulate(range(1, count), lambda length, _: 1 + protocol.momentum * length, initial=1.0))
     ways = [0.0, *accumulate(lengths[:-1])]
     # The gradient of step s is in all later ones too, as often as the first is in the step as far from it.

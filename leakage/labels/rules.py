@@ -6,12 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+from leakage.clients.protocol import UNKNOWN
 from leakage.clients.victim import Victim
 from leakage.labels.auxiliary import Auxiliary, KnownFeatures, LabelledFeatures, known_features
 from leakage.labels.calibrated import geng, llg_plus, llg_star, mean_feature, rlu
 from leakage.labels.from_gradients import Found, idlg, ilrg, llg, rlg, row_minimum
 from leakage.labels.last_layer import LastLayer, has_non_negative_features
 from leakage.labels.posterior import LabelPosterior
+
+# What to do where no rule can read labels.
+INSTEAD = "Use DLGAttack, which recovers labels by optimisation, or reveal the labels (reveal_labels=True)."
 
 
 class Knowledge:
@@ -43,6 +47,14 @@ class Rule:
     find: Callable[[LastLayer, Knowledge], Found]
     needs: tuple[str, ...] = ()
     learns: bool = False  # what is worth keeping for further victims of the same network
+    by_direction: bool = (
+        False  # whether the length of a gradient does not matter, which takes the learning rate to know
+    )
+
+    def missing(self, met: dict[str, str | None]) -> list[str]:
+        """The needs that are not met."""
+        needs = self.needs if self.by_direction else (*self.needs, "learning rate")
+        return [need for need in needs if met[need] is not None]
 
 
 #: What rules may need, in words that follow "Expected".
@@ -55,15 +67,16 @@ NEEDS = {
     "non-negative": "inputs of the last layer that can't be negative, as behind a ReLU or a sigmoid",
     "auxiliary": "`auxiliary` images",
     "shared weights": "victims that share their weights",
+    "learning rate": "clients that tell their learning rate",
 }
 
 #: Rules by name, each with its paper in its docstring; ``mean_feature`` and ``posterior`` are this library's own.
 RULES: dict[str, Rule] = {
-    "idlg": Rule(lambda layer, known: idlg(layer), ("one image",)),
-    "row_minimum": Rule(lambda layer, known: row_minimum(layer), ("weight", "distinct")),
+    "idlg": Rule(lambda layer, known: idlg(layer), ("one image",), by_direction=True),
+    "row_minimum": Rule(lambda layer, known: row_minimum(layer), ("weight", "distinct"), by_direction=True),
     "llg": Rule(lambda layer, known: llg(layer), ("weight", "non-negative")),
     "llg_star": Rule(lambda layer, known: llg_star(layer, known.seed), ("weight", "non-negative")),
-    "rlg": Rule(lambda layer, known: rlg(layer), ("weight", "fewer")),
+    "rlg": Rule(lambda layer, known: rlg(layer), ("weight", "fewer"), by_direction=True),
     "ilrg": Rule(lambda layer, known: ilrg(layer), ("weight", "bias")),
     "geng": Rule(lambda layer, known: geng(layer, known.seed)),
     "mean_feature": Rule(lambda layer, known: mean_feature(layer, known.features), ("weight", "bias")),
@@ -87,20 +100,21 @@ def needs_met(victim: Victim, auxiliary: Auxiliary | None, *, own_weights: bool)
         "non-negative": None if has_non_negative_features(victim) else "negative ones",
         "auxiliary": None if auxiliary is not None else "none",
         "shared weights": "a network for each" if own_weights else None,
+        "learning rate": repr(UNKNOWN) if victim.protocol.learning_rate == UNKNOWN else None,
     }
 
 
 def usable_rules(met: dict[str, str | None]) -> list[str]:
     """Names of the rules whose needs are all met."""
-    return [name for name, rule in RULES.items() if all(met[need] is None for need in rule.needs)]
+    return [name for name, rule in RULES.items() if not rule.missing(met)]
 
 
 def check_needs(rule: str, met: dict[str, str | None]) -> None:
-    """Raise a ``ValueError`` that names the rules that would work, unless this one does; ``"auto"`` always does."""
-    missing = [need for need in RULES[rule].needs if met[need] is not None] if rule != "auto" else []
+    """Raise a ``ValueError`` that names the rules that would work, unless this one does; ``"auto"`` if any does."""
+    working = usable_rules(met)
+    missing = [] if rule == "auto" else RULES[rule].missing(met)
+    if rule == "auto" and not working:  # `geng` needs nothing else
+        missing = ["learning rate"]
     if missing:
-        working = ["auto", *usable_rules(met)]
-        raise ValueError(
-            f"Expected {NEEDS[missing[0]]} for rule={rule!r}, but got {met[missing[0]]}. "
-            f"Rules that would work: {', '.join(map(repr, working))}."
-        )
+        instead = f"Rules that would work: {', '.join(map(repr, ['auto', *working]))}." if working else INSTEAD
+        raise ValueError(f"Expected {NEEDS[missing[0]]} for rule={rule!r}, but got {met[missing[0]]}. {instead}")

@@ -73,7 +73,7 @@ def simulate(layer: LastLayer, known: LabelledFeatures, drawn: Tensor) -> LastLa
 def _train(layer: LastLayer, features: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     protocol = layer.protocol
     size = protocol.local_batch_size or drawn.shape[1]
-    rate, times = protocol.learning_rate or 0.0, size if protocol.reduction == "sum" else 1
+    rate, times = protocol.known_rate, size if protocol.reduction == "sum" else 1
     drawn = drawn.to(features.device)
     # What is frozen, or not there, does not move.
     moving = [layer.weight_gradient is not None, layer.bias_gradient is not None]

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import torch
 from torch import Tensor, nn
 
 from leakage.errors import check_count, check_image_size
+from leakage.files.tensors import brief, header_value, read_safetensors, write_safetensors
+
+_FORMAT = "leakage.Generator"
+_OPTIONS = ("channels", "image_size", "code_size", "width")
 
 
 class Generator(nn.Module):
@@ -41,7 +48,8 @@ class Generator(nn.Module):
         if height % 4 or width_of_images % 4:
             raise ValueError(f"Expected `image_size` of multiples of 4, but got {image_size}.")
         maps = (2 * width, height // 4, width_of_images // 4)
-        self.code_size = code_size
+        self.channels, self.image_size = channels, (height, width_of_images)
+        self.code_size, self.width = code_size, width
         self.layers = nn.Sequential(
             nn.Linear(code_size, maps[0] * maps[1] * maps[2]),
             nn.Unflatten(1, maps),
@@ -60,6 +68,39 @@ class Generator(nn.Module):
         """Images ``(N, channels, *image_size)`` of codes ``(N, code_size)``."""
         images: Tensor = self.layers(codes)
         return images
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file of the weights, with the sizes in its header.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        header = {name: json.dumps(getattr(self, name)) for name in _OPTIONS}
+        write_safetensors(path, _FORMAT, self.state_dict(), header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Generator:
+        """Read what :meth:`save` wrote, in evaluation mode; no code of the file is ever run.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a file of another kind, truncated, or whose sizes and weights don't go together.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> with TemporaryDirectory() as folder:
+            ...     Generator(code_size=16).save(f"{folder}/generator.safetensors")
+            ...     Generator.load(f"{folder}/generator.safetensors").code_size
+            16
+        """
+        header, weights = read_safetensors(path, _FORMAT)
+        try:
+            with torch.device("meta"):  # nothing is drawn, and sizes that are made up take no memory
+                generator = cls(**{name: header_value(header, name) for name in _OPTIONS})
+            generator.load_state_dict(weights, assign=True)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"Expected a generator in '{path}', but got: {brief(error)}") from error
+        return generator.eval()
 
 
 class Encoder(nn.Module):

@@ -1,7 +1,13 @@
 """What a search lowers: distances between gradients and priors of images, each with a weight."""
 
 from leakage.objectives.chain_objective import ChainObjective
-from leakage.objectives.distances import DISTANCES, CosineDistance, RowCosineDistance, SquaredDistance
+from leakage.objectives.distances import (
+    DISTANCES,
+    CosineDistance,
+    LengthDistance,
+    RowCosineDistance,
+    SquaredDistance,
+)
 from leakage.objectives.priors import L2, BatchNormStatistics, TotalVariation
 from leakage.objectives.terms import ActivationPrior, Distance, Gradients, Point, Prior, Sum, Term
 
@@ -14,6 +20,7 @@ __all__ = [
     "CosineDistance",
     "Distance",
     "Gradients",
+    "LengthDistance",
     "Point",
     "Prior",
     "RowCosineDistance",

@@ -134,7 +134,7 @@ class CosineDistance(Distance):
         tensor(2.)
     """
 
-    isometric = True
+    isometric = by_direction = True
 
     def __call__(self, gradients: Gradients, shared: Gradients) -> Tensor:
         """Half the squared difference of the two directions."""
@@ -168,6 +168,53 @@ def _direction(vector: Tensor) -> Tensor:
     return vector / torch.where(largest > 0, vector.square().sum(), 1.0).sqrt()
 
 
+class LengthDistance(Distance):
+    r"""How much longer or shorter one gradient is than the other, each taken as one long vector.
+
+    .. math:: D(g, g^*) = \left( \ln \frac{\lVert g \rVert}{\lVert g^* \rVert} \right)^2
+
+    What :class:`CosineDistance` does not see. An attack on clients that keep their learning rate to themselves adds it
+    by itself where it is needed.
+
+    Returns:
+        At least 0; large but finite where one of the gradients is zero.
+
+    Raises:
+        ValueError: the names or shapes of two gradients differ.
+
+    Example:
+        >>> LengthDistance()({"w": torch.ones(2, 2)}, {"w": -torch.ones(2, 2)})
+        tensor(0.)
+    """
+
+    isometric = True
+
+    def __call__(self, gradients: Gradients, shared: Gradients) -> Tensor:
+        """The square of the logarithm."""
+        return _log_ratio(gradients, shared).square()
+
+    def residuals(self, point: Point, kept: State) -> Tensor:
+        """The logarithm alone."""
+        return _log_ratio(point.gradients, point.shared)[None]
+
+    def informative(self, shared: SharedGradient) -> Tensor:
+        """Whether it has a length."""
+        return _largest(shared.gradients) > 0
+
+
+def _log_ratio(gradients: Gradients, shared: Gradients) -> Tensor:
+    found, wanted = (_log_length(vector) for vector in _vectors(gradients, shared))
+    return found - wanted
+
+
+def _log_length(vector: Tensor) -> Tensor:
+    """Also where squares of its entries would vanish."""
+    largest = vector.detach().abs().amax()
+    largest = torch.where(largest > 0, largest, 1.0)
+    squares = (vector / largest).square().sum()
+    return largest.log() + squares.clamp(min=torch.finfo(vector.dtype).tiny).log() / 2
+
+
 class RowCosineDistance(Distance):
     r"""One minus the cosine for the weights of each output unit, summed: the distance of dataset condensation.
 
@@ -193,6 +240,8 @@ class RowCosineDistance(Distance):
         >>> RowCosineDistance()({"w": torch.eye(2), "b": torch.ones(2)}, {"w": 3 * torch.eye(2), "b": torch.zeros(2)})
         tensor(0.00)
     """
+
+    by_direction = True
 
     def __call__(self, gradients: Gradients, shared: Gradients) -> Tensor:
         """The sum over all rows of all layers."""

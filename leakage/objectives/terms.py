@@ -185,6 +185,10 @@ class Sum(Term):
 class Distance(Term):
     """Between the gradient of the dummies and that which was shared; a subclass is a function of the two.
 
+    Attributes:
+        by_direction: whether it stays the same when a gradient is multiplied by a number. Where clients keep their
+            learning rate to themselves, an attack whose distances all do compares lengths too.
+
     Example:
         >>> class LargestDifference(Distance):
         ...     def __call__(self, gradients, shared):
@@ -192,6 +196,8 @@ class Distance(Term):
         >>> float(LargestDifference()({"w": torch.tensor([3.0])}, {"w": torch.tensor([1.0])}))
         2.0
     """
+
+    by_direction: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, gradients: Gradients, shared: Gradients) -> Tensor:

@@ -56,7 +56,8 @@ def test_searches_for_codes_and_weights(kit: Any) -> None:
         ({"tuning": -1.0}, "Expected `tuning` of at least 0, but got -1.0"),
         ({"lr": 0.0}, "Expected `lr` to be positive and finite, but got 0.0"),
         ({"restarts": -1}, "Expected `restarts` to be a whole number of at least 0, but got -1"),
-        ({"generator": "stylegan"}, r"Expected `generator` to be a torch\.nn\.Module, but got str"),
+        ({"generator": 64}, r"Expected `generator` to be a torch\.nn\.Module or a path, but got int"),
+        ({"generator": nn.Linear(4, 4), "code_shape": None}, r"Expected `code_shape` as a list of sizes .* got None"),
     ],
     ids=" ".join,
 )

@@ -44,7 +44,9 @@ def test_robust_finds_more_than_published_for_less_work(kit: Any) -> None:
     model = ConvNet(1, 12, 10, width=8, depth=2, norm="none", pooling="max").eval()
     victim = Victim(model, image_shape=(1, 12, 12))
     side = torch.linspace(0, 3, 12)
-    images = torch.stack([(side[:, None] * a + side * b).sin() / 2 + 0.5 for a, b in ((1.0, 2.0), (2.0, -1.0), (0.5, 1.5), (3.0, 0.0))])
+    images = torch.stack(
+        [(side[:, None] * a + side * b).sin() / 2 + 0.5 for a, b in ((1.0, 2.0), (2.0, -1.0), (0.5, 1.5), (3.0, 0.0))]
+    )
     shared = victim.share(images[:, None, None], torch.tensor([[3], [7], [0], [1]]))
     mse = {}
     for protocol, steps in (("published", 400), ("robust", 42)):

@@ -76,6 +76,7 @@ def test_without_ground_truth_the_columns_that_need_it_are_empty(run) -> None:
     assert len(rows) == 6
     for row in rows:
         assert {name for name, value in row.items() if value == ""} == {
+            "learning_rate",
             "labels_true",
             "label_accuracy",
             "mse",

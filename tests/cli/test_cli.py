@@ -16,6 +16,7 @@ from leakage.attacks import IDLGAttack
 from leakage.cli.main import main
 from leakage.comparison import FILES
 from leakage.inversion.reconstruction import Reconstruction
+from leakage.models import Generator
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.name for path in (ROOT / "experiments" / "idlg").glob("*.yaml") if path.name != "sweep.yaml")
@@ -235,6 +236,26 @@ def test_an_attack_made_of_pieces_finds_images(tmp_path: Path) -> None:
         return sum(float(row["mse"]) for row in rows) / 2
 
     assert mse(150) < 0.2 * mse(1)
+
+
+def test_a_trained_generator_from_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Generator(1, 28, code_size=5, width=2).save(tmp_path / "generator.safetensors")
+    arguments = [
+        "--model",
+        "leakage.attacks.GIASAttack",
+        *SAMPLE,
+        "--data.victims",
+        "2",
+        "--trainer.accelerator",
+        "cpu",
+    ]
+    few = ["--model.steps", "3", "--model.restarts", "0"]
+    main(["fit", *arguments, *few, "--model.generator", "generator.safetensors"])
+    (table,) = tmp_path.rglob("victims.csv")
+    assert table.read_text(encoding="utf-8").count("exhausted") == 2
+    capsys.readouterr()
+    said = refused(capsys, "fit", *arguments, "--model.generator", "none.safetensors")
+    assert said == ("leakage fit: error: Expected a safetensors file at 'none.safetensors', but got no such file.\n")
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ def test_protocol_in_header_as_documented(tmp_path):
         "local_batch_size": None,
         "momentum": 0.0,
         "weight_decay": 0.0,
+        "shuffle": False,
         "defenses": [],
     }
     assert {"ids", "labels", "gradients/0.weight", "state/1.running_mean"} <= names

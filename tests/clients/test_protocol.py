@@ -32,6 +32,7 @@ def test_momentum_and_weight_decay_are_numbers_of_one_kind():
         ({"learning_rate": 0.0}, "`learning_rate` to be positive and finite, but got 0.0"),
         ({"learning_rate": float("inf")}, "`learning_rate` to be positive and finite, but got inf"),
         ({"learning_rate": "0.1"}, "`learning_rate` to be positive and finite, but got '0.1'"),
+        ({"learning_rate": "known"}, "`learning_rate` to be positive and finite, but got 'known'"),
         ({"local_steps": 1, "local_batch_size": None}, "no `learning_rate` with one local step.* but got 0.05"),
         ({"local_batch_size": 0}, "`local_batch_size` to be a whole number of at least 1, but got 0"),
         ({"local_batch_size": 4}, "`local_batch_size` to divide `num_images` = 6, .* got 4. Choose a divisor of 6"),
@@ -57,6 +58,13 @@ def test_momentum_and_weight_decay_are_numbers_of_one_kind():
 def test_wrong_local_steps(changes, message):
     with pytest.raises(ValueError, match=f"^Expected {message}"):
         dataclasses.replace(LOCAL, **changes)
+
+
+def test_a_learning_rate_that_is_not_told():
+    for steps in (1, 4):
+        told = Protocol((1, 4, 4), 3, local_steps=steps, learning_rate="unknown")
+        assert (told.learning_rate, told.known_rate) == ("unknown", 0.0)
+    assert LOCAL.known_rate == 0.05
 
 
 def test_more_local_steps_than_an_attack_can_simulate():

@@ -10,6 +10,7 @@ from torch import nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
 
+from leakage.clients.low_rank import in_basis
 from leakage.clients.smoothing import SHARPNESS, smoothed
 from leakage.clients.victim import Victim
 from leakage.models import ConvNet
@@ -117,3 +118,21 @@ def test_a_client_is_smoothed_by_what_travels_with_its_buffers(steps: int) -> No
     for a, b, c in zip(exact[:-1], sharp[:-1], soft[:-1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
         assert float((a - c).abs().max()) > 1e-3 * float(a.abs().max())
+
+
+def test_so_is_one_whose_last_layer_is_given_in_fewer_numbers() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 20)).double()
+    victim = Victim(net, image_shape=(1, 3, 3), num_images=2)
+    shared = victim.share(inputs(1, 2, 1, 3, 3).sigmoid(), torch.tensor([[4, 11]]))
+    reduced = in_basis(shared, victim)
+    assert reduced.basis is not None
+    images, targets = inputs(2, 1, 3, 3).sigmoid(), F.one_hot(torch.tensor([4, 11]), 20).double()
+    sizes = []
+    for state, basis in ((shared.state, None), (reduced.state, reduced.basis[0])):
+        for sharpness in (1.0, 30.0):
+            own = {**state, SHARPNESS: torch.tensor(sharpness).double()}
+            found = victim.evaluate(own, images, targets, basis=basis)[0]
+            sizes.append(torch.stack([part.square().sum() for part in found.values()]).sum())
+    torch.testing.assert_close(sizes[:2], sizes[2:])
+    assert abs(sizes[0] - sizes[1]) > 1e-3 * sizes[0]

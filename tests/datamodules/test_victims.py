@@ -115,7 +115,15 @@ def test_local_steps_reach_the_victims():
 
 @pytest.mark.parametrize(
     "change",
-    [{"local_steps": 2}, {"learning_rate": 0.2}, {"local_batch_size": None}, {"momentum": 0.9}, {"weight_decay": 0.1}],
+    [
+        {"local_steps": 2},
+        {"learning_rate": 0.2},
+        {"local_batch_size": None},
+        {"momentum": 0.9},
+        {"weight_decay": 0.1},
+        {"shuffle": True},
+        {"reveal_learning_rate": False},
+    ],
 )
 def test_a_checkpoint_of_other_local_steps(change):
     state = ready(victims=2, **LOCAL).state_dict()

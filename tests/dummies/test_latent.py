@@ -57,7 +57,10 @@ def test_a_latent_code_finds_images_that_the_generator_knows(kit: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"generator": abs}, r"Expected `generator` to be a torch\.nn\.Module, but got builtin_function_or_method"),
+        (
+            {"generator": abs},
+            r"Expected `generator` to be a torch\.nn\.Module or a path, but got builtin_function_or_method",
+        ),
         ({"code_shape": 64}, r"Expected `code_shape` as a list of sizes such as \[64\], but got 64"),
         ({"code_shape": "64"}, r"Expected `code_shape` as a list of sizes such as \[64\], but got '64'"),
         ({"code_shape": [0]}, "Expected `code_shape` to be a whole number of at least 1, but got 0"),

@@ -20,7 +20,7 @@ COLUMNS = {
     "attack", "protocol", "network", "epochs", "test_accuracy", "images", "labels", "labels_told", "local_steps",
     "victims", "psnr_mean", "psnr_ci", "ssim_mean", "identified", "identified_ci", "identified_features", "others",
     "baseline_grey", "baseline_mean_colour", "baseline_nearest", "below", "label_accuracy", "iterations",
-    "seconds_per_victim", "published_psnr",
+    "seconds_per_victim", "published_psnr", "learning_rate_error",
 }  # fmt: skip
 
 
@@ -80,6 +80,14 @@ def test_marks_what_shows_nothing(inverting: ModuleType, done: tuple[Path, list[
     assert {"iDLG, below a baseline", "Gauss-Newton", "grey", "nearest training image"} <= set(labels)
 
 
+def test_steps_whose_rate_and_order_are_not_told(inverting: ModuleType, tmp_path: Path) -> None:
+    options = ["--network", "lenet", "--images", "2", "--local-steps", "2", "--local-batch-size", "1", "--shuffle"]
+    options += ["--hide-learning-rate", "--attacks", "idlg", "--iterations", "30", "--victims", "2"]
+    inverting.main([*FEW, *options, "--output", str(tmp_path / "out")])
+    (row,) = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert 0 < row["learning_rate_error"] < 0.5
+
+
 def test_a_trained_network_and_several_images_and_steps(inverting: ModuleType, tmp_path: Path) -> None:
     output = tmp_path / "out"
     options = ["--network", "resnet20", "--epochs", "1", "--train-images", "64", "--networks", str(tmp_path / "kept")]
@@ -89,6 +97,7 @@ def test_a_trained_network_and_several_images_and_steps(inverting: ModuleType, t
     inverting.main(arguments)
     (row,) = json.loads((output / "summary.json").read_text())
     assert (row["epochs"], row["images"], row["labels"], row["local_steps"]) == (1, 2, "distinct", 2)
+    assert row["learning_rate_error"] is None
     assert row["labels_told"] is False
     assert 0 <= row["test_accuracy"] <= 1
     assert 0 <= row["identified_features"] <= 1

@@ -109,7 +109,7 @@ def test_a_lost_a_repeated_and_another_victim_are_noticed(soak: ModuleType, done
     assert (counts["missing"], counts["repeated"]) == (0, 1)
     assert "not every victim is there once" in said
     for name in ("images", "loss", "evaluations", "labels"):
-        other = Reconstruction(**{key: tensor.clone() for key, tensor in vars(whole).items()})
+        other = Reconstruction(**{key: tensor.clone() for key, tensor in vars(whole).items() if tensor is not None})
         tensor = getattr(other, name)
         tensor[3] = torch.nextafter(tensor[3], tensor[3] + 1) if tensor.is_floating_point() else tensor[3] + 1
         other.save(path)

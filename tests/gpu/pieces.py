@@ -14,7 +14,7 @@ from leakage.datamodules import Victims
 from leakage.defenses import Clip, GaussianNoise, TopK
 from leakage.dummies import Group, JointLabels, LatentCode, Pixels
 from leakage.models import LeNet
-from leakage.objectives import L2, BatchNormStatistics, Prior, SquaredDistance, TotalVariation
+from leakage.objectives import L2, BatchNormStatistics, CosineDistance, Prior, SquaredDistance, TotalVariation
 from leakage.solvers import LBFGS, Adam, SignedAdam
 
 
@@ -54,6 +54,18 @@ RUNS: dict[str, Any] = {
     "joint labels in a box": lambda: (
         {"images": Pixels(box=(0, 1)), "labels": JointLabels(), "solver": FEW},
         {"images": 2},
+    ),
+    "rate and order of local steps": lambda: (
+        {"objective": CosineDistance(), "solver": FEW},
+        {
+            "images": 2,
+            "reveal_labels": True,
+            "local_steps": 4,
+            "learning_rate": 0.1,
+            "reveal_learning_rate": False,
+            "local_batch_size": 1,
+            "shuffle": True,
+        },
     ),
 }
 

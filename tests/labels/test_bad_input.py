@@ -161,7 +161,8 @@ def test_what_a_rule_needs_and_which_would_work(
 
 
 def test_all_needs_have_been_missed() -> None:
-    assert {need for rule in RULES.values() for need in rule.needs} == NEEDS.keys()
+    """But the learning rate, for which ``test_local_steps.py`` has a test."""
+    assert {need for rule in RULES.values() for need in rule.needs} == NEEDS.keys() - {"learning rate"}
 
 
 @pytest.mark.parametrize(

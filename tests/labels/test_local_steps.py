@@ -155,3 +155,37 @@ def test_draws_of_clients() -> None:
     assert torch.equal(drawn, again)
     other, _ = draw_images(labels, layer, 500, seed=2)
     assert not torch.equal(drawn, other)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("rule", "count"), [("idlg", 1), ("row_minimum", 3), ("rlg", 3), ("auto", 1), ("auto", 3)])
+def test_without_the_learning_rate_rules_go_by_direction(rule: str, count: int, steps: int) -> None:
+    """They find what they find where it is told; from an update that is a thousand times shorter than the gradient."""
+    model = network(0, classes=6, width=40)
+    told = {"local_steps": steps} | ({"learning_rate": 1e-3} if steps > 1 else {})
+    untold = {"local_steps": steps, "learning_rate": 1e-3, "reveal_learning_rate": False}
+    victims = [victim_of(model, count, **options) for options in (told, untold)]
+    images, labels = images_and_labels(0, 5, count, 6)
+    expected = rule if rule != "auto" else "idlg" if count == 1 else "row_minimum"
+    first, second = (
+        infer_labels(victim.share(images, labels), victim, rule=name)
+        for victim, name in zip(victims, (expected, rule), strict=True)
+    )
+    assert torch.equal(first.counts, second.counts)
+    assert second.rule == expected
+
+
+def test_without_the_learning_rate_others_are_refused() -> None:
+    untold = {"local_steps": 2, "learning_rate": 0.1, "reveal_learning_rate": False}
+    victim, _, _, shared = shares(3, 6, network(0, classes=6, width=40), untold)
+    message = (
+        r"Expected clients that tell their learning rate for rule='ilrg', but got 'unknown'\. Rules that would work: "
+        r"'auto', 'row_minimum', 'rlg'\."
+    )
+    with pytest.raises(ValueError, match=message):
+        infer_labels(shared, victim, rule="ilrg")
+    victim, _, _, shared = shares(7, 6, network(0, classes=6, width=40), untold)
+    with pytest.raises(
+        ValueError, match=r"tell their learning rate for rule='auto', but got 'unknown'\. Use DLGAttack"
+    ):
+        infer_labels(shared, victim)
