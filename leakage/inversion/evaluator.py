@@ -12,6 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from leakage.clients.activations import Activation
+from leakage.clients.joint_pass import JointPass, has_joint_pass
 from leakage.clients.local_steps import Secrets
 from leakage.clients.low_rank import in_basis
 from leakage.clients.shared_gradient import SharedGradient
@@ -22,7 +24,7 @@ from leakage.dummies.learning_rate import LearningRate
 from leakage.dummies.local_order import LocalOrder
 from leakage.inversion.memory import peak_memory
 from leakage.objectives.distances import LengthDistance
-from leakage.objectives.terms import Batched, Distance, Point, Term
+from leakage.objectives.terms import Batched, Distance, Point, Slopes, Term
 from leakage.pieces import State
 from leakage.solvers import STEERING, Problem
 
@@ -36,8 +38,9 @@ _BYTES_AT_ONCE = 2**28
 class Evaluator:
     """Evaluates the objective of V victims, each at its own unknowns.
 
-    Where every term has a faster way to be evaluated for many victims at once that way is taken, else the whole is
-    differentiated under ``vmap``: on a CPU in pieces that its caches hold.
+    Where every term has a faster way to be evaluated for many victims at once that way is taken. Else they make a
+    :class:`~leakage.clients.joint_pass.JointPass` where their network can, and the whole is differentiated under
+    ``vmap`` where it can't: both on a CPU in pieces that its memory holds.
     """
 
     def __init__(self, victim: Victim, objective: Term, images: Images, labels: Labels, low_rank: bool = False) -> None:
@@ -53,6 +56,7 @@ class Evaluator:
         self.watched = {name: tuple(term.watched(victim.model)) for name, (_, term) in self.terms.items()}
         self.modules = list(dict.fromkeys(name for names in self.watched.values() for name in names))
         self.at_once = 0  # lanes that autograd evaluates at once; 0 for all
+        self._joint: bool | None = None  # whether in a joint pass
         self.forget()
 
     def forget(self) -> None:
@@ -197,8 +201,24 @@ class Evaluator:
         kept = self._needed(kept)
         if self._batched is not None and f"{STEERING}/sharpness" not in kept:
             return self._by_terms(self._batched, shared, kept, unknowns)
+        if self._joint is None:
+            self._joint = shared.basis is None and has_joint_pass(self.victim, shared.state, shared.own_weights)
+        evaluate = self._jointly if self._joint else self._apart
         if not self.at_once and next(iter(unknowns.values())).device.type == "cpu":
-            self.at_once = self._find_lanes_at_once(shared, kept, unknowns)
+            one = _piece(slice(1), shared, kept, unknowns)
+            device = next(iter(unknowns.values())).device
+            self.at_once = max(1, _BYTES_AT_ONCE // peak_memory(lambda: evaluate(*one), device))
+        lanes = len(next(iter(unknowns.values())))
+        size = self.at_once or lanes
+        if size >= lanes:
+            return evaluate(shared, kept, unknowns)
+        pieces = [slice(first, first + size) for first in range(0, lanes, size)]
+        found = [evaluate(*_piece(piece, shared, kept, unknowns)) for piece in pieces]
+        losses, gradients = zip(*found, strict=True)
+        return torch.cat(losses), {name: torch.cat([part[name] for part in gradients]) for name in unknowns}
+
+    def _apart(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+        """By differentiating the whole, each victim for itself."""
         gradients, losses = self._for_all(grad_and_value(self._objective), shared, kept, unknowns)
         return losses, gradients
 
@@ -294,14 +314,50 @@ class Evaluator:
             ]
         # The factor of a single term comes last, so that nothing is rounded before.
         weight, own, (losses, by_images, by_targets) = found[0]
-        pairs = [(images, by_images), (targets, by_targets)]
-        pairs = [(output, by) for output, by in pairs if output.requires_grad and by is not None]
-        gradients = torch.autograd.grad(
-            [output for output, _ in pairs], list(leaves.values()), [by for _, by in pairs], materialize_grads=True
-        )
-        return _weighted(weight, own, losses), {
-            name: _weighted(weight, own, gradient) for name, gradient in zip(leaves, gradients, strict=True)
-        }
+        gradients = _through([(images, by_images), (targets, by_targets)], leaves)
+        weighted = {name: _weighted(weight, own, gradient) for name, gradient in gradients.items()}
+        return _weighted(weight, own, losses), weighted
+
+    def _jointly(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+        """By joint passes: one for each set of images."""
+        parts, several = _parted(kept), self.images.seeds > 1
+        with torch.enable_grad():
+            leaves = {name: value.detach().requires_grad_() for name, value in unknowns.items()}
+            targets = self.labels.write_all(leaves.get("labels"), parts.get("labels", {}))
+            losses, pairs = [], []
+            for unknown in leaves["images"].unbind(1) if several else [leaves.get("images")]:
+                images = self.images.write_all(unknown, parts.get("images", {}))
+                loss, *by = self._in_a_pass(shared, parts, images.detach(), targets.detach())
+                losses.append(loss)
+                pairs += [
+                    (output, part / self.images.seeds) for output, part in zip((images, targets), by, strict=True)
+                ]
+            values = torch.stack(losses).mean(0)
+            if several:
+                joint = vmap(self.images.joint)(leaves["images"])
+                values = values + joint.detach()
+                pairs.append((joint, torch.ones_like(joint)))
+        return values, _through(pairs, leaves)
+
+    def _in_a_pass(
+        self, shared: SharedGradient, parts: Mapping[str, State], images: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one set of images of each victim: objectives, and derivatives by images and targets."""
+        run = JointPass(self.victim, shared.state, shared.own_weights, images, targets, self.modules)
+        seen = {name: Activation(*(side.detach() for side in both)) for name, both in run.activations.items()}
+        points = Point(images, targets, run.gradients, shared.gradients, seen, shared.state)
+        total, slopes = torch.zeros_like(images[:, 0, 0, 0, 0]), Slopes()
+        for name, (weight, term) in self.terms.items():
+            own = parts.get(name, {})
+            values, by = term.slopes(self._seen(points, name), own, shared.own_weights)
+            total += _weighted(weight, own, values)
+            for key, slope in by.items():
+                slope = _weighted(weight, own, slope)
+                slopes[key] = slopes[key] + slope if key in slopes else slope
+        pulled = run.pull_back(slopes)
+        given = (slopes.get((name, "")) for name in ("images", "targets"))
+        by_images, by_targets = (a if b is None else a + b for a, b in zip(pulled, given, strict=True))
+        return total, by_images, by_targets
 
     # Equations.
 
@@ -343,19 +399,26 @@ class Evaluator:
             found.append(_weighted(weight, kept.get(name, {}), point.new_ones(())).sqrt() * residuals)
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _find_lanes_at_once(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> int:
-        """How many lanes to evaluate at once, by the memory that the first one takes."""
-        first = torch.zeros(1, dtype=torch.long)
-        one, own = shared.select(first), _parted({name: tensor[first] for name, tensor in kept.items()})
-        values = {name: value[first] for name, value in unknowns.items()}
-        evaluate = vmap(grad_and_value(self._objective), in_dims=_in_dims(shared))
-        device, given = next(iter(values.values())).device, (one.gradients, one.basis)
-        return max(1, _BYTES_AT_ONCE // peak_memory(lambda: evaluate(values, own, one.state, given), device))
-
 
 def _in_dims(shared: SharedGradient) -> tuple[Any, ...]:
     """Of unknowns, what is kept, weights, and what was shared: where ``vmap`` finds the victims."""
     return 0, 0, 0 if shared.own_weights else None, (0, None if shared.basis is None else 0)
+
+
+def _piece(
+    lanes: slice, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]
+) -> tuple[SharedGradient, State, State]:
+    """What belongs to some of the lanes."""
+    own, values = ({name: tensor[lanes] for name, tensor in part.items()} for part in (kept, unknowns))
+    return shared.piece(lanes), own, values
+
+
+def _through(pairs: Sequence[tuple[Tensor, Tensor | None]], leaves: Mapping[str, Tensor]) -> State:
+    """Derivatives by leaves, from those by what was written from them."""
+    pairs = [(output, by) for output, by in pairs if output.requires_grad and by is not None]
+    outputs, by = zip(*pairs, strict=True)
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), by, materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True))
 
 
 def _joined(kept: Mapping[str, State]) -> State:
