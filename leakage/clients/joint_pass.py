@@ -212,19 +212,16 @@ class _Tape(TorchFunctionMode):
         name = self._names.get(id(value))
         return Parameter(value, name if name in self._trainable else None)
 
-    def _parts(self, inputs: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
+    def _parts(self, inputs: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
+        """What all layers have."""
         if weight is None:
-            raise ValueError("Expected layers with a weight, but got one with a bias alone.")
-        return (
-            inputs,
-            self._parameter(weight),
-            None if bias is None else self._parameter(bias),
-            self._victims,
-            self._own,
-        )
+            raise ValueError("Expected layers with a weight, but got one without.")
+        parameters = self._parameter(weight), None if bias is None else self._parameter(bias)
+        both = dict(zip(("weight", "bias"), parameters, strict=True))
+        return both | {"inputs": inputs, "victims": self._victims, "own": self._own}
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Layer:  # noqa: A002 - torch's name
-        return Linear(*self._parts(input, weight, bias))
+        return Linear(**self._parts(input, weight, bias))
 
     def _convolution(
         self,
@@ -238,14 +235,18 @@ class _Tape(TorchFunctionMode):
     ) -> Layer:
         count = input.ndim - 2
         strides, dilations = ([part] * count if isinstance(part, int) else [*part] for part in (stride, dilation))
+        paddings: list[int]
         if padding == "same":
             over = [step * (size - 1) for step, size in zip(dilations, weight.shape[-count:], strict=True)]
             if any(both % 2 for both in over):
                 raise ValueError("Expected convolutions padded alike on both sides, but got padding='same'.")
-            padding = [both // 2 for both in over]
-        paddings = [0 if padding == "valid" else padding] * count if isinstance(padding, int | str) else [*padding]
+            paddings = [both // 2 for both in over]
+        elif isinstance(padding, str):  # "valid"
+            paddings = [0] * count
+        else:
+            paddings = [padding] * count if isinstance(padding, int) else [*padding]
         parts = self._parts(input, weight, bias)
-        return Convolution(*parts, stride=strides, padding=paddings, dilation=dilations, groups=groups)
+        return Convolution(**parts, stride=strides, padding=paddings, dilation=dilations, groups=groups)
 
     def _batch_norm(
         self,
@@ -261,7 +262,7 @@ class _Tape(TorchFunctionMode):
         if training or running_mean is None or running_var is None:
             raise ValueError("Expected BatchNorm by running statistics, but got one by those of the batch.")
         rate = (running_var + eps).rsqrt()
-        return Scaling(*self._parts(input, weight, bias), middle=1, mean=running_mean, rate=rate)
+        return Scaling(**self._parts(input, weight, bias), middle=1, mean=running_mean, rate=rate)
 
     def _group_norm(
         self,
@@ -272,7 +273,7 @@ class _Tape(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Layer:
         outputs = normalised(input, len(input) * num_groups, eps)
-        return Scaling(*self._parts(outputs, weight, bias), middle=1, mean=None, rate=None)
+        return Scaling(**self._parts(outputs, weight, bias), middle=1, mean=None, rate=None)
 
     def _layer_norm(
         self,
@@ -284,7 +285,7 @@ class _Tape(TorchFunctionMode):
     ) -> Layer:
         rows = input.numel() // math.prod(normalized_shape)
         outputs = normalised(input, rows, eps)
-        return Scaling(*self._parts(outputs, weight, bias), middle=rows // len(input), mean=None, rate=None)
+        return Scaling(**self._parts(outputs, weight, bias), middle=rows // len(input), mean=None, rate=None)
 
 
 _LAYERS: dict[Callable[..., Any], Callable[..., Layer]] = {
