@@ -81,7 +81,6 @@ class JointPass:
         tape = _Tape(state, frozenset(victim.trainable), own_weights, self._victims, len(self._dummies[0]))
         with recorded(victim.model, modules) as activations, tape:
             logits = functional_call(victim.model, dict(state), (self._dummies[0],))
-        tape.check()
         losses = LOSSES[protocol.loss](logits, self._dummies[1])
         loss = losses.sum() / (protocol.num_images if protocol.reduction == "mean" else 1)
         found = torch.autograd.grad(loss, tape.edges, create_graph=True, allow_unused=True)
@@ -103,6 +102,8 @@ class JointPass:
 
     def pull_back(self, slopes: Mapping[tuple[str, str], Tensor]) -> tuple[Tensor, Tensor]:
         """Derivatives by images and targets of what has these derivatives by gradients and activations.
+
+        It can be called once, as the graph is freed on the way.
 
         Args:
             slopes: ``(V, ...)``, by ``("gradients", name)``, and by ``("inputs", module)`` and ``("outputs", module)``
@@ -178,12 +179,6 @@ class _Tape(TorchFunctionMode):
         # Buffers and frozen parameters are nothing special where victims share them.
         self._names = {id(tensor): name for name, tensor in state.items() if own or name in trainable}
         self._trainable, self._own, self._victims, self._batch = trainable, own, victims, batch
-        self._versions: list[int] = []
-
-    def check(self) -> None:
-        """Raise a ``ValueError`` if inputs have been changed in place behind the layer that took them."""
-        if any(layer.inputs._version != version for layer, version in zip(self.layers, self._versions, strict=True)):
-            raise ValueError("Expected inputs of layers that are not changed in place, but got some that are.")
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -203,7 +198,6 @@ class _Tape(TorchFunctionMode):
             self.layers.append(layer)
             # The edge is that of these outputs also where they are changed in place later.
             self.edges.append(get_gradient_edge(outputs))
-            self._versions.append(layer.inputs._version)
         return outputs
 
     # What the functions of layers mean, with their own arguments.
