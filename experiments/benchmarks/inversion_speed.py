@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import math
 import statistics
 import sys
 import time
@@ -90,14 +91,14 @@ class Plain:
         (gradient,) = torch.autograd.grad(objective, images)
         return objective.detach(), gradient
 
-    def search(self, victim: int, start: Tensor) -> Tensor:
-        """The last images."""
+    def search(self, victim: int, start: Tensor, until: int | None = None) -> Tensor:
+        """The images after all steps, or so many of them."""
         self.load(victim)
         images = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([images], lr=LR)
-        milestones = [round(share * self.steps) for share in MILESTONES]
+        milestones = [math.ceil(share * self.steps) for share in MILESTONES]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
-        for _ in range(self.steps):
+        for _ in range(self.steps if until is None else until):
             images.grad = self.evaluate(images)[1].sign()
             optimizer.step()
             schedule.step()
@@ -143,11 +144,9 @@ def make_victims(given: argparse.Namespace) -> RandomVictims:
     return victims
 
 
-def make_attack(given: argparse.Namespace) -> InvertingGradientsAttack:
+def make_attack(given: argparse.Namespace, steps: int) -> InvertingGradientsAttack:
     """Ours."""
-    return InvertingGradientsAttack(
-        total_variation=TOTAL_VARIATION, lr=LR, steps=given.iterations + WARM_UP, seed=given.seed
-    )
+    return InvertingGradientsAttack(total_variation=TOTAL_VARIATION, lr=LR, steps=steps, seed=given.seed)
 
 
 def starts(given: argparse.Namespace) -> Tensor:
@@ -162,7 +161,7 @@ def compare(
     given: argparse.Namespace, victims: RandomVictims, shared: SharedGradient, plain: Plain
 ) -> dict[str, float]:
     """The largest relative differences of objectives and gradients at the starts of all victims."""
-    attack, images = make_attack(given), starts(given)
+    attack, images = make_attack(given, given.iterations), starts(given)
     victim = copy.deepcopy(victims.victim)
     victim.model.to(given.device)
     ours = Evaluator(victim, attack.objective, attack.images, attack.labels)
@@ -183,9 +182,11 @@ def compare(
 def run_ours(given: argparse.Namespace, joint: bool) -> tuple[float, float]:
     """Seconds of the wall and of the CPU per victim and iteration."""
     clock = Clock(given.device)
-    apart = mock.patch.object(evaluator, "has_joint_pass", lambda *_: False)
+    apart = mock.patch.object(evaluator, "has_joint_pass", return_value=False)
     with contextlib.nullcontext() if joint else apart:
-        make_trainer(given.device, clock, limit_val_batches=0).fit(make_attack(given), datamodule=make_victims(given))
+        # One more, as a step lasts until the next begins.
+        attack, victims = make_attack(given, WARM_UP + given.iterations + 1), make_victims(given)
+        make_trainer(given.device, clock, limit_val_batches=0).fit(attack, datamodule=victims)
     pairs = zip(clock.moments[WARM_UP:-1], clock.moments[WARM_UP + 1 :], strict=True)
     steps = [(after[0] - before[0], after[1] - before[1]) for before, after in pairs]
     wall, cpu = (statistics.median(part) / given.lanes for part in zip(*steps, strict=True))
@@ -203,7 +204,8 @@ def run_plainly(given: argparse.Namespace, plain: Plain) -> tuple[float, float]:
     return (after[0] - before[0]) / count, (after[1] - before[1]) / count
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """Of the options."""
     parser = argparse.ArgumentParser(
         prog="inversion_speed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -218,6 +220,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, help="of victims and starts (default: %(default)s)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
     given = parser.parse_args(arguments)
     quiet()
     try:
