@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_iter
 from leakage.clients.activations import Activation, recorded
 from leakage.clients.joint_layers import Convolution, Layer, Linear, Parameter, Scaling, normalised
 from leakage.clients.losses import LOSSES
+from leakage.clients.smoothing import smoothed
 from leakage.clients.victim import Victim
 
 # Of the gradients of a trial, in units of their own norm and of the norm of all: rounding, and signs of units that it
@@ -46,6 +47,7 @@ class JointPass:
         images: ``(V, N, C, H, W)``.
         targets: class probabilities ``(V, N, K)``.
         modules: names of the modules whose activations are wanted.
+        sharpness: ``(V,)``, of :func:`~leakage.clients.smoothing.smoothed`.
 
     Attributes:
         gradients: by name, ``(V, *shape)``.
@@ -75,11 +77,12 @@ class JointPass:
         images: Tensor,
         targets: Tensor,
         modules: Sequence[str] = (),
+        sharpness: Tensor | None = None,
     ) -> None:
         self._victims, protocol = len(images), victim.protocol
         self._dummies = [dummy.detach().transpose(0, 1).flatten(0, 1).requires_grad_() for dummy in (images, targets)]
         tape = _Tape(state, frozenset(victim.trainable), own_weights, self._victims, len(self._dummies[0]))
-        with recorded(victim.model, modules) as activations, tape:
+        with recorded(victim.model, modules) as activations, tape, smoothed(sharpness, jointly=True):
             logits = functional_call(victim.model, dict(state), (self._dummies[0],))
         losses = LOSSES[protocol.loss](logits, self._dummies[1])
         loss = losses.sum() / (protocol.num_images if protocol.reduction == "mean" else 1)

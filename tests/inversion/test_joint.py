@@ -127,6 +127,29 @@ def test_networks_with_statistics_of_the_batch_are_differentiated_as_before(
     assert gradients["images"].shape == images.shape
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("pooling", ["max", "average"])
+def test_smoothed_networks_are_those_of_each_for_itself(
+    pooling: str, own: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each victim as sharp as its solver wants, and as large as its own activations are."""
+    model = ConvNet(3, 8, CLASSES, width=4, depth=2, norm="none", pooling=pooling, activation="leaky_relu")
+    victim, shared = share(model, own, generator)
+    images = torch.rand(VICTIMS, 2, *SHAPE, generator=generator, dtype=torch.float64)
+    steering = {
+        "steering/sharpness": torch.tensor([1.0, 5.0, 30.0], dtype=torch.float64),
+        "steering/fading": torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64),
+    }
+    found = {}
+    for joint in (True, False):
+        monkeypatch.setattr(evaluator_module, "has_joint_pass", lambda *_, joint=joint: joint)
+        evaluator = Evaluator(victim, CosineDistance() + 0.1 * TotalVariation(), Pixels(), RevealedLabels())
+        found[joint] = evaluator(shared, evaluator.begin(shared) | steering, {"images": images})
+    torch.testing.assert_close(found[True], found[False], rtol=1e-9, atol=1e-12)
+    plain = evaluator(shared, evaluator.begin(shared), {"images": images})
+    assert bool((plain[0] - found[False][0]).abs().gt(1e-4).all())
+
+
 def points(scale: float, generator: torch.Generator, near: float) -> Any:
     shared = {"w": torch.randn(VICTIMS, 4, 3, generator=generator), "b": torch.randn(VICTIMS, 4, generator=generator)}
     gradients = {
