@@ -42,6 +42,7 @@ SLOW = [
     "experiments/test_comparing.py",
     "experiments/test_condensation_speed.py",
     "experiments/test_evaluation_speed.py",
+    "experiments/test_inversion_speed.py",
     "experiments/test_reconstruction_batches.py",
     "experiments/test_second_order.py",
     "experiments/test_soak.py",

@@ -81,6 +81,15 @@ def jobs(minutes: float, device: torch.device) -> list[Job]:
             ["--method", "dlg", "--victims", count(100, 8), "--plain-victims", count(4, 2)],
             "DLG against the plain published loop",
         ),
+        *(
+            Job(
+                f"inversion_speed_{network}",
+                "inversion_speed.py",
+                [*on, "--network", network, "--lanes", count(16, 4), "--plain-victims", "2", "--repeats", turns],
+                f"Inverting Gradients against a plain loop, {written}",
+            )
+            for network, written in (("convnet64", "ConvNet-64"), ("resnet20", "ResNet-20"))
+        ),
         Job(
             "parts",
             "parts.py",

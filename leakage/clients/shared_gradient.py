@@ -72,6 +72,10 @@ class SharedGradient:
         selected.ids = self.ids[victims.cpu()]
         return selected
 
+    def piece(self, victims: slice) -> SharedGradient:
+        """Some victims that follow one another, without a copy."""
+        return dataclasses.replace(self._map(lambda tensor: tensor[victims], None), ids=self.ids[victims])
+
     def replace(self, places: Tensor, others: SharedGradient) -> SharedGradient:
         """The same tensors with ``others`` written over the victims at these indices; shared weights stay."""
         pairs = [(self.gradients, others.gradients)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 SHARPNESS = "leakage.sharpness"
 
 
-def smoothed(sharpness: Tensor | None) -> contextlib.AbstractContextManager[Any]:
+def smoothed(sharpness: Tensor | None, *, jointly: bool = False) -> contextlib.AbstractContextManager[Any]:
     r"""While it lasts, kinked functions of :mod:`torch` are smooth ones, which become them as the sharpness s grows.
 
     =============================== =====================================================================
@@ -31,13 +32,15 @@ def smoothed(sharpness: Tensor | None) -> contextlib.AbstractContextManager[Any]
 
     Args:
         sharpness: s, positive, of one victim, also under ``vmap``; None changes nothing.
+        jointly: s is ``(V,)``, and images are the first ones of V victims, then the second ones, and so on: means are
+            over what the function is given of one victim.
 
     Example:
         >>> with smoothed(torch.tensor(2.0)):
         ...     torch.nn.ReLU()(torch.tensor([-1.0, 0.0, 1.0]))
         tensor([0.0338, 0.2830, 1.0338])
     """
-    return contextlib.nullcontext() if sharpness is None else _Smoothed(sharpness)
+    return contextlib.nullcontext() if sharpness is None else _Smoothed(sharpness, jointly)
 
 
 def without_sharpness(buffers: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -47,9 +50,9 @@ def without_sharpness(buffers: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
 
 
 class _Smoothed(TorchFunctionMode):
-    def __init__(self, sharpness: Tensor) -> None:
+    def __init__(self, sharpness: Tensor, jointly: bool) -> None:
         super().__init__()
-        self.sharpness = sharpness
+        self.sharpness, self.jointly = sharpness, jointly
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -61,7 +64,12 @@ class _Smoothed(TorchFunctionMode):
         given.pop("inplace", None)
         if "input" in given:
             args = (given.pop("input"), *args)
-        return smooth(self.sharpness, *args, **given)
+        if not self.jointly:
+            return smooth(self.sharpness, *args, **given)
+        inputs, *more = args
+        of_victims = inputs.reshape(-1, len(self.sharpness), *inputs.shape[1:])
+        apply = vmap(lambda sharpness, own: smooth(sharpness, own, *more, **given), in_dims=(0, 1), out_dims=1)
+        return apply(self.sharpness, of_victims).flatten(0, 1)
 
 
 def _beta(sharpness: Tensor, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from leakage.clients.joint_pass import has_joint_pass
 from leakage.clients.local_steps import Secrets
 from leakage.clients.low_rank import in_basis
 from leakage.clients.shared_gradient import SharedGradient
@@ -21,6 +22,7 @@ from leakage.dummies.dummy import Dummy, Images, Labels, Target
 from leakage.dummies.learning_rate import LearningRate
 from leakage.dummies.local_order import LocalOrder
 from leakage.inversion.memory import peak_memory
+from leakage.inversion.sums import added, joined, of_lanes, parted, seen, sum_in_a_pass, through, weighted
 from leakage.objectives.distances import LengthDistance
 from leakage.objectives.terms import Batched, Distance, Point, Term
 from leakage.pieces import State
@@ -36,8 +38,9 @@ _BYTES_AT_ONCE = 2**28
 class Evaluator:
     """Evaluates the objective of V victims, each at its own unknowns.
 
-    Where every term has a faster way to be evaluated for many victims at once that way is taken, else the whole is
-    differentiated under ``vmap``: on a CPU in pieces that its caches hold.
+    Where every term has a faster way to be evaluated for many victims at once that way is taken. Else they make a
+    :class:`~leakage.clients.joint_pass.JointPass` where their network can, and the whole is differentiated under
+    ``vmap`` where it can't: both on a CPU in pieces that its memory holds.
     """
 
     def __init__(self, victim: Victim, objective: Term, images: Images, labels: Labels, low_rank: bool = False) -> None:
@@ -53,6 +56,7 @@ class Evaluator:
         self.watched = {name: tuple(term.watched(victim.model)) for name, (_, term) in self.terms.items()}
         self.modules = list(dict.fromkeys(name for names in self.watched.values() for name in names))
         self.at_once = 0  # lanes that autograd evaluates at once; 0 for all
+        self._joint: bool | None = None  # whether in a joint pass
         self.forget()
 
     def forget(self) -> None:
@@ -127,7 +131,7 @@ class Evaluator:
         protocol = self.victim.protocol
         kept = {name: dummy.state(protocol, dtype) for name, dummy in self.dummies.items()}
         kept |= {name: term.state(protocol, dtype) for name, (_, term) in self.terms.items()}
-        return _joined(kept)
+        return joined(kept)
 
     def begin(self, shared: SharedGradient) -> State:
         """The same of V victims, from what they shared."""
@@ -136,17 +140,17 @@ class Evaluator:
         kept = {name: self.dummies[name].begin(shared, self.victim) for name in ("images", "labels")}
         kept["learning_rate"] = rate
         kept |= {name: term.begin(shared, self.victim) for name, (_, term) in self.terms.items()}
-        return _joined(kept)
+        return joined(kept)
 
     def _needed(self, kept: State) -> State:
         """Without what changes nothing for any of these victims, and priors as weak as the solver has made them."""
-        parts = _parted(kept)
+        parts = parted(kept)
         own = {name: term.needed(parts.get(name, {})) for name, (_, term) in self.terms.items()}
         if (fading := parts.get(STEERING, {}).pop("fading", None)) is not None:
             for name, (_, term) in self.terms.items():
                 if term.fades:
                     own[name] = {**own[name], "scale": own[name].get("scale", 1.0) * fading}
-        return _joined(parts | own)
+        return joined(parts | own)
 
     def informative(self, shared: SharedGradient) -> Tensor:
         """``(V,)``, whether a victim's gradient says anything to every term."""
@@ -154,7 +158,7 @@ class Evaluator:
 
     def reduced(self, shared: SharedGradient, kept: State) -> SharedGradient:
         """What evaluations need of that which was shared."""
-        shared = self._in_steps(shared, _parted(kept).get("learning_rate", {}))
+        shared = self._in_steps(shared, parted(kept).get("learning_rate", {}))
         return in_basis(shared, self.victim) if self.low_rank else shared
 
     def _in_steps(self, shared: SharedGradient, rate: State) -> SharedGradient:
@@ -175,7 +179,7 @@ class Evaluator:
             unknowns: where the search is.
             seeds: ``(V,)``, which images where a victim has several sets; by default the first.
         """
-        parts = _parted(kept)
+        parts = parted(kept)
         if self.images.seeds > 1:
             sets = unknowns["images"]
             chosen = sets[:, 0] if seeds is None else sets[torch.arange(len(sets), device=sets.device), seeds]
@@ -187,7 +191,7 @@ class Evaluator:
 
     def write_rate(self, kept: State, unknowns: Mapping[str, Tensor]) -> Tensor | None:
         """Learning rates ``(V,)``; None where they are told."""
-        own = _parted(kept).get("learning_rate", {})
+        own = parted(kept).get("learning_rate", {})
         return self.learning_rate.write_all(unknowns["learning_rate"], own) if self.searches_rate else None
 
     # Evaluations.
@@ -197,8 +201,26 @@ class Evaluator:
         kept = self._needed(kept)
         if self._batched is not None and f"{STEERING}/sharpness" not in kept:
             return self._by_terms(self._batched, shared, kept, unknowns)
+        if self._joint is None:
+            steps = {"learning_rate", "order"} & self.shapes().keys()
+            plain = shared.basis is None and not steps
+            self._joint = plain and has_joint_pass(self.victim, shared.state, shared.own_weights)
+        evaluate = self._jointly if self._joint else self._apart
         if not self.at_once and next(iter(unknowns.values())).device.type == "cpu":
-            self.at_once = self._find_lanes_at_once(shared, kept, unknowns)
+            one = of_lanes(slice(1), shared, kept, unknowns)
+            device = next(iter(unknowns.values())).device
+            self.at_once = max(1, _BYTES_AT_ONCE // peak_memory(lambda: evaluate(*one), device))
+        lanes = len(next(iter(unknowns.values())))
+        size = self.at_once or lanes
+        if size >= lanes:
+            return evaluate(shared, kept, unknowns)
+        pieces = [slice(first, first + size) for first in range(0, lanes, size)]
+        found = [evaluate(*of_lanes(some, shared, kept, unknowns)) for some in pieces]
+        losses, gradients = zip(*found, strict=True)
+        return torch.cat(losses), {name: torch.cat([part[name] for part in gradients]) for name in unknowns}
+
+    def _apart(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+        """By differentiating the whole, each victim for itself."""
         gradients, losses = self._for_all(grad_and_value(self._objective), shared, kept, unknowns)
         return losses, gradients
 
@@ -214,7 +236,7 @@ class Evaluator:
     ) -> Any:
         """A function of one victim, for all."""
         evaluate = vmap(function, in_dims=_in_dims(shared), chunk_size=self.at_once or None)
-        return evaluate(dict(unknowns), _parted(kept), shared.state, (shared.gradients, shared.basis))
+        return evaluate(dict(unknowns), parted(kept), shared.state, (shared.gradients, shared.basis))
 
     def _objective(self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:
         """Of one victim."""
@@ -234,7 +256,9 @@ class Evaluator:
         point = self._point(unknowns, kept, state, shared, sparing=True)
         total: Tensor | None = None
         for name, (weight, term) in self.terms.items():
-            value = _weighted(weight, kept.get(name, {}), term.value(self._seen(point, name), kept.get(name, {})))
+            value = weighted(
+                weight, kept.get(name, {}), term.value(seen(point, self.watched[name]), kept.get(name, {}))
+            )
             total = value if total is None else total + value
         assert total is not None
         return total
@@ -267,18 +291,11 @@ class Evaluator:
             wanted = {name: wanted[name] if name in wanted else torch.zeros_like(gradients[name]) for name in gradients}
         return Point(images, targets, gradients, wanted, activations, state)
 
-    def _seen(self, point: Point, term: str) -> Point:
-        """What a term of this name may see of it."""
-        names = self.watched[term]
-        if len(names) == len(point.activations):
-            return point
-        return replace(point, activations={name: point.activations[name] for name in names})
-
     def _by_terms(
         self, ways: Sequence[Batched], shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]
     ) -> tuple[Tensor, State]:
         """By the terms' own ways; only the writing of the dummies is left to autograd."""
-        parts = _parted(kept)
+        parts = parted(kept)
         with torch.enable_grad():
             leaves = {name: value.detach().requires_grad_() for name, value in unknowns.items()}
             images, targets = self.write(kept, leaves)
@@ -287,21 +304,39 @@ class Evaluator:
             for way, (name, (weight, _)) in zip(ways, self.terms.items(), strict=True)
         ]
         if len(found) > 1:
-            rows = [[part if part is None else _weighted(w, own, part) for part in row] for w, own, row in found]
+            rows = [[part if part is None else weighted(w, own, part) for part in row] for w, own, row in found]
             found = [
-                (1.0, {}, (cast(Tensor, _sum(a)), cast(Tensor, _sum(b)), _sum(c)))
+                (1.0, {}, (cast(Tensor, added(a)), cast(Tensor, added(b)), added(c)))
                 for a, b, c in [tuple(zip(*rows, strict=True))]
             ]
         # The factor of a single term comes last, so that nothing is rounded before.
         weight, own, (losses, by_images, by_targets) = found[0]
-        pairs = [(images, by_images), (targets, by_targets)]
-        pairs = [(output, by) for output, by in pairs if output.requires_grad and by is not None]
-        gradients = torch.autograd.grad(
-            [output for output, _ in pairs], list(leaves.values()), [by for _, by in pairs], materialize_grads=True
-        )
-        return _weighted(weight, own, losses), {
-            name: _weighted(weight, own, gradient) for name, gradient in zip(leaves, gradients, strict=True)
-        }
+        gradients = through([(images, by_images), (targets, by_targets)], leaves)
+        scaled = {name: weighted(weight, own, gradient) for name, gradient in gradients.items()}
+        return weighted(weight, own, losses), scaled
+
+    def _jointly(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+        """By joint passes: one for each set of images."""
+        parts, several = parted(kept), self.images.seeds > 1
+        with torch.enable_grad():
+            leaves = {name: value.detach().requires_grad_() for name, value in unknowns.items()}
+            targets = self.labels.write_all(leaves.get("labels"), parts.get("labels", {}))
+            losses, pairs = [], []
+            for unknown in leaves["images"].unbind(1) if several else [leaves.get("images")]:
+                images = self.images.write_all(unknown, parts.get("images", {}))
+                terms = [(*pair, self.watched[name], parts.get(name, {})) for name, pair in self.terms.items()]
+                sharpness = parts.get(STEERING, {}).get("sharpness")
+                loss, *by = sum_in_a_pass(self.victim, terms, shared, images.detach(), targets.detach(), sharpness)
+                losses.append(loss)
+                pairs += [
+                    (output, part / self.images.seeds) for output, part in zip((images, targets), by, strict=True)
+                ]
+            values = torch.stack(losses).mean(0)
+            if several:
+                joint = vmap(self.images.joint)(leaves["images"])
+                values = values + joint.detach()
+                pairs.append((joint, torch.ones_like(joint)))
+        return values, through(pairs, leaves)
 
     # Equations.
 
@@ -323,13 +358,13 @@ class Evaluator:
         gradients = {name: tensor[0] for name, tensor in shared.gradients.items()}
         with torch.no_grad():
             basis = None if shared.basis is None else shared.basis[0]
-            return len(self._residuals(like.new_zeros(size), _parted(kept), shared.state, (gradients, basis)))
+            return len(self._residuals(like.new_zeros(size), parted(kept), shared.state, (gradients, basis)))
 
     def equations(self, shared: SharedGradient, kept: State, points: Tensor) -> Tensor:
         """Residuals ``(V, M)`` at unknowns ``(V, D)`` that lie one after another; their squares are the objective."""
         evaluate = vmap(self._residuals, in_dims=_in_dims(shared))
         given = shared.gradients, shared.basis
-        residuals: Tensor = evaluate(points, _parted(self._needed(kept)), shared.state, given)
+        residuals: Tensor = evaluate(points, parted(self._needed(kept)), shared.state, given)
         return residuals
 
     def _residuals(self, point: Tensor, kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:
@@ -339,47 +374,11 @@ class Evaluator:
         at = self._point(unknowns, kept, state, shared)
         found = []
         for name, (weight, term) in self.terms.items():
-            residuals = term.residuals(self._seen(at, name), kept.get(name, {}))
-            found.append(_weighted(weight, kept.get(name, {}), point.new_ones(())).sqrt() * residuals)
+            residuals = term.residuals(seen(at, self.watched[name]), kept.get(name, {}))
+            found.append(weighted(weight, kept.get(name, {}), point.new_ones(())).sqrt() * residuals)
         return found[0] if len(found) == 1 else torch.cat(found)
-
-    def _find_lanes_at_once(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> int:
-        """How many lanes to evaluate at once, by the memory that the first one takes."""
-        first = torch.zeros(1, dtype=torch.long)
-        one, own = shared.select(first), _parted({name: tensor[first] for name, tensor in kept.items()})
-        values = {name: value[first] for name, value in unknowns.items()}
-        evaluate = vmap(grad_and_value(self._objective), in_dims=_in_dims(shared))
-        device, given = next(iter(values.values())).device, (one.gradients, one.basis)
-        return max(1, _BYTES_AT_ONCE // peak_memory(lambda: evaluate(values, own, one.state, given), device))
 
 
 def _in_dims(shared: SharedGradient) -> tuple[Any, ...]:
     """Of unknowns, what is kept, weights, and what was shared: where ``vmap`` finds the victims."""
     return 0, 0, 0 if shared.own_weights else None, (0, None if shared.basis is None else 0)
-
-
-def _joined(kept: Mapping[str, State]) -> State:
-    """Tensors of all pieces by one name each."""
-    return {f"{piece}/{name}": tensor for piece, tensors in kept.items() for name, tensor in tensors.items()}
-
-
-def _parted(kept: State) -> dict[str, State]:
-    """The other way round."""
-    parts: dict[str, State] = {}
-    for name, tensor in kept.items():
-        piece, _, own = name.rpartition("/")
-        parts.setdefault(piece, {})[own] = tensor
-    return parts
-
-
-def _weighted(weight: float, kept: State, values: Tensor) -> Tensor:
-    """Values ``(V, ...)``, or of one victim, times the scale of each victim and the weight."""
-    if "scale" in kept:
-        scale = kept["scale"]
-        values = scale.view(-1, *[1] * (values.ndim - 1)) * values if scale.ndim else scale * values
-    return values if weight == 1 else weight * values
-
-
-def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
-    found = [part for part in parts if part is not None]
-    return torch.stack(found).sum(0) if found else None

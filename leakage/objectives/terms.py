@@ -22,6 +22,9 @@ Gradients = Mapping[str, Tensor]
 # Values (V,) of V victims with their derivatives by images (V, N, C, H, W) and by class probabilities (V, N, K), None
 # where they are zero, from what the victims shared, what the term keeps of them, images and class probabilities.
 Batched = Callable[[SharedGradient, State, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+# Derivatives of the values of V victims by what their points hold: ``("images", "")``, ``("targets", "")``, and by name
+# ``("gradients", name)`` and ``("inputs", module)``, ``("outputs", module)`` of activations. What is missing is zero.
+Slopes = dict[tuple[str, str], Tensor]
 
 
 @dataclass
@@ -70,6 +73,34 @@ class Term(Piece, ABC):
             point: the dummies, and what they give.
             kept: what :meth:`begin` gave for this victim, without the victims' dimension.
         """
+
+    def slopes(self, points: Point, kept: State, own_weights: bool) -> tuple[Tensor, Slopes]:
+        """Values ``(V,)`` of V victims, and their derivatives by all that the term looked at.
+
+        Args:
+            points: of V victims, without a graph; every tensor has a leading victims' dimension, those of ``state``
+                if victims have weights of their own.
+            kept: what :meth:`begin` gave.
+            own_weights: whether they have.
+        """
+        held: Slopes = {("images", ""): points.images, ("targets", ""): points.targets}
+        held |= {("gradients", name): tensor for name, tensor in points.gradients.items()}
+        for name, seen in points.activations.items():
+            held |= {("inputs", name): seen.inputs, ("outputs", name): seen.outputs}
+
+        def value(held: Slopes, shared: Gradients, kept: State, state: Mapping[str, Tensor]) -> Tensor:
+            gradients = {name: held["gradients", name] for name in points.gradients}
+            seen = {name: Activation(held["inputs", name], held["outputs", name]) for name in points.activations}
+            return self.value(Point(held["images", ""], held["targets", ""], gradients, shared, seen, state), kept)
+
+        with torch.enable_grad():
+            held = {key: tensor.detach().requires_grad_() for key, tensor in held.items()}
+            evaluate = vmap(value, in_dims=(0, 0, 0, 0 if own_weights else None))
+            values = evaluate(held, dict(points.shared), kept, dict(points.state))
+            if not values.requires_grad:
+                return values, {}
+            found = torch.autograd.grad(values.sum(), list(held.values()), allow_unused=True)
+        return values.detach(), {key: by for key, by in zip(held, found, strict=True) if by is not None}
 
     @property
     def is_sum_of_squares(self) -> bool:

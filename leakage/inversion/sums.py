@@ -1,0 +1,102 @@
+"""How an objective is put together: what pieces keep, by their names, and terms with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from leakage.clients.activations import Activation
+from leakage.clients.joint_pass import JointPass
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
+from leakage.objectives.terms import Point, Slopes, Term
+from leakage.pieces import State
+
+
+def sum_in_a_pass(
+    victim: Victim,
+    terms: Sequence[tuple[float, Term, Sequence[str], State]],
+    shared: SharedGradient,
+    images: Tensor,
+    targets: Tensor,
+    sharpness: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of terms for V victims, ``(V,)``, and its derivatives by images and targets, by one joint pass.
+
+    Args:
+        victim: whose network has one.
+        terms: weights, terms, names of the modules that each watches, and what is kept for each.
+        shared: gradients and weights.
+        images: ``(V, N, C, H, W)``.
+        targets: class probabilities ``(V, N, K)``.
+        sharpness: ``(V,)``, of :func:`leakage.clients.smoothing.smoothed`.
+    """
+    modules = list(dict.fromkeys(name for _, _, watched, _ in terms for name in watched))
+    run = JointPass(victim, shared.state, shared.own_weights, images, targets, modules, sharpness)
+    activations = {name: Activation(*(side.detach() for side in both)) for name, both in run.activations.items()}
+    points = Point(images, targets, run.gradients, shared.gradients, activations, shared.state)
+    total, slopes = torch.zeros_like(images[:, 0, 0, 0, 0]), Slopes()
+    for weight, term, watched, kept in terms:
+        values, by = term.slopes(seen(points, watched), kept, shared.own_weights)
+        total += weighted(weight, kept, values)
+        for key, slope in by.items():
+            slope = weighted(weight, kept, slope)
+            slopes[key] = slopes[key] + slope if key in slopes else slope
+    pulled = run.pull_back(slopes)
+    given = (slopes.get((name, "")) for name in ("images", "targets"))
+    by_images, by_targets = (a if b is None else a + b for a, b in zip(pulled, given, strict=True))
+    return total, by_images, by_targets
+
+
+def seen(point: Point, watched: Sequence[str]) -> Point:
+    """What a term that watches these modules may see of it."""
+    if len(watched) == len(point.activations):
+        return point
+    return replace(point, activations={name: point.activations[name] for name in watched})
+
+
+def of_lanes(
+    lanes: slice, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]
+) -> tuple[SharedGradient, State, State]:
+    """What belongs to some of the lanes."""
+    own, values = ({name: tensor[lanes] for name, tensor in part.items()} for part in (kept, unknowns))
+    return shared.piece(lanes), own, values
+
+
+def through(pairs: Sequence[tuple[Tensor, Tensor | None]], leaves: Mapping[str, Tensor]) -> State:
+    """Derivatives by leaves, from those by what was written from them."""
+    pairs = [(output, by) for output, by in pairs if output.requires_grad and by is not None]
+    outputs, by = zip(*pairs, strict=True)
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), by, materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True))
+
+
+def joined(kept: Mapping[str, State]) -> State:
+    """Tensors of all pieces by one name each."""
+    return {f"{piece}/{name}": tensor for piece, tensors in kept.items() for name, tensor in tensors.items()}
+
+
+def parted(kept: State) -> dict[str, State]:
+    """The other way round."""
+    parts: dict[str, State] = {}
+    for name, tensor in kept.items():
+        piece, _, own = name.rpartition("/")
+        parts.setdefault(piece, {})[own] = tensor
+    return parts
+
+
+def weighted(weight: float, kept: State, values: Tensor) -> Tensor:
+    """Values ``(V, ...)``, or of one victim, times the scale of each victim and the weight."""
+    if "scale" in kept:
+        scale = kept["scale"]
+        values = scale.view(-1, *[1] * (values.ndim - 1)) * values if scale.ndim else scale * values
+    return values if weight == 1 else weight * values
+
+
+def added(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Their sum; None is zero."""
+    found = [part for part in parts if part is not None]
+    return torch.stack(found).sum(0) if found else None
