@@ -33,7 +33,7 @@ class InvertingGradientsProtocol:
 # On CIFAR-10. The robust one was chosen on training images, see docs/real_networks.md.
 INVERTING_GRADIENTS = {
     "published": InvertingGradientsProtocol(total_variation=1e-2, lr=0.1, steps=4800, start_std=1.0),
-    "robust": InvertingGradientsProtocol(total_variation=3e-2, lr=None, steps=112, start_std=1.0),
+    "robust": InvertingGradientsProtocol(total_variation=1e-1, lr=None, steps=112, start_std=1.0),
 }
 # Evaluations of a level, and pairs of products with the Jacobian in a step.
 _STEPS_OF_A_LEVEL, _PRODUCTS = 4, 40

@@ -29,7 +29,7 @@ def test_values_are_replaced_one_by_one() -> None:
 
 def test_the_robust_protocol_is_a_continuation_by_least_squares() -> None:
     attack = InvertingGradientsAttack(protocol="robust", steps=70)
-    assert repr(attack.objective) == "CosineDistance() + 0.03 * TotalVariation(kind='smooth')"
+    assert repr(attack.objective) == "CosineDistance() + 0.1 * TotalVariation(kind='smooth')"
     solver: Any = attack.solver
     assert isinstance(solver, Continuation)
     assert isinstance(solver.solver, GaussNewton)
