@@ -93,6 +93,8 @@ def lost(whole: Path, other: Path, victims: int) -> tuple[list[str], dict[str, i
     first, second = (found.select(found.ids.argsort()) for found in results if found is not None)
     differs = torch.zeros(victims, dtype=torch.bool)
     for name, tensor in vars(first).items():
+        if tensor is None and getattr(second, name) is None:
+            continue
         differs |= (tensor != getattr(second, name)).reshape(victims, -1).any(1)
     counts["different"] = int(differs.sum())
     if counts["different"]:

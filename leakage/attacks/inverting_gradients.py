@@ -33,7 +33,7 @@ class InvertingGradientsProtocol:
 # On CIFAR-10. The robust one was chosen on training images, see docs/real_networks.md.
 INVERTING_GRADIENTS = {
     "published": InvertingGradientsProtocol(total_variation=1e-2, lr=0.1, steps=4800, start_std=1.0),
-    "robust": InvertingGradientsProtocol(total_variation=1e-1, lr=None, steps=112, start_std=1.0),
+    "robust": InvertingGradientsProtocol(total_variation=2e-1, lr=None, steps=112, start_std=0.1),
 }
 # Evaluations of a level, and pairs of products with the Jacobian in a step.
 _STEPS_OF_A_LEVEL, _PRODUCTS = 4, 40
@@ -62,7 +62,8 @@ class InvertingGradientsAttack(GradientInversion):
         lr: of :class:`~leakage.solvers.SignedAdam`; ``"robust"`` has none.
         steps: evaluations of the objective.
         restarts: further starts; the one of lowest objective is kept.
-        start_std: of the start; this, weight, rate and steps replace the protocol's values.
+        start_std: of the noise of the start, which is around 0, with ``"robust"`` around grey; this, weight, rate and
+            steps replace the protocol's values.
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.
         seed: of the starts, and of rules that draw.
         success_threshold: an image counts as reconstructed if its MSE is below this.
@@ -107,7 +108,7 @@ class InvertingGradientsAttack(GradientInversion):
         super().__init__(
             objective=CosineDistance()
             + values.total_variation * TotalVariation("anisotropic" if protocol == "published" else "smooth"),
-            images=Pixels(std=values.start_std, box=(0, 1)),
+            images=Pixels("noise" if protocol == "published" else "grey", std=values.start_std, box=(0, 1)),
             labels=InferredLabels(rule, auxiliary, seed),
             solver=solver,
             restarts=restarts,

@@ -18,7 +18,7 @@ from leakage.errors import check_choice, check_pair, check_positive
 from leakage.pieces import Piece, State
 from leakage.solvers.spectrum import ImageSpectrum
 
-STARTS = ("noise", "rgap", "auto")
+STARTS = ("noise", "grey", "rgap", "auto")
 # Of more images the features take longer than all the rest, so "auto" does without.
 _MOST_SEPARATED = 16
 
@@ -66,8 +66,8 @@ class Pixels(Images):
 
     Args:
         start: ``"noise"``: :math:`N(0, \mathrm{std}^2)`, as for all restarts, whose noise is three times as wide each
-            time; ``"rgap"``: :class:`RGAPStart`; ``"auto"``: that where it can be had, for up to 16 images whose
-            labels are known; or a :class:`Start` of your own.
+            time; ``"grey"``: the same around 0.5; ``"rgap"``: :class:`RGAPStart`; ``"auto"``: that where it can be had,
+            for up to 16 images whose labels are known; or a :class:`Start` of your own.
         std: of the noise.
         box: least and largest value; after each step pixels outside are put on its border. None: anywhere. Images
             lie in [0, 1].
@@ -104,16 +104,17 @@ class Pixels(Images):
 
     def starts(self, noise: Tensor, restarts: Tensor) -> Tensor:
         """Noise, three times as wide for each restart."""
-        return widen(noise, self.std, restarts)
+        noise = widen(noise, self.std, restarts)
+        return 0.5 + noise if self.start == "grey" else noise
 
     def check(self, target: Target) -> None:
         """The start must be one that such networks have."""
-        if self.start in ("noise", "auto"):
+        if self.start in ("noise", "grey", "auto"):
             return
         if not target.labels_known:
             raise ValueError(
-                f"Expected start='auto' or 'noise' with labels that are searched for, but got {self.start!r}, which "
-                "needs labels."
+                f"Expected start='auto', 'noise' or 'grey' with labels that are searched for, but got {self.start!r}, "
+                "which needs labels."
             )
         self._chosen().check(target.victim)
 
@@ -124,7 +125,7 @@ class Pixels(Images):
         self, starts: Tensor, shared: SharedGradient, victim: Victim, labels: Tensor | None, seed: int
     ) -> Tensor:
         """As ``start`` says."""
-        if self.start == "noise" or labels is None:
+        if self.start in ("noise", "grey") or labels is None:
             return starts
         if self.start == "auto":
             if victim.protocol.num_images > _MOST_SEPARATED:

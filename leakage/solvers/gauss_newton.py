@@ -193,8 +193,8 @@ class GaussNewton(Solver):
         return target
 
     def meet_new_objective(self, lanes: State, chosen: Tensor, target: Tensor) -> Tensor:
-        """Begin anew at the best points, with the damping that was right."""
-        damping = lanes["damping"][chosen].clamp(max=self.damping)
+        """Begin anew at the best points, with the damping that is right."""
+        damping = lanes["damping"][chosen].clone()
         target = super().meet_new_objective(lanes, chosen, target)
         lanes["damping"][chosen] = damping
         return target

@@ -88,7 +88,7 @@ def test_refuses_more_unknowns_than_equations_unless_asked(kit: Any) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"start": "zeros"}, r"Expected `start` to be one of \['auto', 'noise', 'rgap'\], but got 'zeros'"),
+    ({"start": "zeros"}, r"Expected `start` to be one of \['auto', 'grey', 'noise', 'rgap'\], but got 'zeros'"),
     ({"solver": "qr"}, r"Expected `solver` to be one of \['auto', 'cg', 'cholesky'\], but got 'qr'"),
     ({"joint_labels": True, "rule": "idlg"}, "Expected no `rule` and no `auxiliary` with `joint_labels`"),
     ({"damping": 0.0}, r"Expected `damping` to be positive and finite, but got 0.0"),

@@ -136,7 +136,6 @@ def test_batch_norm_in_training_mode_knows_no_statistics(inverting: ModuleType) 
     ("options", "message"),
     [
         (["--network", "alexnet"], "invalid choice: 'alexnet'"),
-        (["--protocol", "robust"], r"Expected `protocol` to be one of ['published'], but got 'robust'"),
         (["--others", "5000"], "Expected `--others` of at most 800, the training images of 'sample', but got 5000"),
         (["--victims", "0"], "Expected `victims` to be a whole number of at least 1, but got 0"),
         (["--images", "11", "--labels", "distinct"], "Expected at most 10 images for each victim"),

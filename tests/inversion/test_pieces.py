@@ -336,7 +336,7 @@ def test_names_a_piece_of_another_kind(options: dict[str, Any], message: str) ->
         ({"images": LatentCode(nn.Linear(9, 4), [3])}, r"take codes of shape \(1, 3\)"),
         (
             {"images": Pixels(start="rgap"), "labels": JointLabels()},
-            "start='auto' or 'noise' with labels that are searched",
+            "start='auto', 'noise' or 'grey' with labels that are searched",
         ),
     ],
 )

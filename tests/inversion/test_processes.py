@@ -176,7 +176,8 @@ def test_a_process_that_dies_ends_the_job_and_a_resume_finishes_the_rest(
     assert not (tmp_path / "all.safetensors").exists()
     resumed, whole = finished(tmp_path, run(tmp_path, 2, tmp_path / "step=40.ckpt")), results(folders[2])
     for name in vars(whole[0]):  # bit for bit
-        assert torch.equal(getattr(resumed[0], name), getattr(whole[0], name)), name
+        found, other = getattr(resumed[0], name), getattr(whole[0], name)
+        assert found is other or torch.equal(found, other), name
 
 
 def test_parts_of_different_moments_go_together_and_less_memory_ends_nothing(
