@@ -10,20 +10,9 @@ from torch import Tensor
 
 from leakage.errors import check_count, check_not_negative, check_pair, check_positive
 from leakage.pieces import State
-from leakage.solvers.solver import (
-    CONVERGED,
-    EXHAUSTED,
-    RUNNING,
-    STALLED,
-    STEERING,
-    Evaluated,
-    Problem,
-    Solver,
-    running,
-)
+from leakage.solvers.solver import DIVERGED, RUNNING, STEERING, Evaluated, Problem, Solver, running
 
 _SHARPNESS, _FADING = f"{STEERING}/sharpness", f"{STEERING}/fading"
-_ENDED = (CONVERGED, STALLED, EXHAUSTED)
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -108,10 +97,9 @@ class Continuation(Solver):
         """By the solver, or to the next level."""
         was_running = running(lanes)
         target = self.solver.move(lanes, at)
-        ended = torch.isin(lanes["status"], torch.tensor(_ENDED, device=at.point.device))
         spent = lanes["evaluations"] * self.levels >= (lanes["level"] + 1) * self.evaluations
-        further = was_running & (ended | running(lanes) & spent) & (lanes["level"] < self.levels - 1)
-        further &= lanes["evaluations"] < self.evaluations
+        further = was_running & (~running(lanes) | spent) & (lanes["status"] != DIVERGED)
+        further &= (lanes["level"] < self.levels - 1) & (lanes["evaluations"] < self.evaluations)
         chosen = further.nonzero().squeeze(1)
         if len(chosen):
             lanes["status"] = torch.where(further, RUNNING, lanes["status"])
