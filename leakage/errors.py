@@ -34,6 +34,14 @@ def check_share(**values: float) -> None:
             raise ValueError(f"Expected `{name}` to be above 0 and below 1, but got {value!r}.")
 
 
+def check_kept(**values: float) -> None:
+    """Raise a ``ValueError`` naming the first of ``values`` that is not a number above zero and at most one."""
+    check_positive(**values)
+    for name, value in values.items():
+        if value > 1:
+            raise ValueError(f"Expected `{name}` to be above 0 and at most 1, but got {value!r}.")
+
+
 def check_count(at_least: int = 1, /, **values: int) -> None:
     """Raise a ``ValueError`` naming the first of ``values`` that is not a whole number of at least ``at_least``."""
     for name, value in values.items():

@@ -45,6 +45,7 @@ class GaussNewtonAttack(GradientInversion):
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.
         seed: of the starts, and of rules that draw.
         success_threshold: an image counts as reconstructed if its MSE is below this.
+        adaptive: see :class:`~leakage.attacks.GradientInversion`.
 
     Raises:
         ValueError: at construction, an unknown choice or a number out of its range; in ``fit``, more unknowns than
@@ -82,6 +83,7 @@ class GaussNewtonAttack(GradientInversion):
         max_evaluations: int = 60,
         restarts: int = 3,
         spectrum: bool = True,
+        adaptive: bool = True,
     ) -> None:
         check_flag(joint_labels=joint_labels)
         check_positive(restart_above=restart_above, start_std=start_std)
@@ -113,4 +115,5 @@ class GaussNewtonAttack(GradientInversion):
             restart_above=restart_above,
             seed=seed,
             success_threshold=success_threshold,
+            adaptive=adaptive,
         )

@@ -65,6 +65,7 @@ class GIASAttack(GradientInversion):
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.
         seed: of the starts, and of rules that draw.
         success_threshold: an image counts as reconstructed if its MSE is below this.
+        adaptive: see :class:`~leakage.attacks.GradientInversion`.
 
     Raises:
         ValueError: an unknown protocol, a number out of its range, and what the pieces raise: in ``fit``, a generator
@@ -94,6 +95,7 @@ class GIASAttack(GradientInversion):
         auxiliary: Auxiliary | None = None,
         seed: int = 0,
         success_threshold: float = 1e-3,
+        adaptive: bool = True,
     ) -> None:
         options = {"total_variation": total_variation, "lr": lr, "tuning": tuning, "steps": steps, "restarts": restarts}
         values = chosen_values(GIAS, protocol, **options)
@@ -105,4 +107,5 @@ class GIASAttack(GradientInversion):
             restarts=values.restarts,
             seed=seed,
             success_threshold=success_threshold,
+            adaptive=adaptive,
         )

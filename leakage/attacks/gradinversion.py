@@ -84,6 +84,7 @@ class GradInversionAttack(GradientInversion):
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`; by default the paper's rule.
         seed: of starts, noise, and rules that draw.
         success_threshold: an image counts as reconstructed if its MSE is below this.
+        adaptive: see :class:`~leakage.attacks.GradientInversion`.
 
     Raises:
         ValueError: an unknown protocol, a number out of its range, and what the pieces raise: in ``fit``, networks
@@ -116,6 +117,7 @@ class GradInversionAttack(GradientInversion):
         auxiliary: Auxiliary | None = None,
         seed: int = 0,
         success_threshold: float = 1e-3,
+        adaptive: bool = True,
     ) -> None:
         weights = {"total_variation": total_variation, "l2": l2, "batch_norm": batch_norm, "consistency": consistency}
         search = {"seeds": seeds, "noise": noise, "lr": lr, "steps": steps, "start_std": start_std}
@@ -132,4 +134,5 @@ class GradInversionAttack(GradientInversion):
             restarts=restarts,
             seed=seed,
             success_threshold=success_threshold,
+            adaptive=adaptive,
         )

@@ -67,6 +67,7 @@ class InvertingGradientsAttack(GradientInversion):
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.
         seed: of the starts, and of rules that draw.
         success_threshold: an image counts as reconstructed if its MSE is below this.
+        adaptive: see :class:`~leakage.attacks.GradientInversion`.
 
     Raises:
         ValueError: an unknown protocol, a number out of its range, ``lr`` with ``"robust"``, and what the pieces raise.
@@ -92,6 +93,7 @@ class InvertingGradientsAttack(GradientInversion):
         auxiliary: Auxiliary | None = None,
         seed: int = 0,
         success_threshold: float = 1e-3,
+        adaptive: bool = True,
     ) -> None:
         options = {"total_variation": total_variation, "lr": lr, "steps": steps, "start_std": start_std}
         values = chosen_values(INVERTING_GRADIENTS, protocol, **options)
@@ -114,4 +116,5 @@ class InvertingGradientsAttack(GradientInversion):
             restarts=restarts,
             seed=seed,
             success_threshold=success_threshold,
+            adaptive=adaptive,
         )

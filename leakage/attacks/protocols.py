@@ -104,6 +104,7 @@ class LBFGSAttack(GradientInversion):
             search of the papers: full steps, N(0, 1) start, 300 calls of 20 iterations).
         seed: of the starts; victim and restart have their own streams, however victims are grouped.
         success_threshold: an image counts as reconstructed if its MSE is below this.
+        adaptive: see :class:`~leakage.attacks.GradientInversion`.
         restart_above: a victim that ends above this objective may start again, within ``restarts``.
         distance: a key of :data:`leakage.objectives.DISTANCES`; ``"squared"`` is that of the papers, and the only one
             with ``protocol="published"``.
@@ -131,6 +132,7 @@ class LBFGSAttack(GradientInversion):
         max_evaluations: int | None = None,
         restarts: int | None = None,
         spectrum: bool | None = None,
+        adaptive: bool = True,
     ) -> None:
         check_positive(restart_above=restart_above)
         check_choice("distance", distance, DISTANCES)
@@ -150,6 +152,7 @@ class LBFGSAttack(GradientInversion):
             restart_above=restart_above,
             seed=seed,
             success_threshold=success_threshold,
+            adaptive=adaptive,
         )
 
 

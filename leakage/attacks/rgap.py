@@ -64,4 +64,5 @@ class RGAPAttack(GradientInversion):
             solver=NoSearch(),
             seed=seed,
             success_threshold=success_threshold,
+            adaptive=False,  # the layers are solved as if nothing had changed the gradient
         )

@@ -161,6 +161,8 @@ class Victim:
         self.classifier, self.logits_from, num_classes = inspect_model(self.model, protocol.image_shape, batch_size)
         self.model.requires_grad_(False)
         self.protocol = dataclasses.replace(protocol, num_classes=num_classes)
+        for defense in self.defenses:
+            defense.check(self)
 
     @classmethod
     def of(cls, model: nn.Module, protocol: Protocol) -> Victim:
@@ -282,6 +284,11 @@ class Victim:
             return total
         return losses.mean() if share is None else total / (protocol.local_batch_size or protocol.num_images)
 
+    @property
+    def mixes_images(self) -> bool:
+        """Whether the images of a step see one another, by BatchNorm that normalises by them."""
+        return bool(self._unused_statistics)
+
     def check_modules(self, modules: Sequence[str]) -> None:
         """Raise a ``ValueError`` unless :meth:`evaluate` can give the activations of these modules.
 
@@ -365,7 +372,7 @@ class Victim:
         )
         shared.check()
         if self.defenses:
-            shared.gradients = defend(self.defenses, shared.gradients, shared.ids, seed)
+            shared.gradients = defend(self, shared, images, targets, seed)
         return shared
 
     def fingerprint(self) -> str:

@@ -1,8 +1,31 @@
-"""What a client does to its gradient before it shares it."""
+"""What a client does to its gradient before it shares it, and what an attacker who knows of it asks for."""
 
-from leakage.defenses.base import Defense
+from leakage.defenses.base import Client, Defense, Size, known_defenses, size_sent
 from leakage.defenses.clip import Clip
+from leakage.defenses.dp_sgd import DPSGD
 from leakage.defenses.gaussian_noise import GaussianNoise
+from leakage.defenses.half_precision import HalfPrecision
+from leakage.defenses.laplace_noise import LaplaceNoise
+from leakage.defenses.quantise import Quantise
+from leakage.defenses.random_pruning import RandomPruning
+from leakage.defenses.sign import Sign
+from leakage.defenses.soteria import Soteria
 from leakage.defenses.top_k import TopK
 
-__all__ = ["Clip", "Defense", "GaussianNoise", "TopK"]
+__all__ = [
+    "DPSGD",
+    "Client",
+    "Clip",
+    "Defense",
+    "GaussianNoise",
+    "HalfPrecision",
+    "LaplaceNoise",
+    "Quantise",
+    "RandomPruning",
+    "Sign",
+    "Size",
+    "Soteria",
+    "TopK",
+    "known_defenses",
+    "size_sent",
+]

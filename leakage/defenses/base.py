@@ -5,16 +5,60 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from leakage.errors import show_shape
 from leakage.pieces import Piece
 from leakage.seeds import derive_seed
 
+if TYPE_CHECKING:  # a victim has defenses
+    from leakage.clients.protocol import Protocol
+    from leakage.clients.shared_gradient import SharedGradient
+    from leakage.clients.victim import Victim
+
 Gradients = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Client:
+    """One client, as a defense of its own may see it.
+
+    Attributes:
+        victim: model, loss and protocol.
+        state: weights and buffers by name.
+        images: ``(N, C, H, W)``.
+        targets: class probabilities ``(N, K)``.
+    """
+
+    victim: Victim
+    state: Mapping[str, Tensor]
+    images: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of what one client sends.
+
+    Attributes:
+        numbers: how many entries of the gradient.
+        bits: of one of them.
+        more: bits beside them: which entries they are, scales.
+    """
+
+    numbers: int
+    bits: int = 32
+    more: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return -(-(self.numbers * self.bits + self.more) // 8)
 
 
 class Defense(Piece, ABC):
@@ -37,7 +81,12 @@ class Defense(Piece, ABC):
         >>> shared = victim.share(torch.rand(2, 1, 1, 28, 28), torch.tensor([[3], [8]]))
         >>> shared.gradients["classifier.bias"][0].abs().unique(), shared.protocol.defenses
         (tensor([0.1000]), ({'name': 'Signs', 'size': 0.1},))
+
+    Attributes:
+        averages_out: whether what it adds is zero on average, so that to match the gradients as they are is right.
     """
+
+    averages_out: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
@@ -52,6 +101,43 @@ class Defense(Piece, ABC):
             The same names and shapes, all finite.
         """
 
+    def for_client(self, client: Client) -> Defense:
+        """The same for one client, where it must see more of it than the gradient: here the defense as it is."""
+        return self
+
+    def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
+        """What the client would have shared of these gradients instead, as an attacker who knows the defense says it.
+
+        Of all that the defense may have drawn or rounded, that which comes nearest to ``shared`` is taken: where
+        ``gradients`` can be those of the client, the result is ``shared``. An attack then matches the two.
+
+        It is a function of one victim that ``torch.func.vmap`` runs for many, differentiable by ``gradients``: the same
+        rules hold as for :class:`leakage.objectives.Term`. Without one of its own, a defense is matched as if it did
+        nothing.
+
+        Args:
+            gradients: of the attacker's dummies, by name.
+            shared: what the client shared, by name.
+        """
+        return gradients
+
+    @property
+    def example_norm(self) -> float | None:
+        """The norm that gradients of single images are shortened to, where it begins from them."""
+        return None
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether it has a :meth:`simulate` of its own."""
+        return type(self).simulate is not Defense.simulate
+
+    def check(self, victim: Victim) -> None:
+        """Raise a ``ValueError`` if such clients can't use it."""
+
+    def size(self, before: Size, tensors: int) -> Size:
+        """What is sent after this defense, of a gradient of so many tensors: here as much as before."""
+        return before
+
     def describe(self) -> dict[str, Any]:
         """What the attacker is told: the name of the class and the arguments of its constructor.
 
@@ -61,6 +147,89 @@ class Defense(Piece, ABC):
             ValueError: an argument is not kept as an attribute of its name.
         """
         return {"name": type(self).__name__, **self._arguments()}
+
+
+def known_defenses(told: Sequence[Mapping[str, Any]]) -> tuple[Defense, ...]:
+    """The defenses of a protocol, made anew from what it tells of them.
+
+    Those of this package, and your own whose classes have been imported.
+
+    Raises:
+        ValueError: a name that no class has, or arguments that it does not take.
+
+    Example:
+        >>> from leakage.defenses import Clip
+        >>> known_defenses([{"name": "Clip", "norm": 1.0}])
+        (Clip(norm=1.0),)
+    """
+    classes = _subclasses(Defense)
+    made = []
+    for description in told:
+        name = description["name"]
+        arguments = {key: value for key, value in description.items() if key != "name"}
+        mend = "Import its class, or pass adaptive=False for an attack that matches gradients as if it was not there."
+        if name not in classes:
+            raise ValueError(
+                f"Expected a defense of the protocol to be one of {sorted(classes)}, but got {name!r}. {mend}"
+            )
+        try:
+            made.append(classes[name](**arguments))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Expected the arguments of {name}, but got {arguments}: {error} {mend}") from error
+    return tuple(made)
+
+
+def known_to(adaptive: bool, protocol: Protocol) -> tuple[Defense, ...]:
+    """The clients' defenses that an attacker takes into account; with a warning where there are some that it does not.
+
+    Raises:
+        ValueError: an adaptive attacker who can't know one, see :func:`known_defenses`.
+    """
+    known = known_defenses(protocol.defenses) if adaptive else ()
+    ignored = [told["name"] for told in protocol.defenses]
+    if adaptive:
+        ignored = [type(defense).__name__ for defense in known if not (defense.is_simulated or defense.averages_out)]
+    if ignored:
+        rank_zero_warn(
+            f"The clients defend their gradients by {ignored}, and this attack matches them as if they did not: what "
+            "it does not find, one that knows the defense may."
+        )
+    return known
+
+
+def simulate(defenses: Sequence[Defense], gradients: Gradients, shared: Gradients) -> Gradients:
+    """What one client would have shared of these gradients, after all its defenses: :meth:`Defense.simulate`."""
+    for defense in defenses:
+        gradients = defense.simulate(gradients, shared)
+    return gradients
+
+
+def _subclasses(kind: Any) -> dict[str, type[Defense]]:
+    """All below a class, by name; of one name the last to be defined."""
+    found: dict[str, type[Defense]] = {}
+    for below in kind.__subclasses__():
+        found[below.__name__] = below
+        found |= _subclasses(below)
+    return found
+
+
+def size_sent(defenses: Sequence[Defense], gradients: Gradients) -> Size:
+    """What one client sends after its defenses; without any, all numbers in single precision.
+
+    Example:
+        >>> from leakage.defenses import Quantise, TopK
+        >>> size_sent([TopK(0.1), Quantise(8)], {"weight": torch.zeros(10, 100)}).bytes
+        229
+    """
+    size = Size(sum(tensor.numel() for tensor in gradients.values()))
+    for defense in defenses:
+        size = defense.size(size, len(gradients))
+    return size
+
+
+def within(gradients: Tensor, low: Tensor, high: Tensor, shared: Tensor) -> Tensor:
+    """What was shared where a gradient is between two bounds, else that plus by how much it is outside."""
+    return shared + (gradients - gradients.clamp(low, high))
 
 
 def whole_norm(gradients: Gradients) -> float:
@@ -79,24 +248,33 @@ def check_defenses(defenses: Sequence[Defense]) -> tuple[Defense, ...]:
     return tuple(defenses)
 
 
-def defend(defenses: Sequence[Defense], gradients: Gradients, ids: Tensor, seed: int) -> dict[str, Tensor]:
-    """The gradients of V clients, name to ``(V, *shape)``, after all defenses, each client by itself.
+def defend(victim: Victim, shared: SharedGradient, images: Tensor, targets: Tensor, seed: int) -> dict[str, Tensor]:
+    """The gradients of V clients, name to ``(V, *shape)``, after all their defenses, each client by itself.
 
     A client's id, ``seed`` and the place of a defense decide what it draws.
+
+    Args:
+        victim: what the clients do.
+        shared: their gradients before.
+        images: ``(V, N, C, H, W)``.
+        targets: class probabilities ``(V, N, K)``.
+        seed: see above.
 
     Raises:
         ValueError: a defense returns other names or shapes, or numbers that are not finite.
     """
-    clients = []
-    for row, victim in enumerate(ids.tolist()):
-        client = {name: tensor[row] for name, tensor in gradients.items()}
-        for place, defense in enumerate(defenses):
-            generator = torch.Generator().manual_seed(derive_seed(seed, victim, f"defense {place}"))
-            defended = defense(client, generator)
-            _check_defended(defense, defended, client, victim)
-            client = {name: defended[name].to(tensor) for name, tensor in client.items()}
-        clients.append(client)
-    return {name: torch.stack([client[name] for client in clients]) for name in gradients}
+    sent = []
+    for row, number in enumerate(shared.ids.tolist()):
+        gradients = {name: tensor[row] for name, tensor in shared.gradients.items()}
+        state = {name: tensor[row] for name, tensor in shared.state.items()} if shared.own_weights else shared.state
+        client = Client(victim, state, images[row], targets[row])
+        for place, defense in enumerate(victim.defenses):
+            generator = torch.Generator().manual_seed(derive_seed(seed, number, f"defense {place}"))
+            defended = defense.for_client(client)(gradients, generator)
+            _check_defended(defense, defended, gradients, number)
+            gradients = {name: defended[name].to(tensor) for name, tensor in gradients.items()}
+        sent.append(gradients)
+    return {name: torch.stack([gradients[name] for gradients in sent]) for name in shared.gradients}
 
 
 def _check_defended(defense: Defense, defended: Any, gradients: Gradients, victim: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leakage.clients.examples import shortened
 from leakage.defenses.base import Defense, Gradients, whole_norm
 from leakage.errors import check_positive
 
@@ -14,6 +15,8 @@ class Clip(Defense):
 
     The norm is that of all tensors together, of what the client would share: of its gradient over all its images, with
     local steps of their average. A gradient that is no longer than C stays as it is.
+
+    An attacker who knows C does the same to the gradients of the dummies.
 
     Args:
         norm: C, positive.
@@ -38,3 +41,7 @@ class Clip(Defense):
         """The gradients, of norm C at most."""
         norm = whole_norm(gradients)
         return {name: tensor * (self.norm / norm) if norm > self.norm else tensor for name, tensor in gradients.items()}
+
+    def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
+        """The gradients, of norm C at most."""
+        return shortened(gradients, self.norm)

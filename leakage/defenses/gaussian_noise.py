@@ -1,6 +1,8 @@
-"""Gaussian noise on the gradient."""
+"""Gaussian noise on the gradient, and what all noise shares."""
 
 from __future__ import annotations
+
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -9,7 +11,36 @@ from leakage.defenses.base import Defense, Gradients, whole_norm
 from leakage.errors import check_flag, check_positive
 
 
-class GaussianNoise(Defense):
+class Noise(Defense):
+    """Independent numbers that are added to the entries of the gradient.
+
+    An attacker who knows of it can do no better than to come as near as the noise lets it: it matches the gradients
+    as they are.
+    """
+
+    averages_out = True
+
+    def __init__(self, std: float, relative: bool = False) -> None:
+        check_positive(std=std)
+        check_flag(relative=relative)
+        self.std = std
+        self.relative = relative
+
+    @abstractmethod
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Numbers of mean 0 and standard deviation 1, in single precision on the CPU."""
+
+    def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
+        """The gradients with noise."""
+        std = self.std
+        if self.relative:
+            std *= whole_norm(gradients) / sum(tensor.numel() for tensor in gradients.values()) ** 0.5
+        return {
+            name: tensor + std * self.draw(tensor.shape, generator).to(tensor) for name, tensor in gradients.items()
+        }
+
+
+class GaussianNoise(Noise):
     r"""Adds noise to every entry of the gradient, :math:`g + \sigma \epsilon` with :math:`\epsilon \sim N(0, 1)`.
 
     With ``relative`` the size is that of the gradient, :math:`\sigma \cdot \mathrm{rms}(g)`, where the root mean square
@@ -34,18 +65,6 @@ class GaussianNoise(Defense):
         {'weight': tensor([5.7240, 3.4814])}
     """
 
-    def __init__(self, std: float, relative: bool = False) -> None:
-        check_positive(std=std)
-        check_flag(relative=relative)
-        self.std = std
-        self.relative = relative
-
-    def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
-        """The gradients with noise."""
-        std = self.std
-        if self.relative:
-            std *= whole_norm(gradients) / sum(tensor.numel() for tensor in gradients.values()) ** 0.5
-        return {
-            name: tensor + std * torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
-            for name, tensor in gradients.items()
-        }
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Normally distributed."""
+        return torch.randn(shape, generator=generator, dtype=torch.float32)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leakage.defenses.base import Defense, Gradients
-from leakage.errors import check_positive
+from leakage.defenses.base import Defense, Gradients, Size, within
+from leakage.errors import check_kept
 
 
 class TopK(Defense):
@@ -14,6 +14,8 @@ class TopK(Defense):
 
     Of all D entries of the whole gradient it keeps :math:`\max(1, \mathrm{round}(\rho D))`: a layer with small entries
     may lose all of them.
+
+    An attacker who knows of it compares what was sent, and knows that no other entry is larger than the smallest of it.
 
     Args:
         share: :math:`\rho`, above 0 and at most 1.
@@ -32,9 +34,7 @@ class TopK(Defense):
     """
 
     def __init__(self, share: float) -> None:
-        check_positive(share=share)
-        if share > 1:
-            raise ValueError(f"Expected `share` to be above 0 and at most 1, but got {share!r}.")
+        check_kept(share=share)
         self.share = share
 
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
@@ -44,3 +44,17 @@ class TopK(Defense):
         sparse = torch.zeros_like(flat).index_copy(0, kept, flat[kept])
         parts = torch.split(sparse, [tensor.numel() for tensor in gradients.values()])
         return {name: part.view_as(tensor) for (name, tensor), part in zip(gradients.items(), parts, strict=True)}
+
+    def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
+        """As they are where something was sent, and elsewhere by how much they are above the smallest of it."""
+        sizes = [torch.where(tensor == 0, torch.inf, tensor.abs()).amin() for tensor in shared.values()]
+        smallest = torch.stack(sizes).amin()
+        return {
+            name: torch.where(shared[name] == 0, within(tensor, -smallest, smallest, shared[name]), tensor)
+            for name, tensor in gradients.items()
+        }
+
+    def size(self, before: Size, tensors: int) -> Size:
+        """Each entry with its place, 32 bits; or with a bit for every place, where that is less."""
+        kept = max(1, round(self.share * before.numbers))
+        return Size(kept, before.bits, before.more + min(32 * kept, before.numbers))

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
@@ -18,10 +17,12 @@ from leakage.clients.low_rank import in_basis
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.smoothing import SHARPNESS
 from leakage.clients.victim import Victim
+from leakage.defenses.base import Defense
 from leakage.dummies.dummy import Dummy, Images, Labels, Target
 from leakage.dummies.learning_rate import LearningRate
 from leakage.dummies.local_order import LocalOrder
 from leakage.inversion.memory import peak_memory
+from leakage.inversion.simulation import Simulation
 from leakage.inversion.sums import added, joined, of_lanes, parted, seen, sum_in_a_pass, through, weighted
 from leakage.objectives.distances import LengthDistance
 from leakage.objectives.terms import Batched, Distance, Point, Term
@@ -43,9 +44,18 @@ class Evaluator:
     ``vmap`` where it can't: both on a CPU in pieces that its memory holds.
     """
 
-    def __init__(self, victim: Victim, objective: Term, images: Images, labels: Labels, low_rank: bool = False) -> None:
+    def __init__(
+        self,
+        victim: Victim,
+        objective: Term,
+        images: Images,
+        labels: Labels,
+        low_rank: bool = False,
+        defenses: Sequence[Defense] = (),
+    ) -> None:
         self.victim, self.images, self.labels, self.learning_rate = victim, images, labels, LearningRate()
         self.order = LocalOrder()
+        self.simulation = Simulation(defenses, victim)
         parts = [*objective.parts()]
         distances = [term for _, term in parts if isinstance(term, Distance)]
         if self.searches_rate and distances and all(term.by_direction for term in distances):
@@ -63,7 +73,7 @@ class Evaluator:
         """Let go of what belongs to the lanes that were evaluated last, and takes memory."""
         found = [term.batched(self.victim) for _, term in self.terms.values()]
         ways = [way for way in found if way is not None]
-        plain = self.images.seeds == 1 and not self.searches_rate
+        plain = self.images.seeds == 1 and not self.searches_rate and not self.simulation.changes
         self._batched: list[Batched] | None = ways if len(ways) == len(found) and plain else None
 
     @property
@@ -113,11 +123,6 @@ class Evaluator:
         target.victim.check_modules(self.modules)
         if not self.shapes():
             raise ValueError("Expected `images` or `labels` with something to search for, but got neither.")
-        if defenses := target.victim.protocol.defenses:
-            rank_zero_warn(
-                f"The clients defend their gradients by {[told['name'] for told in defenses]}, and this attack matches "
-                "them as if they did not: what it does not find, one that knows the defense may."
-            )
 
     def prepare(self, like: Tensor) -> None:
         """Take all pieces to where ``like`` is."""
@@ -203,7 +208,7 @@ class Evaluator:
             return self._by_terms(self._batched, shared, kept, unknowns)
         if self._joint is None:
             steps = {"learning_rate", "order"} & self.shapes().keys()
-            plain = shared.basis is None and not steps
+            plain = shared.basis is None and not steps and not self.simulation.per_image
             self._joint = plain and has_joint_pass(self.victim, shared.state, shared.own_weights)
         evaluate = self._jointly if self._joint else self._apart
         if not self.at_once and next(iter(unknowns.values())).device.type == "cpu":
@@ -287,6 +292,7 @@ class Evaluator:
         )
         if rate is not None:
             gradients = {name: rate / own["start"] * tensor for name, tensor in gradients.items()}
+        gradients = self.simulation(gradients, wanted, own, state, images, targets)
         if basis is not None:  # what lies outside of it was not shared
             wanted = {name: wanted[name] if name in wanted else torch.zeros_like(gradients[name]) for name in gradients}
         return Point(images, targets, gradients, wanted, activations, state)
@@ -326,7 +332,9 @@ class Evaluator:
                 images = self.images.write_all(unknown, parts.get("images", {}))
                 terms = [(*pair, self.watched[name], parts.get(name, {})) for name, pair in self.terms.items()]
                 sharpness = parts.get(STEERING, {}).get("sharpness")
-                loss, *by = sum_in_a_pass(self.victim, terms, shared, images.detach(), targets.detach(), sharpness)
+                loss, *by = sum_in_a_pass(
+                    self.victim, terms, shared, images.detach(), targets.detach(), sharpness, self.simulation
+                )
                 losses.append(loss)
                 pairs += [
                     (output, part / self.images.seeds) for output, part in zip((images, targets), by, strict=True)

@@ -14,8 +14,9 @@ from torch import nn
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.datamodules.base import GroundTruth, VictimDataModule
+from leakage.defenses.base import Defense, known_to
 from leakage.dummies import Images, InferredLabels, Labels, Pixels, Target
-from leakage.errors import check_choice, check_count, check_not_negative, check_positive
+from leakage.errors import check_choice, check_count, check_flag, check_not_negative, check_positive
 from leakage.files.checkpoints import check_checkpoint, restoring
 from leakage.inversion.auditor import Auditor
 from leakage.inversion.evaluator import Evaluator
@@ -73,6 +74,9 @@ class GradientInversion(LightningModule):
         restart_above: see ``restarts``; by default every victim starts again.
         seed: of the starts; victim and restart have their own streams, however victims are grouped.
         success_threshold: an image counts as reconstructed if its MSE is below this.
+        adaptive: an attacker who knows the defenses that the protocol tells of, and asks for gradients that the clients
+            would have made of these (:meth:`leakage.defenses.Defense.simulate`); else what was shared is matched as if
+            it was the gradient.
 
     Raises:
         ValueError: a piece of another kind or a number out of its range; in ``fit``, what a piece says of victims that
@@ -105,6 +109,7 @@ class GradientInversion(LightningModule):
         restart_above: float = 0.0,
         seed: int = 0,
         success_threshold: float = 1e-3,
+        adaptive: bool = True,
     ) -> None:
         super().__init__()
         self.objective = SquaredDistance() if objective is None else objective
@@ -120,6 +125,7 @@ class GradientInversion(LightningModule):
         if not self.objective.parts():
             raise ValueError("Expected `objective` with a weight that is not 0, but got none.")
         check_positive(success_threshold=success_threshold)
+        check_flag(adaptive=adaptive)
         check_count(0, restarts=restarts, seed=seed)
         check_not_negative(restart_above=restart_above)
         self._save_options()
@@ -139,6 +145,7 @@ class GradientInversion(LightningModule):
     def _reset(self) -> None:
         """Begin with no victim."""
         self._victim: Victim | None = None
+        self._defenses: tuple[Defense, ...] = ()
         self._search = Search(Queue())
         self._deal = ""  # which victims are whose, if there are several processes
         self._auditor = Auditor(self.hparams["success_threshold"])
@@ -232,6 +239,7 @@ class GradientInversion(LightningModule):
             own_weights=datamodule.own_weights,
             labels_known=self.labels.known,
         )
+        self._defenses = known_to(self.hparams["adaptive"], victim.protocol)
         evaluator = self._make_evaluator()
         evaluator.prepare(next(victim.model.parameters()))  # which an earlier fit may have taken elsewhere
         evaluator.check(target)
@@ -240,7 +248,8 @@ class GradientInversion(LightningModule):
         self.unknowns = nn.ParameterDict({name: torch.empty(0, *shape, dtype=dtype) for name, shape in shapes})
 
     def _make_evaluator(self) -> Evaluator:
-        return Evaluator(self.victim, self.objective, self.images, self.labels, self._datamodule.low_rank)
+        low_rank = self._datamodule.low_rank
+        return Evaluator(self.victim, self.objective, self.images, self.labels, low_rank, self._defenses)
 
     def configure_optimizers(self) -> PerVictimOptimizer:
         """The solver, on the unknowns."""

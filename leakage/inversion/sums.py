@@ -12,6 +12,7 @@ from leakage.clients.activations import Activation
 from leakage.clients.joint_pass import JointPass
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
+from leakage.inversion.simulation import Simulation
 from leakage.objectives.terms import Point, Slopes, Term
 from leakage.pieces import State
 
@@ -22,7 +23,8 @@ def sum_in_a_pass(
     shared: SharedGradient,
     images: Tensor,
     targets: Tensor,
-    sharpness: Tensor | None = None,
+    sharpness: Tensor | None,
+    simulation: Simulation,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of terms for V victims, ``(V,)``, and its derivatives by images and targets, by one joint pass.
 
@@ -33,11 +35,13 @@ def sum_in_a_pass(
         images: ``(V, N, C, H, W)``.
         targets: class probabilities ``(V, N, K)``.
         sharpness: ``(V,)``, of :func:`leakage.clients.smoothing.smoothed`.
+        simulation: what gradients go through before they are compared.
     """
     modules = list(dict.fromkeys(name for _, _, watched, _ in terms for name in watched))
     run = JointPass(victim, shared.state, shared.own_weights, images, targets, modules, sharpness)
     activations = {name: Activation(*(side.detach() for side in both)) for name, both in run.activations.items()}
-    points = Point(images, targets, run.gradients, shared.gradients, activations, shared.state)
+    gradients, pull_back = simulation.for_all(run.gradients, shared.gradients)
+    points = Point(images, targets, gradients, shared.gradients, activations, shared.state)
     total, slopes = torch.zeros_like(images[:, 0, 0, 0, 0]), Slopes()
     for weight, term, watched, kept in terms:
         values, by = term.slopes(seen(points, watched), kept, shared.own_weights)
@@ -45,6 +49,8 @@ def sum_in_a_pass(
         for key, slope in by.items():
             slope = weighted(weight, kept, slope)
             slopes[key] = slopes[key] + slope if key in slopes else slope
+    by_gradients = pull_back({name: slopes.pop((kind, name)) for kind, name in [*slopes] if kind == "gradients"})
+    slopes |= {("gradients", name): slope for name, slope in by_gradients.items()}
     pulled = run.pull_back(slopes)
     given = (slopes.get((name, "")) for name in ("images", "targets"))
     by_images, by_targets = (a if b is None else a + b for a, b in zip(pulled, given, strict=True))

@@ -64,13 +64,13 @@ def test_images_come_nearer_by_the_angle_alone(kit: Any, distance: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:The clients defend")
 @pytest.mark.parametrize("norm", [0.1, 1.0])
-def test_clipping_hides_nothing_from_the_angle_and_all_from_the_difference(kit: Any, norm: float) -> None:
+def test_clipping_hides_nothing_from_the_angle_and_all_from_the_naive_difference(kit: Any, norm: float) -> None:
     found = {}
-    for distance in ("squared", "cosine"):
-        attack = IDLGAttack(max_evaluations=600, restarts=0, distance=distance)
+    for distance, adaptive in (("squared", False), ("squared", True), ("cosine", False)):
+        attack = IDLGAttack(max_evaluations=600, restarts=0, distance=distance, adaptive=adaptive)
         kit.fit(attack, kit.victims(victims=3, defenses=[Clip(norm)]))
-        found[distance] = [score.success for score in attack.scores.values()]
-    assert found == {"squared": [0.0] * 3, "cosine": [1.0] * 3}
+        found[distance, adaptive] = [score.success for score in attack.scores.values()]
+    assert found == {("squared", False): [0.0] * 3, ("squared", True): [1.0] * 3, ("cosine", False): [1.0] * 3}
 
 
 def test_names_an_unknown_distance(lbfgs_case: Any) -> None:

@@ -1,0 +1,78 @@
+"""Gradients in few bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leakage.defenses.base import Defense, Gradients, Size, within
+from leakage.errors import check_count, check_flag
+
+
+class Quantise(Defense):
+    r"""Rounds every entry of the gradient to one of few values, equally far from one another.
+
+    For each tensor with its largest magnitude m they are the multiples of :math:`m / (2^{b - 1} - 1)` from -m to m;
+    with one bit -m and m. With ``stochastic`` an entry between two of them becomes either, so that it is right on
+    average; else the nearest.
+
+    An attacker who knows of it asks for gradients that are rounded to the same values: those within half a step of what
+    was shared, with ``stochastic`` within a whole one.
+
+    Args:
+        bits: b, from 1 to 16.
+        stochastic: whether it draws.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    References:
+        Alistarh et al., *QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding*, NeurIPS 2017,
+        https://arxiv.org/abs/1610.02132.
+
+    Example:
+        >>> Quantise(3)({"weight": torch.tensor([3.0, -1.2, 0.4])}, torch.Generator())
+        {'weight': tensor([ 3., -1.,  0.])}
+    """
+
+    def __init__(self, bits: int, stochastic: bool = False) -> None:
+        check_count(bits=bits)
+        if bits > 16:
+            raise ValueError(f"Expected `bits` from 1 to 16, but got {bits!r}.")
+        check_flag(stochastic=stochastic)
+        self.bits = bits
+        self.stochastic = stochastic
+
+    def _steps(self, largest: Tensor) -> Tensor:
+        """How far the values are from one another."""
+        return largest / (2 ** (self.bits - 1) - 1) if self.bits > 1 else 2 * largest
+
+    def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
+        """The gradients, rounded."""
+        rounded = {}
+        for name, tensor in gradients.items():
+            exact = tensor.double()
+            largest = exact.abs().amax()
+            step = self._steps(largest)
+            above = (exact + largest) / torch.where(step > 0, step, 1.0)
+            if self.stochastic:
+                draws = torch.rand(tensor.shape, generator=generator, dtype=torch.float32).to(exact)
+                places = (above + draws).floor()
+            else:
+                places = above.round()
+            rounded[name] = (places * step - largest).clamp(-largest, largest).to(tensor)
+        return rounded
+
+    def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
+        """What was shared, plus by how much gradients are outside of all that may have been rounded to it."""
+        found = {}
+        for name, tensor in gradients.items():
+            largest = shared[name].abs().amax()
+            reach = self._steps(largest) * (1.0 if self.stochastic else 0.5)
+            low, high = (shared[name] - reach).clamp(min=-largest), (shared[name] + reach).clamp(max=largest)
+            found[name] = within(tensor, low, high, shared[name])
+        return found
+
+    def size(self, before: Size, tensors: int) -> Size:
+        """And the largest magnitude of each tensor."""
+        return Size(before.numbers, self.bits, before.more + 32 * tensors)

@@ -1,0 +1,101 @@
+"""Soteria: the features that tell most are left out of the last layer's gradient."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+from leakage.clients.activations import recorded
+from leakage.defenses.base import Client, Defense, Gradients
+from leakage.errors import check_share
+
+if TYPE_CHECKING:  # a victim has defenses
+    from leakage.clients.victim import Victim
+
+
+class Soteria(Defense):
+    r"""Zeroes columns of one linear layer's gradient: those of the features r that depend on the images x the most.
+
+    It prunes the share :math:`\rho` of the features for which
+
+    .. math:: \sum_n \frac{|r_i(x_n)|}{\lVert \nabla_x r_i(x_n) \rVert_2}
+
+    is largest, so that what is left says as little of the images as a perturbation of that layer can make it.
+
+    An attacker who knows of it compares all but the columns that are zero; this breaks it (Balunović et al.).
+
+    Args:
+        share: :math:`\rho`, above 0 and below 1.
+        layer: name of the linear layer, as ``model.named_modules()`` has it.
+
+    Raises:
+        ValueError: ``share`` out of its range; for a client, no such linear layer, or several local steps.
+
+    References:
+        Sun et al., *Soteria: Provable Defense against Privacy Leakage in Federated Learning from Representation
+        Perspective*, CVPR 2021, https://arxiv.org/abs/2012.06043; broken: Balunović et al., *Bayesian Framework for
+        Gradient Leakage*, ICLR 2022, https://arxiv.org/abs/2111.04706.
+
+    Example:
+        >>> from leakage import LeNet, Victim
+        >>> victim = Victim(LeNet(), image_shape=(1, 28, 28), defenses=[Soteria(0.5)])
+        >>> shared = victim.share(torch.rand(1, 1, 1, 28, 28), torch.tensor([[3]]))
+        >>> float((shared.gradients["classifier.weight"][0] == 0).all(0).double().mean())
+        0.5
+    """
+
+    def __init__(self, share: float = 0.8, layer: str = "classifier") -> None:
+        check_share(share=share)
+        self.share = share
+        self.layer = layer
+        self._columns: Tensor | None = None
+
+    def check(self, victim: Victim) -> None:
+        """One step, and a linear layer of that name."""
+        protocol = victim.protocol
+        if protocol.local_steps > 1:
+            raise ValueError(f"Expected clients of one step for Soteria, but got local_steps={protocol.local_steps}.")
+        layers = {name: module for name, module in victim.model.named_modules() if isinstance(module, nn.Linear)}
+        if self.layer not in layers or f"{self.layer}.weight" not in victim.trainable:
+            raise ValueError(
+                f"Expected `layer` of Soteria to be a linear layer that shares its gradient, one of {sorted(layers)}, "
+                f"but got {self.layer!r}."
+            )
+
+    def for_client(self, client: Client) -> Defense:
+        """With the columns that this client's images make it prune."""
+        model = client.victim.model
+        smallest = torch.finfo(client.images.dtype).tiny
+
+        def features(image: Tensor) -> tuple[Tensor, Tensor]:
+            with recorded(model, [self.layer]) as seen:
+                functional_call(model, dict(client.state), (image[None],))
+            found = seen[self.layer].inputs.flatten()
+            return found, found
+
+        total = torch.zeros((), dtype=client.images.dtype, device=client.images.device)
+        for image in client.images:
+            slopes, found = jacrev(features, has_aux=True)(image)
+            total = total + found.abs() / slopes.flatten(1).norm(dim=1).clamp(min=smallest)
+        own = copy.copy(self)
+        own._columns = total.topk(round(self.share * len(total))).indices
+        return own
+
+    def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
+        """The gradients, that layer's without some columns."""
+        if self._columns is None:
+            raise ValueError(
+                "Expected Soteria to see a client's images, as in `Victim.share`, but got gradients alone."
+            )
+        name = f"{self.layer}.weight"
+        return {**gradients, name: gradients[name].index_fill(1, self._columns, 0)}
+
+    def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
+        """Zero in the columns in which nothing was shared."""
+        name = f"{self.layer}.weight"
+        pruned = (shared[name] == 0).all(0)
+        return {**gradients, name: torch.where(pruned, 0, gradients[name])}

@@ -1,0 +1,81 @@
+"""What an attacker who knows the clients' defenses compares by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from leakage.clients.examples import clipped_examples
+from leakage.clients.victim import Victim
+from leakage.defenses.base import Defense, simulate
+from leakage.pieces import State
+
+Gradients = Mapping[str, Tensor]
+
+
+class Simulation:
+    """The defenses of the clients, as the attack does them to the gradients of the dummies.
+
+    Attributes:
+        changes: whether it changes any.
+        per_image: whether it begins from the gradients of single images.
+    """
+
+    def __init__(self, defenses: Sequence[Defense], victim: Victim) -> None:
+        self.defenses = [defense for defense in defenses if defense.is_simulated]
+        norms = [defense.example_norm for defense in defenses if defense.example_norm is not None]
+        self._norm = norms[0] if norms else None
+        self.per_image = self._norm is not None
+        self.changes = bool(self.defenses) or self.per_image
+        self._victim = victim
+
+    def __call__(
+        self,
+        gradients: dict[str, Tensor],
+        shared: Gradients,
+        rate: State,
+        state: Mapping[str, Tensor],
+        images: Tensor,
+        targets: Tensor,
+    ) -> dict[str, Tensor]:
+        """What one client would have shared of its gradients.
+
+        Args:
+            gradients: of the dummies.
+            shared: what the client shared.
+            rate: what is kept of a learning rate that is searched for: both are an update as an average step then.
+            state: weights and buffers.
+            images: the dummies.
+            targets: their class probabilities.
+        """
+        if self._norm is not None:
+            gradients = clipped_examples(self._victim, state, images, targets, self._norm)
+        if not self.defenses:
+            return gradients
+        length = self._victim.protocol.local_steps * rate["start"] if rate else None
+        if length is None:
+            return dict(simulate(self.defenses, gradients, shared))
+        sent, wanted = ({name: length * part for name, part in side.items()} for side in (gradients, shared))
+        return {name: part / length for name, part in simulate(self.defenses, sent, wanted).items()}
+
+    def for_all(self, gradients: Gradients, shared: Gradients) -> tuple[Gradients, Callable[[Gradients], Gradients]]:
+        """The same for V victims of one step, and what takes derivatives by the result to those by ``gradients``."""
+        if not self.defenses:
+            return gradients, lambda slopes: slopes
+        with torch.enable_grad():
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in gradients.items()}
+            found = vmap(partial(simulate, self.defenses))(leaves, dict(shared))
+
+        def pull_back(slopes: Gradients) -> Gradients:
+            names = [name for name in slopes if found[name].requires_grad]
+            if not names:
+                return {}
+            outputs, by = [found[name] for name in names], [slopes[name] for name in names]
+            pulled = torch.autograd.grad(outputs, list(leaves.values()), by, materialize_grads=True)
+            return dict(zip(leaves, pulled, strict=True))
+
+        return {name: tensor.detach() for name, tensor in found.items()}, pull_back
