@@ -67,7 +67,8 @@ class Pixels(Images):
     Args:
         start: ``"noise"``: :math:`N(0, \mathrm{std}^2)`, as for all restarts, whose noise is three times as wide each
             time; ``"grey"``: the same around 0.5; ``"rgap"``: :class:`RGAPStart`; ``"auto"``: that where it can be had,
-            for up to 16 images whose labels are known and whose gradient nothing has changed; or a :class:`Start` of your own.
+            for up to 16 images whose labels are known and whose gradient nothing has changed; or a :class:`Start` of
+            your own.
         std: of the noise.
         box: least and largest value; after each step pixels outside are put on its border. None: anywhere. Images
             lie in [0, 1].
