@@ -51,5 +51,5 @@ def shortened(gradients: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]
     largest = torch.where(largest > 0, largest, 1.0)
     squares = torch.stack([(tensor / largest).square().sum() for tensor in gradients.values()]).sum()
     length = largest * torch.where(squares > 0, squares, 1.0).sqrt()
-    factor = (norm / length).clamp(max=1.0)
+    factor = torch.where((squares > 0) & (length > norm), norm / length, 1.0)
     return {name: factor * tensor for name, tensor in gradients.items()}

@@ -55,6 +55,11 @@ class Size:
     bits: int = 32
     more: int = 0
 
+    @classmethod
+    def of(cls, gradients: Gradients) -> Size:
+        """All entries in single precision."""
+        return cls(sum(tensor.numel() for tensor in gradients.values()))
+
     @property
     def bytes(self) -> int:
         """All of it."""
@@ -84,9 +89,11 @@ class Defense(Piece, ABC):
 
     Attributes:
         averages_out: whether what it adds is zero on average, so that to match the gradients as they are is right.
+        keeps_zeros: whether entries that are zero before it are so after it, and few others.
     """
 
     averages_out: ClassVar[bool] = False
+    keeps_zeros: bool = False
 
     @abstractmethod
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
@@ -131,11 +138,15 @@ class Defense(Piece, ABC):
         """Whether it has a :meth:`simulate` of its own."""
         return type(self).simulate is not Defense.simulate
 
+    def can_be_seen_after(self, later: Sequence[Defense]) -> bool:
+        """Whether :meth:`simulate` is right of what was shared after further defenses; by default after none."""
+        return not later
+
     def check(self, victim: Victim) -> None:
         """Raise a ``ValueError`` if such clients can't use it."""
 
-    def size(self, before: Size, tensors: int) -> Size:
-        """What is sent after this defense, of a gradient of so many tensors: here as much as before."""
+    def size(self, before: Size, gradients: Gradients) -> Size:
+        """What is sent after this defense, of such gradients: here as much as before."""
         return before
 
     def describe(self) -> dict[str, Any]:
@@ -185,16 +196,21 @@ def known_to(adaptive: bool, protocol: Protocol) -> tuple[Defense, ...]:
     Raises:
         ValueError: an adaptive attacker who can't know one, see :func:`known_defenses`.
     """
-    known = known_defenses(protocol.defenses) if adaptive else ()
-    ignored = [told["name"] for told in protocol.defenses]
+    known, ignored = [], [told["name"] for told in protocol.defenses]
     if adaptive:
-        ignored = [type(defense).__name__ for defense in known if not (defense.is_simulated or defense.averages_out)]
+        every, ignored = known_defenses(protocol.defenses), []
+        for place, defense in enumerate(every):
+            seen = defense.is_simulated and defense.can_be_seen_after(every[place + 1 :])
+            if seen or defense.averages_out:
+                known.append(defense)
+            else:
+                ignored.append(type(defense).__name__)
     if ignored:
         rank_zero_warn(
             f"The clients defend their gradients by {ignored}, and this attack matches them as if they did not: what "
             "it does not find, one that knows the defense may."
         )
-    return known
+    return tuple(known)
 
 
 def simulate(defenses: Sequence[Defense], gradients: Gradients, shared: Gradients) -> Gradients:
@@ -221,9 +237,9 @@ def size_sent(defenses: Sequence[Defense], gradients: Gradients) -> Size:
         >>> size_sent([TopK(0.1), Quantise(8)], {"weight": torch.zeros(10, 100)}).bytes
         229
     """
-    size = Size(sum(tensor.numel() for tensor in gradients.values()))
+    size = Size.of(gradients)
     for defense in defenses:
-        size = defense.size(size, len(gradients))
+        size = defense.size(size, gradients)
     return size
 
 

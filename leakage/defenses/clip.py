@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,8 @@ class Clip(Defense):
         {'weight': tensor([0.6000, 0.8000])}
     """
 
+    keeps_zeros = True
+
     def __init__(self, norm: float) -> None:
         check_positive(norm=norm)
         self.norm = norm
@@ -41,6 +45,10 @@ class Clip(Defense):
         """The gradients, of norm C at most."""
         norm = whole_norm(gradients)
         return {name: tensor * (self.norm / norm) if norm > self.norm else tensor for name, tensor in gradients.items()}
+
+    def can_be_seen_after(self, later: Sequence[Defense]) -> bool:
+        """Always: it is done, not read off."""
+        return True
 
     def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
         """The gradients, of norm C at most."""

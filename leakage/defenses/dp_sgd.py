@@ -33,8 +33,8 @@ class DPSGD(Defense):
         norm: C, positive.
 
     Raises:
-        ValueError: an argument out of its range; for a client, several local steps, BatchNorm that mixes images, or
-            another defense before it.
+        ValueError: an argument out of its range; for a client, several local steps, a learning rate that it
+            keeps to itself, BatchNorm that mixes images, or another defense before it.
 
     References:
         Abadi et al., *Deep Learning with Differential Privacy*, CCS 2016, https://arxiv.org/abs/1607.00133.
@@ -61,15 +61,20 @@ class DPSGD(Defense):
         protocol = victim.protocol
         if protocol.local_steps > 1:
             raise ValueError(f"Expected clients of one step for DPSGD, but got local_steps={protocol.local_steps}.")
+        if protocol.learning_rate is not None:
+            raise ValueError(
+                "Expected clients that share a gradient for DPSGD, whose noise is in its units, but got "
+                "reveal_learning_rate=False, with which they share an update."
+            )
         if victim.mixes_images and protocol.num_images > 1:
             raise ValueError(
                 "Expected a network whose images do not see one another for DPSGD, but got BatchNorm that normalises "
                 "by the client's own batch: there is no gradient of a single image. Call `model.eval()`, or use "
                 "another norm."
             )
-        if victim.defenses[0] is not self:
+        if victim.defenses[0] is not self or any(isinstance(other, DPSGD) for other in victim.defenses[1:]):
             raise ValueError(
-                f"Expected DPSGD as the first of `defenses`, as it begins from the images, but got "
+                f"Expected DPSGD once, as the first of `defenses`, as it begins from the images, but got "
                 f"{list(victim.defenses)}."
             )
 

@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from leakage.defenses.base import Defense, Gradients, whole_norm
+from leakage.defenses.base import Defense, Gradients, Size, whole_norm
 from leakage.errors import check_flag, check_positive
 
 
@@ -38,6 +38,10 @@ class Noise(Defense):
         return {
             name: tensor + std * self.draw(tensor.shape, generator).to(tensor) for name, tensor in gradients.items()
         }
+
+    def size(self, before: Size, gradients: Gradients) -> Size:
+        """All entries, whatever was saved before."""
+        return Size.of(gradients)
 
 
 class GaussianNoise(Noise):

@@ -36,6 +36,8 @@ class HalfPrecision(Defense):
         check_choice("dtype", dtype, _DTYPES)
         self.dtype = dtype
 
+    keeps_zeros = True
+
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
         """The gradients, rounded."""
         dtype = _DTYPES[self.dtype]
@@ -45,13 +47,23 @@ class HalfPrecision(Defense):
     def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
         """What was shared, plus by how much gradients are outside of all that is rounded to it."""
         bits, smallest = _BITS[self.dtype]
+        largest = torch.finfo(_DTYPES[self.dtype]).max
         found = {}
         for name, tensor in gradients.items():
-            exponents = (torch.frexp(shared[name]).exponent - 1).clamp(min=smallest)
-            half = torch.ldexp(torch.ones_like(shared[name]), exponents - bits)
-            found[name] = within(tensor, shared[name] - half, shared[name] + half, shared[name])
+            sizes = shared[name].abs()
+            fractions, exponents = torch.frexp(sizes)
+            exponents = torch.where(sizes == 0, smallest, exponents - 1).clamp(min=smallest)
+            half = torch.ldexp(torch.ones_like(sizes), exponents - bits)
+            # Below a power of two numbers are twice as close.
+            below = torch.where((fractions == 0.5) & (exponents > smallest), half / 2, half)
+            above = torch.where(sizes >= largest, torch.inf, half)
+            positive = shared[name] >= 0
+            low = shared[name] - torch.where(positive, below, above)
+            high = shared[name] + torch.where(positive, above, below)
+            low, high = torch.where(sizes == 0, -half, low), torch.where(sizes == 0, half, high)
+            found[name] = within(tensor, low, high, shared[name])
         return found
 
-    def size(self, before: Size, tensors: int) -> Size:
+    def size(self, before: Size, gradients: Gradients) -> Size:
         """16 bits a number."""
         return Size(before.numbers, 16, before.more)

@@ -42,6 +42,7 @@ class Quantise(Defense):
         check_flag(stochastic=stochastic)
         self.bits = bits
         self.stochastic = stochastic
+        self.keeps_zeros = bits > 1
 
     def _steps(self, largest: Tensor) -> Tensor:
         """How far the values are from one another."""
@@ -54,13 +55,15 @@ class Quantise(Defense):
             exact = tensor.double()
             largest = exact.abs().amax()
             step = self._steps(largest)
-            above = (exact + largest) / torch.where(step > 0, step, 1.0)
+            # Counted from zero, so that it stays zero exactly; with one bit there is no zero.
+            least = largest if self.bits == 1 else torch.zeros_like(largest)
+            places = (exact + least) / torch.where(step > 0, step, 1.0)
             if self.stochastic:
                 draws = torch.rand(tensor.shape, generator=generator, dtype=torch.float32).to(exact)
-                places = (above + draws).floor()
+                places = (places + draws).floor()
             else:
-                places = above.round()
-            rounded[name] = (places * step - largest).clamp(-largest, largest).to(tensor)
+                places = places.round()
+            rounded[name] = (places * step - least).clamp(-largest, largest).to(tensor)
         return rounded
 
     def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
@@ -73,6 +76,6 @@ class Quantise(Defense):
             found[name] = within(tensor, low, high, shared[name])
         return found
 
-    def size(self, before: Size, tensors: int) -> Size:
+    def size(self, before: Size, gradients: Gradients) -> Size:
         """And the largest magnitude of each tensor."""
-        return Size(before.numbers, self.bits, before.more + 32 * tensors)
+        return Size(before.numbers, self.bits, before.more + 32 * len(gradients))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,8 @@ class RandomPruning(Defense):
         2
     """
 
+    keeps_zeros = True
+
     def __init__(self, share: float) -> None:
         check_kept(share=share)
         self.share = share
@@ -47,10 +51,14 @@ class RandomPruning(Defense):
             for (name, tensor), part in zip(gradients.items(), parts, strict=True)
         }
 
+    def can_be_seen_after(self, later: Sequence[Defense]) -> bool:
+        """Where zeros stay zero."""
+        return all(defense.keeps_zeros for defense in later)
+
     def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
         """Zero where what was shared is zero."""
         return {name: torch.where(shared[name] == 0, 0, tensor) for name, tensor in gradients.items()}
 
-    def size(self, before: Size, tensors: int) -> Size:
+    def size(self, before: Size, gradients: Gradients) -> Size:
         """The seed of the draw tells which entries they are."""
         return Size(max(1, round(self.share * before.numbers)), before.bits, before.more + 64)

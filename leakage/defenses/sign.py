@@ -33,6 +33,8 @@ class Sign(Defense):
         {'weight': tensor([ 2., -2.])}
     """
 
+    keeps_zeros = True
+
     def __init__(self, scaled: bool = False) -> None:
         check_flag(scaled=scaled)
         self.scaled = scaled
@@ -50,9 +52,10 @@ class Sign(Defense):
             units = tensor / torch.where(squares > 0, squares, 1.0).sqrt()
             signs = shared[name].sign()
             wrong = torch.where(signs == 0, units, (signs * units).clamp(max=0) * signs)
-            found[name] = shared[name] + wrong * shared[name].abs().amax()
+            size = shared[name].abs().amax()
+            found[name] = shared[name] + wrong * torch.where(size > 0, size, 1.0)
         return found
 
-    def size(self, before: Size, tensors: int) -> Size:
+    def size(self, before: Size, gradients: Gradients) -> Size:
         """And the scale of each tensor."""
-        return Size(before.numbers, 1, before.more + 32 * tensors * self.scaled)
+        return Size(before.numbers, 1, before.more + 32 * len(gradients) * self.scaled)

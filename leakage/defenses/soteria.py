@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from leakage.clients.activations import recorded
+from leakage.clients.inspection import black_images
 from leakage.defenses.base import Client, Defense, Gradients
 from leakage.errors import check_share
 
@@ -33,7 +35,8 @@ class Soteria(Defense):
         layer: name of the linear layer, as ``model.named_modules()`` has it.
 
     Raises:
-        ValueError: ``share`` out of its range; for a client, no such linear layer, or several local steps.
+        ValueError: ``share`` out of its range; for a client, no such linear layer of features, several local
+            steps, or BatchNorm that mixes images.
 
     References:
         Sun et al., *Soteria: Provable Defense against Privacy Leakage in Federated Learning from Representation
@@ -54,16 +57,30 @@ class Soteria(Defense):
         self.layer = layer
         self._columns: Tensor | None = None
 
+    keeps_zeros = True
+
     def check(self, victim: Victim) -> None:
         """One step, and a linear layer of that name."""
         protocol = victim.protocol
         if protocol.local_steps > 1:
             raise ValueError(f"Expected clients of one step for Soteria, but got local_steps={protocol.local_steps}.")
+        if victim.mixes_images and protocol.num_images > 1:
+            raise ValueError(
+                "Expected a network whose images do not see one another for Soteria, but got BatchNorm that normalises "
+                "by the client's own batch. Call `model.eval()`, or use another norm."
+            )
         layers = {name: module for name, module in victim.model.named_modules() if isinstance(module, nn.Linear)}
         if self.layer not in layers or f"{self.layer}.weight" not in victim.trainable:
             raise ValueError(
                 f"Expected `layer` of Soteria to be a linear layer that shares its gradient, one of {sorted(layers)}, "
                 f"but got {self.layer!r}."
+            )
+        with torch.no_grad(), recorded(victim.model, [self.layer]) as seen:
+            victim.model(black_images(victim.model, protocol.image_shape, 1))
+        if seen[self.layer].inputs.ndim != 2:
+            raise ValueError(
+                f"Expected `layer` of Soteria to take features of shape (N, D), but got {self.layer!r}, which takes "
+                f"{tuple(seen[self.layer].inputs.shape)}."
             )
 
     def for_client(self, client: Client) -> Defense:
@@ -93,6 +110,10 @@ class Soteria(Defense):
             )
         name = f"{self.layer}.weight"
         return {**gradients, name: gradients[name].index_fill(1, self._columns, 0)}
+
+    def can_be_seen_after(self, later: Sequence[Defense]) -> bool:
+        """Where zeros stay zero."""
+        return all(defense.keeps_zeros for defense in later)
 
     def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
         """Zero in the columns in which nothing was shared."""

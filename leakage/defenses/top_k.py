@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from leakage.defenses.base import Defense, Gradients, Size, within
+from leakage.defenses.base import Defense, Gradients, Size
 from leakage.errors import check_kept
 
 
@@ -15,7 +17,7 @@ class TopK(Defense):
     Of all D entries of the whole gradient it keeps :math:`\max(1, \mathrm{round}(\rho D))`: a layer with small entries
     may lose all of them.
 
-    An attacker who knows of it compares what was sent, and knows that no other entry is larger than the smallest of it.
+    An attacker who knows of it compares only what was sent.
 
     Args:
         share: :math:`\rho`, above 0 and at most 1.
@@ -33,6 +35,8 @@ class TopK(Defense):
         {'weight': tensor([ 3., -4.,  0.]), 'bias': tensor([0.])}
     """
 
+    keeps_zeros = True
+
     def __init__(self, share: float) -> None:
         check_kept(share=share)
         self.share = share
@@ -45,16 +49,19 @@ class TopK(Defense):
         parts = torch.split(sparse, [tensor.numel() for tensor in gradients.values()])
         return {name: part.view_as(tensor) for (name, tensor), part in zip(gradients.items(), parts, strict=True)}
 
-    def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
-        """As they are where something was sent, and elsewhere by how much they are above the smallest of it."""
-        sizes = [torch.where(tensor == 0, torch.inf, tensor.abs()).amin() for tensor in shared.values()]
-        smallest = torch.stack(sizes).amin()
-        return {
-            name: torch.where(shared[name] == 0, within(tensor, -smallest, smallest, shared[name]), tensor)
-            for name, tensor in gradients.items()
-        }
+    def can_be_seen_after(self, later: Sequence[Defense]) -> bool:
+        """Where zeros stay zero."""
+        return all(defense.keeps_zeros for defense in later)
 
-    def size(self, before: Size, tensors: int) -> Size:
+    def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
+        """Zero where nothing was sent.
+
+        That no other entry is larger than the smallest of those that were adds nothing: measured, images came out no
+        nearer, and in more time.
+        """
+        return {name: torch.where(shared[name] == 0, 0, tensor) for name, tensor in gradients.items()}
+
+    def size(self, before: Size, gradients: Gradients) -> Size:
         """Each entry with its place, 32 bits; or with a bit for every place, where that is less."""
         kept = max(1, round(self.share * before.numbers))
         return Size(kept, before.bits, before.more + min(32 * kept, before.numbers))

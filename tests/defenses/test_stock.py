@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from leakage.defenses import Clip, Defense, GaussianNoise, TopK
+from leakage.defenses import DPSGD, Clip, Defense, GaussianNoise, LaplaceNoise, Soteria, TopK
 
 SIZES = st.floats(1e-3, 1e3)
 
@@ -72,6 +72,41 @@ def test_gaussian_noise_is_of_its_size():
         assert noise.std() == pytest.approx(size, rel=0.02)
 
 
+@given(gradients(), SIZES, st.booleans(), st.integers(0, 2**32 - 1))
+def test_laplace_noise_is_of_one_shape_in_units_of_its_size(given, std, relative, seed):
+    defended = LaplaceNoise(std, relative=relative)(given, seeded(seed))
+    assert_like(defended, given)
+    unit = LaplaceNoise(1.0)({name: torch.zeros_like(tensor) for name, tensor in given.items()}, seeded(seed))
+    scale = std * norm(given) / math.sqrt(len(entries(given))) if relative else std
+    for name, tensor in given.items():
+        expected = [
+            v + scale * noise for v, noise in zip(entries({"": tensor}), entries({"": unit[name]}), strict=True)
+        ]
+        torch.testing.assert_close(defended[name].flatten(), torch.tensor(expected, dtype=tensor.dtype))
+
+
+def test_laplace_noise_has_the_size_and_the_tails_of_its_distribution():
+    noise = LaplaceNoise(2.0)({"weight": torch.zeros(500_000), "bias": torch.zeros(500_000)}, seeded())
+    flat = torch.cat([noise["weight"], noise["bias"]]).double() / 2.0
+    assert abs(flat.mean()) < 5e-3
+    assert flat.std() == pytest.approx(1, rel=5e-3)
+    assert (flat / flat.std()).pow(4).mean() == pytest.approx(6, rel=0.05)
+    for size in (0.1, 0.5, 1.0, 3.0, 6.0):
+        beyond = math.exp(-math.sqrt(2) * size)
+        for side in (flat, -flat):
+            share = float((side > size).double().mean())
+            assert share == pytest.approx(beyond / 2, abs=5 * math.sqrt(beyond / 2 / len(flat)))
+    assert abs(torch.corrcoef(torch.stack([noise["weight"], noise["bias"]]))[0, 1]) < 5e-3
+
+
+@pytest.mark.parametrize("drawn", [0.0, 0.5, 1 - 2**-24])
+def test_laplace_noise_is_finite_whatever_is_drawn(drawn, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, drawn))
+    noise = LaplaceNoise(1.0)({"weight": torch.zeros(2)}, seeded())["weight"]
+    assert bool(noise.isfinite().all())
+    assert noise.sign().tolist() == [{0.0: -1, 0.5: 0}.get(drawn, 1)] * 2
+
+
 @given(gradients(), SIZES)
 def test_clip(given, largest):
     defended = Clip(largest)(given, seeded())
@@ -105,7 +140,20 @@ def test_top_k_keeps_exactly_its_share_of_equal_entries():
     assert sum(entries(TopK(0.25)({"weight": torch.ones(4, 10), "bias": torch.ones(20)}, seeded()))) == 15
 
 
-@pytest.mark.parametrize("defense", [GaussianNoise(0.1, relative=True), Clip(1e-3), TopK(0.1)], ids=repr)
+@pytest.mark.parametrize("given", [TopK(1.0), Clip(1e9), DPSGD(0.0, 1e9)], ids=repr)
+def test_at_its_least_a_defense_does_nothing(given):
+    gradients = {"weight": torch.randn(5, 6, generator=seeded()), "bias": torch.randn((), generator=seeded(1))}
+    for found in (given(gradients, seeded()), given.simulate(gradients, gradients)):
+        assert {name: tensor.tolist() for name, tensor in found.items()} == {
+            name: tensor.tolist() for name, tensor in gradients.items()
+        }
+
+
+@pytest.mark.parametrize(
+    "defense",
+    [GaussianNoise(0.1, relative=True), LaplaceNoise(0.1), Clip(1e-3), TopK(0.1), DPSGD(0.1, 1e-3)],
+    ids=repr,
+)
 def test_gradients_are_not_changed_in_place(defense: Defense):
     given = {"weight": torch.randn(5, 6, generator=seeded())}
     before = given["weight"].clone()
@@ -119,6 +167,14 @@ def test_gradients_are_not_changed_in_place(defense: Defense):
         (GaussianNoise, (0.0,), "`std` to be positive and finite, but got 0.0"),
         (GaussianNoise, (math.inf,), "`std` to be positive and finite, but got inf"),
         (GaussianNoise, (0.1, 1), "`relative` to be True or False, but got 1"),
+        (LaplaceNoise, (-0.1,), "`std` to be positive and finite, but got -0.1"),
+        (LaplaceNoise, (0.1, None), "`relative` to be True or False, but got None"),
+        (DPSGD, (-0.1, 1.0), "`noise_multiplier` of at least 0, but got -0.1"),
+        (DPSGD, (math.inf, 1.0), "`noise_multiplier` of at least 0, but got inf"),
+        (DPSGD, (1.0, 0.0), "`norm` to be positive and finite, but got 0.0"),
+        (DPSGD, (True, 1.0), "`noise_multiplier` of at least 0, but got True"),
+        (Soteria, (0.0,), "`share` to be above 0 and below 1, but got 0.0"),
+        (Soteria, (1.0,), "`share` to be above 0 and below 1, but got 1.0"),
         (Clip, (-1.0,), "`norm` to be positive and finite, but got -1.0"),
         (Clip, (math.nan,), "`norm` to be positive and finite, but got nan"),
         (Clip, ("1",), "`norm` to be positive and finite, but got '1'"),
@@ -137,6 +193,13 @@ def test_wrong_arguments(defense, arguments, message):
         (GaussianNoise(1e-4), {"name": "GaussianNoise", "std": 1e-4, "relative": False}, "std=0.0001, relative=False"),
         (Clip(2.0), {"name": "Clip", "norm": 2.0}, "norm=2.0"),
         (TopK(0.1), {"name": "TopK", "share": 0.1}, "share=0.1"),
+        (LaplaceNoise(0.5, True), {"name": "LaplaceNoise", "std": 0.5, "relative": True}, "std=0.5, relative=True"),
+        (
+            DPSGD(0.5, norm=2.0),
+            {"name": "DPSGD", "noise_multiplier": 0.5, "norm": 2.0},
+            "noise_multiplier=0.5, norm=2.0",
+        ),
+        (Soteria(), {"name": "Soteria", "share": 0.8, "layer": "classifier"}, "share=0.8, layer='classifier'"),
     ],
 )
 def test_descriptions(defense, description, text):

@@ -1,0 +1,125 @@
+"""What a defense costs: the test accuracy of a network that clients train together, each behind the defense."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from lightning import Trainer
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from leakage.clients.victim import Victim
+from leakage.datamodules import LabelledImages, in_unit_range
+from leakage.defenses import Defense
+from leakage.seeds import derive_seed
+
+# Test images at once.
+_TESTED_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Federation:
+    """How clients train together.
+
+    Attributes:
+        rounds: in each of which every client shares one gradient.
+        clients: in a round.
+        images: of a client in a round, drawn anew.
+        learning_rate, momentum: of the server's SGD on the mean of what the clients share; a tenth of the rate in the
+            last quarter.
+    """
+
+    rounds: int = 300
+    clients: int = 8
+    images: int = 8
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+
+
+class Rounds(IterableDataset[tuple[Tensor, Tensor]]):
+    """Images ``(clients, images, C, H, W)`` in [0, 1] and labels of one round after another."""
+
+    def __init__(self, data: LabelledImages, federation: Federation, seed: int) -> None:
+        self.data, self.federation, self.seed = data, federation, seed
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        shape, train = (self.federation.clients, self.federation.images), self.data.train
+        for _ in range(self.federation.rounds):
+            chosen = torch.randint(len(train), shape, generator=generator)
+            yield in_unit_range(train.images[chosen.flatten()]).unflatten(0, shape), train.labels[chosen]
+
+
+class FederatedSGD(LightningModule):
+    """SGD on the mean of the gradients that defended clients share.
+
+    Args:
+        model: images in [0, 1] to logits.
+        defenses: of each client.
+        data: whose shapes are those of the images.
+        federation: how it is trained.
+        seed: of what the defenses draw.
+    """
+
+    def __init__(
+        self, model: nn.Module, defenses: Sequence[Defense], data: LabelledImages, federation: Federation, seed: int
+    ) -> None:
+        super().__init__()
+        self.model, self.federation, self.seed = copy.deepcopy(model), federation, seed
+        shape = tuple(data.image_shape)
+        self.client = Victim(model, image_shape=shape, num_images=federation.images, defenses=list(defenses))
+        self.accuracy = MulticlassAccuracy(data.num_classes, average="micro")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The server's."""
+        return torch.optim.SGD(
+            self.model.parameters(), lr=self.federation.learning_rate, momentum=self.federation.momentum
+        )
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """One round; the loss that is returned has the mean of the shared gradients for its gradient."""
+        if batch_idx == 3 * self.federation.rounds // 4:
+            for group in cast(torch.optim.Optimizer, self.optimizers()).param_groups:
+                group["lr"] /= 10
+        images, labels = batch
+        parameters = dict(self.model.named_parameters())
+        self.client.model.load_state_dict(self.model.state_dict())
+        shared = self.client.share(images, labels, seed=derive_seed(self.seed, batch_idx, "round"))
+        means = {name: tensor.mean(0) for name, tensor in shared.gradients.items()}
+        return torch.stack([(parameters[name] * mean).sum() for name, mean in means.items()]).sum()
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """On test images."""
+        images, labels = batch
+        self.accuracy(self.model(in_unit_range(images)), labels)
+        self.log("accuracy", self.accuracy)
+
+
+def accuracy_under(
+    model: nn.Module, defenses: Sequence[Defense], data: LabelledImages, federation: Federation, seed: int
+) -> float:
+    """The test accuracy, 0 to 1, of the model trained under these defenses from its weights.
+
+    The same ``seed`` draws the same images, whatever the defense.
+    """
+    module = FederatedSGD(model, defenses, data, federation, seed)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, DataLoader(Rounds(data, federation, derive_seed(seed, 0, "rounds")), batch_size=None))
+    tests = list(zip(data.test.images.split(_TESTED_AT_ONCE), data.test.labels.split(_TESTED_AT_ONCE), strict=True))
+    (found,) = trainer.test(module, DataLoader(tests, batch_size=None), verbose=False)  # type: ignore[arg-type]
+    return found["accuracy"]

@@ -1,0 +1,313 @@
+r"""Privacy against accuracy: what attackers find behind each defense, with and without knowing it, and what it costs.
+
+    python experiments/defenses/tradeoff.py --dataset fashion_mnist --network lenet --victims 10 \
+        --defenses none gaussian_noise clip top_k quantise sign soteria --attacks gauss_newton \
+        --output results/defenses
+    python experiments/defenses/tradeoff.py --dataset data/cifar10 --network convnet --victims 10 \
+        --defenses none dp_sgd --attacks inverting_gradients --rounds 300 --output results/dp
+
+Every defense is tried at each of its strengths by each attack twice: by one that matches what was shared as if it was
+the gradient, and by one that knows the defense. Victims hold test images. Each of an untrained network of up to half a
+million weights has a newly drawn one of its own; larger and trained ones are shared. The attacker is told the labels,
+unless `--infer-labels`.
+
+With `--rounds` a network is trained under each defense, by clients that share a defended gradient each in every round,
+from `--seeds` starts: its test accuracy is what the defense costs. A PSNR that is not above the best guess without any
+gradient (a grey image, the own mean colour, the nearest training image) is marked. *Identified* is an image that its
+reconstruction is nearer to than to any of `--others` training images; for DP-SGD the bound on it stands beside.
+
+Files in the output folder: `summary.json`, a row for each defense, strength, attack and kind of attacker;
+`attackers.png`; with `--rounds` also `tradeoff.png`; the folder `cells` with a comparison of attacks each. A run that
+was stopped, in whatever way, goes on with the same command and `--resume`; more defenses and attacks can be asked for
+then. Without it a folder that holds results is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from defended_training import Federation, accuracy_under  # these three lie beside this script
+from leakage.audit.bounds import gaussian_success_bound
+from tradeoff_defenses import DEFENSES
+from tradeoff_rows import TradeoffRow, format_table, plot_attackers, plot_tradeoff
+
+from leakage.attacks import GaussNewtonAttack, GradientInversion, IDLGAttack, InvertingGradientsAttack
+from leakage.cli import quiet
+from leakage.comparison import Row, read_reconstructions
+from leakage.datamodules import LABELLED_DATASETS, GroundTruth, LabelledImages, Victims, in_unit_range
+from leakage.datamodules.benchmarks import BENCHMARKS
+from leakage.defenses import DPSGD, Defense, size_sent
+from leakage.errors import check_count, check_share
+from leakage.files.text import write_json
+from leakage.files.whole import check_output
+from leakage.metrics import MeanOverVictims, ShareOverVictims, baseline_guesses, identified, mean_interval, score
+from leakage.models import draw_state
+from leakage.plots import save_figure
+from leakage.seeds import derive_seed
+
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("comparison", "inverting_gradients")]
+from comparing import compare
+from records import holds_results
+from table_networks import NETWORKS, WRITTEN, make_network
+
+ATTACKS: dict[str, Callable[..., GradientInversion]] = {
+    "gauss_newton": GaussNewtonAttack,
+    "idlg": IDLGAttack,
+    "inverting_gradients": InvertingGradientsAttack,
+}
+ATTACKERS = ("naive", "adaptive")
+
+
+class Tradeoff:
+    """The victims, defenses and attacks: made ready and checked, then run.
+
+    Raises:
+        ValueError: options that don't go together, or don't fit the data.
+        OSError: a folder that can't be written.
+    """
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        check_count(victims=given.victims, images=given.images, others=given.others, seeds=given.seeds)
+        check_count(0, epochs=given.epochs, rounds=given.rounds, seed=given.seed)
+        check_share(delta=given.delta)
+        if given.strengths and len(given.defenses) != 1:
+            raise ValueError(
+                f"Expected `--strengths` with a single defense, whose unit they are in, but got {given.defenses}."
+            )
+        self.cells: list[tuple[str, float, list[Defense]]] = [
+            (name, strength, DEFENSES[name].make(strength))
+            for name in dict.fromkeys(given.defenses)
+            for strength in given.strengths or DEFENSES[name].strengths
+        ]
+        self.data = LabelledImages(
+            given.dataset, root=given.root, image_size=given.image_size, benchmark=given.benchmark, seed=given.seed
+        )
+        check_output(given.output)
+        if not given.resume and holds_results(given.output):
+            raise ValueError(
+                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
+                "with them, or choose another folder."
+            )
+        self.data.prepare_data()
+        self.data.setup("fit")
+        if given.others > len(self.data.train):
+            raise ValueError(
+                f"Expected `--others` of at most {len(self.data.train)}, the training images of {self.data.name!r}, "
+                f"but got {given.others}."
+            )
+        # What can be refused is refused before anything is trained.
+        network = make_network(given, self.data, epochs=0)
+        for _, _, defenses in self.cells:
+            self._victims(network, defenses).setup("fit")
+        for name in given.attacks:
+            self._attack(name, adaptive=True)
+
+    def run(self) -> list[TradeoffRow]:
+        """Attack and train, and write what was found; after every cell, so that nothing is lost."""
+        given, rows = self.given, []
+        network = make_network(given, self.data, given.epochs)
+        for name, strength, defenses in self.cells:
+            print(f"{DEFENSES[name].written} {strength:g}", flush=True)
+            rows += self._cell(network, name, strength, defenses)
+            write_json(given.output / "summary.json", [asdict(row) for row in rows])
+        epochs = f"after {given.epochs} epochs" if given.epochs else "untrained"
+        number = "one image" if given.images == 1 else f"{given.images} images"
+        title = f"{self.data.name}, {WRITTEN[given.network]}, {epochs}, {number}, {given.victims} victims"
+        save_figure(plot_attackers(rows, title), given.output / "attackers.png")
+        if given.rounds:
+            save_figure(plot_tradeoff(rows, title), given.output / "tradeoff.png")
+        return rows
+
+    def _victims(self, network: Any, defenses: Sequence[Defense]) -> Victims:
+        given = self.given
+        return Victims(
+            self.data.test,
+            num_classes=self.data.num_classes,
+            victims=given.victims,
+            images=given.images,
+            seed=given.seed,
+            lanes=given.lanes,
+            model=network.model,
+            weights="own" if network.own else "shared",
+            reveal_labels=not given.infer_labels,
+            defenses=defenses,
+        )
+
+    def _attack(self, name: str, *, adaptive: bool) -> GradientInversion:
+        given = self.given
+        options: dict[str, Any] = {"seed": given.seed, "adaptive": adaptive}
+        if name == "gauss_newton":
+            options["underdetermined"] = True
+        else:
+            options["protocol"] = given.protocol
+        if given.iterations is not None:
+            options["steps" if name == "inverting_gradients" else "max_evaluations"] = given.iterations
+        return ATTACKS[name](**options)
+
+    def _cell(self, network: Any, name: str, strength: float, defenses: list[Defense]) -> list[TradeoffRow]:
+        given, folder = self.given, self.given.output / "cells" / f"{name}_{strength:g}"
+        kinds = ATTACKERS if defenses else ATTACKERS[:1]
+        runs = {f"{attack}_{kind}": (attack, kind == "adaptive") for attack in given.attacks for kind in kinds}
+        victims = self._victims(network, defenses)
+        compared = compare(
+            {run: self._attack(attack, adaptive=adaptive) for run, (attack, adaptive) in runs.items()},
+            victims,
+            folder,
+            dataset=self.data.name,
+            resume=given.resume,
+            accelerator=given.accelerator,
+            devices=1,
+            enable_progress_bar=sys.stderr.isatty(),
+        )
+        accuracies = self._accuracies(network, name, strength, defenses)
+        truth = GroundTruth.cat(list(victims.val_dataloader()))
+        return [
+            self._row(row, *runs[row.method], network, name, strength, defenses, truth, folder, accuracies)
+            for row in compared
+        ]
+
+    def _row(
+        self,
+        compared: Row,
+        attack: str,
+        adaptive: bool,
+        network: Any,
+        name: str,
+        strength: float,
+        defenses: list[Defense],
+        truth: GroundTruth,
+        folder: Path,
+        accuracies: list[float],
+    ) -> TradeoffRow:
+        given, public = self.given, in_unit_range(self.data.train.images)
+        found = read_reconstructions(folder / compared.method, truth.ids.tolist())
+        scores = score(found.images, found.labels, truth.images, truth.labels)
+        images = found.images[torch.arange(len(truth))[:, None], scores.order]
+        psnr = MeanOverVictims()(scores.psnr.mean(1))
+        generator = torch.Generator().manual_seed(derive_seed(given.seed, 0, "others"))
+        others = public[torch.randperm(len(public), generator=generator)[: given.others]]
+        told = ShareOverVictims()(identified(images, truth.images, others).double().mean(1))
+        guesses = baseline_guesses(truth.images, public).values()
+        baseline = max(float(score(guess, truth.labels, truth.images, truth.labels).psnr.mean()) for guess in guesses)
+        epsilon = bound = None
+        private = next((defense for defense in defenses if isinstance(defense, DPSGD)), None)
+        if private is not None and private.noise_multiplier:
+            epsilon = private.epsilon(1, 1.0, given.delta)
+            bound = gaussian_success_bound(1 / (given.others + 1), private.noise_multiplier)
+        gradients = dict(network.model.named_parameters())
+        interval = None
+        if accuracies:
+            interval = mean_interval(torch.tensor(accuracies, dtype=torch.float64))
+        return TradeoffRow(
+            defense=name,
+            strength=strength,
+            attack=attack,
+            adaptive=adaptive,
+            network=given.network,
+            epochs=given.epochs,
+            images=given.images,
+            victims=compared.victims,
+            psnr_mean=psnr.value,
+            psnr_ci=(psnr.low, psnr.high),
+            mse_median=compared.mse_median,
+            success_rate=compared.success_rate,
+            success_ci=compared.success_rate_ci,
+            success_threshold=compared.success_threshold,
+            identified=told.value,
+            identified_ci=(told.low, told.high),
+            others=given.others,
+            baseline=baseline,
+            label_accuracy=compared.label_accuracy,
+            test_accuracy=sum(accuracies) / len(accuracies) if accuracies else None,
+            test_accuracy_ci=interval,
+            bytes=size_sent(defenses, gradients).bytes,
+            epsilon=epsilon,
+            delta=given.delta,
+            bound=bound,
+            seconds_per_victim=compared.seconds / compared.victims,
+        )
+
+    def _accuracies(self, network: Any, name: str, strength: float, defenses: list[Defense]) -> list[float]:
+        """Test accuracies of networks trained under the defense, from the cache if they are there."""
+        given = self.given
+        if not given.rounds:
+            return []
+        path = given.output / "cells" / f"{name}_{strength:g}" / f"accuracy_{given.rounds}.json"
+        known: list[float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        for seed in range(len(known), given.seeds):
+            model = copy.deepcopy(network.model)
+            model.load_state_dict(draw_state(model, derive_seed(given.seed, seed, "federation")), strict=False)
+            known.append(accuracy_under(model, defenses, self.data, Federation(given.rounds), seed))
+            write_json(path, known)
+        return known[: given.seeds]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    quiet()
+    try:
+        tradeoff = Tradeoff(given)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    try:
+        rows = tradeoff.run()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, OSError) or str(error).startswith("Expected "):
+            sys.exit(f"{parser.prog}: error: {error}")
+        raise
+    print(f"\n{format_table(rows)}\n")
+    for name in ("summary.json", "attackers.png", *["tradeoff.png"] * bool(given.rounds)):
+        print(given.output / name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tradeoff.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--dataset",
+        required=True,
+        help=f"one of {', '.join(LABELLED_DATASETS)}, or a folder of images in ImageFolder layout",
+    )
+    add("--benchmark", choices=tuple(BENCHMARKS), help="the data set that a folder holds, whose statistics are used")
+    add("--network", choices=tuple(NETWORKS), default="lenet", help="default: %(default)s")
+    add("--epochs", type=int, default=0, help="of its training, 0 for none (default: %(default)s)")
+    add("--defenses", nargs="+", choices=tuple(DEFENSES), default=list(DEFENSES), help="default: all")
+    add("--strengths", nargs="+", type=float, help="of a single defense (default: three of each, see the table)")
+    add("--attacks", nargs="+", choices=tuple(ATTACKS), default=["gauss_newton"], help="default: %(default)s")
+    add("--protocol", choices=("published", "robust"), default="robust", help="of the attacks (default: %(default)s)")
+    add("--iterations", type=int, help="evaluations of the objective for each start (default: the protocol's)")
+    add("--victims", type=int, default=10, help="default: %(default)s")
+    add("--images", type=int, default=1, help="of a victim (default: %(default)s)")
+    add("--infer-labels", action="store_true", help="read them off the gradient; else the attacker is told them")
+    add("--rounds", type=int, default=0, help="of training under each defense, 0 for none (default: %(default)s)")
+    add("--seeds", type=int, default=3, help="networks trained under each defense (default: %(default)s)")
+    add("--delta", type=float, default=1e-5, help="of DP-SGD (default: %(default)s)")
+    add("--others", type=int, default=1000, help="training images to tell victims' from (default: %(default)s)")
+    add("--train-images", type=int, help="to train the network on (default: all)")
+    add("--learning-rate", type=float, help="of the network's training (default: that of leakage.clients.training)")
+    add("--networks", type=Path, help="folder that keeps trained networks (default: ~/.cache/leakage/networks)")
+    add("--lanes", type=int, default=16, help="victims attacked at once (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
+    add("--output", type=Path, required=True, help="folder for results")
+    add("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    add("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    add("--image-size", type=int, help="scale and crop a folder's images to this height and width")
+    add("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
+    parser.set_defaults(batch_norm="evaluation")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

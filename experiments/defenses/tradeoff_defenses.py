@@ -1,0 +1,73 @@
+"""The defenses of `tradeoff.py` by name, each over its strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from leakage.defenses import (
+    DPSGD,
+    Clip,
+    Defense,
+    GaussianNoise,
+    HalfPrecision,
+    LaplaceNoise,
+    Quantise,
+    RandomPruning,
+    Sign,
+    Soteria,
+    TopK,
+)
+
+# Of DP-SGD, beside its noise multiplier.
+DP_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A defense over its strengths.
+
+    Attributes:
+        make: what clients do, from a strength.
+        strengths: from the weakest to the strongest.
+        written: in tables and pictures.
+        told: what a strength is.
+    """
+
+    make: Callable[[float], list[Defense]]
+    strengths: tuple[float, ...]
+    written: str
+    told: str
+
+
+def _pruned(kind: Callable[[float], Defense], share: float) -> list[Defense]:
+    return [kind(round(1 - share, 12))]
+
+
+DEFENSES: dict[str, Kind] = {
+    "none": Kind(lambda strength: [], (0.0,), "nothing", ""),
+    "gaussian_noise": Kind(
+        lambda strength: [GaussianNoise(strength, relative=True)], (0.01, 0.1, 1.0), "Gaussian noise", "std, in rms"
+    ),
+    "laplace_noise": Kind(
+        lambda strength: [LaplaceNoise(strength, relative=True)], (0.01, 0.1, 1.0), "Laplace noise", "std, in rms"
+    ),
+    "clip": Kind(lambda strength: [Clip(1 / strength)], (0.1, 1.0, 10.0), "clipping", "1 / norm"),
+    "dp_sgd": Kind(lambda strength: [DPSGD(strength, DP_NORM)], (0.001, 0.01, 0.1), "DP-SGD", "noise multiplier"),
+    "top_k": Kind(partial(_pruned, TopK), (0.5, 0.9, 0.99), "top-k", "share pruned"),
+    "random_pruning": Kind(partial(_pruned, RandomPruning), (0.5, 0.9, 0.99), "random pruning", "share pruned"),
+    "quantise": Kind(lambda strength: [Quantise(round(1 / strength))], (1 / 8, 1 / 4, 1 / 2), "quantising", "1 / bits"),
+    "quantise_stochastic": Kind(
+        lambda strength: [Quantise(round(1 / strength), stochastic=True)],
+        (1 / 8, 1 / 4, 1 / 2),
+        "stochastic quantising",
+        "1 / bits",
+    ),
+    "half_precision": Kind(
+        lambda strength: [HalfPrecision("bfloat16" if strength > 1 else "float16")], (1.0, 2.0), "half precision",
+        "1 float16, 2 bfloat16",
+    ),
+    "sign": Kind(lambda strength: [Sign(scaled=strength < 1)], (0.5, 1.0), "sign", "0.5 scaled, 1 plain"),
+    "soteria": Kind(lambda strength: [Soteria(strength)], (0.4, 0.8, 0.95), "Soteria", "share of features"),
+}  # fmt: skip
