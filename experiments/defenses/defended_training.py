@@ -33,7 +33,7 @@ class Federation:
         clients: in a round.
         images: of a client in a round, drawn anew.
         learning_rate, momentum: of the server's SGD on the mean of what the clients share; a tenth of the rate in the
-            last quarter.
+            last quarter of the rounds.
     """
 
     rounds: int = 300
@@ -85,7 +85,7 @@ class FederatedSGD(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One round; the loss that is returned has the mean of the shared gradients for its gradient."""
-        if batch_idx == 3 * self.federation.rounds // 4:
+        if batch_idx == max(1, 3 * self.federation.rounds // 4):
             for group in cast(torch.optim.Optimizer, self.optimizers()).param_groups:
                 group["lr"] /= 10
         images, labels = batch

@@ -28,6 +28,7 @@ import argparse
 import copy
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,11 +36,11 @@ from typing import Any
 
 import torch
 from defended_training import Federation, accuracy_under  # these three lie beside this script
-from leakage.audit.bounds import gaussian_success_bound
 from tradeoff_defenses import DEFENSES
 from tradeoff_rows import TradeoffRow, format_table, plot_attackers, plot_tradeoff
 
 from leakage.attacks import GaussNewtonAttack, GradientInversion, IDLGAttack, InvertingGradientsAttack
+from leakage.audit.bounds import gaussian_success_bound
 from leakage.cli import quiet
 from leakage.comparison import Row, read_reconstructions
 from leakage.datamodules import LABELLED_DATASETS, GroundTruth, LabelledImages, Victims, in_unit_range
@@ -158,7 +159,20 @@ class Tradeoff:
         kinds = ATTACKERS if defenses else ATTACKERS[:1]
         runs = {f"{attack}_{kind}": (attack, kind == "adaptive") for attack in given.attacks for kind in kinds}
         victims = self._victims(network, defenses)
-        compared = compare(
+        with warnings.catch_warnings():
+            # That a naive attacker does not know the defense is what is asked.
+            warnings.filterwarnings("ignore", "The clients defend their gradients")
+            compared = self._compare(runs, victims, folder)
+        accuracies = self._accuracies(network, name, strength, defenses)
+        truth = GroundTruth.cat(list(victims.val_dataloader()))
+        return [
+            self._row(row, *runs[row.method], network, name, strength, defenses, truth, folder, accuracies)
+            for row in compared
+        ]
+
+    def _compare(self, runs: dict[str, tuple[str, bool]], victims: Victims, folder: Path) -> list[Row]:
+        given = self.given
+        return compare(
             {run: self._attack(attack, adaptive=adaptive) for run, (attack, adaptive) in runs.items()},
             victims,
             folder,
@@ -168,12 +182,6 @@ class Tradeoff:
             devices=1,
             enable_progress_bar=sys.stderr.isatty(),
         )
-        accuracies = self._accuracies(network, name, strength, defenses)
-        truth = GroundTruth.cat(list(victims.val_dataloader()))
-        return [
-            self._row(row, *runs[row.method], network, name, strength, defenses, truth, folder, accuracies)
-            for row in compared
-        ]
 
     def _row(
         self,

@@ -42,3 +42,11 @@ def inverting() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXPERIMENTS / "inverting_gradients")
         yield load("inverting_gradients/table.py")
+
+
+@pytest.fixture(scope="session")
+def tradeoff() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in ("defenses", "inverting_gradients"):
+            patch.syspath_prepend(EXPERIMENTS / folder)
+        yield load("defenses/tradeoff.py")

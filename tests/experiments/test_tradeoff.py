@@ -1,0 +1,179 @@
+"""`tradeoff.py` of defenses: its rows, pictures, resuming and refusals, and training under a defense."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from leakage import Victim
+from leakage.datamodules import LabelledImages
+from leakage.defenses import Clip, Sign, TopK, size_sent
+from leakage.models import ConvNet, LeNet, draw_state
+
+FEW = ["--dataset", "sample", "--victims", "2", "--others", "40", "--attacks", "idlg", "--accelerator", "cpu"]
+COLUMNS = {
+    "defense", "strength", "attack", "adaptive", "network", "epochs", "images", "victims", "psnr_mean", "psnr_ci",
+    "mse_median", "success_rate", "success_ci", "success_threshold", "identified", "identified_ci", "others",
+    "baseline", "label_accuracy", "test_accuracy", "test_accuracy_ci", "bytes", "epsilon", "delta", "bound",
+    "seconds_per_victim",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tradeoff: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    output = tmp_path_factory.mktemp("tradeoff")
+    asked = ["--defenses", "none", "clip", "--iterations", "120", "--rounds", "2", "--seeds", "2"]
+    tradeoff.main([*FEW, *asked, "--output", str(output)])
+    return output, json.loads((output / "summary.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_row_for_each_strength_and_attacker(done: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, rows = done
+    told = [(row["defense"], row["strength"], row["adaptive"]) for row in rows]
+    strengths = [("clip", strength, adaptive) for strength in (0.1, 1.0, 10.0) for adaptive in (False, True)]
+    assert told == [("none", 0.0, False), *strengths]
+    size = 4 * sum(parameter.numel() for parameter in LeNet().parameters())
+    for row in rows:
+        assert row.keys() == COLUMNS
+        assert (row["victims"], row["label_accuracy"], row["bytes"], row["bound"]) == (2, 1.0, size, None)
+        assert 0 <= row["test_accuracy"] <= 1
+        low, high = row["psnr_ci"]
+        assert low < row["psnr_mean"] < high
+    # Whether the defense is known decides, not how strong it is.
+    for row in rows:
+        assert (row["psnr_mean"] > 30) == (row["adaptive"] or row["defense"] == "none")
+        assert row["success_rate"] == (1.0 if row["psnr_mean"] > 30 else 0.0)
+    baselines = {row["baseline"] for row in rows}
+    assert len(baselines) == 1
+    assert 8 < baselines.pop() < 25
+
+
+@pytest.mark.slow
+def test_pictures_and_table(
+    done: tuple[Path, list[dict[str, Any]]], tradeoff: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, rows = done
+    assert all((output / name).stat().st_size > 10_000 for name in ("attackers.png", "tradeoff.png"))
+    table = tradeoff.format_table([tradeoff.TradeoffRow(**row) for row in rows])
+    assert len(table.splitlines()) == 1 + len(rows) + 2
+    starred = [" *" in line for line in table.splitlines()[1 : 1 + len(rows)]]
+    assert starred == [row["psnr_mean"] <= row["baseline"] for row in rows]
+
+
+@pytest.mark.slow
+def test_it_goes_on_with_more_defenses_and_keeps_what_is_known(
+    done: tuple[Path, list[dict[str, Any]]], tradeoff: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, rows = done
+    asked = ["--defenses", "none", "clip", "dp_sgd", "--iterations", "120", "--output", str(output)]
+    with pytest.raises(SystemExit):
+        tradeoff.main([*FEW, *asked])
+    assert "a folder without results, but got" in capsys.readouterr().err
+    more = [
+        *FEW,
+        "--defenses",
+        "dp_sgd",
+        "--strengths",
+        "2.0",
+        "--iterations",
+        "5",
+        "--output",
+        str(output),
+        "--resume",
+    ]
+    tradeoff.main(more)
+    found = json.loads((output / "summary.json").read_text())
+    assert [(row["defense"], row["adaptive"]) for row in found] == [("dp_sgd", False), ("dp_sgd", True)]
+    for row in found:
+        assert row["test_accuracy"] is None
+        assert 0 < row["epsilon"] < 5
+        assert 1 / 41 < row["bound"] < 0.2
+        assert row["identified_ci"][0] < row["bound"], "an attack that beats a bound is a fault"
+    tradeoff.main([*FEW, "--defenses", "none", "--iterations", "120", "--output", str(output), "--resume"])
+    (again,) = json.loads((output / "summary.json").read_text())
+    assert again["psnr_mean"] == rows[0]["psnr_mean"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--defenses", "clip", "sign", "--strengths", "1"], "`--strengths` with a single defense"),
+        (["--defenses", "clip", "--strengths", "-1"], "`norm` to be positive and finite"),
+        (["--defenses", "soteria", "--strengths", "1.5"], "`share` to be above 0 and below 1, but got 1.5"),
+        (["--others", "100000"], "`--others` of at most"),
+        (["--delta", "2"], "`delta` to be above 0 and below 1"),
+        (["--seeds", "0"], "`seeds` to be a whole number of at least 1"),
+        (["--network", "resnet18", "--dataset", "nothing"], "nothing"),
+    ],
+)
+def test_refusals(
+    tradeoff: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tradeoff.main([*FEW, *asked, "--output", str(tmp_path / "new")])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new" / "summary.json").exists()
+
+
+# Training under a defense.
+
+
+def network() -> ConvNet:
+    model = ConvNet(width=16)
+    model.load_state_dict(draw_state(model, 3))
+    return model
+
+
+def data() -> LabelledImages:
+    found = LabelledImages("sample")
+    found.prepare_data()
+    found.setup("fit")
+    return found
+
+
+def test_a_round_moves_the_network_by_the_mean_of_what_clients_share(tradeoff: ModuleType) -> None:
+    training, images = tradeoff.sys.modules["defended_training"], data()
+    federation = training.Federation(rounds=1, clients=3, images=2, learning_rate=0.1, momentum=0.0)
+    for defenses in ([], [Clip(0.1), TopK(0.5)], [Sign()]):
+        module = training.FederatedSGD(network(), defenses, images, federation, seed=5)
+        trainer = training.Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+        )
+        rounds = training.Rounds(images, federation, 7)
+        trainer.fit(module, training.DataLoader(rounds, batch_size=None))
+        ((batch, labels),) = list(rounds)
+        assert batch.shape == (3, 2, 1, 28, 28)
+        victim = Victim(network(), image_shape=(1, 28, 28), num_images=2, defenses=defenses)
+        shared = victim.share(batch, labels).gradients
+        for name, start in network().named_parameters():
+            # The rate is a tenth in the last quarter, which the only round is not in.
+            expected = start - 0.1 * shared[name].mean(0)
+            torch.testing.assert_close(dict(module.model.named_parameters())[name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_accuracy_comes_with_rounds_and_is_decided_by_the_seed(tradeoff: ModuleType) -> None:
+    training, images, model = tradeoff.sys.modules["defended_training"], data(), network()
+    long, again, short = (
+        training.accuracy_under(model, [], images, training.Federation(rounds), seed=1) for rounds in (40, 40, 1)
+    )
+    assert long == again
+    assert long > short + 0.2
+    silent = training.accuracy_under(model, [Clip(1e-9)], images, training.Federation(40), seed=1)
+    assert silent < short + 0.1, "steps of nothing"
+
+
+def test_sizes_of_the_strengths(tradeoff: ModuleType) -> None:
+    gradients = dict(LeNet().named_parameters())
+    for name, kind in tradeoff.DEFENSES.items():
+        sizes = [size_sent(kind.make(strength), gradients).bytes for strength in kind.strengths]
+        assert sizes == sorted(sizes, reverse=True), name
+        assert math.isfinite(sum(kind.strengths))
