@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -92,7 +92,7 @@ class Defense(Piece, ABC):
         keeps_zeros: whether entries that are zero before it are so after it, and few others.
     """
 
-    averages_out: ClassVar[bool] = False
+    averages_out: bool = False
     keeps_zeros: bool = False
 
     @abstractmethod
@@ -216,7 +216,8 @@ def known_to(adaptive: bool, protocol: Protocol) -> tuple[Defense, ...]:
 def simulate(defenses: Sequence[Defense], gradients: Gradients, shared: Gradients) -> Gradients:
     """What one client would have shared of these gradients, after all its defenses: :meth:`Defense.simulate`."""
     for defense in defenses:
-        gradients = defense.simulate(gradients, shared)
+        if not defense.averages_out:
+            gradients = defense.simulate(gradients, shared)
     return gradients
 
 

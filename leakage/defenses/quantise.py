@@ -8,6 +8,10 @@ from torch import Tensor
 from leakage.defenses.base import Defense, Gradients, Size, within
 from leakage.errors import check_count, check_flag
 
+# Up to so many bits, one less if stochastic, intervals say more than distances: on LeNet, six images, 24 against 19 dB
+# with 5 bits, 27 against 26 with 6, 31 against 32 with 7; stochastic 18 against 17 with 5, 21 against 23 with 6.
+_FEW_BITS = 6
+
 
 class Quantise(Defense):
     r"""Rounds every entry of the gradient to one of few values, equally far from one another.
@@ -17,7 +21,8 @@ class Quantise(Defense):
     average; else the nearest.
 
     An attacker who knows of it asks for gradients that are rounded to the same values: those within half a step of what
-    was shared, with ``stochastic`` within a whole one.
+    was shared, with ``stochastic`` within a whole one. From 7 bits on, with ``stochastic`` from 6, it matches what was
+    shared as it is: errors of rounding average out, and images come nearer so.
 
     Args:
         bits: b, from 1 to 16.
@@ -43,6 +48,7 @@ class Quantise(Defense):
         self.bits = bits
         self.stochastic = stochastic
         self.keeps_zeros = bits > 1
+        self.averages_out = bits > _FEW_BITS - stochastic
 
     def _steps(self, largest: Tensor) -> Tensor:
         """How far the values are from one another."""

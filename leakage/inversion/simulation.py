@@ -26,7 +26,7 @@ class Simulation:
     """
 
     def __init__(self, defenses: Sequence[Defense], victim: Victim) -> None:
-        self.defenses = [defense for defense in defenses if defense.is_simulated]
+        self.defenses = [each for each in defenses if each.is_simulated and not each.averages_out]
         norms = [defense.example_norm for defense in defenses if defense.example_norm is not None]
         self._norm = norms[0] if norms else None
         self.per_image = self._norm is not None

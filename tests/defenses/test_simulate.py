@@ -41,13 +41,11 @@ DEFENSES = [
     Soteria(0.5, layer="3"),
     Quantise(1),
     Quantise(4),
-    Quantise(8),
+    Quantise(6),
     Quantise(1, stochastic=True),
     Quantise(4, stochastic=True),
     Sign(),
     Sign(scaled=True),
-    HalfPrecision("bfloat16"),
-    HalfPrecision("float16"),
 ]
 SEEDS = st.integers(0, 2**32 - 1)
 VICTIM = Victim(network("mlp", bias=True), image_shape=IMAGE_SHAPE)
@@ -78,11 +76,8 @@ def assert_like_shared(defenses: Sequence[Defense], gradients: Gradients, shared
     """To rounding, in units of each tensor's largest entry."""
     found = simulate(defenses, gradients, shared)
     assert found.keys() == shared.keys()
-    # Torch rounds double to half precision by way of single precision.
-    in_single = any(isinstance(defense, HalfPrecision) for defense in defenses)
     for name, wanted in shared.items():
-        dtype = torch.float32 if in_single else wanted.dtype
-        slack = 16 * torch.finfo(dtype).eps * float(wanted.abs().max())
+        slack = 16 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
         torch.testing.assert_close(found[name], wanted, rtol=0, atol=slack)
 
 
@@ -98,10 +93,11 @@ def around(gradients: Gradients, size: float, seed: int = 0) -> Gradients:
 def test_these_are_all_stock_defenses_that_are_simulated():
     kinds = [value for value in vars(leakage.defenses).values() if isinstance(value, type)]
     stock = {kind for kind in kinds if issubclass(kind, Defense) and kind is not Defense}
-    others = {GaussianNoise, LaplaceNoise, DPSGD}
+    others = {GaussianNoise, LaplaceNoise, DPSGD, HalfPrecision}
     assert {type(defense) for defense in DEFENSES} == stock - others
     assert all(defense.is_simulated for defense in DEFENSES)
-    for defense in (GaussianNoise(0.1), LaplaceNoise(0.1), DPSGD(0.1, 1.0)):
+    assert not any(defense.averages_out for defense in DEFENSES)
+    for defense in (GaussianNoise(0.1), LaplaceNoise(0.1), DPSGD(0.1, 1.0), HalfPrecision()):
         assert not defense.is_simulated
         assert defense.averages_out
         given = client()[1]
@@ -146,7 +142,7 @@ def test_so_it_is_after_two_defenses_one_after_the_other(order):
 
 @given(
     sparse=st.sampled_from([None, TopK(0.3), RandomPruning(0.4), Soteria(0.5, layer="3")]),
-    small=st.sampled_from([None, Quantise(8), Quantise(4, stochastic=True), Sign(), HalfPrecision()]),
+    small=st.sampled_from([None, Quantise(6), Quantise(4, stochastic=True), Sign()]),
     seed=SEEDS,
 )
 def test_so_it_is_of_a_clipped_sparse_and_rounded_one(sparse, small, seed):
@@ -157,9 +153,12 @@ def test_so_it_is_of_a_clipped_sparse_and_rounded_one(sparse, small, seed):
     assert not torch.allclose(flat(simulate(defenses, client(seed + 1)[1], shared)), flat(shared), rtol=0.01)
 
 
-def test_what_is_not_simulated_is_left_out():
+@pytest.mark.parametrize(
+    "fine", [GaussianNoise(0.1), HalfPrecision(), Quantise(7), Quantise(6, stochastic=True)], ids=repr
+)
+def test_what_averages_out_is_left_out(fine):
     own, gradients = client()
-    defenses = [Clip(0.05), GaussianNoise(0.1), LaplaceNoise(0.1)]
+    defenses = [Clip(0.05), fine]
     found = simulate(defenses, gradients, sent(defenses, own, gradients))
     torch.testing.assert_close(dict(found), sent([Clip(0.05)], own, gradients))
 

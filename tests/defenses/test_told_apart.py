@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leakage.defenses import Clip, Defense, HalfPrecision, Quantise, RandomPruning, Sign, Soteria, TopK
+from leakage.defenses import Clip, Defense, Quantise, RandomPruning, Sign, Soteria, TopK
 from tests.defenses.test_simulate import DEFENSES, Gradients, around, assert_like_shared, client, flat, sent
 
 
@@ -129,60 +129,6 @@ def test_a_short_gradient_can_be_told_from_every_other(size):
     torch.testing.assert_close(flat(defense.simulate(short, gradients)), flat(short))
     jacobian = slopes(defense, short, gradients)
     torch.testing.assert_close(jacobian, torch.eye(len(jacobian)).double())
-
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def neighbours(number: float, dtype: torch.dtype) -> tuple[float, float]:
-    """The numbers of 16 bits below and above one, found by halving: where the next rounds to begins."""
-    here = torch.tensor(number, dtype=torch.float64)
-    found = []
-    for side in (-1, 1):
-        step = torch.tensor(2.0**-140, dtype=torch.float64)
-        while (here + side * step).to(dtype).double() == here:
-            step = step * 1.25
-        found.append(float((here + side * step).to(dtype)))
-    return found[0], found[1]
-
-
-NUMBERS = {
-    ("bfloat16", "ordinary"): [1.1, -3.3, 1e-3, 0.7, 1e30, -1e-30],
-    ("bfloat16", "just below a power of two"): [2 - 2**-7, -(0.25 - 2**-10)],
-    ("bfloat16", "a power of two"): [1.0, -0.25, 2.0**-12, 2.0**-100, 2.0**100],
-    ("bfloat16", "subnormal"): [5 * 2.0**-133, -(2.0**-133), 2.0**-127],
-    ("bfloat16", "zero"): [0.0],
-    ("float16", "ordinary"): [1.1, -3.3, 1e-3, 0.7, 60000.0],
-    ("float16", "just below a power of two"): [2 - 2**-10, -(0.25 - 2**-13)],
-    ("float16", "a power of two"): [1.0, -0.25, 2.0**-12, 1024.0],
-    ("float16", "subnormal"): [5 * 2.0**-24, -(2.0**-24), 2.0**-15],
-    ("float16", "zero"): [0.0],
-}
-
-
-@pytest.mark.parametrize(("dtype", "kind"), NUMBERS)
-def test_what_rounds_to_the_same_number_of_16_bits_can_not_be_told_apart(dtype, kind):
-    """At both ends of all that does, and beyond."""
-    defense, half = HalfPrecision(dtype), DTYPES[dtype]
-    for number in NUMBERS[dtype, kind]:
-        here = float(torch.tensor(number, dtype=torch.float64).to(half))
-        for other in neighbours(here, half):
-            end = (here + other) / 2
-            for number_there in (end + (here - end) * share for share in (-0.9, -1e-3, 1e-3, 0.9)):
-                given = {"weight": torch.tensor([number_there], dtype=torch.float64)}
-                same = float(given["weight"].to(half)) == here
-                shared = {"weight": torch.tensor([here], dtype=torch.float64)}
-                found = defense.simulate(given, shared)
-                assert (float(found["weight"]) == here) is same, (here, number_there)
-                assert one_by_one(defense, given, shared).tolist() == [not same]
-
-
-@pytest.mark.parametrize("number", [65504.0, 65519.0, 65530.0, 1e6, -1e6])
-def test_what_is_beyond_all_numbers_of_16_bits_can_not_be_told_apart(number):
-    given = {"weight": torch.tensor([number, 1.0])}
-    shared = HalfPrecision("float16")(given, torch.Generator())
-    assert shared["weight"].abs().tolist() == [65504.0, 1.0]
-    assert_like_shared([HalfPrecision("float16")], given, shared)
 
 
 # -- gradients of zero
