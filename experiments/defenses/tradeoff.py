@@ -12,7 +12,8 @@ million weights has a newly drawn one of its own; larger and trained ones are sh
 unless `--infer-labels`.
 
 With `--rounds` a network is trained under each defense, by clients that share a defended gradient each in every round,
-from `--seeds` starts: its test accuracy is what the defense costs. A PSNR that is not above the best guess without any
+from `--seeds` starts, with a learning rate that suits the defense on held-out training images: its test accuracy is
+what the defense costs. A PSNR that is not above the best guess without any
 gradient (a grey image, the own mean colour, the nearest training image) is marked. *Identified* is an image that its
 reconstruction is nearer to than to any of `--others` training images; for DP-SGD the bound on it stands beside.
 
@@ -30,12 +31,12 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from defended_training import Federation, accuracy_under  # these three lie beside this script
+from defended_training import Federation, accuracy_under, suitable_rate  # these three lie beside this script
 from tradeoff_defenses import DEFENSES
 from tradeoff_rows import TradeoffRow, format_table, plot_attackers, plot_tradeoff
 
@@ -247,16 +248,23 @@ class Tradeoff:
     def _accuracies(self, network: Any, name: str, strength: float, defenses: list[Defense]) -> list[float]:
         """Test accuracies of networks trained under the defense, from the cache if they are there."""
         given = self.given
-        if not given.rounds:
+        if not given.rounds or name not in (given.trained or given.defenses):
             return []
         path = given.output / "cells" / f"{name}_{strength:g}" / f"accuracy_{given.rounds}.json"
-        known: list[float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        for seed in range(len(known), given.seeds):
+        known: dict[str, Any] = {"learning_rate": None, "accuracies": []}
+        if path.is_file():
+            known = json.loads(path.read_text(encoding="utf-8"))
+        federation, accuracies = Federation(given.rounds), known["accuracies"]
+        for seed in range(len(accuracies), given.seeds):
             model = copy.deepcopy(network.model)
             model.load_state_dict(draw_state(model, derive_seed(given.seed, seed, "federation")), strict=False)
-            known.append(accuracy_under(model, defenses, self.data, Federation(given.rounds), seed))
+            given_to = model, defenses, self.data
+            if known["learning_rate"] is None:
+                known["learning_rate"] = suitable_rate(*given_to, federation, seed)
+            suited = replace(federation, learning_rate=known["learning_rate"])
+            accuracies.append(accuracy_under(*given_to, suited, seed))
             write_json(path, known)
-        return known[: given.seeds]
+        return list(accuracies[: given.seeds])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -300,6 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--images", type=int, default=1, help="of a victim (default: %(default)s)")
     add("--infer-labels", action="store_true", help="read them off the gradient; else the attacker is told them")
     add("--rounds", type=int, default=0, help="of training under each defense, 0 for none (default: %(default)s)")
+    add("--trained", nargs="+", choices=tuple(DEFENSES), help="defenses to train under (default: all that are tried)")
     add("--seeds", type=int, default=3, help="networks trained under each defense (default: %(default)s)")
     add("--delta", type=float, default=1e-5, help="of DP-SGD (default: %(default)s)")
     add("--others", type=int, default=1000, help="training images to tell victims' from (default: %(default)s)")
