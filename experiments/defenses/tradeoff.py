@@ -15,18 +15,20 @@ With `--rounds` a network is trained under each defense, by clients that share a
 from `--seeds` starts, with a learning rate that suits the defense on held-out training images: its test accuracy is
 what the defense costs. A PSNR that is not above the best guess without any
 gradient (a grey image, the own mean colour, the nearest training image) is marked. *Identified* is an image that its
-reconstruction is nearer to than to any of `--others` training images; for DP-SGD the bound on it stands beside.
+reconstruction is nearer to than to any of `--others` training images of its class; for DP-SGD epsilon and the bound on
+it stand beside.
 
 Files in the output folder: `summary.json`, a row for each defense, strength, attack and kind of attacker;
 `attackers.png`; with `--rounds` also `tradeoff.png`; the folder `cells` with a comparison of attacks each. A run that
-was stopped, in whatever way, goes on with the same command and `--resume`; more defenses and attacks can be asked for
-then. Without it a folder that holds results is refused.
+was stopped, in whatever way, goes on with the same command and `--resume`; other defenses, attacks, rounds and more
+seeds can be asked for then. Without it a folder that holds results is refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import sys
 import warnings
@@ -37,6 +39,7 @@ from typing import Any
 
 import torch
 from defended_training import Federation, accuracy_under, suitable_rate  # these three lie beside this script
+from torch import Tensor
 from tradeoff_defenses import DEFENSES
 from tradeoff_rows import TradeoffRow, format_table, plot_attackers, plot_tradeoff
 
@@ -66,6 +69,23 @@ ATTACKS: dict[str, Callable[..., GradientInversion]] = {
     "inverting_gradients": InvertingGradientsAttack,
 }
 ATTACKERS = ("naive", "adaptive")
+# Options that a run may go on with others of; all others decide what it finds.
+_MAY_CHANGE = {
+    *(
+        "output",
+        "resume",
+        "defenses",
+        "strengths",
+        "attacks",
+        "rounds",
+        "seeds",
+        "trained",
+        "root",
+        "networks",
+        "lanes",
+    ),
+    *("accelerator", "delta", "iterations", "protocol", "infer_labels"),  # the last three are seen to by `compare`
+}
 
 
 class Tradeoff:
@@ -94,11 +114,21 @@ class Tradeoff:
             given.dataset, root=given.root, image_size=given.image_size, benchmark=given.benchmark, seed=given.seed
         )
         check_output(given.output)
-        if not given.resume and holds_results(given.output):
+        record = given.output / "options.json"
+        if not given.resume and (holds_results(given.output) or record.is_file()):
             raise ValueError(
                 f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
                 "with them, or choose another folder."
             )
+        self.options = {name: str(value) for name, value in sorted(vars(given).items()) if name not in _MAY_CHANGE}
+        self.options["federation"] = str(Federation())
+        if record.is_file():
+            earlier = json.loads(record.read_text(encoding="utf-8"))
+            if differing := [name for name in self.options if earlier.get(name) != self.options[name]]:
+                told = ", ".join(
+                    f"{name}={earlier.get(name)} there and {self.options[name]} here" for name in differing
+                )
+                raise ValueError(f"Expected the options of the run in '{given.output}', but got {told}.")
         self.data.prepare_data()
         self.data.setup("fit")
         if given.others > len(self.data.train):
@@ -112,6 +142,9 @@ class Tradeoff:
             self._victims(network, defenses).setup("fit")
         for name in given.attacks:
             self._attack(name, adaptive=True)
+        self.public = in_unit_range(self.data.train.images)
+        self.baseline: float | None = None
+        write_json(record, self.options)
 
     def run(self) -> list[TradeoffRow]:
         """Attack and train, and write what was found; after every cell, so that nothing is lost."""
@@ -164,10 +197,10 @@ class Tradeoff:
             # That a naive attacker does not know the defense is what is asked.
             warnings.filterwarnings("ignore", "The clients defend their gradients")
             compared = self._compare(runs, victims, folder)
-        accuracies = self._accuracies(network, name, strength, defenses)
+        trained = self._accuracies(network, name, strength, defenses)
         truth = GroundTruth.cat(list(victims.val_dataloader()))
         return [
-            self._row(row, *runs[row.method], network, name, strength, defenses, truth, folder, accuracies)
+            self._row(row, *runs[row.method], network, name, strength, defenses, truth, folder, trained)
             for row in compared
         ]
 
@@ -195,24 +228,28 @@ class Tradeoff:
         defenses: list[Defense],
         truth: GroundTruth,
         folder: Path,
-        accuracies: list[float],
+        trained: tuple[list[float], float | None],
     ) -> TradeoffRow:
-        given, public = self.given, in_unit_range(self.data.train.images)
+        given = self.given
         found = read_reconstructions(folder / compared.method, truth.ids.tolist())
         scores = score(found.images, found.labels, truth.images, truth.labels)
         images = found.images[torch.arange(len(truth))[:, None], scores.order]
         psnr = MeanOverVictims()(scores.psnr.mean(1))
-        generator = torch.Generator().manual_seed(derive_seed(given.seed, 0, "others"))
-        others = public[torch.randperm(len(public), generator=generator)[: given.others]]
-        told = ShareOverVictims()(identified(images, truth.images, others).double().mean(1))
-        guesses = baseline_guesses(truth.images, public).values()
-        baseline = max(float(score(guess, truth.labels, truth.images, truth.labels).psnr.mean()) for guess in guesses)
+        told = ShareOverVictims()(self._identified(images, truth))
+        if self.baseline is None:
+            guesses = baseline_guesses(truth.images, self.public).values()
+            self.baseline = max(
+                float(score(guess, truth.labels, truth.images, truth.labels).psnr.mean()) for guess in guesses
+            )
         epsilon = bound = None
         private = next((defense for defense in defenses if isinstance(defense, DPSGD)), None)
         if private is not None and private.noise_multiplier:
             epsilon = private.epsilon(1, 1.0, given.delta)
-            bound = gaussian_success_bound(1 / (given.others + 1), private.noise_multiplier)
+            # Images of a victim are told apart by who knows the truth: each has so many tries.
+            others = min(given.others, int(self.data.train.labels.bincount().min()))
+            bound = gaussian_success_bound(min(1.0, given.images / (others + 1)), private.noise_multiplier)
         gradients = dict(network.model.named_parameters())
+        accuracies, rate = trained
         interval = None
         if accuracies:
             interval = mean_interval(torch.tensor(accuracies, dtype=torch.float64))
@@ -234,10 +271,11 @@ class Tradeoff:
             identified=told.value,
             identified_ci=(told.low, told.high),
             others=given.others,
-            baseline=baseline,
+            baseline=self.baseline,
             label_accuracy=compared.label_accuracy,
             test_accuracy=sum(accuracies) / len(accuracies) if accuracies else None,
             test_accuracy_ci=interval,
+            learning_rate=rate,
             bytes=size_sent(defenses, gradients).bytes,
             epsilon=epsilon,
             delta=given.delta,
@@ -245,11 +283,25 @@ class Tradeoff:
             seconds_per_victim=compared.seconds / compared.victims,
         )
 
-    def _accuracies(self, network: Any, name: str, strength: float, defenses: list[Defense]) -> list[float]:
-        """Test accuracies of networks trained under the defense, from the cache if they are there."""
+    def _identified(self, images: Tensor, truth: GroundTruth) -> Tensor:
+        """``(V,)``, the share of each victim's images that are told from others of their class."""
+        generator = torch.Generator().manual_seed(derive_seed(self.given.seed, 0, "others"))
+        order = torch.randperm(len(self.public), generator=generator)
+        labels = self.data.train.labels[order]
+        found = torch.zeros(images.shape[:2], dtype=torch.float64)
+        for victim, place in itertools.product(range(len(images)), range(images.shape[1])):
+            others = order[labels == truth.labels[victim, place]][: self.given.others]
+            pair = images[victim : victim + 1, place : place + 1], truth.images[victim : victim + 1, place : place + 1]
+            found[victim, place] = float(identified(*pair, self.public[others]))
+        return found.mean(1)
+
+    def _accuracies(
+        self, network: Any, name: str, strength: float, defenses: list[Defense]
+    ) -> tuple[list[float], float | None]:
+        """Test accuracies of networks trained under the defense, and their rate; from the cache if they are there."""
         given = self.given
         if not given.rounds or name not in (given.trained or given.defenses):
-            return []
+            return [], None
         path = given.output / "cells" / f"{name}_{strength:g}" / f"accuracy_{given.rounds}.json"
         known: dict[str, Any] = {"learning_rate": None, "accuracies": []}
         if path.is_file():
@@ -264,7 +316,7 @@ class Tradeoff:
             suited = replace(federation, learning_rate=known["learning_rate"])
             accuracies.append(accuracy_under(*given_to, suited, seed))
             write_json(path, known)
-        return list(accuracies[: given.seeds])
+        return list(accuracies[: given.seeds]), known["learning_rate"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

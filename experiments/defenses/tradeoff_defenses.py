@@ -54,7 +54,7 @@ DEFENSES: dict[str, Kind] = {
         lambda strength: [LaplaceNoise(strength, relative=True)], (0.01, 0.1, 1.0), "Laplace noise", "std, in rms"
     ),
     "clip": Kind(lambda strength: [Clip(1 / strength)], (0.1, 1.0, 10.0), "clipping", "1 / norm"),
-    "dp_sgd": Kind(lambda strength: [DPSGD(strength, DP_NORM)], (0.001, 0.01, 0.1), "DP-SGD", "noise multiplier"),
+    "dp_sgd": Kind(lambda strength: [DPSGD(strength, DP_NORM)], (0.01, 0.1, 1.0), "DP-SGD", "noise multiplier"),
     "top_k": Kind(partial(_pruned, TopK), (0.5, 0.9, 0.99), "top-k", "share pruned"),
     "random_pruning": Kind(partial(_pruned, RandomPruning), (0.5, 0.9, 0.99), "random pruning", "share pruned"),
     "quantise": Kind(lambda strength: [Quantise(round(1 / strength))], (1 / 8, 1 / 4, 1 / 2), "quantising", "1 / bits"),

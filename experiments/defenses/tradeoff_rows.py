@@ -35,17 +35,19 @@ class TradeoffRow:
         success_rate: share of the images with an MSE below ``success_threshold``.
         success_ci: its 95 % Wilson interval.
         success_threshold: of the attack.
-        identified: share of the images that are nearer to their reconstruction than any of ``others``.
+        identified: share of the images that are nearer to their reconstruction than any of ``others`` of their class.
         identified_ci: its 95 % Wilson interval.
-        others: number of other images.
+        others: number of other images of a class, at most.
         baseline: mean PSNR of the best guess without any gradient, dB.
         label_accuracy: share of the images whose label is right.
         test_accuracy: of networks that were trained under the defense, 0 to 1; None where none was.
-        test_accuracy_ci: its 95 % interval, after Student.
+        test_accuracy_ci: its 95 % interval, after Student, for the rate that was chosen with the first of them.
+        learning_rate: of their training, the one of a few that suited the defense; None where none was trained.
         bytes: that a client sends.
         epsilon: of one step of DP-SGD that every image takes part in, at ``delta``; None without noise of a fixed size.
         delta: see ``epsilon``.
-        bound: on ``identified``, whatever the attack; None where there is none.
+        bound: on ``identified``, whatever an attacker does who knows the label and not the other images; None where
+            there is none.
         seconds_per_victim: in the attack.
     """
 
@@ -70,6 +72,7 @@ class TradeoffRow:
     label_accuracy: float
     test_accuracy: float | None
     test_accuracy_ci: tuple[float, float] | None
+    learning_rate: float | None
     bytes: int
     epsilon: float | None
     delta: float
@@ -79,7 +82,9 @@ class TradeoffRow:
 
 def format_table(rows: Sequence[TradeoffRow]) -> str:
     """The rows as a table for the terminal; a star marks what is no better than a guess without any gradient."""
-    lines = [["", "strength", "attack", "attacker", "PSNR", "success", "identified", "labels", "bytes", "accuracy"]]
+    private = any(row.epsilon is not None for row in rows)
+    columns = ["", "strength", "attack", "attacker", "PSNR", "success", "identified", "labels", "bytes", "accuracy"]
+    lines = [columns + ["epsilon", "bound"] * private]
     for row in rows:
         low, high = row.psnr_ci
         least, most = row.success_ci
@@ -99,6 +104,11 @@ def format_table(rows: Sequence[TradeoffRow]) -> str:
                 f"{100 * row.label_accuracy:.0f} %",
                 f"{row.bytes:,}",
                 accuracy,
+                *(
+                    [f"{row.epsilon:.3g}", f"{100 * row.bound:.2g} %"]
+                    if row.epsilon and row.bound
+                    else ["", ""] * private
+                ),
             ]
         )
     first = rows[0]

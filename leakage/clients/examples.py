@@ -14,6 +14,9 @@ from leakage.clients.smoothing import smoothed, without_sharpness
 if TYPE_CHECKING:  # a victim has defenses
     from leakage.clients.victim import Victim
 
+# Images whose gradients are in memory at once.
+_AT_ONCE = 16
+
 
 def clipped_examples(
     victim: Victim, state: Mapping[str, Tensor], images: Tensor, targets: Tensor, norm: float
@@ -40,7 +43,7 @@ def clipped_examples(
     def clipped(image: Tensor, target: Tensor) -> dict[str, Tensor]:
         return shortened(grad(loss)(weights, image, target), norm)
 
-    found = vmap(clipped)(images, targets)
+    found = vmap(clipped, chunk_size=_AT_ONCE)(images, targets)
     reduce = torch.mean if victim.protocol.reduction == "mean" else torch.sum
     return {name: reduce(tensor, 0) for name, tensor in found.items()}
 
@@ -50,6 +53,6 @@ def shortened(gradients: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]
     largest = torch.stack([tensor.detach().abs().amax() for tensor in gradients.values()]).amax()
     largest = torch.where(largest > 0, largest, 1.0)
     squares = torch.stack([(tensor / largest).square().sum() for tensor in gradients.values()]).sum()
-    length = largest * torch.where(squares > 0, squares, 1.0).sqrt()
-    factor = torch.where((squares > 0) & (length > norm), norm / length, 1.0)
+    length = torch.where(squares > 0, largest * torch.where(squares > 0, squares, 1.0).sqrt(), 0.0)
+    factor = norm / torch.where(length > norm, length, norm)
     return {name: factor * tensor for name, tensor in gradients.items()}

@@ -162,7 +162,7 @@ class Victim:
         self.model.requires_grad_(False)
         self.protocol = dataclasses.replace(protocol, num_classes=num_classes)
         for defense in self.defenses:
-            defense.check(self)
+            defense.check(self, self.defenses)
 
     @classmethod
     def of(cls, model: nn.Module, protocol: Protocol) -> Victim:

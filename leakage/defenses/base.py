@@ -17,7 +17,6 @@ from leakage.pieces import Piece
 from leakage.seeds import derive_seed
 
 if TYPE_CHECKING:  # a victim has defenses
-    from leakage.clients.protocol import Protocol
     from leakage.clients.shared_gradient import SharedGradient
     from leakage.clients.victim import Victim
 
@@ -142,8 +141,8 @@ class Defense(Piece, ABC):
         """Whether :meth:`simulate` is right of what was shared after further defenses; by default after none."""
         return not later
 
-    def check(self, victim: Victim) -> None:
-        """Raise a ``ValueError`` if such clients can't use it."""
+    def check(self, victim: Victim, defenses: Sequence[Defense]) -> None:
+        """Raise a ``ValueError`` if such clients, with these defenses in all, can't use it."""
 
     def size(self, before: Size, gradients: Gradients) -> Size:
         """What is sent after this defense, of such gradients: here as much as before."""
@@ -152,18 +151,25 @@ class Defense(Piece, ABC):
     def describe(self) -> dict[str, Any]:
         """What the attacker is told: the name of the class and the arguments of its constructor.
 
-        Numbers, words, lists and dicts, since it travels in a file. Override it to withhold some.
+        Numbers, words, lists and dicts, since it travels in a file. Override it to withhold some: what is withheld, an
+        attacker takes to be the constructor's default.
 
         Raises:
-            ValueError: an argument is not kept as an attribute of its name.
+            ValueError: an argument is not kept as an attribute of its name, or is called ``name``.
         """
-        return {"name": type(self).__name__, **self._arguments()}
+        arguments = self._arguments()
+        if "name" in arguments:
+            raise ValueError(
+                f"Expected no argument `name` of {type(self).__name__}, as its class is told by this word."
+            )
+        return {"name": type(self).__name__, **arguments}
 
 
 def known_defenses(told: Sequence[Mapping[str, Any]]) -> tuple[Defense, ...]:
     """The defenses of a protocol, made anew from what it tells of them.
 
-    Those of this package, and your own whose classes have been imported.
+    Those of this package, and your own whose classes have been imported and have other names. Their constructors are
+    called with what a file says: let them do no more than check and keep their arguments.
 
     Raises:
         ValueError: a name that no class has, or arguments that it does not take.
@@ -190,16 +196,19 @@ def known_defenses(told: Sequence[Mapping[str, Any]]) -> tuple[Defense, ...]:
     return tuple(made)
 
 
-def known_to(adaptive: bool, protocol: Protocol) -> tuple[Defense, ...]:
+def known_to(adaptive: bool, victim: Victim) -> tuple[Defense, ...]:
     """The clients' defenses that an attacker takes into account; with a warning where there are some that it does not.
 
     Raises:
-        ValueError: an adaptive attacker who can't know one, see :func:`known_defenses`.
+        ValueError: an adaptive attacker who can't know one, see :func:`known_defenses`, or one that such clients can't
+            have used.
     """
-    known, ignored = [], [told["name"] for told in protocol.defenses]
+    told = victim.protocol.defenses
+    known, ignored = [], [each["name"] for each in told]
     if adaptive:
-        every, ignored = known_defenses(protocol.defenses), []
+        every, ignored = known_defenses(told), []
         for place, defense in enumerate(every):
+            defense.check(victim, every)
             seen = defense.is_simulated and defense.can_be_seen_after(every[place + 1 :])
             if seen or defense.averages_out:
                 known.append(defense)
@@ -222,11 +231,12 @@ def simulate(defenses: Sequence[Defense], gradients: Gradients, shared: Gradient
 
 
 def _subclasses(kind: Any) -> dict[str, type[Defense]]:
-    """All below a class, by name; of one name the last to be defined."""
+    """All below a class, by name; those of this package come first."""
     found: dict[str, type[Defense]] = {}
     for below in kind.__subclasses__():
-        found[below.__name__] = below
-        found |= _subclasses(below)
+        for name, each in {below.__name__: below, **_subclasses(below)}.items():
+            if name not in found or each.__module__.startswith("leakage."):
+                found[name] = each
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +27,8 @@ class DPSGD(Defense):
     without the division where the client's loss is a sum. It is the first of a client's defenses, as it begins from the
     images.
 
-    An attacker who knows of it clips in the same way; beyond the noise nobody comes.
+    An attacker who knows of it clips in the same way. What the noise hides stays hidden as long as nobody knows the
+    seed of :meth:`leakage.Victim.share`, and each round has another.
 
     Args:
         noise_multiplier: :math:`\sigma`; 0 for clipping alone.
@@ -56,7 +58,7 @@ class DPSGD(Defense):
         self.norm = norm
         self._client: Client | None = None
 
-    def check(self, victim: Victim) -> None:
+    def check(self, victim: Victim, defenses: Sequence[Defense]) -> None:
         """One step, images that do not see one another, and nothing before it."""
         protocol = victim.protocol
         if protocol.local_steps > 1:
@@ -72,10 +74,10 @@ class DPSGD(Defense):
                 "by the client's own batch: there is no gradient of a single image. Call `model.eval()`, or use "
                 "another norm."
             )
-        if victim.defenses[0] is not self or any(isinstance(other, DPSGD) for other in victim.defenses[1:]):
+        if defenses[0] is not self or any(isinstance(other, DPSGD) for other in defenses[1:]):
             raise ValueError(
                 f"Expected DPSGD once, as the first of `defenses`, as it begins from the images, but got "
-                f"{list(victim.defenses)}."
+                f"{list(defenses)}."
             )
 
     def for_client(self, client: Client) -> Defense:

@@ -14,8 +14,7 @@ from leakage.errors import check_flag, check_positive
 class Noise(Defense):
     """Independent numbers that are added to the entries of the gradient.
 
-    An attacker who knows of it can do no better than to come as near as the noise lets it: it matches the gradients
-    as they are.
+    An attacker who knows of it matches the gradients as they are: the noise has a mean of zero.
     """
 
     averages_out = True

@@ -17,7 +17,7 @@ class HalfPrecision(Defense):
     Not meant to hide anything, but what mixed precision sends. Entries beyond the largest number of ``"float16"``
     become that; those below its smallest, 6e-8, become zero.
 
-    An attacker who knows of it can do no better than to match what it was sent: errors of rounding average out.
+    An attacker who knows of it matches what it was sent: errors of rounding average out.
 
     Args:
         dtype: ``"bfloat16"`` or ``"float16"``.
@@ -44,4 +44,4 @@ class HalfPrecision(Defense):
 
     def size(self, before: Size, gradients: Gradients) -> Size:
         """16 bits a number."""
-        return Size(before.numbers, 16, before.more)
+        return Size(before.numbers, min(before.bits, 16), before.more)

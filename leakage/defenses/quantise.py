@@ -22,7 +22,8 @@ class Quantise(Defense):
 
     An attacker who knows of it asks for gradients that are rounded to the same values: those within half a step of what
     was shared, with ``stochastic`` within a whole one. From 7 bits on, with ``stochastic`` from 6, it matches what was
-    shared as it is: errors of rounding average out, and images come nearer so.
+    shared as it is: errors of rounding average out, and images come nearer so. With 1 or 2 bits and ``stochastic`` the
+    intervals are so wide that a gradient of zero is in them: what is found then is less than there is to find.
 
     Args:
         bits: b, from 1 to 16.

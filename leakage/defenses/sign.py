@@ -49,8 +49,9 @@ class Sign(Defense):
         found = {}
         for name, tensor in gradients.items():
             squares = tensor.square().mean()
-            units = tensor / torch.where(squares > 0, squares, 1.0).sqrt()
             signs = shared[name].sign()
+            # A tensor of zeros has none of them right.
+            units = torch.where(squares > 0, tensor / torch.where(squares > 0, squares, 1.0).sqrt(), -signs)
             wrong = torch.where(signs == 0, units, (signs * units).clamp(max=0) * signs)
             size = shared[name].abs().amax()
             found[name] = shared[name] + wrong * torch.where(size > 0, size, 1.0)

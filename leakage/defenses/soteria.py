@@ -1,4 +1,4 @@
-"""Soteria: the features that tell most are left out of the last layer's gradient."""
+"""Soteria: some features are left out of the last layer's gradient."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from leakage.errors import check_share
 if TYPE_CHECKING:  # a victim has defenses
     from leakage.clients.victim import Victim
 
+# Features whose slopes are taken at once.
+_AT_ONCE = 128
+
 
 class Soteria(Defense):
-    r"""Zeroes columns of one linear layer's gradient: those of the features r that depend on the images x the most.
+    r"""Zeroes columns of one linear layer's gradient, so that images that fit the rest are far from the true ones.
 
-    It prunes the share :math:`\rho` of the features for which
+    It prunes the share :math:`\rho` of the features r of the images x for which
 
     .. math:: \sum_n \frac{|r_i(x_n)|}{\lVert \nabla_x r_i(x_n) \rVert_2}
 
-    is largest, so that what is left says as little of the images as a perturbation of that layer can make it.
+    is largest: to first order how far an image must move to make up for the loss of that feature.
 
     An attacker who knows of it compares all but the columns that are zero; this breaks it (Balunović et al.).
 
@@ -59,7 +62,7 @@ class Soteria(Defense):
 
     keeps_zeros = True
 
-    def check(self, victim: Victim) -> None:
+    def check(self, victim: Victim, defenses: Sequence[Defense]) -> None:
         """One step, and a linear layer of that name."""
         protocol = victim.protocol
         if protocol.local_steps > 1:
@@ -96,7 +99,7 @@ class Soteria(Defense):
 
         total = torch.zeros((), dtype=client.images.dtype, device=client.images.device)
         for image in client.images:
-            slopes, found = jacrev(features, has_aux=True)(image)
+            slopes, found = jacrev(features, has_aux=True, chunk_size=_AT_ONCE)(image)
             total = total + found.abs() / slopes.flatten(1).norm(dim=1).clamp(min=smallest)
         own = copy.copy(self)
         own._columns = total.topk(round(self.share * len(total))).indices

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from leakage.clients.activations import Activation
 from leakage.clients.joint_pass import has_joint_pass
 from leakage.clients.local_steps import Secrets
 from leakage.clients.low_rank import in_basis
@@ -287,9 +288,11 @@ class Evaluator:
             rate = self.learning_rate.write(unknowns["learning_rate"], own)
         shares = self.order.write(unknowns["order"], {}) if "order" in unknowns else None
         secrets = Secrets(rate, shares=shares)
-        gradients, activations = self.victim.evaluate(
-            state, images, targets, self.modules, basis, secrets=secrets, sparing=sparing
-        )
+        if self.simulation.per_image and not self.modules:
+            found: tuple[dict[str, Tensor], dict[str, Activation]] = ({}, {})  # those of single images come instead
+        else:
+            found = self.victim.evaluate(state, images, targets, self.modules, basis, secrets=secrets, sparing=sparing)
+        gradients, activations = found
         if rate is not None:
             gradients = {name: rate / own["start"] * tensor for name, tensor in gradients.items()}
         gradients = self.simulation(gradients, wanted, own, state, images, targets)

@@ -239,7 +239,7 @@ class GradientInversion(LightningModule):
             own_weights=datamodule.own_weights,
             labels_known=self.labels.known,
         )
-        self._defenses = known_to(self.hparams["adaptive"], victim.protocol)
+        self._defenses = known_to(self.hparams["adaptive"], victim)
         evaluator = self._make_evaluator()
         evaluator.prepare(next(victim.model.parameters()))  # which an earlier fit may have taken elsewhere
         evaluator.check(target)

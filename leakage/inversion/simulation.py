@@ -12,6 +12,7 @@ from torch.func import vmap
 from leakage.clients.examples import clipped_examples
 from leakage.clients.victim import Victim
 from leakage.defenses.base import Defense, simulate
+from leakage.defenses.clip import Clip
 from leakage.pieces import State
 
 Gradients = Mapping[str, Tensor]
@@ -29,6 +30,9 @@ class Simulation:
         self.defenses = [each for each in defenses if each.is_simulated and not each.averages_out]
         norms = [defense.example_norm for defense in defenses if defense.example_norm is not None]
         self._norm = norms[0] if norms else None
+        if self._norm is not None and victim.protocol.num_images == 1:
+            self.defenses.insert(0, Clip(self._norm))  # the same, and cheaper
+            self._norm = None
         self.per_image = self._norm is not None
         self.changes = bool(self.defenses) or self.per_image
         self._victim = victim

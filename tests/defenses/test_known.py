@@ -31,7 +31,7 @@ from leakage.defenses import (
     size_sent,
 )
 from leakage.defenses.base import known_to
-from tests.clients.networks import CLASSES, IMAGE_SHAPE
+from tests.clients.networks import CLASSES, IMAGE_SHAPE, network
 from tests.kit import fit
 
 STOCK = [
@@ -43,7 +43,7 @@ STOCK = [
     Quantise(5, stochastic=True),
     RandomPruning(0.3),
     Sign(scaled=True),
-    Soteria(0.6, layer="fc"),
+    Soteria(0.6, layer="3"),
     TopK(0.1),
 ]
 
@@ -120,7 +120,7 @@ class Unsimulated(Clip):
 def test_an_attacker_is_told_which_defenses_it_ignores(adaptive, defenses, taken, ignored):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = known_to(adaptive, protocol(*defenses))
+        found = known_to(adaptive, Victim.of(network("mlp", bias=True), protocol(*defenses)))
     assert [*map(repr, found)] == [repr(defenses[place]) for place in taken]
     assert len(caught) == (ignored is not None)
     for warning in caught:
@@ -209,3 +209,37 @@ def test_no_less_is_said_to_be_sent_than_there_is_to_tell(defense):
     sent, size = flat(defense(given, torch.Generator())), size_sent([defense], given)
     assert int((sent != 0).sum()) <= size.numbers
     assert len(sent[sent != 0].unique()) <= 2 * 2**size.bits
+
+
+# -- protocols from elsewhere
+
+
+@pytest.mark.parametrize(
+    ("defenses", "options", "message"),
+    [
+        ([Soteria(0.5, layer="nowhere")], {}, r"`layer` of Soteria .* one of \['1', '3'\], but got 'nowhere'"),
+        ([DPSGD(0.1, 1.0)], {"local_steps": 2, "learning_rate": 0.1}, "clients of one step for DPSGD"),
+        ([Clip(1.0), DPSGD(0.1, 1.0)], {}, "DPSGD once, as the first"),
+    ],
+)
+def test_defenses_that_such_clients_can_not_have_used(defenses, options, message):
+    told = Protocol(IMAGE_SHAPE, CLASSES, defenses=tuple(each.describe() for each in defenses), **options)
+    with pytest.raises(ValueError, match=f"^Expected .*{message}"):
+        known_to(True, Victim.of(network("mlp", bias=True), told))
+
+
+def test_a_class_of_ones_own_replaces_none_of_the_package():
+    own = type("Clip", (TopK,), {})
+    assert own.__name__ == "Clip"
+    (found,) = known_defenses([{"name": "Clip", "norm": 1.0}])
+    assert type(found) is Clip
+
+
+def test_an_argument_by_the_word_that_tells_the_class():
+    class Named(Clip):
+        def __init__(self, name: str) -> None:
+            super().__init__(1.0)
+            self.name = name
+
+    with pytest.raises(ValueError, match="no argument `name` of Named"):
+        Named("a").describe()

@@ -20,7 +20,7 @@ FEW = ["--dataset", "sample", "--victims", "2", "--others", "40", "--attacks", "
 COLUMNS = {
     "defense", "strength", "attack", "adaptive", "network", "epochs", "images", "victims", "psnr_mean", "psnr_ci",
     "mse_median", "success_rate", "success_ci", "success_threshold", "identified", "identified_ci", "others",
-    "baseline", "label_accuracy", "test_accuracy", "test_accuracy_ci", "bytes", "epsilon", "delta", "bound",
+    "baseline", "label_accuracy", "test_accuracy", "test_accuracy_ci", "learning_rate", "bytes", "epsilon", "delta", "bound",
     "seconds_per_victim",
 }  # fmt: skip
 
@@ -99,6 +99,9 @@ def test_it_goes_on_with_more_defenses_and_keeps_what_is_known(
     tradeoff.main([*FEW, "--defenses", "none", "--iterations", "120", "--output", str(output), "--resume"])
     (again,) = json.loads((output / "summary.json").read_text())
     assert again["psnr_mean"] == rows[0]["psnr_mean"]
+    with pytest.raises(SystemExit):
+        tradeoff.main([*FEW, "--network", "convnet", "--defenses", "none", "--output", str(output), "--resume"])
+    assert "network=lenet there and convnet here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
