@@ -20,8 +20,8 @@ FEW = ["--dataset", "sample", "--victims", "2", "--others", "40", "--attacks", "
 COLUMNS = {
     "defense", "strength", "attack", "adaptive", "network", "epochs", "images", "victims", "psnr_mean", "psnr_ci",
     "mse_median", "success_rate", "success_ci", "success_threshold", "identified", "identified_ci", "others",
-    "baseline", "label_accuracy", "test_accuracy", "test_accuracy_ci", "learning_rate", "bytes", "epsilon", "delta", "bound",
-    "seconds_per_victim",
+    "baseline", "label_accuracy", "test_accuracy", "test_accuracy_ci", "learning_rate", "bytes", "epsilon", "delta",
+    "bound", "seconds_per_victim",
 }  # fmt: skip
 
 
