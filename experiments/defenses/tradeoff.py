@@ -151,7 +151,7 @@ class Tradeoff:
         given, rows = self.given, []
         network = make_network(given, self.data, given.epochs)
         for name, strength, defenses in self.cells:
-            print(f"{DEFENSES[name].written} {strength:g}", flush=True)
+            print(DEFENSES[name].named(strength), flush=True)
             rows += self._cell(network, name, strength, defenses)
             write_json(given.output / "summary.json", [asdict(row) for row in rows])
         epochs = f"after {given.epochs} epochs" if given.epochs else "untrained"

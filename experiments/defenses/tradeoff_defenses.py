@@ -32,13 +32,21 @@ class Kind:
         make: what clients do, from a strength.
         strengths: from the weakest to the strongest.
         written: in tables and pictures.
-        told: what a strength is.
+        told: a strength s, its inverse i or its percentage p in words; or words for each strength.
     """
 
     make: Callable[[float], list[Defense]]
     strengths: tuple[float, ...]
     written: str
-    told: str
+    told: str | dict[float, str]
+
+    def named(self, strength: float) -> str:
+        """With its strength in words."""
+        if isinstance(self.told, dict):
+            words = self.told.get(strength, f"{strength:g}")
+        else:
+            words = self.told.format(s=strength, i=1 / strength if strength else 0, p=100 * strength)
+        return f"{self.written}, {words}" if words else self.written
 
 
 def _pruned(kind: Callable[[float], Defense], share: float) -> list[Defense]:
@@ -48,26 +56,28 @@ def _pruned(kind: Callable[[float], Defense], share: float) -> list[Defense]:
 DEFENSES: dict[str, Kind] = {
     "none": Kind(lambda strength: [], (0.0,), "nothing", ""),
     "gaussian_noise": Kind(
-        lambda strength: [GaussianNoise(strength, relative=True)], (0.01, 0.1, 1.0), "Gaussian noise", "std, in rms"
+        lambda strength: [GaussianNoise(strength, relative=True)], (0.01, 0.1, 1.0), "Gaussian noise", "std {s:g} rms"
     ),
     "laplace_noise": Kind(
-        lambda strength: [LaplaceNoise(strength, relative=True)], (0.01, 0.1, 1.0), "Laplace noise", "std, in rms"
+        lambda strength: [LaplaceNoise(strength, relative=True)], (0.01, 0.1, 1.0), "Laplace noise", "std {s:g} rms"
     ),
-    "clip": Kind(lambda strength: [Clip(1 / strength)], (0.1, 1.0, 10.0), "clipping", "1 / norm"),
-    "dp_sgd": Kind(lambda strength: [DPSGD(strength, DP_NORM)], (0.01, 0.1, 1.0), "DP-SGD", "noise multiplier"),
-    "top_k": Kind(partial(_pruned, TopK), (0.5, 0.9, 0.99), "top-k", "share pruned"),
-    "random_pruning": Kind(partial(_pruned, RandomPruning), (0.5, 0.9, 0.99), "random pruning", "share pruned"),
-    "quantise": Kind(lambda strength: [Quantise(round(1 / strength))], (1 / 8, 1 / 4, 1 / 2), "quantising", "1 / bits"),
+    "clip": Kind(lambda strength: [Clip(1 / strength)], (0.1, 1.0, 10.0), "clipping", "norm {i:g}"),
+    "dp_sgd": Kind(lambda strength: [DPSGD(strength, DP_NORM)], (0.01, 0.1, 1.0), "DP-SGD", "multiplier {s:g}"),
+    "top_k": Kind(partial(_pruned, TopK), (0.5, 0.9, 0.99), "top-k", "{p:g} % left out"),
+    "random_pruning": Kind(partial(_pruned, RandomPruning), (0.5, 0.9, 0.99), "random pruning", "{p:g} % left out"),
+    "quantise": Kind(
+        lambda strength: [Quantise(round(1 / strength))], (1 / 8, 1 / 4, 1 / 2), "quantising", "{i:g} bits"
+    ),
     "quantise_stochastic": Kind(
         lambda strength: [Quantise(round(1 / strength), stochastic=True)],
         (1 / 8, 1 / 4, 1 / 2),
         "stochastic quantising",
-        "1 / bits",
+        "{i:g} bits",
     ),
     "half_precision": Kind(
         lambda strength: [HalfPrecision("bfloat16" if strength > 1 else "float16")], (1.0, 2.0), "half precision",
-        "1 float16, 2 bfloat16",
+        {1.0: "float16", 2.0: "bfloat16"},
     ),
-    "sign": Kind(lambda strength: [Sign(scaled=strength < 1)], (0.5, 1.0), "sign", "0.5 scaled, 1 plain"),
-    "soteria": Kind(lambda strength: [Soteria(strength)], (0.4, 0.8, 0.95), "Soteria", "share of features"),
+    "sign": Kind(lambda strength: [Sign(scaled=strength < 1)], (0.5, 1.0), "signs", {0.5: "with size", 1.0: "alone"}),
+    "soteria": Kind(lambda strength: [Soteria(strength)], (0.4, 0.8, 0.95), "Soteria", "{p:g} % of the features"),
 }  # fmt: skip

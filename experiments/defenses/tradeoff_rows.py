@@ -83,7 +83,7 @@ class TradeoffRow:
 def format_table(rows: Sequence[TradeoffRow]) -> str:
     """The rows as a table for the terminal; a star marks what is no better than a guess without any gradient."""
     private = any(row.epsilon is not None for row in rows)
-    columns = ["", "strength", "attack", "attacker", "PSNR", "success", "identified", "labels", "bytes", "accuracy"]
+    columns = ["", "attack", "attacker", "PSNR", "success", "identified", "labels", "bytes", "accuracy"]
     lines = [columns + ["epsilon", "bound"] * private]
     for row in rows:
         low, high = row.psnr_ci
@@ -94,8 +94,7 @@ def format_table(rows: Sequence[TradeoffRow]) -> str:
             accuracy = f"{100 * row.test_accuracy:.1f} %" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
         lines.append(
             [
-                DEFENSES[row.defense].written,
-                f"{row.strength:g}",
+                DEFENSES[row.defense].named(row.strength),
                 row.attack,
                 "adaptive" if row.adaptive else "naive",
                 f"{row.psnr_mean:.1f} dB [{low:.1f}, {high:.1f}]" + " *" * (row.psnr_mean <= row.baseline),
@@ -141,9 +140,7 @@ def plot_attackers(rows: Sequence[TradeoffRow], title: str) -> Figure:
             if row is not None:
                 axes.plot(max(row.psnr_mean, 0.0), place, marker, color=colour, markersize=5, zorder=2)
     axes.axvline(rows[0].baseline, color=INK, linestyle=":", linewidth=1)
-    names = [
-        f"{DEFENSES[defense].written} {strength:g}" if defense != "none" else "nothing" for defense, strength in cells
-    ]
+    names = [DEFENSES[defense].named(strength) for defense, strength in cells]
     axes.set_yticks(range(len(cells)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(left=-1)
