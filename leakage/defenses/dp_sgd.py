@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from leakage.clients.examples import clipped_examples, shortened
-from leakage.defenses.accounting import epsilon
 from leakage.defenses.base import Client, Defense, Gradients
 from leakage.errors import check_not_negative, check_positive
 
@@ -118,4 +117,6 @@ class DPSGD(Defense):
             ValueError: an argument out of its range, or no noise.
             ImportError: Opacus is not installed.
         """
+        from leakage.defenses.accounting import epsilon  # which takes SciPy, and time
+
         return epsilon(self.noise_multiplier, steps, sample_rate, delta, accountant)

@@ -14,7 +14,7 @@ from torch import nn
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.datamodules.base import GroundTruth, VictimDataModule
-from leakage.defenses.base import Defense, known_to
+from leakage.defenses.base import Defense
 from leakage.dummies import Images, InferredLabels, Labels, Pixels, Target
 from leakage.errors import check_choice, check_count, check_flag, check_not_negative, check_positive
 from leakage.files.checkpoints import check_checkpoint, restoring
@@ -25,6 +25,7 @@ from leakage.inversion.memory import is_out_of_memory
 from leakage.inversion.processes import check_strategy, gather, new_deal, sum_over_processes, take_part
 from leakage.inversion.reconstruction import Reconstruction
 from leakage.inversion.search import Queue, Search
+from leakage.inversion.simulation import known_to
 from leakage.metrics import ReconstructionMetrics, VictimScore
 from leakage.objectives import SquaredDistance, Term
 from leakage.pieces import tell

@@ -6,16 +6,43 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.func import vmap
 
 from leakage.clients.examples import clipped_examples
 from leakage.clients.victim import Victim
-from leakage.defenses.base import Defense, simulate
+from leakage.defenses.base import Defense, known_defenses, simulate
 from leakage.defenses.clip import Clip
 from leakage.pieces import State
 
 Gradients = Mapping[str, Tensor]
+
+
+def known_to(adaptive: bool, victim: Victim) -> tuple[Defense, ...]:
+    """The clients' defenses that an attacker takes into account; with a warning where there are some that it does not.
+
+    Raises:
+        ValueError: an adaptive attacker who can't know one, see :func:`known_defenses`, or one that such clients can't
+            have used.
+    """
+    told = victim.protocol.defenses
+    known, ignored = [], [each["name"] for each in told]
+    if adaptive:
+        every, ignored = known_defenses(told), []
+        for place, defense in enumerate(every):
+            defense.check(victim, every)
+            seen = defense.is_simulated and defense.can_be_seen_after(every[place + 1 :])
+            if seen or defense.averages_out:
+                known.append(defense)
+            else:
+                ignored.append(type(defense).__name__)
+    if ignored:
+        rank_zero_warn(
+            f"The clients defend their gradients by {ignored}, and this attack matches them as if they did not: what "
+            "it does not find, one that knows the defense may."
+        )
+    return tuple(known)
 
 
 class Simulation:

@@ -30,7 +30,7 @@ from leakage.defenses import (
     known_defenses,
     size_sent,
 )
-from leakage.defenses.base import known_to
+from leakage.inversion.simulation import known_to
 from tests.clients.networks import CLASSES, IMAGE_SHAPE, network
 from tests.kit import fit
 
