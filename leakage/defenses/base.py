@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -204,10 +205,12 @@ def simulate(defenses: Sequence[Defense], gradients: Gradients, shared: Gradient
 
 
 def _subclasses(kind: Any) -> dict[str, type[Defense]]:
-    """All below a class, by name; those of this package come first."""
+    """All below a class that can be made, by name; those of this package come first."""
     found: dict[str, type[Defense]] = {}
     for below in kind.__subclasses__():
         for name, each in {below.__name__: below, **_subclasses(below)}.items():
+            if inspect.isabstract(each):
+                continue
             if name not in found or each.__module__.startswith("leakage."):
                 found[name] = each
     return found
@@ -230,6 +233,20 @@ def size_sent(defenses: Sequence[Defense], gradients: Gradients) -> Size:
 def within(gradients: Tensor, low: Tensor, high: Tensor, shared: Tensor) -> Tensor:
     """What was shared where a gradient is between two bounds, else that plus by how much it is outside."""
     return shared + (gradients - gradients.clamp(low, high))
+
+
+class Sparse(Defense):
+    """Leaves entries of the gradient out, which are zero then: an attacker who knows of it compares only the others."""
+
+    keeps_zeros = True
+
+    def can_be_seen_after(self, later: Sequence[Defense]) -> bool:
+        """Where zeros stay zero."""
+        return all(defense.keeps_zeros for defense in later)
+
+    def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
+        """Zero where what was shared is zero."""
+        return {name: torch.where(shared[name] == 0, 0, tensor) for name, tensor in gradients.items()}
 
 
 def whole_norm(gradients: Gradients) -> float:

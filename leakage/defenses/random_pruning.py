@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from leakage.defenses.base import Defense, Gradients, Size
+from leakage.defenses.base import Gradients, Size, Sparse
 from leakage.errors import check_kept
 
 
-class RandomPruning(Defense):
+class RandomPruning(Sparse):
     r"""Keeps entries of the gradient that are drawn at random, and sets the rest to zero.
 
     Of all D entries it keeps :math:`\max(1, \mathrm{round}(\rho D))`, each of them as likely as any other.
@@ -34,8 +32,6 @@ class RandomPruning(Defense):
         2
     """
 
-    keeps_zeros = True
-
     def __init__(self, share: float) -> None:
         check_kept(share=share)
         self.share = share
@@ -50,14 +46,6 @@ class RandomPruning(Defense):
             name: torch.where(part.view_as(tensor).to(tensor.device), tensor, 0)
             for (name, tensor), part in zip(gradients.items(), parts, strict=True)
         }
-
-    def can_be_seen_after(self, later: Sequence[Defense]) -> bool:
-        """Where zeros stay zero."""
-        return all(defense.keeps_zeros for defense in later)
-
-    def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
-        """Zero where what was shared is zero."""
-        return {name: torch.where(shared[name] == 0, 0, tensor) for name, tensor in gradients.items()}
 
     def size(self, before: Size, gradients: Gradients) -> Size:
         """The seed of the draw tells which entries they are."""

@@ -12,7 +12,7 @@ from torch.func import functional_call, jacrev
 
 from leakage.clients.activations import recorded
 from leakage.clients.inspection import black_images
-from leakage.defenses.base import Client, Defense, Gradients
+from leakage.defenses.base import Client, Defense, Gradients, Sparse
 from leakage.errors import check_share
 
 if TYPE_CHECKING:  # a victim has defenses
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # a victim has defenses
 _AT_ONCE = 128
 
 
-class Soteria(Defense):
+class Soteria(Sparse):
     r"""Zeroes columns of one linear layer's gradient, so that images that fit the rest are far from the true ones.
 
     It prunes the share :math:`\rho` of the features r of the images x for which
@@ -59,8 +59,6 @@ class Soteria(Defense):
         self.share = share
         self.layer = layer
         self._columns: Tensor | None = None
-
-    keeps_zeros = True
 
     def check(self, victim: Victim, defenses: Sequence[Defense]) -> None:
         """One step, and a linear layer of that name."""
@@ -113,10 +111,6 @@ class Soteria(Defense):
             )
         name = f"{self.layer}.weight"
         return {**gradients, name: gradients[name].index_fill(1, self._columns, 0)}
-
-    def can_be_seen_after(self, later: Sequence[Defense]) -> bool:
-        """Where zeros stay zero."""
-        return all(defense.keeps_zeros for defense in later)
 
     def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
         """Zero in the columns in which nothing was shared."""
