@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 from collections.abc import Mapping
@@ -73,6 +74,9 @@ def tell(value: Any) -> str:
         return f"[{items}]" if isinstance(value, list) else f"({items}{',' if len(value) == 1 else ''})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name!r}: {tell(entry)}" for name, entry in value.items()) + "}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, Piece | type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return f"{type(value).__name__}({tell(fields)})"
     words = repr(value)
     if words == object.__repr__(value):  # which has an address
         return f"{type(value).__name__}({tell(vars(value)) if hasattr(value, '__dict__') else ''})"

@@ -84,6 +84,7 @@ def condense(
     loops: tuple[int, int] | None = None,
     iterations: int | None = None,
     factor: int | None = None,
+    batch_size: int | None = None,
     budget: float | None = None,
     networks: int = 10,
     moments: Sequence[int] | None = None,
@@ -116,7 +117,7 @@ def condense(
         sets: of each method, with the seeds ``seed``, ``seed + 1`` and so on.
         evaluations: of ``"dc"`` and ``"dsa"``, see :func:`~leakage.condensation.evaluate`.
         loops: (outer, inner) of ``"dc"`` and ``"dsa"``, by default those of the paper.
-        iterations, factor: of all methods that condense; by default each protocol's own.
+        iterations, factor, batch_size: of all methods that condense; by default each protocol's own.
         budget: minutes for a set with its tests on held-out images, in place of ``iterations``: as many as fit.
         networks: that are trained on each set for each evaluation; one on the whole training set.
         moments: iterations after which the images are tested on held-out training images, besides the last; by default
@@ -158,7 +159,13 @@ def condense(
         output=Path(output),
         images_per_class=images_per_class,
         evaluations=tuple(evaluations),
-        options={"network": network, "loops": loops, "iterations": iterations, "factor": factor},
+        options={
+            "network": network,
+            "loops": loops,
+            "iterations": iterations,
+            "factor": factor,
+            "batch_size": batch_size,
+        },
         tests={"network": network, "epochs": epochs, "precision": test_precision},
         budget=budget,
         networks=networks,

@@ -108,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             loops=None if given.loops is None else tuple(given.loops),
             iterations=given.iterations,
             factor=given.factor,
+            batch_size=given.batch_size,
             budget=given.budget,
             networks=given.networks,
             moments=given.moments,
@@ -166,6 +167,9 @@ def _parser() -> argparse.ArgumentParser:
         "--factor",
         type=int,
         help="each image of a set holds FACTOR x FACTOR smaller ones (default: 2 for fast, 1 for others)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="real images of each class that are matched at a time (default: each protocol's)"
     )
     parser.add_argument(
         "--budget",

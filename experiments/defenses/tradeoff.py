@@ -33,7 +33,8 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +48,26 @@ from leakage.attacks import GaussNewtonAttack, GradientInversion, IDLGAttack, In
 from leakage.audit.bounds import gaussian_success_bound
 from leakage.cli import quiet
 from leakage.comparison import Row, read_reconstructions
-from leakage.datamodules import LABELLED_DATASETS, GroundTruth, LabelledImages, Victims, in_unit_range
-from leakage.datamodules.benchmarks import BENCHMARKS
+from leakage.datamodules import GroundTruth, LabelledImages, Victims, in_unit_range
 from leakage.defenses import DPSGD, Defense, size_sent
 from leakage.errors import check_count, check_share
 from leakage.files.text import write_json
 from leakage.files.whole import check_output
+from leakage.labels import Auxiliary
 from leakage.metrics import MeanOverVictims, ShareOverVictims, baseline_guesses, identified, mean_interval, score
 from leakage.models import draw_state
+from leakage.objectives import GaussianPrior
 from leakage.plots import save_figure
 from leakage.seeds import derive_seed
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("comparison", "inverting_gradients")]
 from comparing import compare
 from records import holds_results
-from table_networks import NETWORKS, WRITTEN, make_network
+from table_networks import WRITTEN, Network, add_options, make_network
 
 ATTACKS: dict[str, Callable[..., GradientInversion]] = {
     "gauss_newton": GaussNewtonAttack,
+    "gauss_newton_prior": GaussNewtonAttack,
     "idlg": IDLGAttack,
     "inverting_gradients": InvertingGradientsAttack,
 }
@@ -88,6 +91,20 @@ _MAY_CHANGE = {
 }
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A defense at one of its strengths."""
+
+    name: str
+    strength: float
+    defenses: list[Defense]
+
+    @property
+    def key(self) -> str:
+        """That names its folder."""
+        return f"{self.name}_{self.strength:g}"
+
+
 class Tradeoff:
     """The victims, defenses and attacks: made ready and checked, then run.
 
@@ -105,8 +122,8 @@ class Tradeoff:
             raise ValueError(
                 f"Expected `--strengths` with a single defense, whose unit they are in, but got {given.defenses}."
             )
-        self.cells: list[tuple[str, float, list[Defense]]] = [
-            (name, strength, DEFENSES[name].make(strength))
+        self.cells = [
+            Cell(name, strength, DEFENSES[name].make(strength))
             for name in dict.fromkeys(given.defenses)
             for strength in given.strengths or DEFENSES[name].strengths
         ]
@@ -138,8 +155,8 @@ class Tradeoff:
             )
         # What can be refused is refused before anything is trained.
         network = make_network(given, self.data, epochs=0)
-        for _, _, defenses in self.cells:
-            self._victims(network, defenses).setup("fit")
+        for cell in self.cells:
+            self._victims(network, cell.defenses).setup("fit")
         for name in given.attacks:
             self._attack(name, adaptive=True)
         self.public = in_unit_range(self.data.train.images)
@@ -150,9 +167,9 @@ class Tradeoff:
         """Attack and train, and write what was found; after every cell, so that nothing is lost."""
         given, rows = self.given, []
         network = make_network(given, self.data, given.epochs)
-        for name, strength, defenses in self.cells:
-            print(DEFENSES[name].named(strength), flush=True)
-            rows += self._cell(network, name, strength, defenses)
+        for cell in self.cells:
+            print(DEFENSES[cell.name].named(cell.strength), flush=True)
+            rows += self._cell(network, cell)
             write_json(given.output / "summary.json", [asdict(row) for row in rows])
         epochs = f"after {given.epochs} epochs" if given.epochs else "untrained"
         number = "one image" if given.images == 1 else f"{given.images} images"
@@ -162,7 +179,7 @@ class Tradeoff:
             save_figure(plot_tradeoff(rows, title), given.output / "tradeoff.png")
         return rows
 
-    def _victims(self, network: Any, defenses: Sequence[Defense]) -> Victims:
+    def _victims(self, network: Network, defenses: Sequence[Defense]) -> Victims:
         given = self.given
         return Victims(
             self.data.test,
@@ -180,29 +197,36 @@ class Tradeoff:
     def _attack(self, name: str, *, adaptive: bool) -> GradientInversion:
         given = self.given
         options: dict[str, Any] = {"seed": given.seed, "adaptive": adaptive}
-        if name == "gauss_newton":
+        if name.startswith("gauss_newton"):
             options["underdetermined"] = True
+            if name == "gauss_newton_prior":
+                options["prior"] = self._prior
         else:
             options["protocol"] = given.protocol
         if given.iterations is not None:
             options["steps" if name == "inverting_gradients" else "max_evaluations"] = given.iterations
         return ATTACKS[name](**options)
 
-    def _cell(self, network: Any, name: str, strength: float, defenses: list[Defense]) -> list[TradeoffRow]:
-        given, folder = self.given, self.given.output / "cells" / f"{name}_{strength:g}"
-        kinds = ATTACKERS if defenses else ATTACKERS[:1]
+    @cached_property
+    def _prior(self) -> GaussianPrior:
+        """What the training images look like."""
+        print("fitting the prior", flush=True)
+        return GaussianPrior(Auxiliary(in_unit_range(self.data.train.images), self.data.train.labels))
+
+    def _cell(self, network: Network, cell: Cell) -> list[TradeoffRow]:
+        given, folder = self.given, self.given.output / "cells" / cell.key
+        kinds = ATTACKERS if cell.defenses else ATTACKERS[:1]
         runs = {f"{attack}_{kind}": (attack, kind == "adaptive") for attack in given.attacks for kind in kinds}
-        victims = self._victims(network, defenses)
+        victims = self._victims(network, cell.defenses)
         with warnings.catch_warnings():
             # That a naive attacker does not know the defense is what is asked.
             warnings.filterwarnings("ignore", "The clients defend their gradients")
             compared = self._compare(runs, victims, folder)
-        trained = self._accuracies(network, name, strength, defenses)
+        trained = self._accuracies(network, cell)
         truth = GroundTruth.cat(list(victims.val_dataloader()))
-        return [
-            self._row(row, *runs[row.method], network, name, strength, defenses, truth, folder, trained)
-            for row in compared
-        ]
+        rows = [self._row(row, *runs[row.method], cell, truth, folder) for row in compared]
+        sent = size_sent(cell.defenses, dict(network.model.named_parameters())).bytes
+        return [replace(row, bytes=sent, **trained) for row in rows]
 
     def _compare(self, runs: dict[str, tuple[str, bool]], victims: Victims, folder: Path) -> list[Row]:
         given = self.given
@@ -218,17 +242,7 @@ class Tradeoff:
         )
 
     def _row(
-        self,
-        compared: Row,
-        attack: str,
-        adaptive: bool,
-        network: Any,
-        name: str,
-        strength: float,
-        defenses: list[Defense],
-        truth: GroundTruth,
-        folder: Path,
-        trained: tuple[list[float], float | None],
+        self, compared: Row, attack: str, adaptive: bool, cell: Cell, truth: GroundTruth, folder: Path
     ) -> TradeoffRow:
         given = self.given
         found = read_reconstructions(folder / compared.method, truth.ids.tolist())
@@ -242,20 +256,15 @@ class Tradeoff:
                 float(score(guess, truth.labels, truth.images, truth.labels).psnr.mean()) for guess in guesses
             )
         epsilon = bound = None
-        private = next((defense for defense in defenses if isinstance(defense, DPSGD)), None)
+        private = next((defense for defense in cell.defenses if isinstance(defense, DPSGD)), None)
         if private is not None and private.noise_multiplier:
             epsilon = private.epsilon(1, 1.0, given.delta)
             # Images of a victim are told apart by who knows the truth: each has so many tries.
             others = min(given.others, int(self.data.train.labels.bincount().min()))
             bound = gaussian_success_bound(min(1.0, given.images / (others + 1)), private.noise_multiplier)
-        gradients = dict(network.model.named_parameters())
-        accuracies, rate = trained
-        interval = None
-        if accuracies:
-            interval = mean_interval(torch.tensor(accuracies, dtype=torch.float64))
         return TradeoffRow(
-            defense=name,
-            strength=strength,
+            defense=cell.name,
+            strength=cell.strength,
             attack=attack,
             adaptive=adaptive,
             network=given.network,
@@ -273,10 +282,6 @@ class Tradeoff:
             others=given.others,
             baseline=self.baseline,
             label_accuracy=compared.label_accuracy,
-            test_accuracy=sum(accuracies) / len(accuracies) if accuracies else None,
-            test_accuracy_ci=interval,
-            learning_rate=rate,
-            bytes=size_sent(defenses, gradients).bytes,
             epsilon=epsilon,
             delta=given.delta,
             bound=bound,
@@ -295,14 +300,12 @@ class Tradeoff:
             found[victim, place] = float(identified(*pair, self.public[others]))
         return found.mean(1)
 
-    def _accuracies(
-        self, network: Any, name: str, strength: float, defenses: list[Defense]
-    ) -> tuple[list[float], float | None]:
-        """Test accuracies of networks trained under the defense, and their rate; from the cache if they are there."""
+    def _accuracies(self, network: Network, cell: Cell) -> dict[str, Any]:
+        """Test accuracy of networks trained under the defense, and their rate, as a row has them."""
         given = self.given
-        if not given.rounds or name not in (given.trained or given.defenses):
-            return [], None
-        path = given.output / "cells" / f"{name}_{strength:g}" / f"accuracy_{given.rounds}.json"
+        if not given.rounds or cell.name not in (given.trained or given.defenses):
+            return {}
+        path = given.output / "cells" / cell.key / f"accuracy_{given.rounds}.json"
         known: dict[str, Any] = {"learning_rate": None, "accuracies": []}
         if path.is_file():
             known = json.loads(path.read_text(encoding="utf-8"))
@@ -310,13 +313,18 @@ class Tradeoff:
         for seed in range(len(accuracies), given.seeds):
             model = copy.deepcopy(network.model)
             model.load_state_dict(draw_state(model, derive_seed(given.seed, seed, "federation")), strict=False)
-            given_to = model, defenses, self.data
+            given_to = model, cell.defenses, self.data
             if known["learning_rate"] is None:
                 known["learning_rate"] = suitable_rate(*given_to, federation, seed)
             suited = replace(federation, learning_rate=known["learning_rate"])
             accuracies.append(accuracy_under(*given_to, suited, seed))
             write_json(path, known)
-        return list(accuracies[: given.seeds]), known["learning_rate"]
+        accuracies = accuracies[: given.seeds]
+        return {
+            "test_accuracy": sum(accuracies) / len(accuracies),
+            "test_accuracy_ci": mean_interval(torch.tensor(accuracies, dtype=torch.float64)),
+            "learning_rate": known["learning_rate"],
+        }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -342,38 +350,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tradeoff.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_options(parser, network="lenet", victims=10)
     add = parser.add_argument
-    add(
-        "--dataset",
-        required=True,
-        help=f"one of {', '.join(LABELLED_DATASETS)}, or a folder of images in ImageFolder layout",
-    )
-    add("--benchmark", choices=tuple(BENCHMARKS), help="the data set that a folder holds, whose statistics are used")
-    add("--network", choices=tuple(NETWORKS), default="lenet", help="default: %(default)s")
-    add("--epochs", type=int, default=0, help="of its training, 0 for none (default: %(default)s)")
     add("--defenses", nargs="+", choices=tuple(DEFENSES), default=list(DEFENSES), help="default: all")
     add("--strengths", nargs="+", type=float, help="of a single defense (default: three of each, see the table)")
     add("--attacks", nargs="+", choices=tuple(ATTACKS), default=["gauss_newton"], help="default: %(default)s")
     add("--protocol", choices=("published", "robust"), default="robust", help="of the attacks (default: %(default)s)")
     add("--iterations", type=int, help="evaluations of the objective for each start (default: the protocol's)")
-    add("--victims", type=int, default=10, help="default: %(default)s")
-    add("--images", type=int, default=1, help="of a victim (default: %(default)s)")
-    add("--infer-labels", action="store_true", help="read them off the gradient; else the attacker is told them")
     add("--rounds", type=int, default=0, help="of training under each defense, 0 for none (default: %(default)s)")
     add("--trained", nargs="+", choices=tuple(DEFENSES), help="defenses to train under (default: all that are tried)")
     add("--seeds", type=int, default=3, help="networks trained under each defense (default: %(default)s)")
     add("--delta", type=float, default=1e-5, help="of DP-SGD (default: %(default)s)")
-    add("--others", type=int, default=1000, help="training images to tell victims' from (default: %(default)s)")
-    add("--train-images", type=int, help="to train the network on (default: all)")
-    add("--learning-rate", type=float, help="of the network's training (default: that of leakage.clients.training)")
-    add("--networks", type=Path, help="folder that keeps trained networks (default: ~/.cache/leakage/networks)")
-    add("--lanes", type=int, default=16, help="victims attacked at once (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
-    add("--output", type=Path, required=True, help="folder for results")
-    add("--resume", action="store_true", help="go on with the run in the folder, if there is one")
-    add("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
-    add("--image-size", type=int, help="scale and crop a folder's images to this height and width")
-    add("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
     parser.set_defaults(batch_norm="evaluation")
     return parser
 

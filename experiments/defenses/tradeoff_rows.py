@@ -70,14 +70,14 @@ class TradeoffRow:
     others: int
     baseline: float
     label_accuracy: float
-    test_accuracy: float | None
-    test_accuracy_ci: tuple[float, float] | None
-    learning_rate: float | None
-    bytes: int
     epsilon: float | None
     delta: float
     bound: float | None
     seconds_per_victim: float
+    bytes: int = 0
+    test_accuracy: float | None = None
+    test_accuracy_ci: tuple[float, float] | None = None
+    learning_rate: float | None = None
 
 
 def format_table(rows: Sequence[TradeoffRow]) -> str:

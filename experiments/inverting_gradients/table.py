@@ -31,7 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from table_networks import BATCH_NORM, NETWORKS, Network, make_network, make_victims  # these two lie beside this script
+from table_networks import (  # these two lie beside this script
+    BATCH_NORM,
+    Network,
+    add_options,
+    make_network,
+    make_victims,
+)
 from table_networks import WRITTEN as NETWORKS_WRITTEN
 from table_rows import BASELINES, WRITTEN, TableRow, format_table, plot_time
 from torch import Tensor, nn
@@ -49,8 +55,7 @@ from leakage.attacks import (
 from leakage.cli import quiet
 from leakage.comparison import Row, read_reconstructions
 from leakage.condensation.embeddings import embed, embedding_layer
-from leakage.datamodules import LABELLED_DATASETS, GroundTruth, LabelledImages, in_unit_range
-from leakage.datamodules.benchmarks import BENCHMARKS
+from leakage.datamodules import GroundTruth, LabelledImages, in_unit_range
 from leakage.dummies.training import trained_generator
 from leakage.errors import check_count, check_positive
 from leakage.files.text import write_json
@@ -291,40 +296,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_options(parser, network="convnet", victims=20)
     add = parser.add_argument
-    add(
-        "--dataset",
-        required=True,
-        help=f"one of {', '.join(LABELLED_DATASETS)}, or a folder of images in ImageFolder layout",
-    )
-    add("--benchmark", choices=tuple(BENCHMARKS), help="the data set that a folder holds, whose statistics are used")
-    add("--network", choices=tuple(NETWORKS), default="convnet", help="default: %(default)s")
-    add("--epochs", type=int, default=0, help="of its training, 0 for none (default: %(default)s)")
     add("--batch-norm", choices=BATCH_NORM, default="evaluation", help="mode of BatchNorm (default: %(default)s)")
     add("--attacks", nargs="+", choices=tuple(ATTACKS), default=["inverting_gradients"], help="default: %(default)s")
     add("--protocol", choices=PROTOCOLS, default="published", help="of the attacks (default: %(default)s)")
     add("--iterations", type=int, help="evaluations of the objective for each start (default: the protocol's)")
-    add("--victims", type=int, default=20, help="default: %(default)s")
-    add("--images", type=int, default=1, help="of a victim (default: %(default)s)")
     add("--labels", choices=LABELS, default="random", help="of a victim's images (default: %(default)s)")
-    add("--infer-labels", action="store_true", help="read them off the gradient; else the attacker is told them")
     add("--local-steps", type=int, default=1, help="of SGD, whose sum is shared (default: %(default)s)")
     add("--local-learning-rate", type=float, default=1e-2, help="of several local steps (default: %(default)s)")
     add("--hide-learning-rate", action="store_true", help="of local steps from the attacker, who searches for it")
     add("--local-batch-size", type=int, help="images of a local step (default: all)")
     add("--shuffle", action="store_true", help="take local batches in an order that the attacker is not told")
-    add("--others", type=int, default=1000, help="training images to tell victims' from (default: %(default)s)")
     add("--generator-epochs", type=int, default=3, help="for gias (default: %(default)s)")
-    add("--train-images", type=int, help="to train the network on (default: all)")
-    add("--learning-rate", type=float, help="of the network's training (default: that of leakage.clients.training)")
-    add("--networks", type=Path, help="folder that keeps trained networks (default: ~/.cache/leakage/networks)")
-    add("--lanes", type=int, default=16, help="victims attacked at once (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
-    add("--output", type=Path, required=True, help="folder for results")
-    add("--resume", action="store_true", help="go on with the run in the folder, if there is one")
-    add("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
-    add("--image-size", type=int, help="scale and crop a folder's images to this height and width")
-    add("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
     return parser
 
 

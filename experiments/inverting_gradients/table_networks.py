@@ -7,13 +7,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 from torchvision.transforms import Normalize
 
 from leakage.clients.training import trained_network
-from leakage.datamodules import LabelledImages, Victims
+from leakage.datamodules import LABELLED_DATASETS, LabelledImages, Victims
+from leakage.datamodules.benchmarks import BENCHMARKS
 from leakage.models import VGG11, ConvNet, LeNet, ResNet18, ResNet20, ViT, draw_state
 
 # Each is called with channels, size of the images and number of classes.
@@ -35,6 +37,39 @@ WRITTEN = {
 BATCH_NORM = ("evaluation", "training")
 # More parameters than this are shared by all victims.
 _SMALL = 500_000
+
+
+def add_options(parser: argparse.ArgumentParser, *, network: str, victims: int) -> None:
+    """Those of the data set, the network, the victims and the run, which all scripts of such tables have.
+
+    Args:
+        parser: of the script.
+        network: that is taken by default.
+        victims: likewise.
+    """
+    add = parser.add_argument
+    add(
+        "--dataset",
+        required=True,
+        help=f"one of {', '.join(LABELLED_DATASETS)}, or a folder of images in ImageFolder layout",
+    )
+    add("--benchmark", choices=tuple(BENCHMARKS), help="the data set that a folder holds, whose statistics are used")
+    add("--image-size", type=int, help="scale and crop a folder's images to this height and width")
+    add("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    add("--network", choices=tuple(NETWORKS), default=network, help="default: %(default)s")
+    add("--epochs", type=int, default=0, help="of its training, 0 for none (default: %(default)s)")
+    add("--train-images", type=int, help="to train the network on (default: all)")
+    add("--learning-rate", type=float, help="of the network's training (default: that of leakage.clients.training)")
+    add("--networks", type=Path, help="folder that keeps trained networks (default: ~/.cache/leakage/networks)")
+    add("--victims", type=int, default=victims, help="default: %(default)s")
+    add("--images", type=int, default=1, help="of a victim (default: %(default)s)")
+    add("--infer-labels", action="store_true", help="read them off the gradient; else the attacker is told them")
+    add("--others", type=int, default=1000, help="training images to tell victims' from (default: %(default)s)")
+    add("--lanes", type=int, default=16, help="victims attacked at once (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
+    add("--output", type=Path, required=True, help="folder for results")
+    add("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    add("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
 
 
 @dataclass

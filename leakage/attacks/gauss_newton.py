@@ -6,7 +6,7 @@ from leakage.dummies import InferredLabels, JointLabels, Labels, Pixels
 from leakage.errors import check_flag, check_positive
 from leakage.inversion import GradientInversion
 from leakage.labels import Auxiliary
-from leakage.objectives import SquaredDistance
+from leakage.objectives import SquaredDistance, Term
 from leakage.solvers import GaussNewton
 
 
@@ -26,9 +26,11 @@ class GaussNewtonAttack(GradientInversion):
     Labels are those of iDLG: revealed, or inferred by ``rule``. With ``joint_labels`` the label distribution is
     searched for together with the images, as in DLG.
 
-    Pieces: :class:`~leakage.objectives.SquaredDistance`, :class:`~leakage.dummies.Pixels` that start where the layers
-    lead, :class:`~leakage.dummies.InferredLabels` or :class:`~leakage.dummies.JointLabels`,
-    :class:`~leakage.solvers.GaussNewton`.
+    Where a gradient is noisy or says too little, ``prior=GaussianPrior(...)`` adds what images of this kind look like.
+
+    Pieces: :class:`~leakage.objectives.SquaredDistance`, the ``prior`` if there is one,
+    :class:`~leakage.dummies.Pixels` that start where the layers lead, :class:`~leakage.dummies.InferredLabels` or
+    :class:`~leakage.dummies.JointLabels`, :class:`~leakage.solvers.GaussNewton`.
 
     Shapes: images ``(V, N, C, H, W)`` (searched without bounds; the truth lies in [0, 1]), labels ``(V, N)``.
 
@@ -36,7 +38,9 @@ class GaussNewtonAttack(GradientInversion):
         start: ``"rgap"``: what :class:`RGAPAttack` finds, for networks that it can invert; ``"noise"``: random, as
             for all restarts; ``"auto"``: the first where it can be had, for up to 16 images.
         joint_labels: search for the labels too.
-        restarts: further starts for a victim that ended above ``restart_above``.
+        prior: a sum of squares that is added to the objective, such as :class:`~leakage.objectives.GaussianPrior`.
+        restarts: further starts for a victim that ended above ``restart_above``; by default 3, and none with a
+            ``prior``, of which something is always left.
         restart_above: a victim that ends above this objective may start again. Noisy or rounded gradients never fall
             below it: choose their noise's share, or ``restarts=0``.
         start_std: of the random starts.
@@ -69,6 +73,7 @@ class GaussNewtonAttack(GradientInversion):
         start: str = "auto",
         solver: str = "auto",
         joint_labels: bool = False,
+        prior: Term | None = None,
         damping: float = 1e-2,
         max_products: int = 100,
         memory: int = 2**32,
@@ -81,7 +86,7 @@ class GaussNewtonAttack(GradientInversion):
         start_std: float = 0.01,
         tolerance: float | None = None,
         max_evaluations: int = 60,
-        restarts: int = 3,
+        restarts: int | None = None,
         spectrum: bool = True,
         adaptive: bool = True,
     ) -> None:
@@ -96,8 +101,13 @@ class GaussNewtonAttack(GradientInversion):
                 "Expected start='auto' or 'noise' with `joint_labels`, but got 'rgap', which needs labels."
             )
         labels: Labels = JointLabels(start_std) if joint_labels else InferredLabels(rule, auxiliary, seed)
+        if prior is not None and not isinstance(prior, Term):
+            raise ValueError(
+                "Expected `prior` to be a term of leakage.objectives, such as a GaussianPrior, but got "
+                f"{type(prior).__name__}."
+            )
         super().__init__(
-            objective=SquaredDistance(),
+            objective=SquaredDistance() if prior is None else SquaredDistance() + prior,
             images=Pixels(start=start, std=start_std),
             labels=labels,
             solver=GaussNewton(
@@ -111,7 +121,7 @@ class GaussNewtonAttack(GradientInversion):
                 spectrum=spectrum,
                 max_step=1.0,
             ),
-            restarts=restarts,
+            restarts=restarts if restarts is not None else 3 if prior is None else 0,
             restart_above=restart_above,
             seed=seed,
             success_threshold=success_threshold,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # a victim has defenses
     from leakage.clients.victim import Victim
 
 Gradients = Mapping[str, Tensor]
+# Noise that is always reckoned with, in units of the gradient's root mean square: about what rounding leaves.
+_LEAST_NOISE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,12 @@ class Defense(Piece, ABC):
     Attributes:
         averages_out: whether what it adds is zero on average, so that to match the gradients as they are is right.
         keeps_zeros: whether entries that are zero before it are so after it, and few others.
+        shortens: whether it makes gradients shorter by a factor that nobody is told.
     """
 
     averages_out: bool = False
     keeps_zeros: bool = False
+    shortens: bool = False
 
     @abstractmethod
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
@@ -126,6 +130,20 @@ class Defense(Piece, ABC):
             shared: what the client shared, by name.
         """
         return gradients
+
+    def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
+        """About how far what it shares is from what :meth:`simulate` says: the variance of one entry; 0 for not at all.
+
+        It is what an attack that knows what images look like weighs this by.
+
+        Args:
+            shared: what V clients shared, name to ``(V, *shape)``.
+            images: over how many a client takes the mean: 1 if it sums.
+
+        Returns:
+            ``(V,)``, or one number for all.
+        """
+        return 0.0
 
     @property
     def example_norm(self) -> float | None:
@@ -202,6 +220,25 @@ def simulate(defenses: Sequence[Defense], gradients: Gradients, shared: Gradient
         if not defense.averages_out:
             gradients = defense.simulate(gradients, shared)
     return gradients
+
+
+def relative_noise(defenses: Sequence[Defense], shared: Gradients, images: int) -> Tensor:
+    """``(V,)``: the variance of noise on an entry, relative to the squared norm of what a client shared."""
+    squares = mean_square(shared) * numbers(shared)
+    variance = sum(defense.noise_variance(shared, images) for defense in defenses)
+    least = _LEAST_NOISE**2 * mean_square(shared)
+    return torch.maximum(least, least.new_zeros(()) + variance) / torch.where(squares > 0, squares, 1)
+
+
+def numbers(shared: Gradients) -> int:
+    """Entries of the gradient of one of V clients."""
+    return sum(tensor[0].numel() for tensor in shared.values())
+
+
+def mean_square(shared: Gradients) -> Tensor:
+    """``(V,)``, over all entries that a client shared."""
+    total = torch.stack([tensor.flatten(1).double().square().sum(1) for tensor in shared.values()]).sum(0)
+    return total / numbers(shared)
 
 
 def _subclasses(kind: Any) -> dict[str, type[Defense]]:

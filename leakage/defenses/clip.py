@@ -36,6 +36,7 @@ class Clip(Defense):
     """
 
     keeps_zeros = True
+    shortens = True
 
     def __init__(self, norm: float) -> None:
         check_positive(norm=norm)

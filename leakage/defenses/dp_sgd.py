@@ -49,6 +49,7 @@ class DPSGD(Defense):
     """
 
     averages_out = True
+    shortens = True
 
     def __init__(self, noise_multiplier: float, norm: float) -> None:
         check_not_negative(noise_multiplier=noise_multiplier)
@@ -98,6 +99,10 @@ class DPSGD(Defense):
             name: tensor + std / images * torch.randn(tensor.shape, generator=generator).to(tensor)
             for name, tensor in gradients.items()
         }
+
+    def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
+        """That on the mean of the images."""
+        return (self.noise_multiplier * self.norm / images) ** 2
 
     @property
     def example_norm(self) -> float:

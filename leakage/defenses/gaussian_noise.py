@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from leakage.defenses.base import Defense, Gradients, Size, whole_norm
+from leakage.defenses.base import Defense, Gradients, Size, mean_square, whole_norm
 from leakage.errors import check_flag, check_positive
 
 
@@ -37,6 +37,11 @@ class Noise(Defense):
         return {
             name: tensor + std * self.draw(tensor.shape, generator).to(tensor) for name, tensor in gradients.items()
         }
+
+    def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
+        """The square of the standard deviation: with ``relative`` of that part of the gradient that is not noise."""
+        variance = self.std**2
+        return variance / (1 + variance) * mean_square(shared) if self.relative else variance
 
     def size(self, before: Size, gradients: Gradients) -> Size:
         """All entries, whatever was saved before."""

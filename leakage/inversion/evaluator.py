@@ -18,12 +18,12 @@ from leakage.clients.low_rank import in_basis
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.smoothing import SHARPNESS
 from leakage.clients.victim import Victim
-from leakage.defenses.base import Defense
+from leakage.defenses.base import Defense, relative_noise
 from leakage.dummies.dummy import Dummy, Images, Labels, Target
 from leakage.dummies.learning_rate import LearningRate
 from leakage.dummies.local_order import LocalOrder
 from leakage.inversion.memory import peak_memory
-from leakage.inversion.simulation import Simulation
+from leakage.inversion.simulation import Simulation, as_known
 from leakage.inversion.sums import added, joined, of_lanes, parted, seen, sum_in_a_pass, through, weighted
 from leakage.objectives.distances import LengthDistance
 from leakage.objectives.terms import Batched, Distance, Point, Term
@@ -56,6 +56,7 @@ class Evaluator:
     ) -> None:
         self.victim, self.images, self.labels, self.learning_rate = victim, images, labels, LearningRate()
         self.order = LocalOrder()
+        self.defenses = defenses
         self.simulation = Simulation(defenses, victim)
         parts = [*objective.parts()]
         distances = [term for _, term in parts if isinstance(term, Distance)]
@@ -143,10 +144,21 @@ class Evaluator:
         """The same of V victims, from what they shared."""
         rate = self.learning_rate.begin(shared, self.victim)
         shared = self._in_steps(shared, rate)
-        kept = {name: self.dummies[name].begin(shared, self.victim) for name in ("images", "labels")}
+        kept = {
+            "images": self.images.begin(shared, self.victim),
+            "labels": self.labels.begin(*as_known(self.defenses, shared, self.victim)),
+        }
         kept["learning_rate"] = rate
         kept |= {name: term.begin(shared, self.victim) for name, (_, term) in self.terms.items()}
+        for name in [name for name, (_, term) in self.terms.items() if term.weighed_by_noise]:
+            kept[name]["scale"] = kept[name]["scale"] * self._noise(shared).to(kept[name]["scale"])
         return joined(kept)
+
+    def _noise(self, shared: SharedGradient) -> Tensor:
+        """``(V,)``, of the defenses that this attacker knows."""
+        protocol = self.victim.protocol
+        images = protocol.num_images if protocol.reduction == "mean" else 1
+        return relative_noise(self.defenses, shared.gradients, images)
 
     def _needed(self, kept: State) -> State:
         """Without what changes nothing for any of these victims, and priors as weak as the solver has made them."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from leakage.clients.examples import clipped_examples
+from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.defenses.base import Defense, known_defenses, simulate
 from leakage.defenses.clip import Clip
@@ -43,6 +46,17 @@ def known_to(adaptive: bool, victim: Victim) -> tuple[Defense, ...]:
             "it does not find, one that knows the defense may."
         )
     return tuple(known)
+
+
+def as_known(defenses: Sequence[Defense], shared: SharedGradient, victim: Victim) -> tuple[SharedGradient, Victim]:
+    """What was shared and by whom, with those defenses alone that an attacker takes into account."""
+    known, told = {type(defense).__name__ for defense in defenses}, victim.protocol.defenses
+    if known.issuperset(each["name"] for each in told):
+        return shared, victim
+    protocol = replace(victim.protocol, defenses=tuple(each for each in told if each["name"] in known))
+    victim = copy.copy(victim)
+    victim.protocol = protocol
+    return replace(shared, protocol=protocol), victim
 
 
 class Simulation:

@@ -14,6 +14,7 @@ from leakage.errors import check_choice, check_count
 from leakage.labels.auxiliary import Auxiliary
 from leakage.labels.counts import LabelCounts
 from leakage.labels.last_layer import last_layer
+from leakage.labels.length import is_shortened, restore_length
 from leakage.labels.posterior import LabelPosterior
 from leakage.labels.rules import INSTEAD, RULES, Knowledge, check_needs, needs_met, usable_rules
 from leakage.labels.simulation import draw_images, simulate
@@ -70,6 +71,10 @@ class LabelReader:
     half-way, by the others at those that were given. ``rlu`` and ``posterior`` simulate the last layer's steps. Of
     momentum and weight decay it is freed first (:func:`leakage.labels.last_layer.mean_gradient`). Where the attacker is
     not told their learning rate, and so not how long the average is, only ``idlg``, ``row_minimum`` and ``rlg`` serve.
+
+    Where clients are known to shorten their gradients (:class:`~leakage.defenses.Clip`,
+    :class:`~leakage.defenses.DPSGD`) and both gradients of the last layer are shared, rules are given them as long as
+    they must have been for the labels to be whole numbers (:func:`leakage.labels.length.restore_length`).
 
     What ``auto`` chose and ``posterior`` learnt serves for all victims of one network, of the same protocol and number
     of images: only another network is learnt about anew. So what is found about a victim does not depend on
@@ -174,6 +179,8 @@ class LabelReader:
     def _read(self, shared: SharedGradient, victim: Victim, met: dict[str, str | None]) -> LabelCounts:
         layer = last_layer(shared, victim, non_negative=met["non-negative"] is None)
         known = Knowledge(layer, self.auxiliary, self.seed)
+        if is_shortened(layer.protocol) and met["weight"] is None and met["bias"] is None:
+            known.layer = restore_length(layer, known.features)
         usable = usable_rules(met)
         rule = self.rule
         if rule == "auto" and "idlg" in usable:

@@ -8,6 +8,7 @@ from leakage.objectives.distances import (
     RowCosineDistance,
     SquaredDistance,
 )
+from leakage.objectives.gaussian_prior import GaussianPrior
 from leakage.objectives.priors import L2, BatchNormStatistics, TotalVariation
 from leakage.objectives.terms import ActivationPrior, Distance, Gradients, Point, Prior, Sum, Term
 
@@ -19,6 +20,7 @@ __all__ = [
     "ChainObjective",
     "CosineDistance",
     "Distance",
+    "GaussianPrior",
     "Gradients",
     "LengthDistance",
     "Point",

@@ -60,10 +60,13 @@ class Term(Piece, ABC):
             other orthonormal coordinates, or does not look at them: those of a last layer with many classes may then be
             given in fewer numbers (:mod:`leakage.clients.low_rank`).
         fades: whether a solver may lower its weight as the search gets nearer: it is a prior.
+        weighed_by_noise: whether its ``scale`` is multiplied by the variance of the noise on an entry of the gradient,
+            relative to the squared norm of what was shared.
     """
 
     isometric: ClassVar[bool] = False
     fades: ClassVar[bool] = False
+    weighed_by_noise: ClassVar[bool] = False
 
     @abstractmethod
     def value(self, point: Point, kept: State) -> Tensor:

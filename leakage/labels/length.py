@@ -1,0 +1,125 @@
+"""How long a gradient was before it was shortened: whole numbers of labels tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from leakage.clients.protocol import Protocol
+from leakage.defenses.base import Defense, known_defenses, relative_noise
+from leakage.labels.auxiliary import KnownFeatures
+from leakage.labels.last_layer import LastLayer
+
+# Lengths that are tried, relative to the one that is expected of clients with random labels: up to so many times the
+# root of the number of images, since few labels make gradients longer.
+_SHORTEST, _LONGEST, _TRIED = 0.3, 2.0, 2000
+# Parameters of the Dirichlet distributions of the clients' labels, from nearly one class to nearly all alike.
+_DIRICHLET = (0.1, 0.5, 2.0, 10.0, 100.0)
+# Standard deviation of counts from whole numbers at the true length, and what each image adds: chosen on FashionMNIST,
+# LeNet and ConvNet, 8 to 128 images.
+_ROUGHNESS, _ROUGHNESS_OF_IMAGES = 0.1, 0.001
+# Share of the squared length from which noise is much.
+_MUCH_NOISE = 0.05
+# Numbers and victims looked at together; bounds the memory, not the result.
+_NUMBERS_AT_ONCE, _VICTIMS_AT_ONCE = 2**23, 64
+
+
+def is_shortened(protocol: Protocol) -> bool:
+    """Whether the clients are known to shorten their gradients."""
+    return any(defense.shortens for defense in _known(protocol))
+
+
+def restore_length(layer: LastLayer, known: KnownFeatures) -> LastLayer:
+    r"""The gradients of the last layer as long as they were before the clients shortened them.
+
+    With c the unknown factor, :math:`g = c \, \tilde g`, the ratio of the two gradients gives the mean feature all the
+    same, and that the mean prediction :math:`\bar p` (as in :func:`~leakage.labels.calibrated.mean_feature`). Then
+
+    .. math:: n(c) = N (\bar p - c \, \tilde g_b)
+
+    are the counts. The most probable c of at least 1 is taken: counts are whole numbers, not negative, and as even or
+    uneven as labels of clients are, by a mixture of Dirichlet-multinomial distributions. Noise that the clients tell of
+    makes whole numbers say less. Where it is much, c is what makes counts as uneven as random labels are, and less by
+    the share of the noise, so that what it adds is not taken for labels. This library's own.
+
+    Args:
+        layer: with both gradients.
+        known: images of the attacker's own as the networks see them.
+    """
+    victims = torch.arange(len(layer), device=layer.weight.device)
+    size = max(1, min(_VICTIMS_AT_ONCE, _NUMBERS_AT_ONCE // (_TRIED * layer.num_classes)))
+    deviations = known.features - known.features.mean(1, keepdim=True)
+    parts = []
+    for part in torch.split(victims, size):
+        parts.append(_factors(layer.select(part), deviations[part] if layer.own_weights else deviations))
+    factor = torch.cat(parts).to(layer.push)
+    return dataclasses.replace(
+        layer, weight_gradient=layer.rows * factor[:, None, None], bias_gradient=layer.push * factor[:, None]
+    )
+
+
+def _factors(layer: LastLayer, deviations: Tensor) -> Tensor:
+    """``(V,)``, in double precision."""
+    push, count, classes = layer.push.double(), layer.num_images, layer.num_classes
+    squares = push.square().sum(1).clamp(min=torch.finfo(push.dtype).tiny)
+    mean = (torch.einsum("vk,vkd->vd", push, layer.rows.double()) / squares[:, None]).to(layer.push)
+    logits = torch.einsum("vd,vkd->vk", mean, layer.weight.expand(len(push), -1, -1)) + layer.bias
+    predictions = (logits[:, None] + deviations @ layer.weight.mT).softmax(2).mean(1).double()
+    noise = _noise(layer)
+    share = classes * noise / squares
+    # The squared length of N (p - n / N) with random labels, over what there is of it without noise.
+    uneven = count * (1 - 1 / classes) + count**2 * (predictions - 1 / classes).square().sum(1)
+    expected = (uneven / (squares * (1 - share).clamp(min=1e-4))).sqrt() / count
+    ends = math.log(_SHORTEST), math.log(_LONGEST * math.sqrt(count))
+    relative = torch.linspace(*ends, _TRIED, dtype=push.dtype, device=push.device).exp()
+    tried = (expected[:, None] * relative).clamp(min=1)
+    best = _log_probability(count, predictions, push, noise, tried).argmax(1, keepdim=True)
+    cautious = (expected * (1 - share).clamp(min=0)).clamp(min=1)
+    return torch.where(share > _MUCH_NOISE, cautious, tried.gather(1, best).squeeze(1))
+
+
+def _log_probability(count: int, predictions: Tensor, push: Tensor, noise: Tensor, factors: Tensor) -> Tensor:
+    """Of factors ``(V, T)``, up to a constant."""
+    classes = push.shape[1]
+    counts = count * (predictions[:, None] - factors[..., None] * push[:, None])
+    rough = _ROUGHNESS**2 + (_ROUGHNESS_OF_IMAGES * count) ** 2 + (count * factors) ** 2 * noise[:, None]
+    # How near they are to whole numbers: where the roughness is large, all are as near.
+    places = torch.arange(-2, 3, dtype=counts.dtype, device=counts.device)
+    apart = (counts - counts.round())[..., None] - places
+    near = (-apart.square() / (2 * rough[..., None, None])).logsumexp(3) - (2 * math.pi * rough[..., None]).log() / 2
+    near = torch.where(rough[..., None] > 1, 0.0, near).sum(2)
+    near = near - counts.clamp(max=0).square().sum(2) / (2 * rough)
+    # How probable such counts are.
+    whole = counts.round().clamp(min=0)
+    mixed = [
+        (whole + parameter).lgamma().sum(2)
+        + (math.lgamma(classes * parameter) - classes * math.lgamma(parameter))
+        - math.lgamma(count + classes * parameter)
+        for parameter in _DIRICHLET
+    ]
+    ways = -(whole + 1).lgamma().sum(2)
+    # The longer the gradient was, the less of what was shared is the same error of the counts.
+    return near + ways + torch.stack(mixed).logsumexp(0) + (classes - 1) * factors.log()
+
+
+def _noise(layer: LastLayer) -> Tensor:
+    """``(V,)``, the variance of the noise on an entry that the clients tell of."""
+    protocol = layer.protocol
+    images = protocol.num_images if protocol.reduction == "mean" else 1
+    shared = {"weight": layer.rows.double(), "bias": layer.push.double()}
+    squares = layer.rows.double().square().sum((1, 2)) + layer.push.double().square().sum(1)
+    return relative_noise(_known(protocol), shared, images) * squares
+
+
+def _known(protocol: Protocol) -> list[Defense]:
+    """Those of the defenses that can be made anew: others may be of somebody's own."""
+    found: list[Defense] = []
+    for told in protocol.defenses:
+        try:
+            found += known_defenses([told])
+        except ValueError:
+            continue
+    return found
