@@ -9,7 +9,8 @@ r"""Privacy against accuracy: what attackers find behind each defense, with and 
 Every defense is tried at each of its strengths by each attack twice: by one that matches what was shared as if it was
 the gradient, and by one that knows the defense. Victims hold test images. Each of an untrained network of up to half a
 million weights has a newly drawn one of its own; larger and trained ones are shared. The attacker is told the labels,
-unless `--infer-labels`.
+unless `--infer-labels`. Secure aggregation over m clients makes one of their images: it is attacked as a client of m
+times as many, and trained under as without.
 
 With `--rounds` a network is trained under each defense, by clients that share a defended gradient each in every round,
 from `--seeds` starts, with a learning rate that suits the defense on held-out training images: its test accuracy is
@@ -104,6 +105,11 @@ class Cell:
         """That names its folder."""
         return f"{self.name}_{self.strength:g}"
 
+    @property
+    def clients(self) -> int:
+        """Whose gradients are shared as one."""
+        return round(self.strength) if DEFENSES[self.name].aggregates else 1
+
 
 class Tradeoff:
     """The victims, defenses and attacks: made ready and checked, then run.
@@ -127,6 +133,11 @@ class Tradeoff:
             for name in dict.fromkeys(given.defenses)
             for strength in given.strengths or DEFENSES[name].strengths
         ]
+        for cell in self.cells:
+            if cell.clients < 1 or (DEFENSES[cell.name].aggregates and cell.clients != cell.strength):
+                raise ValueError(
+                    f"Expected `--strengths` of {cell.name} to be numbers of clients, but got {cell.strength:g}."
+                )
         self.data = LabelledImages(
             given.dataset, root=given.root, image_size=given.image_size, benchmark=given.benchmark, seed=given.seed
         )
@@ -156,11 +167,11 @@ class Tradeoff:
         # What can be refused is refused before anything is trained.
         network = make_network(given, self.data, epochs=0)
         for cell in self.cells:
-            self._victims(network, cell.defenses).setup("fit")
+            self._victims(network, cell).setup("fit")
         for name in given.attacks:
             self._attack(name, adaptive=True)
         self.public = in_unit_range(self.data.train.images)
-        self.baseline: float | None = None
+        self.baselines: dict[int, float] = {}  # by the clients whose gradients are one
         write_json(record, self.options)
 
     def run(self) -> list[TradeoffRow]:
@@ -179,19 +190,19 @@ class Tradeoff:
             save_figure(plot_tradeoff(rows, title), given.output / "tradeoff.png")
         return rows
 
-    def _victims(self, network: Network, defenses: Sequence[Defense]) -> Victims:
+    def _victims(self, network: Network, cell: Cell) -> Victims:
         given = self.given
         return Victims(
             self.data.test,
             num_classes=self.data.num_classes,
             victims=given.victims,
-            images=given.images,
+            images=given.images * cell.clients,
             seed=given.seed,
             lanes=given.lanes,
             model=network.model,
             weights="own" if network.own else "shared",
             reveal_labels=not given.infer_labels,
-            defenses=defenses,
+            defenses=cell.defenses,
         )
 
     def _attack(self, name: str, *, adaptive: bool) -> GradientInversion:
@@ -217,7 +228,7 @@ class Tradeoff:
         given, folder = self.given, self.given.output / "cells" / cell.key
         kinds = ATTACKERS if cell.defenses else ATTACKERS[:1]
         runs = {f"{attack}_{kind}": (attack, kind == "adaptive") for attack in given.attacks for kind in kinds}
-        victims = self._victims(network, cell.defenses)
+        victims = self._victims(network, cell)
         with warnings.catch_warnings():
             # That a naive attacker does not know the defense is what is asked.
             warnings.filterwarnings("ignore", "The clients defend their gradients")
@@ -250,9 +261,9 @@ class Tradeoff:
         images = found.images[torch.arange(len(truth))[:, None], scores.order]
         psnr = MeanOverVictims()(scores.psnr.mean(1))
         told = ShareOverVictims()(self._identified(images, truth))
-        if self.baseline is None:
+        if cell.clients not in self.baselines:
             guesses = baseline_guesses(truth.images, self.public).values()
-            self.baseline = max(
+            self.baselines[cell.clients] = max(
                 float(score(guess, truth.labels, truth.images, truth.labels).psnr.mean()) for guess in guesses
             )
         epsilon = bound = None
@@ -269,7 +280,7 @@ class Tradeoff:
             adaptive=adaptive,
             network=given.network,
             epochs=given.epochs,
-            images=given.images,
+            images=truth.images.shape[1],
             victims=compared.victims,
             psnr_mean=psnr.value,
             psnr_ci=(psnr.low, psnr.high),
@@ -280,7 +291,7 @@ class Tradeoff:
             identified=told.value,
             identified_ci=(told.low, told.high),
             others=given.others,
-            baseline=self.baseline,
+            baseline=self.baselines[cell.clients],
             label_accuracy=compared.label_accuracy,
             epsilon=epsilon,
             delta=given.delta,
@@ -303,7 +314,7 @@ class Tradeoff:
     def _accuracies(self, network: Network, cell: Cell) -> dict[str, Any]:
         """Test accuracy of networks trained under the defense, and their rate, as a row has them."""
         given = self.given
-        if not given.rounds or cell.name not in (given.trained or given.defenses):
+        if not given.rounds or cell.clients > 1 or cell.name not in (given.trained or given.defenses):
             return {}
         path = given.output / "cells" / cell.key / f"accuracy_{given.rounds}.json"
         known: dict[str, Any] = {"learning_rate": None, "accuracies": []}

@@ -33,12 +33,14 @@ class Kind:
         strengths: from the weakest to the strongest.
         written: in tables and pictures.
         told: a strength s, its inverse i or its percentage p in words; or words for each strength.
+        aggregates: whether the strength is a number of clients, of whom nothing is seen but the mean.
     """
 
     make: Callable[[float], list[Defense]]
     strengths: tuple[float, ...]
     written: str
     told: str | dict[float, str]
+    aggregates: bool = False
 
     def named(self, strength: float) -> str:
         """With its strength in words."""
@@ -79,5 +81,6 @@ DEFENSES: dict[str, Kind] = {
         {1.0: "float16", 2.0: "bfloat16"},
     ),
     "sign": Kind(lambda strength: [Sign(scaled=strength < 1)], (0.5, 1.0), "signs", {0.5: "with size", 1.0: "alone"}),
+    "aggregation": Kind(lambda strength: [], (2.0, 4.0, 8.0), "secure aggregation", "{s:g} clients", aggregates=True),
     "soteria": Kind(lambda strength: [Soteria(strength)], (0.4, 0.8, 0.95), "Soteria", "{p:g} % of the features"),
 }  # fmt: skip

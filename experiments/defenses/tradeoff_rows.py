@@ -27,7 +27,7 @@ class TradeoffRow:
         adaptive: whether the attacker knows the defense.
         network: its name.
         epochs: of the network's training, 0 for none.
-        images: of a victim.
+        images: of a victim, or of all clients that are seen as one.
         victims: number of victims.
         psnr_mean: mean over victims, dB.
         psnr_ci: its 95 % interval, after Student.
@@ -110,8 +110,7 @@ def format_table(rows: Sequence[TradeoffRow]) -> str:
                 ),
             ]
         )
-    first = rows[0]
-    told = f"The best guess without any gradient has {first.baseline:.1f} dB; * marks attacks that do not beat it."
+    told = f"The best guess without any gradient has {rows[0].baseline:.1f} dB; * marks attacks that do not beat it."
     return "\n".join([align(lines), "", told])
 
 

@@ -180,3 +180,23 @@ def test_sizes_of_the_strengths(tradeoff: ModuleType) -> None:
         sizes = [size_sent(kind.make(strength), gradients).bytes for strength in kind.strengths]
         assert sizes == sorted(sizes, reverse=True), name
         assert math.isfinite(sum(kind.strengths))
+
+
+@pytest.mark.slow
+def test_clients_that_aggregate_are_one_of_more_images(tradeoff: ModuleType, tmp_path: Path) -> None:
+    asked = ["--defenses", "none", "aggregation", "--iterations", "5", "--rounds", "1", "--seeds", "1"]
+    tradeoff.main([*FEW, *asked, "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    told = [(row["defense"], row["strength"], row["images"], row["test_accuracy"] is None) for row in rows]
+    more = [("aggregation", clients, clients, True) for clients in (2, 4, 8)]
+    assert told == [("none", 0.0, 1, False), *more]
+    assert len({row["bytes"] for row in rows}) == 1
+    assert len({row["baseline"] for row in rows}) == 4  # each of the images that it is about
+
+
+def test_refuses_half_a_client(tradeoff: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for strength in ("1.5", "0"):
+        asked = ["--defenses", "aggregation", "--strengths", strength, "--output", str(tmp_path / "out")]
+        with pytest.raises(SystemExit):
+            tradeoff.main([*FEW, *asked])
+        assert f"to be numbers of clients, but got {strength}" in capsys.readouterr().err
