@@ -81,6 +81,7 @@ _MAY_CHANGE = {
         "defenses",
         "strengths",
         "attacks",
+        "attackers",
         "rounds",
         "seeds",
         "trained",
@@ -226,7 +227,7 @@ class Tradeoff:
 
     def _cell(self, network: Network, cell: Cell) -> list[TradeoffRow]:
         given, folder = self.given, self.given.output / "cells" / cell.key
-        kinds = ATTACKERS if cell.defenses else ATTACKERS[:1]
+        kinds = given.attackers if cell.defenses else ATTACKERS[:1]
         runs = {f"{attack}_{kind}": (attack, kind == "adaptive") for attack in given.attacks for kind in kinds}
         victims = self._victims(network, cell)
         with warnings.catch_warnings():
@@ -366,6 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--defenses", nargs="+", choices=tuple(DEFENSES), default=list(DEFENSES), help="default: all")
     add("--strengths", nargs="+", type=float, help="of a single defense (default: three of each, see the table)")
     add("--attacks", nargs="+", choices=tuple(ATTACKS), default=["gauss_newton"], help="default: %(default)s")
+    add("--attackers", nargs="+", choices=ATTACKERS, default=list(ATTACKERS), help="default: both")
     add("--protocol", choices=("published", "robust"), default="robust", help="of the attacks (default: %(default)s)")
     add("--iterations", type=int, help="evaluations of the objective for each start (default: the protocol's)")
     add("--rounds", type=int, default=0, help="of training under each defense, 0 for none (default: %(default)s)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leakage.defenses.base import Defense, Gradients, Size
+from leakage.defenses.base import Defense, Gradients, Size, mean_square
 from leakage.errors import check_choice
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,6 +41,10 @@ class HalfPrecision(Defense):
         dtype = _DTYPES[self.dtype]
         largest = torch.finfo(dtype).max
         return {name: tensor.clamp(-largest, largest).to(dtype).to(tensor) for name, tensor in gradients.items()}
+
+    def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
+        """About that of errors of rounding, which grow with the entries."""
+        return torch.finfo(_DTYPES[self.dtype]).eps ** 2 / 24 * mean_square(shared)
 
     def size(self, before: Size, gradients: Gradients) -> Size:
         """16 bits a number."""

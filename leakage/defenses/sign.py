@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leakage.defenses.base import Defense, Gradients, Size
+from leakage.defenses.base import Defense, Gradients, Size, interval_variance
 from leakage.errors import check_flag
 
 
@@ -56,6 +56,10 @@ class Sign(Defense):
             size = shared[name].abs().amax()
             found[name] = shared[name] + wrong * torch.where(size > 0, size, 1.0)
         return found
+
+    def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
+        """Little, as nothing is known but on which side of zero an entry is."""
+        return interval_variance(shared)
 
     def size(self, before: Size, gradients: Gradients) -> Size:
         """And the scale of each tensor."""

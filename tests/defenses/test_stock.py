@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from leakage.defenses import DPSGD, Clip, Defense, GaussianNoise, LaplaceNoise, Soteria, TopK
+from leakage.defenses import (
+    DPSGD,
+    Clip,
+    Defense,
+    GaussianNoise,
+    HalfPrecision,
+    LaplaceNoise,
+    Quantise,
+    Sign,
+    Soteria,
+    TopK,
+)
 
 SIZES = st.floats(1e-3, 1e3)
 
@@ -205,3 +216,41 @@ def test_wrong_arguments(defense, arguments, message):
 def test_descriptions(defense, description, text):
     assert defense.describe() == description
     assert repr(defense) == f"{description['name']}({text})"
+
+
+@pytest.mark.parametrize(
+    "defense",
+    [
+        GaussianNoise(0.3),
+        GaussianNoise(2.0, relative=True),
+        LaplaceNoise(0.3),
+        LaplaceNoise(0.5, relative=True),
+        DPSGD(0.1, norm=1e6),
+        HalfPrecision("float16"),
+        HalfPrecision("bfloat16"),
+        Quantise(8),
+        Quantise(12, stochastic=True),
+    ],
+    ids=repr,
+)
+def test_an_attacker_knows_how_large_errors_are(defense):
+    scale = 1e3 if isinstance(defense, DPSGD) else 1.0  # whose noise is in units of the norm
+    given = {
+        "weight": scale * torch.randn(200, 300, generator=seeded(1)),
+        "bias": 5 * scale * torch.randn(40, generator=seeded(2)),
+    }
+    defended = defense(given, seeded(3))
+    size = norm({name: (defended[name] - tensor).double() for name, tensor in given.items()})
+    shared = {name: torch.stack([tensor, 10 * tensor]) for name, tensor in defended.items()}
+    told = torch.as_tensor(defense.noise_variance(shared, 1)).expand(2)
+    assert float(told[0]) == pytest.approx(size**2 / len(entries(given)), rel=0.3)
+    by_size = getattr(defense, "relative", not isinstance(defense, DPSGD))
+    assert float(told[1] / told[0]) == pytest.approx(100.0 if by_size else 1.0, rel=1e-3)
+
+
+def test_of_intervals_it_knows_little():
+    shared = {"weight": torch.randn(2, 20, 30, generator=seeded(1))}
+    for defense in (Sign(), Sign(scaled=True), Quantise(2), Quantise(4, stochastic=True)):
+        told = defense.noise_variance(shared, 1)
+        torch.testing.assert_close(told, 1e-4 * shared["weight"].double().square().mean((1, 2)))
+    assert TopK(0.1).noise_variance(shared, 1) == Clip(1.0).noise_variance(shared, 1) == 0

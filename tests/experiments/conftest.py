@@ -50,3 +50,11 @@ def tradeoff() -> Iterator[ModuleType]:
         for folder in ("defenses", "inverting_gradients"):
             patch.syspath_prepend(EXPERIMENTS / folder)
         yield load("defenses/tradeoff.py")
+
+
+@pytest.fixture(scope="session")
+def dp_bound() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in ("defenses", "inverting_gradients"):
+            patch.syspath_prepend(EXPERIMENTS / folder)
+        yield load("defenses/dp_bound.py")
