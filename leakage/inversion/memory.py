@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from leakage.clients.shared_gradient import SharedGradient
+
 # Of the memory that is free, what the lanes may take.
 _SHARE_OF_MEMORY = 0.5
 # What is said where torch's own error is not raised.
@@ -22,12 +24,18 @@ _MOST_ON_A_CPU, _MOST = 256, 1024
 
 
 def choose_lanes(
-    evaluate: Callable[[int], Any], bytes_per_lane: int, *, most: int, device: torch.device, processes: int = 1
+    evaluate: Callable[[int], Any],
+    bytes_per_lane: int,
+    *,
+    most: int,
+    device: torch.device,
+    processes: int = 1,
+    bytes_to_begin: int = 0,
 ) -> int:
     """How many victims to attack at once: as many as save time, and as fit into half of the memory that is free.
 
     One and two lanes are evaluated to see how much memory one takes, with what the victims shared, beside
-    ``bytes_per_lane`` of the solver; several ``processes`` of
+    ``bytes_per_lane`` of the solver, or as many bytes as it needs to begin, if those are more; several ``processes`` of
     one machine share it on CPUs. On a CPU there are at most 256 lanes, on a GPU 1,024. The time is not looked at: it
     differs from run to run, and with the lanes the rounding would.
 
@@ -54,8 +62,15 @@ def choose_lanes(
             f"Expected {wanted} for one victim, but got {free:,} bytes that are free. Take fewer "
             "images, a smaller `history_size` or another device."
         )
+    needed = max(needed, bytes_to_begin)
     fitting = max(1, int(_SHARE_OF_MEMORY * free / needed))
     return most if fitting >= most else 2 ** (fitting.bit_length() - 1)
+
+
+def shared_bytes(shared: SharedGradient) -> int:
+    """Of what is each victim's own."""
+    own = [*shared.gradients.values(), *(shared.state.values() if shared.own_weights else [])]
+    return sum(tensor.nbytes for tensor in own)
 
 
 def free_memory(device: torch.device) -> int:

@@ -15,7 +15,7 @@ from leakage.clients.victim import Victim
 from leakage.datamodules.base import VictimDataModule
 from leakage.inversion.evaluator import Evaluator
 from leakage.inversion.lanes import Lanes, restored_lanes
-from leakage.inversion.memory import choose_lanes
+from leakage.inversion.memory import choose_lanes, peak_memory, shared_bytes
 from leakage.inversion.reconstruction import Reconstruction
 from leakage.pieces import State
 from leakage.solvers.solver import CONVERGED, UNINFORMATIVE
@@ -216,7 +216,13 @@ class Search:
         # Any labels will do, and none need be inferred.
         sample.labels = torch.zeros(len(sample), sample.protocol.num_images, dtype=torch.long, device=lanes.device)
 
-        kept = lanes.evaluator.begin(sample)
+        kept: State = {}
+
+        def begin() -> None:
+            kept.update(lanes.evaluator.begin(sample))
+
+        # Gradients, and weights of their own, are there twice while they are captured and put together.
+        to_begin = 2 * shared_bytes(sample) + peak_memory(begin, lanes.device)
         shared = lanes.evaluator.reduced(sample, kept)
 
         def evaluate(number: int) -> None:
@@ -228,7 +234,12 @@ class Search:
             lanes.evaluator.forget()
 
         return choose_lanes(
-            evaluate, lanes.optimizer.bytes_per_lane, most=most, device=lanes.device, processes=processes
+            evaluate,
+            lanes.optimizer.bytes_per_lane,
+            most=most,
+            device=lanes.device,
+            processes=processes,
+            bytes_to_begin=to_begin // len(sample),
         )
 
     def begin_anew_with_fewer_lanes(self, running: Tensor, datamodule: VictimDataModule, error: RuntimeError) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from leakage.attacks import IDLGAttack
+from leakage.attacks import IDLGAttack, RGAPAttack
 from leakage.inversion import memory as lanes_module
 from leakage.inversion.lanes import Lanes
 from leakage.inversion.memory import choose_lanes, is_out_of_memory, peak_memory
@@ -37,6 +37,28 @@ def test_as_many_lanes_as_there_are_victims_and_memory_for(
 ) -> None:
     monkeypatch.setattr(lanes_module, "free_memory", lambda device: free)
     assert choose_lanes(evaluation(2000), 1000, most=most, device=CPU) == expected
+
+
+def test_what_victims_need_to_begin_counts_if_it_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes_module, "free_memory", lambda device: 2 * 20 * 3000)
+    assert choose_lanes(evaluation(2000), 1000, most=1000, device=CPU, bytes_to_begin=2000) == 16
+    assert choose_lanes(evaluation(2000), 1000, most=1000, device=CPU, bytes_to_begin=7000) == 8
+    assert choose_lanes(evaluation(2000), 1000, most=1000, device=CPU, bytes_to_begin=10**9) == 1
+
+
+@pytest.mark.parametrize("weights", ["own", "shared"])
+def test_a_closed_form_tells_what_it_needs_to_begin(kit: Any, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+
+    def choose(*given: Any, bytes_to_begin: int, **options: Any) -> int:
+        told.append(bytes_to_begin)
+        return choose_lanes(*given, bytes_to_begin=bytes_to_begin, **options)
+
+    monkeypatch.setattr("leakage.inversion.search.choose_lanes", choose)
+    attack = kit.fit(RGAPAttack(), kit.victims(victims=3, weights=weights))
+    network = 4 * sum(parameter.numel() for parameter in attack.victim.model.parameters())
+    captured = 2 * network * (2 if weights == "own" else 1)
+    assert captured < told[0] < captured + 10 * network
 
 
 def test_processes_share_the_memory_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
