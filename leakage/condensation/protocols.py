@@ -10,8 +10,8 @@ from leakage.errors import check_choice, check_count, check_flag, check_positive
 
 # (outer, inner) loops of the paper by images per class.
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
-# Synthetic images of a class from which `fast` matches so many real ones: on MNIST, 10 per class, 6,000 held-out images,
-# 256 give 96.7 % after 600 updates; 32 gave 95.5 % after 1,000, on 1,200 held-out images.
+# Synthetic images of a class from which on `fast` matches so many real ones: on MNIST, 10 per class, 256 give 96.7 %
+# after 600 updates (6,000 held-out images); 32 gave 95.5 % after 1,000 (1,200 held-out images).
 _SEVERAL, _MANY_REAL_IMAGES = 10, 256
 INITIALIZATIONS = ("noise", "real", "kmeans")
 REAL_IMAGES = ("random", "kmeans")
