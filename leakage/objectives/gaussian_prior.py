@@ -112,12 +112,15 @@ class GaussianPrior(Term):
 
     def _whitened(self, images: Tensor, targets: Tensor) -> Tensor:
         """``(N, D)``."""
-        if len(self._means) == 1:
+        means, factors, gains, sharpness = (
+            tensor.to(images) for tensor in (self._means, self._factors, self._gains, self._sharpness)
+        )
+        if len(means) == 1:
             targets = torch.ones_like(targets[:, :1])
         own = (targets.argmax(1, keepdim=True) == torch.arange(targets.shape[1], device=targets.device)).to(images)
-        apart = images.flatten(1) - targets @ self._means
-        along = torch.einsum("nd,kdr->nkr", apart, self._factors) * (own[..., None] * (1 - self._gains))
-        return (own @ self._sharpness)[:, None] * (apart - torch.einsum("nkr,kdr->nd", along, self._factors))
+        apart = images.flatten(1) - targets @ means
+        along = torch.einsum("nd,kdr->nkr", apart, factors) * (own[..., None] * (1 - gains))
+        return (own @ sharpness)[:, None] * (apart - torch.einsum("nkr,kdr->nd", along, factors))
 
     def state(self, protocol: Protocol, dtype: torch.dtype) -> State:
         """``scale``, the weight that the noise gives it."""
