@@ -129,9 +129,10 @@ def plot(rows: Sequence[BoundRow], title: str) -> Figure:
     bounds = [100 * gaussian_success_bound(prior, multiplier(epsilon, delta)) for epsilon in line]
     axes.plot(line, bounds, color=COLOURS[1], label="bound on any attacker")
     found = [100 * row.success_rate for row in rows]
+    low, high = zip(*(row.success_ci for row in rows), strict=True)
     ends = [
-        [100 * abs(end - row.success_rate) for row in rows for end in row.success_ci[side : side + 1]]
-        for side in (0, 1)
+        [share - 100 * end for share, end in zip(found, low, strict=True)],
+        [100 * end - share for share, end in zip(found, high, strict=True)],
     ]
     axes.errorbar(epsilons, found, ends, fmt="o", color=COLOURS[0], capsize=3, label="named by the likeliest gradient")
     axes.axhline(100 / rows[0].candidates, color=PALE, linestyle=":", label="a guess without any gradient")
@@ -161,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="dp_bound.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser, network="lenet", victims=1000)
+    parser.add_argument("--candidates", type=int, default=1001, help="to name the image among (default: %(default)s)")
     parser.add_argument("--epsilons", nargs="+", type=float, default=list(_EPSILONS), help="default: 1 to 1,000")
     parser.add_argument("--delta", type=float, default=1e-5, help="default: %(default)s")
     parser.add_argument("--norm", type=float, default=1.0, help="of a gradient (default: %(default)s)")
@@ -168,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     quiet()
     try:
-        check_count(victims=given.victims, others=given.others)
+        check_count(victims=given.victims, candidates=given.candidates)
         check_share(delta=given.delta)
         check_positive(norm=given.norm)
         for epsilon in given.epsilons:
@@ -177,19 +179,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.dataset, root=given.root, image_size=given.image_size, benchmark=given.benchmark, seed=given.seed
         )
         check_output(given.output)
-        if not given.resume and holds_results(given.output):
-            raise ValueError(f"Expected `--output` to be a folder without results, but got '{given.output}'.")
+        if holds_results(given.output):
+            raise ValueError(
+                f"Expected `--output` to be a folder without results, but got '{given.output}'. Choose another folder."
+            )
         data.prepare_data()
         data.setup("fit")
-        if given.others >= len(data.test):
+        if not 2 <= given.candidates <= len(data.test):
             raise ValueError(
-                f"Expected `--others` below {len(data.test)}, the test images of {data.name!r}, but got {given.others}."
+                f"Expected `--candidates` from 2 to {len(data.test)}, the test images of {data.name!r}, but got "
+                f"{given.candidates}."
             )
         network = make_network(given, data, given.epochs)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     generator = torch.Generator().manual_seed(derive_seed(given.seed, 0, "candidates"))
-    chosen = torch.randperm(len(data.test), generator=generator)[: given.others + 1]
+    chosen = torch.randperm(len(data.test), generator=generator)[: given.candidates]
     images, labels = in_unit_range(data.test.images[chosen]), data.test.labels[chosen].long()
     rows: list[BoundRow] = []
     for epsilon in sorted(given.epsilons):

@@ -6,11 +6,12 @@ r"""Privacy against accuracy: what attackers find behind each defense, with and 
     python experiments/defenses/tradeoff.py --dataset data/cifar10 --network convnet --victims 10 \
         --defenses none dp_sgd --attacks inverting_gradients --rounds 300 --output results/dp
 
-Every defense is tried at each of its strengths by each attack twice: by one that matches what was shared as if it was
-the gradient, and by one that knows the defense. Victims hold test images. Each of an untrained network of up to half a
-million weights has a newly drawn one of its own; larger and trained ones are shared. The attacker is told the labels,
-unless `--infer-labels`. Secure aggregation over m clients makes one of their images: it is attacked as a client of m
-times as many, and trained under as without.
+Attacks: `gauss_newton`, `idlg`, `inverting_gradients`, and `gauss_newton_prior`, which also asks what the training
+images look like. Every defense is tried at each of its strengths by each attack twice: by one that matches what was
+shared as if it was the gradient, and by one that knows the defense (`--attackers`). Victims hold test images. Each of
+an untrained network of up to half a million weights has a newly drawn one of its own; larger and trained ones are
+shared. The attacker is told the labels, unless `--infer-labels`. Secure aggregation over m clients makes one of their
+images: it is attacked as a client of m times as many, and not trained under, as it changes nothing there.
 
 With `--rounds` a network is trained under each defense, by clients that share a defended gradient each in every round,
 from `--seeds` starts, with a learning rate that suits the defense on held-out training images: its test accuracy is
@@ -64,7 +65,7 @@ from leakage.seeds import derive_seed
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("comparison", "inverting_gradients")]
 from comparing import compare
 from records import holds_results
-from table_networks import WRITTEN, Network, add_options, make_network
+from table_networks import WRITTEN, Network, add_attack_options, add_options, make_network
 
 ATTACKS: dict[str, Callable[..., GradientInversion]] = {
     "gauss_newton": GaussNewtonAttack,
@@ -363,6 +364,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="tradeoff.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser, network="lenet", victims=10)
+    add_attack_options(parser)
     add = parser.add_argument
     add("--defenses", nargs="+", choices=tuple(DEFENSES), default=list(DEFENSES), help="default: all")
     add("--strengths", nargs="+", type=float, help="of a single defense (default: three of each, see the table)")

@@ -34,6 +34,7 @@ import torch
 from table_networks import (  # these two lie beside this script
     BATCH_NORM,
     Network,
+    add_attack_options,
     add_options,
     make_network,
     make_victims,
@@ -297,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser, network="convnet", victims=20)
+    add_attack_options(parser)
     add = parser.add_argument
     add("--batch-norm", choices=BATCH_NORM, default="evaluation", help="mode of BatchNorm (default: %(default)s)")
     add("--attacks", nargs="+", choices=tuple(ATTACKS), default=["inverting_gradients"], help="default: %(default)s")

@@ -40,7 +40,7 @@ _SMALL = 500_000
 
 
 def add_options(parser: argparse.ArgumentParser, *, network: str, victims: int) -> None:
-    """Those of the data set, the network, the victims and the run, which all scripts of such tables have.
+    """Those of the data set, the network and the victims, which all scripts about such networks have.
 
     Args:
         parser: of the script.
@@ -62,14 +62,19 @@ def add_options(parser: argparse.ArgumentParser, *, network: str, victims: int) 
     add("--learning-rate", type=float, help="of the network's training (default: that of leakage.clients.training)")
     add("--networks", type=Path, help="folder that keeps trained networks (default: ~/.cache/leakage/networks)")
     add("--victims", type=int, default=victims, help="default: %(default)s")
+    add("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
+    add("--output", type=Path, required=True, help="folder for results")
+    add("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
+
+
+def add_attack_options(parser: argparse.ArgumentParser) -> None:
+    """Further ones of scripts that rebuild the victims' images."""
+    add = parser.add_argument
     add("--images", type=int, default=1, help="of a victim (default: %(default)s)")
     add("--infer-labels", action="store_true", help="read them off the gradient; else the attacker is told them")
     add("--others", type=int, default=1000, help="training images to tell victims' from (default: %(default)s)")
     add("--lanes", type=int, default=16, help="victims attacked at once (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
-    add("--output", type=Path, required=True, help="folder for results")
     add("--resume", action="store_true", help="go on with the run in the folder, if there is one")
-    add("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
 
 
 @dataclass

@@ -225,15 +225,16 @@ def simulate(defenses: Sequence[Defense], gradients: Gradients, shared: Gradient
     return gradients
 
 
-def relative_noise(defenses: Sequence[Defense], shared: Gradients, images: int) -> Tensor:
-    """``(V,)``: the variance of noise on an entry, relative to the squared norm of what a client shared."""
-    squares = mean_square(shared) * numbers(shared)
-    variance = sum(defense.noise_variance(shared, images) for defense in defenses)
-    least = _LEAST_NOISE**2 * mean_square(shared)
-    return torch.maximum(least, least.new_zeros(()) + variance) / torch.where(squares > 0, squares, 1)
+def told_noise(defenses: Sequence[Defense], shared: SharedGradient) -> Tensor:
+    """``(V,)``: the variance of the noise on an entry of what clients shared, and at least that of rounding."""
+    protocol, gradients = shared.protocol, shared.gradients
+    images = protocol.num_images if protocol.reduction == "mean" else 1
+    least = _LEAST_NOISE**2 * mean_square(gradients)
+    added = sum(defense.noise_variance(gradients, images) for defense in defenses)
+    return torch.maximum(least, added + torch.zeros_like(least))
 
 
-def numbers(shared: Gradients) -> int:
+def entries(shared: Gradients) -> int:
     """Entries of the gradient of one of V clients."""
     return sum(tensor[0].numel() for tensor in shared.values())
 
@@ -241,7 +242,7 @@ def numbers(shared: Gradients) -> int:
 def mean_square(shared: Gradients) -> Tensor:
     """``(V,)``, over all entries that a client shared."""
     total = torch.stack([tensor.flatten(1).double().square().sum(1) for tensor in shared.values()]).sum(0)
-    return total / numbers(shared)
+    return total / entries(shared)
 
 
 def _subclasses(kind: Any) -> dict[str, type[Defense]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leakage.defenses.base import Defense, Gradients, Size, interval_variance, numbers, within
+from leakage.defenses.base import Defense, Gradients, Size, entries, interval_variance, within
 from leakage.errors import check_count, check_flag
 
 # Up to so many bits, one less if stochastic, intervals say more than distances: on LeNet, six images, 24 against 19 dB
@@ -89,7 +89,7 @@ class Quantise(Defense):
             return interval_variance(shared)
         steps = {name: self._steps(tensor.flatten(1).abs().amax(1)) for name, tensor in shared.items()}
         squares = torch.stack([steps[name].double().square() * tensor[0].numel() for name, tensor in shared.items()])
-        return squares.sum(0) / numbers(shared) / (6 if self.stochastic else 12)
+        return squares.sum(0) / entries(shared) / (6 if self.stochastic else 12)
 
     def size(self, before: Size, gradients: Gradients) -> Size:
         """And the largest magnitude of each tensor."""

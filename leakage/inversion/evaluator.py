@@ -18,7 +18,7 @@ from leakage.clients.low_rank import in_basis
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.smoothing import SHARPNESS
 from leakage.clients.victim import Victim
-from leakage.defenses.base import Defense, relative_noise
+from leakage.defenses.base import Defense, entries, mean_square, told_noise
 from leakage.dummies.dummy import Dummy, Images, Labels, Target
 from leakage.dummies.learning_rate import LearningRate
 from leakage.dummies.local_order import LocalOrder
@@ -143,6 +143,9 @@ class Evaluator:
     def begin(self, shared: SharedGradient) -> State:
         """The same of V victims, from what they shared."""
         rate = self.learning_rate.begin(shared, self.victim)
+        # Relative to what was shared, which `_in_steps` changes the unit of.
+        squares = mean_square(shared.gradients) * entries(shared.gradients)
+        noise = told_noise(self.defenses, shared) / torch.where(squares > 0, squares, 1)
         shared = self._in_steps(shared, rate)
         kept = {
             "images": self.images.begin(shared, self.victim),
@@ -151,14 +154,8 @@ class Evaluator:
         kept["learning_rate"] = rate
         kept |= {name: term.begin(shared, self.victim) for name, (_, term) in self.terms.items()}
         for name in [name for name, (_, term) in self.terms.items() if term.weighed_by_noise]:
-            kept[name]["scale"] = kept[name]["scale"] * self._noise(shared).to(kept[name]["scale"])
+            kept[name]["scale"] = kept[name]["scale"] * noise.to(kept[name]["scale"])
         return joined(kept)
-
-    def _noise(self, shared: SharedGradient) -> Tensor:
-        """``(V,)``, of the defenses that this attacker knows."""
-        protocol = self.victim.protocol
-        images = protocol.num_images if protocol.reduction == "mean" else 1
-        return relative_noise(self.defenses, shared.gradients, images)
 
     def _needed(self, kept: State) -> State:
         """Without what changes nothing for any of these victims, and priors as weak as the solver has made them."""

@@ -14,7 +14,7 @@ from leakage.errors import check_choice, check_count
 from leakage.labels.auxiliary import Auxiliary
 from leakage.labels.counts import LabelCounts
 from leakage.labels.last_layer import last_layer
-from leakage.labels.length import is_shortened, restore_length
+from leakage.labels.length import noise_of_shortened, restore_length
 from leakage.labels.posterior import LabelPosterior
 from leakage.labels.rules import INSTEAD, RULES, Knowledge, check_needs, needs_met, usable_rules
 from leakage.labels.simulation import draw_images, simulate
@@ -179,14 +179,16 @@ class LabelReader:
     def _read(self, shared: SharedGradient, victim: Victim, met: dict[str, str | None]) -> LabelCounts:
         layer = last_layer(shared, victim, non_negative=met["non-negative"] is None)
         known = Knowledge(layer, self.auxiliary, self.seed)
-        if is_shortened(layer.protocol) and met["weight"] is None and met["bias"] is None:
-            known.layer = restore_length(layer, known.features)
         usable = usable_rules(met)
         rule = self.rule
         if rule == "auto" and "idlg" in usable:
             rule = "idlg"
         elif rule == "auto" and shared.own_weights:  # there is no one network to simulate
             rule = next(name for name in _WITHOUT_SIMULATION if name in usable)
+        by_length = rule == "auto" or not RULES[rule].by_direction
+        noise = noise_of_shortened(shared) if by_length and met["weight"] is None and met["bias"] is None else None
+        if noise is not None:
+            known.layer = restore_length(layer, known.features, noise)
         learns = rule == "auto" or RULES[rule].learns
         if learns:
             self._recognise(shared, victim, met)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from leakage.clients.protocol import Protocol
-from leakage.defenses.base import Defense, known_defenses, relative_noise
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.defenses.base import Defense, known_defenses, told_noise
 from leakage.labels.auxiliary import KnownFeatures
-from leakage.labels.last_layer import LastLayer
+from leakage.labels.last_layer import LastLayer, mean_gradient
 
 # Lengths that are tried, relative to the one that is expected of clients with random labels: up to so many times the
 # root of the number of images, since few labels make gradients longer.
@@ -27,12 +28,20 @@ _MUCH_NOISE = 0.05
 _NUMBERS_AT_ONCE, _VICTIMS_AT_ONCE = 2**23, 64
 
 
-def is_shortened(protocol: Protocol) -> bool:
-    """Whether the clients are known to shorten their gradients."""
-    return any(defense.shortens for defense in _known(protocol))
+def noise_of_shortened(shared: SharedGradient) -> Tensor | None:
+    """``(V,)``, the variance of the noise on an entry of the last layer's gradients, of which the clients tell.
+
+    None where they are not known to shorten their gradients.
+    """
+    protocol, known = shared.protocol, _known(shared.protocol)
+    if not any(defense.shortens for defense in known):
+        return None
+    noise = told_noise(known, shared)
+    unit = mean_gradient(protocol, torch.ones_like(noise), torch.zeros_like(noise))  # see `last_layer`
+    return noise * unit.square()
 
 
-def restore_length(layer: LastLayer, known: KnownFeatures) -> LastLayer:
+def restore_length(layer: LastLayer, known: KnownFeatures, noise: Tensor) -> LastLayer:
     r"""The gradients of the last layer as long as they were before the clients shortened them.
 
     With c the unknown factor, :math:`g = c \, \tilde g`, the ratio of the two gradients gives the mean feature all the
@@ -48,27 +57,28 @@ def restore_length(layer: LastLayer, known: KnownFeatures) -> LastLayer:
     Args:
         layer: with both gradients.
         known: images of the attacker's own as the networks see them.
+        noise: ``(V,)``, its variance on an entry of the gradients.
     """
     victims = torch.arange(len(layer), device=layer.weight.device)
     size = max(1, min(_VICTIMS_AT_ONCE, _NUMBERS_AT_ONCE // (_TRIED * layer.num_classes)))
     deviations = known.features - known.features.mean(1, keepdim=True)
     parts = []
     for part in torch.split(victims, size):
-        parts.append(_factors(layer.select(part), deviations[part] if layer.own_weights else deviations))
+        own = deviations[part] if layer.own_weights else deviations
+        parts.append(_factors(layer.select(part), own, noise[part].double()))
     factor = torch.cat(parts).to(layer.push)
     return dataclasses.replace(
         layer, weight_gradient=layer.rows * factor[:, None, None], bias_gradient=layer.push * factor[:, None]
     )
 
 
-def _factors(layer: LastLayer, deviations: Tensor) -> Tensor:
+def _factors(layer: LastLayer, deviations: Tensor, noise: Tensor) -> Tensor:
     """``(V,)``, in double precision."""
     push, count, classes = layer.push.double(), layer.num_images, layer.num_classes
     squares = push.square().sum(1).clamp(min=torch.finfo(push.dtype).tiny)
     mean = (torch.einsum("vk,vkd->vd", push, layer.rows.double()) / squares[:, None]).to(layer.push)
     logits = torch.einsum("vd,vkd->vk", mean, layer.weight.expand(len(push), -1, -1)) + layer.bias
     predictions = (logits[:, None] + deviations @ layer.weight.mT).softmax(2).mean(1).double()
-    noise = _noise(layer)
     share = classes * noise / squares
     # The squared length of N (p - n / N) with random labels, over what there is of it without noise.
     uneven = count * (1 - 1 / classes) + count**2 * (predictions - 1 / classes).square().sum(1)
@@ -103,15 +113,6 @@ def _log_probability(count: int, predictions: Tensor, push: Tensor, noise: Tenso
     ways = -(whole + 1).lgamma().sum(2)
     # The longer the gradient was, the less of what was shared is the same error of the counts.
     return near + ways + torch.stack(mixed).logsumexp(0) + (classes - 1) * factors.log()
-
-
-def _noise(layer: LastLayer) -> Tensor:
-    """``(V,)``, the variance of the noise on an entry that the clients tell of."""
-    protocol = layer.protocol
-    images = protocol.num_images if protocol.reduction == "mean" else 1
-    shared = {"weight": layer.rows.double(), "bias": layer.push.double()}
-    squares = layer.rows.double().square().sum((1, 2)) + layer.push.double().square().sum(1)
-    return relative_noise(_known(protocol), shared, images) * squares
 
 
 def _known(protocol: Protocol) -> list[Defense]:

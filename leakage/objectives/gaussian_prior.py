@@ -84,15 +84,17 @@ class GaussianPrior(Term):
         def padded(tensor: Tensor) -> Tensor:
             return torch.nn.functional.pad(tensor, (0, rank - tensor.shape[-1]))
 
-        self._means = torch.stack([mean for mean, _, _, _ in fitted])  # (K, D)
-        self._factors = torch.stack([padded(factors) for _, factors, _, _ in fitted])  # (K, D, R), orthonormal
-        self._gains = torch.stack([padded(gains) for _, _, gains, _ in fitted])  # (K, R), what they keep of a deviation
-        self._sharpness = torch.tensor([1 / std for _, _, _, std in fitted], dtype=torch.float64)  # (K,)
+        self._fitted = (
+            torch.stack([mean for mean, _, _, _ in fitted]),  # (K, D)
+            torch.stack([padded(factors) for _, factors, _, _ in fitted]),  # (K, D, R), orthonormal
+            torch.stack([padded(gains) for _, _, gains, _ in fitted]),  # (K, R), what they keep of a deviation
+            torch.tensor([1 / std for _, _, _, std in fitted], dtype=torch.float64),  # (K,)
+        )
+        self._prepared: tuple[Tensor, ...] = self._fitted
 
     def prepare(self, like: Tensor) -> None:
-        """Take the distribution to where the search takes place."""
-        for name in ("_means", "_factors", "_gains", "_sharpness"):
-            setattr(self, name, getattr(self, name).to(like))
+        """Take the distribution to where the search takes place, in its precision."""
+        self._prepared = tuple(tensor.to(like) for tensor in self._fitted)
 
     def check(self, victim: Victim) -> None:
         """The images must be of the victims' shape, and of their classes."""
@@ -112,9 +114,7 @@ class GaussianPrior(Term):
 
     def _whitened(self, images: Tensor, targets: Tensor) -> Tensor:
         """``(N, D)``."""
-        means, factors, gains, sharpness = (
-            tensor.to(images) for tensor in (self._means, self._factors, self._gains, self._sharpness)
-        )
+        means, factors, gains, sharpness = (tensor.to(images) for tensor in self._prepared)
         if len(means) == 1:
             targets = torch.ones_like(targets[:, :1])
         own = (targets.argmax(1, keepdim=True) == torch.arange(targets.shape[1], device=targets.device)).to(images)

@@ -14,7 +14,7 @@ from leakage.defenses import DPSGD
 from leakage.metrics import wilson_interval
 from leakage.models import LeNet
 
-FEW = ["--dataset", "sample", "--others", "40", "--victims", "150", "--accelerator", "cpu"]
+FEW = ["--dataset", "sample", "--candidates", "41", "--victims", "150", "--accelerator", "cpu"]
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 30.0, 1000.0])
@@ -57,7 +57,9 @@ def test_the_likeliest_candidate_is_named_however_victims_are_grouped(
         ("--epsilons", "0", "Expected `epsilons`"),
         ("--delta", "1", "Expected `delta`"),
         ("--norm", "-1", "Expected `norm`"),
-        ("--others", "4000", "Expected `--others` below"),
+        ("--candidates", "4000", "Expected `--candidates` from 2 to"),
+        ("--candidates", "1", "Expected `--candidates` from 2 to"),
+        ("--victims", "0", "Expected `victims`"),
         ("--dataset", "nowhere", "Expected"),
     ],
 )
@@ -68,3 +70,13 @@ def test_bad_input(
         dp_bound.main([*FEW, "--output", str(tmp_path / "out"), option, value])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_results_are_not_lost_by_mistake(
+    dp_bound: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "summary.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        dp_bound.main([*FEW, "--output", str(tmp_path)])
+    assert "to be a folder without results" in capsys.readouterr().err
+    assert (tmp_path / "summary.json").read_text() == "[]"

@@ -16,7 +16,7 @@ from leakage.inversion.evaluator import Evaluator
 from leakage.labels import LabelReader, infer_labels
 from leakage.labels.auxiliary import known_features
 from leakage.labels.last_layer import last_layer
-from leakage.labels.length import restore_length
+from leakage.labels.length import noise_of_shortened, restore_length
 from leakage.objectives import SquaredDistance
 
 CLASSES, VICTIMS = 10, 12
@@ -53,6 +53,12 @@ def undefended(victim: Victim, shared: SharedGradient) -> tuple[Victim, SharedGr
     return Victim.of(model, protocol), dataclasses.replace(shared, protocol=protocol)
 
 
+def told(shared: SharedGradient) -> Tensor:
+    noise = noise_of_shortened(shared)
+    assert noise is not None
+    return noise
+
+
 def recall(found: Tensor, truth: Tensor) -> float:
     return float(torch.minimum(found, truth).sum() / truth.sum())
 
@@ -78,7 +84,7 @@ def test_the_length_is_what_it_was(images: int) -> None:
     victim, shared, _ = clients(images, Clip(0.1))
     plain, whole, _ = clients(images)
     layer = last_layer(shared, victim)
-    found, truth = restore_length(layer, known_features(layer, None, 0)), last_layer(whole, plain)
+    found, truth = restore_length(layer, known_features(layer, None, 0), told(shared)), last_layer(whole, plain)
     ratios = found.push.norm(dim=1) / truth.push.norm(dim=1)
     assert (ratios - 1).abs().median() < 0.02
     torch.testing.assert_close(found.rows / found.push[..., None], layer.rows / layer.push[..., None])
@@ -87,7 +93,7 @@ def test_the_length_is_what_it_was(images: int) -> None:
 def test_gradients_that_were_short_enough_stay_as_they_are() -> None:
     victim, shared, truth = clients(8, Clip(1e6))
     layer = last_layer(shared, victim)
-    found = restore_length(layer, known_features(layer, None, 0))
+    found = restore_length(layer, known_features(layer, None, 0), told(shared))
     ratios = found.push.norm(dim=1) / layer.push.norm(dim=1)
     assert (ratios >= 1).all()
     assert (ratios - 1).abs().median() < 0.02
@@ -104,7 +110,7 @@ def test_noise_that_is_told_is_reckoned_with() -> None:
 def test_noise_alone_is_not_taken_for_labels() -> None:
     victim, shared, _ = clients(8, DPSGD(100.0, norm=1.0))
     layer = last_layer(shared, victim)
-    found = restore_length(layer, known_features(layer, None, 0))
+    found = restore_length(layer, known_features(layer, None, 0), told(shared))
     torch.testing.assert_close(found.push, layer.push)
 
 
@@ -149,3 +155,24 @@ def test_a_naive_attacker_reads_labels_as_if_nothing_was_done(knows: bool) -> No
     evaluator = Evaluator(victim.as_told(), SquaredDistance(), Pixels(), InferredLabels(RULE), defenses=known)
     found = evaluator.begin(shared)["labels/probabilities"].sum(1)
     assert (recall(found, truth) > 0.9) == knows
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_noise_is_in_the_unit_of_the_gradients(reduction: str) -> None:
+    victim = Victim(
+        network(), image_shape=(1, 28, 28), num_images=4, reduction=reduction, defenses=[DPSGD(0.5, norm=2.0)]
+    )
+    labels = torch.randint(CLASSES, (2, 4), generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    shared = victim.share(images, labels)
+    quiet = Victim(
+        network(), image_shape=(1, 28, 28), num_images=4, reduction=reduction, defenses=[DPSGD(0.0, norm=2.0)]
+    )
+    noisy, still = last_layer(shared, victim), last_layer(quiet.share(images, labels), quiet)
+    found = (noisy.rows - still.rows).square().mean((1, 2))
+    torch.testing.assert_close(told(shared).to(found), found, rtol=0.1, atol=0)
+
+
+def test_nothing_is_restored_where_nothing_is_shortened() -> None:
+    _, shared, _ = clients(4, GaussianNoise(1e-3))
+    assert noise_of_shortened(shared) is None

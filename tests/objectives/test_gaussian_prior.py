@@ -177,3 +177,27 @@ def test_is_told_by_all_of_its_images() -> None:
     other[1000] = 1 - other[1000]
     assert repr(GaussianPrior(Auxiliary(images))) == repr(GaussianPrior(Auxiliary(images.clone())))
     assert repr(GaussianPrior(Auxiliary(images))) != repr(GaussianPrior(Auxiliary(other)))
+
+
+def test_the_precision_of_an_earlier_search_leaves_no_trace() -> None:
+    prior = GaussianPrior(own_images(200))
+    images, targets = draw(2, 0, seed=1).double(), torch.eye(CLASSES).double()[[0, 1]]
+    before = prior(images, targets)
+    prior.prepare(torch.zeros((), dtype=torch.float32))
+    prior.prepare(torch.zeros((), dtype=torch.float64))
+    assert torch.equal(prior(images, targets), before)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_noise_is_in_the_unit_of_what_was_shared(hidden: bool) -> None:
+    rate = {"learning_rate": 0.01, "reveal_learning_rate": False} if hidden else {}
+    victim = Victim(LeNet(), image_shape=(1, 28, 28), defenses=[GaussianNoise(1e-4)], **rate)
+    generator = torch.Generator().manual_seed(0)
+    shared = victim.share(
+        torch.rand(1, 1, 1, 28, 28, generator=generator), torch.zeros(1, 1).long(), reveal_labels=True
+    )
+    told = victim.as_told()
+    objective = SquaredDistance() + GaussianPrior(Auxiliary(torch.rand(20, 1, 28, 28, generator=generator)))
+    evaluator = Evaluator(told, objective, Pixels(), InferredLabels(), defenses=known_to(True, told))
+    squares = sum(float(tensor.double().square().sum()) for tensor in shared.gradients.values())
+    assert float(evaluator.begin(shared)["objective/1/scale"]) == pytest.approx(1e-8 / squares, rel=1e-5)
