@@ -234,6 +234,12 @@ def told_noise(defenses: Sequence[Defense], shared: SharedGradient) -> Tensor:
     return torch.maximum(least, added + torch.zeros_like(least))
 
 
+def relative_noise(defenses: Sequence[Defense], shared: SharedGradient) -> Tensor:
+    """``(V,)``: the same, relative to the squared norm of what was shared."""
+    squares = mean_square(shared.gradients) * entries(shared.gradients)
+    return told_noise(defenses, shared) / torch.where(squares > 0, squares, 1)
+
+
 def entries(shared: Gradients) -> int:
     """Entries of the gradient of one of V clients."""
     return sum(tensor[0].numel() for tensor in shared.values())

@@ -18,7 +18,7 @@ from leakage.clients.low_rank import in_basis
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.smoothing import SHARPNESS
 from leakage.clients.victim import Victim
-from leakage.defenses.base import Defense, entries, mean_square, told_noise
+from leakage.defenses.base import Defense, relative_noise
 from leakage.dummies.dummy import Dummy, Images, Labels, Target
 from leakage.dummies.learning_rate import LearningRate
 from leakage.dummies.local_order import LocalOrder
@@ -143,10 +143,7 @@ class Evaluator:
     def begin(self, shared: SharedGradient) -> State:
         """The same of V victims, from what they shared."""
         rate = self.learning_rate.begin(shared, self.victim)
-        # Relative to what was shared, which `_in_steps` changes the unit of.
-        squares = mean_square(shared.gradients) * entries(shared.gradients)
-        noise = told_noise(self.defenses, shared) / torch.where(squares > 0, squares, 1)
-        shared = self._in_steps(shared, rate)
+        as_it_came, shared = shared, self._in_steps(shared, rate)
         kept = {
             "images": self.images.begin(shared, self.victim),
             "labels": self.labels.begin(*as_known(self.defenses, shared, self.victim)),
@@ -154,7 +151,9 @@ class Evaluator:
         kept["learning_rate"] = rate
         kept |= {name: term.begin(shared, self.victim) for name, (_, term) in self.terms.items()}
         for name in [name for name, (_, term) in self.terms.items() if term.weighed_by_noise]:
-            kept[name]["scale"] = kept[name]["scale"] * noise.to(kept[name]["scale"])
+            kept[name]["scale"] = kept[name]["scale"] * relative_noise(self.defenses, as_it_came).to(
+                kept[name]["scale"]
+            )
         return joined(kept)
 
     def _needed(self, kept: State) -> State:
