@@ -102,7 +102,8 @@ def test_every_option_arrives(table2: ModuleType, tmp_path: Path, asked: dict[st
         [
             "--dataset", "sample", "--images-per-class", "10", "--method", "dsa", "fast", "dsa", "--iterations", "7",
             "--loops", "2", "3", "--cache", "kept", "--sets", "4", "--evaluation", "dsa", "dc", "dsa",
-            "--budget", "2.5", "--factor", "2", "--networks", "3", "--moments", "--epochs", "40", "--full-epochs",
+            "--budget", "2.5", "--factor", "2", "--batch-size", "16",
+            "--networks", "3", "--moments", "--epochs", "40", "--full-epochs",
             "6", "--seed", "5", "--precision", "64-true", "--test-precision", "bf16-mixed", "--held-out", "0.1",
             "--accelerator", "cpu", "--resume", "--output", str(tmp_path),
         ]
@@ -117,6 +118,7 @@ def test_every_option_arrives(table2: ModuleType, tmp_path: Path, asked: dict[st
         "evaluations": ["dsa", "dc"],
         "iterations": 7,
         "factor": 2,
+        "batch_size": 16,
         "budget": 2.5,
         "loops": (2, 3),
         "networks": 3,
