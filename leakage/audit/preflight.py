@@ -1,0 +1,356 @@
+"""Before an audit: what of a module can't be attacked, all of it at once, and the rest made ready."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from lightning import LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from leakage.audit.client import Client
+from leakage.audit.report import Problem
+from leakage.audit.subject import (
+    _LOSSES,
+    Batch,
+    Data,
+    FromUnitRange,
+    LogitsOfTrainingStep,
+    Loss,
+    Subject,
+    collect,
+    copy_of,
+    find_images,
+    most_images,
+    observe,
+    seeded,
+)
+from leakage.clients.victim import Victim
+
+# How near two ways to compute the same must be, relative, in single precision.
+_SAME = 1e-4
+# Rounding may put images this far out of [0, 1].
+_OUTSIDE = 1e-3
+_NO_VERDICT = "Nothing was attacked: there is no verdict."
+
+
+def preflight(
+    module: LightningModule, data: Data | None, clients: Sequence[Client], *, victims: int, public: int, seed: int
+) -> tuple[Subject | None, list[Problem]]:
+    """What is audited, made ready, and every problem; no subject where one of them is in the way.
+
+    The module is copied and never changed; dropout, in-place operations and half precision are replaced in the copy.
+
+    Args:
+        module: the user's.
+        data: the user's; None for the module's own ``train_dataloader``.
+        clients: whose images there must be.
+        victims: number of each client's victims.
+        public: images that the auditor keeps for himself.
+        seed: of the order of the images.
+
+    Raises:
+        ValueError: what is no module, data without images or labels, or fewer images than one client holds.
+    """
+    if not isinstance(module, LightningModule):
+        raise ValueError(f"Expected `model` to be a LightningModule, but got {type(module).__name__}.")
+    copied = copy_of(module)
+    problems = mend_layers(copied)
+    wanted = victims * max(client.images for client in clients) + public
+    batches = collect(copied, data, wanted, seed)
+    first = find_images(batches[0])
+    if first is None:
+        raise ValueError(
+            "Expected batches of images (B, C, H, W) and labels (B,), as a tuple or a dict of tensors, but got "
+            f"{_shape_of(batches[0])}."
+        )
+    if first.labels.is_floating_point() or first.labels.numel() != len(first.images):
+        shape = tuple(first.labels.shape)
+        fix = "Audit with data of one class for each image."
+        problems.append(Problem("not yet", "data", f"labels of {first.labels.dtype} {shape}", fix, _NO_VERDICT))
+        return None, problems
+    if not copied.automatic_optimization:
+        fix = "Audit a module whose `training_step` returns one loss, for the same network."
+        problems.append(Problem("not yet", "training_step", "manual optimization", fix, _NO_VERDICT))
+        return None, problems
+    try:
+        with seeded(seed):
+            loss, calls, layers = observe(copied, first.rebuild(first.images, first.labels))
+    except Exception as error:
+        said = f"it fails outside of `Trainer.fit`: {type(error).__name__}: {error}"
+        fix = "Let it need nothing but the batch and the module."
+        problems.append(Problem("not yet", "training_step", said, fix, _NO_VERDICT))
+        return None, problems
+    call = _loss_call(loss, calls, problems)
+    if call is None:
+        return None, problems
+    network = _network(copied, first, call, layers)
+    images, labels, scale, offset = _unit_range(batches, data, problems)
+    if scale is not None and offset is not None:
+        network = FromUnitRange(network, scale, offset)
+    reduction = call.options.get("reduction", "mean")
+
+    def to_batch(new_images: Tensor, new_labels: Tensor) -> Any:
+        own = new_images if scale is None or offset is None else _restored(new_images, scale, offset)
+        return first.rebuild(own, new_labels)
+
+    own = _own_images(len(images), public, max(client.images for client in clients))
+    subject = Subject(
+        module=copied,
+        network=network,
+        loss=_LOSSES_BY_NAME[call.name],
+        reduction=str(reduction),
+        images=images[own:],
+        labels=labels[own:],
+        own_images=images[:own],
+        own_labels=labels[:own],
+        to_batch=to_batch,
+        problems=problems,
+    )
+    return (subject if _attackable(subject, problems) else None), problems
+
+
+_LOSSES_BY_NAME = {function.__name__: name for function, name in _LOSSES.items()}
+
+
+def mend_layers(module: LightningModule) -> list[Problem]:
+    """What of a copy's layers is in the way of attacks, replaced where it can be."""
+    problems = []
+
+    def tell(kind: str, where: list[str], problem: str, fix: str, means: str) -> None:
+        if where:
+            shown = ", ".join(where[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
+            problems.append(Problem(kind, shown, problem, fix, means))
+
+    named = {name or type(module).__name__: layer for name, layer in module.named_modules()}
+    random = [name for name, layer in named.items() if _is_random(layer)]
+    for name in random:
+        layer = cast(Any, named[name])
+        layer.training = False
+        if isinstance(layer, nn.MultiheadAttention):
+            layer.dropout, layer.training = 0.0, True
+    tell(
+        *("replace", random, "dropout in training mode", "Nothing to do: audited without dropout."),
+        "Real clients draw a mask that no attacker knows: what they share gives away no more than what was audited.",
+    )
+    mixing = [name for name, layer in named.items() if isinstance(layer, _BatchNorm) and layer.training]
+    tell(
+        *("replace", mixing, "BatchNorm in training mode: it normalises by the client's own batch"),
+        "If clients train with running statistics, call `eval()` on these layers and audit again.",
+        "The verdict is for training mode; with running statistics, images are easier to rebuild.",
+    )
+    in_place = [name for name, layer in named.items() if getattr(layer, "inplace", False) is True]
+    for name in in_place:
+        cast(Any, named[name]).inplace = False
+    tell(
+        *("replace", in_place, "operations in place", "Nothing to do: audited out of place, with the same results."),
+        "Nothing.",
+    )
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    kind = "never" if len(frozen) == len(parameters) else "replace"
+    tell(
+        *(kind, frozen, "frozen parameters: clients share no gradient of them"),
+        "If clients train them, set `requires_grad`.",
+        "The verdict is for updates without these parameters only.",
+    )
+    seen: dict[int, str] = {}
+    shared = [name for name, parameter in parameters.items() if seen.setdefault(id(parameter), name) != name]
+    tell(
+        *("not yet", shared, "parameters that several layers share", "Nothing to do, or audit with copies of them."),
+        "Closed forms don't apply; the other attacks do.",
+    )
+    half = [name for name, parameter in parameters.items() if parameter.dtype in (torch.float16, torch.bfloat16)]
+    if half:
+        module.float()
+    tell(
+        *("replace", half, "half precision", "To audit what rounding hides, add the defense HalfPrecision."),
+        "Audited in single precision, of which an update gives away at least as much.",
+    )
+    return problems
+
+
+def _is_random(layer: nn.Module) -> bool:
+    if not layer.training:
+        return False
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.dropout > 0
+    kind = type(layer).__name__
+    rate = getattr(layer, "p", getattr(layer, "drop_prob", 0.0))
+    drops = "Drop" in kind or kind == "StochasticDepth"
+    return drops and isinstance(rate, int | float) and rate > 0 and not any(True for _ in layer.children())
+
+
+def _loss_call(loss: Tensor, calls: list[Loss], problems: list[Problem]) -> Loss | None:
+    """The call that the loss is the value of, if attacks know such a loss."""
+
+    def refuse(problem: str, fix: str) -> None:
+        problems.append(Problem("not yet", "training_step", problem, fix, _NO_VERDICT))
+
+    if not loss.requires_grad:
+        problems.append(
+            Problem("never", "training_step", "a loss without gradient", "Let the loss depend on weights.", _NO_VERDICT)
+        )
+        return None
+    known = "Attacks know cross-entropy and the mean squared error, each of logits (N, K) and classes (N,)."
+    if not calls:
+        refuse("a loss that is no function of torch.nn.functional", known)
+        return None
+    same = [call for call in calls if call.value.numel() == 1 and _near(call.value.squeeze(), loss)]
+    if not same:
+        names = ", ".join(sorted({call.name for call in calls}))
+        refuse(f"a loss that is more than {names}, such as a sum or a multiple", known)
+        return None
+    call = same[0]
+    if call.name not in _LOSSES_BY_NAME:
+        refuse(f"the loss {call.name}", known)
+        return None
+    if call.options.get("weight") is not None:
+        refuse("a loss with weights of classes", "Audit without them: the same images behind other step lengths.")
+        return None
+    if call.options.get("label_smoothing"):
+        refuse(f"label smoothing of {call.options['label_smoothing']}", "Audit with label_smoothing=0.")
+        return None
+    if call.given.ndim != 2:
+        refuse(f"a loss of outputs {tuple(call.given.shape)} in place of logits (N, K)", known)
+        return None
+    return call
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).norm() <= _SAME * other.norm() + 1e-12)
+
+
+def _network(
+    module: LightningModule, batch: Batch, call: Loss, layers: list[tuple[str, Tensor, Any]]
+) -> nn.Module:
+    """The innermost part that takes the images and gives the logits with all weights that are trained."""
+    modules = dict(module.named_modules())
+    trained = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+    found: nn.Module | None = None
+    for name, taken, given in layers:
+        takes_images = taken.shape == batch.images.shape and torch.equal(taken, batch.images)
+        holds_all = trained <= {id(parameter) for parameter in modules[name].parameters()}
+        # Inner layers are called before the outer ones have ended.
+        if given is call.given and takes_images and holds_all and found is None:
+            found = modules[name]
+    if found is not None:
+        return found
+    return LogitsOfTrainingStep(module, batch.rebuild)
+
+
+def _unit_range(
+    batches: list[Any], data: Data | None, problems: list[Problem]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """All images in [0, 1] and their labels, and what maps them back, if anything does."""
+    parts = [part for part in map(find_images, batches) if part is not None]
+    shape = parts[0].images.shape[1:]
+    other = next((tuple(part.images.shape[1:]) for part in parts if part.images.shape[1:] != shape), None)
+    if other is not None:
+        raise ValueError(f"Expected images of one size, but got {tuple(shape)} and {other}. Resize them.")
+    images = torch.cat([part.images.detach().cpu() for part in parts])
+    labels = torch.cat([part.labels.detach().cpu().view(-1) for part in parts]).long()
+    most = most_images(images)
+    images, labels = images[:most], labels[:most]
+    whole = images.dtype == torch.uint8
+    images = images.float()
+    if not bool(images.isfinite().all()):
+        raise ValueError("Expected images of finite numbers, but got NaN or infinity.")
+    channels = images.shape[1]
+    if whole:
+        return images / 255, labels, torch.full((channels,), 255.0), torch.zeros(channels)
+    if bool(((images >= 0) & (images <= 1)).all()):
+        return images, labels, None, None
+    for mean, std in _normalisations(data):
+        if len(mean) not in (1, channels):
+            continue
+        scale, offset = (std.expand(channels).clone(), mean.expand(channels).clone())
+        # x' = (x - mean) / std, so that x' = x / std - mean / std.
+        plain = images * scale.view(-1, 1, 1) + offset.view(-1, 1, 1)
+        if bool(((plain >= -_OUTSIDE) & (plain <= 1 + _OUTSIDE)).all()):
+            return plain.clamp(0, 1), labels, 1 / scale, -offset / scale
+    low, high = images.amin((0, 2, 3)), images.amax((0, 2, 3))
+    span = (high - low).clamp(min=1e-6)
+    problems.append(
+        Problem(
+            "replace",
+            "data",
+            f"images from {low.min():.3g} to {high.max():.3g}, and no Normalize that tells their scale",
+            "Nothing to do, or give the data set a torchvision Normalize.",
+            "Each channel is mapped to [0, 1] by its range; PSNR and the success threshold are relative to that.",
+        )
+    )
+    return ((images - low.view(-1, 1, 1)) / span.view(-1, 1, 1)).clamp(0, 1), labels, span, low
+
+
+def _restored(images: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    return images * scale.view(-1, 1, 1).to(images) + offset.view(-1, 1, 1).to(images)
+
+
+def _normalisations(data: Data | None) -> list[tuple[Tensor, Tensor]]:
+    """Mean and standard deviation of every Normalize that a user's data hold, wherever."""
+    found, left, seen = [], [(data, 0)], set[int]()
+    while left:
+        one, depth = left.pop()
+        if id(one) in seen or depth > 5 or one is None or isinstance(one, str | int | float | Tensor):
+            continue
+        seen.add(id(one))
+        if isinstance(one, transforms.Normalize | v2.Normalize) or type(one).__name__ == "Normalize":
+            mean, std = getattr(one, "mean", None), getattr(one, "std", None)
+            flags = getattr(one, "flags", {})  # kornia keeps them there
+            mean, std = flags.get("mean", mean), flags.get("std", std)
+            if mean is not None and std is not None:
+                found.append(tuple(torch.as_tensor(value).float().reshape(-1) for value in (mean, std)))
+        if isinstance(one, list | tuple):
+            left += [(part, depth + 1) for part in one[:20]]
+        elif isinstance(one, LightningDataModule | nn.Module) or hasattr(one, "__dict__"):
+            left += [(part, depth + 1) for name, part in list(vars(one).items()) if name not in ("trainer", "_trainer")]
+    return cast(list[tuple[Tensor, Tensor]], found)
+
+
+def _own_images(available: int, public: int, images: int) -> int:
+    """How many of the images the auditor keeps: no more than a third where there are few."""
+    own = min(public, available // 3)
+    if available - own < images or not own:
+        raise ValueError(
+            f"Expected at least {max(images + 1, 3 * images // 2 + 1)} images in the data, for one client of {images} "
+            f"and the auditor, but got {available}."
+        )
+    return own
+
+
+def _attackable(subject: Subject, problems: list[Problem]) -> bool:
+    """Whether a client can be simulated."""
+    try:
+        victim = Victim(
+            subject.network,
+            image_shape=tuple(subject.images.shape[1:]),
+            num_images=2,
+            loss=subject.loss,
+            reduction=subject.reduction,
+        )
+    except (ValueError, RuntimeError) as error:
+        fix = "Replace the part that the message names by one that is a function of images and weights alone."
+        problems.append(Problem("not yet", type(subject.network).__name__, str(error), fix, _NO_VERDICT))
+        return False
+    if victim.classifier is None or not any(name.startswith(victim.classifier) for name in victim.trainable):
+        problems.append(
+            Problem(
+                *("not yet", victim.logits_from, "logits that no trained linear layer gives"),
+                "Nothing to do.",
+                "Labels are not read off but searched for, and found less often; audit with reveal_labels too.",
+            )
+        )
+    return True
+
+
+def _shape_of(batch: Any) -> str:
+    if isinstance(batch, dict):
+        return "{" + ", ".join(f"{key!r}: {_shape_of(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, list | tuple):
+        return "(" + ", ".join(map(_shape_of, batch)) + ")"
+    return f"{tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__

@@ -1,0 +1,345 @@
+"""What is audited: an engineer's LightningModule and data, taken as they are and never changed."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, Dataset
+
+from leakage.audit.report import Problem
+
+#: What a user may bring as data.
+Data = LightningDataModule | DataLoader[Any] | Dataset[Any]
+# Where dicts have their images and labels, most usual first.
+_IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x", "inputs", "input")
+_LABEL_KEYS = ("label", "labels", "target", "targets", "y")
+# Values of all images that are kept in memory.
+_MOST_VALUES = 2**27
+_LOSSES = {F.cross_entropy: "cross_entropy", F.nll_loss: "cross_entropy", F.mse_loss: "mean_squared_error"}
+# Also seen, so that a problem can name them.
+_OTHER_LOSSES = (
+    *(F.binary_cross_entropy_with_logits, F.binary_cross_entropy, F.l1_loss, F.smooth_l1_loss, F.huber_loss),
+    *(F.kl_div, F.multi_margin_loss, F.cosine_embedding_loss),
+)
+
+
+@dataclass
+class Batch:
+    """Images and labels of a batch, and the way back to a batch of the same kind with others."""
+
+    images: Tensor
+    labels: Tensor
+    rebuild: Callable[[Tensor, Tensor], Any]
+
+
+@dataclass
+class Loss:
+    """A loss function that ``training_step`` called.
+
+    Attributes:
+        name: of the function.
+        given: its first argument, logits.
+        targets: its second.
+        options: the others, by name.
+        value: what it returned.
+    """
+
+    name: str
+    given: Tensor
+    targets: Any
+    options: dict[str, Any]
+    value: Tensor
+
+
+@dataclass
+class Subject:
+    """What is audited, made ready.
+
+    Attributes:
+        module: a copy of the user's, in its modes, without dropout; its ``training_step`` is what clients run.
+        network: images in [0, 1] to logits; part of ``module``, or around it.
+        loss, reduction: as :class:`leakage.Victim` takes them.
+        names: parameters of ``network`` to those of ``module``.
+        images, labels: ``(M, C, H, W)`` in [0, 1] and ``(M,)``, from which victims are drawn.
+        own_images, own_labels: the auditor's own, none of the above.
+        to_batch: images in [0, 1] and labels to a batch for ``training_step``.
+        problems: what was found on the way.
+    """
+
+    module: LightningModule
+    network: nn.Module
+    loss: str
+    reduction: str
+    images: Tensor
+    labels: Tensor
+    own_images: Tensor
+    own_labels: Tensor
+    to_batch: Callable[[Tensor, Tensor], Any]
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Of each parameter of the network in the module."""
+        places = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        return {name: places[id(parameter)] for name, parameter in self.network.named_parameters()}
+
+    def module_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """What the module's own ``training_step`` returns for images in [0, 1]."""
+        return loss_of(self.module, self.to_batch(images, labels))
+
+    @property
+    def num_classes(self) -> int:
+        """The number of logits."""
+        with torch.no_grad():
+            return int(self.network(self.own_images[:2]).shape[1])
+
+
+class FromUnitRange(nn.Module):
+    """A network for images of another range, as one for images in [0, 1]: ``network(scale * x + offset)``."""
+
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, network: nn.Module, scale: Tensor, offset: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("scale", scale.view(-1, 1, 1))
+        self.register_buffer("offset", offset.view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, K)``."""
+        logits: Tensor = self.network(images * self.scale + self.offset)
+        return logits
+
+
+class LogitsOfTrainingStep(nn.Module):
+    """The logits that a module's ``training_step`` hands to its loss, where no layer of it takes the images as they are."""
+
+    def __init__(self, module: LightningModule, rebuild: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.module, self.rebuild = module, rebuild
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, K)``."""
+        labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        try:
+            with _Losses(stop=True):
+                training_step(self.module, self.rebuild(images, labels))
+        except _ReachedLossError as reached:
+            return reached.logits
+        raise ValueError("Expected `training_step` to call a loss of torch.nn.functional, but got none.")
+
+
+class _ReachedLossError(Exception):
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+
+class _Losses(TorchFunctionMode):
+    """Records the losses that are called within, or stops at the first."""
+
+    def __init__(self, *, stop: bool = False) -> None:
+        super().__init__()
+        self.calls: list[Loss] = []
+        self.stop = stop
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function not in _LOSSES and function not in _OTHER_LOSSES:
+            return function(*args, **kwargs)
+        names = ("input", "target", "weight")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if self.stop:
+            raise _ReachedLossError(given["input"])
+        value = function(*args, **kwargs)
+        options = {name: option for name, option in given.items() if name not in ("input", "target")}
+        self.calls.append(Loss(function.__name__, given["input"], given["target"], options, value))
+        return value
+
+
+def training_step(module: LightningModule, batch: Any) -> Any:
+    """Call the module's own, with as many arguments as it takes."""
+    step = module.training_step
+    code = getattr(getattr(step, "__func__", step), "__code__", None)
+    taken = code.co_argcount - 1 if code is not None else 2
+    return step(batch, *(0, 0)[: max(0, taken - 1)])
+
+
+def loss_of(module: LightningModule, batch: Any) -> Tensor:
+    """The loss that ``training_step`` returns, by itself or in a dict."""
+    returned = training_step(module, batch)
+    loss = returned.get("loss") if isinstance(returned, Mapping) else returned
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(f"Expected `training_step` to return a loss of one number, but got {type(loss).__name__}.")
+    return loss.squeeze()
+
+
+def copy_of(module: LightningModule) -> LightningModule:
+    """A copy on the CPU that logs nothing and has no trainer."""
+    try:
+        copied: LightningModule = copy.deepcopy(module)
+    except Exception as error:
+        raise ValueError(f"Expected a `model` that can be copied, but got {type(module).__name__}: {error}") from error
+    copied = copied.to("cpu")
+    copied.zero_grad(set_to_none=True)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    copied.trainer = trainer  # which a training_step may ask for its world size
+    silent = cast(Any, copied)
+    silent.log = silent.log_dict = lambda *args, **kwargs: None
+    return copied
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Everything random within follows from the seed; outside, states are as they were."""
+    with isolate_rng():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 (a user's augmentation may draw from it)
+        torch.manual_seed(seed)
+        yield
+
+
+class _Collector(LightningModule):
+    """Runs a user's data as in training, with the module's own hooks for batches, and keeps what a step is given."""
+
+    def __init__(self, module: LightningModule, images: int) -> None:
+        super().__init__()
+        self.module = [module]  # not a part of this one
+        self.batches: list[Any] = []
+        self.missing = images
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The module's own."""
+        return self.module[0].on_before_batch_transfer(batch, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The module's own."""
+        return self.module[0].on_after_batch_transfer(batch, dataloader_idx)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        """Keep the batch."""
+        self.batches.append(batch)
+        found = find_images(batch)
+        self.missing -= 1 if found is None else len(found.images)
+        if self.missing <= 0 or found is None:
+            self.trainer.should_stop = True
+
+    def configure_optimizers(self) -> None:
+        """None."""
+
+
+def collect(module: LightningModule, data: Data | None, images: int, seed: int) -> list[Any]:
+    """Batches with about so many images, as the module's own training would see them.
+
+    Raises:
+        ValueError: no data, or data that break off.
+    """
+    if data is None:
+        data = module.train_dataloader()
+    if isinstance(data, Dataset):
+        data = DataLoader(data, batch_size=32, shuffle=True)
+    collector = _Collector(module, images)
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    given = {"datamodule": data} if isinstance(data, LightningDataModule) else {"train_dataloaders": data}
+    attached = getattr(data, "trainer", None)
+    module.trainer = trainer
+    try:
+        with seeded(seed):
+            trainer.fit(collector, **cast(Any, given))
+    except Exception as error:
+        if not collector.batches:
+            raise ValueError(f"Expected data with images, but got {type(data).__name__}: {error}") from error
+    finally:
+        if isinstance(data, LightningDataModule):
+            data.trainer = attached
+    if not collector.batches:
+        raise ValueError(f"Expected data with images, but got none from {type(data).__name__}.")
+    return collector.batches
+
+
+def find_images(batch: Any) -> Batch | None:
+    """The images and labels of a batch: a tuple, list or dict of tensors; None if there are none."""
+    items: list[tuple[Any, Any]]
+    if isinstance(batch, Mapping):
+        rank = {key: place for place, key in enumerate((*_IMAGE_KEYS, *_LABEL_KEYS))}
+        items = sorted(batch.items(), key=lambda item: rank.get(item[0], len(rank)))
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        items = list(enumerate(batch))
+    else:
+        return None
+    tensors = [(place, value) for place, value in items if isinstance(value, Tensor)]
+    images = next(((place, value) for place, value in tensors if value.ndim == 4), None)
+    if images is None:
+        return None
+    place, found = images
+    labels = next(
+        ((key, value) for key, value in tensors if key != place and value.ndim in (1, 2) and len(value) == len(found)),
+        None,
+    )
+    if labels is None:
+        return None
+
+    def rebuild(new_images: Tensor, new_labels: Tensor) -> Any:
+        number, rows = len(new_images), torch.arange(len(new_images)) % len(found)
+        values: dict[Any, Any] = {}
+        for key, value in items:
+            same = isinstance(value, Tensor) and value.ndim and len(value) == len(found)
+            values[key] = value[rows] if same else value
+        values[place] = new_images.to(found.dtype) if found.dtype == torch.uint8 else new_images
+        values[labels[0]] = new_labels.view(number, *labels[1].shape[1:])
+        if isinstance(batch, Mapping):
+            return values
+        made = [values[key] for key in range(len(batch))]
+        return type(batch)(*made) if hasattr(batch, "_fields") else type(batch)(made)  # type: ignore[call-arg]
+
+    return Batch(found, labels[1], rebuild)
+
+
+def observe(module: LightningModule, batch: Any) -> tuple[Tensor, list[Loss], list[tuple[str, Tensor, Any]]]:
+    """Run ``training_step``: its loss, the loss functions that it called, and what each layer took and gave."""
+    layers: list[tuple[str, Tensor, Any]] = []
+
+    def record(name: str) -> Any:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if len(inputs) == 1 and isinstance(inputs[0], Tensor):
+                layers.append((name, inputs[0], output))
+
+        return hook
+
+    hooks = [layer.register_forward_hook(record(name)) for name, layer in module.named_modules()]
+    losses = _Losses()
+    try:
+        with losses:
+            loss = loss_of(module, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return loss, losses.calls, layers
+
+
+def most_images(images: Tensor) -> int:
+    """How many such images are kept at most."""
+    return max(1, _MOST_VALUES // max(1, images[0].numel()))
