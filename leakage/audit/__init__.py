@@ -1,5 +1,6 @@
-"""What an audit may say: bounds on what any attacker can achieve against a declared mechanism."""
+"""Does this training leak? :func:`audit` answers for clients that train as a LightningModule does."""
 
+from leakage.audit.auditing import THREAT_MODELS, audit
 from leakage.audit.bounds import (
     approximate_success_bound,
     gaussian_renyi_epsilon,
@@ -7,9 +8,17 @@ from leakage.audit.bounds import (
     mse_bound,
     subsampled_success_bound,
 )
+from leakage.audit.client import Client
+from leakage.audit.plan import ATTACKS
+from leakage.audit.report import AuditReport
 
 __all__ = [
+    "ATTACKS",
+    "THREAT_MODELS",
+    "AuditReport",
+    "Client",
     "approximate_success_bound",
+    "audit",
     "gaussian_renyi_epsilon",
     "gaussian_success_bound",
     "mse_bound",

@@ -20,7 +20,7 @@ class Client:
     Attributes:
         images: N, the images behind one update.
         local_steps: steps of SGD before the client shares its update; with one it shares a gradient.
-        learning_rate: of these steps. By default that of the module's own ``configure_optimizers``, where it is plain SGD.
+        learning_rate: of these steps. By default that of the module's own optimizer, where it is plain SGD.
         local_batch_size: images of one step, by default all.
         momentum: of several steps, from 0 to below 1.
         weight_decay: of several steps, at least 0.
@@ -107,7 +107,17 @@ def check_clients(client: Client | Sequence[Client]) -> tuple[Client, ...]:
     clients = (client,) if isinstance(client, Client) else tuple(client) if isinstance(client, list | tuple) else ()
     if not clients or not all(isinstance(one, Client) for one in clients):
         raise ValueError(f"Expected `client` as a Client or a list of them, but got {client!r}.")
-    names = [one.name for one in clients]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    names = [slug(one.name) for one in clients]
+    if twice := sorted({one.name for one in clients if names.count(slug(one.name)) > 1}):
         raise ValueError(f"Expected clients of different names, but got {twice} more than once. Give them a `name`.")
     return clients
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's.
+
+    Example:
+        >>> slug("8 images, 5 local steps")
+        '8_images_5_local_steps'
+    """
+    return "_".join("".join(letter if letter.isalnum() else " " for letter in name).split()) or "client"

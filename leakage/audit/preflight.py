@@ -182,7 +182,7 @@ def _is_random(layer: nn.Module) -> bool:
     kind = type(layer).__name__
     rate = getattr(layer, "p", getattr(layer, "drop_prob", 0.0))
     drops = "Drop" in kind or kind == "StochasticDepth"
-    return drops and isinstance(rate, int | float) and rate > 0 and not any(True for _ in layer.children())
+    return bool(drops and isinstance(rate, int | float) and rate > 0 and not any(True for _ in layer.children()))
 
 
 def _loss_call(loss: Tensor, calls: list[Loss], problems: list[Problem]) -> Loss | None:
@@ -225,9 +225,7 @@ def _near(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).norm() <= _SAME * other.norm() + 1e-12)
 
 
-def _network(
-    module: LightningModule, batch: Batch, call: Loss, layers: list[tuple[str, Tensor, Any]]
-) -> nn.Module:
+def _network(module: LightningModule, batch: Batch, call: Loss, layers: list[tuple[str, Tensor, Any]]) -> nn.Module:
     """The innermost part that takes the images and gives the logits with all weights that are trained."""
     modules = dict(module.named_modules())
     trained = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -41,8 +42,8 @@ def with_module_rate(client: Client, subject: Subject) -> tuple[Client, list[Pro
     if client.learning_rate is None:
         if not sgd or optimizer is None:
             raise ValueError(
-                f"Expected a `learning_rate` of the client {client.name!r} for its {client.local_steps} local steps, as "
-                f"the module's own optimizer is {type(optimizer).__name__ if optimizer else 'none'}, but got None."
+                f"Expected a `learning_rate` of the client {client.name!r} for its {client.local_steps} local steps, "
+                f"as the module's own optimizer is {type(optimizer).__name__ if optimizer else 'none'}, but got None."
             )
         group = optimizer.param_groups[0]
         options = {"momentum": group["momentum"], "weight_decay": group["weight_decay"]}
@@ -87,12 +88,14 @@ def _training_step(subject: Subject, client: Client, images: Tensor, labels: Ten
     name = "gradient of training_step"
     size = client.local_batch_size or client.images
     images, labels = images[:size], labels[:size]
-    for dtype, limit in ((torch.float64, _DOUBLE), (torch.float32, _SINGLE)):
+    limit = _DOUBLE
+    for dtype in (torch.float64, torch.float32):
         made = copy.deepcopy(subject)
         made.module.to(dtype)
         made.network.to(dtype)
         try:
             theirs = module_gradient(made, images.to(dtype), labels, seed)
+            limit = _DOUBLE if dtype == torch.float64 else _SINGLE
             break
         except RuntimeError as error:  # a module of its own precision
             if dtype == torch.float32:
@@ -209,7 +212,7 @@ def _local_steps(subject: Subject, client: Client, seed: int) -> list[Check]:
     return [Check(client.name, name, False, residual, _explain_steps(client, optimizer))]
 
 
-def _plain(optimizer: torch.optim.SGD) -> dict[str, float]:
+def _plain(optimizer: torch.optim.SGD) -> dict[str, Any]:
     group = optimizer.param_groups[0]
     return {name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov")}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,7 +127,7 @@ class FromUnitRange(nn.Module):
 
 
 class LogitsOfTrainingStep(nn.Module):
-    """The logits that a module's ``training_step`` hands to its loss, where no layer of it takes the images as they are."""
+    """The logits that ``training_step`` hands to its loss, where no layer of it takes the images as they are."""
 
     def __init__(self, module: LightningModule, rebuild: Callable[[Tensor, Tensor], Any]) -> None:
         super().__init__()
@@ -212,6 +214,22 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Without Lightning's hints within, which are about training."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 class _Collector(LightningModule):
     """Runs a user's data as in training, with the module's own hooks for batches, and keeps what a step is given."""
 
@@ -229,7 +247,7 @@ class _Collector(LightningModule):
         """The module's own."""
         return self.module[0].on_after_batch_transfer(batch, dataloader_idx)
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def training_step(self, batch: Any, batch_idx: int) -> None:
         """Keep the batch."""
         self.batches.append(batch)
         found = find_images(batch)
@@ -313,7 +331,7 @@ def find_images(batch: Any) -> Batch | None:
         if isinstance(batch, Mapping):
             return values
         made = [values[key] for key in range(len(batch))]
-        return type(batch)(*made) if hasattr(batch, "_fields") else type(batch)(made)  # type: ignore[call-arg]
+        return type(batch)(*made) if hasattr(batch, "_fields") else type(batch)(made)
 
     return Batch(found, labels[1], rebuild)
 

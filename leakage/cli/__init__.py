@@ -1,4 +1,4 @@
-"""The command line: ``leakage fit``, ``leakage demo`` and ``leakage evaluate``, a file for each."""
+"""The command line: ``leakage demo``, ``leakage audit``, ``leakage fit`` and ``leakage evaluate``, a file for each."""
 
 from __future__ import annotations
 

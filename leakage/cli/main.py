@@ -12,17 +12,19 @@ from pathlib import Path
 _DESCRIPTION = """What a shared gradient gives away.
 
   leakage demo               three attacks side by side on a bundled sample, in under a minute
+  leakage audit              whether the training of your own LightningModule leaks: a report and an exit code
   leakage fit --config FILE  any attack on any victims, or the condensation of any data set, configured by a file
                              or by arguments
   leakage evaluate FILE      test accuracy of networks trained on a saved synthetic set
 
 `leakage demo --help` and so on tell their options. For example:
 
+  leakage audit --example
   leakage fit --model IDLGAttack --data Victims --data.dataset sample --data.victims 8
   leakage fit --model GradientMatchingCondensation --data LabelledImages --data.dataset fashion_mnist
 """
 # Each is a module beside this one with a function of the same name.
-_SUBCOMMANDS = ("demo", "fit", "evaluate")
+_SUBCOMMANDS = ("demo", "audit", "fit", "evaluate")
 # 128 and the number of the signal, as shells have it.
 _INTERRUPTED = 130
 

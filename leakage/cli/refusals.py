@@ -44,7 +44,7 @@ def explain(message: str) -> str:
     if unknown := _UNKNOWN_TRAINER_OPTION.search(message):
         return _expected_option(Trainer, unknown[1])
     if unknown := _UNKNOWN_KEY.search(message):
-        return f"Expected one of {_listed(_KEYS, unknown[1])}, but got `{unknown[1]}`."
+        return f"Expected one of {listed(_KEYS, unknown[1])}, but got `{unknown[1]}`."
     if missing := _MISSING_OPTION.search(message):
         return f"Expected the option `{missing[2] or missing[3]}` of {_imported(missing[1]).__name__}, but got none."
     places = list(_BAD_VALUE.finditer(message))
@@ -75,7 +75,7 @@ def _is_abstract(kind: object) -> bool:
 
 def _expected_option(owner: type, option: str) -> str:
     options = {name.partition(".")[0] for name in ArgumentParser().add_class_arguments(owner, fail_untyped=False)}
-    wanted = f"an option of {owner.__name__}, one of {_listed(options, option)}" if options else "no option"
+    wanted = f"an option of {owner.__name__}, one of {listed(options, option)}" if options else "no option"
     return f"Expected {wanted}, but got `{option}`."
 
 
@@ -94,10 +94,10 @@ def _expected_value(class_path: str | None, key: str, reason: str, given: str) -
         in_file = re.search(r"class_path(?:': |=)'([^']*)'", given)
         got = (refused[1] or refused[2]) if refused else in_file[1] if in_file else given
         known = _known(bases)
-        listed = f"one of {_listed(known, got.rpartition('.')[2])}, or the" if known else "the"
+        choices = f"one of {listed(known, got.rpartition('.')[2])}, or the" if known else "the"
         paths = " or ".join(f"{base.__module__}.{base.__qualname__}" for base in bases)
         return (
-            f"Expected {option} to be {listed} import path of {'another' if known else 'a'} subclass of {paths}, "
+            f"Expected {option} to be {choices} import path of {'another' if known else 'a'} subclass of {paths}, "
             f"but got {got!r}."
         )
     if not written:
@@ -158,7 +158,8 @@ def _imported(class_path: str) -> type:
     return kind
 
 
-def _listed(names: Iterable[str], given: str) -> str:
+def listed(names: Iterable[str], given: str) -> str:
+    """Names in their order, with a hint at one that is like what was given."""
     names = sorted(set(names))
     close = difflib.get_close_matches(given, names, 1)
     return ", ".join(names) + (f" (did you mean `{close[0]}`?)" if close else "")

@@ -1,0 +1,380 @@
+"""The audit: does this training leak?"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+import leakage
+from leakage.audit.client import Client, check_clients
+from leakage.audit.plan import ATTACKS, candidates
+from leakage.audit.preflight import preflight
+from leakage.audit.report import VERSION, AuditReport, Check, Declared, Figure, Problem, write_victims
+from leakage.audit.run import Record, fewest_others
+from leakage.audit.runner import Row, Runner
+from leakage.audit.self_check import self_check, with_module_rate
+from leakage.audit.subject import Data, Subject, quiet_lightning, seeded
+from leakage.audit.verdict import bounds, check_thresholds, thresholds, victims_needed
+from leakage.datamodules import Victims
+from leakage.datamodules.base import GroundTruth
+from leakage.errors import check_choice, check_count, check_positive
+from leakage.files.whole import check_output
+from leakage.labels import Auxiliary, LabelReader
+from leakage.metrics import SUCCESS_THRESHOLD, ShareOverVictims, baseline_guesses, score
+
+#: What an attacker has and may do, after Carletti et al., *SoK: Gradient Inversion Attacks in Federated Learning*,
+#: USENIX Security 2025.
+THREAT_MODELS = {
+    "A": "eavesdropper: sees updates",
+    "B": "informed eavesdropper: sees updates, knows the task",
+    "C": "parameter-aware eavesdropper: sees updates, knows the task and how clients train",
+    "D": "data-enhanced eavesdropper: sees updates, knows how clients train, has images of the same kind",
+    "E": "statistical-informed eavesdropper: as D, and knows statistics of the client's own data",
+    "F": "active manipulator: sees updates, knows how clients train, changes the model that it sends",
+    "G": "data-enhanced manipulator: as F, and has images of the same kind",
+    "H": "active client manipulator: as G, and chooses which clients take part",
+}
+# Images that the auditor keeps for himself.
+_PUBLIC = 1000
+# Victims that a trial takes, and the share of the budget that all trials may take.
+_TRIAL_VICTIMS, _TRIAL_SHARE = 4, 0.1
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def audit(
+    module: LightningModule,
+    data: Data | None = None,
+    client: Client | Sequence[Client] = Client(),  # noqa: B008 (frozen)
+    *,
+    budget: str | float = "10m",
+    fail_above: Mapping[str, float] | None = None,
+    victims: int = 100,
+    attacks: Sequence[str] | None = None,
+    threat_model: str = "D",
+    asserted: Mapping[str, str] | None = None,
+    success_threshold: float = SUCCESS_THRESHOLD,
+    seed: int = 0,
+    accelerator: str = "cpu",
+    output: str | os.PathLike[str] = "audit",
+    command: str = "",
+    tell: Callable[[str], object] | None = None,
+) -> AuditReport:
+    """Attack clients that train as this module does on data like these, and say what their updates give away.
+
+    First everything is looked at that could be in the way of an attack; then a client is simulated on images of the
+    auditor's own, and must do what the module's ``training_step`` does. Then attacks are planned, and run on victims
+    that hold images of the data: what needs no search first. A problem that leaves nothing to attack, or a self-check
+    that fails, ends the audit with what was found: it never counts as "nothing leaked".
+
+    An audit that was killed goes on with the same call. A figure says what *these* attacks found within *this* budget:
+    a lower limit of what can be had.
+
+    Args:
+        module: the user's; it is copied and never changed. Clients start from its weights, in its modes.
+        data: a LightningDataModule, DataLoader or Dataset of images and classes; by default the module's own
+            ``train_dataloader``.
+        client: one, or a list of them.
+        budget: for all attacks, in seconds or as ``"90s"``, ``"10m"`` or ``"2h"``.
+        fail_above: limits of ``label_accuracy``, ``success_rate``, ``identified`` (shares), ``psnr`` (dB) or ``ssim``.
+        victims: of each client, at most.
+        attacks: names of :data:`leakage.audit.ATTACKS`, where only these shall be run.
+        threat_model: a letter of :data:`leakage.audit.THREAT_MODELS`. From D on attackers have images of the same kind.
+        asserted: anything else that holds of the clients, in words, by topic.
+        success_threshold: an image counts as reconstructed if its MSE is below this.
+        seed: of everything that is drawn.
+        accelerator: where attacks are computed, as for Lightning's Trainer.
+        output: the folder for the report, its pictures and what is needed to go on.
+        command: how to run this again, for the report.
+        tell: is given what happens, a line each.
+
+    Returns:
+        The report, which has also been written to ``output``.
+
+    Raises:
+        ValueError: an argument out of its range, what is no module, data that can't be used, or an ``output`` that
+            holds another audit. Nothing has been written then.
+        OSError: the folder can't be written.
+
+    Example:
+        >>> from leakage.audit.example import ExampleData, ExampleModule
+        >>> report = audit(ExampleModule(), ExampleData(), Client(images=1), victims=4, budget="20s",
+        ...                fail_above={"success_rate": 0.05}, output=folder)  # doctest: +SKIP
+        >>> report.verdict  # doctest: +SKIP
+        'exceeded'
+    """
+    made = _Audit(
+        clients=check_clients(client),
+        budget=seconds_of(budget),
+        limits=check_thresholds(fail_above),
+        victims=victims,
+        attacks=attacks,
+        threat_model=threat_model,
+        success_threshold=success_threshold,
+        seed=seed,
+        accelerator=accelerator,
+        folder=Path(output),
+        tell=tell or (lambda line: None),
+    )
+    with quiet_lightning():
+        return made.run(module, data, asserted=dict(asserted or {}), command=command)
+
+
+def seconds_of(budget: str | float) -> float:
+    """A budget in seconds.
+
+    Raises:
+        ValueError: none, or in another form.
+
+    Example:
+        >>> seconds_of("10m"), seconds_of("1.5h"), seconds_of(90)
+        (600.0, 5400.0, 90.0)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([smh]?)\s*", budget) if isinstance(budget, str) else None
+    seconds = float(match[1]) * _UNITS[match[2] or "s"] if match else budget
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+        raise ValueError(f"Expected `budget` as seconds above 0, or as '90s', '10m' or '2h', but got {budget!r}.")
+    return float(seconds)
+
+
+@dataclass
+class _Audit:
+    clients: tuple[Client, ...]
+    budget: float
+    limits: dict[str, float]
+    victims: int
+    attacks: Sequence[str] | None
+    threat_model: str
+    success_threshold: float
+    seed: int
+    accelerator: str
+    folder: Path
+    tell: Callable[[str], object]
+
+    def __post_init__(self) -> None:
+        self._told: list[dict[str, Any]] = []
+        check_count(victims=self.victims)
+        check_count(0, seed=self.seed)
+        check_positive(success_threshold=self.success_threshold)
+        check_choice("threat_model", self.threat_model, THREAT_MODELS)
+        for name in self.attacks or ():
+            check_choice("attacks", name, ATTACKS)
+        if self.attacks is not None and not self.attacks:
+            raise ValueError("Expected `attacks` to name at least one attack, but got none.")
+
+    def run(self, module: LightningModule, data: Data | None, *, asserted: dict[str, str], command: str) -> AuditReport:
+        """All of it."""
+        report = AuditReport(
+            version=VERSION,
+            leakage=leakage.__version__,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            seed=self.seed,
+            model=f"{type(module).__module__}.{type(module).__qualname__}",
+            data=_name_of(data),
+            success_threshold=self.success_threshold,
+            budget_seconds=self.budget,
+            command=command,
+            declared=Declared(f"{self.threat_model}: {THREAT_MODELS[self.threat_model]}", "", [], asserted),
+            preflight=self._of_threat_model(),
+            checks=[],
+            plan=[],
+            measured=[],
+            bounds=[],
+            thresholds=[],
+        )
+        self.tell("Preflight")
+        rows = self._make_ready(module, data, report)
+        for problem in report.preflight:
+            self.tell(f"  {problem.kind}: {problem.where}: {problem.problem}")
+        runner = Runner(
+            rows=rows,
+            budget=self.budget,
+            folder=self.folder,
+            key=self._key(rows),
+            accelerator=self.accelerator,
+            success_threshold=self.success_threshold,
+            tell=self.tell,
+        )
+        runner.check_folder()
+        check_output(self.folder)
+        self.tell("Self-check")
+        for row in rows:
+            report.checks += self_check(row.subject, row.client, row.victim, self.seed)
+        for check in report.checks:
+            self.tell(f"  {check.client}: {check.name}: {'' if check.passed else 'FAILED: '}{check.finding}")
+        passed = all(check.passed for check in report.checks)
+        records: list[Record] = runner.run() if passed else []
+        report.plan = [record.planned for record in records]
+        report.measured = [record.measured for record in records if record.measured is not None]
+        unreached = {record.planned.client for record in records if not record.reached}
+        if passed:
+            report.thresholds = thresholds(self.limits, self.clients, report.measured, unreached)
+        for row in rows:
+            report.bounds += bounds(row.client, fewest_others(row.subject), self._guessed(row))
+        write_victims(self.folder, [victim for record in records for victim in record.rows])
+        report.save(self.folder)
+        return report
+
+    # What comes before the attacks.
+
+    def _of_threat_model(self) -> list[Problem]:
+        """Attackers who do more than look on are not tried."""
+        if self.threat_model in "ABCD":
+            return []
+        knows, changes = "knows statistics of the client's data", "changes the model that it sends"
+        does = knows if self.threat_model == "E" else changes
+        return [
+            Problem(
+                *("not yet", "threat_model", f"an attacker who {does}"),
+                "Inspect what clients are sent before they train on it.",
+                "The verdict is for attackers who only look on (threat model D): the declared one may find more.",
+            )
+        ]
+
+    def _make_ready(self, module: LightningModule, data: Data | None, report: AuditReport) -> list[Row]:
+        """A row for each client, or a failed check for what is in the way."""
+        rows: list[Row] = []
+        subjects: dict[int, Subject | None] = {}
+        for client in self.clients:
+            if client.epochs not in subjects:
+                trained = self._trained(module, data, client.epochs)
+                counts: dict[str, Any] = {"victims": self.victims, "public": _PUBLIC, "seed": self.seed}
+                subject, problems = preflight(trained, data, self.clients, **counts)
+                report.preflight += [problem for problem in problems if problem not in report.preflight]
+                subjects[client.epochs] = subject
+                report.declared = replace(report.declared, prior=self._prior(subject))
+            found = subjects[client.epochs]
+            if found is None:
+                finding = "; ".join(one.problem for one in report.preflight if "no verdict" in one.means)
+                report.checks.append(Check(client.name, "preflight", False, None, finding))
+                report.declared.clients.append(client.describe())
+                continue
+            completed, problems = with_module_rate(client, found)
+            report.preflight += [problem for problem in problems if problem not in report.preflight]
+            report.declared.clients.append(completed.describe())
+            rows.append(self._row(completed, found, report))
+        return rows
+
+    def _row(self, client: Client, subject: Subject, report: AuditReport) -> Row:
+        number = min(self.victims, len(subject.images) // client.images)
+        if number < self.victims:
+            self.tell(f"  {number} victims of {client.name}: the data hold no more")
+        needed = max((victims_needed(limit) for name, limit in self.limits.items() if name != "psnr"), default=0)
+        if needed > number:
+            report.preflight.append(
+                Problem(
+                    *("replace", f"victims of {client.name}", f"{number} victims can't show that a limit is kept"),
+                    f"Audit with at least {needed} victims: then an interval around none can end below the limits.",
+                    "It can be exceeded or inconclusive, but not within.",
+                )
+            )
+        victims = Victims(
+            TensorDataset(subject.images, subject.labels),
+            num_classes=max(2, subject.num_classes),
+            victims=number,
+            images=client.images,
+            seed=self.seed,
+            model=subject.network,
+            weights="shared",
+            loss=subject.loss,
+            reduction=subject.reduction,
+            reveal_labels=client.reveal_labels,
+            **client.training,
+        )
+        victims.setup("fit")
+        surrogate = self.threat_model >= "D"
+        made = candidates(
+            subject,
+            client,
+            victims.victim,
+            seed=self.seed,
+            success_threshold=self.success_threshold,
+            surrogate=surrogate,
+            chosen=self.attacks,
+        )
+        own = Auxiliary(subject.own_images, subject.own_labels) if surrogate else None
+        self._told.append(victims.configuration)
+        return Row(
+            client=client,
+            subject=subject,
+            victim=victims.victim,
+            number=number,
+            capture=victims.share,
+            truth=partial(_truth, victims),
+            candidates=made,
+            reader=LabelReader(auxiliary=own, seed=self.seed),
+        )
+
+    def _trained(self, module: LightningModule, data: Data | None, epochs: int) -> LightningModule:
+        """A copy that the module's own training took further."""
+        if not epochs or not isinstance(module, LightningModule):
+            return module
+        self.tell(f"  training a copy for {epochs} epochs")
+        trained = copy.deepcopy(module)
+        trainer = Trainer(
+            max_epochs=epochs,
+            accelerator=self.accelerator,
+            devices=1,
+            logger=False,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        loader = DataLoader(data, batch_size=32, shuffle=True) if isinstance(data, torch.utils.data.Dataset) else data
+        kind = "datamodule" if isinstance(data, LightningDataModule) else "train_dataloaders"
+        with seeded(self.seed):
+            trainer.fit(trained, **cast(Any, {kind: loader} if loader is not None else {}))
+        return trained
+
+    def _prior(self, subject: Subject | None) -> str:
+        if subject is None or self.threat_model < "D":
+            return "none"
+        return f"{len(subject.own_images)} images of the same data, none of a victim's"
+
+    def _key(self, rows: list[Row]) -> str:
+        """By what this audit is known again; not by its limits, which may be set anew."""
+        told = [
+            *(self.seed, self.success_threshold, self.threat_model, self.budget, self.attacks),
+            *(json.dumps(row.client.describe(), sort_keys=True) for row in rows),
+            *(json.dumps(configuration, sort_keys=True, default=str) for configuration in self._told),
+        ]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+    def _guessed(self, row: Row) -> Figure | None:
+        """Success of the nearest of the auditor's images."""
+        if row.truth is None:
+            return None
+        truth = row.truth(range(row.number))
+        nearest = baseline_guesses(truth.images, row.subject.own_images)["nearest"]
+        scores = score(nearest, truth.labels, truth.images, truth.labels)
+        return Figure(*ShareOverVictims()((scores.mse < self.success_threshold).double().mean(1)))
+
+
+def _truth(victims: Victims, places: Sequence[int]) -> GroundTruth:
+    victims.audited = list(places)
+    try:
+        return GroundTruth.cat(list(victims.val_dataloader()))
+    finally:
+        victims.audited = None
+
+
+def _name_of(data: Data | None) -> str:
+    if data is None:
+        return "the module's own train_dataloader"
+    kind = type(data.dataset) if isinstance(data, DataLoader) else type(data)
+    return f"{kind.__module__}.{kind.__qualname__}"

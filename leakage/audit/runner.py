@@ -1,0 +1,276 @@
+"""The attacks of an audit on all of its clients: timed, planned, and run within the budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leakage.audit.client import Client, slug
+from leakage.audit.plan import ATTACKS, Candidate, Share, share_out
+from leakage.audit.report import Measured, Planned
+from leakage.audit.run import (
+    Record,
+    fit_all,
+    load_record,
+    measure,
+    measure_labels,
+    read_labels,
+    save_record,
+    seconds_of_one,
+)
+from leakage.audit.subject import Subject
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
+from leakage.datamodules.base import GroundTruth
+from leakage.files.text import write_text
+from leakage.labels import LabelReader
+
+# Victims whose updates are captured at once.
+_CAPTURED_AT_ONCE = 32
+
+
+@dataclass
+class Row:
+    """A client of an audit, made ready.
+
+    Attributes:
+        client: as declared.
+        subject: what is audited.
+        victim: the client, as it is simulated.
+        number: how many victims there are.
+        capture: what the victims at some places share.
+        truth: what they hold, None where nobody knows.
+        candidates: attacks, in the order in which they are run.
+        reader: reads their labels.
+    """
+
+    client: Client
+    subject: Subject
+    victim: Victim
+    number: int
+    capture: Callable[[Sequence[int]], SharedGradient]
+    truth: Callable[[Sequence[int]], GroundTruth] | None
+    candidates: list[Candidate]
+    reader: LabelReader
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether they are read off what was shared."""
+        return any(candidate.name == "labels" for candidate in self.candidates)
+
+    @cached_property
+    def counts(self) -> tuple[Tensor, float]:
+        """``(V, K)``, the labels of all victims as an attacker reads them, and the seconds that it took."""
+        parts, seconds = [], 0.0
+        for start in range(0, self.number, _CAPTURED_AT_ONCE):
+            shared = self.capture(range(start, min(start + _CAPTURED_AT_ONCE, self.number)))
+            counts, took = read_labels(self.reader, shared, self.victim)
+            parts.append(counts)
+            seconds += took
+        return torch.cat(parts), seconds
+
+    def share(self, places: Sequence[int], *, reads: bool) -> SharedGradient:
+        """What attacks are given of the victims at these places: what they shared, with the labels that were read."""
+        shared = self.capture(places)
+        if not reads or shared.labels is not None:
+            return shared
+        counts = self.counts[0][list(places)]
+        every = torch.arange(counts.shape[1]).repeat(len(counts))
+        labels = every.repeat_interleave(counts.flatten().cpu()).view(len(counts), -1)
+        return replace(shared, labels=labels)
+
+
+@dataclass
+class Runner:
+    """Plans and runs the attacks; a plan and attacks that are on disk are taken from there.
+
+    Attributes:
+        rows: the clients.
+        budget: seconds of all of it.
+        folder: of the audit.
+        key: by which its files are known again.
+        accelerator: as for the Trainer.
+        success_threshold: an image counts as reconstructed if its MSE is below this.
+        tell: is given what happens, a line each.
+    """
+
+    rows: list[Row]
+    budget: float
+    folder: Path
+    key: str
+    accelerator: str
+    success_threshold: float
+    tell: Callable[[str], object]
+    plan: dict[tuple[str, str], Share] = field(default_factory=dict)
+    refused: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def run(self) -> list[Record]:
+        """Plan, tell the plan, and run it: one record for each client and attack."""
+        spent = self._make_plan()
+        self.tell(f"Plan, for {self.budget:.0f} s")
+        for row in self.rows:
+            for candidate in row.candidates:
+                place = row.client.name, candidate.name
+                said = self.refused.get(place) or f"about {self.plan[place].expected_seconds:.0f} s"
+                self.tell(f"  {row.client.name}: {candidate.name}: {said}")
+        todo = [(row, candidate) for row in self.rows for candidate in row.candidates]
+        todo.sort(key=lambda pair: ATTACKS.index(pair[1].name))
+        left = self.budget - spent
+        self.tell("Attacks")
+        done: dict[tuple[str, str], Record] = {}
+        solved: set[str] = set()
+        for number, (row, candidate) in enumerate(todo):
+            place = row.client.name, candidate.name
+            record = load_record(self.folder, *place, self.key)
+            if record is None:
+                later = sum(self._expected(other) for other in todo[number + 1 :])
+                record = self._run_one(row, candidate, max(left - later, 0.0), solved)
+                save_record(self.folder, record)
+            if record.measured is not None:
+                left -= record.measured.seconds
+                self.tell(f"  {_line(record.measured)}")
+                if _solves(record.measured, row.number):
+                    solved.add(row.client.name)
+            done[place] = record
+        return [done[row.client.name, candidate.name] for row in self.rows for candidate in row.candidates]
+
+    def _expected(self, pair: tuple[Row, Candidate]) -> float:
+        share = self.plan.get((pair[0].client.name, pair[1].name))
+        return 0.0 if share is None else share.expected_seconds
+
+    # The plan.
+
+    @property
+    def plan_path(self) -> Path:
+        """Where it is kept."""
+        return self.folder / "runs" / "plan.json"
+
+    def check_folder(self) -> None:
+        """Raise a ``ValueError`` if the folder holds another audit."""
+        if self.plan_path.is_file() and self._saved().get("key") != self.key:
+            raise ValueError(
+                f"Expected `output` without another audit, but got '{self.folder}', which holds one of other clients, "
+                "weights, data or budget. Remove it, or choose another folder."
+            )
+
+    def _saved(self) -> dict[str, Any]:
+        try:
+            plan = json.loads(self.plan_path.read_text(encoding="utf-8"))
+        except ValueError:
+            plan = None
+        return plan if isinstance(plan, dict) else {}
+
+    def _make_plan(self) -> float:
+        """Time attacks and share the budget out; seconds that this took of it."""
+        if self.plan_path.is_file():
+            saved = self._saved()
+            for client, attack, share, reason in saved["plan"]:
+                if share is None:
+                    self.refused[client, attack] = reason
+                else:
+                    self.plan[client, attack] = Share(**share)
+            return float(saved["seconds"])
+        self.tell("Timing a few iterations of each attack")
+        began = time.monotonic()
+        needs: list[tuple[Row, Candidate, float]] = []
+        for row in self.rows:
+            for candidate in row.candidates:
+                try:
+                    needs.append((row, candidate, self._seconds(row, candidate)))
+                except (ValueError, MemoryError) as error:
+                    self.refused[row.client.name, candidate.name] = f"can't be run here: {error}"
+        spent = time.monotonic() - began
+        pairs = [(candidate, seconds) for _, candidate, seconds in needs]
+        shares = share_out(max(self.budget - spent, 0.0), pairs, [row.number for row, _, _ in needs])
+        for (row, candidate, _), share in zip(needs, shares, strict=True):
+            self.plan[row.client.name, candidate.name] = share
+        kept = [
+            *([*place, dataclasses.asdict(share), ""] for place, share in self.plan.items()),
+            *([*place, None, reason] for place, reason in self.refused.items()),
+        ]
+        write_text(self.plan_path, json.dumps({"key": self.key, "seconds": spent, "plan": kept}, indent=1) + "\n")
+        return spent
+
+    def _seconds(self, row: Row, candidate: Candidate) -> float:
+        """Of one evaluation of one victim."""
+        shared = row.share([0], reads=False)
+        if candidate.make is None:
+            read_labels(row.reader, shared, row.victim)  # what is learnt of the network is learnt once
+            return read_labels(row.reader, shared, row.victim)[1]
+        if row.reads_labels and shared.labels is None:
+            counts, _ = read_labels(row.reader, shared, row.victim)
+            shared = replace(shared, labels=torch.arange(counts.shape[1]).repeat_interleave(counts[0].cpu())[None])
+        return seconds_of_one(candidate.make(), shared, row.victim, accelerator=self.accelerator)
+
+    # An attack.
+
+    def _run_one(self, row: Row, candidate: Candidate, seconds: float, solved: set[str]) -> Record:
+        client, name = row.client.name, candidate.name
+        if reason := self.refused.get((client, name)):
+            return Record(self.key, Planned(client, name, 0.0, False, reason))
+        share = self.plan[client, name]
+        planned = Planned(client, name, share.expected_seconds, False, "")
+        if client in solved:
+            reason = "not needed: an attack before it has reconstructed every image"
+            return Record(self.key, replace(planned, reason=reason))
+        if candidate.make is None:
+            counts, took = row.counts
+            truth = None if row.truth is None else row.truth(range(row.number))
+            measured = measure_labels(row.client, truth, counts, took)
+            return Record(self.key, replace(planned, done=True), measured)
+        if seconds <= 0:
+            return Record(self.key, replace(planned, reason="the budget ended before it"), reached=False)
+        make = partial(candidate.make, steps=share.steps) if candidate.shortens else candidate.make
+        outcome = fit_all(
+            make,
+            partial(row.share, reads=row.reads_labels),
+            row.victim,
+            row.number,
+            accelerator=self.accelerator,
+            seconds=seconds,
+            expected=share.seconds_of_one,
+            folder=self.folder / "runs" / slug(client) / name,
+        )
+        if not len(outcome.found):
+            return Record(self.key, replace(planned, reason="the budget ended before it"), reached=False)
+        truth = None if row.truth is None else row.truth(outcome.found.ids.tolist())
+        measured, rows = measure(
+            name,
+            row.client,
+            row.subject,
+            outcome,
+            truth,
+            success_threshold=self.success_threshold,
+            folder=self.folder,
+        )
+        if not outcome.complete:
+            reason = f"the budget ended after {measured.iterations:.0f} evaluations of {measured.victims} victims"
+            return Record(self.key, replace(planned, reason=reason), measured, rows, reached=False)
+        return Record(self.key, replace(planned, done=True), measured, rows)
+
+
+def _solves(measured: Measured, victims: int) -> bool:
+    """Whether there is nothing left to find."""
+    figure = measured.metrics.get("success_rate")
+    return figure is not None and figure.value == 1 and figure.victims == victims
+
+
+def _line(measured: Measured) -> str:
+    """For the terminal."""
+    words = []
+    for name, figure in measured.metrics.items():
+        if name == "psnr":
+            words.append(f"psnr {figure.value:.1f} dB")
+        elif name != "ssim":
+            words.append(f"{name} {figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]")
+    words.append(f"{measured.victims} victims in {measured.seconds:.0f} s")
+    return f"{measured.client}: {measured.attack}: {', '.join(words)}"

@@ -1,0 +1,108 @@
+"""From figures to a verdict: the user's own thresholds, and bounds for mechanisms that are declared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from leakage.audit.bounds import gaussian_success_bound
+from leakage.audit.client import Client
+from leakage.audit.report import Bound, Figure, Measured, Threshold
+from leakage.audit.run import METRICS
+from leakage.defenses import DPSGD
+from leakage.errors import check_choice
+from leakage.metrics import wilson_interval
+
+#: Of :class:`~leakage.audit.AuditReport.bounds`: δ of the ε that is told.
+DELTA = 1e-5
+_SHARES = ("label_accuracy", "success_rate", "identified")
+
+
+def check_thresholds(fail_above: Mapping[str, float] | None) -> dict[str, float]:
+    """The limits; a ``ValueError`` for a metric that does not exist, or a limit that none can be at."""
+    limits = dict(fail_above or {})
+    for metric, limit in limits.items():
+        check_choice("fail_above", metric, METRICS)
+        number = isinstance(limit, int | float) and not isinstance(limit, bool) and math.isfinite(limit)
+        if not number or (metric in _SHARES and not 0 <= limit <= 1):
+            wanted = "a share from 0 to 1" if metric in _SHARES else "a finite number"
+            raise ValueError(f"Expected `fail_above` of {metric} as {wanted}, but got {limit!r}.")
+    return {metric: float(limit) for metric, limit in limits.items()}
+
+
+def victims_needed(limit: float) -> int:
+    """How many victims must be spared, and none found, for a share's interval to end at this limit.
+
+    Example:
+        >>> victims_needed(0.05)
+        73
+    """
+    if limit <= 0:
+        return 0  # no number of them
+    return next(number for number in range(1, 10**6) if wilson_interval(0.0, number)[1] <= limit)
+
+
+def decide(limit: float, figure: Figure, *, reached: bool) -> str:
+    """``"exceeded"`` where the interval lies above the limit, ``"within"`` where it does not reach above it.
+
+    Where the budget did not reach an attack, ``"within"`` is ``"inconclusive"``.
+    """
+    if figure.low > limit:
+        return "exceeded"
+    return "within" if figure.high <= limit and reached else "inconclusive"
+
+
+def thresholds(
+    limits: Mapping[str, float], clients: Sequence[Client], measured: Sequence[Measured], unreached: set[str]
+) -> list[Threshold]:
+    """Each limit beside each figure that it is for.
+
+    Args:
+        limits: by metric.
+        clients: of the audit.
+        measured: all that was found.
+        unreached: names of clients with an attack that the budget did not reach.
+    """
+    found = []
+    for metric, limit in limits.items():
+        for client in clients:
+            own = [one for one in measured if one.client == client.name and metric in one.metrics]
+            for one in own:
+                decision = decide(limit, one.metrics[metric], reached=client.name not in unreached)
+                found.append(Threshold(metric, limit, client.name, one.attack, one.metrics[metric], decision))
+            if not own:
+                nothing = Figure(math.nan, math.nan, math.nan, 0)
+                found.append(Threshold(metric, limit, client.name, "", nothing, "inconclusive"))
+    return found
+
+
+def bounds(client: Client, fewest_others: int, guessed: Figure | None) -> list[Bound]:
+    """What no attacker can exceed against a client with DP-SGD.
+
+    Args:
+        client: as declared.
+        fewest_others: images of the rarest class that a reconstruction is compared with.
+        guessed: success of the nearest of the auditor's images, which looks at no gradient.
+    """
+    private = next((defense for defense in client.defenses if isinstance(defense, DPSGD)), None)
+    if private is None or not private.noise_multiplier or client.local_steps > 1:
+        return []
+    sigma = private.noise_multiplier
+    epsilon = private.epsilon(1, 1.0, DELTA)
+    mechanism = f"{private!r}, one release: ε = {epsilon:.3g} at δ = {DELTA:g}"
+    source = "Hayes, Mahloujifar and Balle 2023, https://arxiv.org/abs/2302.07225"
+    chance = min(1.0, client.images / (fewest_others + 1))
+    kept = [
+        Bound(
+            *(client.name, mechanism, "identified", gaussian_success_bound(chance, sigma)),
+            f"{source}; a guess is right with probability {chance:.3g}",
+        )
+    ]
+    if guessed is not None and math.isfinite(guessed.high):
+        kept.append(
+            Bound(
+                *(client.name, mechanism, "success_rate", gaussian_success_bound(guessed.high, sigma)),
+                f"{source}; the nearest of the auditor's images succeeds with probability {guessed.high:.3g} at most",
+            )
+        )
+    return kept

@@ -1,0 +1,331 @@
+"""``leakage audit``: does the training of your own module leak?"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning import LightningDataModule, LightningModule
+
+# A class goes by its name alone once it is imported.
+from leakage import datamodules, defenses  # noqa: F401
+from leakage.audit import ATTACKS, THREAT_MODELS, Client
+from leakage.audit import audit as run_audit
+from leakage.audit.auditing import seconds_of
+from leakage.audit.verdict import check_thresholds
+from leakage.cli import quiet
+from leakage.cli.fit import check_config
+from leakage.cli.refusals import explain, listed, one_line, own_words
+from leakage.errors import check_choice, check_count, check_positive
+
+_EXAMPLE = {
+    "model": "leakage.audit.example.ExampleModule",
+    "data": "leakage.audit.example.ExampleData",
+    "budget": "60s",
+    "fail_above": '{"success_rate": 0.05}',
+}
+# Of a configuration, with what refuses a value that is out of range.
+_CHECKS: dict[str, Callable[[Any], object] | None] = {
+    "model": None,
+    "checkpoint": None,
+    "data": None,
+    "client": None,
+    "clients": None,
+    "budget": seconds_of,
+    "fail_above": lambda value: check_thresholds(_mapping("fail_above", value)),
+    "victims": lambda value: check_count(victims=value),
+    "attacks": lambda value: _check_attacks(value),
+    "threat_model": lambda value: check_choice("threat_model", value, THREAT_MODELS),
+    "asserted": lambda value: _mapping("asserted", value),
+    "success_threshold": lambda value: check_positive(success_threshold=value),
+    "seed": lambda value: check_count(0, seed=value),
+    "accelerator": None,
+    "output": None,
+}
+_CLIENT = [field.name for field in fields(Client)]
+
+
+def audit(arguments: Sequence[str]) -> None:
+    """Attack clients that train as your module does, and say what their updates give away."""
+    quiet()
+    try:
+        given = _normalised(arguments)
+        for path in _configs(given):
+            _check_file(path)
+        options = _parse(given)
+        report = run_audit(command=shlex.join(["leakage", "audit", *arguments]), tell=_tell, **options)
+    except (ValueError, OSError, argparse.ArgumentError, TypeError) as error:
+        reason = own_words(error)
+        if reason is None and not isinstance(error, argparse.ArgumentError | OSError):
+            raise
+        _refuse(reason or one_line(str(error)))
+    print(f"\n{report.verdict}: {options['output']}")
+    for threshold in report.thresholds:
+        figure = threshold.figure
+        print(
+            f"  {threshold.decision}: {threshold.metric} of {threshold.client}, {threshold.attack or 'no attack'}: "
+            f"{figure.value:.3g} [{figure.low:.3g}, {figure.high:.3g}], limit {threshold.limit:g}"
+        )
+    sys.exit(report.exit_code)
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def _refuse(reason: str) -> NoReturn:
+    sys.stderr.write(f"leakage audit: error: {reason}\n")
+    sys.exit(2)
+
+
+# Arguments.
+
+
+def _normalised(arguments: Sequence[str]) -> list[str]:
+    """With ``_`` in options, ``--fail_above a=1 b=2`` as one value, and what ``--example`` stands for."""
+    given: list[str] = []
+    limits: list[str] | None = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            head, dot, rest = name.removeprefix("--").partition(".")
+            name = f"--{head.replace('-', '_')}{dot}{rest}"
+            name = "--checkpoint" if name == "--model.checkpoint" else name
+            limits = [] if name == "--fail_above" else None
+            if limits is not None:
+                given.append("--fail_above")
+                if equals:
+                    limits.append(value)
+                given.append(_limits(limits)) if equals else None
+                continue
+            given.append(f"{name}{equals}{value}")
+        elif limits is not None:
+            limits.append(argument)
+            if len(limits) > 1:
+                given.pop()
+            given.append(_limits(limits))
+        else:
+            given.append(argument)
+    if "--example" in given:
+        given.remove("--example")
+        named = {argument.partition("=")[0] for argument in given}
+        for name, value in _EXAMPLE.items():
+            if f"--{name}" not in named:
+                given = [f"--{name}", value, *given]
+    return given
+
+
+def _limits(words: Sequence[str]) -> str:
+    """Limits as JSON; a ``ValueError`` for what is none."""
+    if len(words) == 1 and words[0].lstrip().startswith("{"):
+        return words[0]
+    limits = {}
+    for word in words:
+        metric, _, limit = word.partition("=")
+        try:
+            limits[metric] = float(limit)
+        except ValueError:
+            raise ValueError(
+                f"Expected `--fail-above` as metric=limit, such as success_rate=0.05, but got {word!r}."
+            ) from None
+    return json.dumps(check_thresholds(limits))
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="leakage audit",
+        description=f"{audit.__doc__} Exit code: 0 within the limits (or none set), 1 exceeded, 2 an error or a failed "
+        "self-check, 3 inconclusive. An audit that was stopped goes on with the same command.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="a YAML file of these options")
+    parser.add_argument("--example", action="store_true", help="audit a LeNet on bundled images, in about a minute")
+    parser.add_subclass_arguments(LightningModule, "model", required=False, help="your LightningModule")
+    parser.add_argument("--checkpoint", type=str | None, help="its weights, a checkpoint of Lightning's Trainer")
+    parser.add_subclass_arguments(
+        LightningDataModule, "data", required=False, help="your DataModule (default: the module's train_dataloader)"
+    )
+    parser.add_class_arguments(Client, "client", help="a client")
+    parser.add_argument("--clients", type=list[Client] | None, help="several clients, in a file: rows of one audit")
+    add = parser.add_argument
+    add("--budget", type=str | float, default="10m", help="for all attacks (default: %(default)s)")
+    add("--fail_above", type=dict[str, float] | None, help="limits, as success_rate=0.05 identified=0.2")
+    add("--victims", type=int, default=100, help="of each client at most (default: %(default)s)")
+    add("--attacks", type=list[str] | None, help=f"only these (default: all that fit): {', '.join(ATTACKS)}")
+    add("--threat_model", type=str, default="D", help="letter A to H of Carletti et al. 2025 (default: %(default)s)")
+    add("--asserted", type=dict[str, str] | None, help="what else holds of the clients, by topic, in words")
+    add("--success_threshold", type=float, default=1e-3, help="MSE of a rebuilt image (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
+    add("--accelerator", type=str, default="cpu", help="of the attacks (default: %(default)s)")
+    add("--output", type=str, default="audit", help="folder of the report (default: %(default)s)")
+    return parser
+
+
+def _parse(given: Sequence[str]) -> dict[str, Any]:
+    """The arguments of :func:`leakage.audit.audit`, but for those that are of the command line."""
+    parser = _parser()
+    unknown = [word for word in given if word.startswith("--") and _top(word) not in (*_CHECKS, "config", "help")]
+    if unknown:
+        raise ValueError(f"Expected an option, one of {listed(_CHECKS, _top(unknown[0]))}, but got `{unknown[0]}`.")
+    for word in given:
+        name = word.partition("=")[0].removeprefix("--client.")
+        if word.startswith("--client.") and name.partition(".")[0].removesuffix("+") not in _CLIENT:
+            raise ValueError(f"Expected an option of a client, one of {listed(_CLIENT, name)}, but got `{name}`.")
+    try:
+        config = parser.parse_args(list(given))
+    except argparse.ArgumentError as error:
+        raise ValueError(own_words(error) or _told(str(error), given)) from error
+    if config.get("model") is None:
+        raise ValueError("Expected `--model` with the import path of your LightningModule, but got none.")
+    made = parser.instantiate_classes(config)
+    module = made.model
+    if made.checkpoint is not None:
+        _load(module, Path(made.checkpoint))
+    return {
+        "module": module,
+        "data": made.get("data"),
+        "client": list(made.clients) if made.clients else made.client,
+        **{name: made[name] for name in _CHECKS if name in made and _CHECKS[name] is not None},
+        "accelerator": made.accelerator,
+        "output": made.output,
+    }
+
+
+def _top(word: str) -> str:
+    return re.split(r"[.=]", word.removeprefix("--"))[0].removesuffix("+")
+
+
+def _told(message: str, given: Sequence[str]) -> str:
+    """An error of jsonargparse in one line, with that of the file where it is."""
+    reason = explain(message)
+    if reason.startswith("Expected another value") or not reason.startswith("Expected"):
+        key = re.search(r'[Kk]ey "([\w.]+)"', message)
+        place = _place(key[1].partition(".")[0], given) if key else ""
+        return f"Expected an option of another value, but got: {reason}{place}"
+    return reason
+
+
+def _place(key: str, given: Sequence[str]) -> str:
+    for path in _configs(given):
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        for name, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if name.value == key:
+                return f" It is in line {name.start_mark.line + 1} of '{path}'."
+    return ""
+
+
+def _load(module: LightningModule, path: Path) -> None:
+    """Weights of a checkpoint; no code of it is run."""
+    wanted = f"Expected `checkpoint` with the weights of {type(module).__name__}, but got '{path}'"
+    if not path.is_file():
+        raise ValueError(f"{wanted}: no such file.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a broken file raises depends on where it is broken
+        raise ValueError(f"{wanted}: it is truncated, of another kind, or holds code.") from error
+    weights = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{wanted}: it holds no weights.")
+    try:
+        module.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{wanted}: {one_line(str(error))}") from error
+
+
+# Files.
+
+
+def _configs(given: Sequence[str]) -> list[Path]:
+    named = [value for option, value in itertools.pairwise(given) if option == "--config"]
+    named += [word.removeprefix("--config=") for word in given if word.startswith("--config=")]
+    paths = [Path(name) for name in named]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise ValueError(f"Expected `--config` to be a YAML file, but got '{missing[0]}', which is none.")
+    return paths
+
+
+def _check_file(path: Path) -> None:
+    """Raise a ``ValueError`` that tells the line of what is unknown or out of its range."""
+    check_config(path)
+    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        with _Line(path, name):
+            if name.value not in _CHECKS:
+                raise ValueError(f"Expected one of {listed(_CHECKS, name.value)}, but got `{name.value}`.")
+            check = _CHECKS[name.value]
+            if check is not None and (plain := _plain(value)) is not None:
+                check(plain)
+        for client in _clients(name.value, value, path):
+            _check_client(client, path)
+
+
+def _clients(key: str, node: yaml.Node, path: Path) -> list[yaml.MappingNode]:
+    if key not in ("client", "clients"):
+        return []
+    items = node.value if key == "clients" and isinstance(node, yaml.SequenceNode) else [node]
+    for item in items:
+        with _Line(path, item):
+            if not isinstance(item, yaml.MappingNode):
+                raise ValueError(f"Expected `{key}` with options such as `images: 8`, but got {_plain(item)!r}.")
+    return items
+
+
+def _check_client(node: yaml.MappingNode, path: Path) -> None:
+    values = {}
+    for name, value in node.value:
+        with _Line(path, name):
+            if name.value not in _CLIENT:
+                raise ValueError(
+                    f"Expected an option of a client, one of {listed(_CLIENT, name.value)}, but got `{name.value}`."
+                )
+        if name.value != "defenses":
+            values[name.value] = _plain(value)
+    # Where one alone is out of range its own line is told, else that of the client.
+    for name, _ in node.value:
+        if name.value in ("images", "epochs", "reveal_labels", "reveal_learning_rate", "name") and name.value in values:
+            with _Line(path, name):
+                Client(**{name.value: values[name.value]})
+    with _Line(path, node):
+        Client(**values)
+
+
+class _Line:
+    """Adds the line of a node to an error within."""
+
+    def __init__(self, path: Path, node: yaml.Node) -> None:
+        self.place = f"It is in line {node.start_mark.line + 1} of '{path}'."
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ValueError | TypeError):
+            raise ValueError(f"{error} {self.place}") from error
+
+
+def _plain(node: yaml.Node) -> Any:
+    return yaml.safe_load(yaml.serialize(node))
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"Expected `{name}` with names and values, but got {value!r}.")
+    return value
+
+
+def _check_attacks(value: Any) -> None:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"Expected `attacks` as a list of {', '.join(ATTACKS)}, but got {value!r}.")
+    for name in value:
+        check_choice("attacks", name, ATTACKS)
