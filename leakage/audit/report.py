@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leakage.audit.writers import junit_xml, model_card_section, render_page, sarif_log, words
 from leakage.errors import check_choice
 from leakage.files.records import from_json, to_json
 from leakage.files.tensors import brief
@@ -265,13 +266,32 @@ class AuditReport:
         """What ``leakage audit`` ends with: 0 within, 1 exceeded, 2 failed check, 3 inconclusive."""
         return EXIT_CODES[self.verdict]
 
+    @property
+    def summary(self) -> str:
+        """What the audit found, in a sentence or two."""
+        return words.summary(self)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``audit.json`` to a folder, which is made.
+        """Write ``audit.json``, ``report.html``, ``junit.xml``, ``audit.sarif`` and ``model_card.md`` to a folder.
+
+        The folder is made. The page takes victims from its ``victims.jsonl`` and pictures from its ``images/``. All of
+        them are ready before the first is written.
 
         Raises:
-            OSError: it can't be written.
+            OSError: one can't be written.
+            ValueError: ``victims.jsonl`` can't be read, or a picture's path leads out of the folder.
         """
-        write_text(Path(folder, "audit.json"), json.dumps(to_json(self), indent=2, allow_nan=False) + "\n")
+        folder = Path(folder)
+        derived = {"verdict": self.verdict, "exit_code": self.exit_code, "summary": self.summary}
+        files = {
+            "audit.json": _json(to_json(self) | derived),
+            "report.html": render_page(self, read_victims(folder), folder),
+            "junit.xml": junit_xml(self),
+            "audit.sarif": _json(sarif_log(self)),
+            "model_card.md": model_card_section(self),
+        }
+        for name, text in files.items():
+            write_text(folder / name, text)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> AuditReport:
@@ -291,10 +311,24 @@ class AuditReport:
         version = content.get("version") if isinstance(content, dict) else None
         if isinstance(content, dict) and (version != VERSION or isinstance(version, bool)):
             raise ValueError(f"Expected version {VERSION} of `audit.json` in '{path}', but got {brief(repr(version))}.")
+        derived = {}
+        if isinstance(content, dict):
+            derived = {name: content.pop(name, None) for name in ("verdict", "exit_code", "summary")}
         try:
-            return from_json(cls, content)
+            report = from_json(cls, content)
         except ValueError as error:
             raise ValueError(f"{error} The file is '{path}'.") from None
+        for name in ("verdict", "exit_code"):
+            if derived[name] != getattr(report, name):
+                raise ValueError(
+                    f"Expected `{name}` {getattr(report, name)!r} in '{path}', as its checks and thresholds have it, "
+                    f"but got {brief(repr(derived[name]))}."
+                )
+        return report
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def write_victims(folder: str | os.PathLike[str], rows: Iterable[VictimRow]) -> None:

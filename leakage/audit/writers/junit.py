@@ -1,0 +1,72 @@
+"""``junit.xml``: what CI servers show as tests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
+
+from leakage.audit.writers import words
+
+if TYPE_CHECKING:
+    from leakage.audit.report import AuditReport, Threshold
+
+
+def junit_xml(report: AuditReport) -> str:
+    """Self-checks and thresholds as test cases of three suites, attacks that were not run as skipped ones.
+
+    ============================ ===========================================================================
+    a failed self-check          ``failure``
+    a threshold that is exceeded ``failure``
+    one that is inconclusive     ``error``: the test could not be carried out. As ``skipped`` a build that reads
+                                 only this file would be green after an audit that decided nothing, while its
+                                 exit code is 3
+    an attack that was not run   ``skipped``: if it leaves a threshold open, that threshold is an ``error``
+    ============================ ===========================================================================
+    """
+    root = ET.Element("testsuites")
+    checks, thresholds, plan = (
+        ET.SubElement(root, "testsuite") for _ in ("self-checks", "thresholds", "attacks that were not run")
+    )
+    for check in report.checks:
+        case = _case(checks, check.client, check.name)
+        if not check.passed:
+            _outcome(case, "failure", "failed check", check.finding)
+    for threshold in report.thresholds:
+        limit = words.number(threshold.limit, words.unit(threshold.metric))
+        name = f"{threshold.metric} of {threshold.attack} is at most {limit}"
+        case = _case(thresholds, threshold.client, name)
+        if threshold.decision != "within":
+            outcome = "failure" if threshold.decision == "exceeded" else "error"
+            _outcome(case, outcome, threshold.decision, _message(threshold))
+    for planned in report.plan:
+        if not planned.done:
+            _outcome(_case(plan, planned.client, planned.attack), "skipped", "", planned.reason)
+    for suite, name in ((checks, "self-checks"), (thresholds, "thresholds"), (plan, "attacks that were not run")):
+        suite.attrib |= {"name": name, "timestamp": words.plain(report.created), "time": "0", **_counts(suite)}
+    root.attrib |= {"name": words.plain(f"leakage audit of {report.model}"), **_counts(root)}
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _case(suite: ET.Element, client: str, name: str) -> ET.Element:
+    # Dots make packages of a class name.
+    attributes = {"classname": f"leakage.audit.{client.replace('.', '_')}", "name": name, "time": "0"}
+    return ET.SubElement(suite, "testcase", {key: words.plain(value) for key, value in attributes.items()})
+
+
+def _outcome(case: ET.Element, outcome: str, kind: str, message: str) -> None:
+    attributes = {"message": words.plain(message)} | ({"type": kind} if kind else {})
+    ET.SubElement(case, outcome, attributes).text = words.plain(message)
+
+
+def _message(threshold: Threshold) -> str:
+    return words.found(threshold.metric, threshold.attack, threshold.client, threshold.figure) + (
+        f"; the limit is {words.number(threshold.limit, words.unit(threshold.metric))}."
+    )
+
+
+def _counts(element: ET.Element) -> dict[str, str]:
+    """How many test cases there are, and how many end in which way."""
+    endings = {"failures": "failure", "errors": "error", "skipped": "skipped"}
+    found = {name: sum(1 for _ in element.iter(tag)) for name, tag in endings.items()}
+    return {name: str(many) for name, many in {"tests": sum(1 for _ in element.iter("testcase")), **found}.items()}

@@ -1,0 +1,98 @@
+"""``model_card.md``: a section for a model card."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from leakage.audit.writers import words
+
+if TYPE_CHECKING:
+    from leakage.audit.report import AuditReport, Measured
+
+# What Markdown, HTML within it and GitHub's mentions read as something else than text.
+_SPECIAL = re.compile(r"[\\`*_{}\[\]<>()#|~$&!]")
+
+
+def model_card_section(report: AuditReport) -> str:
+    """The section: verdict, what was measured, declared and combined, and what was not run; no picture."""
+    measured = [_measured(row) for row in report.measured]
+    thresholds = [
+        [
+            text(f"{words.label(one.metric)}: at most {words.number(one.limit, words.unit(one.metric))}"),
+            text(one.client),
+            text(one.attack),
+            _figure(one.metric, one.figure.value, words.interval(one.figure, words.unit(one.metric))),
+            one.decision,
+        ]
+        for one in report.thresholds
+    ]
+    bounds = [
+        [
+            text(one.client),
+            text(one.mechanism),
+            text(words.label(one.metric)),
+            words.number(one.value, words.unit(one.metric)),
+            text(one.source),
+        ]
+        for one in report.bounds
+    ]
+    missed = [f"- {text(one.attack)} on {text(one.client)}: {text(one.reason)}" for one in report.plan if not one.done]
+    problems = [f"- {text(one.where)}: {text(one.problem)} {text(one.means)}" for one in report.preflight]
+    asserted = [f"- {text(name)}: {text(value)}" for name, value in report.declared.asserted.items()]
+    parts = [
+        "## Gradient leakage",
+        f"**{words.VERDICTS[report.verdict][0]}.** {text(report.summary)}",
+        words.VERDICTS[report.verdict][1],
+        f"Audited on {text(report.created)} with leakage {text(report.leakage)}, seed {report.seed}, on "
+        f"{text(report.data)}, with a budget of {words.duration(report.budget_seconds)}.",
+        "### Measured",
+        _table(["Client", "Attack", "Victims", "Reconstructed", "Identified", "Labels read", "PSNR"], measured)
+        or "No attack measured anything.",
+        "### Declared",
+        "\n".join(
+            [
+                f"- Threat model: {text(report.declared.threat_model) or 'none declared'}",
+                f"- What the attacker knows of the images: {text(report.declared.prior) or 'none declared'}",
+                *asserted,
+            ]
+        ),
+        "### Combined",
+        _table(["Threshold", "Client", "Attack", "Measured", "Decision"], thresholds) or "No thresholds were given.",
+        _table(["Client", "Mechanism", "Score", "No attacker exceeds", "Source"], bounds),
+        "\n".join(["Not run:", "", *missed]) if missed else "",
+        "\n".join(["What limits the audit:", "", *problems]) if problems else "",
+        "“Not reconstructed” reads “not by these attacks at this budget”.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def text(words_of_user: object) -> str:
+    r"""A text that Markdown shows as it is, on one line.
+
+    Example:
+        >>> text("a|b <script>")
+        'a\\|b \\<script\\>'
+    """
+    line = " ".join(words.plain(words_of_user).split())
+    return _SPECIAL.sub(r"\\\g<0>", line).replace("@", "&#64;").replace("://", "&#58;//")
+
+
+def _measured(row: Measured) -> list[str]:
+    names = ("success_rate", "identified", "label_accuracy", "psnr")
+    figures = [
+        _figure(name, row.metrics[name].value, words.interval(row.metrics[name], words.unit(name)))
+        if name in row.metrics
+        else "not measured"
+        for name in names
+    ]
+    return [text(row.client), text(row.attack), f"{row.victims:,}", *figures]
+
+
+def _figure(metric: str, value: float, interval: str) -> str:
+    return text(f"{words.number(value, words.unit(metric))} ({interval})").replace(r"\(", "(").replace(r"\)", ")")
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""

@@ -1,0 +1,145 @@
+"""``report.html``: the audit as one page that needs no network and no script."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from leakage.audit.writers import curves, words
+from leakage.audit.writers.pictures import data_uri
+from leakage.metrics.baselines import below_baseline
+
+if TYPE_CHECKING:
+    from leakage.audit.report import AuditReport, Figure, Measured, VictimRow
+
+# Victims near the median that a gallery shows beside the worst.
+_TYPICAL = 8
+# Galleries that are open when the page is.
+_OPEN = 4
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A row of a gallery: a victim's image and its pictures as data URIs."""
+
+    row: VictimRow
+    truth: str
+    reconstruction: str
+    guess: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The pictures of one attack on one client."""
+
+    row: Measured
+    worst: list[Picture]
+    typical: list[Picture]
+
+
+def render_page(report: AuditReport, victims: Sequence[VictimRow], folder: Path) -> str:
+    """The page.
+
+    Args:
+        report: what to show.
+        victims: the lines of ``victims.jsonl``; without them there are no curves and no typical victims.
+        folder: where the paths of the pictures start.
+
+    Raises:
+        ValueError: a picture's path leads out of the folder.
+    """
+    measured = sorted(report.measured, key=_leaked, reverse=True)
+    galleries = [_gallery(row, victims, folder) for row in measured]
+    clients = list(dict.fromkeys(row.client for row in victims))
+    charts = {client: curves.curves(row for row in victims if row.client == client) for client in clients}
+    return _template().render(
+        report=report,
+        measured=measured,
+        limits=report.thresholds,
+        galleries=[one for one in galleries if one.worst or one.typical],
+        charts=charts,
+        rows=victims,
+        threshold_psnr=-10 * math.log10(report.success_threshold),
+        open_galleries=_OPEN,
+    )
+
+
+def guess_of(row: Measured) -> tuple[str, Figure] | None:
+    """The best guess without gradient, by its mean PSNR."""
+    known = {name: figure for name, figure in row.baselines.items() if not math.isnan(figure.value)}
+    return max(known.items(), key=lambda item: item[1].value, default=None)
+
+
+def no_better(row: Measured) -> bool:
+    """Whether the mean PSNR of an attack is no better than that of the best guess without gradient."""
+    guess = guess_of(row)
+    return (
+        guess is not None
+        and "psnr" in row.metrics
+        and bool(below_baseline(row.metrics["psnr"].value, {guess[0]: guess[1].value}))
+    )
+
+
+def _leaked(row: Measured) -> tuple[float, ...]:
+    """What the most leaked comes first by."""
+    values = [row.metrics[name].value if name in row.metrics else math.nan for name in ("success_rate", "psnr")]
+    return tuple(-math.inf if math.isnan(value) else value for value in values)
+
+
+def _gallery(row: Measured, victims: Sequence[VictimRow], folder: Path) -> Gallery:
+    own = [one for one in victims if (one.client, one.attack) == (row.client, row.attack)]
+    shown = {(one.victim, one.image) for one in row.worst}
+    others = [one for one in own if one.reconstruction and (one.victim, one.image) not in shown]
+    known = [one.psnr for one in own if not math.isnan(one.psnr)]
+    middle = median(known) if known else 0.0
+    others.sort(key=lambda one: (math.isnan(one.psnr), _distance(one.psnr, middle), one.victim, one.image))
+    typical = sorted(others[:_TYPICAL], key=lambda one: (one.victim, one.image))
+    worst = [one for one in row.worst if one.reconstruction]
+    return Gallery(row, *([_picture(one, folder) for one in rows] for rows in (worst, typical)))
+
+
+def _distance(psnr: float, middle: float) -> float:
+    return 0.0 if psnr == middle else abs(psnr - middle)  # both may be infinite
+
+
+def _picture(row: VictimRow, folder: Path) -> Picture:
+    return Picture(row, *(data_uri(folder, path) for path in (row.truth, row.reconstruction, row.guess)))
+
+
+def _value(value: Any) -> str:
+    """What the user declared, in words."""
+    if value is None or value in ("", [], {}):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{_name(name)} {_value(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_value, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _name(name: str) -> str:
+    return str(name).replace("_", " ")
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: words.plain(value) if type(value) is str else value,
+    )
+    environment.filters |= {"value": _value, "name": _name, "label": words.label, "duration": words.duration}
+    environment.globals |= {"words": words, "curves": curves, "guess_of": guess_of, "no_better": no_better}
+    return environment.get_template("page.html")

@@ -1,0 +1,205 @@
+"""How an audit speaks: names of scores, numbers, verdicts and the one sentence that sums it up."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING
+
+from leakage.metrics.scores import PSNR_LIMIT
+
+if TYPE_CHECKING:
+    from leakage.audit.report import AuditReport, Figure, Measured, Threshold
+
+#: Scores: their label, the unit, and what an attack did, in words that go before the figure and after it.
+METRICS = {
+    "success_rate": ("Reconstructed", "share", "reconstructed", "of the images"),
+    "identified": ("Identified", "share", "identified", "of the images"),
+    "label_accuracy": ("Labels read", "share", "read", "of the labels"),
+    "psnr": ("PSNR", "dB", "reached a mean PSNR of", ""),
+    "ssim": ("SSIM", "number", "reached a mean SSIM of", ""),
+}
+
+#: Verdicts: the heading, and what the verdict does not say.
+VERDICTS = {
+    "exceeded": (
+        "Threshold exceeded",
+        "An attack shows what can be had at the least: other attacks, or more time, may get more.",
+    ),
+    "within": (
+        "Within your thresholds",
+        "It holds for these attacks at this budget and is no guarantee: other attacks, or more time, may get more.",
+    ),
+    "inconclusive": (
+        "Inconclusive",
+        "Raise the number of victims to narrow the intervals, or the budget to reach every attack, and run it again.",
+    ),
+    "failed check": (
+        "Self-check failed",
+        "Attacker and client do not compute the same, so whatever the attacks found, or did not find, says nothing.",
+    ),
+    "no thresholds": (
+        "Measured, not judged",
+        "An attack shows what can be had at the least. Name limits of your own to get a verdict.",
+    ),
+}
+
+BASELINES = {
+    "grey": "a grey image",
+    "mean_colour": "the image's mean colour",
+    "mean_image": "the mean public image",
+    "nearest": "the nearest public image",
+}
+
+_MINUS, _SPACE = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
+# Control characters but tabs and line ends, lone surrogates, and what turns the direction of text around: names may
+# hold them, XML may not, and readers would be misled.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
+
+
+def plain(text: object) -> str:
+    r"""A text without characters that no reader sees.
+
+    Example:
+        >>> plain("a\x00b")
+        'a\ufffdb'
+    """
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", str(text))
+
+
+def label(metric: str) -> str:
+    """The name of a score for people.
+
+    Example:
+        >>> label("success_rate"), label("time_to_find")
+        ('Reconstructed', 'Time to find')
+    """
+    return METRICS[metric][0] if metric in METRICS else metric.replace("_", " ").capitalize()
+
+
+def unit(metric: str) -> str:
+    """``"share"``, ``"dB"`` or ``"number"``."""
+    return METRICS[metric][1] if metric in METRICS else "number"
+
+
+def number(value: float, kind: str = "number") -> str:
+    """A number with its unit, rounded, with words for what is none.
+
+    Example:
+        >>> [number(value, "share").replace(chr(160), " ") for value in (0.0, 0.0004, 0.125, 0.9999, 1.0)]
+        ['0 %', '< 0.1 %', '12.5 %', '> 99.9 %', '100 %']
+        >>> [number(value, "dB").replace(chr(160), " ") for value in (31.42, 150.0, float("inf"), float("nan"))]
+        ['31.4 dB', '≥ 150 dB', '∞ dB', 'none']
+    """
+    if math.isnan(value):
+        return "none"
+    if kind == "share":
+        edge = {0: "<", 1000: ">"}.get(round(1000 * value))
+        if edge and value not in (0, 1):
+            return f"{edge}{_SPACE}{'0.1' if edge == '<' else '99.9'}{_SPACE}%"
+        return f"{100 * value:.1f}".removesuffix(".0").replace("-", _MINUS) + f"{_SPACE}%"
+    if math.isinf(value):
+        text = "∞" if value > 0 else f"{_MINUS}∞"
+    elif kind == "dB":
+        text = f"≥{_SPACE}{PSNR_LIMIT:.0f}" if value >= PSNR_LIMIT else f"{value:.1f}"
+    else:
+        text = f"{value:.3g}"
+    return text.replace("-", _MINUS) + (f"{_SPACE}dB" if kind == "dB" else "")
+
+
+def interval(figure: Figure, kind: str = "number") -> str:
+    """The 95 % confidence interval, or why there is none.
+
+    Example:
+        >>> from leakage.audit.report import Figure
+        >>> interval(Figure(0.5, 0.25, 0.75, 12), "share").replace(chr(160), " ")
+        '25 % to 75 %'
+        >>> interval(Figure(30.0, float("nan"), float("nan"), 1), "dB")
+        'no interval: 1 victim'
+    """
+    if math.isnan(figure.low) or math.isnan(figure.high):
+        return f"no interval: {count(figure.victims, 'victim')}"
+    return f"{number(figure.low, kind)} to {number(figure.high, kind)}"
+
+
+def count(many: int, thing: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> count(1, "victim"), count(1200, "victim")
+        ('1 victim', '1,200 victims')
+    """
+    return f"{many:,} {thing}{'' if many == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the two largest units.
+
+    Example:
+        >>> [duration(seconds) for seconds in (0.04, 42.0, 600.0, 3900.0)]
+        ['< 0.1 s', '42 s', '10 min', '1 h 5 min']
+    """
+    if not math.isfinite(seconds):
+        return "not known"
+    if seconds < 59.5:
+        return "< 0.1 s" if 0 < seconds < 0.1 else f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [(hours, "h"), (minutes, "min"), (rest if not hours else 0, "s")]
+    return " ".join(f"{many} {name}" for many, name in parts if many)
+
+
+def found(metric: str, attack: str, client: str, figure: Figure) -> str:
+    """What an attack did, as a sentence without its full stop."""
+    before, after = METRICS[metric][2:] if metric in METRICS else (f"measured {label(metric).lower()}:", "")
+    kind = unit(metric)
+    what = " ".join(part for part in (before, number(figure.value, kind), after) if part)
+    return (
+        f"{attack} {what} of client “{client}” ({interval(figure, kind)})"
+        if after
+        else (f"{attack} {what} on client “{client}” ({interval(figure, kind)})")
+    )
+
+
+def summary(report: AuditReport) -> str:
+    """The audit in a few plain words."""
+    thresholds, verdict = report.thresholds, report.verdict
+    if verdict == "failed check":
+        check = next(check for check in report.checks if not check.passed)
+        return f"“{check.name}” failed for client “{check.client}”. {check.finding}"
+    if verdict == "exceeded":
+        exceeded = [one for one in thresholds if one.decision == "exceeded"]
+        first = max(exceeded, key=_excess)
+        limit = number(first.limit, unit(first.metric))
+        several = f"{len(exceeded)} of {count(len(thresholds), 'threshold')} {'is' if len(exceeded) == 1 else 'are'}"
+        what = found(first.metric, first.attack, first.client, first.figure)
+        return f"{what}; your limit is {limit}. {several} exceeded."
+    if verdict == "inconclusive":
+        open_ = [one for one in thresholds if one.decision == "inconclusive"]
+        several = f"{len(open_)} of {count(len(thresholds), 'threshold')} could not be decided"
+        across = sum(not one.figure.high <= one.limit for one in open_)
+        why = [f"{count(across, 'interval')} too wide for the limit"] * (across > 0)
+        why += [f"{len(open_) - across} for which the budget ended first"] * (across < len(open_))
+        return f"{several}: {' and '.join(why)}."
+    if verdict == "within":
+        kept = "The threshold is" if len(thresholds) == 1 else f"All {len(thresholds)} thresholds are"
+        return f"{kept} kept: nothing beyond your limits was reconstructed by these attacks at this budget."
+    most = most_found(report.measured)
+    if most is None:
+        return "No thresholds were given, and no attack measured anything."
+    return f"No thresholds were given. The most that was found: {most}."
+
+
+def most_found(measured: list[Measured]) -> str | None:
+    """The highest share of images that an attack reconstructed, as a sentence; ``None`` if nothing was measured."""
+    for metric in METRICS:
+        rows = [row for row in measured if metric in row.metrics and not math.isnan(row.metrics[metric].value)]
+        if rows:
+            row = max(rows, key=lambda row: row.metrics[metric].value)
+            return found(metric, row.attack, row.client, row.metrics[metric])
+    return None
+
+
+def _excess(threshold: Threshold) -> tuple[bool, float]:
+    """Images before all else, then how far above the limit."""
+    return threshold.metric in ("success_rate", "identified"), threshold.figure.low - threshold.limit
