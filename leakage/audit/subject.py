@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -266,6 +267,11 @@ def collect(module: LightningModule, data: Data | None, images: int, seed: int) 
         ValueError: no data, or data that break off.
     """
     if data is None:
+        if not is_overridden("train_dataloader", module):
+            raise ValueError(
+                f"Expected `data`, or a module with a `train_dataloader` of its own, but got none with "
+                f"{type(module).__name__}."
+            )
         data = module.train_dataloader()
     if isinstance(data, Dataset):
         data = DataLoader(data, batch_size=32, shuffle=True)

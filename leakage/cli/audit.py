@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import re
@@ -53,6 +54,10 @@ _CHECKS: dict[str, Callable[[Any], object] | None] = {
     "accelerator": None,
     "output": None,
 }
+_NAMED = (
+    ("model", "LightningModule", "mypackage.MyModule"),
+    ("data", "LightningDataModule", "mypackage.MyData"),
+)
 _CLIENT = [field.name for field in fields(Client)]
 
 
@@ -188,7 +193,14 @@ def _parse(given: Sequence[str]) -> dict[str, Any]:
         raise ValueError(own_words(error) or _told(str(error), given)) from error
     if config.get("model") is None:
         raise ValueError("Expected `--model` with the import path of your LightningModule, but got none.")
-    made = parser.instantiate_classes(config)
+    try:
+        made = parser.instantiate_classes(config)
+    except Exception as error:  # of a user's constructor
+        raise ValueError(
+            own_words(error) or f"Expected `model`, `data` and clients that can be made, but got {_short(error)}"
+        ) from error
+    if made.clients and made.client != Client():
+        raise ValueError("Expected either one client (`client`) or several (`clients`), but got both.")
     module = made.model
     if made.checkpoint is not None:
         _load(module, Path(made.checkpoint))
@@ -209,11 +221,29 @@ def _top(word: str) -> str:
 def _told(message: str, given: Sequence[str]) -> str:
     """An error of jsonargparse in one line, with that of the file where it is."""
     reason = explain(message)
-    if reason.startswith("Expected another value") or not reason.startswith("Expected"):
-        key = re.search(r'[Kk]ey "([\w.]+)"', message)
-        place = _place(key[1].partition(".")[0], given) if key else ""
-        return f"Expected an option of another value, but got: {reason}{place}"
-    return reason
+    for name, kind, example in _NAMED:
+        if reason.startswith(f"Expected `--{name}` to be"):
+            got = reason.rpartition("but got ")[2].strip(".'\"")
+            return (
+                f"Expected `--{name}` as the import path of your {kind}, such as {example}, but got {got!r}"
+                f"{_why_not(got, kind)}."
+            )
+    key = re.search(r'[Kk]ey "([\w.]+)"', message)
+    place = _place(key[1].partition(".")[0], given) if key else ""
+    return f"{reason}{place}" if reason.startswith("Expected") else f"Expected other options, but got: {reason}{place}"
+
+
+def _why_not(path: str, kind: str) -> str:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module or path), name)
+    except Exception as error:  # of a user's module
+        return f": {_short(error)}".rstrip(".")
+    return "" if isinstance(found, type) else f", which is no {kind}"
+
+
+def _short(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 def _place(key: str, given: Sequence[str]) -> str:
