@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import leakage
 from leakage.audit.client import Client, check_clients
 from leakage.audit.plan import ATTACKS, candidates
-from leakage.audit.preflight import preflight
+from leakage.audit.preflight import NO_VERDICT, preflight
 from leakage.audit.report import VERSION, AuditReport, Check, Declared, Figure, Problem, write_victims
 from leakage.audit.run import Record, fewest_others
 from leakage.audit.runner import Row, Runner
@@ -258,17 +258,18 @@ class _Audit:
                 report.declared = replace(report.declared, prior=self._prior(subject))
             found = subjects[client.epochs]
             if found is None:
-                finding = "; ".join(one.problem for one in report.preflight if "no verdict" in one.means)
+                finding = "; ".join(one.problem for one in report.preflight if one.means == NO_VERDICT)
                 report.checks.append(Check(client.name, "preflight", False, None, finding))
                 report.declared.clients.append(client.describe())
                 continue
             completed, problems = with_module_rate(client, found)
             report.preflight += [problem for problem in problems if problem not in report.preflight]
             report.declared.clients.append(completed.describe())
-            rows.append(self._row(completed, found, report))
+            if (row := self._row(completed, found, report)) is not None:
+                rows.append(row)
         return rows
 
-    def _row(self, client: Client, subject: Subject, report: AuditReport) -> Row:
+    def _row(self, client: Client, subject: Subject, report: AuditReport) -> Row | None:
         number = min(self.victims, len(subject.images) // client.images)
         if number < self.victims:
             self.tell(f"  {number} victims of {client.name}: the data hold no more")
@@ -294,7 +295,14 @@ class _Audit:
             reveal_labels=client.reveal_labels,
             **client.training,
         )
-        victims.setup("fit")
+        try:
+            victims.setup("fit")
+        except ValueError as error:  # such clients can't be
+            report.preflight.append(
+                Problem("never", client.name, str(error), "Declare a client that can train so.", NO_VERDICT)
+            )
+            report.checks.append(Check(client.name, "preflight", False, None, str(error)))
+            return None
         surrogate = self.threat_model >= "D"
         made = candidates(
             subject,

@@ -35,7 +35,8 @@ from leakage.clients.victim import Victim
 _SAME = 1e-4
 # Rounding may put images this far out of [0, 1].
 _OUTSIDE = 1e-3
-_NO_VERDICT = "Nothing was attacked: there is no verdict."
+#: Of a problem that leaves nothing to attack.
+NO_VERDICT = "Nothing was attacked: there is no verdict."
 
 
 def preflight(
@@ -71,11 +72,11 @@ def preflight(
     if first.labels.is_floating_point() or first.labels.numel() != len(first.images):
         shape = tuple(first.labels.shape)
         fix = "Audit with data of one class for each image."
-        problems.append(Problem("not yet", "data", f"labels of {first.labels.dtype} {shape}", fix, _NO_VERDICT))
+        problems.append(Problem("not yet", "data", f"labels of {first.labels.dtype} {shape}", fix, NO_VERDICT))
         return None, problems
     if not copied.automatic_optimization:
         fix = "Audit a module whose `training_step` returns one loss, for the same network."
-        problems.append(Problem("not yet", "training_step", "manual optimization", fix, _NO_VERDICT))
+        problems.append(Problem("not yet", "training_step", "manual optimization", fix, NO_VERDICT))
         return None, problems
     try:
         with seeded(seed):
@@ -83,7 +84,7 @@ def preflight(
     except Exception as error:
         said = f"it fails outside of `Trainer.fit`: {type(error).__name__}: {error}"
         fix = "Let it need nothing but the batch and the module."
-        problems.append(Problem("not yet", "training_step", said, fix, _NO_VERDICT))
+        problems.append(Problem("not yet", "training_step", said, fix, NO_VERDICT))
         return None, problems
     call = _loss_call(loss, calls, problems)
     if call is None:
@@ -178,7 +179,7 @@ def _is_random(layer: nn.Module) -> bool:
     if not layer.training:
         return False
     if isinstance(layer, nn.MultiheadAttention):
-        return layer.dropout > 0
+        return bool(layer.dropout > 0)
     kind = type(layer).__name__
     rate = getattr(layer, "p", getattr(layer, "drop_prob", 0.0))
     drops = "Drop" in kind or kind == "StochasticDepth"
@@ -189,11 +190,11 @@ def _loss_call(loss: Tensor, calls: list[Loss], problems: list[Problem]) -> Loss
     """The call that the loss is the value of, if attacks know such a loss."""
 
     def refuse(problem: str, fix: str) -> None:
-        problems.append(Problem("not yet", "training_step", problem, fix, _NO_VERDICT))
+        problems.append(Problem("not yet", "training_step", problem, fix, NO_VERDICT))
 
     if not loss.requires_grad:
         problems.append(
-            Problem("never", "training_step", "a loss without gradient", "Let the loss depend on weights.", _NO_VERDICT)
+            Problem("never", "training_step", "a loss without gradient", "Let the loss depend on weights.", NO_VERDICT)
         )
         return None
     known = "Attacks know cross-entropy and the mean squared error, each of logits (N, K) and classes (N,)."
@@ -333,7 +334,7 @@ def _attackable(subject: Subject, problems: list[Problem]) -> bool:
         )
     except (ValueError, RuntimeError) as error:
         fix = "Replace the part that the message names by one that is a function of images and weights alone."
-        problems.append(Problem("not yet", type(subject.network).__name__, str(error), fix, _NO_VERDICT))
+        problems.append(Problem("not yet", type(subject.network).__name__, str(error), fix, NO_VERDICT))
         return False
     if victim.classifier is None or not any(name.startswith(victim.classifier) for name in victim.trainable):
         problems.append(

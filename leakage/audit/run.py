@@ -16,6 +16,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms.functional import to_pil_image
 
 from leakage.attacks import GradientInversion
@@ -126,7 +127,9 @@ def fit(
         callbacks=[*callbacks],
     )
     began = time.monotonic()
-    trainer.fit(attack, datamodule=SharedGradients(shared, victim))
+    # Fused attention has no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        trainer.fit(attack, datamodule=SharedGradients(shared, victim))
     done = len(attack.finished)
     found = Reconstruction.cat([attack.finished, attack.current()]).map(lambda tensor: tensor.detach().cpu())
     return Outcome(found.select(found.ids.argsort()), time.monotonic() - began, done == len(shared))

@@ -186,7 +186,7 @@ class Runner:
             for candidate in row.candidates:
                 try:
                     needs.append((row, candidate, self._seconds(row, candidate)))
-                except (ValueError, MemoryError) as error:
+                except (ValueError, RuntimeError, MemoryError) as error:
                     self.refused[row.client.name, candidate.name] = f"can't be run here: {error}"
         spent = time.monotonic() - began
         pairs = [(candidate, seconds) for _, candidate, seconds in needs]

@@ -303,7 +303,7 @@ def _check_file(path: Path) -> None:
 def _clients(key: str, node: yaml.Node, path: Path) -> list[yaml.MappingNode]:
     if key not in ("client", "clients"):
         return []
-    items = node.value if key == "clients" and isinstance(node, yaml.SequenceNode) else [node]
+    items: list[Any] = node.value if key == "clients" and isinstance(node, yaml.SequenceNode) else [node]
     for item in items:
         with _Line(path, item):
             if not isinstance(item, yaml.MappingNode):
