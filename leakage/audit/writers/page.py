@@ -11,13 +11,14 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2.utils import urlize
+from markupsafe import Markup
 
-from leakage.audit.writers import curves, words
+from leakage.audit.writers import curves, findings, words
 from leakage.audit.writers.pictures import data_uri
-from leakage.metrics.baselines import below_baseline
 
 if TYPE_CHECKING:
-    from leakage.audit.report import AuditReport, Figure, Measured, VictimRow
+    from leakage.audit.report import AuditReport, Measured, VictimRow
 
 # Victims near the median that a gallery shows beside the worst.
 _TYPICAL = 8
@@ -55,42 +56,20 @@ def render_page(report: AuditReport, victims: Sequence[VictimRow], folder: Path)
     Raises:
         ValueError: a picture's path leads out of the folder.
     """
-    measured = sorted(report.measured, key=_leaked, reverse=True)
+    measured = findings.most_leaked_first(report.measured)
+    pairs = {(row.client, row.attack) for row in measured}
+    victims = [row for row in victims if (row.client, row.attack) in pairs]
     galleries = [_gallery(row, victims, folder) for row in measured]
     clients = list(dict.fromkeys(row.client for row in victims))
     charts = {client: curves.curves(row for row in victims if row.client == client) for client in clients}
     return _template().render(
         report=report,
         measured=measured,
-        limits=report.thresholds,
         galleries=[one for one in galleries if one.worst or one.typical],
         charts=charts,
-        rows=victims,
         threshold_psnr=-10 * math.log10(report.success_threshold),
         open_galleries=_OPEN,
     )
-
-
-def guess_of(row: Measured) -> tuple[str, Figure] | None:
-    """The best guess without gradient, by its mean PSNR."""
-    known = {name: figure for name, figure in row.baselines.items() if not math.isnan(figure.value)}
-    return max(known.items(), key=lambda item: item[1].value, default=None)
-
-
-def no_better(row: Measured) -> bool:
-    """Whether the mean PSNR of an attack is no better than that of the best guess without gradient."""
-    guess = guess_of(row)
-    return (
-        guess is not None
-        and "psnr" in row.metrics
-        and bool(below_baseline(row.metrics["psnr"].value, {guess[0]: guess[1].value}))
-    )
-
-
-def _leaked(row: Measured) -> tuple[float, ...]:
-    """What the most leaked comes first by."""
-    values = [row.metrics[name].value if name in row.metrics else math.nan for name in ("success_rate", "psnr")]
-    return tuple(-math.inf if math.isnan(value) else value for value in values)
 
 
 def _gallery(row: Measured, victims: Sequence[VictimRow], folder: Path) -> Gallery:
@@ -126,6 +105,11 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _links(text: str) -> Markup:
+    """The text with its addresses as links."""
+    return Markup(urlize(words.plain(text), rel="noreferrer"))
+
+
 def _name(name: str) -> str:
     return str(name).replace("_", " ")
 
@@ -140,6 +124,7 @@ def _template() -> Template:
         lstrip_blocks=True,
         finalize=lambda value: words.plain(value) if type(value) is str else value,
     )
-    environment.filters |= {"value": _value, "name": _name, "label": words.label, "duration": words.duration}
-    environment.globals |= {"words": words, "curves": curves, "guess_of": guess_of, "no_better": no_better}
+    environment.filters |= {"value": _value, "name": _name, "links": _links, "moment": words.moment}
+    environment.filters |= {"label": words.label, "duration": words.duration}
+    environment.globals |= {"words": words, "curves": curves, "findings": findings}
     return environment.get_template("page.html")

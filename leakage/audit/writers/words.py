@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from leakage.metrics.scores import PSNR_LIMIT
@@ -13,11 +14,11 @@ if TYPE_CHECKING:
 
 #: Scores: their label, the unit, and what an attack did, in words that go before the figure and after it.
 METRICS = {
-    "success_rate": ("Reconstructed", "share", "reconstructed", "of the images"),
-    "identified": ("Identified", "share", "identified", "of the images"),
-    "label_accuracy": ("Labels read", "share", "read", "of the labels"),
-    "psnr": ("PSNR", "dB", "reached a mean PSNR of", ""),
-    "ssim": ("SSIM", "number", "reached a mean SSIM of", ""),
+    "success_rate": ("Reconstructed", "share", "reconstructed", "of the images of"),
+    "identified": ("Identified", "share", "identified", "of the images of"),
+    "label_accuracy": ("Labels read", "share", "read", "of the labels of"),
+    "psnr": ("PSNR", "dB", "reached a mean PSNR of", "on"),
+    "ssim": ("SSIM", "number", "reached a mean SSIM of", "on"),
 }
 
 #: Verdicts: the heading, and what the verdict does not say.
@@ -51,6 +52,9 @@ BASELINES = {
     "nearest": "the nearest public image",
 }
 
+# Not by `strftime`, which speaks the language of the machine.
+_MONTHS = ["January", "February", "March", "April", "May", "June", "July"]
+_MONTHS += ["August", "September", "October", "November", "December"]
 _MINUS, _SPACE = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 # Control characters but tabs and line ends, lone surrogates, and what turns the direction of text around: names may
 # hold them, XML may not, and readers would be misled.
@@ -118,7 +122,7 @@ def interval(figure: Figure, kind: str = "number") -> str:
         'no interval: 1 victim'
     """
     if math.isnan(figure.low) or math.isnan(figure.high):
-        return f"no interval: {count(figure.victims, 'victim')}"
+        return "no interval" if figure.victims > 1 else f"no interval: {count(figure.victims, 'victim')}"
     return f"{number(figure.low, kind)} to {number(figure.high, kind)}"
 
 
@@ -130,6 +134,20 @@ def count(many: int, thing: str) -> str:
         ('1 victim', '1,200 victims')
     """
     return f"{many:,} {thing}{'' if many == 1 else 's'}"
+
+
+def moment(created: str) -> str:
+    """A time in words, as it is if it is no ISO 8601.
+
+    Example:
+        >>> moment("2026-01-31T12:00:00+00:00")
+        '31 January 2026, 12:00 UTC'
+    """
+    try:
+        when = datetime.fromisoformat(created).astimezone(UTC)
+    except ValueError:
+        return created
+    return f"{when.day} {_MONTHS[when.month - 1]} {when.year}, {when:%H:%M} UTC"
 
 
 def duration(seconds: float) -> str:
@@ -150,15 +168,18 @@ def duration(seconds: float) -> str:
 
 
 def found(metric: str, attack: str, client: str, figure: Figure) -> str:
-    """What an attack did, as a sentence without its full stop."""
-    before, after = METRICS[metric][2:] if metric in METRICS else (f"measured {label(metric).lower()}:", "")
+    """What an attack did, as a sentence without its full stop.
+
+    Example:
+        >>> from leakage.audit.report import Figure
+        >>> found("success_rate", "iDLG", "phone", Figure(0.5, 0.25, 0.75, 12)).replace(chr(160), " ")
+        'iDLG reconstructed 50 % of the images of client “phone” (95 % interval: 25 % to 75 %)'
+    """
+    before, after = METRICS[metric][2:] if metric in METRICS else (f"measured {label(metric).lower()}:", "on")
     kind = unit(metric)
-    what = " ".join(part for part in (before, number(figure.value, kind), after) if part)
-    return (
-        f"{attack} {what} of client “{client}” ({interval(figure, kind)})"
-        if after
-        else (f"{attack} {what} on client “{client}” ({interval(figure, kind)})")
-    )
+    ends = interval(figure, kind)
+    ends = ends if ends.startswith("no ") else f"95{_SPACE}% interval: {ends}"
+    return f"{attack} {before} {number(figure.value, kind)} {after} client “{client}” ({ends})"
 
 
 def summary(report: AuditReport) -> str:
