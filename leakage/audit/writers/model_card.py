@@ -10,6 +10,8 @@ from leakage.audit.writers import findings, words
 if TYPE_CHECKING:
     from leakage.audit.report import AuditReport, Figure, Measured
 
+_SCORES = ("success_rate", "identified", "label_accuracy", "psnr")
+
 # What Markdown, HTML within it and GitHub's mentions read as something else than text.
 _SPECIAL = re.compile(r"[\\`*_{}\[\]<>#|~$&!]")
 
@@ -82,8 +84,7 @@ def text(words_of_user: object) -> str:
 
 
 def _measured(row: Measured) -> list[str]:
-    names = ("success_rate", "identified", "label_accuracy", "psnr")
-    figures = [_figure(name, row.metrics[name]) if name in row.metrics else "not measured" for name in names]
+    figures = [_figure(name, row.metrics[name]) if name in row.metrics else "not measured" for name in _SCORES]
     guess = findings.best_guess(row)
     guessed = (
         f"{words.number(guess[1].value, 'dB')}{', no worse' if findings.no_better(row) else ''}" if guess else "none"
