@@ -50,7 +50,7 @@ def model_card_section(report: AuditReport) -> str:
         f"{text(report.data)}, with a budget of {words.duration(report.budget_seconds)}.",
         "### Measured",
         _table(
-            ["Client", "Attack", "Victims", "Reconstructed", "Identified", "Labels read", "PSNR", "Best guess"],
+            ["Client", "Attack", "Victims", *map(words.label, _SCORES), "Best guess"],
             measured,
         )
         or "No attack measured anything.",
@@ -86,9 +86,9 @@ def text(words_of_user: object) -> str:
 def _measured(row: Measured) -> list[str]:
     figures = [_figure(name, row.metrics[name]) if name in row.metrics else "not measured" for name in _SCORES]
     guess = findings.best_guess(row)
-    guessed = (
-        f"{words.number(guess[1].value, 'dB')}{', no worse' if findings.no_better(row) else ''}" if guess else "none"
-    )
+    guessed = words.number(guess[1].value, "dB") if guess else "none"
+    if findings.no_better(row):
+        guessed += " (attack no better)"
     return [text(row.client), text(row.attack), f"{row.victims:,}", *figures, guessed]
 
 
