@@ -137,8 +137,8 @@ def test_the_worst_decides(thresholds, checks, verdict, exit_code):
     [
         (
             "exceeded",
-            "Inverting Gradients reconstructed 92.5 % of the images of client “phone” (95 % interval: 80.1 % to "
-            "97.4 %); your limit is 5 %. 1 of 4 thresholds is exceeded.",
+            "Attack “Inverting Gradients” reconstructed 92.5 % of the images of client “phone” (95 % interval: "
+            "80.1 % to 97.4 %); the limit is 5 %. 1 of 4 thresholds is exceeded.",
         ),
         (
             "inconclusive",
@@ -171,7 +171,7 @@ def test_without_thresholds_the_summary_has_the_most_that_was_found_if_anything_
 def test_the_highest_excess_over_images_comes_first_in_the_summary():
     labels = Threshold("label_accuracy", 0.0, "phone", "iDLG", Figure(1.0, 1.0, 1.0, 40), "exceeded")
     report = dataclasses.replace(made_up_report(), thresholds=[labels, EXCEEDED])
-    assert report.summary.startswith("Inverting Gradients reconstructed")
+    assert report.summary.startswith("Attack “Inverting Gradients” reconstructed")
     assert report.summary.endswith("2 of 2 thresholds are exceeded.")
 
 

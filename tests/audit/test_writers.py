@@ -9,10 +9,10 @@ from xml.etree import ElementTree as ET
 import pytest
 from PIL import Image
 
-from leakage.audit.report import Figure, Measured, VictimRow, write_victims
+from leakage.audit.report import Figure, Measured, Threshold, VictimRow, write_victims
 from leakage.audit.writers import junit_xml, model_card_section, render_page, sarif_log
 from leakage.audit.writers.curves import TABLE, curves
-from leakage.audit.writers.findings import no_better
+from leakage.audit.writers.findings import no_better, side_by_side
 from leakage.audit.writers.pictures import data_uri
 from leakage.audit.writers.words import plain
 from leakage.metrics import wilson_interval
@@ -195,6 +195,48 @@ def test_audits_of_many_clients_open_the_first_galleries_only(folder):
     assert html.count('<details class="gallery">') == 2
 
 
+def test_a_threshold_that_nothing_measured_is_told_everywhere(folder):
+    nothing = Threshold("success_rate", 0.05, "phone", "", Figure(NAN, NAN, NAN, 0), "inconclusive")
+    report = dataclasses.replace(made_up_report(), thresholds=[nothing])
+    told = "No attack measured the score “Reconstructed” on client “phone”; the limit is 5\N{NO-BREAK SPACE}%."
+    assert report.summary == "1 of 1 threshold could not be decided: 1 without a measurement."
+    combined = Page(render_page(report, [], folder)).words("combined")
+    assert "inconclusive not measured no attack on phone" in combined
+    assert ET.fromstring(junit_xml(report)).find("testsuite/testcase/error").get("message") == told
+    result = next(one for one in sarif_log(report)["runs"][0]["results"] if one["ruleId"] == "threshold-inconclusive")
+    assert result["message"]["text"] == told
+    assert "| phone | any | no victims | inconclusive |" in model_card_section(report)
+
+
+def test_clients_stand_side_by_side_if_one_is_defended(folder):
+    report = made_up_report()
+    combined = Page(render_page(report, [], folder)).words("combined").replace("\N{NO-BREAK SPACE}", " ")
+    table = combined.split("Clients side by side")[1]
+    assert "Accuracy, declared" in table
+    # Of the phone, the attack that got most.
+    assert "phone none not given 92.5 % 80.1 % to 97.4 %" in table
+    assert "hospital, DP-SGD clip 1, noise 1.1 0.913 0 % 0 % to 8.8 %" in table
+    assert side_by_side(report)[0].worst.attack == "Inverting Gradients"
+    for client in report.declared.clients:
+        client.pop("accuracy", None)
+    assert "Accuracy, declared" not in Page(render_page(report, [], folder)).words("combined")
+    del report.declared.clients[1]
+    assert side_by_side(report) == []
+    assert "Clients side by side" not in Page(render_page(report, [], folder)).words("combined")
+
+
+def test_only_attacks_on_defended_clients_are_called_adapted(folder):
+    report = made_up_report()
+    report.measured = [dataclasses.replace(row, adaptive=True) for row in report.measured[:2]]
+    measured = Page(render_page(report, [], folder)).words("measured")
+    assert measured.count("adapted to its defenses") == 1
+
+
+def test_dotted_names_may_be_broken_and_stay_text(folder):
+    report = dataclasses.replace(made_up_report(), model="a.b<i>.C")
+    assert "<h1><bdi>a.<wbr>b&lt;i&gt;.<wbr>C</bdi></h1>" in render_page(report, [], folder)
+
+
 # Pictures
 
 
@@ -245,9 +287,9 @@ def test_curves_are_shares_that_reach_a_threshold():
     assert guess.table == [1.0, *[0.0] * (len(TABLE) - 1)]
     # From the left at the top for what all reach (none here, as one is no number) to the right at one of five.
     line = [tuple(map(float, point.split(","))) for point in attack.line.split()]
-    assert line[0] == (46.0, 14 + 206 * 0.2)
+    assert line[0] == (46.0, 24 + 206 * 0.2)
     assert line[-1][0] == 456.0
-    assert line[-1][1] == pytest.approx(14 + 206 * 0.8, abs=0.06)
+    assert line[-1][1] == pytest.approx(24 + 206 * 0.8, abs=0.06)
 
 
 def test_bands_count_victims_not_images():
@@ -255,7 +297,7 @@ def test_bands_count_victims_not_images():
     band = [tuple(map(float, point.split(","))) for point in curves(rows)[0].band.split()]
     low, high = wilson_interval(0.75, 4)
     at = [y for x, y in band if x == pytest.approx(46 + 410 * 20 / 60, abs=0.06)]
-    assert at == [pytest.approx(14 + 206 * (1 - end), abs=0.06) for end in (low, high)]
+    assert at == [pytest.approx(24 + 206 * (1 - end), abs=0.06) for end in (low, high)]
 
 
 def test_the_guess_is_that_of_the_attack_that_met_most_victims():
@@ -390,7 +432,7 @@ def test_sarif_marks_stay_from_audit_to_audit():
 
 def test_model_card_has_the_blocks_and_shows_hostile_names_as_text():
     card = model_card_section(made_up_report())
-    assert card.startswith("## Gradient leakage\n\n**Threshold exceeded.** Inverting Gradients reconstructed")
+    assert card.startswith("## Gradient leakage\n\n**Threshold exceeded.** Attack “Inverting Gradients” reconstructed")
     parts = re.split(r"^### ", card, flags=re.M)
     assert [part.splitlines()[0] for part in parts[1:]] == ["Measured", "Declared", "Combined"]
     assert "| phone | Inverting Gradients | 40 | 92.5" in parts[1]

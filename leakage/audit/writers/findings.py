@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from leakage.metrics.baselines import below_baseline
 
 if TYPE_CHECKING:
-    from leakage.audit.report import Figure, Measured
+    from leakage.audit.report import AuditReport, Figure, Measured
 
 
 def most_leaked_first(rows: Iterable[Measured]) -> list[Measured]:
@@ -29,6 +30,37 @@ def no_better(row: Measured) -> bool:
     if guess is None or "psnr" not in row.metrics:
         return False
     return bool(below_baseline(row.metrics["psnr"].value, {guess[0]: guess[1].value}))
+
+
+@dataclass(frozen=True)
+class Side:
+    """A client beside others: what was declared of it, and what leaked most from it."""
+
+    client: str
+    defenses: list[Any]
+    accuracy: Any
+    worst: Measured | None
+
+
+def side_by_side(report: AuditReport) -> list[Side]:
+    """What each client's defenses leave: none if there is nothing to compare.
+
+    ``accuracy`` is what the user declared of the network that such clients train, ``None`` if nothing.
+    """
+    clients = report.declared.clients
+    if len(clients) < 2 or not any(client.get("defenses") for client in clients):
+        return []
+    sides = []
+    for client in clients:
+        own = [row for row in report.measured if row.client == client.get("name") and "success_rate" in row.metrics]
+        worst = next(iter(most_leaked_first(own)), None)
+        sides.append(Side(str(client.get("name")), client.get("defenses") or [], client.get("accuracy"), worst))
+    return sides
+
+
+def defended(report: AuditReport) -> set[str]:
+    """The names of clients with a declared defense."""
+    return {str(client.get("name")) for client in report.declared.clients if client.get("defenses")}
 
 
 def _leaked(row: Measured) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 from leakage.audit.writers import words
 
 if TYPE_CHECKING:
-    from leakage.audit.report import AuditReport, Threshold
+    from leakage.audit.report import AuditReport
 
 
 def junit_xml(report: AuditReport) -> str:
@@ -33,11 +33,11 @@ def junit_xml(report: AuditReport) -> str:
             _outcome(case, "failure", "failed check", check.finding)
     for threshold in report.thresholds:
         limit = words.number(threshold.limit, words.unit(threshold.metric))
-        name = f"{threshold.metric} of {threshold.attack} is at most {limit}"
+        name = f"{threshold.metric} of {threshold.attack or 'any attack'} is at most {limit}"
         case = _case(thresholds, threshold.client, name)
         if threshold.decision != "within":
             outcome = "failure" if threshold.decision == "exceeded" else "error"
-            _outcome(case, outcome, threshold.decision, _message(threshold))
+            _outcome(case, outcome, threshold.decision, words.over(threshold))
     for planned in report.plan:
         if not planned.done:
             _outcome(_case(plan, planned.client, planned.attack), "skipped", "", planned.reason)
@@ -57,12 +57,6 @@ def _case(suite: ET.Element, client: str, name: str) -> ET.Element:
 def _outcome(case: ET.Element, outcome: str, kind: str, message: str) -> None:
     attributes = {"message": words.plain(message)} | ({"type": kind} if kind else {})
     ET.SubElement(case, outcome, attributes).text = words.plain(message)
-
-
-def _message(threshold: Threshold) -> str:
-    return words.found(threshold.metric, threshold.attack, threshold.client, threshold.figure) + (
-        f"; the limit is {words.number(threshold.limit, words.unit(threshold.metric))}."
-    )
 
 
 def _counts(element: ET.Element) -> dict[str, str]:

@@ -23,7 +23,7 @@ def model_card_section(report: AuditReport) -> str:
         [
             text(f"{words.label(one.metric)}: at most {words.number(one.limit, words.unit(one.metric))}"),
             text(one.client),
-            text(one.attack),
+            text(one.attack or "any"),
             _figure(one.metric, one.figure),
             one.decision,
         ]

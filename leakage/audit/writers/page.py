@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from jinja2.utils import urlize
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from leakage.audit.writers import curves, findings, words
 from leakage.audit.writers.pictures import data_uri
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Victims near the median that a gallery shows beside the worst.
 _TYPICAL = 8
+# In this order.
+DECISIONS = ["exceeded", "inconclusive", "within"]
 # Galleries that are open when the page is.
 _OPEN = 4
 
@@ -69,6 +71,9 @@ def render_page(report: AuditReport, victims: Sequence[VictimRow], folder: Path)
         charts=charts,
         threshold_psnr=-10 * math.log10(report.success_threshold),
         open_galleries=_OPEN,
+        thresholds=sorted(report.thresholds, key=lambda one: DECISIONS.index(one.decision)),
+        defended=findings.defended(report),
+        sides=findings.side_by_side(report),
     )
 
 
@@ -94,7 +99,9 @@ def _picture(row: VictimRow, folder: Path) -> Picture:
 
 def _value(value: Any) -> str:
     """What the user declared, in words."""
-    if value is None or value in ("", [], {}):
+    if value is None:
+        return "not given"
+    if value in ("", [], {}):
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -103,6 +110,11 @@ def _value(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_value, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _breakable(name: str) -> Markup:
+    """A dotted name that may be broken behind its dots."""
+    return Markup("<wbr>").join(escape(f"{part}.") for part in words.plain(name).split("."))[:-1]
 
 
 def _links(text: str) -> Markup:
@@ -124,7 +136,13 @@ def _template() -> Template:
         lstrip_blocks=True,
         finalize=lambda value: words.plain(value) if type(value) is str else value,
     )
-    environment.filters |= {"value": _value, "name": _name, "links": _links, "moment": words.moment}
+    environment.filters |= {
+        "value": _value,
+        "name": _name,
+        "links": _links,
+        "breakable": _breakable,
+        "moment": words.moment,
+    }
     environment.filters |= {"label": words.label, "duration": words.duration}
     environment.globals |= {"words": words, "curves": curves, "findings": findings}
     return environment.get_template("page.html")

@@ -173,13 +173,23 @@ def found(metric: str, attack: str, client: str, figure: Figure) -> str:
     Example:
         >>> from leakage.audit.report import Figure
         >>> found("success_rate", "iDLG", "phone", Figure(0.5, 0.25, 0.75, 12)).replace(chr(160), " ")
-        'iDLG reconstructed 50 % of the images of client “phone” (95 % interval: 25 % to 75 %)'
+        'Attack “iDLG” reconstructed 50 % of the images of client “phone” (95 % interval: 25 % to 75 %)'
+        >>> found("success_rate", "", "phone", Figure(0.0, 0.0, 1.0, 0))
+        'No attack measured the score “Reconstructed” on client “phone”'
     """
+    if not figure.victims:
+        return f"No attack measured the score “{label(metric)}” on client “{client}”"
     before, after = METRICS[metric][2:] if metric in METRICS else (f"measured {label(metric).lower()}:", "on")
     kind = unit(metric)
     ends = interval(figure, kind)
     ends = ends if ends.startswith("no ") else f"95{_SPACE}% interval: {ends}"
-    return f"{attack} {before} {number(figure.value, kind)} {after} client “{client}” ({ends})"
+    return f"Attack “{attack}” {before} {number(figure.value, kind)} {after} client “{client}” ({ends})"
+
+
+def over(threshold: Threshold) -> str:
+    """A threshold that was not kept, in a sentence."""
+    limit = number(threshold.limit, unit(threshold.metric))
+    return f"{found(threshold.metric, threshold.attack, threshold.client, threshold.figure)}; the limit is {limit}."
 
 
 def summary(report: AuditReport) -> str:
@@ -190,18 +200,19 @@ def summary(report: AuditReport) -> str:
         return f"“{check.name}” failed for client “{check.client}”. {check.finding}"
     if verdict == "exceeded":
         exceeded = [one for one in thresholds if one.decision == "exceeded"]
-        first = max(exceeded, key=_excess)
-        limit = number(first.limit, unit(first.metric))
-        several = f"{len(exceeded)} of {count(len(thresholds), 'threshold')} {'is' if len(exceeded) == 1 else 'are'}"
-        what = found(first.metric, first.attack, first.client, first.figure)
-        return f"{what}; your limit is {limit}. {several} exceeded."
+        several = f" {len(exceeded)} of {len(thresholds)} thresholds {'is' if len(exceeded) == 1 else 'are'} exceeded."
+        return over(max(exceeded, key=_excess)) + (several if len(thresholds) > 1 else "")
     if verdict == "inconclusive":
-        open_ = [one for one in thresholds if one.decision == "inconclusive"]
-        several = f"{len(open_)} of {count(len(thresholds), 'threshold')} could not be decided"
-        across = sum(not one.figure.high <= one.limit for one in open_)
-        why = [f"{count(across, 'interval')} too wide for the limit"] * (across > 0)
-        why += [f"{len(open_) - across} for which the budget ended first"] * (across < len(open_))
-        return f"{several}: {' and '.join(why)}."
+        undecided = [one for one in thresholds if one.decision == "inconclusive"]
+        unmeasured = sum(not one.figure.victims for one in undecided)
+        across = sum(not one.figure.high <= one.limit for one in undecided) - unmeasured
+        why = [
+            (across, "interval too wide for the limit", "intervals too wide for the limit"),
+            (unmeasured, "without a measurement", "without a measurement"),
+            (len(undecided) - across - unmeasured, *["for which the budget ended first"] * 2),
+        ]
+        reasons = " and ".join(f"{many} {one if many == 1 else several}" for many, one, several in why if many)
+        return f"{len(undecided)} of {count(len(thresholds), 'threshold')} could not be decided: {reasons}."
     if verdict == "within":
         kept = "The threshold is" if len(thresholds) == 1 else f"All {len(thresholds)} thresholds are"
         return f"{kept} kept: nothing beyond your limits was reconstructed by these attacks at this budget."
