@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from leakage.metrics.baselines import below_baseline
 
 if TYPE_CHECKING:
-    from leakage.audit.report import AuditReport, Figure, Measured
+    from leakage.audit.report import AuditReport, Figure, Measured, Planned, Problem
 
 
 def most_leaked_first(rows: Iterable[Measured]) -> list[Measured]:
-    """By the share of images that were reconstructed, then by PSNR; what has neither comes last."""
+    """By the low end of the share of images that were reconstructed, then by PSNR; what has neither comes last."""
     return sorted(rows, key=_leaked, reverse=True)
 
 
@@ -63,6 +63,23 @@ def defended(report: AuditReport) -> set[str]:
     return {str(client.get("name")) for client in report.declared.clients if client.get("defenses")}
 
 
+def grouped(problems: Iterable[Problem]) -> list[tuple[Problem, list[str]]]:
+    """Problems that are the same in several places once, with the places."""
+    places: dict[tuple[str, ...], tuple[Problem, list[str]]] = {}
+    for one in problems:
+        places.setdefault((one.kind, one.problem, one.fix, one.means), (one, []))[1].append(one.where)
+    return list(places.values())
+
+
+def outcome(planned: Planned, measured: Iterable[Measured]) -> str:
+    """``"ran"``, ``"ended early"`` where the attack was stopped and measured something, or ``"not run"``."""
+    if planned.done:
+        return "ran"
+    began = any((row.client, row.attack) == (planned.client, planned.attack) for row in measured)
+    return "ended early" if began else "not run"
+
+
 def _leaked(row: Measured) -> tuple[float, ...]:
-    values = [row.metrics[name].value if name in row.metrics else math.nan for name in ("success_rate", "psnr")]
-    return tuple(-math.inf if math.isnan(value) else value for value in values)
+    success, psnr = row.metrics.get("success_rate"), row.metrics.get("psnr")
+    values = [success.low, success.value] if success else [math.nan] * 2
+    return tuple(-math.inf if math.isnan(value) else value for value in [*values, psnr.value if psnr else math.nan])

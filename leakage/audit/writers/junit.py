@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def junit_xml(report: AuditReport) -> str:
-    """Self-checks and thresholds as test cases of three suites, attacks that were not run as skipped ones.
+    """Self-checks and thresholds as test cases of three suites, attacks that did not run to the end as skipped ones.
 
     ============================ ===========================================================================
     a failed self-check          ``failure``
@@ -20,13 +20,12 @@ def junit_xml(report: AuditReport) -> str:
     one that is inconclusive     ``error``: the test could not be carried out. As ``skipped`` a build that reads
                                  only this file would be green after an audit that decided nothing, while its
                                  exit code is 3
-    an attack that was not run   ``skipped``: if it leaves a threshold open, that threshold is an ``error``
+    an attack that did not run   ``skipped``: if it leaves a threshold open, that threshold is an ``error``
     ============================ ===========================================================================
     """
     root = ET.Element("testsuites")
-    checks, thresholds, plan = (
-        ET.SubElement(root, "testsuite") for _ in ("self-checks", "thresholds", "attacks that were not run")
-    )
+    names = ("self-checks", "thresholds", "attacks that did not run to the end")
+    checks, thresholds, plan = (ET.SubElement(root, "testsuite", {"name": name, "time": "0"}) for name in names)
     for check in report.checks:
         case = _case(checks, check.client, check.name)
         if not check.passed:
@@ -41,8 +40,8 @@ def junit_xml(report: AuditReport) -> str:
     for planned in report.plan:
         if not planned.done:
             _outcome(_case(plan, planned.client, planned.attack), "skipped", "", planned.reason)
-    for suite, name in ((checks, "self-checks"), (thresholds, "thresholds"), (plan, "attacks that were not run")):
-        suite.attrib |= {"name": name, "timestamp": words.plain(report.created), "time": "0", **_counts(suite)}
+    for suite in root:
+        suite.attrib |= {"timestamp": words.plain(report.created), **_counts(suite)}
     root.attrib |= {"name": words.plain(f"leakage audit of {report.model}"), **_counts(root)}
     ET.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"

@@ -40,7 +40,10 @@ def model_card_section(report: AuditReport) -> str:
         for one in report.bounds
     ]
     missed = [f"- {text(one.attack)} on {text(one.client)}: {text(one.reason)}" for one in report.plan if not one.done]
-    problems = [f"- {text(one.where)}: {text(one.problem)} {text(one.means)}" for one in report.preflight]
+    problems = [
+        f"- {text(', '.join(places))}: {text(one.problem)} {text(one.means)}"
+        for one, places in findings.grouped(report.preflight)
+    ]
     asserted = [f"- {text(name.replace('_', ' '))}: {text(value)}" for name, value in report.declared.asserted.items()]
     parts = [
         "## Gradient leakage",
@@ -65,7 +68,7 @@ def model_card_section(report: AuditReport) -> str:
         "### Combined",
         _table(["Threshold", "Client", "Attack", "Measured", "Decision"], thresholds) or "No thresholds were given.",
         _table(["Client", "Mechanism", "Score", "No attacker exceeds", "Source"], bounds),
-        "\n".join(["Not run:", "", *missed]) if missed else "",
+        "\n".join(["Not run, or ended early:", "", *missed]) if missed else "",
         "\n".join(["What limits the audit:", "", *problems]) if problems else "",
         "“Not reconstructed” reads “not by these attacks at this budget”.",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +12,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from jinja2.utils import urlize
 from markupsafe import Markup, escape
 
 from leakage.audit.writers import curves, findings, words
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Victims near the median that a gallery shows beside the worst.
 _TYPICAL = 8
+# Without the punctuation of the sentence that it stands in.
+_ADDRESS = re.compile(r"(https?://[^\s<>\"]*[^\s<>\"'.,;:!?)\]}])")
 # In this order.
 DECISIONS = ["exceeded", "inconclusive", "within"]
 # Galleries that are open when the page is.
@@ -105,6 +107,9 @@ def _value(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict) and isinstance(value.get("name"), str):
+        options = _value({name: one for name, one in value.items() if name != "name"})
+        return value["name"] if options == "none" else f"{value['name']} ({options})"
     if isinstance(value, dict):
         return ", ".join(f"{_name(name)} {_value(one)}" for name, one in value.items())
     if isinstance(value, list):
@@ -119,7 +124,9 @@ def _breakable(name: str) -> Markup:
 
 def _links(text: str) -> Markup:
     """The text with its addresses as links."""
-    return Markup(urlize(words.plain(text), rel="noreferrer"))
+    link = Markup('<a href="{0}" rel="noreferrer">{0}</a>')
+    parts = _ADDRESS.split(words.plain(text))  # every second one is an address
+    return Markup("").join(link.format(part) if index % 2 else escape(part) for index, part in enumerate(parts))
 
 
 def _name(name: str) -> str:

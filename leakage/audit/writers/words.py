@@ -223,11 +223,11 @@ def summary(report: AuditReport) -> str:
 
 
 def most_found(measured: list[Measured]) -> str | None:
-    """The highest share of images that an attack reconstructed, as a sentence; ``None`` if nothing was measured."""
+    """The highest score that an attack reached, images before labels, as a sentence; None if nothing was measured."""
     for metric in METRICS:
-        rows = [row for row in measured if metric in row.metrics and not math.isnan(row.metrics[metric].value)]
+        rows = [row for row in measured if metric in row.metrics and row.metrics[metric].victims]
         if rows:
-            row = max(rows, key=lambda row: row.metrics[metric].value)
+            row = max(rows, key=lambda row: (row.metrics[metric].value, row.victims))
             return found(metric, row.attack, row.client, row.metrics[metric])
     return None
 
