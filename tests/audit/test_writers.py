@@ -281,11 +281,17 @@ def test_dotted_names_may_be_broken_and_stay_text(folder):
 # Pictures
 
 
-def test_pictures_keep_their_pixels_and_large_ones_are_made_smaller(tmp_path):
-    Image.effect_noise((28, 28), 50).save(tmp_path / "small.png")
-    Image.new("RGB", (640, 320)).save(tmp_path / "large.png")
-    assert _decoded(data_uri(tmp_path, "small.png"), tmp_path).tobytes() == Image.open(tmp_path / "small.png").tobytes()
-    assert _decoded(data_uri(tmp_path, "large.png"), tmp_path).size == (160, 80)
+def test_small_pictures_keep_their_pixels_and_large_ones_are_made_smaller(tmp_path):
+    for mode in ("L", "RGB", "RGBA"):
+        Image.effect_noise((32, 28), 50).convert(mode).save(tmp_path / "small.png")
+        small = _decoded(data_uri(tmp_path, "small.png"), tmp_path)
+        assert (small.mode, small.tobytes()) == (mode, Image.open(tmp_path / "small.png").tobytes())
+        Image.linear_gradient("L").resize((640, 320)).convert(mode).save(tmp_path / "large.png")
+        large = _decoded(data_uri(tmp_path, "large.png"), tmp_path)
+        assert (large.format, large.size) == ("JPEG", (160, 80))
+        assert len(data_uri(tmp_path, "large.png")) < 5_000
+        top, bottom = (large.convert("L").getpixel((80, y)) for y in (2, 77))
+        assert bottom - top > 200
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"<svg/>", None])
