@@ -87,7 +87,7 @@ def test_the_verdict_and_its_summary_are_at_the_top(verdict, folder):
     report = variant(verdict)
     page = Page(render_page(report, made_up_victims(), folder))
     assert f"Verdict: {VERDICTS[verdict]} " in page.words("")
-    assert " ".join(plain(report.summary).split()) in page.words("")
+    assert " ".join(plain(report.summary).replace("`", "").split()) in page.words("")
     assert f"Exit code {report.exit_code}" in page.words("")
 
 
@@ -177,6 +177,8 @@ def test_clients_without_measurements_have_no_curves(folder):
     page = Page(render_page(variant("failed check"), made_up_victims(), folder))
     assert "Success over threshold" not in page.words("measured")
     assert "No attack measured anything. The audit ended at the self-check." in page.words("measured")
+    assert "Nothing was judged: the audit ended at the self-check." in page.words("combined")
+    assert "None was worked out: the audit ended at the self-check." in page.words("combined")
     assert not [attributes for tag, attributes in page.tags if tag == "img"]
 
 
@@ -232,19 +234,15 @@ def test_only_attacks_on_defended_clients_are_called_adapted(folder):
     assert measured.count("adapted to its defenses") == 1
 
 
-def test_addresses_become_links_without_the_punctuation_behind_them(folder):
+def test_addresses_become_links_and_backticks_code(folder):
     report = made_up_report()
-    report.declared.asserted["paper"] = (
-        "https://example.org/a?b=1&c=2; <i>(http://example.com/x).</i> javascript:alert(1)"
-    )
+    address = "https://example.org/a?b=1&c=2"
+    report.declared.asserted["one"] = f"`a<b>` or ` {address}; <i>(http://example.com/x).</i> javascript:alert(1)"
     html = render_page(report, [], folder)
-    assert (
-        '<a href="https://example.org/a?b=1&amp;c=2" rel="noreferrer">https://example.org/a?b=1&amp;c=2</a>; &lt;i'
-        in html
-    )
-    assert (
-        '(<a href="http://example.com/x" rel="noreferrer">http://example.com/x</a>).&lt;/i&gt; javascript:alert' in html
-    )
+    shown = address.replace("&", "&amp;")
+    assert "<code>a&lt;b&gt;</code> or ` <a href=" in html
+    assert f'<a href="{shown}" rel="noreferrer">{shown}</a>; &lt;i&gt;(' in html
+    assert '"http://example.com/x" rel="noreferrer">http://example.com/x</a>).&lt;/i&gt; javascript:alert(1)<' in html
 
 
 def test_the_same_problem_in_several_places_is_told_once(folder):
@@ -497,7 +495,7 @@ def test_model_card_has_the_blocks_and_shows_hostile_names_as_text():
 def test_model_card_of_an_audit_that_ended_early_says_so():
     card = model_card_section(variant("failed check"))
     assert "No attack measured anything." in card
-    assert "No thresholds were given." in card
+    assert "Nothing was judged." in card
     assert "The self-check failed." in card
 
 

@@ -45,6 +45,8 @@ def model_card_section(report: AuditReport) -> str:
         for one, places in findings.grouped(report.preflight)
     ]
     asserted = [f"- {text(name.replace('_', ' '))}: {text(value)}" for name, value in report.declared.asserted.items()]
+    ended = report.verdict == "failed check"
+    nothing_judged = f"{'Nothing was judged' if ended else 'No thresholds were given'}."
     parts = [
         "## Gradient leakage",
         f"**{words.VERDICTS[report.verdict][0]}.** {text(report.summary)}",
@@ -66,7 +68,7 @@ def model_card_section(report: AuditReport) -> str:
             ]
         ),
         "### Combined",
-        _table(["Threshold", "Client", "Attack", "Measured", "Decision"], thresholds) or "No thresholds were given.",
+        _table(["Threshold", "Client", "Attack", "Measured", "Decision"], thresholds) or nothing_judged,
         _table(["Client", "Mechanism", "Score", "No attacker exceeds", "Source"], bounds),
         "\n".join(["Not run, or ended early:", "", *missed]) if missed else "",
         "\n".join(["What limits the audit:", "", *problems]) if problems else "",

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 # Victims near the median that a gallery shows beside the worst.
 _TYPICAL = 8
-# Without the punctuation of the sentence that it stands in.
-_ADDRESS = re.compile(r"(https?://[^\s<>\"]*[^\s<>\"'.,;:!?)\]}])")
+# An address without the punctuation of the sentence that it stands in.
+_MARKED = re.compile(r"(?P<address>https?://[^\s<>\"`]*[^\s<>\"`'.,;:!?)\]}])|`(?P<code>[^`\n]+)`")
+_LINK, _CODE = Markup('<a href="{0}" rel="noreferrer">{0}</a>'), Markup("<code>{0}</code>")
 # In this order.
 DECISIONS = ["exceeded", "inconclusive", "within"]
 # Galleries that are open when the page is.
@@ -122,11 +123,14 @@ def _breakable(name: str) -> Markup:
     return Markup("<wbr>").join(escape(f"{part}.") for part in words.plain(name).split("."))[:-1]
 
 
-def _links(text: str) -> Markup:
-    """The text with its addresses as links."""
-    link = Markup('<a href="{0}" rel="noreferrer">{0}</a>')
-    parts = _ADDRESS.split(words.plain(text))  # every second one is an address
-    return Markup("").join(link.format(part) if index % 2 else escape(part) for index, part in enumerate(parts))
+def _prose(text: str) -> Markup:
+    """The text with its addresses as links, and what stands between backticks as code."""
+    pieces, end, text = [], 0, words.plain(text)
+    for found in _MARKED.finditer(text):
+        pieces.append(escape(text[end : found.start()]))
+        pieces.append((_CODE if found["code"] else _LINK).format(found["code"] or found["address"]))
+        end = found.end()
+    return Markup("").join([*pieces, escape(text[end:])])
 
 
 def _name(name: str) -> str:
@@ -146,7 +150,7 @@ def _template() -> Template:
     environment.filters |= {
         "value": _value,
         "name": _name,
-        "links": _links,
+        "prose": _prose,
         "breakable": _breakable,
         "moment": words.moment,
     }
