@@ -48,7 +48,7 @@ UNREACHED = Threshold("success_rate", 0.1, "hospital, DP-SGD", "GIAS", Figure(0.
 
 
 def made_up_victims() -> list[VictimRow]:
-    """Rows of two clients, three attacks and forty victims; those of the first six victims have pictures."""
+    """Rows of two clients, three attacks and forty victims; those of the first sixteen victims have pictures."""
     generator = random.Random(0)
     kinds = {
         ("phone", "Inverting Gradients"): (38, 9),
@@ -88,10 +88,10 @@ def made_up_report() -> AuditReport:
 
     def scores(success: Figure, psnr: Figure) -> dict[str, Figure]:
         other = {"identified": Figure(0.9, 0.77, 0.96, 40), "ssim": Figure(0.7, 0.6, 0.8, 40)}
-        return {"success_rate": success, "label_accuracy": Figure(1.0, 0.912, 1.0, 40), "psnr": psnr, **other}
+        return {"success_rate": success, "label_accuracy": labels, "psnr": psnr, **other}
 
     clear, noisy, one = Figure(INFINITE, NAN, NAN, 40), Figure(9.1, 8.2, 10.0, 40), Figure(31.0, NAN, NAN, 1)
-    none = Figure(0.0, 0.0, 0.088, 40)
+    none, labels = Figure(0.0, 0.0, 0.088, 40), Figure(1.0, 0.912, 1.0, 40)
     measured = [
         Measured(
             *("hospital, DP-SGD", "iDLG", True, 8, 40, 300.0, 61.0, scores(none, noisy), guesses),
@@ -108,7 +108,9 @@ def made_up_report() -> AuditReport:
             worst("phone", "iDLG"),
         ),
         Measured(HOSTILE, HOSTILE, False, 1, 1, 10.0, 0.04, scores(Figure(1.0, NAN, NAN, 1), one), {}, []),
-        Measured("phone", "labels only", False, 1, 40, 0.0, 0.5, {"label_accuracy": Figure(1, 0.912, 1, 40)}, {}, []),
+        Measured(
+            "phone", "labels only", False, 1, 40, 0.0, 0.5, {"label_accuracy": Figure(1.0, 0.912, 1.0, 40)}, {}, []
+        ),
         Measured("phone", "no victims", False, 1, 0, NAN, 0.0, {"success_rate": Figure(NAN, NAN, NAN, 0)}, {}, []),
     ]
     return AuditReport(
@@ -180,7 +182,14 @@ def variant(verdict: str) -> AuditReport:
         "inconclusive": {"thresholds": [WITHIN, INCONCLUSIVE, UNREACHED]},
         "within": {"thresholds": [WITHIN]},
         "no thresholds": {"thresholds": []},
-        "failed check": {"checks": [*CHECKS, FAILED], "measured": [], "thresholds": [], "bounds": [], "preflight": []},
+        "failed check": {
+            "checks": [*CHECKS, FAILED],
+            "measured": [],
+            "thresholds": [],
+            "bounds": [],
+            "preflight": [],
+            "plan": [dataclasses.replace(one, done=False, reason="The self-check failed.") for one in report.plan],
+        },
     }
     return dataclasses.replace(report, **changes[verdict])
 

@@ -19,7 +19,7 @@ LOW, HIGH = 0, 60
 #: Thresholds of the table under the chart, dB.
 TABLE = (10, 15, 20, 25, 30, 40, 50, 60)
 # Of the drawing: the plot within its view box.
-LEFT, TOP, WIDTH, HEIGHT = 46, 14, 410, 206
+LEFT, TOP, WIDTH, HEIGHT = 46, 24, 410, 206
 _STEPS = np.linspace(LOW, HIGH, 121)
 
 

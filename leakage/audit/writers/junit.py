@@ -8,11 +8,11 @@ from xml.etree import ElementTree as ET
 from leakage.audit.writers import words
 
 if TYPE_CHECKING:
-    from leakage.audit.report import AuditReport, Threshold
+    from leakage.audit.report import AuditReport
 
 
 def junit_xml(report: AuditReport) -> str:
-    """Self-checks and thresholds as test cases of three suites, attacks that were not run as skipped ones.
+    """Self-checks and thresholds as test cases of three suites, attacks that did not run to the end as skipped ones.
 
     ============================ ===========================================================================
     a failed self-check          ``failure``
@@ -20,29 +20,28 @@ def junit_xml(report: AuditReport) -> str:
     one that is inconclusive     ``error``: the test could not be carried out. As ``skipped`` a build that reads
                                  only this file would be green after an audit that decided nothing, while its
                                  exit code is 3
-    an attack that was not run   ``skipped``: if it leaves a threshold open, that threshold is an ``error``
+    an attack that did not run   ``skipped``: if it leaves a threshold open, that threshold is an ``error``
     ============================ ===========================================================================
     """
     root = ET.Element("testsuites")
-    checks, thresholds, plan = (
-        ET.SubElement(root, "testsuite") for _ in ("self-checks", "thresholds", "attacks that were not run")
-    )
+    names = ("self-checks", "thresholds", "attacks that did not run to the end")
+    checks, thresholds, plan = (ET.SubElement(root, "testsuite", {"name": name, "time": "0"}) for name in names)
     for check in report.checks:
         case = _case(checks, check.client, check.name)
         if not check.passed:
             _outcome(case, "failure", "failed check", check.finding)
     for threshold in report.thresholds:
         limit = words.number(threshold.limit, words.unit(threshold.metric))
-        name = f"{threshold.metric} of {threshold.attack} is at most {limit}"
+        name = f"{threshold.metric} of {threshold.attack or 'any attack'} is at most {limit}"
         case = _case(thresholds, threshold.client, name)
         if threshold.decision != "within":
             outcome = "failure" if threshold.decision == "exceeded" else "error"
-            _outcome(case, outcome, threshold.decision, _message(threshold))
+            _outcome(case, outcome, threshold.decision, words.over(threshold))
     for planned in report.plan:
         if not planned.done:
             _outcome(_case(plan, planned.client, planned.attack), "skipped", "", planned.reason)
-    for suite, name in ((checks, "self-checks"), (thresholds, "thresholds"), (plan, "attacks that were not run")):
-        suite.attrib |= {"name": name, "timestamp": words.plain(report.created), "time": "0", **_counts(suite)}
+    for suite in root:
+        suite.attrib |= {"timestamp": words.plain(report.created), **_counts(suite)}
     root.attrib |= {"name": words.plain(f"leakage audit of {report.model}"), **_counts(root)}
     ET.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
@@ -57,12 +56,6 @@ def _case(suite: ET.Element, client: str, name: str) -> ET.Element:
 def _outcome(case: ET.Element, outcome: str, kind: str, message: str) -> None:
     attributes = {"message": words.plain(message)} | ({"type": kind} if kind else {})
     ET.SubElement(case, outcome, attributes).text = words.plain(message)
-
-
-def _message(threshold: Threshold) -> str:
-    return words.found(threshold.metric, threshold.attack, threshold.client, threshold.figure) + (
-        f"; the limit is {words.number(threshold.limit, words.unit(threshold.metric))}."
-    )
 
 
 def _counts(element: ET.Element) -> dict[str, str]:

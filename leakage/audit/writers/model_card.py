@@ -5,24 +5,26 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from leakage.audit.writers import words
+from leakage.audit.writers import findings, words
 
 if TYPE_CHECKING:
-    from leakage.audit.report import AuditReport, Measured
+    from leakage.audit.report import AuditReport, Figure, Measured
+
+_SCORES = ("success_rate", "identified", "label_accuracy", "psnr")
 
 # What Markdown, HTML within it and GitHub's mentions read as something else than text.
-_SPECIAL = re.compile(r"[\\`*_{}\[\]<>()#|~$&!]")
+_SPECIAL = re.compile(r"[\\`*_{}\[\]<>#|~$&!]")
 
 
 def model_card_section(report: AuditReport) -> str:
     """The section: verdict, what was measured, declared and combined, and what was not run; no picture."""
-    measured = [_measured(row) for row in report.measured]
+    measured = [_measured(row) for row in findings.most_leaked_first(report.measured)]
     thresholds = [
         [
             text(f"{words.label(one.metric)}: at most {words.number(one.limit, words.unit(one.metric))}"),
             text(one.client),
-            text(one.attack),
-            _figure(one.metric, one.figure.value, words.interval(one.figure, words.unit(one.metric))),
+            text(one.attack or "any"),
+            _figure(one.metric, one.figure),
             one.decision,
         ]
         for one in report.thresholds
@@ -38,8 +40,13 @@ def model_card_section(report: AuditReport) -> str:
         for one in report.bounds
     ]
     missed = [f"- {text(one.attack)} on {text(one.client)}: {text(one.reason)}" for one in report.plan if not one.done]
-    problems = [f"- {text(one.where)}: {text(one.problem)} {text(one.means)}" for one in report.preflight]
-    asserted = [f"- {text(name)}: {text(value)}" for name, value in report.declared.asserted.items()]
+    problems = [
+        f"- {text(', '.join(places))}: {text(one.problem)} {text(one.means)}"
+        for one, places in findings.grouped(report.preflight)
+    ]
+    asserted = [f"- {text(name.replace('_', ' '))}: {text(value)}" for name, value in report.declared.asserted.items()]
+    ended = report.verdict == "failed check"
+    nothing_judged = f"{'Nothing was judged' if ended else 'No thresholds were given'}."
     parts = [
         "## Gradient leakage",
         f"**{words.VERDICTS[report.verdict][0]}.** {text(report.summary)}",
@@ -47,7 +54,10 @@ def model_card_section(report: AuditReport) -> str:
         f"Audited on {text(report.created)} with leakage {text(report.leakage)}, seed {report.seed}, on "
         f"{text(report.data)}, with a budget of {words.duration(report.budget_seconds)}.",
         "### Measured",
-        _table(["Client", "Attack", "Victims", "Reconstructed", "Identified", "Labels read", "PSNR"], measured)
+        _table(
+            ["Client", "Attack", "Victims", *map(words.label, _SCORES), "Best guess"],
+            measured,
+        )
         or "No attack measured anything.",
         "### Declared",
         "\n".join(
@@ -58,9 +68,9 @@ def model_card_section(report: AuditReport) -> str:
             ]
         ),
         "### Combined",
-        _table(["Threshold", "Client", "Attack", "Measured", "Decision"], thresholds) or "No thresholds were given.",
+        _table(["Threshold", "Client", "Attack", "Measured", "Decision"], thresholds) or nothing_judged,
         _table(["Client", "Mechanism", "Score", "No attacker exceeds", "Source"], bounds),
-        "\n".join(["Not run:", "", *missed]) if missed else "",
+        "\n".join(["Not run, or ended early:", "", *missed]) if missed else "",
         "\n".join(["What limits the audit:", "", *problems]) if problems else "",
         "“Not reconstructed” reads “not by these attacks at this budget”.",
     ]
@@ -75,22 +85,22 @@ def text(words_of_user: object) -> str:
         'a\\|b \\<script\\>'
     """
     line = " ".join(words.plain(words_of_user).split())
-    return _SPECIAL.sub(r"\\\g<0>", line).replace("@", "&#64;").replace("://", "&#58;//")
+    return _SPECIAL.sub(r"\\\g<0>", line).replace("@", "&#64;")
 
 
 def _measured(row: Measured) -> list[str]:
-    names = ("success_rate", "identified", "label_accuracy", "psnr")
-    figures = [
-        _figure(name, row.metrics[name].value, words.interval(row.metrics[name], words.unit(name)))
-        if name in row.metrics
-        else "not measured"
-        for name in names
-    ]
-    return [text(row.client), text(row.attack), f"{row.victims:,}", *figures]
+    figures = [_figure(name, row.metrics[name]) if name in row.metrics else "not measured" for name in _SCORES]
+    guess = findings.best_guess(row)
+    guessed = words.number(guess[1].value, "dB") if guess else "none"
+    if findings.no_better(row):
+        guessed += " (attack no better)"
+    return [text(row.client), text(row.attack), f"{row.victims:,}", *figures, guessed]
 
 
-def _figure(metric: str, value: float, interval: str) -> str:
-    return text(f"{words.number(value, words.unit(metric))} ({interval})").replace(r"\(", "(").replace(r"\)", ")")
+def _figure(metric: str, figure: Figure) -> str:
+    if not figure.victims:
+        return "no victims"
+    return text(f"{words.number(figure.value, words.unit(metric))} ({words.interval(figure, words.unit(metric))})")
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

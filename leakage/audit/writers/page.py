@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,16 +12,21 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup, escape
 
-from leakage.audit.writers import curves, words
+from leakage.audit.writers import curves, findings, words
 from leakage.audit.writers.pictures import data_uri
-from leakage.metrics.baselines import below_baseline
 
 if TYPE_CHECKING:
-    from leakage.audit.report import AuditReport, Figure, Measured, VictimRow
+    from leakage.audit.report import AuditReport, Measured, VictimRow
 
 # Victims near the median that a gallery shows beside the worst.
 _TYPICAL = 8
+# An address without the punctuation of the sentence that it stands in.
+_MARKED = re.compile(r"(?P<address>https?://[^\s<>\"`]*[^\s<>\"`'.,;:!?)\]}])|`(?P<code>[^`\n]+)`")
+_LINK, _CODE = Markup('<a href="{0}" rel="noreferrer">{0}</a>'), Markup("<code>{0}</code>")
+# In this order.
+DECISIONS = ["exceeded", "inconclusive", "within"]
 # Galleries that are open when the page is.
 _OPEN = 4
 
@@ -55,42 +61,23 @@ def render_page(report: AuditReport, victims: Sequence[VictimRow], folder: Path)
     Raises:
         ValueError: a picture's path leads out of the folder.
     """
-    measured = sorted(report.measured, key=_leaked, reverse=True)
+    measured = findings.most_leaked_first(report.measured)
+    pairs = {(row.client, row.attack) for row in measured}
+    victims = [row for row in victims if (row.client, row.attack) in pairs]
     galleries = [_gallery(row, victims, folder) for row in measured]
     clients = list(dict.fromkeys(row.client for row in victims))
     charts = {client: curves.curves(row for row in victims if row.client == client) for client in clients}
     return _template().render(
         report=report,
         measured=measured,
-        limits=report.thresholds,
         galleries=[one for one in galleries if one.worst or one.typical],
         charts=charts,
-        rows=victims,
         threshold_psnr=-10 * math.log10(report.success_threshold),
         open_galleries=_OPEN,
+        thresholds=sorted(report.thresholds, key=lambda one: DECISIONS.index(one.decision)),
+        defended=findings.defended(report),
+        sides=findings.side_by_side(report),
     )
-
-
-def guess_of(row: Measured) -> tuple[str, Figure] | None:
-    """The best guess without gradient, by its mean PSNR."""
-    known = {name: figure for name, figure in row.baselines.items() if not math.isnan(figure.value)}
-    return max(known.items(), key=lambda item: item[1].value, default=None)
-
-
-def no_better(row: Measured) -> bool:
-    """Whether the mean PSNR of an attack is no better than that of the best guess without gradient."""
-    guess = guess_of(row)
-    return (
-        guess is not None
-        and "psnr" in row.metrics
-        and bool(below_baseline(row.metrics["psnr"].value, {guess[0]: guess[1].value}))
-    )
-
-
-def _leaked(row: Measured) -> tuple[float, ...]:
-    """What the most leaked comes first by."""
-    values = [row.metrics[name].value if name in row.metrics else math.nan for name in ("success_rate", "psnr")]
-    return tuple(-math.inf if math.isnan(value) else value for value in values)
 
 
 def _gallery(row: Measured, victims: Sequence[VictimRow], folder: Path) -> Gallery:
@@ -115,15 +102,35 @@ def _picture(row: VictimRow, folder: Path) -> Picture:
 
 def _value(value: Any) -> str:
     """What the user declared, in words."""
-    if value is None or value in ("", [], {}):
+    if value is None:
+        return "not given"
+    if value in ("", [], {}):
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict) and isinstance(value.get("name"), str):
+        options = _value({name: one for name, one in value.items() if name != "name"})
+        return value["name"] if options == "none" else f"{value['name']} ({options})"
     if isinstance(value, dict):
         return ", ".join(f"{_name(name)} {_value(one)}" for name, one in value.items())
     if isinstance(value, list):
         return ", ".join(map(_value, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _breakable(name: str) -> Markup:
+    """A dotted name that may be broken behind its dots."""
+    return Markup("<wbr>").join(escape(f"{part}.") for part in words.plain(name).split("."))[:-1]
+
+
+def _prose(text: str) -> Markup:
+    """The text with its addresses as links, and what stands between backticks as code."""
+    pieces, end, text = [], 0, words.plain(text)
+    for found in _MARKED.finditer(text):
+        pieces.append(escape(text[end : found.start()]))
+        pieces.append((_CODE if found["code"] else _LINK).format(found["code"] or found["address"]))
+        end = found.end()
+    return Markup("").join([*pieces, escape(text[end:])])
 
 
 def _name(name: str) -> str:
@@ -140,6 +147,13 @@ def _template() -> Template:
         lstrip_blocks=True,
         finalize=lambda value: words.plain(value) if type(value) is str else value,
     )
-    environment.filters |= {"value": _value, "name": _name, "label": words.label, "duration": words.duration}
-    environment.globals |= {"words": words, "curves": curves, "guess_of": guess_of, "no_better": no_better}
+    environment.filters |= {
+        "value": _value,
+        "name": _name,
+        "prose": _prose,
+        "breakable": _breakable,
+        "moment": words.moment,
+    }
+    environment.filters |= {"label": words.label, "duration": words.duration}
+    environment.globals |= {"words": words, "curves": curves, "findings": findings}
     return environment.get_template("page.html")

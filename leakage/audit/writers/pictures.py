@@ -8,8 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-# Larger ones are shown smaller; the files beside the page keep every pixel.
-_SIDE = 160
+# Up to this side every pixel is kept, beyond it the page would be too large to send around: pictures are shown smaller
+# and as JPEG, and the files beside the page keep their pixels.
+_EXACT, _SHOWN, _QUALITY = 64, 160, 90
 
 
 def data_uri(folder: Path, path: str) -> str:
@@ -23,12 +24,15 @@ def data_uri(folder: Path, path: str) -> str:
     file = (folder / path).resolve()
     if not file.is_relative_to(folder.resolve()):
         raise ValueError(f"Expected pictures within the audit's folder, but got {path!r}.")
+    buffer = io.BytesIO()
     try:
         with Image.open(file, formats=["PNG"]) as picture:
-            picture.thumbnail((_SIDE, _SIDE))
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG", optimize=True)
+            if exact := max(picture.size) <= _EXACT:
+                picture.save(buffer, "PNG", optimize=True)
+            else:
+                picture.thumbnail((_SHOWN, _SHOWN))
+                picture.convert("RGB").save(buffer, "JPEG", quality=_QUALITY)
     # What a broken file raises depends on where it is broken; a page with a gap is better than none.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return ""
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return f"data:image/{'png' if exact else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

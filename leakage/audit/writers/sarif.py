@@ -92,10 +92,8 @@ def _findings(report: AuditReport) -> Iterator[tuple[str, str, list[tuple[str, s
             yield "self-check-failed", text, [(check.client, "client"), (check.name, "self-check")]
     for one in report.thresholds:
         if one.decision != "within":
-            limit = words.number(one.limit, words.unit(one.metric))
-            text = f"{words.found(one.metric, one.attack, one.client, one.figure)}; the limit is {limit}."
-            where = [(one.client, "client"), (one.attack, "attack"), (one.metric, "score")]
-            yield f"threshold-{one.decision}", text, where
+            where = [(one.client, "client"), (one.attack or "any attack", "attack"), (one.metric, "score")]
+            yield f"threshold-{one.decision}", words.over(one), where
     for problem in report.preflight:
         text = f"{problem.where}: {problem.problem} What to do: {problem.fix} For the verdict: {problem.means}"
         yield "preflight-problem", text, [(report.model, "model"), (problem.where, "layer or setting")]

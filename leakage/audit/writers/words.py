@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from leakage.metrics.scores import PSNR_LIMIT
@@ -13,11 +14,11 @@ if TYPE_CHECKING:
 
 #: Scores: their label, the unit, and what an attack did, in words that go before the figure and after it.
 METRICS = {
-    "success_rate": ("Reconstructed", "share", "reconstructed", "of the images"),
-    "identified": ("Identified", "share", "identified", "of the images"),
-    "label_accuracy": ("Labels read", "share", "read", "of the labels"),
-    "psnr": ("PSNR", "dB", "reached a mean PSNR of", ""),
-    "ssim": ("SSIM", "number", "reached a mean SSIM of", ""),
+    "success_rate": ("Reconstructed", "share", "reconstructed", "of the images of"),
+    "identified": ("Identified", "share", "identified", "of the images of"),
+    "label_accuracy": ("Labels read", "share", "read", "of the labels of"),
+    "psnr": ("PSNR", "dB", "reached a mean PSNR of", "on"),
+    "ssim": ("SSIM", "number", "reached a mean SSIM of", "on"),
 }
 
 #: Verdicts: the heading, and what the verdict does not say.
@@ -51,6 +52,9 @@ BASELINES = {
     "nearest": "the nearest public image",
 }
 
+# Not by `strftime`, which speaks the language of the machine.
+_MONTHS = ["January", "February", "March", "April", "May", "June", "July"]
+_MONTHS += ["August", "September", "October", "November", "December"]
 _MINUS, _SPACE = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 # Control characters but tabs and line ends, lone surrogates, and what turns the direction of text around: names may
 # hold them, XML may not, and readers would be misled.
@@ -118,7 +122,7 @@ def interval(figure: Figure, kind: str = "number") -> str:
         'no interval: 1 victim'
     """
     if math.isnan(figure.low) or math.isnan(figure.high):
-        return f"no interval: {count(figure.victims, 'victim')}"
+        return "no interval" if figure.victims > 1 else f"no interval: {count(figure.victims, 'victim')}"
     return f"{number(figure.low, kind)} to {number(figure.high, kind)}"
 
 
@@ -130,6 +134,20 @@ def count(many: int, thing: str) -> str:
         ('1 victim', '1,200 victims')
     """
     return f"{many:,} {thing}{'' if many == 1 else 's'}"
+
+
+def moment(created: str) -> str:
+    """A time in words, as it is if it is no ISO 8601.
+
+    Example:
+        >>> moment("2026-01-31T12:00:00+00:00")
+        '31 January 2026, 12:00 UTC'
+    """
+    try:
+        when = datetime.fromisoformat(created).astimezone(UTC)
+    except ValueError:
+        return created
+    return f"{when.day} {_MONTHS[when.month - 1]} {when.year}, {when:%H:%M} UTC"
 
 
 def duration(seconds: float) -> str:
@@ -150,15 +168,28 @@ def duration(seconds: float) -> str:
 
 
 def found(metric: str, attack: str, client: str, figure: Figure) -> str:
-    """What an attack did, as a sentence without its full stop."""
-    before, after = METRICS[metric][2:] if metric in METRICS else (f"measured {label(metric).lower()}:", "")
+    """What an attack did, as a sentence without its full stop.
+
+    Example:
+        >>> from leakage.audit.report import Figure
+        >>> found("success_rate", "iDLG", "phone", Figure(0.5, 0.25, 0.75, 12)).replace(chr(160), " ")
+        'Attack “iDLG” reconstructed 50 % of the images of client “phone” (95 % interval: 25 % to 75 %)'
+        >>> found("success_rate", "", "phone", Figure(0.0, 0.0, 1.0, 0))
+        'No attack measured the score “Reconstructed” on client “phone”'
+    """
+    if not figure.victims:
+        return f"No attack measured the score “{label(metric)}” on client “{client}”"
+    before, after = METRICS[metric][2:] if metric in METRICS else (f"measured {label(metric).lower()}:", "on")
     kind = unit(metric)
-    what = " ".join(part for part in (before, number(figure.value, kind), after) if part)
-    return (
-        f"{attack} {what} of client “{client}” ({interval(figure, kind)})"
-        if after
-        else (f"{attack} {what} on client “{client}” ({interval(figure, kind)})")
-    )
+    ends = interval(figure, kind)
+    ends = ends if ends.startswith("no ") else f"95{_SPACE}% interval: {ends}"
+    return f"Attack “{attack}” {before} {number(figure.value, kind)} {after} client “{client}” ({ends})"
+
+
+def over(threshold: Threshold) -> str:
+    """A threshold that was not kept, in a sentence."""
+    limit = number(threshold.limit, unit(threshold.metric))
+    return f"{found(threshold.metric, threshold.attack, threshold.client, threshold.figure)}; the limit is {limit}."
 
 
 def summary(report: AuditReport) -> str:
@@ -169,18 +200,19 @@ def summary(report: AuditReport) -> str:
         return f"“{check.name}” failed for client “{check.client}”. {check.finding}"
     if verdict == "exceeded":
         exceeded = [one for one in thresholds if one.decision == "exceeded"]
-        first = max(exceeded, key=_excess)
-        limit = number(first.limit, unit(first.metric))
-        several = f"{len(exceeded)} of {count(len(thresholds), 'threshold')} {'is' if len(exceeded) == 1 else 'are'}"
-        what = found(first.metric, first.attack, first.client, first.figure)
-        return f"{what}; your limit is {limit}. {several} exceeded."
+        several = f" {len(exceeded)} of {len(thresholds)} thresholds {'is' if len(exceeded) == 1 else 'are'} exceeded."
+        return over(max(exceeded, key=_excess)) + (several if len(thresholds) > 1 else "")
     if verdict == "inconclusive":
-        open_ = [one for one in thresholds if one.decision == "inconclusive"]
-        several = f"{len(open_)} of {count(len(thresholds), 'threshold')} could not be decided"
-        across = sum(not one.figure.high <= one.limit for one in open_)
-        why = [f"{count(across, 'interval')} too wide for the limit"] * (across > 0)
-        why += [f"{len(open_) - across} for which the budget ended first"] * (across < len(open_))
-        return f"{several}: {' and '.join(why)}."
+        undecided = [one for one in thresholds if one.decision == "inconclusive"]
+        unmeasured = sum(not one.figure.victims for one in undecided)
+        across = sum(not one.figure.high <= one.limit for one in undecided) - unmeasured
+        why = [
+            (across, "interval too wide for the limit", "intervals too wide for the limit"),
+            (unmeasured, "without a measurement", "without a measurement"),
+            (len(undecided) - across - unmeasured, *["for which the budget ended first"] * 2),
+        ]
+        reasons = " and ".join(f"{many} {one if many == 1 else several}" for many, one, several in why if many)
+        return f"{len(undecided)} of {count(len(thresholds), 'threshold')} could not be decided: {reasons}."
     if verdict == "within":
         kept = "The threshold is" if len(thresholds) == 1 else f"All {len(thresholds)} thresholds are"
         return f"{kept} kept: nothing beyond your limits was reconstructed by these attacks at this budget."
@@ -191,11 +223,11 @@ def summary(report: AuditReport) -> str:
 
 
 def most_found(measured: list[Measured]) -> str | None:
-    """The highest share of images that an attack reconstructed, as a sentence; ``None`` if nothing was measured."""
+    """The highest score that an attack reached, images before labels, as a sentence; None if nothing was measured."""
     for metric in METRICS:
-        rows = [row for row in measured if metric in row.metrics and not math.isnan(row.metrics[metric].value)]
+        rows = [row for row in measured if metric in row.metrics and row.metrics[metric].victims]
         if rows:
-            row = max(rows, key=lambda row: row.metrics[metric].value)
+            row = max(rows, key=lambda row: (row.metrics[metric].value, row.victims))
             return found(metric, row.attack, row.client, row.metrics[metric])
     return None
 
