@@ -9,6 +9,7 @@ from leakage.audit.bounds import (
     subsampled_success_bound,
 )
 from leakage.audit.client import Client
+from leakage.audit.consistency import check_shared, check_update
 from leakage.audit.plan import ATTACKS
 from leakage.audit.report import AuditReport
 
@@ -19,6 +20,8 @@ __all__ = [
     "Client",
     "approximate_success_bound",
     "audit",
+    "check_shared",
+    "check_update",
     "gaussian_renyi_epsilon",
     "gaussian_success_bound",
     "mse_bound",
