@@ -6,6 +6,7 @@ from leakage.defenses.dp_sgd import DPSGD
 from leakage.defenses.gaussian_noise import GaussianNoise
 from leakage.defenses.half_precision import HalfPrecision
 from leakage.defenses.laplace_noise import LaplaceNoise
+from leakage.defenses.precode import PRECODE, VariationalBottleneck
 from leakage.defenses.quantise import Quantise
 from leakage.defenses.random_pruning import RandomPruning
 from leakage.defenses.sign import Sign
@@ -14,6 +15,7 @@ from leakage.defenses.top_k import TopK
 
 __all__ = [
     "DPSGD",
+    "PRECODE",
     "Client",
     "Clip",
     "Defense",
@@ -26,6 +28,7 @@ __all__ = [
     "Size",
     "Soteria",
     "TopK",
+    "VariationalBottleneck",
     "known_defenses",
     "size_sent",
 ]

@@ -1,5 +1,6 @@
-"""What is searched for: images, pixel by pixel or through a generator, labels, and secrets of local steps."""
+"""What is searched for: images, pixel by pixel or through a generator, labels, and what clients keep to themselves."""
 
+from leakage.dummies.drawn import Drawn
 from leakage.dummies.dummy import Dummy, Images, Labels, Target
 from leakage.dummies.group import Group
 from leakage.dummies.labels import InferredLabels, JointLabels, RevealedLabels
@@ -9,6 +10,7 @@ from leakage.dummies.local_order import LocalOrder
 from leakage.dummies.pixels import Pixels, RGAPStart, Start
 
 __all__ = [
+    "Drawn",
     "Dummy",
     "Group",
     "Images",

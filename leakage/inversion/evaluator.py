@@ -19,6 +19,7 @@ from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.smoothing import SHARPNESS
 from leakage.clients.victim import Victim
 from leakage.defenses.base import Defense, relative_noise
+from leakage.dummies.drawn import Drawn
 from leakage.dummies.dummy import Dummy, Images, Labels, Target
 from leakage.dummies.learning_rate import LearningRate
 from leakage.dummies.local_order import LocalOrder
@@ -55,7 +56,7 @@ class Evaluator:
         defenses: Sequence[Defense] = (),
     ) -> None:
         self.victim, self.images, self.labels, self.learning_rate = victim, images, labels, LearningRate()
-        self.order = LocalOrder()
+        self.order, self.drawn = LocalOrder(), Drawn(victim.draws)
         self.defenses = defenses
         self.simulation = Simulation(defenses, victim)
         parts = [*objective.parts()]
@@ -64,7 +65,7 @@ class Evaluator:
             parts.append((_LENGTH_WEIGHT, LengthDistance()))  # which tells the rate
         self.terms = {f"objective/{place}": pair for place, pair in enumerate(parts)}
         # Whether the gradient of the last layer is given in fewer numbers.
-        self.low_rank = low_rank and all(term.isometric for _, term in self.terms.values())
+        self.low_rank = low_rank and not victim.draws and all(term.isometric for _, term in self.terms.values())
         self.watched = {name: tuple(term.watched(victim.model)) for name, (_, term) in self.terms.items()}
         self.modules = list(dict.fromkeys(name for names in self.watched.values() for name in names))
         self.at_once = 0  # lanes that autograd evaluates at once; 0 for all
@@ -85,8 +86,14 @@ class Evaluator:
 
     @property
     def dummies(self) -> dict[str, Dummy]:
-        """Images, labels and learning rate, by these names."""
-        return {"images": self.images, "labels": self.labels, "learning_rate": self.learning_rate, "order": self.order}
+        """Images, labels and what clients keep to themselves, by these names."""
+        return {
+            "images": self.images,
+            "labels": self.labels,
+            "learning_rate": self.learning_rate,
+            "order": self.order,
+            "drawn": self.drawn,
+        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of one victim's unknowns, those of the images first."""
@@ -118,7 +125,7 @@ class Evaluator:
 
     def check(self, target: Target) -> None:
         """Raise a ``ValueError`` if a piece can't be used on such victims."""
-        for name in ("labels", "images", "learning_rate", "order"):
+        for name in ("labels", "images", "learning_rate", "order", "drawn"):
             self.dummies[name].check(target)
         for _, term in self.terms.values():
             term.check(target.victim)
@@ -216,8 +223,8 @@ class Evaluator:
         if self._batched is not None and f"{STEERING}/sharpness" not in kept:
             return self._by_terms(self._batched, shared, kept, unknowns)
         if self._joint is None:
-            steps = {"learning_rate", "order"} & self.shapes().keys()
-            plain = shared.basis is None and not steps and not self.simulation.per_image
+            secrets = {"learning_rate", "order", "drawn"} & self.shapes().keys()
+            plain = shared.basis is None and not secrets and not self.simulation.per_image
             self._joint = plain and has_joint_pass(self.victim, shared.state, shared.own_weights)
         evaluate = self._jointly if self._joint else self._apart
         if not self.at_once and next(iter(unknowns.values())).device.type == "cpu":
@@ -295,7 +302,8 @@ class Evaluator:
         if self.searches_rate:
             rate = self.learning_rate.write(unknowns["learning_rate"], own)
         shares = self.order.write(unknowns["order"], {}) if "order" in unknowns else None
-        secrets = Secrets(rate, shares=shares)
+        drawn = self.drawn.write(unknowns["drawn"], {}) if "drawn" in unknowns else None
+        secrets = Secrets(rate, shares=shares, drawn=drawn)
         if self.simulation.per_image and not self.modules:
             found: tuple[dict[str, Tensor], dict[str, Activation]] = ({}, {})  # those of single images come instead
         else:
