@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import leakage
 from leakage.audit.client import Client, check_clients
+from leakage.audit.consistency import check_update
 from leakage.audit.plan import ATTACKS, candidates
 from leakage.audit.preflight import NO_VERDICT, preflight
 from leakage.audit.report import VERSION, AuditReport, Check, Declared, Figure, Problem, write_victims
@@ -35,6 +36,9 @@ from leakage.errors import check_choice, check_count, check_positive
 from leakage.files.whole import check_output
 from leakage.labels import Auxiliary, LabelReader
 from leakage.metrics import SUCCESS_THRESHOLD, ShareOverVictims, baseline_guesses, score
+from leakage.pieces import digest
+from leakage.updates import read_update
+from leakage.updates.weights import AnyWeights, open_weights
 
 #: What an attacker has and may do, after Carletti et al., *SoK: Gradient Inversion Attacks in Federated Learning*,
 #: USENIX Security 2025.
@@ -65,6 +69,8 @@ def audit(
     victims: int = 100,
     attacks: Sequence[str] | None = None,
     threat_model: str = "D",
+    update: AnyWeights | None = None,
+    before: AnyWeights | None = None,
     asserted: Mapping[str, str] | None = None,
     success_threshold: float = SUCCESS_THRESHOLD,
     seed: int = 0,
@@ -93,6 +99,10 @@ def audit(
         victims: of each client, at most.
         attacks: names of :data:`leakage.audit.ATTACKS`, where only these shall be run.
         threat_model: a letter of :data:`leakage.audit.THREAT_MODELS`. From D on attackers have images of the same kind.
+        update: what a client of a real system sent, in any form of :func:`leakage.updates.read_update`: it is audited
+            in place of simulated clients. It must be consistent with what is declared; nobody knows its images, so labels
+            and images that attacks find are shown, and nothing is scored.
+        before: the weights that this client was given; by default those of ``module``.
         asserted: anything else that holds of the clients, in words, by topic.
         success_threshold: an image counts as reconstructed if its MSE is below this.
         seed: of everything that is drawn.
@@ -128,6 +138,8 @@ def audit(
         accelerator=accelerator,
         folder=Path(output),
         tell=tell or (lambda line: None),
+        update=update,
+        before=module if before is None else before,
     )
     with quiet_lightning():
         return made.run(module, data, asserted=dict(asserted or {}), command=command)
@@ -163,6 +175,8 @@ class _Audit:
     accelerator: str
     folder: Path
     tell: Callable[[str], object]
+    update: AnyWeights | None = None
+    before: AnyWeights | None = None
 
     def __post_init__(self) -> None:
         self._told: list[dict[str, Any]] = []
@@ -172,6 +186,8 @@ class _Audit:
         check_choice("threat_model", self.threat_model, THREAT_MODELS)
         for name in self.attacks or ():
             check_choice("attacks", name, ATTACKS)
+        if self.update is not None and len(self.clients) > 1:
+            raise ValueError(f"Expected one client with `update`, but got {len(self.clients)}.")
         if self.attacks is not None and not self.attacks:
             raise ValueError("Expected `attacks` to name at least one attack, but got none.")
 
@@ -199,6 +215,8 @@ class _Audit:
         rows = self._make_ready(module, data, report)
         for problem in report.preflight:
             self.tell(f"  {problem.kind}: {problem.where}: {problem.problem}")
+        if self.update is not None:
+            report.checks += [check for row in rows for check in self._take_update(row)]
         runner = Runner(
             rows=rows,
             budget=self.budget,
@@ -325,6 +343,19 @@ class _Audit:
             candidates=made,
             reader=LabelReader(auxiliary=own, seed=self.seed),
         )
+
+    def _take_update(self, row: Row) -> list[Check]:
+        """Put what a client sent in the place of what simulated ones do, if it can be of such a client."""
+        client, victim = row.client, row.victim
+        holds, rate = open_weights(self.update, "update").holds, client.learning_rate
+        before = row.subject.renamed(self.before, "before")
+        update = row.subject.renamed(self.update, "update")
+        checks = check_update(before, update, victim, holds=holds, learning_rate=rate, client=client.name)
+        if all(check.passed for check in checks):
+            shared = read_update(before, update, victim, holds=holds, learning_rate=rate)
+            self._told.append({"update": digest(shared.gradients), "before": digest(shared.state)})
+            row.capture, row.truth, row.number = (lambda places: shared), None, 1
+        return checks
 
     def _trained(self, module: LightningModule, data: Data | None, epochs: int) -> LightningModule:
         """A copy that the module's own training took further."""

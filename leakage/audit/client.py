@@ -20,7 +20,8 @@ class Client:
     Attributes:
         images: N, the images behind one update.
         local_steps: steps of SGD before the client shares its update; with one it shares a gradient.
-        learning_rate: of these steps. By default that of the module's own optimizer, where it is plain SGD.
+        learning_rate: of these steps. By default that of the module's own optimizer, where it is plain SGD. Of a single
+            step it cancels out, but for a captured update.
         local_batch_size: images of one step, by default all.
         momentum: of several steps, from 0 to below 1.
         weight_decay: of several steps, at least 0.
@@ -68,7 +69,7 @@ class Client:
             2,
             self.images,
             local_steps=self.local_steps,
-            learning_rate=(self.learning_rate or 1.0) if several else self.learning_rate,
+            learning_rate=(self.learning_rate or 1.0) if several else None,
             local_batch_size=self.local_batch_size,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
@@ -93,8 +94,10 @@ class Client:
     @property
     def training(self) -> dict[str, Any]:
         """Those of its options that :class:`leakage.Victim` and :class:`leakage.datamodules.Victims` take too."""
-        names = ("local_steps", "learning_rate", "local_batch_size", "momentum", "weight_decay", "shuffle")
-        return {name: getattr(self, name) for name in (*names, "reveal_learning_rate", "defenses")}
+        names = ("local_steps", "local_batch_size", "momentum", "weight_decay", "shuffle", "reveal_learning_rate")
+        cancels = self.local_steps == 1 and self.reveal_learning_rate
+        rate = None if cancels else self.learning_rate
+        return {"learning_rate": rate, **{name: getattr(self, name) for name in (*names, "defenses")}}
 
     def describe(self) -> dict[str, Any]:
         """All of it as plain values, defenses as the attacker is told of them."""

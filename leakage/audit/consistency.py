@@ -166,8 +166,12 @@ def _trained(read: Update, victim: Victim) -> tuple[bool, float | None, str]:
         return False, None, "Nothing has moved: before and after are the same."
     still = [name for name, tensor in gradients.items() if tensor[0].ndim > 1 and not bool(tensor.any())]
     if still:
-        return False, None, (
-            f"{_some(still)} did not move. If the client froze them, freeze them in the model: `requires_grad_(False)`."
+        return (
+            False,
+            None,
+            (
+                f"{_some(still)} did not move. If the client froze them, freeze them in the model: `requires_grad_(False)`."
+            ),
         )
     parameters = dict(victim.model.named_parameters())
     frozen = parameters.keys() - {*victim.trainable}
@@ -187,21 +191,31 @@ def _batch_norm(read: Update, victim: Victim) -> tuple[bool, float | None, str] 
         moved = any(_differ(read, f"{name}.{part}") for part in ("running_mean", "running_var"))
         own_batch = f"{name}.running_mean" not in victim.state
         if moved and not own_batch:
-            return False, None, (
-                f"The statistics of {name!r} moved: the client normalised by its own batch. Give the model in training "
-                "mode: `model.train()`."
+            return (
+                False,
+                None,
+                (
+                    f"The statistics of {name!r} moved: the client normalised by its own batch. Give the model in training "
+                    "mode: `model.train()`."
+                ),
             )
         if own_batch and not moved:
-            return False, None, (
-                f"The statistics of {name!r} did not move: the client normalised by them. Give the model in evaluation "
-                "mode: `model.eval()`."
+            return (
+                False,
+                None,
+                (
+                    f"The statistics of {name!r} did not move: the client normalised by them. Give the model in evaluation "
+                    "mode: `model.eval()`."
+                ),
             )
         counter = f"{name}.num_batches_tracked"
         if moved and counter in read.before.keys() & read.after.keys():
             counted = int(read.after[counter]) - int(read.before[counter])
             if counted != steps:
-                return False, float(counted), (
-                    f"{name!r} has counted {counted} batches, not the {steps} local steps that are declared."
+                return (
+                    False,
+                    float(counted),
+                    (f"{name!r} has counted {counted} batches, not the {steps} local steps that are declared."),
                 )
     return True, None, "Statistics moved as declared."
 
@@ -266,9 +280,13 @@ def _ranks(read: Update, victim: Victim) -> tuple[bool, float | None, str] | str
         if rank > rows:
             of = f"{rows} images" if victim.protocol.local_steps == 1 else f"{rows} images of all steps"
             more = f"{rank} or more" if rank == min(columns.shape) else f"{rank}"
-            return False, left, (
-                f"The gradient of {name!r} is of rank {more}, not at most {rows}: more than the declared {of} are "
-                "behind it, or it is another layer's or noisy."
+            return (
+                False,
+                left,
+                (
+                    f"The gradient of {name!r} is of rank {more}, not at most {rows}: more than the declared {of} are "
+                    "behind it, or it is another layer's or noisy."
+                ),
             )
         found.append((rank, left, name))
     if not found:
@@ -295,9 +313,13 @@ def _biases(read: Update, victim: Victim) -> tuple[bool, float | None, str] | st
         large = torch.maximum(large, 100 * read.rounding[names[0]][0].double().flatten(1).amax(1))
         empty = ((weight.flatten(1) == 0).all(1) & (bias.abs() > large)).nonzero().flatten().tolist()
         if empty:
-            return False, None, (
-                f"Rows {_some(empty)} of the gradient of {names[0]!r} are zero, those of {names[1]!r} are not: one of "
-                "them is another layer's."
+            return (
+                False,
+                None,
+                (
+                    f"Rows {_some(empty)} of the gradient of {names[0]!r} are zero, those of {names[1]!r} are not: one of "
+                    "them is another layer's."
+                ),
             )
         if layer not in linear or len(bias) <= rows:
             continue
@@ -311,9 +333,13 @@ def _biases(read: Update, victim: Victim) -> tuple[bool, float | None, str] | st
         doubt = float(10 * vector_norm(read.rounding[names[1]].double()) / size)
         worst = max(worst, left)
         if left > _OUTSIDE + doubt:
-            return False, left, (
-                f"The gradient of {names[1]!r} is not of the images that are behind {names[0]!r}: one of them is another "
-                "layer's, or noisy."
+            return (
+                False,
+                left,
+                (
+                    f"The gradient of {names[1]!r} is not of the images that are behind {names[0]!r}: one of them is another "
+                    "layer's, or noisy."
+                ),
             )
     return (True, worst, f"Weights and biases of {tested} layers agree.") if tested else "no layer has both"
 

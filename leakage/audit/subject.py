@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
 from leakage.audit.report import Problem
+from leakage.updates.weights import open_weights
 
 #: What a user may bring as data.
 Data = LightningDataModule | DataLoader[Any] | Dataset[Any]
@@ -66,6 +67,10 @@ class Loss:
     value: Tensor
 
 
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
 @dataclass
 class Subject:
     """What is audited, made ready.
@@ -74,7 +79,6 @@ class Subject:
         module: a copy of the user's, in its modes, without dropout; its ``training_step`` is what clients run.
         network: images in [0, 1] to logits; part of ``module``, or around it.
         loss, reduction: as :class:`leakage.Victim` takes them.
-        names: parameters of ``network`` to those of ``module``.
         images, labels: ``(M, C, H, W)`` in [0, 1] and ``(M,)``, from which victims are drawn.
         own_images, own_labels: the auditor's own, none of the above.
         to_batch: images in [0, 1] and labels to a batch for ``training_step``.
@@ -94,9 +98,17 @@ class Subject:
 
     @property
     def names(self) -> dict[str, str]:
-        """Of each parameter of the network in the module."""
-        places = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        return {name: places[id(parameter)] for name, parameter in self.network.named_parameters()}
+        """Of each parameter and buffer of the network in the module."""
+        places = {id(tensor): name for name, tensor in _tensors(self.module)}
+        return {name: places[id(tensor)] for name, tensor in _tensors(self.network) if id(tensor) in places}
+
+    def renamed(self, weights: Any, what: str) -> Any:
+        """A client's weights or update with the network's names, where it has names."""
+        arrays = open_weights(weights, what)
+        if not isinstance(arrays.tensors, dict):
+            return arrays.tensors
+        places = {own: name for name, own in self.names.items()}
+        return {places.get(name, name): tensor for name, tensor in arrays.tensors.items()}
 
     def module_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """What the module's own ``training_step`` returns for images in [0, 1]."""
@@ -118,8 +130,9 @@ class FromUnitRange(nn.Module):
     def __init__(self, network: nn.Module, scale: Tensor, offset: Tensor) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("scale", scale.view(-1, 1, 1))
-        self.register_buffer("offset", offset.view(-1, 1, 1))
+        # Not persistent: no client sends them.
+        self.register_buffer("scale", scale.view(-1, 1, 1), persistent=False)
+        self.register_buffer("offset", offset.view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """``(N, K)``."""

@@ -49,6 +49,8 @@ _CHECKS: dict[str, Callable[[Any], object] | None] = {
     "attacks": lambda value: _check_attacks(value),
     "threat_model": lambda value: check_choice("threat_model", value, THREAT_MODELS),
     "asserted": lambda value: _mapping("asserted", value),
+    "update": None,
+    "before": None,
     "success_threshold": lambda value: check_positive(success_threshold=value),
     "seed": lambda value: check_count(0, seed=value),
     "accelerator": None,
@@ -70,7 +72,7 @@ def audit(arguments: Sequence[str]) -> None:
             _check_file(path)
         options = _parse(given)
         report = run_audit(command=shlex.join(["leakage", "audit", *arguments]), tell=_tell, **options)
-    except (ValueError, OSError, argparse.ArgumentError, TypeError) as error:
+    except (ValueError, OSError, argparse.ArgumentError) as error:
         reason = own_words(error)
         if reason is None and not isinstance(error, argparse.ArgumentError | OSError):
             raise
@@ -169,6 +171,8 @@ def _parser() -> ArgumentParser:
     add("--victims", type=int, default=100, help="of each client at most (default: %(default)s)")
     add("--attacks", type=list[str] | None, help=f"only these (default: all that fit): {', '.join(ATTACKS)}")
     add("--threat_model", type=str, default="D", help="letter A to H of Carletti et al. 2025 (default: %(default)s)")
+    add("--update", type=str | None, help="a file with what a real client sent: audit this one")
+    add("--before", type=str | None, help="a file with the weights that it was given (default: the model's)")
     add("--asserted", type=dict[str, str] | None, help="what else holds of the clients, by topic, in words")
     add("--success_threshold", type=float, default=1e-3, help="MSE of a rebuilt image (default: %(default)s)")
     add("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
@@ -209,8 +213,7 @@ def _parse(given: Sequence[str]) -> dict[str, Any]:
         "data": made.get("data"),
         "client": list(made.clients) if made.clients else made.client,
         **{name: made[name] for name in _CHECKS if name in made and _CHECKS[name] is not None},
-        "accelerator": made.accelerator,
-        "output": made.output,
+        **{name: made[name] for name in ("accelerator", "output", "update", "before")},
     }
 
 
