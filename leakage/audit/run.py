@@ -219,7 +219,7 @@ def measure_labels(client: Client, truth: GroundTruth | None, counts: Tensor, se
     return Measured(
         client=client.name,
         attack="labels",
-        adaptive=True,
+        adaptive=bool(client.defenses),
         images=client.images,
         victims=len(counts),
         iterations=0.0,
@@ -253,7 +253,7 @@ def measure(
     measured = Measured(
         client=client.name,
         attack=name,
-        adaptive=name != "rgap",
+        adaptive=bool(client.defenses) and name != "rgap",
         images=client.images,
         victims=len(found),
         iterations=float(found.evaluations.double().mean()),

@@ -187,7 +187,7 @@ class Runner:
                 try:
                     needs.append((row, candidate, self._seconds(row, candidate)))
                 except (ValueError, RuntimeError, MemoryError) as error:
-                    self.refused[row.client.name, candidate.name] = f"can't be run here: {error}"
+                    self.refused[row.client.name, candidate.name] = f"It can't be run here: {error}"
         spent = time.monotonic() - began
         pairs = [(candidate, seconds) for _, candidate, seconds in needs]
         shares = share_out(max(self.budget - spent, 0.0), pairs, [row.number for row, _, _ in needs])
@@ -220,7 +220,7 @@ class Runner:
         share = self.plan[client, name]
         planned = Planned(client, name, share.expected_seconds, False, "")
         if client in solved:
-            reason = "not needed: an attack before it has reconstructed every image"
+            reason = "Not needed: an attack before it has reconstructed every image."
             return Record(self.key, replace(planned, reason=reason))
         if candidate.make is None:
             counts, took = row.counts
@@ -228,7 +228,7 @@ class Runner:
             measured = measure_labels(row.client, truth, counts, took)
             return Record(self.key, replace(planned, done=True), measured)
         if seconds <= 0:
-            return Record(self.key, replace(planned, reason="the budget ended before it"), reached=False)
+            return Record(self.key, replace(planned, reason="The budget ended before it."), reached=False)
         make = partial(candidate.make, steps=share.steps) if candidate.shortens else candidate.make
         outcome = fit_all(
             make,
@@ -241,7 +241,7 @@ class Runner:
             folder=self.folder / "runs" / slug(client) / name,
         )
         if not len(outcome.found):
-            return Record(self.key, replace(planned, reason="the budget ended before it"), reached=False)
+            return Record(self.key, replace(planned, reason="The budget ended before it."), reached=False)
         truth = None if row.truth is None else row.truth(outcome.found.ids.tolist())
         measured, rows = measure(
             name,
@@ -253,9 +253,13 @@ class Runner:
             folder=self.folder,
         )
         if not outcome.complete:
-            reason = f"the budget ended after {measured.iterations:.0f} evaluations of {measured.victims} victims"
+            reason = f"The budget ended after {measured.iterations:.0f} evaluations of {_victims(measured.victims)}."
             return Record(self.key, replace(planned, reason=reason), measured, rows, reached=False)
         return Record(self.key, replace(planned, done=True), measured, rows)
+
+
+def _victims(number: int) -> str:
+    return "one victim" if number == 1 else f"{number} victims"
 
 
 def _solves(measured: Measured, victims: int) -> bool:

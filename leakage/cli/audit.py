@@ -198,7 +198,8 @@ def _parse(given: Sequence[str]) -> dict[str, Any]:
     if config.get("model") is None:
         raise ValueError("Expected `--model` with the import path of your LightningModule, but got none.")
     try:
-        made = parser.instantiate_classes(config)
+        # As it is called since jsonargparse 4.49.
+        made = getattr(parser, "instantiate", parser.instantiate_classes)(config)
     except Exception as error:  # of a user's constructor
         raise ValueError(
             own_words(error) or f"Expected `model`, `data` and clients that can be made, but got {_short(error)}"

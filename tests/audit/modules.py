@@ -1,0 +1,119 @@
+"""Modules and data as users write them, each with one thing of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Normalize
+
+from leakage.datamodules import Source
+
+
+class Small(LightningModule):
+    """A network of two linear layers, 12x12 pixels, four classes."""
+
+    def __init__(self, *layers: nn.Module, learning_rate: float = 0.1) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            between = layers or (nn.Sigmoid(),)
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(144, 16), *between, nn.Linear(16, 10))
+        self.learning_rate = learning_rate
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
+
+
+class Scaled(Small):
+    """Twice the loss."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return 2 * F.cross_entropy(self(batch[0]), batch[1])
+
+
+class Smoothed(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1], label_smoothing=0.1)
+
+
+class Hooked(Small):
+    """A loss that says nothing of what becomes of its gradient."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        logits = self(batch[0])
+        logits.register_hook(lambda gradient: 3 * gradient)
+        return F.cross_entropy(logits, batch[1])
+
+
+class Inside(Small):
+    """Images are changed within the step, so that no layer takes them as they are."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(self.net(0.5 * batch[0] - 0.1), batch[1])}
+
+
+class OfDicts(Small):
+    """Batches are dicts with more than images and labels."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        assert len(batch["path"])
+        assert len(batch["weight"]) == len(batch["image"])
+        return F.cross_entropy(self(batch["image"]), batch["label"].squeeze(1))
+
+
+class Manual(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Images(Dataset[Any]):
+    """The sample at 12x12 pixels."""
+
+    def __init__(self, number: int = 200, transform: Any = None, *, kind: str = "tuple") -> None:
+        source = Source("sample").open()
+        order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:number]
+        self.items = [source[int(place)] for place in order]
+        self.transform, self.kind = transform, kind
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self.items[index]
+        image = F.interpolate(image[None], (12, 12), mode="area")[0]
+        if self.kind == "uint8":
+            image = (image * 255).byte()
+        image = image if self.transform is None else self.transform(image)
+        if self.kind == "dict":
+            return {"path": str(index), "weight": torch.tensor(1.0), "label": torch.tensor([label]), "image": image}
+        if self.kind == "scaled":
+            image = 4 * image - 2
+        return image, label
+
+
+class Data(LightningDataModule):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.images = Images(**options)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.images, batch_size=16, shuffle=True)
+
+
+def normalised() -> Data:
+    return Data(transform=Normalize(0.3, 0.4))

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leakage.audit import Client
+from leakage.audit.preflight import NO_VERDICT, preflight
+from leakage.audit.report import Problem
+from leakage.audit.subject import Subject, find_images
+from tests.audit.modules import Data, Images, Inside, Manual, OfDicts, Scaled, Small, Smoothed, normalised
+
+
+def inspect(module: LightningModule, data: Any = None, **options: Any) -> tuple[Subject | None, list[Problem]]:
+    given = {"victims": 4, "public": 50, "seed": 0} | options
+    return preflight(module, Data() if data is None else data, [Client(images=2)], **given)
+
+
+def subject_of(module: LightningModule, data: Any = None) -> Subject:
+    subject, problems = inspect(module, data)
+    assert subject is not None, problems
+    return subject
+
+
+def problem(problems: list[Problem], where: str) -> Problem:
+    (found,) = [one for one in problems if where in one.where or where in one.problem]
+    return found
+
+
+def test_takes_a_module_and_its_data_as_they_are() -> None:
+    module, data = Small(), Data()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state = torch.get_rng_state()
+    subject, problems = inspect(module, data)
+    assert problems == []
+    assert subject is not None
+    # The innermost part that takes images and gives logits, so that closed forms find a chain of layers.
+    assert isinstance(subject.network, nn.Sequential)
+    assert (subject.loss, subject.reduction, subject.num_classes) == ("cross_entropy", "mean", 10)
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    assert module._trainer is None
+    assert data.trainer is None
+    assert torch.equal(state, torch.get_rng_state())
+    together = torch.cat([subject.images, subject.own_images])
+    assert len(together.flatten(1).unique(dim=0)) == len(together), "an auditor's image is a victim's"
+
+
+def test_the_same_seed_gives_the_same_images() -> None:
+    first, again, other = (inspect(Small(), seed=seed)[0] for seed in (0, 0, 1))
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images[:5], other.images[:5])
+
+
+@pytest.mark.parametrize(
+    ("module", "data"),
+    [
+        (Small(), normalised()),
+        (Inside(), None),
+        (OfDicts(), Data(kind="dict")),
+        (Small(), Images()),
+        (Small(), Data(kind="scaled")),
+    ],
+    ids=["normalised", "changed inside", "dicts", "a Dataset", "another range"],
+)
+def test_the_network_gives_the_loss_of_the_module(module: LightningModule, data: Any) -> None:
+    subject = subject_of(module, data)
+    images, labels = subject.own_images[:3], subject.own_labels[:3]
+    assert float(images.min()) >= 0
+    assert float(images.max()) <= 1
+    ours = F.cross_entropy(subject.network(images), labels)
+    torch.testing.assert_close(ours, subject.module_loss(images, labels))
+
+
+def test_normalised_images_are_those_of_the_file() -> None:
+    subject = subject_of(Small(), normalised())
+    plain = torch.stack([image for image, _ in Images()])
+    apart = torch.cdist(subject.own_images.flatten(1), plain.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    distances = apart.amin(1)
+    assert float(distances.max()) < 1e-4
+
+
+def test_images_of_an_unknown_scale_are_a_problem() -> None:
+    found = problem(inspect(Small(), Data(kind="scaled"))[1], "no Normalize")
+    assert found.kind == "replace"
+    assert "relative to that" in found.means
+
+
+class Many(Small):
+    """Everything that is in the way at once, but nothing that ends an audit."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.ReLU(inplace=True), nn.Dropout(0.5), nn.BatchNorm1d(16))
+        self.net[1].bias.requires_grad_(False)
+
+
+def test_tells_all_problems_at_once() -> None:
+    module = Many()
+    subject, problems = inspect(module)
+    assert subject is not None
+    kinds = {one.problem.split(":")[0]: (one.kind, one.where) for one in problems}
+    assert kinds == {
+        "dropout in training mode": ("replace", "net.3"),
+        "BatchNorm in training mode": ("replace", "net.4"),
+        "operations in place": ("replace", "net.2"),
+        "frozen parameters": ("replace", "net.1.bias"),
+    }
+    assert all(one.means and one.fix for one in problems)
+    relu, dropout = module.net[2], module.net[3]
+    assert isinstance(relu, nn.ReLU)
+    assert relu.inplace
+    assert dropout.training
+
+
+class Tied(Small):
+    def __init__(self) -> None:
+        super().__init__(nn.Sigmoid(), nn.Linear(16, 16), nn.Sigmoid(), nn.Linear(16, 16), nn.Sigmoid())
+        self.net[5].weight = self.net[3].weight
+
+
+def test_tells_shared_and_half_precise_parameters() -> None:
+    assert problem(inspect(Tied())[1], "several layers share").where == "net.5.weight"
+    half = Small().bfloat16()
+
+    def step(batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        dtype = next(half.parameters()).dtype
+        return F.cross_entropy(half.net(batch[0].to(dtype)), batch[1])
+
+    assert "precision" in problem(inspect(half)[1], "half precision").problem
+    assert next(half.parameters()).dtype == torch.bfloat16
+
+
+class Penalised(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 0.01 * sum(one.square().sum() for one in self.parameters())
+
+
+class Own(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0]).square().mean()
+
+
+class Constant(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return torch.tensor(1.0)
+
+
+class Failing(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        raise RuntimeError("no such thing")
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "said"),
+    [
+        (Scaled(), "not yet", "more than cross_entropy"),
+        (Penalised(), "not yet", "more than cross_entropy"),
+        (Smoothed(), "not yet", "label smoothing of 0.1"),
+        (Own(), "not yet", "no function of torch.nn.functional"),
+        (Constant(), "never", "a loss without gradient"),
+        (Failing(), "not yet", "RuntimeError: no such thing"),
+        (Manual(), "not yet", "manual optimization"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, LightningModule) else None,
+)
+def test_says_what_leaves_nothing_to_attack(module: LightningModule, kind: str, said: str) -> None:
+    subject, problems = inspect(module)
+    assert subject is None
+    assert problems[-1].kind == kind
+    assert said in problems[-1].problem
+    assert problems[-1].means == NO_VERDICT
+
+
+def test_refuses_what_is_no_module_and_no_data() -> None:
+    with pytest.raises(ValueError, match="Expected `model` to be a LightningModule, but got Linear"):
+        inspect(nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Expected `data`, or a module with a `train_dataloader` of its own"):
+        preflight(Small(), None, [Client()], victims=1, public=1, seed=0)
+    with pytest.raises(ValueError, match=r"Expected at least 5 images in the data, .* but got 3"):
+        preflight(Small(), Data(number=3), [Client(images=3)], victims=1, public=9, seed=0)
+    with pytest.raises(ValueError, match=r"Expected batches of images \(B, C, H, W\) and labels"):
+        inspect(Small(), torch.utils.data.TensorDataset(torch.rand(9, 3), torch.zeros(9)))
+
+
+def test_finds_images_in_any_batch() -> None:
+    images, labels = torch.rand(3, 1, 4, 4), torch.arange(3)
+    for batch in ((images, labels), [images, labels], {"y": labels, "x": images}, {"img": images, "target": labels}):
+        found = find_images(batch)
+        assert found is not None
+        assert torch.equal(found.images, images)
+        rebuilt = found.rebuild(images[:1], labels[2:])
+        assert type(rebuilt) is type(batch)
+        again = find_images(rebuilt)
+        assert again is not None
+        assert torch.equal(again.labels, labels[2:])
+    assert find_images(images) is None
+    assert find_images({"image": images}) is None
