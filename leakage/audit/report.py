@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from leakage.audit.writers import junit_xml, model_card_section, render_page, sarif_log, words
-from leakage.errors import check_choice
+from leakage.errors import check_choice, check_positive
 from leakage.files.records import from_json, parse_json, to_json
 from leakage.files.tensors import brief
 from leakage.files.text import write_text
@@ -252,6 +252,9 @@ class AuditReport:
     measured: list[Measured]
     bounds: list[Bound]
     thresholds: list[Threshold]
+
+    def __post_init__(self) -> None:
+        check_positive(success_threshold=self.success_threshold)
 
     @property
     def verdict(self) -> str:

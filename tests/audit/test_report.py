@@ -148,7 +148,7 @@ def test_the_worst_decides(thresholds, checks, verdict, exit_code):
         ),
         (
             "within",
-            "The threshold is kept: nothing beyond your limits was reconstructed by these attacks at this budget.",
+            "The threshold is kept: nothing beyond your limits was found by these attacks at this budget.",
         ),
         (
             "failed check",
@@ -206,6 +206,8 @@ def test_kinds_and_decisions_are_checked():
         ValueError, match=r"Expected `kind` to be one of \['never', 'not yet', 'replace'\], but got 'no'"
     ):
         Problem("no", "", "", "", "")
+    with pytest.raises(ValueError, match=r"Expected `success_threshold` to be positive and finite, but got 0.0"):
+        dataclasses.replace(made_up_report(), success_threshold=0.0)
     with pytest.raises(ValueError, match=r"Expected `decision` to be one of .*, but got 'safe'"):
         dataclasses.replace(WITHIN, decision="safe")
 
