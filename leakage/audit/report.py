@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from leakage.audit.writers import junit_xml, model_card_section, render_page, sarif_log, words
-from leakage.errors import check_choice
-from leakage.files.records import from_json, to_json
+from leakage.errors import check_choice, check_positive
+from leakage.files.records import from_json, parse_json, to_json
 from leakage.files.tensors import brief
 from leakage.files.text import write_text
 
@@ -253,6 +253,9 @@ class AuditReport:
     bounds: list[Bound]
     thresholds: list[Threshold]
 
+    def __post_init__(self) -> None:
+        check_positive(success_threshold=self.success_threshold)
+
     @property
     def verdict(self) -> str:
         """A key of :data:`EXIT_CODES`; the worst of all checks and thresholds."""
@@ -305,8 +308,8 @@ class AuditReport:
         if not path.is_file():
             raise FileNotFoundError(f"Expected an audit at '{path}', but got no such file.")
         try:
-            content = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
+            content = parse_json(path.read_bytes())
+        except ValueError as error:
             raise ValueError(f"Expected '{path}' as whole JSON, but got: {brief(error)}.") from None
         version = content.get("version") if isinstance(content, dict) else None
         if isinstance(content, dict) and (version != VERSION or isinstance(version, bool)):
@@ -351,7 +354,7 @@ def read_victims(folder: str | os.PathLike[str]) -> list[VictimRow]:
     rows = []
     for number, line in enumerate(path.read_bytes().rstrip().splitlines() if path.is_file() else [], 1):
         try:
-            rows.append(from_json(VictimRow, json.loads(line)))
-        except (ValueError, RecursionError) as error:
+            rows.append(from_json(VictimRow, parse_json(line)))
+        except ValueError as error:
             raise ValueError(f"Expected a victim in line {number} of '{path}', but got: {brief(error)}") from None
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 from collections.abc import Mapping
@@ -42,6 +43,23 @@ def to_json(value: Any) -> Any:
     return value
 
 
+def parse_json(content: bytes | str) -> Any:
+    """What JSON holds, strictly: Python's own reader also takes a bare ``NaN`` and ``Infinity``.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply.
+
+    Example:
+        >>> parse_json('{"psnr": NaN}')
+        Traceback (most recent call last):
+        ValueError: NaN is no JSON
+    """
+    try:
+        return json.loads(content, parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def from_json(kind: type[Record], content: Any, where: str = "") -> Record:
     """The dataclass that :func:`to_json` was given.
 
@@ -75,6 +93,10 @@ def from_json(kind: type[Record], content: Any, where: str = "") -> Record:
         return kind(**read)
     except ValueError as error:
         raise ValueError(f"{error} It is in `{name}`." if where else str(error)) from None
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _read(hint: Any, value: Any, where: str) -> Any:

@@ -99,7 +99,8 @@ def test_a_verdict_that_its_thresholds_do_not_give_is_refused(tmp_path):
         (b"", "as whole JSON, but got: Expecting value"),
         (b'{"version": 1, "lea', "as whole JSON, but got: Unterminated string"),
         (b"\xff\xfe{", "as whole JSON, but got: "),
-        (b"[" * 100_000, "as whole JSON, but got: "),
+        (b"[" * 100_000, "as whole JSON, but got: nested too deeply"),
+        (b'{"version": NaN}', "as whole JSON, but got: NaN is no JSON"),
         (b"[]", r"Expected `the record` as an object, but got \[\]"),
         (b'{"version": 2}', "Expected version 1 of `audit.json` in .*, but got 2"),
         (b'{"version": true}', "Expected version 1 of `audit.json` in .*, but got True"),
@@ -147,7 +148,7 @@ def test_the_worst_decides(thresholds, checks, verdict, exit_code):
         ),
         (
             "within",
-            "The threshold is kept: nothing beyond your limits was reconstructed by these attacks at this budget.",
+            "The threshold is kept: nothing beyond your limits was found by these attacks at this budget.",
         ),
         (
             "failed check",
@@ -205,6 +206,8 @@ def test_kinds_and_decisions_are_checked():
         ValueError, match=r"Expected `kind` to be one of \['never', 'not yet', 'replace'\], but got 'no'"
     ):
         Problem("no", "", "", "", "")
+    with pytest.raises(ValueError, match=r"Expected `success_threshold` to be positive and finite, but got 0.0"):
+        dataclasses.replace(made_up_report(), success_threshold=0.0)
     with pytest.raises(ValueError, match=r"Expected `decision` to be one of .*, but got 'safe'"):
         dataclasses.replace(WITHIN, decision="safe")
 

@@ -271,6 +271,18 @@ def test_defenses_are_told_in_words(folder):
     assert "defenses Clip (norm 1), Sign epochs" in declared
 
 
+@pytest.mark.parametrize("value", [INFINITE, -INFINITE, 1e308, -0.5, 7.0])
+def test_shares_that_cannot_be_stay_within_the_page(value, folder):
+    report = made_up_report()
+    figure = Figure(value, value, value, 40)
+    report.measured = [dataclasses.replace(report.measured[0], metrics={"success_rate": figure, "psnr": figure})]
+    report.thresholds = [dataclasses.replace(report.thresholds[0], limit=value, figure=figure)]
+    html = render_page(report, [], folder)
+    places = [float(x) for x in re.findall(r' x[12]?="([-0-9.]+)"', html)]
+    assert places
+    assert all(0 <= x <= 100 for x in places)
+
+
 def test_dotted_names_may_be_broken_and_stay_text(folder):
     report = dataclasses.replace(made_up_report(), model="a.b<i>.C")
     assert "<h1><bdi>a.<wbr>b&lt;i&gt;.<wbr>C</bdi></h1>" in render_page(report, [], folder)
@@ -298,7 +310,8 @@ def test_broken_pictures_are_left_out(content, tmp_path):
         Image.new("L", (28, 28)).save(tmp_path / "a.png")
         content = (tmp_path / "a.png").read_bytes()[:-30]
     (tmp_path / "a.png").write_bytes(content)
-    assert data_uri(tmp_path, "a.png") == data_uri(tmp_path, "missing.png") == data_uri(tmp_path, "") == ""
+    for path in ("a.png", "missing.png", "", "a\x00.png", "a\ud800.png", "a" * 1000):
+        assert data_uri(tmp_path, path) == "", path
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/secret.png", "images/../../secret.png", "link/secret.png"])

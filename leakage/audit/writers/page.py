@@ -118,6 +118,11 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _percent(share: float) -> float:
+    """Where a share is on a bar, from 0 to 100."""
+    return round(100 * min(max(share, 0.0), 1.0), 1)
+
+
 def _breakable(name: str) -> Markup:
     """A dotted name that may be broken behind its dots."""
     return Markup("<wbr>").join(escape(f"{part}.") for part in words.plain(name).split("."))[:-1]
@@ -152,8 +157,10 @@ def _template() -> Template:
         "name": _name,
         "prose": _prose,
         "breakable": _breakable,
+        "percent": _percent,
+        "label": words.label,
+        "duration": words.duration,
         "moment": words.moment,
     }
-    environment.filters |= {"label": words.label, "duration": words.duration}
     environment.globals |= {"words": words, "curves": curves, "findings": findings}
     return environment.get_template("page.html")

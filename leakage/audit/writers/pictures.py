@@ -21,7 +21,10 @@ def data_uri(folder: Path, path: str) -> str:
     """
     if not path:
         return ""
-    file = (folder / path).resolve()
+    try:
+        file = (folder / path).resolve()
+    except (OSError, ValueError):  # a name that no file can have
+        return ""
     if not file.is_relative_to(folder.resolve()):
         raise ValueError(f"Expected pictures within the audit's folder, but got {path!r}.")
     buffer = io.BytesIO()

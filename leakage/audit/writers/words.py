@@ -29,7 +29,7 @@ VERDICTS = {
     ),
     "within": (
         "Within your thresholds",
-        "It holds for these attacks at this budget and is no guarantee: other attacks, or more time, may get more.",
+        "This holds for these attacks at this budget and is no guarantee: other attacks, or more time, may get more.",
     ),
     "inconclusive": (
         "Inconclusive",
@@ -97,7 +97,7 @@ def number(value: float, kind: str = "number") -> str:
     """
     if math.isnan(value):
         return "none"
-    if kind == "share":
+    if kind == "share" and math.isfinite(1000 * value):
         edge = {0: "<", 1000: ">"}.get(round(1000 * value))
         if edge and value not in (0, 1):
             return f"{edge}{_SPACE}{'0.1' if edge == '<' else '99.9'}{_SPACE}%"
@@ -215,7 +215,7 @@ def summary(report: AuditReport) -> str:
         return f"{len(undecided)} of {count(len(thresholds), 'threshold')} could not be decided: {reasons}."
     if verdict == "within":
         kept = "The threshold is" if len(thresholds) == 1 else f"All {len(thresholds)} thresholds are"
-        return f"{kept} kept: nothing beyond your limits was reconstructed by these attacks at this budget."
+        return f"{kept} kept: nothing beyond your limits was found by these attacks at this budget."
     most = most_found(report.measured)
     if most is None:
         return "No thresholds were given, and no attack measured anything."
