@@ -57,6 +57,7 @@ MADE = {
         "inferred.counts.shape == (10, 10)",
         "len(condensation.synthetic_dataset()) == 40",
     ],
+    "docs/audit.md": ["report.verdict == 'exceeded'", "report.measured[1].metrics['success_rate'].value == 1"],
     "docs/condensation.md": [
         "images.shape == (10, 1, 28, 28)",
         "0.69 < min(synthetic.recipe.score('dc').accuracies)",
@@ -76,7 +77,12 @@ NOT_RUN: list[tuple[str, str, str]] = []
 # Commands that are not of this project.
 FOREIGN = {"python3", "bash", "wandb", "torchrun", *(f".venv/bin/{name}" for name in ("pip", "pytest", "ruff", "mypy"))}
 # Files in commands that the reader has.
-READERS_FILES = {"run.yaml": "experiments/idlg/sample.yaml"}
+READERS_FILES = {
+    "run.yaml": "experiments/idlg/sample.yaml",
+    "audit.yaml": "experiments/audit/sample.yaml",
+    "mypackage.MyModule": "leakage.audit.example.ExampleModule",
+    "mypackage.MyData": "leakage.audit.example.ExampleData",
+}
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,10 @@ class ParsedError(Exception):
     """The options were understood, and nothing was run."""
 
 
+def not_run(**options: Any) -> None:
+    raise ParsedError
+
+
 def test_commands_are_understood(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +208,10 @@ def test_commands_are_understood(
                 if arguments[0] == "fit":
                     arguments.append("--print_config")
                     expected: type[BaseException] = SystemExit
+                elif arguments[0] == "audit":  # whose parser is jsonargparse's
+                    patch.setattr("leakage.cli.audit.run_audit", not_run)
+                    patch.setattr("leakage.cli.audit._load", lambda module, path: None)
+                    expected = ParsedError
                 else:
                     patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
                     expected = ParsedError
