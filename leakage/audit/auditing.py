@@ -100,8 +100,8 @@ def audit(
         attacks: names of :data:`leakage.audit.ATTACKS`, where only these shall be run.
         threat_model: a letter of :data:`leakage.audit.THREAT_MODELS`. From D on attackers have images of the same kind.
         update: what a client of a real system sent, in any form of :func:`leakage.updates.read_update`: it is audited
-            in place of simulated clients. It must be consistent with what is declared; nobody knows its images, so labels
-            and images that attacks find are shown, and nothing is scored.
+            in place of simulated clients. It must be consistent with what is declared; nobody knows its images, so
+            labels and images that attacks find are shown, and nothing is scored.
         before: the weights that this client was given; by default those of ``module``.
         asserted: anything else that holds of the clients, in words, by topic.
         success_threshold: an image counts as reconstructed if its MSE is below this.

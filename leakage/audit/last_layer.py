@@ -114,13 +114,9 @@ class LastLayerTest:
         doubt = 4 * _size(self.read.rounding[self.names[1]]) / size
         decay = 0.1 if self.victim.protocol.weight_decay else 0.0  # its part is known to first order alone
         if left > _SUM + doubt + decay:
-            return (
-                False,
-                left,
-                (
-                    f"The gradient of {self.names[1]!r} sums to {left:.1%} of its size, not to zero: the loss is not "
-                    "cross-entropy of these logits, or another array has taken its place."
-                ),
+            return False, left, (
+                f"The gradient of {self.names[1]!r} sums to {left:.1%} of its size, not to zero: the loss is not "
+                "cross-entropy of these logits, or another array has taken its place."
             )
         return True, left, f"The gradient of {self.names[1]!r} sums to zero."
 
@@ -192,13 +188,9 @@ class LastLayerTest:
         left = max(float(-features.min() / (features.abs().max() + _TINY)), 0.0)
         # Those of several steps are weighted, and weights may be of either sign.
         if left > (_NEGATIVE if protocol.local_steps == 1 else _NEGATIVE_OF_STEPS) + 10 * self.rounding:
-            return (
-                False,
-                left,
-                (
-                    "The features behind the last layer are negative, which no ReLU or sigmoid gives: another array has "
-                    "taken the place of its gradient."
-                ),
+            return False, left, (
+                "The features behind the last layer are negative, which no ReLU or sigmoid gives: another array has "
+                "taken the place of its gradient."
             )
         return True, left, "The features are not negative."
 
@@ -213,13 +205,9 @@ class LastLayerTest:
             return False, fit.left, min(held)[1]
         if fit.left_at_length <= fit.tolerance:
             return False, fit.left, self._of_length(fit.length)
-        return (
-            False,
-            fit.left,
-            (
-                f"Its own label and feature leave {fit.left:.1%} of it unexplained: `before` is not where it was taken "
-                "(another round or model), the arrays are in another order, or the protocol is another (images, steps, loss)."
-            ),
+        return False, fit.left, (
+            f"Its own label and feature leave {fit.left:.1%} of it unexplained: `before` is not where it was taken "
+            "(another round or model), the arrays are in another order, or the protocol is another (images, steps, loss)."
         )
 
     def _fit(self, shared: SharedGradient) -> Fit:
@@ -298,9 +286,7 @@ class LastLayerTest:
         return _size(layer.push) / _size(restored.push)
 
     def _too_long(self, length: float) -> str:
-        words = (
-            f"The gradient of {self.names[1]!r} is of length {length:.3g}, but no images make it longer than sqrt(2)."
-        )
+        words = f"The gradient of {self.names[1]!r} is of length {length:.3g}, but no images make it longer than sqrt(2)."
         if self.victim.protocol.num_images > 1 and self._undecided:
             return f"{words} {self._nearest(self._length())}"
         if self.victim.protocol.num_images == 1 and self._undecided:

@@ -52,12 +52,14 @@ class Candidate:
         make: a fresh attack, of so many steps where it can be made with fewer; None for labels alone.
         evaluations: of one victim, about, unless it is made with fewer.
         shortens: whether it can be.
+        passes: of the network, forth and back, in an evaluation, about: tells whether there is time for a trial.
     """
 
     name: str
     make: Callable[..., GradientInversion] | None
     evaluations: int = 1
     shortens: bool = False
+    passes: int = 3
 
 
 def candidates(
@@ -94,7 +96,7 @@ def candidates(
     newton |= common if readable else common | {"joint_labels": True}
     if victim.defenses and surrogate and (prior := _prior(subject)) is not None:
         newton |= {"prior": prior, "restarts": 0}
-    found.append(Candidate("gauss_newton", partial(GaussNewtonAttack, **newton), _NEWTON))
+    found.append(Candidate("gauss_newton", partial(GaussNewtonAttack, **newton), _NEWTON, passes=150))
     if readable:
         found.append(_inverting_gradients(victim, common))
         if any(isinstance(layer, _BatchNorm) and layer.track_running_stats for layer in victim.model.modules()):
@@ -110,7 +112,7 @@ def _inverting_gradients(victim: Victim, common: dict[str, Any]) -> Candidate:
     norms = any("Norm" in type(layer).__name__ for layer in victim.model.modules())
     if weights <= _SMALL and not norms and victim.protocol.local_steps == 1:
         made: Callable[..., GradientInversion] = partial(InvertingGradientsAttack, protocol="robust", **common)
-        return Candidate("inverting_gradients", made, 112)
+        return Candidate("inverting_gradients", made, 112, passes=100)
     made = partial(_with_steps, InvertingGradientsAttack, common)
     return Candidate("inverting_gradients", made, _MOST_STEPS, shortens=True)
 

@@ -36,6 +36,8 @@ from leakage.labels import LabelReader
 
 # Victims whose updates are captured at once.
 _CAPTURED_AT_ONCE = 32
+# Of the budget, what a single evaluation of a trial may be expected to take.
+_TRIAL_SHARE = 0.05
 
 
 @dataclass
@@ -77,6 +79,14 @@ class Row:
             parts.append(counts)
             seconds += took
         return torch.cat(parts), seconds
+
+    @cached_property
+    def seconds_of_a_pass(self) -> float:
+        """Of the network and back, with the images of one victim."""
+        self.capture([0])
+        began = time.monotonic()
+        self.capture([0])
+        return (time.monotonic() - began) / self.client.local_steps
 
     def share(self, places: Sequence[int], *, reads: bool) -> SharedGradient:
         """What attacks are given of the victims at these places: what they shared, with the labels that were read."""
@@ -209,6 +219,8 @@ class Runner:
         if row.reads_labels and shared.labels is None:
             counts, _ = read_labels(row.reader, shared, row.victim)
             shared = replace(shared, labels=torch.arange(counts.shape[1]).repeat_interleave(counts[0].cpu())[None])
+        if (seconds := candidate.passes * row.seconds_of_a_pass) > _TRIAL_SHARE * self.budget:
+            return seconds  # which says enough
         return seconds_of_one(candidate.make(), shared, row.victim, accelerator=self.accelerator)
 
     # An attack.
@@ -227,6 +239,10 @@ class Runner:
             truth = None if row.truth is None else row.truth(range(row.number))
             measured = measure_labels(row.client, truth, counts, took)
             return Record(self.key, replace(planned, done=True), measured)
+        evaluation = share.seconds_of_one / (share.steps or candidate.evaluations)
+        if evaluation > seconds > 0:
+            reason = f"One evaluation takes about {evaluation:.0f} s, more than is left of the budget."
+            return Record(self.key, replace(planned, reason=reason), reached=False)
         if seconds <= 0:
             return Record(self.key, replace(planned, reason="The budget ended before it."), reached=False)
         make = partial(candidate.make, steps=share.steps) if candidate.shortens else candidate.make

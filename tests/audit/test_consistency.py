@@ -195,9 +195,7 @@ def test_another_loss_and_defenses() -> None:
     noisy = client(model, defenses=[GaussianNoise(0.1)])
     checks = check_shared(noisy.share(inputs[None], labels[None]), noisy)
     assert not failed(checks)
-    assert all(
-        check.finding.startswith("Not tested: the declared defenses") for check in checks if check.name == "rank"
-    )
+    assert all(check.finding.startswith("Not tested: the declared defenses") for check in checks if check.name == "rank")
     undeclared = dataclasses.replace(noisy.share(inputs[None], labels[None]), protocol=client(model).protocol)
     assert {"rank", "biases", "last layer"} <= failed(check_shared(undeclared, client(model))).keys()
 
