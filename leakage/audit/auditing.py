@@ -54,8 +54,8 @@ THREAT_MODELS = {
 }
 # Images that the auditor keeps for himself.
 _PUBLIC = 1000
-# Victims that a trial takes, and the share of the budget that all trials may take.
-_TRIAL_VICTIMS, _TRIAL_SHARE = 4, 0.1
+# Weights of a network below which labels are read with all of these; else with a few.
+_SMALL, _FEW = 1_000_000, 200
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -331,7 +331,10 @@ class _Audit:
             surrogate=surrogate,
             chosen=self.attacks,
         )
-        own = Auxiliary(subject.own_images, subject.own_labels) if surrogate else None
+        # Large networks take long to look at many images.
+        small = sum(parameter.numel() for parameter in subject.network.parameters()) <= _SMALL
+        some = slice(None if small else _FEW)
+        own = Auxiliary(subject.own_images[some], subject.own_labels[some]) if surrogate else None
         self._told.append(victims.configuration)
         return Row(
             client=client,

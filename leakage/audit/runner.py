@@ -146,7 +146,7 @@ class Runner:
                 record = self._run_one(row, candidate, max(left - later, 0.0), solved)
                 save_record(self.folder, record)
             if record.measured is not None:
-                left -= record.measured.seconds
+                left -= record.measured.seconds if candidate.make is not None else 0.0  # labels are read for the plan
                 self.tell(f"  {_line(record.measured)}")
                 if _solves(record.measured, row.number):
                     solved.add(row.client.name)
@@ -212,13 +212,9 @@ class Runner:
 
     def _seconds(self, row: Row, candidate: Candidate) -> float:
         """Of one evaluation of one victim."""
-        shared = row.share([0], reads=False)
         if candidate.make is None:
-            read_labels(row.reader, shared, row.victim)  # what is learnt of the network is learnt once
-            return read_labels(row.reader, shared, row.victim)[1]
-        if row.reads_labels and shared.labels is None:
-            counts, _ = read_labels(row.reader, shared, row.victim)
-            shared = replace(shared, labels=torch.arange(counts.shape[1]).repeat_interleave(counts[0].cpu())[None])
+            return row.counts[1] / row.number  # other attacks need the labels: they are read at once
+        shared = row.share([0], reads=row.reads_labels)
         if (seconds := candidate.passes * row.seconds_of_a_pass) > _TRIAL_SHARE * self.budget:
             return seconds  # which says enough
         return seconds_of_one(candidate.make(), shared, row.victim, accelerator=self.accelerator)

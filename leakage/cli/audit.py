@@ -33,7 +33,7 @@ from leakage.errors import check_choice, check_count, check_positive
 _EXAMPLE = {
     "model": "leakage.audit.example.ExampleModule",
     "data": "leakage.audit.example.ExampleData",
-    "budget": "60s",
+    "budget": "40s",
     "fail_above": '{"success_rate": 0.05}',
 }
 # Of a configuration, with what refuses a value that is out of range.

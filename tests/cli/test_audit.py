@@ -40,7 +40,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_the_example_leaks(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended("--example", "--victims", "8", "--attacks", '["labels", "rgap"]', "--output", "out") == 1
     said = capsys.readouterr().out
-    assert "Plan, for 60 s" in said
+    assert "Plan, for 40 s" in said
     assert "exceeded: success_rate of 1 image, rgap: 1" in said
     report = AuditReport.load("out")
     assert report.verdict == "exceeded"
