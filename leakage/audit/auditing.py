@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import leakage
 from leakage.audit.client import Client, check_clients
 from leakage.audit.consistency import check_update
+from leakage.audit.measuring import fewest_others
 from leakage.audit.plan import ATTACKS, candidates
 from leakage.audit.preflight import NO_VERDICT, preflight
 from leakage.audit.report import VERSION, AuditReport, Check, Declared, Figure, Problem, write_victims
-from leakage.audit.run import Record, fewest_others
+from leakage.audit.run import Record
 from leakage.audit.runner import Row, Runner
 from leakage.audit.self_check import self_check, with_module_rate
 from leakage.audit.subject import Data, Subject, quiet_lightning, seeded

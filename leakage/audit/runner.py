@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from leakage.audit.client import Client, slug
+from leakage.audit.measuring import measure, measure_labels
 from leakage.audit.plan import ATTACKS, Candidate, Share, share_out
 from leakage.audit.report import Measured, Planned
 from leakage.audit.run import (
     Record,
     fit_all,
     load_record,
-    measure,
-    measure_labels,
     read_labels,
     save_record,
     seconds_of_one,

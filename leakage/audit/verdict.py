@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from leakage.audit.bounds import gaussian_success_bound
 from leakage.audit.client import Client
+from leakage.audit.measuring import METRICS
 from leakage.audit.report import Bound, Figure, Measured, Threshold
-from leakage.audit.run import METRICS
 from leakage.defenses import DPSGD
 from leakage.errors import check_choice
 from leakage.metrics import wilson_interval
