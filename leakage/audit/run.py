@@ -108,8 +108,9 @@ def fit(
     )
     began = time.monotonic()
     # Fused attention has no second derivative.
+    lanes: int | str = len(shared) if len(shared) <= _FIRST_GROUP else "auto"  # which takes time to find
     with sdpa_kernel(SDPBackend.MATH):
-        trainer.fit(attack, datamodule=SharedGradients(shared, victim))
+        trainer.fit(attack, datamodule=SharedGradients(shared, victim, lanes=lanes))
     done = len(attack.finished)
     found = Reconstruction.cat([attack.finished, attack.current()]).map(lambda tensor: tensor.detach().cpu())
     return Outcome(found.select(found.ids.argsort()), time.monotonic() - began, done == len(shared))

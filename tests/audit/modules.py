@@ -72,7 +72,7 @@ class OfDicts(Small):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         assert len(batch["path"])
         assert len(batch["weight"]) == len(batch["image"])
-        return F.cross_entropy(self(batch["image"]), batch["label"].squeeze(1))
+        return F.cross_entropy(self(batch["image"]).squeeze(1), batch["label"].squeeze(1))
 
 
 class Manual(Small):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from leakage.audit import Client
 from leakage.audit.preflight import NO_VERDICT, preflight
 from leakage.audit.report import Problem
-from leakage.audit.subject import Subject, find_images
+from leakage.audit.subject import LogitsOfTrainingStep, Subject, find_images
 from tests.audit.modules import Data, Images, Inside, Manual, OfDicts, Scaled, Small, Smoothed, normalised
 
 
@@ -76,6 +76,7 @@ def test_the_network_gives_the_loss_of_the_module(module: LightningModule, data:
     assert float(images.max()) <= 1
     ours = F.cross_entropy(subject.network(images), labels)
     torch.testing.assert_close(ours, subject.module_loss(images, labels))
+    assert isinstance(subject.network, LogitsOfTrainingStep) == isinstance(module, Inside)
 
 
 def test_normalised_images_are_those_of_the_file() -> None:
