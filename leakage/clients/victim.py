@@ -30,6 +30,7 @@ from leakage.clients.protocol import UNKNOWN, Protocol, told_rate
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.smoothing import smoothed, without_sharpness
 from leakage.defenses.base import Defense, check_defenses, defend
+from leakage.defenses.encoding import encoded
 from leakage.errors import check_count
 from leakage.models.draw import draw_states, state_of
 from leakage.models.drawing import as_buffers, draw, find_draws, take_masks, take_penalties
@@ -376,6 +377,7 @@ class Victim:
             raise ValueError(f"Expected `images` in the precision of the weights, {precision}, but got {images.dtype}.")
         targets = F.one_hot(labels.long(), protocol.num_classes).to(images.dtype)
         ids = torch.arange(len(images)) if ids is None else ids.cpu().long()
+        images, targets = encoded(self.defenses, images, targets, ids.tolist(), seed)
         # What each client keeps to itself.
         own_secrets: dict[str, Tensor] = {}
         if (orders := draw_orders(protocol, ids.tolist(), seed)) is not None:
