@@ -40,28 +40,20 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
     return said.err + said.out
 
 
-def test_help_tells_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(capsys, "--help", code=0)
-    assert "leakage demo " in said
-    assert "leakage fit " in said
-    said = refused(capsys, "demo", "--help", code=0)
-    assert all(option in said for option in ("--output", "--victims", "--seed"))
-    said = refused(capsys, "fit", "--help", code=0)
-    assert all(option in said for option in ("--config", "--model", "--data", "--trainer.max_epochs", "--ckpt_path"))
-
-
 @pytest.mark.slow
 def test_the_start_imports_no_more_than_it_needs() -> None:
     """Lightning itself imports a lot, through torchmetrics; what counts is what comes on top of it."""
     code = """
 import sys
+import leakage.cli.main
+leakage.cli.main.main([])
+assert "torch" not in sys.modules
 import torch
 before = set(sys.modules)
-import leakage
+from leakage import LeNet, Protocol, SharedGradient, Victim
 assert not (set(sys.modules) - before) & {"lightning", "matplotlib", "scipy", "sympy", "torchmetrics", "torchvision"}
 import lightning.pytorch
 before = set(sys.modules)
-import leakage.cli.main
 for command in ("demo", "fit", "evaluate"):
     leakage.cli.main.load(command)
 more = {name.partition(".")[0] for name in set(sys.modules) - before}
@@ -73,7 +65,6 @@ assert not more & {"onnx", "pandas", "sklearn", "sympy", "tensorboard", "wandb"}
 
 def test_refuses_another_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     assert "invalid choice: 'fti' (choose from" in refused(capsys, "fti")
-    assert "required: command" in refused(capsys)
 
 
 @pytest.mark.parametrize("attack", ["DLGAttack", "IDLGAttack", "RGAPAttack", "GaussNewtonAttack"])
