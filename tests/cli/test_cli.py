@@ -141,7 +141,7 @@ def check_page(page: str) -> None:
     assert "{{" not in page
     blocks = [html.unescape(code) for code in re.findall(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL)]
     commands = [shlex.split(line) for code in blocks for line in code.replace("\\\n", " ").splitlines()]
-    for words in [words for words in commands if words[0] == "leakage"]:
+    for words in [words for words in commands if words[:1] == ["leakage"]]:
         with pytest.raises(SystemExit) as end:
             main([*words[1:], "--print_config"])
         assert not end.value.code, words
