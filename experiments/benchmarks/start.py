@@ -4,8 +4,9 @@
 
 Every figure is of a new process, from just before it is started to a moment that it tells: the last line of the first
 screen, the end of importing torch, `leakage` or the command line, or, for the demo, the end of the first evaluation of
-its first attack, after which the process ends itself. That moment is had by wrapping `Lanes.evaluate` in that process; nothing else is
-changed. All take turns; the medians count. The first turn is told apart, as the files may not be in memory then.
+its first attack, after which the process ends itself. That moment is had by wrapping `Lanes.evaluate` in that process;
+nothing else is changed. All take turns; the medians count. The first turn is told apart, as the files may not be in
+memory then.
 """
 
 from __future__ import annotations
