@@ -14,9 +14,8 @@ from enum import Enum
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import nn
-from torchmetrics import Metric
 
-from leakage.models import Generator
+from leakage.models import NETWORKS
 
 # In the words of all versions of jsonargparse that the library runs with.
 _PROBLEM = r"Problem with given class_path '([\w.]+)':\s+(?:Validation failed: )?"
@@ -143,17 +142,16 @@ def _classes(owner: type, name: str) -> tuple[type, ...]:
 
 def known(bases: tuple[type, ...]) -> list[type]:
     """The library's own subclasses that a user is meant to name: what its rooms hold."""
+    if bases == (nn.Module,):
+        return [*NETWORKS.values()]
     rooms = [room for name, room in list(sys.modules.items()) if re.fullmatch(r"leakage\.\w+", name)]
     classes = [kind for room in rooms for kind in vars(room).values() if isinstance(kind, type)]
-    # A network is a plain module that classifies.
-    others = (LightningModule, Metric, Generator) if bases == (nn.Module,) else ()
     found = [
         kind
         for kind in classes
         if kind.__module__.startswith("leakage.")
         and kind not in bases
         and any(base in kind.__mro__ for base in bases)
-        and not issubclass(kind, others)
         and not is_abstract(kind)
     ]
     return list(dict.fromkeys(found))
