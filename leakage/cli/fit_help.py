@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import textwrap
 from collections.abc import Sequence
 
@@ -15,19 +16,20 @@ from leakage.cli.refusals import imported, is_abstract, known
 from leakage.condensation import Condensation
 
 _HELP = ("-h", "--help")
-_USAGE = """usage: leakage fit --model CLASS --data CLASS [--model.OPTION VALUE] [--data.OPTION VALUE] ...
+_USAGE = """usage: leakage fit --model CLASS --data CLASS [OPTION VALUE] ...
        leakage fit --config FILE [OPTION VALUE] ...
 
 Run an attack on victims, or condense a data set, with Lightning's Trainer.
 """
 _OPTIONS = """options:
-  --model CLASS            what to run, one of the above or an import path of your own
-  --data CLASS             what to run it on, likewise
-  --config FILE            all of this from a YAML file; what follows on the command line counts more
-  --trainer.OPTION VALUE   of Lightning's Trainer, for example --trainer.accelerator cpu --trainer.max_epochs 1
+  --model CLASS            one of the above, or an import path of your own
+  --model.OPTION VALUE     an option of that class
+  --data CLASS, --data.OPTION VALUE, --trainer.OPTION VALUE
+                           likewise; the trainer is always Lightning's Trainer
+  --config FILE            all of this from YAML; options after it override it
   --ckpt_path FILE         go on from a checkpoint
-  --seed_everything SEED   of Lightning; attacks and victims have their own `seed`
-  --print_config           print the whole configuration, as a file to begin with, and run nothing
+  --seed_everything SEED   Lightning's; attacks and data have a `seed` as well
+  --print_config           print the configuration, and run nothing
 
 The options of one class:
   leakage fit --model IDLGAttack --help
@@ -36,6 +38,7 @@ The options of one class:
 """
 # A line of the list of options begins its text here, as argparse has it.
 _INDENT = 24
+# At most, in a wider terminal.
 _WIDTH = 100
 
 
@@ -94,7 +97,7 @@ def _overview() -> str:
 
 def _line(kind: type, width: int) -> str:
     name = f"  {kind.__name__}".ljust(width)
-    return textwrap.fill(_summary(kind), _WIDTH, initial_indent=name, subsequent_indent=" " * width)
+    return textwrap.fill(_summary(kind), _columns(), initial_indent=name, subsequent_indent=" " * width)
 
 
 def _options_of(kind: type, key: str) -> str:
@@ -119,11 +122,17 @@ def _known_here(listed: re.Match[str]) -> str:
     if not names:
         return ")"
     indent = " " * _INDENT
-    return ",\n" + textwrap.fill(f"one of {', '.join(names)})", _WIDTH, initial_indent=indent, subsequent_indent=indent)
+    return ",\n" + textwrap.fill(
+        f"one of {', '.join(names)})", _columns(), initial_indent=indent, subsequent_indent=indent
+    )
 
 
 def _summary(kind: type) -> str:
     return _plain((kind.__doc__ or "").strip().partition("\n")[0])
+
+
+def _columns() -> int:
+    return min(shutil.get_terminal_size().columns, _WIDTH)
 
 
 def _plain(text: str) -> str:

@@ -13,14 +13,15 @@ from leakage import __version__
 
 _SCREEN = """leakage {version}: what a shared gradient gives away
 
-  leakage demo           three attacks side by side on bundled images, in under a minute, and a page that shows them
-  leakage fit            any attack on any victims, or the condensation of any data set
-  leakage evaluate FILE  test accuracy of networks trained on a saved synthetic set
+  leakage demo           three attacks on bundled images, in under a minute
+  leakage fit            any attack on any victims, or condense a data set
+  leakage evaluate FILE  test accuracy of networks trained on a synthetic set
 
 Begin with `leakage demo`. Then, for example:
 
-  leakage fit --model IDLGAttack --data Victims --data.dataset sample --data.victims 8
-  leakage fit --model GradientMatchingCondensation --data LabelledImages --data.dataset fashion_mnist
+  leakage fit --model IDLGAttack --data Victims --data.dataset sample
+  leakage fit --model GradientMatchingCondensation \\
+      --data LabelledImages --data.dataset fashion_mnist
 
 What there is to choose from, and the options:
 

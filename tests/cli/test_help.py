@@ -24,7 +24,7 @@ def test_the_first_screen_is_short_and_leads_on(capsys: pytest.CaptureFixture[st
     lines = said.splitlines()
     assert lines[0] == f"leakage {leakage.__version__}: what a shared gradient gives away"
     assert len(lines) <= 24, "fits a terminal"
-    assert max(map(len, lines)) <= 120
+    assert max(map(len, lines)) <= 80
     for command in ("demo", "fit", "evaluate"):
         assert f"  leakage {command} " in said
     assert "  leakage fit --model IDLGAttack --help " in said
@@ -46,7 +46,7 @@ def test_fit_tells_what_there_is_and_where_the_options_are(
     capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     said = told(capsys, "fit", *arguments)
-    assert all(option in said for option in ("--config", "--model", "--data", "--trainer.max_epochs", "--ckpt_path"))
+    assert all(option in said for option in ("--config", "--model", "--data", "--trainer.OPTION", "--ckpt_path"))
     attacks, condensations = said.partition("\nattacks:\n")[2].split("\ncondensations")
     first = [line.split()[0] for line in attacks.splitlines() if line[2:3].strip()]
     assert first == sorted(first)
@@ -55,7 +55,7 @@ def test_fit_tells_what_there_is_and_where_the_options_are(
     assert "  GradientMatchingCondensation " in condensations
     assert "  LabelledImages " in condensations.partition("\ndata:\n")[2]
     assert "  leakage fit --model IDLGAttack --help\n" in said
-    assert len(said.splitlines()) < 70
+    assert len(said.splitlines()) < 80
 
 
 def test_fit_tells_the_options_of_one_class(capsys: pytest.CaptureFixture[str]) -> None:
