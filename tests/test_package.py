@@ -53,3 +53,13 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert citation["version"] == leakage.__version__
     headings = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert headings[0] == leakage.__version__
+
+
+def test_names_of_the_package_are_there_when_they_are_asked_for() -> None:
+    from leakage.models import LeNet
+
+    assert leakage.LeNet is LeNet
+    assert set(leakage.__all__) <= set(dir(leakage))
+    assert leakage.attacks.IDLGAttack.__name__ == "IDLGAttack"
+    with pytest.raises(AttributeError, match="module 'leakage' has no attribute 'Nothing'"):
+        _ = leakage.Nothing
