@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, Timer
+from matplotlib.figure import Figure
 
 from leakage.attacks import GradientInversion
 from leakage.callbacks import AttackProgressBar, Gallery, VictimTable
@@ -78,6 +79,21 @@ class Row:
     evaluations_per_victim: float
     seconds: float
     published_label_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """One image of a victim: the truth, and what each method made of it.
+
+    Attributes:
+        victim: its id.
+        images: the truth and a reconstruction by each method, ``(C, H, W)``.
+        captions: the label of the truth, PSNR and label of each reconstruction.
+    """
+
+    victim: int
+    images: tuple[torch.Tensor, ...]
+    captions: tuple[str, ...]
 
 
 def run_attack(
@@ -165,13 +181,29 @@ def write_overview(folder: Path, rows: Sequence[Row], victims: VictimDataModule)
     for name, table in tables.items():
         writer.writerows([name, *(line[column] for column in columns)] for line in table)
     write_text(folder / "victims.csv", text.getvalue())
-    curves = {
-        WRITTEN.get(name, name): torch.tensor([float(line["mse"]) for line in table]) for name, table in tables.items()
-    }
     dataset = rows[0].dataset
-    save_figure(plot_fidelity(curves, title=f"{dataset}: fidelity of the reconstructions"), folder / "fidelity.png")
-    _gallery(folder, list(tables), victims, dataset)
+    save_figure(plot_errors(folder, rows, f"{dataset}: fidelity of the reconstructions"), folder / "fidelity.png")
+    shown = first_victims(folder, list(tables), victims)
+    figure = plot_gallery(
+        [row.images for row in shown],
+        columns=["truth", *(WRITTEN.get(name, name) for name in tables)],
+        rows=[f"victim {row.victim}" for row in shown],
+        captions=[row.captions for row in shown],
+        title=f"{dataset}: what the gradient gave away",
+    )
+    save_figure(figure, folder / "gallery.png")
     write_json(folder / "summary.json", [asdict(row) for row in rows])
+
+
+def plot_errors(folder: Path, rows: Sequence[Row], title: str = "") -> Figure:
+    """Share of victims under a threshold of the MSE, over the threshold, a curve for each method.
+
+    Raises:
+        ValueError: the table of a method in ``folder`` is damaged, or not of all victims.
+    """
+    tables = {row.method: _read_table(folder / row.method / "victims.csv", row.victims) for row in rows}
+    curves = {WRITTEN.get(name, name): [float(line["mse"]) for line in table] for name, table in tables.items()}
+    return plot_fidelity({name: torch.tensor(errors) for name, errors in curves.items()}, title=title)
 
 
 def read_reconstructions(folder: Path, victims: Sequence[int]) -> Reconstruction:
@@ -246,8 +278,8 @@ def _read_table(path: Path, victims: int) -> list[dict[str, str]]:
     return sorted(rows, key=lambda row: int(row["victim"]))
 
 
-def _gallery(folder: Path, names: list[str], victims: VictimDataModule, dataset: str) -> None:
-    """The truth and every method's reconstruction of the first victims, a row for each image."""
+def first_victims(folder: Path, names: Sequence[str], victims: VictimDataModule) -> list[SideBySide]:
+    """The true images of the first victims, and what each method made of them, from the files in ``folder``."""
     parts: list[GroundTruth] = []
     for batch in victims.val_dataloader():
         parts.append(batch)
@@ -267,15 +299,9 @@ def _gallery(folder: Path, names: list[str], victims: VictimDataModule, dataset:
         labels = found.labels[victim, scores.order].flatten().tolist()
         shown = zip(scores.psnr.flatten().tolist(), labels, strict=True)
         captions.append([f"{psnr:.1f} dB, label {label}" for psnr, label in shown])
-    rows = [f"victim {victim}" for victim in truth.ids.tolist() for _ in range(victims.victim.protocol.num_images)]
-    figure = plot_gallery(
-        list(zip(*images, strict=True))[:_GALLERY_ROWS],
-        columns=["truth", *(WRITTEN.get(name, name) for name in names)],
-        rows=rows[:_GALLERY_ROWS],
-        captions=list(zip(*captions, strict=True))[:_GALLERY_ROWS],
-        title=f"{dataset}: what the gradient gave away",
-    )
-    save_figure(figure, folder / "gallery.png")
+    ids = [victim for victim in truth.ids.tolist() for _ in range(victims.victim.protocol.num_images)]
+    rows = map(SideBySide, ids, zip(*images, strict=True), zip(*captions, strict=True))
+    return list(rows)[:_GALLERY_ROWS]
 
 
 def _percent(value: float, interval: tuple[float, float]) -> str:

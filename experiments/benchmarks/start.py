@@ -1,11 +1,12 @@
-"""The fixed cost: seconds from the start of `leakage demo` to the end of its first evaluation.
+"""The fixed cost: seconds from the start of `leakage`, and of `leakage demo` to the end of its first evaluation.
 
     python experiments/benchmarks/start.py --output start.json
 
-Every figure is of a new process, from just before it is started to a moment that it tells: the end of importing torch,
-`leakage` or the command line, or, for the demo, the end of the first evaluation of its first attack, after which the
-process ends itself. That moment is had by wrapping `Lanes.evaluate` in that process; nothing else is
-changed. All take turns; the medians count. The first turn is told apart, as the files may not be in memory then.
+Every figure is of a new process, from just before it is started to a moment that it tells: the last line of the first
+screen, the end of importing torch, `leakage` or the command line, or, for the demo, the end of the first evaluation of
+its first attack, after which the process ends itself. That moment is had by wrapping `Lanes.evaluate` in that process;
+nothing else is changed. All take turns; the medians count. The first turn is told apart, as the files may not be in
+memory then.
 """
 
 from __future__ import annotations
@@ -42,11 +43,14 @@ Lanes.evaluate = first
 main(["demo", "--output", sys.argv[1], "--victims", sys.argv[2]])
 """
 FIRST = "leakage demo, first evaluation"
-# In order: each does what the one before does, and more.
+SCREEN = "leakage, the first screen"
+# From `import torch` on each does what the one before does, and more.
 MOMENTS = {
     "Python": TELL,
+    SCREEN: f"from leakage.cli.main import main\nmain([])\n{TELL}",
+    "leakage --help": f"from leakage.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    {TELL}",
     "import torch": f"import torch\n{TELL}",
-    "import leakage": f"import leakage\n{TELL}",
+    "import leakage": f"from leakage import LeNet, Protocol, SharedGradient, Victim\n{TELL}",
     "load the command line": f"from leakage.cli.main import load\nload('demo')\n{TELL}",
     FIRST: DEMO,
 }

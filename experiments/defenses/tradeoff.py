@@ -140,6 +140,8 @@ class Tradeoff:
         check_count(victims=given.victims, images=given.images, others=given.others, seeds=given.seeds)
         check_count(0, epochs=given.epochs, rounds=given.rounds, seed=given.seed)
         check_share(delta=given.delta)
+        if not given.defenses:
+            given.defenses = [name for name, kind in DEFENSES.items() if given.images >= kind.images]
         if given.strengths and len(given.defenses) != 1:
             raise ValueError(
                 f"Expected `--strengths` with a single defense, whose unit they are in, but got {given.defenses}."
@@ -380,7 +382,7 @@ def _parser() -> argparse.ArgumentParser:
     add_options(parser, network="lenet", victims=10)
     add_attack_options(parser)
     add = parser.add_argument
-    add("--defenses", nargs="+", choices=tuple(DEFENSES), default=list(DEFENSES), help="default: all")
+    add("--defenses", nargs="+", choices=tuple(DEFENSES), help="default: all that clients of so many images can use")
     add("--strengths", nargs="+", type=float, help="of a single defense (default: three of each, see the table)")
     add("--attacks", nargs="+", choices=tuple(ATTACKS), default=["gauss_newton"], help="default: %(default)s")
     add("--attackers", nargs="+", choices=ATTACKERS, default=list(ATTACKERS), help="default: both")

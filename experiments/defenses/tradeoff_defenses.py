@@ -17,6 +17,7 @@ from leakage.defenses import (
     GaussianNoise,
     HalfPrecision,
     LaplaceNoise,
+    MixUp,
     Quantise,
     RandomPruning,
     Sign,
@@ -38,6 +39,7 @@ class Kind:
         written: in tables and pictures.
         told: a strength s, its inverse i or its percentage p in words; or words for each strength.
         aggregates: whether the strength is a number of clients, of whom nothing is seen but the mean.
+        images: that a client has at least.
         network: the network that clients train, of that without the defense and a strength; by default the same.
     """
 
@@ -46,6 +48,7 @@ class Kind:
     written: str
     told: str | dict[float, str]
     aggregates: bool = False
+    images: int = 1
     network: Callable[[nn.Module, float], nn.Module] | None = None
 
     def named(self, strength: float) -> str:
@@ -99,6 +102,7 @@ DEFENSES: dict[str, Kind] = {
     "dropout": Kind(
         lambda strength: [], (0.1, 0.3, 0.5), "dropout", "{p:g} % of the features", network=_with_dropout
     ),
+    "mixup": Kind(lambda strength: [MixUp(strength)], (0.2, 1.0, 5.0), "MixUp", "Beta({s:g}, {s:g})", images=2),
     "precode": Kind(
         lambda strength: [], (1 / 256, 1 / 32, 1 / 8), "PRECODE", "{i:g} numbers",
         network=lambda network, strength: PRECODE(network, round(1 / strength)),

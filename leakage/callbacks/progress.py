@@ -46,18 +46,20 @@ class RunProgressBar(TQDMProgressBar):
         return self.name or self.unit.capitalize()
 
     def init_train_tqdm(self) -> Tqdm:
-        """The bar over the run."""
-        bar = super().init_train_tqdm()
-        bar.unit = f" {self.unit}"
-        return bar
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start where the run stands, which after a resume is not zero."""
-        super().on_train_start()
-        bar = self.train_progress_bar
-        bar.n, bar.total = self.count(pl_module)
-        bar.initial = bar.n
-        bar.refresh()
+        """The bar over the run, which starts where the run stands: after a resume that is not zero."""
+        done, total = self.count(self.trainer.lightning_module)
+        return Tqdm(
+            desc=self.train_description,
+            unit=f" {self.unit}",
+            initial=done,
+            total=total,
+            position=2 * self.process_position,
+            disable=self.is_disabled,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            smoothing=0,
+            bar_format=self.BAR_FORMAT,
+        )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the bar as it is: all that it counts belongs to one epoch."""

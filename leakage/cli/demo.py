@@ -11,6 +11,7 @@ from typing import Any
 
 from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientInversion, IDLGAttack
 from leakage.cli import quiet
+from leakage.cli.demo_page import PAGE, write_page
 from leakage.comparison import FILES, format_table, run_attack, write_overview
 from leakage.datamodules import Victims
 from leakage.files.whole import check_output
@@ -44,11 +45,12 @@ def demo(arguments: Sequence[str]) -> None:
     )
     try:
         options: dict[str, Any] = {"dataset": "sample", "accelerator": "cpu", "enable_checkpointing": False}
-        for name in FILES:
+        for name in (PAGE, *FILES):
             (given.output / name).unlink(missing_ok=True)
         found = [run_attack(name, one, victims, given.output / name, **options) for name, one in compared.items()]
         rows = [row for row in found if row is not None]
         write_overview(given.output, rows, victims)
+        write_page(given.output, rows, victims, FILES)
     except (KeyboardInterrupt, SystemExit):
         # Each attack has its folder, with what was done when the interrupt came.
         begun = [str(given.output / name) for name in compared if (given.output / name / "victims.csv").is_file()]
@@ -59,4 +61,5 @@ def demo(arguments: Sequence[str]) -> None:
     print(f"\n{format_table(rows)}\n")
     for name in FILES:
         print(given.output / name)
+    print(f"{given.output / PAGE}: all of this on one page, and what to do next")
     print(f"{time.monotonic() - started:.0f} s")

@@ -21,6 +21,7 @@ from torch import nn
 from leakage import attacks, datamodules, models  # noqa: F401
 from leakage.callbacks.results import ResultsCallback
 from leakage.cli import quiet
+from leakage.cli.fit_help import help_asked_for
 from leakage.cli.refusals import explain, one_line, own_words
 from leakage.condensation import Condensation
 from leakage.files.checkpoints import WholeCheckpointIO
@@ -121,6 +122,9 @@ class LeakageCLI(LightningCLI):
 def fit(arguments: Sequence[str]) -> None:
     """Run any attack on any victims, or any condensation."""
     quiet()
+    if text := help_asked_for(arguments):
+        print(text)
+        sys.exit()
     try:
         for path in _configs(arguments):
             check_config(path)

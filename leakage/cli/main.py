@@ -9,19 +9,27 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-_DESCRIPTION = """What a shared gradient gives away.
+from leakage import __version__
 
-  leakage demo               three attacks side by side on a bundled sample, in under a minute
-  leakage audit              whether the training of your own LightningModule leaks: a report and an exit code
-  leakage fit --config FILE  any attack on any victims, or the condensation of any data set, configured by a file
-                             or by arguments
-  leakage evaluate FILE      test accuracy of networks trained on a saved synthetic set
+_SCREEN = """leakage {version}: what a shared gradient gives away
 
-`leakage demo --help` and so on tell their options. For example:
+  leakage demo           three attacks on bundled images, in under a minute
+  leakage audit          does the training of your own module leak?
+  leakage fit            any attack on any victims, or condense a data set
+  leakage evaluate FILE  test accuracy of networks trained on a synthetic set
+
+Begin with `leakage demo`. Then, for example:
 
   leakage audit --example
-  leakage fit --model IDLGAttack --data Victims --data.dataset sample --data.victims 8
-  leakage fit --model GradientMatchingCondensation --data LabelledImages --data.dataset fashion_mnist
+  leakage fit --model IDLGAttack --data Victims --data.dataset sample
+  leakage fit --model GradientMatchingCondensation \\
+      --data LabelledImages --data.dataset fashion_mnist
+
+What there is to choose from, and the options:
+
+  leakage fit --help                       attacks, condensations and data
+  leakage fit --model IDLGAttack --help    the options of one of them
+  leakage demo --help                      of another command
 """
 # Each is a module beside this one with a function of the same name.
 _SUBCOMMANDS = ("demo", "audit", "fit", "evaluate")
@@ -36,14 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: what follows ``leakage``; by default those of the process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    screen = _SCREEN.format(version=__version__)
+    if not given:
+        print(screen, end="")
+        return
     parser = argparse.ArgumentParser(
         prog="leakage",
-        usage=f"leakage [-h] {{{','.join(_SUBCOMMANDS)}}} ...",
-        description=_DESCRIPTION,
+        usage=f"leakage [-h] [--version] {{{','.join(_SUBCOMMANDS)}}} ...",
+        description=screen,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"leakage {__version__}")
     # The rest is for the parser of the subcommand.
-    parser.add_argument("command", choices=_SUBCOMMANDS, help="what to do")
+    parser.add_argument("command", choices=_SUBCOMMANDS, help=argparse.SUPPRESS)
     command = parser.parse_args(given[:1]).command
     # As `python -m` does, for classes of one's own by `class_path`. Last, so that none is in the way of another.
     if (here := str(Path.cwd())) not in sys.path:

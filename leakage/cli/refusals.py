@@ -14,13 +14,15 @@ from enum import Enum
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import nn
-from torchmetrics import Metric
+
+from leakage.models import NETWORKS
 
 # In the words of all versions of jsonargparse that the library runs with.
 _PROBLEM = r"Problem with given class_path '([\w.]+)':\s+(?:Validation failed: )?"
 _UNKNOWN_OPTION = re.compile(_PROBLEM + r"(?:Option|Key) '([\w.]+)' is not")
 _UNKNOWN_TRAINER_OPTION = re.compile(r"(?:does not accept (?:option|nested key) '|arguments: --)trainer\.(\w+)")
 _UNKNOWN_KEY = re.compile(r"does not accept (?:option|nested key) '(\w+)")
+_MISSING_KEYS = re.compile(r"^the following arguments are required: ((?:fit\.\w+(?:, )?)+)$")
 _MISSING_OPTION = re.compile(
     _PROBLEM + r"(?:Key \"([\w.]+)\" is required|the following arguments are required: (.*)$)", re.MULTILINE
 )
@@ -40,13 +42,16 @@ _PLAIN = ("builtins", "collections", "datetime", "numbers", "os", "pathlib", "ty
 def explain(message: str) -> str:
     """An error of jsonargparse in one line, with the options or the classes that there are."""
     if unknown := _UNKNOWN_OPTION.search(message):
-        return _expected_option(_imported(unknown[1]), unknown[2])
+        return _expected_option(imported(unknown[1]), unknown[2])
     if unknown := _UNKNOWN_TRAINER_OPTION.search(message):
         return _expected_option(Trainer, unknown[1])
     if unknown := _UNKNOWN_KEY.search(message):
         return f"Expected one of {listed(_KEYS, unknown[1])}, but got `{unknown[1]}`."
+    if missing := _MISSING_KEYS.search(message):
+        keys = sorted(missing[1].replace("fit.", "").split(", "), reverse=True)
+        return f"Expected {' and '.join(f'`--{key}`' for key in keys)}, but got none."
     if missing := _MISSING_OPTION.search(message):
-        return f"Expected the option `{missing[2] or missing[3]}` of {_imported(missing[1]).__name__}, but got none."
+        return f"Expected the option `{missing[2] or missing[3]}` of {imported(missing[1]).__name__}, but got none."
     places = list(_BAD_VALUE.finditer(message))
     if places and (given := _GIVEN.search(message, places[-1].end())):
         return _expected_value(places[-1][1], places[-1][2], message[places[-1].end() : given.end()], given[1])
@@ -68,7 +73,7 @@ def one_line(message: str) -> str:
     return " ".join(message.split())
 
 
-def _is_abstract(kind: object) -> bool:
+def is_abstract(kind: object) -> bool:
     """Whether a class has methods that its subclasses are to write; `inspect.isabstract` sees only ABCMeta's."""
     return any(getattr(getattr(kind, name, None), "__isabstractmethod__", False) for name in dir(kind))
 
@@ -82,7 +87,7 @@ def _expected_option(owner: type, option: str) -> str:
 def _expected_value(class_path: str | None, key: str, reason: str, given: str) -> str:
     """What an option takes, a class or a value of a type; ``class_path`` is whose it is, the Trainer's without one."""
     name = key.rpartition(".")[2]
-    owner = _imported(class_path) if class_path else Trainer
+    owner = imported(class_path) if class_path else Trainer
     option = f"`{name}` of {owner.__name__}" if class_path else f"`--{key}`"
     bases: tuple[type, ...]
     if key in ("model", "data") and not class_path:
@@ -93,11 +98,11 @@ def _expected_value(class_path: str | None, key: str, reason: str, given: str) -
     if bases and (refused or _ANOTHER_CLASS.search(reason)):
         in_file = re.search(r"class_path(?:': |=)'([^']*)'", given)
         got = (refused[1] or refused[2]) if refused else in_file[1] if in_file else given
-        known = _known(bases)
-        choices = f"one of {listed(known, got.rpartition('.')[2])}, or the" if known else "the"
+        names = [kind.__name__ for kind in known(bases)]
+        choices = f"one of {listed(names, got.rpartition('.')[2])}, or the" if names else "the"
         paths = " or ".join(f"{base.__module__}.{base.__qualname__}" for base in bases)
         return (
-            f"Expected {option} to be {choices} import path of {'another' if known else 'a'} subclass of {paths}, "
+            f"Expected {option} to be {choices} import path of {'another' if names else 'a'} subclass of {paths}, "
             f"but got {got!r}."
         )
     if not written:
@@ -135,24 +140,25 @@ def _classes(owner: type, name: str) -> tuple[type, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _known(bases: tuple[type, ...]) -> list[str]:
+def known(bases: tuple[type, ...]) -> list[type]:
     """The library's own subclasses that a user is meant to name: what its rooms hold."""
+    if bases == (nn.Module,):
+        return [*NETWORKS.values()]
     rooms = [room for name, room in list(sys.modules.items()) if re.fullmatch(r"leakage\.\w+", name)]
     classes = [kind for room in rooms for kind in vars(room).values() if isinstance(kind, type)]
-    # A network is a plain module.
-    others = (LightningModule, Metric) if bases == (nn.Module,) else ()
-    return [
-        kind.__name__
+    found = [
+        kind
         for kind in classes
         if kind.__module__.startswith("leakage.")
         and kind not in bases
         and any(base in kind.__mro__ for base in bases)
-        and not issubclass(kind, others)
-        and not _is_abstract(kind)
+        and not is_abstract(kind)
     ]
+    return list(dict.fromkeys(found))
 
 
-def _imported(class_path: str) -> type:
+def imported(class_path: str) -> type:
+    """The class that an import path names."""
     module, _, name = class_path.rpartition(".")
     kind: type = getattr(importlib.import_module(module), name)
     return kind

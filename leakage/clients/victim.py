@@ -10,10 +10,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad
 from torch.nn import functional as F
 
 from leakage.clients.activations import Activation, check_names, recorded
+from leakage.clients.capture import capture
 from leakage.clients.inspection import (
     black_images,
     check_no_statistics,
@@ -23,22 +24,18 @@ from leakage.clients.inspection import (
     inspect_model,
     take_affine_apart,
 )
-from leakage.clients.local_steps import Secrets, draw_orders, train
+from leakage.clients.local_steps import Secrets, train
 from leakage.clients.losses import LOSSES
 from leakage.clients.low_rank import evaluate_in_basis
 from leakage.clients.protocol import UNKNOWN, Protocol, told_rate
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.smoothing import smoothed, without_sharpness
 from leakage.defenses.base import Defense, check_defenses, defend
+from leakage.defenses.encoding import encoded
 from leakage.errors import check_count
 from leakage.models.draw import draw_states, state_of
-from leakage.models.drawing import as_buffers, draw, find_draws, take_masks, take_penalties
+from leakage.models.drawing import as_buffers, find_draws, take_masks, take_penalties
 from leakage.precision import full_precision
-
-# Victims whose gradients are captured at once; bounds the memory of a capture, not its result.
-_CAPTURED_AT_ONCE = 64
-
-_Tensors = dict[str, Tensor]
 
 
 class Victim:
@@ -61,7 +58,9 @@ class Victim:
     learning rate it shares what there is to see then, its update :math:`\theta_0 - \theta_T`.
 
     The model is copied: nothing is ever left behind on the one that was given, and only parameters
-    that require gradients share them. BatchNorm in training mode, or without running statistics,
+    that require gradients share them. Dropout in training mode, and other modules that draw random numbers
+    (:class:`~leakage.defenses.PRECODE`), draw for each client and step anew. Attacks are not told what: they search for
+    it (:class:`~leakage.dummies.Drawn`). BatchNorm in training mode, or without running statistics,
     normalises by the client's own batch, as real clients do, the images of one step together: every image
     is then in every gradient. Its running statistics are neither used nor updated, so that
     :attr:`state` has none; one in evaluation mode keeps its own.
@@ -90,8 +89,8 @@ class Victim:
     Raises:
         ValueError: an unknown loss or reduction, local steps that can't be made, something else than defenses, a
             model that does not take such images or gives no logits, has no parameter that requires gradients, or
-            whose gradient depends on more than the images and weights (dropout in training mode), or BatchNorm in
-            training mode with one value per channel.
+            whose gradient depends on more than the images, the weights and what modules draw (dropout as a function),
+            or BatchNorm in training mode with one value per channel.
 
     References:
         McMahan et al., *Communication-Efficient Learning of Deep Networks from Decentralized Data*
@@ -350,9 +349,9 @@ class Victim:
                 it. By default all victims share the model's weights.
             ids: ``(V,)`` whole numbers that name the victims, by default 0 to V - 1.
             reveal_labels: put the labels into what is shared.
-            seed: with a victim's id, it decides what its defenses draw, and the order that it shuffles into. Two calls
-                with the same seed and ids add the same noise, and the difference of what they share has none of it:
-                give each round another seed.
+            seed: with a victim's id, it decides what its defenses and its network draw, and the order that it shuffles
+                into. Two calls with the same seed and ids add the same noise, and the difference of what they share has
+                none of it: give each round another seed.
 
         Raises:
             ValueError: images or labels of another shape or range, images of another precision than the
@@ -381,22 +380,8 @@ class Victim:
             raise ValueError(f"Expected `images` in the precision of the weights, {precision}, but got {images.dtype}.")
         targets = F.one_hot(labels.long(), protocol.num_classes).to(images.dtype)
         ids = torch.arange(len(images)) if ids is None else ids.cpu().long()
-        # What each client keeps to itself.
-        own_secrets: dict[str, Tensor] = {}
-        if (orders := draw_orders(protocol, ids.tolist(), seed)) is not None:
-            own_secrets["order"] = orders.to(images.device)
-        if self.draws:
-            rows = protocol.local_steps * (protocol.local_batch_size or protocol.num_images)
-            own_secrets["drawn"] = draw(self.draws, rows, ids.tolist(), seed).to(images)
-
-        def steps(state: _Tensors, images: Tensor, targets: Tensor, own: _Tensors) -> dict[str, Tensor]:
-            return self.evaluate(state, images, targets, secrets=Secrets(hidden, **own))[0]
-
-        capture = vmap(steps, in_dims=(0 if own else None, 0, 0, 0), chunk_size=_CAPTURED_AT_ONCE)
-        with torch.no_grad():
-            gradients = capture(states, images, targets, own_secrets)
-        if hidden is not None:
-            gradients = {name: hidden * protocol.local_steps * tensor for name, tensor in gradients.items()}
+        images, targets = encoded(self.defenses, images, targets, ids.tolist(), seed)
+        gradients = capture(self, states, own, images, targets, ids.tolist(), hidden, seed)
         shared = SharedGradient(
             gradients=gradients,
             state=states,

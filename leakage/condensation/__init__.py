@@ -1,5 +1,6 @@
 """Few images that stand for a whole training set, found by matching gradients or features."""
 
+from leakage import notices
 from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.condensation.condensation import Condensation
 from leakage.condensation.dd_ranking import export_dd_ranking
@@ -12,6 +13,8 @@ from leakage.condensation.protocols import CondensationProtocol
 from leakage.condensation.recipe import Recipe, Score
 from leakage.condensation.synthetic_set import SyntheticSet, random_images
 from leakage.condensation.training import TrainingOptions
+
+notices.leave_out()
 
 __all__ = [
     "Condensation",

@@ -76,7 +76,7 @@ class Victims(VictimDataModule):
         name: what the data set is called.
 
     Args:
-        dataset: see above.
+        dataset: a name or a folder as above, or a Dataset of (image, label).
         victims: number of victims.
         images: N, the images behind one gradient.
         seed: decides images, networks and the noise of defenses.

@@ -7,6 +7,7 @@ from leakage.dummies.labels import InferredLabels, JointLabels, RevealedLabels
 from leakage.dummies.latent import LatentCode
 from leakage.dummies.learning_rate import LearningRate
 from leakage.dummies.local_order import LocalOrder
+from leakage.dummies.mixture import Mixture
 from leakage.dummies.pixels import Pixels, RGAPStart, Start
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LatentCode",
     "LearningRate",
     "LocalOrder",
+    "Mixture",
     "Pixels",
     "RGAPStart",
     "RevealedLabels",

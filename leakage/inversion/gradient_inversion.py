@@ -8,7 +8,8 @@ from collections import OrderedDict
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import nn
 
@@ -226,6 +227,7 @@ class GradientInversion(LightningModule):
         datamodule = self._datamodule
         check_choice("precision", self.trainer.precision, _PRECISIONS)
         check_strategy(self.trainer)
+        _leave_out_summary(self.trainer)
         if self.trainer.strategy.root_device.type == "mps":
             raise ValueError(
                 "Expected a CPU or a CUDA device, but got 'mps', which knows no double precision: labels and closed "
@@ -412,3 +414,8 @@ class GradientInversion(LightningModule):
             self._search = Search.restored(saved, self.victim, declared)
             for name, unknown in self.unknowns.items():
                 unknown.data = torch.empty_like(checkpoint["state_dict"][f"unknowns.{name}"], device=unknown.device)
+
+
+def _leave_out_summary(trainer: Trainer) -> None:
+    """Take Lightning's own summary of parameters from a Trainer: an attack has none before its victims come."""
+    trainer.callbacks = [one for one in trainer.callbacks if type(one) is not ModelSummary]  # type: ignore[attr-defined]

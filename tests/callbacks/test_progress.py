@@ -33,6 +33,13 @@ def test_stays_on_the_screen(run, capsys) -> None:
     assert said.endswith("\n")
 
 
+def test_begins_with_its_total(run, capsys) -> None:
+    run.fit(run.attack(), AttackProgressBar(), enable_progress_bar=True)
+    shown = lines(capsys)
+    assert "0/6" in shown[0]
+    assert all("?" not in line.partition("[")[0] for line in shown)
+
+
 def test_success_is_that_of_the_final_scores(run, capsys) -> None:
     attack = run.attack()
     trainer = run.fit(attack, bar := AttackProgressBar(), enable_progress_bar=True)

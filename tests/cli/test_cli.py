@@ -1,18 +1,25 @@
 from __future__ import annotations
 
 import csv
+import html
+import io
 import json
+import re
+import shlex
 import subprocess
 import sys
+from base64 import b64decode
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torchvision.models import resnet18
 
 from leakage import Victim
 from leakage.attacks import IDLGAttack
+from leakage.cli.demo_page import PAGE
 from leakage.cli.main import main
 from leakage.comparison import FILES
 from leakage.inversion.reconstruction import Reconstruction
@@ -40,28 +47,20 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
     return said.err + said.out
 
 
-def test_help_tells_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(capsys, "--help", code=0)
-    assert "leakage demo " in said
-    assert "leakage fit " in said
-    said = refused(capsys, "demo", "--help", code=0)
-    assert all(option in said for option in ("--output", "--victims", "--seed"))
-    said = refused(capsys, "fit", "--help", code=0)
-    assert all(option in said for option in ("--config", "--model", "--data", "--trainer.max_epochs", "--ckpt_path"))
-
-
 @pytest.mark.slow
 def test_the_start_imports_no_more_than_it_needs() -> None:
     """Lightning itself imports a lot, through torchmetrics; what counts is what comes on top of it."""
     code = """
 import sys
+import leakage.cli.main
+leakage.cli.main.main([])
+assert "torch" not in sys.modules
 import torch
 before = set(sys.modules)
-import leakage
+from leakage import LeNet, Protocol, SharedGradient, Victim
 assert not (set(sys.modules) - before) & {"lightning", "matplotlib", "scipy", "sympy", "torchmetrics", "torchvision"}
 import lightning.pytorch
 before = set(sys.modules)
-import leakage.cli.main
 for command in ("demo", "fit", "evaluate"):
     leakage.cli.main.load(command)
 more = {name.partition(".")[0] for name in set(sys.modules) - before}
@@ -73,7 +72,6 @@ assert not more & {"onnx", "pandas", "sklearn", "sympy", "tensorboard", "wandb"}
 
 def test_refuses_another_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     assert "invalid choice: 'fti' (choose from" in refused(capsys, "fti")
-    assert "required: command" in refused(capsys)
 
 
 @pytest.mark.parametrize("attack", ["DLGAttack", "IDLGAttack", "RGAPAttack", "GaussNewtonAttack"])
@@ -116,9 +114,39 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for row in rows:
         assert row["success_rate"] == 1.0, row["method"]
         assert row["mse_median"] < 1e-3
+    assert f"{Path('out') / PAGE}: all of this on one page" in said.out
+    check_page((tmp_path / "out" / PAGE).read_text(encoding="utf-8"))
     # No terminal here: no flood of the bar's updates, and no warnings.
     assert len(said.out) < 5000
     assert said.err == ""
+
+
+def check_page(page: str) -> None:
+    """It needs no other file, shows every image and figure, and its commands are understood."""
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|summary|victims|gallery|fidelity|#)""", page)
+    assert "<script" not in page
+    assert "url(http" not in page
+    pictures = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="victim (\d), (.*?)"', page)
+    assert [(victim, of) for _, victim, of in pictures] == [
+        (victim, of) for victim in "012" for of in ("truth", "DLG", "iDLG", "Gauss-Newton")
+    ]
+    shown = [torch.tensor(bytearray(Image.open(io.BytesIO(b64decode(png))).tobytes())) for png, _, _ in pictures]
+    for truth, *found in zip(*[iter(shown)] * 4, strict=True):
+        assert len(truth) == 28 * 28
+        assert truth.max() > 0
+        for image in found:
+            assert (image.int() - truth.int()).abs().max() < 16, "all of these attacks find the images"
+    assert page.count("100.0 %") >= 6
+    assert page.count("<svg") == 1
+    assert "{{" not in page
+    blocks = [html.unescape(code) for code in re.findall(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL)]
+    commands = [shlex.split(line) for code in blocks for line in code.replace("\\\n", " ").splitlines()]
+    for words in [words for words in commands if words[:1] == ["leakage"]]:
+        with pytest.raises(SystemExit) as end:
+            main([*words[1:], "--print_config"])
+        assert not end.value.code, words
+    (python,) = [code for code in blocks if code.startswith("from lightning")]
+    compile(python, "page", "exec")
 
 
 @pytest.mark.parametrize(

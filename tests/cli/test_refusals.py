@@ -15,7 +15,7 @@ from leakage.cli.refusals import explain, own_words
 ATTACK = ["--model", "IDLGAttack", "--data", "Victims", "--data.dataset", "sample"]
 PIECES = ["--model", "GradientInversion", "--data", "Victims", "--data.dataset", "sample"]
 CONDENSATION = ["--model", "GradientMatchingCondensation", "--data", "LabelledImages", "--data.dataset", "sample"]
-NETWORKS = r"one of AlexNet, ConvNet, Generator, LeNet, MLP, ResNet18, ResNet20, VGG11, ViT"
+NETWORKS = r"one of AlexNet, ConvNet, LeNet, MLP, ResNet18, ResNet20, VGG11, ViT"
 NETWORK = rf"Expected `network` of GradientMatchingCondensation to be {NETWORKS}"
 MODULE = r"the import path of another subclass of torch\.nn\.modules\.module\.Module"
 
@@ -80,6 +80,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             r"Expected `steps` of SignedAdam as int, but got 'many'\.",
         ),
         ([*PIECES, "--model.solver", "CosineDistance"], r"Expected `solver` of .*, but got 'CosineDistance'\."),
+        (["--model", "IDLGAttack"], r"Expected `--data`, but got none\. See `leakage fit --help`\."),
+        (["--trainer.max_epochs", "2"], r"Expected `--model` and `--data`, but got none\."),
         ([*ATTACK, "--trainer.callbacks+=Galery"], r"Expected `--trainer\.callbacks` to be .*`Gallery`\?\)"),
     ],
 )

@@ -49,6 +49,7 @@ def test_a_link_to_a_folder_that_is_nowhere_else_is_followed(photos: Path) -> No
     (photos.parent / "elsewhere").rename(photos.parent / "unused")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
 def test_a_pipe(photos: Path) -> None:
     os.mkfifo(photos / "cat" / "x.png")
     refused(photos, r"Expected an 8-bit image in '.*x.png', but got: no such file, or none of bytes")
