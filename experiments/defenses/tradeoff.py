@@ -42,7 +42,7 @@ from typing import Any
 
 import torch
 from defended_training import Federation, accuracy_under, suitable_rate  # these three lie beside this script
-from torch import Tensor
+from torch import Tensor, nn
 from tradeoff_defenses import DEFENSES
 from tradeoff_rows import TradeoffRow, format_table, plot_attackers, plot_tradeoff
 
@@ -112,6 +112,20 @@ class Cell:
         """Whose gradients are shared as one."""
         return round(self.strength) if DEFENSES[self.name].aggregates else 1
 
+    @property
+    def can_be_known(self) -> bool:
+        """Whether an attacker who knows it does anything else than one who does not."""
+        return bool(self.defenses) or DEFENSES[self.name].network is not None
+
+    def network(self, model: nn.Module) -> nn.Module:
+        """What clients train, in place of a model without the defense."""
+        change = DEFENSES[self.name].network
+        if change is None:
+            return model
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the same weights at every call
+            return change(model, self.strength)
+
 
 class Tradeoff:
     """The victims, defenses and attacks: made ready and checked, then run.
@@ -126,6 +140,8 @@ class Tradeoff:
         check_count(victims=given.victims, images=given.images, others=given.others, seeds=given.seeds)
         check_count(0, epochs=given.epochs, rounds=given.rounds, seed=given.seed)
         check_share(delta=given.delta)
+        if not given.defenses:
+            given.defenses = [name for name, kind in DEFENSES.items() if given.images >= kind.images]
         if given.strengths and len(given.defenses) != 1:
             raise ValueError(
                 f"Expected `--strengths` with a single defense, whose unit they are in, but got {given.defenses}."
@@ -201,7 +217,7 @@ class Tradeoff:
             images=given.images * cell.clients,
             seed=given.seed,
             lanes=given.lanes,
-            model=network.model,
+            model=cell.network(network.model),
             weights="own" if network.own else "shared",
             reveal_labels=not given.infer_labels,
             defenses=cell.defenses,
@@ -228,17 +244,17 @@ class Tradeoff:
 
     def _cell(self, network: Network, cell: Cell) -> list[TradeoffRow]:
         given, folder = self.given, self.given.output / "cells" / cell.key
-        kinds = given.attackers if cell.defenses else ATTACKERS[:1]
+        kinds = given.attackers if cell.can_be_known else ATTACKERS[:1]
         runs = {f"{attack}_{kind}": (attack, kind == "adaptive") for attack in given.attacks for kind in kinds}
         victims = self._victims(network, cell)
         with warnings.catch_warnings():
             # That a naive attacker does not know the defense is what is asked.
-            warnings.filterwarnings("ignore", "The clients defend their gradients")
+            warnings.filterwarnings("ignore", "The clients defend their gradients|The clients' network draws")
             compared = self._compare(runs, victims, folder)
         trained = self._accuracies(network, cell)
         truth = GroundTruth.cat(list(victims.val_dataloader()))
         rows = [self._row(row, *runs[row.method], cell, truth, folder) for row in compared]
-        sent = size_sent(cell.defenses, dict(network.model.named_parameters())).bytes
+        sent = size_sent(cell.defenses, dict(cell.network(network.model).named_parameters())).bytes
         return [replace(row, bytes=sent, **trained) for row in rows]
 
     def _compare(self, runs: dict[str, tuple[str, bool]], victims: Victims, folder: Path) -> list[Row]:
@@ -324,7 +340,7 @@ class Tradeoff:
             known = json.loads(path.read_text(encoding="utf-8"))
         federation, accuracies = Federation(given.rounds), known["accuracies"]
         for seed in range(len(accuracies), given.seeds):
-            model = copy.deepcopy(network.model)
+            model = copy.deepcopy(cell.network(network.model))
             model.load_state_dict(draw_state(model, derive_seed(given.seed, seed, "federation")), strict=False)
             given_to = model, cell.defenses, self.data
             if known["learning_rate"] is None:
@@ -366,7 +382,7 @@ def _parser() -> argparse.ArgumentParser:
     add_options(parser, network="lenet", victims=10)
     add_attack_options(parser)
     add = parser.add_argument
-    add("--defenses", nargs="+", choices=tuple(DEFENSES), default=list(DEFENSES), help="default: all")
+    add("--defenses", nargs="+", choices=tuple(DEFENSES), help="default: all that clients of so many images can use")
     add("--strengths", nargs="+", type=float, help="of a single defense (default: three of each, see the table)")
     add("--attacks", nargs="+", choices=tuple(ATTACKS), default=["gauss_newton"], help="default: %(default)s")
     add("--attackers", nargs="+", choices=ATTACKERS, default=list(ATTACKERS), help="default: both")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from torch import nn
+
 from leakage.defenses import (
     DPSGD,
+    PRECODE,
     Clip,
     Defense,
     GaussianNoise,
     HalfPrecision,
     LaplaceNoise,
+    MixUp,
     Quantise,
     RandomPruning,
     Sign,
@@ -34,6 +39,8 @@ class Kind:
         written: in tables and pictures.
         told: a strength s, its inverse i or its percentage p in words; or words for each strength.
         aggregates: whether the strength is a number of clients, of whom nothing is seen but the mean.
+        images: that a client has at least.
+        network: the network that clients train, of that without the defense and a strength; by default the same.
     """
 
     make: Callable[[float], list[Defense]]
@@ -41,6 +48,8 @@ class Kind:
     written: str
     told: str | dict[float, str]
     aggregates: bool = False
+    images: int = 1
+    network: Callable[[nn.Module, float], nn.Module] | None = None
 
     def named(self, strength: float) -> str:
         """With its strength in words."""
@@ -53,6 +62,14 @@ class Kind:
 
 def _pruned(kind: Callable[[float], Defense], share: float) -> list[Defense]:
     return [kind(round(1 - share, 12))]
+
+
+def _with_dropout(network: nn.Module, share: float) -> nn.Module:
+    """Before the last linear layer."""
+    changed = copy.deepcopy(network)
+    name = [name for name, module in changed.named_modules() if isinstance(module, nn.Linear)][-1]
+    changed.set_submodule(name, nn.Sequential(nn.Dropout(share), changed.get_submodule(name)))
+    return changed
 
 
 DEFENSES: dict[str, Kind] = {
@@ -82,5 +99,13 @@ DEFENSES: dict[str, Kind] = {
     ),
     "sign": Kind(lambda strength: [Sign(scaled=strength < 1)], (0.5, 1.0), "signs", {0.5: "with size", 1.0: "alone"}),
     "aggregation": Kind(lambda strength: [], (2.0, 4.0, 8.0), "secure aggregation", "{s:g} clients", aggregates=True),
+    "dropout": Kind(
+        lambda strength: [], (0.1, 0.3, 0.5), "dropout", "{p:g} % of the features", network=_with_dropout
+    ),
+    "mixup": Kind(lambda strength: [MixUp(strength)], (0.2, 1.0, 5.0), "MixUp", "Beta({s:g}, {s:g})", images=2),
+    "precode": Kind(
+        lambda strength: [], (1 / 256, 1 / 32, 1 / 8), "PRECODE", "{i:g} numbers",
+        network=lambda network, strength: PRECODE(network, round(1 / strength)),
+    ),
     "soteria": Kind(lambda strength: [Soteria(strength)], (0.4, 0.8, 0.95), "Soteria", "{p:g} % of the features"),
 }  # fmt: skip

@@ -116,6 +116,8 @@ def find_links(
         raise ValueError(
             f"Expected a network whose logits are the output of a linear layer, but got those of {victim.logits_from}."
         )
+    if victim.draws:
+        raise _not_a_chain(f"{sorted(victim.draws)}, which draw random numbers that only the client knows")
     links = []
     for link in _calls(victim):
         if not isinstance(link.module, nn.Identity | nn.Flatten | _DropoutNd):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from leakage.clients.protocol import Protocol
 from leakage.errors import show_shape
@@ -19,17 +18,6 @@ _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
-
-
-def check_no_dropout(model: nn.Module) -> None:
-    """Raise a ``ValueError`` for dropout that is in force."""
-    for name, module in model.named_modules():
-        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
-            raise ValueError(
-                f"Expected a network without dropout in training mode, but got {name!r}: its gradient "
-                "depends on a random mask that the attacker does not know, so no image reproduces it. Call "
-                "`model.eval()` to audit the network without dropout, or set p=0."
-            )
 
 
 def drop_unused_statistics(model: nn.Module) -> frozenset[str]:

@@ -39,11 +39,14 @@ class Secrets:
         order: ``(steps * local_batch_size,)``, the images of all steps one after another, by default in turns.
         shares: ``(steps, N)``, in place of an order: how much of each image is in each step, from 0 to 1. Every step
             then takes all images, and derivatives are taken by their shares.
+        drawn: ``(steps * images of a step, D)``, what modules have drawn for the images of all steps one after another
+            (:mod:`leakage.models.drawing`); derivatives are taken by it. Also of a single step.
     """
 
     learning_rate: float | Tensor | None = None
     order: Tensor | None = None
     shares: Tensor | None = None
+    drawn: Tensor | None = None
 
 
 def train(
@@ -59,8 +62,9 @@ def train(
     """The average of what the client's steps take off its weights, and the activations of its first pass.
 
     Args:
-        step_gradients: by weights, buffers, images, targets, the modules that are watched and the images' shares, or
-            None: gradients of one step, and activations. It depends on no other tensor.
+        step_gradients: by weights, buffers, images, targets, the modules that are watched, the images' shares, or
+            None, and what is drawn for them, or None: gradients of one step, and activations. It depends on no other
+            tensor.
         protocol: says what steps.
         data: buffers by name, images ``(N, C, H, W)``, targets ``(N, K)``.
         weights: before the first step.
@@ -75,7 +79,7 @@ def train(
     rate = protocol.known_rate if secrets.learning_rate is None else secrets.learning_rate
     if not isinstance(rate, Tensor):
         rate = torch.full((), rate, dtype=images.dtype, device=images.device)
-    given = (*data, rate) if secrets.shares is None else (*data, rate, secrets.shares)
+    given = (*data, rate, {name: own for name in ("shares", "drawn") if (own := getattr(secrets, name)) is not None})
 
     def steps(
         span: range,
@@ -92,15 +96,16 @@ def train(
                 part = range(start, min(start + lengths[0], span.stop))
                 weights, velocity, taken, seen = recomputed(partial(steps, part, lengths[1:]), weights, velocity, data)
             else:
-                buffers, images, targets, rate, *shares = data
-                size = len(images) if shares else batch_size
+                buffers, images, targets, rate, own = data
+                size = len(images) if "shares" in own else batch_size
                 first = start * size % len(images)
                 batch: slice | Tensor = slice(first, first + size)
                 if order is not None:
                     batch = order[start * size : (start + 1) * size]
                 watched = modules if start * size < len(images) else ()
-                share = shares[0][start] if shares else None
-                taken, seen = step_gradients(weights, buffers, images[batch], targets[batch], watched, share)
+                share = own["shares"][start] if "shares" in own else None
+                drawn = own["drawn"][start * size : (start + 1) * size] if "drawn" in own else None
+                taken, seen = step_gradients(weights, buffers, images[batch], targets[batch], watched, share, drawn)
                 if protocol.weight_decay:
                     taken = {name: taken[name] + protocol.weight_decay * weights[name] for name in taken}
                 if velocity:

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from leakage.clients.activations import Activation, check_names, recorded
 from leakage.clients.inspection import (
     black_images,
-    check_no_dropout,
     check_no_statistics,
     check_private,
     check_tensors,
@@ -31,12 +30,16 @@ from leakage.clients.protocol import UNKNOWN, Protocol, told_rate
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.smoothing import smoothed, without_sharpness
 from leakage.defenses.base import Defense, check_defenses, defend
+from leakage.defenses.encoding import encoded
 from leakage.errors import check_count
 from leakage.models.draw import draw_states, state_of
+from leakage.models.drawing import as_buffers, draw, find_draws, take_masks, take_penalties
 from leakage.precision import full_precision
 
 # Victims whose gradients are captured at once; bounds the memory of a capture, not its result.
 _CAPTURED_AT_ONCE = 64
+
+_Tensors = dict[str, Tensor]
 
 
 class Victim:
@@ -147,10 +150,10 @@ class Victim:
         )
         # Of the client's own, as its defenses are: no attack is given it, see `as_told`.
         self._hidden_rate = None if reveal_learning_rate else cast(float, learning_rate)
-        check_no_dropout(model)
         self.model = copy.deepcopy(model)
         self._unused_statistics = drop_unused_statistics(self.model)
         take_affine_apart(self.model)
+        take_masks(self.model)
         self.model.zero_grad(set_to_none=True)
         self.trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         if not self.trainable:
@@ -159,6 +162,7 @@ class Victim:
             )
         batch_size = protocol.local_batch_size or num_images
         self.classifier, self.logits_from, num_classes = inspect_model(self.model, protocol.image_shape, batch_size)
+        self.draws = find_draws(self.model, black_images(self.model, protocol.image_shape, batch_size))
         self.model.requires_grad_(False)
         self.protocol = dataclasses.replace(protocol, num_classes=num_classes)
         for defense in self.defenses:
@@ -193,6 +197,12 @@ class Victim:
         told = copy.copy(self)
         told.defenses, told._hidden_rate = (), None
         return told
+
+    def without_draws(self) -> Victim:
+        """The same client with modules that draw nothing, as in evaluation mode."""
+        plain = copy.copy(self)
+        plain.draws = {}
+        return plain
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -241,7 +251,7 @@ class Victim:
             basis: ``(K, N)`` of the last layer's gradient, for one step: that gradient is then given in it, and what
                 lies outside of it under a further name; ``state`` has the weights by columns
                 (:mod:`leakage.clients.low_rank`).
-            secrets: what the protocol does not tell of several local steps.
+            secrets: what the protocol does not tell.
             sparing: compute each of many local steps again for a derivative, backwards only, and keep no activations.
 
         Returns:
@@ -254,12 +264,13 @@ class Victim:
         fixed = {name: tensor for name, tensor in state.items() if name not in frozenset(self.trainable)}
         weights = {name: state[name] for name in self.trainable}
         step_gradients = grad(self._loss, has_aux=True)
+        secrets = secrets or Secrets()
         if protocol.local_steps == 1:
             found: tuple[dict[str, Tensor], dict[str, Activation]]
-            found = step_gradients(weights, fixed, images, targets, modules, None)
+            found = step_gradients(weights, fixed, images, targets, modules, None, secrets.drawn)
             return found
         data = fixed, images, targets
-        return train(step_gradients, protocol, data, weights, modules, secrets or Secrets(), sparing=sparing)
+        return train(step_gradients, protocol, data, weights, modules, secrets, sparing=sparing)
 
     def _loss(
         self,
@@ -269,16 +280,31 @@ class Victim:
         targets: Tensor,
         modules: Sequence[str],
         share: Tensor | None,
+        drawn: Tensor | None,
     ) -> tuple[Tensor, dict[str, Activation]]:
         """Of one step, and the activations of the forward pass."""
         fixed, sharpness = without_sharpness(fixed)
+        if drawn is not None:
+            fixed |= as_buffers(self.draws, drawn)
         with recorded(self.model, modules) as activations, smoothed(sharpness):
             logits = functional_call(self.model, (weights, fixed), (images,))
-        return self.loss(logits, targets, share), activations
+        return self.loss(logits, targets, share, take_penalties(self.model)), activations
 
-    def loss(self, logits: Tensor, targets: Tensor, share: Tensor | None = None) -> Tensor:
-        """Of one step, a scalar: from logits and class probabilities ``(N, K)`` of its images, or of shares of them."""
-        losses, protocol = LOSSES[self.protocol.loss](logits, targets), self.protocol
+    def loss(
+        self, logits: Tensor, targets: Tensor, share: Tensor | None = None, penalties: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Of one step, a scalar.
+
+        Args:
+            logits: ``(N, K)``.
+            targets: class probabilities ``(N, K)``.
+            share: ``(N,)``, how much of each image is in the step, by default all.
+            penalties: ``(N,)`` each, what modules add to the losses.
+        """
+        protocol = self.protocol
+        losses = LOSSES[protocol.loss](logits, targets)
+        for penalty in penalties:
+            losses = losses + penalty
         total = losses.sum() if share is None else (share * losses).sum()
         if protocol.reduction == "sum":
             return total
@@ -351,15 +377,21 @@ class Victim:
             raise ValueError(f"Expected `images` in the precision of the weights, {precision}, but got {images.dtype}.")
         targets = F.one_hot(labels.long(), protocol.num_classes).to(images.dtype)
         ids = torch.arange(len(images)) if ids is None else ids.cpu().long()
-        orders = draw_orders(protocol, ids.tolist(), seed)
+        images, targets = encoded(self.defenses, images, targets, ids.tolist(), seed)
+        # What each client keeps to itself.
+        own_secrets: dict[str, Tensor] = {}
+        if (orders := draw_orders(protocol, ids.tolist(), seed)) is not None:
+            own_secrets["order"] = orders.to(images.device)
+        if self.draws:
+            rows = protocol.local_steps * (protocol.local_batch_size or protocol.num_images)
+            own_secrets["drawn"] = draw(self.draws, rows, ids.tolist(), seed).to(images)
 
-        def steps(state: dict[str, Tensor], images: Tensor, targets: Tensor, order: Tensor | None) -> dict[str, Tensor]:
-            return self.evaluate(state, images, targets, secrets=Secrets(hidden, order))[0]
+        def steps(state: _Tensors, images: Tensor, targets: Tensor, own: _Tensors) -> dict[str, Tensor]:
+            return self.evaluate(state, images, targets, secrets=Secrets(hidden, **own))[0]
 
-        in_dims = 0 if own else None, 0, 0, None if orders is None else 0
-        capture = vmap(steps, in_dims=in_dims, chunk_size=_CAPTURED_AT_ONCE)
+        capture = vmap(steps, in_dims=(0 if own else None, 0, 0, 0), chunk_size=_CAPTURED_AT_ONCE)
         with torch.no_grad():
-            gradients = capture(states, images, targets, None if orders is None else orders.to(images.device))
+            gradients = capture(states, images, targets, own_secrets)
         if hidden is not None:
             gradients = {name: hidden * protocol.local_steps * tensor for name, tensor in gradients.items()}
         shared = SharedGradient(

@@ -3,9 +3,12 @@
 from leakage.defenses.base import Client, Defense, Size, known_defenses, size_sent
 from leakage.defenses.clip import Clip
 from leakage.defenses.dp_sgd import DPSGD
+from leakage.defenses.encoding import Encoding
 from leakage.defenses.gaussian_noise import GaussianNoise
 from leakage.defenses.half_precision import HalfPrecision
 from leakage.defenses.laplace_noise import LaplaceNoise
+from leakage.defenses.mixup import MixUp
+from leakage.defenses.precode import PRECODE, VariationalBottleneck
 from leakage.defenses.quantise import Quantise
 from leakage.defenses.random_pruning import RandomPruning
 from leakage.defenses.sign import Sign
@@ -14,18 +17,22 @@ from leakage.defenses.top_k import TopK
 
 __all__ = [
     "DPSGD",
+    "PRECODE",
     "Client",
     "Clip",
     "Defense",
+    "Encoding",
     "GaussianNoise",
     "HalfPrecision",
     "LaplaceNoise",
+    "MixUp",
     "Quantise",
     "RandomPruning",
     "Sign",
     "Size",
     "Soteria",
     "TopK",
+    "VariationalBottleneck",
     "known_defenses",
     "size_sent",
 ]

@@ -34,8 +34,8 @@ class DPSGD(Defense):
         norm: C, positive.
 
     Raises:
-        ValueError: an argument out of its range; for a client, several local steps, a learning rate that it
-            keeps to itself, BatchNorm that mixes images, or another defense before it.
+        ValueError: an argument out of its range; for a client, several local steps, a learning rate that it keeps to
+            itself, BatchNorm that mixes images, modules that draw random numbers, or another defense before it.
 
     References:
         Abadi et al., *Deep Learning with Differential Privacy*, CCS 2016, https://arxiv.org/abs/1607.00133.
@@ -73,6 +73,10 @@ class DPSGD(Defense):
                 "Expected a network whose images do not see one another for DPSGD, but got BatchNorm that normalises "
                 "by the client's own batch: there is no gradient of a single image. Call `model.eval()`, or use "
                 "another norm."
+            )
+        if victim.draws:
+            raise ValueError(
+                f"Expected a network that draws nothing for DPSGD, but got {sorted(victim.draws)}: call `model.eval()`."
             )
         if defenses[0] is not self or any(isinstance(other, DPSGD) for other in defenses[1:]):
             raise ValueError(

@@ -1,14 +1,17 @@
-"""What is searched for: images, pixel by pixel or through a generator, labels, and secrets of local steps."""
+"""What is searched for: images, pixel by pixel or through a generator, labels, and what clients keep to themselves."""
 
+from leakage.dummies.drawn import Drawn
 from leakage.dummies.dummy import Dummy, Images, Labels, Target
 from leakage.dummies.group import Group
 from leakage.dummies.labels import InferredLabels, JointLabels, RevealedLabels
 from leakage.dummies.latent import LatentCode
 from leakage.dummies.learning_rate import LearningRate
 from leakage.dummies.local_order import LocalOrder
+from leakage.dummies.mixture import Mixture
 from leakage.dummies.pixels import Pixels, RGAPStart, Start
 
 __all__ = [
+    "Drawn",
     "Dummy",
     "Group",
     "Images",
@@ -18,6 +21,7 @@ __all__ = [
     "LatentCode",
     "LearningRate",
     "LocalOrder",
+    "Mixture",
     "Pixels",
     "RGAPStart",
     "RevealedLabels",

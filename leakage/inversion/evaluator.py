@@ -19,9 +19,12 @@ from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.smoothing import SHARPNESS
 from leakage.clients.victim import Victim
 from leakage.defenses.base import Defense, relative_noise
+from leakage.defenses.encoding import Encoding
+from leakage.dummies.drawn import Drawn
 from leakage.dummies.dummy import Dummy, Images, Labels, Target
 from leakage.dummies.learning_rate import LearningRate
 from leakage.dummies.local_order import LocalOrder
+from leakage.dummies.mixture import Mixture
 from leakage.inversion.memory import peak_memory
 from leakage.inversion.simulation import Simulation, as_known
 from leakage.inversion.sums import added, joined, of_lanes, parted, seen, sum_in_a_pass, through, weighted
@@ -35,6 +38,8 @@ from leakage.solvers import STEERING, Problem
 _LENGTH_WEIGHT = 0.1
 # Bytes that lanes evaluated at once may take on a CPU: with more its cores wait for the memory.
 _BYTES_AT_ONCE = 2**28
+# Dummies of what clients keep to themselves.
+_SECRETS = frozenset({"learning_rate", "order", "drawn", "mixture"})
 
 
 class Evaluator:
@@ -55,7 +60,8 @@ class Evaluator:
         defenses: Sequence[Defense] = (),
     ) -> None:
         self.victim, self.images, self.labels, self.learning_rate = victim, images, labels, LearningRate()
-        self.order = LocalOrder()
+        self.order, self.drawn = LocalOrder(), Drawn(victim.draws)
+        self.mixture = Mixture(any(isinstance(each, Encoding) and each.mixes for each in defenses))
         self.defenses = defenses
         self.simulation = Simulation(defenses, victim)
         parts = [*objective.parts()]
@@ -64,7 +70,7 @@ class Evaluator:
             parts.append((_LENGTH_WEIGHT, LengthDistance()))  # which tells the rate
         self.terms = {f"objective/{place}": pair for place, pair in enumerate(parts)}
         # Whether the gradient of the last layer is given in fewer numbers.
-        self.low_rank = low_rank and all(term.isometric for _, term in self.terms.values())
+        self.low_rank = low_rank and not victim.draws and all(term.isometric for _, term in self.terms.values())
         self.watched = {name: tuple(term.watched(victim.model)) for name, (_, term) in self.terms.items()}
         self.modules = list(dict.fromkeys(name for names in self.watched.values() for name in names))
         self.at_once = 0  # lanes that autograd evaluates at once; 0 for all
@@ -75,7 +81,7 @@ class Evaluator:
         """Let go of what belongs to the lanes that were evaluated last, and takes memory."""
         found = [term.batched(self.victim) for _, term in self.terms.values()]
         ways = [way for way in found if way is not None]
-        plain = self.images.seeds == 1 and not self.searches_rate and not self.simulation.changes
+        plain = self.images.seeds == 1 and not _SECRETS & self.shapes().keys() and not self.simulation.changes
         self._batched: list[Batched] | None = ways if len(ways) == len(found) and plain else None
 
     @property
@@ -85,8 +91,15 @@ class Evaluator:
 
     @property
     def dummies(self) -> dict[str, Dummy]:
-        """Images, labels and learning rate, by these names."""
-        return {"images": self.images, "labels": self.labels, "learning_rate": self.learning_rate, "order": self.order}
+        """Images, labels and what clients keep to themselves, by these names."""
+        return {
+            "images": self.images,
+            "labels": self.labels,
+            "learning_rate": self.learning_rate,
+            "order": self.order,
+            "drawn": self.drawn,
+            "mixture": self.mixture,
+        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of one victim's unknowns, those of the images first."""
@@ -118,7 +131,7 @@ class Evaluator:
 
     def check(self, target: Target) -> None:
         """Raise a ``ValueError`` if a piece can't be used on such victims."""
-        for name in ("labels", "images", "learning_rate", "order"):
+        for name in ("labels", *(name for name in self.dummies if name != "labels")):
             self.dummies[name].check(target)
         for _, term in self.terms.values():
             term.check(target.victim)
@@ -216,8 +229,7 @@ class Evaluator:
         if self._batched is not None and f"{STEERING}/sharpness" not in kept:
             return self._by_terms(self._batched, shared, kept, unknowns)
         if self._joint is None:
-            steps = {"learning_rate", "order"} & self.shapes().keys()
-            plain = shared.basis is None and not steps and not self.simulation.per_image
+            plain = shared.basis is None and not _SECRETS & self.shapes().keys() and not self.simulation.per_image
             self._joint = plain and has_joint_pass(self.victim, shared.state, shared.own_weights)
         evaluate = self._jointly if self._joint else self._apart
         if not self.at_once and next(iter(unknowns.values())).device.type == "cpu":
@@ -295,7 +307,12 @@ class Evaluator:
         if self.searches_rate:
             rate = self.learning_rate.write(unknowns["learning_rate"], own)
         shares = self.order.write(unknowns["order"], {}) if "order" in unknowns else None
-        secrets = Secrets(rate, shares=shares)
+        drawn = self.drawn.write(unknowns["drawn"], {}) if "drawn" in unknowns else None
+        secrets = Secrets(rate, shares=shares, drawn=drawn)
+        searched = images
+        if "mixture" in unknowns:
+            weights = self.mixture.write(unknowns["mixture"], {})
+            images, targets = torch.einsum("mn,nchw->mchw", weights, images), weights @ targets
         if self.simulation.per_image and not self.modules:
             found: tuple[dict[str, Tensor], dict[str, Activation]] = ({}, {})  # those of single images come instead
         else:
@@ -306,7 +323,7 @@ class Evaluator:
         gradients = self.simulation(gradients, wanted, own, state, images, targets)
         if basis is not None:  # what lies outside of it was not shared
             wanted = {name: wanted[name] if name in wanted else torch.zeros_like(gradients[name]) for name in gradients}
-        return Point(images, targets, gradients, wanted, activations, state)
+        return Point(searched, targets, gradients, wanted, activations, state)
 
     def _by_terms(
         self, ways: Sequence[Batched], shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import OrderedDict
 from typing import Any, cast
 
 import torch
@@ -231,7 +232,9 @@ class GradientInversion(LightningModule):
                 "forms need it. Pass accelerator='cpu' to the Trainer."
             )
         self._reset()
-        victim = self._victim = datamodule.victim.as_told()
+        adaptive, told = self.hparams["adaptive"], datamodule.victim.as_told()
+        self._defenses = known_to(adaptive, told)
+        victim = self._victim = told if adaptive else told.without_draws()
         self.expected_victims = datamodule.victims
         self._search = Search(Queue([*range(self.trainer.global_rank, datamodule.victims, self.trainer.world_size)]))
         target = Target(
@@ -240,13 +243,14 @@ class GradientInversion(LightningModule):
             own_weights=datamodule.own_weights,
             labels_known=self.labels.known,
         )
-        self._defenses = known_to(self.hparams["adaptive"], victim)
         evaluator = self._make_evaluator()
         evaluator.prepare(next(victim.model.parameters()))  # which an earlier fit may have taken elsewhere
         evaluator.check(target)
         dtype = torch.float64 if self.trainer.precision == "64-true" else torch.float32
         shapes = evaluator.shapes().items()
-        self.unknowns = nn.ParameterDict({name: torch.empty(0, *shape, dtype=dtype) for name, shape in shapes})
+        # A plain dict would be sorted.
+        empty = OrderedDict((name, torch.empty(0, *shape, dtype=dtype)) for name, shape in shapes)
+        self.unknowns = nn.ParameterDict(empty)
 
     def _make_evaluator(self) -> Evaluator:
         low_rank = self._datamodule.low_rank

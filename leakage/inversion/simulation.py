@@ -31,6 +31,11 @@ def known_to(adaptive: bool, victim: Victim) -> tuple[Defense, ...]:
     """
     told = victim.protocol.defenses
     known, ignored = [], [each["name"] for each in told]
+    if not adaptive and victim.draws:
+        rank_zero_warn(
+            f"The clients' network draws random numbers in {sorted(victim.draws)}, and this attack takes it as it is "
+            "in evaluation mode: what it does not find, one that searches for them may."
+        )
     if adaptive:
         every, ignored = known_defenses(told), []
         for place, defense in enumerate(every):

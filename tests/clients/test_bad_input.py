@@ -14,16 +14,6 @@ from leakage import LeNet, SharedGradient, Victim
 from tests.clients.networks import IMAGE_SHAPE, LogSoftmaxAtTheEnd, network, private
 
 
-@pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.AlphaDropout(0.1)], ids=repr)
-def test_dropout_in_training_mode(layer):
-    model = nn.Sequential(nn.Flatten(), layer, nn.Linear(60, 3))
-    with pytest.raises(ValueError, match=r"without dropout in training mode, but got '1'.*Call `model\.eval\(\)`"):
-        Victim(model, image_shape=IMAGE_SHAPE)
-    Victim(model.eval(), image_shape=IMAGE_SHAPE)
-    layer.p = 0.0
-    Victim(model.train(), image_shape=IMAGE_SHAPE)
-
-
 def test_functional_dropout_in_training_mode():
     class Functional(LogSoftmaxAtTheEnd):
         def forward(self, images: Tensor) -> Tensor:

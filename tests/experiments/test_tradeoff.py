@@ -183,6 +183,28 @@ def test_sizes_of_the_strengths(tradeoff: ModuleType) -> None:
 
 
 @pytest.mark.slow
+def test_networks_that_draw_meet_both_attackers_and_are_trained(tradeoff: ModuleType, tmp_path: Path) -> None:
+    asked = ["--defenses", "precode", "--strengths", "0.25", "--iterations", "5", "--rounds", "1", "--seeds", "1"]
+    tradeoff.main([*FEW, *asked, "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["adaptive"] for row in rows] == [False, True]
+    assert rows[0]["psnr_mean"] != rows[1]["psnr_mean"]
+    assert rows[0]["bytes"] > 4 * sum(parameter.numel() for parameter in LeNet().parameters())
+    assert all(row["test_accuracy"] is not None for row in rows)
+
+
+def test_networks_that_draw_are_the_same_at_every_call(tradeoff: ModuleType) -> None:
+    model = network()
+    for name, strength in (("precode", 0.25), ("dropout", 0.5)):
+        cell = tradeoff.Cell(name, strength, [])
+        before = torch.get_rng_state()
+        first, second = (cell.network(model).state_dict() for _ in range(2))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert all(torch.equal(first[key], second[key]) for key in second)
+        assert Victim(cell.network(LeNet()), image_shape=(1, 28, 28)).draws
+
+
+@pytest.mark.slow
 def test_clients_that_aggregate_are_one_of_more_images(tradeoff: ModuleType, tmp_path: Path) -> None:
     asked = ["--defenses", "none", "aggregation", "--iterations", "5", "--rounds", "1", "--seeds", "1"]
     tradeoff.main([*FEW, *asked, "--output", str(tmp_path)])
