@@ -3,7 +3,6 @@ from __future__ import annotations
 import random
 import signal
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from leakage import LeNet
 from leakage.attacks import GaussNewtonAttack, InvertingGradientsAttack
 from leakage.callbacks import LeakageMonitor
 from leakage.callbacks.undisturbed import undisturbed
@@ -61,14 +61,14 @@ class Smooth(Classifier):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.Sigmoid(), nn.Flatten(), nn.Linear(200, 10))
+        self.net = LeNet(image_size=12)
 
 
 def fit(
-    *callbacks: Callback, module: LightningModule | None = None, steps: int = 6, scale: bool = False, **options: Any
-) -> tuple[LightningModule, Trainer]:
+    *callbacks: Callback, kind: type[Classifier] = Classifier, steps: int = 6, scale: bool = False, **options: Any
+) -> tuple[Classifier, Trainer]:
     seed_everything(1, verbose=False)
-    module = Classifier() if module is None else module
+    module = kind()
     images, labels = small_images().tensors
     images = (images - 0.3) / 0.4 if scale else images
     trainer = Trainer(
@@ -81,9 +81,7 @@ def fit(
         enable_model_summary=False,
         **{"logger": False, **options},
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(module, DataLoader(TensorDataset(images, labels), batch_size=16, shuffle=True))
+    trainer.fit(module, DataLoader(TensorDataset(images, labels), batch_size=16, shuffle=True))
     return module, trainer
 
 
@@ -98,7 +96,7 @@ def test_training_is_the_same_bit_for_bit() -> None:
         assert torch.equal(tensor, watched.state_dict()[name]), name
     for place, buffers in trainer.optimizers[0].state_dict()["state"].items():
         assert torch.equal(buffers["momentum_buffer"], state[place]["momentum_buffer"])
-    assert without.drawn == watched.drawn  # type: ignore[comparison-overlap]
+    assert without.drawn == watched.drawn
     assert torch.equal(after, torch.rand(3))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in watched.modules())
@@ -132,8 +130,8 @@ def test_what_it_logs_and_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("told", [{}, {"mean": [0.3], "std": [0.4]}])
 def test_it_finds_what_leaks_also_of_normalised_images(told: dict[str, Any]) -> None:
     attack = GaussNewtonAttack(restarts=1)
-    monitor = LeakageMonitor(every_n_steps=10, victims=2, network="net", attack=attack, **told)
-    fit(monitor, module=Smooth(), steps=1, scale=True)
+    monitor = LeakageMonitor(every_n_steps=10, victims=2, network="net", attack=attack, budget=60.0, **told)
+    fit(monitor, kind=Smooth, steps=1, scale=True)
     (look,) = monitor.history
     assert (look["success_rate"], look["identified"], look["label_accuracy"]) == (1.0, 1.0, 1.0)
     assert look["psnr"] > 60 > look["psnr_nearest"]
@@ -172,21 +170,10 @@ class Broken(Classifier):
 
 
 def test_a_failure_is_a_warning_and_training_goes_on() -> None:
-    without, _ = fit(module=Broken(), steps=2)
+    without, _ = fit(kind=Broken, steps=2)
     monitor = LeakageMonitor(every_n_steps=1, attack=QUICK)
-    seed_everything(1, verbose=False)
-    module = Broken()
     with pytest.warns(UserWarning, match="no figures at step 0, and the training goes on: ValueError: .*no evaluation"):
-        trainer = Trainer(
-            accelerator="cpu",
-            max_steps=2,
-            callbacks=[monitor],
-            logger=False,
-            enable_progress_bar=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, DataLoader(small_images(), batch_size=16, shuffle=True))
+        module, trainer = fit(monitor, kind=Broken, steps=2)
     assert not monitor.history
     assert trainer.global_step == 2
     assert all(torch.equal(a, b) for a, b in zip(without.parameters(), module.parameters(), strict=True))
