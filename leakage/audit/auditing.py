@@ -30,7 +30,7 @@ from leakage.audit.run import Record
 from leakage.audit.runner import Row, Runner
 from leakage.audit.self_check import self_check, with_module_rate
 from leakage.audit.subject import Data, Subject, quiet_lightning, seeded
-from leakage.audit.verdict import bounds, check_thresholds, thresholds, victims_needed
+from leakage.audit.verdict import SHARES, bounds, check_thresholds, thresholds, victims_needed
 from leakage.datamodules import Victims
 from leakage.datamodules.base import GroundTruth
 from leakage.errors import check_choice, check_count, check_positive
@@ -292,15 +292,7 @@ class _Audit:
         number = min(self.victims, len(subject.images) // client.images)
         if number < self.victims:
             self.tell(f"  {number} victims of {client.name}: the data hold no more")
-        needed = max((victims_needed(limit) for name, limit in self.limits.items() if name != "psnr"), default=0)
-        if needed > number:
-            report.preflight.append(
-                Problem(
-                    *("replace", f"victims of {client.name}", f"{number} victims can't show that a limit is kept"),
-                    f"Audit with at least {needed} victims: then an interval around none can end below the limits.",
-                    "It can be exceeded or inconclusive, but not within.",
-                )
-            )
+        self._check_victims(client, number, report)
         victims = Victims(
             TensorDataset(subject.images, subject.labels),
             num_classes=max(2, subject.num_classes),
@@ -347,6 +339,20 @@ class _Audit:
             candidates=made,
             reader=LabelReader(auxiliary=own, seed=self.seed),
         )
+
+    def _check_victims(self, client: Client, number: int, report: AuditReport) -> None:
+        """Tell where there are too few victims for any figure to be within a limit."""
+        limits = [limit for name, limit in self.limits.items() if name in SHARES]
+        needed = max(map(victims_needed, limits), default=0)
+        if needed > number and self.update is None:
+            fix = f"Audit with at least {needed} victims: an interval around none found then ends at the limit."
+            report.preflight.append(
+                Problem(
+                    *("replace", f"victims of {client.name}", f"{number} victims can't show that a limit is kept"),
+                    fix if needed < math.inf else "Set limits above 0: no interval ends there.",
+                    "It can be exceeded or inconclusive, but not within.",
+                )
+            )
 
     def _take_update(self, row: Row) -> list[Check]:
         """Put what a client sent in the place of what simulated ones do, if it can be of such a client."""

@@ -15,7 +15,8 @@ from leakage.metrics import wilson_interval
 
 #: Of :class:`~leakage.audit.AuditReport.bounds`: δ of the ε that is told.
 DELTA = 1e-5
-_SHARES = ("label_accuracy", "success_rate", "identified")
+#: Metrics from 0 to 1 whose intervals are of shares.
+SHARES = ("label_accuracy", "success_rate", "identified")
 
 
 def check_thresholds(fail_above: Mapping[str, float] | None) -> dict[str, float]:
@@ -24,22 +25,24 @@ def check_thresholds(fail_above: Mapping[str, float] | None) -> dict[str, float]
     for metric, limit in limits.items():
         check_choice("fail_above", metric, METRICS)
         number = isinstance(limit, int | float) and not isinstance(limit, bool) and math.isfinite(limit)
-        if not number or (metric in _SHARES and not 0 <= limit <= 1):
-            wanted = "a share from 0 to 1" if metric in _SHARES else "a finite number"
+        if not number or (metric in SHARES and not 0 <= limit <= 1):
+            wanted = "a share from 0 to 1" if metric in SHARES else "a finite number"
             raise ValueError(f"Expected `fail_above` of {metric} as {wanted}, but got {limit!r}.")
     return {metric: float(limit) for metric, limit in limits.items()}
 
 
-def victims_needed(limit: float) -> int:
-    """How many victims must be spared, and none found, for a share's interval to end at this limit.
+def victims_needed(limit: float) -> float:
+    """How many victims must be attacked, and none found, for a share's interval to end at this limit.
 
     Example:
         >>> victims_needed(0.05)
         73
     """
     if limit <= 0:
-        return 0  # no number of them
-    return next(number for number in range(1, 10**6) if wilson_interval(0.0, number)[1] <= limit)
+        return math.inf
+    # The interval around none of n ends at z² / (n + z²).
+    squared = 1 / (1 / wilson_interval(0.0, 1)[1] - 1)
+    return math.ceil(squared / limit - squared - 1e-9)
 
 
 def decide(limit: float, figure: Figure, *, reached: bool) -> str:

@@ -184,7 +184,11 @@ def _parser() -> ArgumentParser:
 def _parse(given: Sequence[str]) -> dict[str, Any]:
     """The arguments of :func:`leakage.audit.audit`, but for those that are of the command line."""
     parser = _parser()
-    unknown = [word for word in given if word.startswith("--") and _top(word) not in (*_CHECKS, "config", "help")]
+    unknown = [
+        word
+        for word in given
+        if word.startswith("--") and _top(word) not in (*_CHECKS, "config", "help", "print_config")
+    ]
     if unknown:
         raise ValueError(f"Expected an option, one of {listed(_CHECKS, _top(unknown[0]))}, but got `{unknown[0]}`.")
     for word in given:

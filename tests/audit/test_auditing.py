@@ -111,6 +111,17 @@ def test_privacy_that_is_declared_is_bounded_and_kept(tmp_path: Path) -> None:
     assert report.measured[1].metrics["identified"].low <= next(iter(report.bounds)).value
 
 
+def test_too_few_victims_are_told_beforehand(tmp_path: Path) -> None:
+    for limit, said in ((0.1, "at least 35 victims"), (0.0, "Set limits above 0")):
+        limits = {"success_rate": limit, "psnr": 20.0}
+        options = {**QUICK, "attacks": ["labels"], "output": tmp_path / str(limit)}
+        report = audit(Small(), Data(), Client(), fail_above=limits, **options)
+        (problem,) = report.preflight
+        assert problem.problem == "6 victims can't show that a limit is kept"
+        assert said in problem.fix
+    assert audit(Small(), Data(), Client(), fail_above={"psnr": 20.0}, **options).preflight == []
+
+
 def test_what_the_budget_did_not_reach_is_inconclusive(tmp_path: Path) -> None:
     options = {**QUICK, "budget": 1e-3, "attacks": ["gauss_newton"]}
     report = audit(Small(), Data(), Client(), fail_above={"success_rate": 0.5}, output=tmp_path, **options)

@@ -74,7 +74,8 @@ def test_refuses_limits(limits: dict[str, float], said: str) -> None:
 def test_so_many_victims_are_needed() -> None:
     for limit in (0.3, 0.05, 0.01):
         needed = victims_needed(limit)
-        assert wilson_interval(0.0, needed)[1] <= limit < wilson_interval(0.0, needed - 1)[1]
+        assert wilson_interval(0.0, int(needed))[1] <= limit < wilson_interval(0.0, int(needed) - 1)[1]
+    assert victims_needed(0.0) == math.inf
 
 
 def test_bounds_are_of_declared_mechanisms_alone() -> None:
