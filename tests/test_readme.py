@@ -33,11 +33,12 @@ CHEAPER = [
     ("docs/guides/pieces.md", "steps=800", "steps=8", "a search that takes a moment"),
     ("docs/guides/logging.md", 'Victims("mnist", victims=1000', 'Victims("sample", victims=2', "images of the package"),
     ("docs/guides/resuming.md", 'Victims("mnist", victims=1000', 'Victims("sample", victims=2', "images of the package"),
+    ("docs/guides/resuming.md", "every_n_train_steps=200", "every_n_train_steps=50", "a checkpoint on the way"),
     ("docs/guides/getting_started.md", "victims=20", "victims=2", "fewer victims"),
     ("docs/guides/condensing.md", '"fashion_mnist"', '"sample", batch_size=16', "images of the package, in small batches"),
     ("docs/guides/condensing.md", 'protocol="fast"', 'protocol="fast", iterations=1', "one network"),
     ("docs/guides/condensing.md", "networks=3", "networks=1, epochs=1", "a test that takes a moment"),
-    ("docs/tutorials/batch_labels.md", 'rule="posterior"', 'rule="row_minimum"', "a rule that learns nothing"),
+    ("docs/tutorials/batch_labels.md", 'rule="posterior"', 'rule="rlu"', "a rule that learns in no time"),
     (
         "docs/condensation.md",
         '"experiments/',
