@@ -19,8 +19,6 @@ exclude_patterns = ["_extensions"]
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 # Links to headings within a page and between pages, as GitHub makes them.
 myst_heading_anchors = 4
-# The glob at the end of the methods takes pages that have no place of their own yet: often none.
-suppress_warnings = ["toc.empty_glob"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
