@@ -7,7 +7,7 @@ DOCS = Path(__file__).parent
 # This checkout's package, whatever is installed.
 sys.path[:0] = [str(DOCS.parent), str(DOCS / "_extensions")]
 
-import leakage
+import leakage  # noqa: E402 (after its path)
 
 project = "leakage"
 author = "The leakage authors"

@@ -32,10 +32,20 @@ CHEAPER = [
     ("docs/guides/pieces.md", 'Victims("mnist", victims=100', 'Victims("sample", victims=2', "images of the package"),
     ("docs/guides/pieces.md", "steps=800", "steps=8", "a search that takes a moment"),
     ("docs/guides/logging.md", 'Victims("mnist", victims=1000', 'Victims("sample", victims=2', "images of the package"),
-    ("docs/guides/resuming.md", 'Victims("mnist", victims=1000', 'Victims("sample", victims=2', "images of the package"),
+    (
+        "docs/guides/resuming.md",
+        'Victims("mnist", victims=1000',
+        'Victims("sample", victims=2',
+        "images of the package",
+    ),
     ("docs/guides/resuming.md", "every_n_train_steps=200", "every_n_train_steps=50", "a checkpoint on the way"),
     ("docs/guides/getting_started.md", "victims=20", "victims=2", "fewer victims"),
-    ("docs/guides/condensing.md", '"fashion_mnist"', '"sample", batch_size=16', "images of the package, in small batches"),
+    (
+        "docs/guides/condensing.md",
+        '"fashion_mnist"',
+        '"sample", batch_size=16',
+        "images of the package, in small batches",
+    ),
     ("docs/guides/condensing.md", 'protocol="fast"', 'protocol="fast", iterations=1', "one network"),
     ("docs/guides/condensing.md", "networks=3", "networks=1, epochs=1", "a test that takes a moment"),
     ("docs/tutorials/batch_labels.md", 'rule="posterior"', 'rule="rlu"', "a rule that learns in no time"),
@@ -54,7 +64,10 @@ CHEAPER = [
 # What the code of a document has made in the end, as expressions in its names. Tutorials say what they print.
 MADE = {
     "README.md": ["len(attack.finished.ids) == 2"],
-    "docs/guides/getting_started.md": ["attack.finished.images.shape == (2, 1, 1, 28, 28)", "attack.scores[0].psnr > 40"],
+    "docs/guides/getting_started.md": [
+        "attack.finished.images.shape == (2, 1, 1, 28, 28)",
+        "attack.scores[0].psnr > 40",
+    ],
     "docs/guides/victims.md": ["all(score.label_accuracy == 1 for score in attack.scores.values())"],
     "docs/guides/own_gradients.md": ["attack.finished.labels.tolist() == labels.tolist()", "not attack.scores"],
     "docs/guides/pieces.md": ["len(attack.scores) == 2"],

@@ -68,7 +68,8 @@ class Room(SphinxDirective):
             if place != module.__name__:
                 continue
             if inspect.isclass(thing):
-                entries += [f".. autoclass:: {name}", "   :members:", ""]
+                # The fields of a named tuple stand in its docstring.
+                entries += [f".. autoclass:: {name}", *([] if hasattr(thing, "_fields") else ["   :members:"]), ""]
             elif inspect.isroutine(thing):
                 entries += [f".. autofunction:: {name}", ""]
             else:  # autodoc looks for a constant's docstring only where it is assigned

@@ -36,6 +36,7 @@ class Moments(Callback):
         self.seen: dict[int, dict[int, Tensor]] = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        """Look at all victims in the lanes."""
         current = pl_module.current()
         for index, (victim, iterations) in enumerate(
             zip(current.ids.tolist(), current.iterations.tolist(), strict=True)
@@ -98,8 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for dataset, count in zip(given.datasets, given.victims, strict=True)
         for row in rows_of(dataset, count, given.seed)
     ]
-    columns = ["what is shared:\na gradient", "the attack\nbegins", *(f"{moment}\nevaluations" for moment in MOMENTS[1:]),
-               "the attack\nends", "the private\nimage"]  # fmt: skip
+    moments = [f"{moment}\niterations" for moment in MOMENTS[1:]]
+    columns = ["what is shared:\na gradient", "the attack\nbegins", *moments, "the attack\nends", "the private\nimage"]
     figure = plot_gallery(
         [images for images, _ in rows], columns=columns, rows=[""] * len(rows), captions=[line for _, line in rows]
     )
