@@ -14,11 +14,13 @@ author = "The leakage authors"
 project_copyright = author
 version = release = leakage.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "mathml", "room"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "mathml", "room"]
 exclude_patterns = ["_extensions"]
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 # Links to headings within a page and between pages, as GitHub makes them.
 myst_heading_anchors = 4
+# Notebooks keep their outputs; a test runs them.
+nb_execution_mode = "off"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
