@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import doctest
 import re
 import shlex
 import sys
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader
 from leakage.cli.main import main
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -46,7 +47,6 @@ class Classifier(LightningModule):
 
 # What the reader brings: names that the code of a document uses and does not make.
 GIVEN = {
-    "README.md": {"images": torch.rand(2, 1, 3, 32, 32), "labels": torch.randint(10, (2, 1))},
     "docs/updates.md": {
         "my_module": Classifier(),
         "my_data": DataLoader([(torch.rand(1, 28, 28), label % 10) for label in range(16)], batch_size=8),  # type: ignore[arg-type]
@@ -55,15 +55,29 @@ GIVEN = {
 # What makes the code cheap, or spares it a download: everywhere in a document, and why.
 CHEAPER = [
     ("README.md", 'Victims("mnist", victims=1000', 'Victims("sample", victims=2', "images that come with the package"),
-    ("README.md", 'Victims("mnist", victims=100', 'Victims("sample", victims=2', "the same"),
-    ("README.md", 'Victims("cifar10", victims=8', 'Victims("photos", victims=2', "photographs made here"),
-    ("README.md", "max_evaluations=300", "max_evaluations=3", "the images do not come out anyway"),
-    ("README.md", "steps=800", "steps=8", "a search that takes a moment"),
-    ("README.md", "torch.rand(100, 24,", "torch.rand(10, 24,", "fewer victims"),
-    ("README.md", "torch.randint(10, (100, 24))", "torch.randint(10, (10, 24))", "fewer victims"),
-    ("README.md", '"fashion_mnist"', '"sample", batch_size=16', "images of the package, in small batches"),
-    ("README.md", 'protocol="fast"', 'protocol="fast", iterations=1', "one network"),
-    ("README.md", "networks=3", "networks=1, epochs=1", "a test that takes a moment"),
+    ("docs/guides/victims.md", 'Victims("cifar10", victims=8', 'Victims("photos", victims=2', "photographs made here"),
+    ("docs/guides/victims.md", "max_evaluations=300", "max_evaluations=3", "the images do not come out anyway"),
+    ("docs/guides/own_gradients.md", "max_evaluations=300", "max_evaluations=3", "the images do not come out anyway"),
+    ("docs/guides/pieces.md", 'Victims("mnist", victims=100', 'Victims("sample", victims=2', "images of the package"),
+    ("docs/guides/pieces.md", "steps=800", "steps=8", "a search that takes a moment"),
+    ("docs/guides/logging.md", 'Victims("mnist", victims=1000', 'Victims("sample", victims=2', "images of the package"),
+    (
+        "docs/guides/resuming.md",
+        'Victims("mnist", victims=1000',
+        'Victims("sample", victims=2',
+        "images of the package",
+    ),
+    ("docs/guides/resuming.md", "every_n_train_steps=200", "every_n_train_steps=50", "a checkpoint on the way"),
+    ("docs/guides/getting_started.md", "victims=20", "victims=2", "fewer victims"),
+    (
+        "docs/guides/condensing.md",
+        '"fashion_mnist"',
+        '"sample", batch_size=16',
+        "images of the package, in small batches",
+    ),
+    ("docs/guides/condensing.md", 'protocol="fast"', 'protocol="fast", iterations=1', "one network"),
+    ("docs/guides/condensing.md", "networks=3", "networks=1, epochs=1", "a test that takes a moment"),
+    ("docs/tutorials/batch_labels.md", 'rule="posterior"', 'rule="rlu"', "a rule that learns in no time"),
     (
         "docs/condensation.md",
         '"experiments/',
@@ -78,14 +92,20 @@ CHEAPER = [
     ("docs/updates.md", "max_epochs=10", "max_steps=1, logger=False, enable_checkpointing=False", "one step"),
     ("docs/second_order.md", 'Victims("mnist", victims=500', 'Victims("sample", victims=2', "images of the package"),
 ]
-# What the code of a document has made in the end, as expressions in its names.
+# What the code of a document has made in the end, as expressions in its names. Tutorials say what they print.
 MADE = {
-    "README.md": [
-        "len(attack.finished.ids) == 2",
-        "inferred.counts.shape == (10, 10)",
-        "len(condensation.synthetic_dataset()) == 40",
+    "README.md": ["len(attack.finished.ids) == 2"],
+    "docs/guides/getting_started.md": [
+        "attack.finished.images.shape == (2, 1, 1, 28, 28)",
+        "attack.scores[0].psnr > 40",
     ],
     "docs/audit.md": ["report.verdict == 'exceeded'", "report.measured[1].metrics['success_rate'].value == 1"],
+    "docs/guides/victims.md": ["all(score.label_accuracy == 1 for score in attack.scores.values())"],
+    "docs/guides/own_gradients.md": ["attack.finished.labels.tolist() == labels.tolist()", "not attack.scores"],
+    "docs/guides/pieces.md": ["len(attack.scores) == 2"],
+    "docs/guides/condensing.md": ["len(condensation.synthetic_dataset()) == 40"],
+    "docs/guides/logging.md": ["len(attack.finished.ids) == 2"],
+    "docs/guides/resuming.md": ["(run('results/last.ckpt').finished.images == attack.finished.images).all()"],
     "docs/condensation.md": [
         "images.shape == (10, 1, 28, 28)",
         "0.69 < min(synthetic.recipe.score('dc').accuracies)",
@@ -110,7 +130,10 @@ NOT_RUN: list[tuple[str, str, str]] = [
     ("docs/updates.md", "from flwr", "Flower is an extra"),
 ]
 # Commands that are not of this project.
-FOREIGN = {"python3", "bash", "wandb", "torchrun", *(f".venv/bin/{name}" for name in ("pip", "pytest", "ruff", "mypy"))}
+FOREIGN = {
+    *("python3", "bash", "wandb", "torchrun"),
+    *(f".venv/bin/{name}" for name in ("pip", "pytest", "ruff", "mypy", "sphinx-build")),
+}
 # Files in commands that the reader has.
 READERS_FILES = {
     "run.yaml": "experiments/idlg/sample.yaml",
@@ -122,12 +145,13 @@ READERS_FILES = {
 
 @dataclass(frozen=True)
 class Block:
-    """Fenced code."""
+    """Fenced code, and what the document says that it prints."""
 
     document: str
     line: int
     language: str
     code: str
+    prints: str | None
 
     def __str__(self) -> str:
         return f"{self.document}:{self.line}"
@@ -140,10 +164,11 @@ def name_of(document: Path) -> str:
 def blocks(language: str) -> Iterator[Block]:
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
-        for found in re.finditer(r"^```(\w+)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        fenced = re.compile(r"^```(\w+)\n(.*?)^```(?:\n+```text\n(.*?)^```)?", flags=re.DOTALL | re.MULTILINE)
+        for found in fenced.finditer(text):
             if found[1] == language:
                 line = text.count("\n", 0, found.start()) + 2
-                yield Block(name_of(document), line, language, found[2])
+                yield Block(name_of(document), line, language, found[2], found[3])
 
 
 PYTHON = list(blocks("python"))
@@ -175,15 +200,21 @@ def readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The clients defend")
 @pytest.mark.parametrize("document", WITH_CODE)
-def test_code_runs(document: str, readers_folder: Path) -> None:
+def test_code_runs(document: str, readers_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {"__name__": "__main__", **GIVEN.get(document, {})}
-    for block in PYTHON:
-        if block.document != document or any(document == where and piece in block.code for where, piece, _ in NOT_RUN):
+    code = [block for block in PYTHON if block.document == document]
+    for block in code:
+        if any(document == where and piece in block.code for where, piece, _ in NOT_RUN):
             continue
-        code = "\n" * (block.line - 1) + cheaper(block)  # so that a traceback has the document's lines
-        exec(compile(code, str(ROOT / document), "exec"), names)
-    assert MADE[document], "what it has made"
-    for expression in MADE[document]:
+        capsys.readouterr()
+        source = "\n" * (block.line - 1) + cheaper(block)  # so that a traceback has the document's lines
+        exec(compile(source, str(ROOT / document), "exec"), names)
+        if block.prints is not None:
+            printed = capsys.readouterr().out
+            same = doctest.OutputChecker().check_output(block.prints, printed, doctest.ELLIPSIS)
+            assert same, f"{block} says that it prints\n{block.prints}but it prints\n{printed}"
+    assert document in MADE or any(block.prints for block in code), "what it has made"
+    for expression in MADE.get(document, ()):
         assert eval(expression, names), expression
 
 
@@ -192,8 +223,7 @@ def test_the_tables_above_name_nothing_that_is_not_there() -> None:
     assert {"README.md", "docs/labels.md", "docs/second_order.md"} <= set(code)
     assert [old for document, old, _, _ in CHEAPER if old not in code[document]] == []
     assert [piece for document, piece, _ in NOT_RUN if piece not in code[document]] == []
-    given = [(where, name) for where, names in GIVEN.items() for name in names]
-    assert [name for where, name in given if not re.search(rf"\b{name}\b", code[where])] == []
+    assert set(MADE) <= set(code)
     commands = "".join(block.code for block in blocks("bash"))
     assert [name for name in READERS_FILES if name not in commands] == []
     assert all(why for *_, why in [*CHEAPER, *NOT_RUN])
@@ -291,13 +321,29 @@ def test_every_link_to_a_file_has_one(document: Path) -> None:
     assert [target for target in files if not (document.parent / target).is_file()] == []
 
 
+def anchors(document: Path) -> set[str]:
+    """Of the headings of a document, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_every_link_to_a_section_has_one() -> None:
-    headings = [
-        re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)", README, re.M)
+    links = [
+        (document, file, anchor)
+        for document in DOCUMENTS
+        for file, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", document.read_text(encoding="utf-8"))
     ]
-    targets = re.findall(r"\]\(#([^)]+)\)", README)
-    assert targets
-    assert [target for target in targets if target not in headings] == []
+    assert len(links) > 5
+    missing = [
+        (name_of(document), file, anchor)
+        for document, file, anchor in links
+        if anchor not in anchors(document.parent / file if file else document)
+    ]
+    assert missing == []
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 120
 
 
 def test_every_named_file_of_the_experiments_is_there() -> None:

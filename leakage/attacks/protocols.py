@@ -93,6 +93,7 @@ PROTOCOLS = {
         line_search=False,
     ),
 }
+"""Values of ``protocol=`` of DLG and iDLG: this library's and the papers'."""
 
 
 class LBFGSAttack(GradientInversion):

@@ -74,9 +74,9 @@ class Condensation(LightningModule):
         augmentation: strategy of :class:`~leakage.condensation.SiameseAugmentation`, the same random transform for real
             and synthetic images of a class (DSA); None for none.
         seed: of networks, start, order and augmentation, each with its own stream.
-        iterations, batch_size, network_reuse, learning_rate, momentum, decay, initialization, real_images,
-            factor, synthetic_batch_size, pool, pool_passes, network_width: replace the protocol's value, see
-            :class:`~leakage.condensation.CondensationProtocol`.
+        iterations, batch_size, network_reuse, learning_rate, momentum, decay, initialization: replace the protocol's
+            value, see :class:`~leakage.condensation.CondensationProtocol`.
+        real_images, factor, synthetic_batch_size, pool, pool_passes, network_width: likewise.
 
     Raises:
         ValueError: a number out of its range; in ``fit``, a DataModule that is no

@@ -33,8 +33,9 @@ from leakage.errors import check_count, check_image_size
 AnySource: TypeAlias = str | os.PathLike[str] | Dataset[Any]
 
 DATASETS = (*BENCHMARKS, "lfw", "sample")
-# Those with images to learn from and images to test with: most persons of LFW have a single one.
+"""Names that :class:`~leakage.datamodules.Victims` knows."""
 LABELLED_DATASETS = (*BENCHMARKS, "sample")
+"""Those with images to learn from and images to test with: most persons of LFW have a single one."""
 _FACES_SIZE = (32, 32)
 
 

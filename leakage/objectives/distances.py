@@ -317,9 +317,9 @@ def _check_same(gradients: Gradients, targets: Gradients) -> None:
             )
 
 
-# What `distance` may be, for attacks and for condensation alike.
 DISTANCES: dict[str, type[Distance]] = {
     "squared": SquaredDistance,
     "cosine": CosineDistance,
     "row_cosine": RowCosineDistance,
 }
+"""Values of ``distance=``, for attacks and for condensation alike."""

@@ -19,6 +19,7 @@ from leakage.clients.victim import Victim
 from leakage.pieces import Piece, State, tell
 
 Gradients = Mapping[str, Tensor]
+"""The gradient of a loss by each parameter, by the parameter's name."""
 # Values (V,) of V victims with their derivatives by images (V, N, C, H, W) and by class probabilities (V, N, K), None
 # where they are zero, from what the victims shared, what the term keeps of them, images and class probabilities.
 Batched = Callable[[SharedGradient, State, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]

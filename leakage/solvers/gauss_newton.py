@@ -29,6 +29,7 @@ from leakage.solvers.solver import (
 from leakage.solvers.spectrum import ImageSpectrum
 
 SOLVERS = ("auto", "cholesky", "cg")
+"""Values of ``solver=``: how the linear equations of a step are solved."""
 _TOLERANCE, _TOLERANCE_OF_BATCHES = 1e-11, 1e-13
 # Conjugate gradients go on until the share that is left has fallen to the root of the loss' fall, within these bounds.
 _LOOSEST, _TIGHTEST = 0.1, 1e-4

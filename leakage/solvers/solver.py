@@ -11,13 +11,13 @@ from torch import Tensor
 
 from leakage.pieces import Piece, State
 
-# How a victim stands: still searching, below the tolerance, without progress, not finite, out of budget, with a
-# gradient that says nothing.
 STATUS = ("running", "converged", "stalled", "diverged", "exhausted", "uninformative")
+"""How a victim stands: still searching, below the tolerance, without progress, not finite, out of budget, with a
+gradient that says nothing."""
 RUNNING, CONVERGED, STALLED, DIVERGED, EXHAUSTED, UNINFORMATIVE = range(6)
 
-# Entries of a solver's state under this name steer the objective, see :class:`Solver`.
 STEERING = "steering"
+"""Entries of a solver's state under this name steer the objective, see :class:`Solver`."""
 
 # Residuals (L, M) of some lanes, from their unknowns (L, D) and the lanes' numbers (L,); row by row independent.
 Equations = Callable[[Tensor, Tensor], Tensor]
