@@ -65,6 +65,9 @@ class Victim:
     is then in every gradient. Its running statistics are neither used nor updated, so that
     :attr:`state` has none; one in evaluation mode keeps its own.
 
+    Attributes:
+        layout: shapes of the model's ``state_dict()`` by name, in its order and with all running statistics.
+
     Args:
         model: any module that maps images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``; one for normalised images is
             wrapped, ``nn.Sequential(torchvision.transforms.Normalize(mean, std), model)``.
@@ -148,6 +151,8 @@ class Victim:
         )
         # Of the client's own, as its defenses are: no attack is given it, see `as_told`.
         self._hidden_rate = None if reveal_learning_rate else cast(float, learning_rate)
+        # As federated systems send it, which know arrays by their order: with what the next lines take away.
+        self.layout = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self.model = copy.deepcopy(model)
         self._unused_statistics = drop_unused_statistics(self.model)
         take_affine_apart(self.model)

@@ -1,0 +1,298 @@
+"""What the gradient of the last layer says of itself: it holds labels and features, which must make it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+from torch.nn import functional as F
+
+from leakage.clients.protocol import UNKNOWN
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
+from leakage.labels.last_layer import LastLayer, has_non_negative_features, last_layer
+from leakage.labels.length import restore_length
+from leakage.labels.rules import Knowledge
+from leakage.updates.reading import Update
+
+#: Of a check: whether it passed, how far off it is, and what was found; words alone why it can't be made; None if it
+#: does not apply.
+Found: TypeAlias = tuple[bool, float | None, str] | str | None
+
+SIGN = "The update has the opposite sign: after - before was given for before - after."
+# What may be left of a single image's gradient, beside what rounding explains: of one step, and of several.
+_LEFT, _LEFT_OF_STEPS = 1e-3, 0.1
+# How many times longer or shorter than it should be a gradient of several images may look, and how near it has to be to
+# what a mistake would make of it to name that.
+_LONGER, _NEAR = 3.0, 1.7
+# Relative rounding of a gradient that says nothing any more.
+_COARSE = 0.1
+# What may be left of the sum of the bias' gradient, and of negative features.
+_SUM, _NEGATIVE, _NEGATIVE_OF_STEPS = 1e-3, 0.02, 0.3
+# By which a gradient is shortened, for its length to be found anew.
+_SHORTENED = 1e-6
+# How many times more the logits move than the last layer alone moves them.
+_LEARNING = torch.logspace(0, 1.5, 31, dtype=torch.float64)
+_TINY = 1e-300
+
+
+@dataclasses.dataclass
+class Fit:
+    """How well a label and a feature explain a gradient.
+
+    Attributes:
+        left: what is left of it, relative.
+        length: how many times as long as it should be it is.
+        left_at_length: what is left if it may be of that length.
+        tolerance: of what is left.
+    """
+
+    left: float
+    length: float
+    left_at_length: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the gradient is explained."""
+        return self.left <= self.tolerance
+
+
+class LastLayerTest:
+    """Checks of one update by its last layer.
+
+    Args:
+        read: the update.
+        victim: its model and protocol.
+        exchanged: what it would be with before and after exchanged, where both are known.
+        rate: the learning rate of a single step, where it is known.
+    """
+
+    def __init__(self, read: Update, victim: Victim, exchanged: SharedGradient | None, rate: float | None) -> None:
+        self.read, self.victim, self.exchanged = read, victim, exchanged
+        self.rate = victim.protocol.known_rate or rate
+        self.names = [f"{victim.classifier}.{part}" for part in ("weight", "bias")]
+
+    @cached_property
+    def why_not(self) -> str | None:
+        """Why there is nothing to test."""
+        protocol = self.victim.protocol
+        if protocol.loss != "cross_entropy":
+            return f"the loss is {protocol.loss!r}, not 'cross_entropy'"
+        if not self.victim.classifier:
+            return f"the logits are from {self.victim.logits_from}, not from a linear layer"
+        if not {*self.names} <= {*self.victim.trainable}:
+            return "the last layer does not share both gradients"
+        return None
+
+    @property
+    def layer(self) -> LastLayer:
+        """The last layer's gradients, freed of momentum and weight decay."""
+        return last_layer(self.read.shared, self.victim, non_negative=False)
+
+    @cached_property
+    def rounding(self) -> float:
+        """Of the last layer's gradients, relative."""
+        gradients = self.read.shared.gradients
+        return max(_size(self.read.rounding[name]) / _size(gradients[name]) for name in self.names)
+
+    def bias_sum(self) -> Found:
+        """Softmax less one-hot sums to zero."""
+        if self.why_not:
+            return self.why_not
+        bias = self.layer.push.double()
+        size = float(bias.abs().sum()) + _TINY
+        left = abs(float(bias.sum())) / size
+        doubt = 4 * _size(self.read.rounding[self.names[1]]) / size
+        decay = 0.1 if self.victim.protocol.weight_decay else 0.0  # its part is known to first order alone
+        if left > _SUM + doubt + decay:
+            return False, left, (
+                f"The gradient of {self.names[1]!r} sums to {left:.1%} of its size, not to zero: the loss is not "
+                "cross-entropy of these logits, or another array has taken its place."
+            )
+        return True, left, f"The gradient of {self.names[1]!r} sums to zero."
+
+    def classes(self) -> Found:
+        """Only classes that are there have negative entries in the bias' gradient."""
+        if self.why_not:
+            return self.why_not
+        count, classes = self.victim.protocol.num_images, self.victim.protocol.num_classes
+        if count >= classes:
+            return f"{count} images can be of all {classes} classes"
+        push = self.layer.push[0].double()
+        unsure = 1e-4 * push.abs().amax() + 4 * self.read.rounding[self.names[1]].double().amax()
+        below, above = int((push < -unsure).sum()), int((push > unsure).sum())
+        found = f"Classes with a negative gradient: {below}, of images: {count}."
+        if below <= count:
+            return True, None, found
+        return False, None, f"{found} " + (SIGN if above <= count else "More images are behind the update.")
+
+    def last_layer(self) -> Found:
+        """Labels and features make the gradient again; else what would."""
+        if self.why_not:
+            return self.why_not
+        if self.rounding > _COARSE:
+            return f"the weights are rounded to {self.rounding:.0%} of the update"
+        if self.victim.protocol.learning_rate == UNKNOWN:
+            return "a learning rate that is not told leaves the length open"
+        return self._of_one() if self.victim.protocol.num_images == 1 else self._of_several()
+
+    def features(self) -> Found:
+        """The features of a single image are never negative behind a ReLU or a sigmoid."""
+        if self.why_not:
+            return self.why_not
+        protocol = self.victim.protocol
+        if protocol.num_images > 1 or not has_non_negative_features(self.victim):
+            return None
+        features = _mean_feature(self.layer)
+        left = max(float(-features.min() / (features.abs().max() + _TINY)), 0.0)
+        # Those of several steps are weighted, and weights may be of either sign.
+        if left > (_NEGATIVE if protocol.local_steps == 1 else _NEGATIVE_OF_STEPS) + 10 * self.rounding:
+            return False, left, (
+                "The features behind the last layer are negative, which no ReLU or sigmoid gives: another array has "
+                "taken the place of its gradient."
+            )
+        return True, left, "The features are not negative."
+
+    def _of_one(self) -> Found:
+        """A single image's feature is known, and so its prediction, and what the declared steps make of it."""
+        fit = self._fit(self.read.shared)
+        if fit.holds:
+            return True, fit.left, f"Its own label and feature explain it, but for {fit.left:.1e}."
+        candidates = [(self._fit(shared), words) for words, shared in self._mistakes()]
+        held = [(other.left, words) for other, words in candidates if other.holds]
+        if held:
+            return False, fit.left, min(held)[1]
+        if fit.left_at_length <= fit.tolerance:
+            return False, fit.left, self._of_length(fit.length)
+        return False, fit.left, (
+            f"Its own label and feature leave {fit.left:.1%} of it unexplained: `before` is not where it was taken "
+            "(another round or model), the arrays are in another order, or the protocol is another (images, steps, loss)."
+        )
+
+    def _fit(self, shared: SharedGradient) -> Fit:
+        r"""How well the steps of a single image explain what it shared in the last layer.
+
+        Its feature h is the rows of the weights' gradient over the entries of the bias', its label y the most negative
+        of these. From the logits :math:`z_0 = W h + b` on the steps are
+
+        .. math:: \delta_t = \mathrm{softmax}(z_t) - y, \qquad v_t = \mu v_{t-1} + \delta_t, \qquad
+            z_{t+1} = z_t - \eta \kappa \, v_t
+
+        That the layers before it learn too makes :math:`\kappa` larger than the :math:`\lVert h \rVert^2 + 1` of the
+        last layer alone: the one that fits best is taken. A single step is exact.
+        """
+        protocol, layer = shared.protocol, last_layer(shared, self.victim, non_negative=False)
+        steps = protocol.local_steps
+        # With the weight decay of several steps taken off, but with their momentum.
+        push = layer.push[0].double() if protocol.weight_decay else shared.gradients[self.names[1]][0].double()
+        feature = _mean_feature(layer)
+        start = layer.weight[0].double() @ feature + layer.bias[0].double()
+        label = F.one_hot(push.argmin(), len(push)).to(push)
+        scales = _LEARNING.to(push)[:, None] * (1 + feature.square().sum()) if steps > 1 else torch.zeros(1, 1).to(push)
+        logits, velocity, total = start.expand(len(scales), -1), torch.zeros_like(start), torch.zeros_like(start)
+        momentum = 0.0 if protocol.weight_decay else protocol.momentum
+        for _ in range(steps):
+            velocity = momentum * velocity + logits.softmax(1) - label
+            total = total + velocity
+            logits = logits - protocol.known_rate * scales * velocity
+        expected = total / steps
+        size = vector_norm(push) + _TINY
+        left = vector_norm(push - expected, dim=1) / size
+        lengths = (expected @ push) / (expected.square().sum(1) + _TINY)
+        left_at_lengths = vector_norm(push - lengths[:, None] * expected, dim=1) / size
+        best = int(left_at_lengths.argmin())
+        doubt = (30 * self.rounding + 1e-5) * (1 + float(start.abs().amax())) + 1e-6 / (_size(expected[best]) + 1e-12)
+        tolerance = doubt + (_LEFT if steps == 1 else _LEFT_OF_STEPS)
+        return Fit(float(left.amin()), float(lengths[best]), float(left_at_lengths[best]), tolerance)
+
+    def _mistakes(self) -> Iterator[tuple[str, SharedGradient]]:
+        """What people get wrong with a single image: in words, and what was shared without the mistake."""
+        shared, protocol, rate = self.read.shared, self.victim.protocol, self.rate
+        if self.exchanged is not None:
+            yield "The update is explained if `before` and `update` are exchanged.", self.exchanged
+        yield SIGN, _times(shared, -1.0)
+        for words, length in self._lengths():
+            yield words, _times(shared, 1 / length)
+        if not rate:
+            return
+        for power in (-3, -2, -1, 1, 2, 3):
+            told: dict[str, Any] = {} if protocol.local_steps == 1 else {"learning_rate": rate * 10.0**power}
+            words = f"The update is explained by a learning rate that is {10.0**power:g} times the declared one."
+            yield words, _times(shared, 10.0**-power, **told)
+        for steps in (1, *range(2, 11), 20, 50, 100):
+            told = {"local_steps": steps, "learning_rate": rate} if steps > 1 else _ONE_STEP
+            words = f"The update is explained by local steps: {steps}, not {protocol.local_steps}."
+            if steps != protocol.local_steps:
+                yield words, _times(shared, protocol.local_steps / steps, **told)
+        for momentum in {0.0, 0.9} - {protocol.momentum} if protocol.local_steps > 1 else ():
+            words = f"The update is explained by momentum: {momentum:g}, not {protocol.momentum:g}."
+            yield words, _times(shared, 1.0, momentum=momentum)
+
+    def _of_several(self) -> Found:
+        """Whole numbers of labels tell how long a gradient is, as they do where clients shorten it."""
+        layer = self.layer
+        shortened = dataclasses.replace(
+            layer, weight_gradient=layer.rows * _SHORTENED, bias_gradient=layer.push * _SHORTENED
+        )
+        restored = restore_length(shortened, Knowledge(layer, None, 0).features, torch.zeros(1))
+        length = _size(layer.push) / _size(restored.push)
+        if 1 / _LONGER <= length <= _LONGER:
+            return True, None, f"It is {length:.2g} times as long as whole numbers of labels make it; 1 is expected."
+        near = [(abs(math.log(length / abs(other))), words) for words, other in self._lengths()]
+        apart, words = min(near, default=(math.inf, ""))
+        return False, length, words if apart < math.log(_NEAR) else self._of_length(length)
+
+    def _lengths(self) -> Iterator[tuple[str, float]]:
+        """Mistakes that make an update longer or shorter, whatever its steps, and how many times."""
+        protocol, rate = self.victim.protocol, self.rate
+        count, steps = protocol.local_batch_size or protocol.num_images, protocol.local_steps
+        if count > 1:
+            mean = protocol.reduction == "mean"
+            declared, found = ("mean", "sum") if mean else ("sum", "mean")
+            words = f"The update is explained if the loss is the {found} over the images, not the {declared}."
+            yield words, float(count) if mean else 1 / count
+        if rate and self.read.holds == "gradient":
+            yield "The update is explained if it is a difference of weights, after - before.", -rate * steps
+        if rate and self.read.holds == "difference":
+            yield "The update is explained if it is a gradient, not a difference of weights.", -1 / (rate * steps)
+        if steps > 1:
+            yield f"The update is explained if it is the sum of {steps} steps, not their average.", float(steps)
+        for power in (-3, -2, -1, 1, 2, 3) if protocol.num_images > 1 else ():
+            words = f"The update is explained by a learning rate that is about {10.0**power:g} times the declared one."
+            yield words, 10.0**power
+
+    def _of_length(self, length: float) -> str:
+        sign = " and of the opposite sign" if length < 0 else ""
+        words = f"The update is {abs(length):.3g} times as long as this client's{sign}"
+        if self.rate:
+            declared = self.rate * self.victim.protocol.local_steps
+            words += (
+                f": learning rate times steps is {abs(length) * declared:.3g} by the update, {declared:.3g} as declared"
+            )
+        return f"{words}."
+
+
+_ONE_STEP: dict[str, Any] = {"local_steps": 1, "learning_rate": None, "momentum": 0.0, "weight_decay": 0.0}
+
+
+def _times(shared: SharedGradient, factor: float, **told: Any) -> SharedGradient:
+    """So many times as long, and of another protocol."""
+    gradients = {name: factor * gradient for name, gradient in shared.gradients.items()}
+    return dataclasses.replace(shared, gradients=gradients, protocol=dataclasses.replace(shared.protocol, **told))
+
+
+def _mean_feature(layer: LastLayer) -> Tensor:
+    """``(D,)``, in double precision: of a single image, its own."""
+    push, rows = layer.push[0].double(), layer.rows[0].double()
+    return rows.mT @ push / (push.square().sum() + _TINY)
+
+
+def _size(tensor: Tensor) -> float:
+    return float(vector_norm(tensor.double())) + _TINY

@@ -1,0 +1,254 @@
+"""What a client of a real system sent, as the shared gradient that attacks take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leakage.clients.protocol import UNKNOWN
+from leakage.clients.shared_gradient import SharedGradient
+from leakage.clients.victim import Victim
+from leakage.errors import check_choice, check_positive
+from leakage.files.tensors import brief
+from leakage.updates.weights import HOLDS, AnyWeights, Arrays, open_weights
+
+
+@dataclass
+class Update:
+    """An update as it was read.
+
+    Attributes:
+        shared: what attacks take, of one victim.
+        rounding: name to ``(1, *shape)``: how far each entry of the gradient may be off, since the weights that it is
+            the difference of are rounded.
+        before, after: weights and buffers by the model's names; after is empty if it is not weights that were sent.
+        holds: one of :data:`~leakage.updates.weights.HOLDS`.
+    """
+
+    shared: SharedGradient
+    rounding: dict[str, Tensor]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    holds: str
+
+
+def read_update(
+    before: AnyWeights,
+    update: AnyWeights,
+    victim: Victim,
+    *,
+    holds: str | None = None,
+    learning_rate: float | None = None,
+) -> SharedGradient:
+    r"""The shared gradient behind the update of one client, for :class:`~leakage.datamodules.SharedGradients`.
+
+    A client that was given the weights :math:`\theta_0` and sends :math:`\theta_T` after T steps has shared
+
+    .. math:: g = \frac{\theta_0 - \theta_T}{\eta T},
+
+    the gradient for one step, else the average of its steps. Where the victim's protocol says that the attacker is not
+    told the learning rate :math:`\eta`, it is :math:`\theta_0 - \theta_T`.
+
+    ===================================== =======================================================================
+    ``before`` and ``update``             as
+    ===================================== =======================================================================
+    PyTorch                               a ``state_dict()``, a module
+    files                                 ``.safetensors``; ``.pt``, ``.pth``, ``.bin``, ``.ckpt`` (weights, no code);
+                                          ``.npz``
+    Flower                                the list of NumPy arrays, ``Parameters``, ``FitRes``, ``ArrayRecord``, and a
+                                          ``RecordDict`` or a ``Message`` with one ``ArrayRecord``
+    NVFlare                               ``FLModel``, ``DXO``, ``Shareable``; those that hold differences say so
+    PEFT                                  ``adapter_model.safetensors`` of a model that is itself of PEFT
+    ===================================== =======================================================================
+
+    Arrays without names are taken in the order of ``state_dict()``, BatchNorm's statistics included, or, if there are
+    only as many, in that of ``parameters()`` (all, or those that require gradients). Names may have one prefix more or
+    less than the model's, such as ``module.``. Files never run code.
+
+    Args:
+        before: the weights that the client was given. Buffers that are missing are the model's.
+        update: what it sent.
+        victim: the client: model, protocol, number of images.
+        holds: what ``update`` holds: ``"weights"`` after training, their ``"difference"`` (after minus before), or the
+            ``"gradient"`` itself (of several steps: their average). By default what the object says, else weights.
+        learning_rate: of a single step, whose protocol has none.
+
+    Returns:
+        One victim's; :meth:`SharedGradient.cat <leakage.SharedGradient.cat>` joins those of one round, and
+        :class:`~leakage.datamodules.SharedGradients` takes a list of any.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file or an object of another kind, truncated, arrays of other shapes, names or types than the
+            model's, NaN or infinity, an order that can't be that of the model, a learning rate that is missing or not
+            that of the protocol.
+
+    Example:
+        >>> import copy
+        >>> from leakage import LeNet
+        >>> model = LeNet()
+        >>> trained = copy.deepcopy(model)
+        >>> loss = torch.nn.functional.cross_entropy(trained(torch.rand(1, 1, 28, 28)), torch.tensor([3]))
+        >>> loss.backward()
+        >>> torch.optim.SGD(trained.parameters(), lr=0.1).step()
+        >>> victim = Victim(model, image_shape=(1, 28, 28))
+        >>> shared = read_update(model.state_dict(), trained.state_dict(), victim, learning_rate=0.1)
+        >>> int(shared.gradients["classifier.bias"].argmin())
+        3
+
+    References:
+        Flower, https://flower.ai; NVIDIA FLARE, https://nvflare.readthedocs.io; PEFT,
+        https://huggingface.co/docs/peft.
+    """
+    return as_read(before, update, victim, holds=holds, learning_rate=learning_rate).shared
+
+
+def as_read(
+    before: AnyWeights, update: AnyWeights, victim: Victim, *, holds: str | None, learning_rate: float | None
+) -> Update:
+    """The same, with what :func:`leakage.audit.check_update` looks at."""
+    if not isinstance(victim, Victim):
+        raise ValueError(f"Expected `victim` to be a Victim, but got {type(victim).__name__}.")
+    if holds is not None:
+        check_choice("holds", holds, HOLDS)
+    rate = _rate(victim, learning_rate)
+    start, sent = open_weights(before, "before"), open_weights(update, "update")
+    if start.holds not in (None, "weights"):
+        raise ValueError(f"Expected `before` to hold weights, but got an object that holds a {start.holds}.")
+    if holds and sent.holds and holds != sent.holds:
+        raise ValueError(f"Expected `holds` as the object says, {sent.holds!r}, but got {holds!r}.")
+    holds = holds or sent.holds or "weights"
+    if rate is None and holds != "gradient":
+        raise ValueError(
+            "Expected a `learning_rate`, by which the update of a single step has to be divided, but got None. If the "
+            "attacker is not told it, make the victim with learning_rate='unknown'."
+        )
+    given = _named(start, victim, "before")
+    after = _named(sent, victim, "update")
+    like = next(iter(victim.state.values()))
+    state = {}
+    for name, own in victim.state.items():
+        if name in victim.trainable and name not in given:
+            raise ValueError(f"Expected `before` with the weights of {name!r}, but got none.")
+        state[name] = given.get(name, own).to("cpu", own.dtype)
+    gradients, rounding = {}, {}
+    for name in victim.trainable:
+        if name not in after:
+            raise ValueError(
+                f"Expected `update` with {name!r}, which the victim trains, but got none. Freeze it if the client did: "
+                "`requires_grad_(False)`."
+            )
+        weight, array = given[name].double(), after[name].double()
+        unit = max(torch.finfo(tensors[name].dtype).eps for tensors in (given, after))
+        gradient = {"weights": weight - array, "difference": -array, "gradient": array}[holds]
+        by = 1.0 if rate is None or holds == "gradient" else rate
+        # A difference that the client took is of the weights that it trained, of the same precision at best.
+        doubt = gradient.abs() if holds == "gradient" else torch.maximum(weight.abs(), (weight - gradient).abs())
+        gradients[name] = (gradient / by).to(like.dtype)[None]
+        rounding[name] = (unit * doubt / by)[None]
+    shared = SharedGradient(gradients=gradients, state=state, ids=torch.zeros(1, dtype=torch.long),
+                            protocol=victim.protocol)
+    victim.check(shared)
+    return Update(shared, rounding, given, after if holds == "weights" else {}, holds)
+
+
+def _rate(victim: Victim, learning_rate: float | None) -> float | None:
+    """By which the difference of the weights is divided to be what was shared; None if nobody tells."""
+    protocol = victim.protocol
+    if learning_rate is not None:
+        check_positive(learning_rate=learning_rate)
+        if protocol.learning_rate is not None and learning_rate != protocol.learning_rate:
+            raise ValueError(
+                f"Expected `learning_rate` as in the victim's protocol, {protocol.learning_rate!r}, but got "
+                f"{learning_rate!r}. Leave it out."
+            )
+    if protocol.learning_rate == UNKNOWN:
+        return 1.0
+    if protocol.learning_rate is not None:
+        return protocol.known_rate * protocol.local_steps
+    return learning_rate
+
+
+def _named(arrays: Arrays, victim: Victim, what: str) -> dict[str, Tensor]:
+    """The arrays by the model's names, with its shapes."""
+    layout, tensors = victim.layout, arrays.tensors
+    named = _by_order(tensors, victim, what) if isinstance(tensors, list) else _by_name(tensors, victim, what)
+    whole = {name for name, tensor in victim.state.items() if not tensor.is_floating_point()}
+    for name, tensor in named.items():
+        if tensor.shape != layout[name]:
+            raise ValueError(
+                f"Expected `{what}` with {name!r} of shape {tuple(layout[name])}, but got {tuple(tensor.shape)}."
+                + (_hint(tensors, layout) if isinstance(tensors, list) else "")
+            )
+        counts = name in whole or name.endswith("num_batches_tracked")
+        if not counts and not tensor.is_floating_point():
+            raise ValueError(
+                f"Expected `{what}` with floating-point numbers in {name!r}, but got {tensor.dtype}. Quantised weights "
+                "have to be brought back to the numbers that they stand for."
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"Expected `{what}` with finite numbers in {name!r}, but got NaN or inf.")
+        if name.endswith("running_var") and arrays.holds in (None, "weights") and what == "before":
+            _check_variance(name, tensor, what)
+    return named
+
+
+def _check_variance(name: str, tensor: Tensor, what: str) -> None:
+    if bool((tensor < 0).any()):
+        raise ValueError(
+            f"Expected `{what}` with running variances of at least 0 in {name!r}, but got {tensor.min().item()}. Other "
+            "arrays have taken their place: is this the order of `state_dict()`?"
+        )
+
+
+def _by_order(tensors: list[Tensor], victim: Victim, what: str) -> dict[str, Tensor]:
+    parameters = [name for name, _ in victim.model.named_parameters()]
+    orders = {"state_dict()": [*victim.layout], "parameters()": parameters, "those trained": victim.trainable}
+    names = next((names for names in orders.values() if len(names) == len(tensors)), None)
+    if names is None:
+        lengths = " or ".join(f"{len(names)} ({order})" for order, names in orders.items())
+        raise ValueError(f"Expected `{what}` as a list of {lengths} arrays, but got {len(tensors)}.")
+    return dict(zip(names, tensors, strict=True))
+
+
+def _hint(tensors: list[Tensor], layout: Mapping[str, torch.Size]) -> str:
+    """Whether it is the order that is wrong."""
+    same = Counter(tuple(tensor.shape) for tensor in tensors) == Counter(map(tuple, layout.values()))
+    return " The shapes are those of the model in another order than that of `state_dict()`." if same else ""
+
+
+def _by_name(tensors: dict[str, Tensor], victim: Victim, what: str) -> dict[str, Tensor]:
+    """With the model's names, whatever prefix either side has."""
+    known = victim.layout.keys()
+    for names in ([*tensors], [_of_adapter(name) for name in tensors]):
+        for renamed in (names, *_other_prefixes(names, list(known))):
+            if set(renamed) <= known:
+                return dict(zip(renamed, tensors.values(), strict=True))
+    unknown = sorted(tensors.keys() - known)
+    raise ValueError(
+        f"Expected `{what}` with the names of the model, such as {brief(sorted(known)[:4])}, but got unknown "
+        f"{brief(unknown[:8])}."
+    )
+
+
+def _other_prefixes(names: list[str], known: list[str]) -> Iterator[list[str]]:
+    """The names with what the model has in front of them, and without what is in front of the model's."""
+    first = names[0]
+    for own in known:
+        if own.endswith(f".{first}"):
+            yield [own.removesuffix(first) + name for name in names]
+        elif first.endswith(f".{own}"):
+            prefix = first.removesuffix(own)
+            if all(name.startswith(prefix) for name in names):
+                yield [name.removeprefix(prefix) for name in names]
+
+
+def _of_adapter(name: str) -> str:
+    """As a model of PEFT calls what its file of an adapter calls without the adapter's name."""
+    for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+        name = name.replace(f".{part}.weight", f".{part}.default.weight")
+    return name

@@ -1,0 +1,173 @@
+"""Arrays as federated systems hold them: files, lists and objects, read without running code."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from leakage.files.tensors import brief
+
+#: What arrays can hold: the weights themselves, the weights after training minus those before, or a gradient.
+HOLDS = ("weights", "difference", "gradient")
+# What a system hands over: a file, arrays by name or in order, or an object of Flower or NVFlare, which need not be
+# installed.
+AnyWeights: TypeAlias = str | os.PathLike[str] | nn.Module | Mapping[str, Any] | Sequence[Any] | Any
+
+_SAFETENSORS, _NUMPY, _TORCH = (".safetensors",), (".npz",), (".pt", ".pth", ".bin", ".ckpt")
+# Where checkpoints of PyTorch, Lightning and NVFlare keep the weights.
+_INSIDE = ("state_dict", "model_state_dict", "model")
+# As NVFlare calls what its objects hold.
+_NVFLARE = {"WEIGHTS": "weights", "FULL": "weights", "WEIGHT_DIFF": "difference", "DIFF": "difference"}
+
+
+@dataclass
+class Arrays:
+    """What was handed over.
+
+    Attributes:
+        tensors: by name, or in an order alone.
+        holds: one of :data:`HOLDS`, where the object says so.
+    """
+
+    tensors: dict[str, Tensor] | list[Tensor]
+    holds: str | None = None
+
+
+def open_weights(given: AnyWeights, what: str) -> Arrays:
+    """The arrays of anything that :func:`leakage.updates.read_update` takes.
+
+    Args:
+        given: see there.
+        what: the argument's name, for errors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an object or a file of another kind, truncated, or something else than arrays of real numbers.
+    """
+    holds = None
+    if isinstance(given, str | os.PathLike):
+        given = _file(Path(given).expanduser(), what)
+    given = _record(given, what)
+    if hasattr(given, "params_type") and hasattr(given, "params"):  # NVFlare's FLModel
+        kind, given = given.params_type, given.params
+        holds = _held(getattr(kind, "value", kind), what)
+    elif isinstance(given, Mapping) and "DXO" in given:  # NVFlare's Shareable
+        kind, meta, given = (given["DXO"].get(name) for name in ("kind", "meta", "data"))
+        holds = _of_dxo(kind, meta, what)
+    elif hasattr(given, "data_kind") and hasattr(given, "data"):  # NVFlare's DXO
+        kind, meta, given = given.data_kind, getattr(given, "meta", None), given.data
+        holds = _of_dxo(kind, meta, what)
+    return Arrays(_tensors(given, what), holds)
+
+
+def _record(given: Any, what: str) -> Any:
+    """What holds the arrays of an object of PyTorch or Flower."""
+    if isinstance(given, nn.Module):
+        return given.state_dict()
+    given = getattr(given, "parameters", given) if hasattr(given, "num_examples") else given  # FitRes
+    given = getattr(given, "content", given) if hasattr(given, "metadata") else given  # Message
+    if hasattr(given, "array_records"):  # RecordDict
+        records = dict(given.array_records)
+        if len(records) != 1:
+            raise ValueError(
+                f"Expected `{what}` with one record of arrays, but got {sorted(records)}. Pass one of them."
+            )
+        (given,) = records.values()
+    if hasattr(given, "tensors") and hasattr(given, "tensor_type"):  # Parameters
+        if given.tensor_type != "numpy.ndarray":
+            raise ValueError(f"Expected `{what}` as 'numpy.ndarray' tensors, but got {given.tensor_type!r}.")
+        try:
+            given = [np.load(io.BytesIO(one), allow_pickle=False) for one in given.tensors]
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"Expected `{what}` as whole NumPy arrays, but got: {brief(error)}") from error
+    return given
+
+
+def _held(kind: object, what: str) -> str:
+    word = str(getattr(kind, "value", kind))
+    if word not in _NVFLARE:
+        raise ValueError(f"Expected `{what}` of a kind among {sorted(_NVFLARE)}, but got {word!r}.")
+    return _NVFLARE[word]
+
+
+def _of_dxo(kind: object, meta: object, what: str) -> str:
+    done = meta.get("PROCESSED_ALGORITHM") if isinstance(meta, Mapping) else None
+    if done:
+        raise ValueError(f"Expected `{what}` as plain arrays, but got some processed by {str(done)!r}.")
+    return _held(kind, what)
+
+
+def _tensors(given: Any, what: str) -> dict[str, Tensor] | list[Tensor]:
+    if isinstance(given, Mapping):
+        inside = next((given[key] for key in _INSIDE if isinstance(given.get(key), Mapping)), None)
+        tensors = {str(name): _tensor(array, what, name) for name, array in (inside or given).items()}
+        if not tensors:
+            raise ValueError(f"Expected `{what}` to hold arrays, but got none.")
+        return _in_order(tensors) or tensors
+    if isinstance(given, list | tuple) and given:
+        return [_tensor(array, what, place) for place, array in enumerate(given)]
+    raise ValueError(
+        f"Expected `{what}` as a state_dict, a module, a list of arrays, a file or an object of Flower or NVFlare, "
+        f"but got {type(given).__name__}{' of nothing' if isinstance(given, list | tuple) else ''}."
+    )
+
+
+def _in_order(tensors: dict[str, Tensor]) -> list[Tensor] | None:
+    """The same as a list, if their names are numbers: as Flower calls arrays without names, and ``numpy.savez``."""
+    places = [re.fullmatch(r"(?:arr_)?(\d+)", name) for name in tensors]
+    numbers = {int(place[1]): tensor for place, tensor in zip(places, tensors.values(), strict=True) if place}
+    return [numbers[place] for place in range(len(tensors))] if {*numbers} == {*range(len(tensors))} else None
+
+
+def _tensor(array: Any, what: str, name: object) -> Tensor:
+    if not isinstance(array, Tensor | np.ndarray | np.generic) and callable(getattr(array, "numpy", None)):
+        try:
+            array = array.numpy()  # Flower's Array, whose own reader takes no pickles either
+        except (ValueError, TypeError, EOFError) as error:
+            raise ValueError(f"Expected `{what}` with an array {name!r}, but got: {brief(error)}") from error
+    if isinstance(array, np.ndarray | np.generic):
+        if array.dtype.kind not in "fiub":
+            raise ValueError(f"Expected `{what}` with real numbers in {brief(repr(name))}, but got {array.dtype}.")
+        array = torch.from_numpy(np.array(array, order="C", dtype=array.dtype.newbyteorder("=")))
+    if not isinstance(array, Tensor):
+        raise ValueError(f"Expected `{what}` with an array {brief(repr(name))}, but got {type(array).__name__}.")
+    if array.is_complex() or array.is_quantized or array.layout != torch.strided:
+        raise ValueError(
+            f"Expected `{what}` with plain real numbers in {brief(repr(name))}, but got {array.dtype}, {array.layout}."
+        )
+    return array.detach().cpu()
+
+
+def _file(path: Path, what: str) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a file of weights at '{path}', but got no such file.")
+    kinds = (*_SAFETENSORS, *_NUMPY, *_TORCH)
+    if path.suffix not in kinds:
+        raise ValueError(f"Expected a file of weights that ends in one of {sorted(kinds)}, but got '{path}'.")
+    try:
+        if path.suffix in _SAFETENSORS:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("format") == "leakage.SharedGradient":
+                    raise ValueError("a shared gradient, which `SharedGradient.load` reads.")
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if path.suffix in _NUMPY:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    # What is well formed may still claim types or sizes that there are none of.
+    except Exception as error:
+        raise ValueError(
+            f"Expected a whole file of weights, but got '{path}' which is truncated, of another kind, or holds code, "
+            f"which is never run: {brief(error)}"
+        ) from error
+    return loaded
