@@ -24,8 +24,9 @@ from leakage.updates.weights import AnyWeights
 
 # Relative rounding of a gradient that is computed in the weights' precision, in units of it.
 _ROUNDING = 64.0
-# What may be left of a bias' gradient outside of the space of its weights' columns, and of the sum of the last one's.
-_OUTSIDE, _SUM = 1e-2, 1e-3
+# What may be left of a bias' gradient outside of the space of its weights' columns: directions that rounding hides may be
+# a good part of it, but those of another layer are nearly all outside.
+_OUTSIDE = 0.5
 # Directions beside those that are expected of a gradient, by which a higher rank is seen.
 _SPARE = 8
 
@@ -303,9 +304,11 @@ def _biases(read: Update, victim: Victim) -> tuple[bool, float | None, str] | st
         columns, unsure = _space(read, names[0], rows)
         basis, strengths, _ = torch.linalg.svd(columns, full_matrices=False)
         basis = basis[:, strengths > unsure]
+        if 2 * basis.shape[1] > len(bias):
+            continue
         size = vector_norm(bias).clamp(min=torch.finfo(bias.dtype).tiny)
         left = float(vector_norm(bias - basis @ (basis.mT @ bias)) / size)
-        doubt = float(10 * vector_norm(read.rounding[names[1]].double()) / size) + unsure / float(strengths[0])
+        doubt = float(10 * vector_norm(read.rounding[names[1]].double()) / size)
         worst = max(worst, left)
         if left > _OUTSIDE + doubt:
             return False, left, (

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from leakage.clients.protocol import UNKNOWN
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
+from leakage.labels.auxiliary import Auxiliary, KnownFeatures, known_features, natural_noise
 from leakage.labels.last_layer import LastLayer, has_non_negative_features, last_layer
 from leakage.labels.length import restore_length
-from leakage.labels.rules import Knowledge
 from leakage.updates.reading import Update
 
 #: Of a check: whether it passed, how far off it is, and what was found; words alone why it can't be made; None if it
@@ -30,7 +30,9 @@ SIGN = "The update has the opposite sign: after - before was given for before - 
 _LEFT, _LEFT_OF_STEPS = 1e-3, 0.1
 # How many times longer or shorter than it should be a gradient of several images may look, and how near it has to be to
 # what a mistake would make of it to name that.
-_LONGER, _NEAR = 3.0, 1.7
+_LONGER, _LONGER_OF_STEPS, _NEAR = 3.0, 6.0, 1.7
+# Images of noise that show how predictions vary, by how much at most they may, and how far steps may move logits.
+_IMAGES, _UNDECIDED, _MOVED = 64, 0.07, 2.0
 # Relative rounding of a gradient that says nothing any more.
 _COARSE = 0.1
 # What may be left of the sum of the bias' gradient, and of negative features.
@@ -139,9 +141,39 @@ class LastLayerTest:
             return self.why_not
         if self.rounding > _COARSE:
             return f"the weights are rounded to {self.rounding:.0%} of the update"
-        if self.victim.protocol.learning_rate == UNKNOWN:
+        protocol = self.victim.protocol
+        if protocol.learning_rate == UNKNOWN:
             return "a learning rate that is not told leaves the length open"
-        return self._of_one() if self.victim.protocol.num_images == 1 else self._of_several()
+        if protocol.num_images == protocol.local_steps == 1:
+            return self._of_one()
+        # Softmax less one-hot is of length sqrt(2) at most, whatever the images.
+        length = _size(self.layer.push)
+        if length > math.sqrt(2) * (1.01 + 4 * self.rounding) and not protocol.weight_decay:
+            return False, length, self._too_long(length)
+        if not self._undecided:
+            return "the network's predictions vary, so labels do not tell how long the update should be"
+        if protocol.local_steps > 1 and self._moved > _MOVED:
+            return f"the steps move the logits far, by {self._moved:.2g}, so the last layer does not tell of them all"
+        return self._of_one() if protocol.num_images == 1 else self._of_several()
+
+    @cached_property
+    def _noise(self) -> KnownFeatures:
+        """Images of noise as the last layer sees them."""
+        layer = self.layer
+        return known_features(layer, Auxiliary(natural_noise(_IMAGES, layer.protocol.image_shape, 0)), 0)
+
+    @property
+    def _undecided(self) -> bool:
+        """Whether the network predicts nearly the same for all images, as an untrained one does."""
+        predictions = self._noise.predictions[0].double()
+        return float((predictions - predictions.mean(0)).abs().amax(1).mean()) < _UNDECIDED
+
+    @property
+    def _moved(self) -> float:
+        """How far all steps move the logits, by the last layer alone."""
+        protocol, layer = self.victim.protocol, self.layer
+        feature = self._noise.features[0].double().square().sum(1).mean()
+        return protocol.known_rate * protocol.local_steps * _size(layer.push) * float(1 + feature)
 
     def features(self) -> Found:
         """The features of a single image are never negative behind a ReLU or a sigmoid."""
@@ -237,17 +269,36 @@ class LastLayerTest:
 
     def _of_several(self) -> Found:
         """Whole numbers of labels tell how long a gradient is, as they do where clients shorten it."""
+        length = self._length()
+        longer = _LONGER if self.victim.protocol.local_steps == 1 else _LONGER_OF_STEPS
+        if 1 / longer <= length <= longer:
+            return True, None, f"It is {length:.2g} times as long as whole numbers of labels make it; 1 is expected."
+        return False, length, self._nearest(length)
+
+    def _length(self) -> float:
+        """How many times as long as it should be the gradient is, by the labels."""
         layer = self.layer
         shortened = dataclasses.replace(
             layer, weight_gradient=layer.rows * _SHORTENED, bias_gradient=layer.push * _SHORTENED
         )
-        restored = restore_length(shortened, Knowledge(layer, None, 0).features, torch.zeros(1))
-        length = _size(layer.push) / _size(restored.push)
-        if 1 / _LONGER <= length <= _LONGER:
-            return True, None, f"It is {length:.2g} times as long as whole numbers of labels make it; 1 is expected."
+        restored = restore_length(shortened, self._noise, torch.zeros(1))
+        return _size(layer.push) / _size(restored.push)
+
+    def _too_long(self, length: float) -> str:
+        words = f"The gradient of {self.names[1]!r} is of length {length:.3g}, but no images make it longer than sqrt(2)."
+        if self.victim.protocol.num_images > 1 and self._undecided:
+            return f"{words} {self._nearest(self._length())}"
+        if self.victim.protocol.num_images == 1 and self._undecided:
+            found = self._of_one()
+            assert isinstance(found, tuple)
+            return f"{words} {found[2]}"
+        return f"{words} The learning rate or the steps are more than declared, or the loss is a sum, not a mean."
+
+    def _nearest(self, length: float) -> str:
+        """The mistake that makes about this length."""
         near = [(abs(math.log(length / abs(other))), words) for words, other in self._lengths()]
         apart, words = min(near, default=(math.inf, ""))
-        return False, length, words if apart < math.log(_NEAR) else self._of_length(length)
+        return words if apart < math.log(_NEAR) else self._of_length(length)
 
     def _lengths(self) -> Iterator[tuple[str, float]]:
         """Mistakes that make an update longer or shorter, whatever its steps, and how many times."""
@@ -262,7 +313,7 @@ class LastLayerTest:
             yield "The update is explained if it is a difference of weights, after - before.", -rate * steps
         if rate and self.read.holds == "difference":
             yield "The update is explained if it is a gradient, not a difference of weights.", -1 / (rate * steps)
-        if steps > 1:
+        if steps > 1 and self.read.holds == "gradient":
             yield f"The update is explained if it is the sum of {steps} steps, not their average.", float(steps)
         for power in (-3, -2, -1, 1, 2, 3) if protocol.num_images > 1 else ():
             words = f"The update is explained by a learning rate that is about {10.0**power:g} times the declared one."
