@@ -7,9 +7,12 @@ from leakage.audit.bounds import (
     mse_bound,
     subsampled_success_bound,
 )
+from leakage.audit.consistency import check_shared, check_update
 
 __all__ = [
     "approximate_success_bound",
+    "check_shared",
+    "check_update",
     "gaussian_renyi_epsilon",
     "gaussian_success_bound",
     "mse_bound",

@@ -30,7 +30,7 @@ SIGN = "The update has the opposite sign: after - before was given for before - 
 _LEFT, _LEFT_OF_STEPS = 1e-3, 0.1
 # How many times longer or shorter than it should be a gradient of several images may look, and how near it has to be to
 # what a mistake would make of it to name that.
-_LONGER, _LONGER_OF_STEPS, _NEAR = 3.0, 6.0, 1.7
+_LONGER, _NEAR = 3.0, 1.7
 # Images of noise that show how predictions vary, by how much at most they may, and how far steps may move logits.
 _IMAGES, _UNDECIDED, _MOVED = 64, 0.07, 2.0
 # Relative rounding of a gradient that says nothing any more.
@@ -152,6 +152,8 @@ class LastLayerTest:
             return False, length, self._too_long(length)
         if not self._undecided:
             return "the network's predictions vary, so labels do not tell how long the update should be"
+        if protocol.local_steps > 1 and protocol.num_images > 1:
+            return "several steps on several images tell no length"
         if protocol.local_steps > 1 and self._moved > _MOVED:
             return f"the steps move the logits far, by {self._moved:.2g}, so the last layer does not tell of them all"
         return self._of_one() if protocol.num_images == 1 else self._of_several()
@@ -270,8 +272,7 @@ class LastLayerTest:
     def _of_several(self) -> Found:
         """Whole numbers of labels tell how long a gradient is, as they do where clients shorten it."""
         length = self._length()
-        longer = _LONGER if self.victim.protocol.local_steps == 1 else _LONGER_OF_STEPS
-        if 1 / longer <= length <= longer:
+        if 1 / _LONGER <= length <= _LONGER:
             return True, None, f"It is {length:.2g} times as long as whole numbers of labels make it; 1 is expected."
         return False, length, self._nearest(length)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -225,8 +226,9 @@ def _by_name(tensors: dict[str, Tensor], victim: Victim, what: str) -> dict[str,
     """With the model's names, whatever prefix either side has."""
     known = victim.layout.keys()
     for names in ([*tensors], [_of_adapter(name) for name in tensors]):
-        for renamed in (names, *_other_prefixes(names, list(known))):
-            if set(renamed) <= known:
+        others = (other for other in _other_prefixes(names, list(known)) if {*victim.trainable} <= {*other})
+        for renamed in itertools.chain([names], others):
+            if {*renamed} <= known:
                 return dict(zip(renamed, tensors.values(), strict=True))
     unknown = sorted(tensors.keys() - known)
     raise ValueError(
