@@ -6,6 +6,7 @@ from leakage.callbacks.condensation_images import SyntheticImages
 from leakage.callbacks.condensation_progress import CondensationProgressBar
 from leakage.callbacks.gallery import Gallery
 from leakage.callbacks.loggers import OfflineSafeWandbLogger
+from leakage.callbacks.monitor import LeakageMonitor
 from leakage.callbacks.progress import AttackProgressBar
 from leakage.callbacks.results import ResultsCallback
 from leakage.callbacks.table import VictimTable
@@ -17,6 +18,7 @@ __all__ = [
     "CondensationCallback",
     "CondensationProgressBar",
     "Gallery",
+    "LeakageMonitor",
     "OfflineSafeWandbLogger",
     "ResultsCallback",
     "SyntheticEvaluation",
