@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset
+from torchvision.transforms import Normalize
 
 from leakage.attacks import InvertingGradientsAttack
 from leakage.callbacks.loggers import log_image
@@ -215,7 +216,9 @@ class LeakageMonitor(Callback):
                 return network.eval(), images
             self._note("images are scaled to [0, 1] by the least and the largest value of each channel")
             shift, scale = (end.to(images).view(-1, 1, 1) for end in (low, (high - low).clamp(min=1e-6)))
-        return _Scaled(network, shift, scale).eval(), ((images - shift) / scale).clamp(0, 1)
+        # Of torchvision's, which attacks know how to go through: x * scale + shift.
+        normalise = Normalize((-shift / scale).flatten().tolist(), (1 / scale).flatten().tolist())
+        return nn.Sequential(normalise, network).eval(), ((images - shift) / scale).clamp(0, 1)
 
     def _note(self, words: str) -> None:
         if words not in self.notes:
@@ -223,7 +226,9 @@ class LeakageMonitor(Callback):
             rank_zero_info(f"LeakageMonitor: the module is left as it is; {words}.")
 
     def _attack(self, shared: SharedGradients, device: torch.device, begin: float) -> Reconstruction:
-        left = lambda: self.budget - (time.perf_counter() - begin)  # noqa: E731
+        def left() -> float:
+            return self.budget - (time.perf_counter() - begin)
+
         if self.attack is not None:
             return _run(copy.deepcopy(self.attack), shared, device, left())
         if not self._pace:
@@ -277,20 +282,6 @@ class LeakageMonitor(Callback):
         cells = [[None if image is None else image.detach().cpu() for image in row] for row in rows]
         columns = ["truth", "reconstruction", "nearest other"]
         return figure_pixels(plot_gallery(cells, columns=columns, rows=names, captions=captions))
-
-
-class _Scaled(nn.Module):
-    """A network for images in [0, 1] that takes others."""
-
-    def __init__(self, network: nn.Module, shift: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.network = network
-        self.register_buffer("shift", shift)
-        self.register_buffer("scale", scale)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images * self.scale + self.shift)
-        return logits
 
 
 def _run(attack: GradientInversion, shared: SharedGradients, device: torch.device, seconds: float) -> Reconstruction:

@@ -20,7 +20,7 @@ _FORMAT = "leakage.weights"
 class CaptureUpdates:
     """A client mod of Flower that writes each update, as it leaves the client, to two files.
 
-    For each message of training, ``<output>/round-<group>-node-<node>.before.safetensors`` has the arrays that the
+    For each message of training, ``<output>/round-<round>-node-<node>.before.safetensors`` has the arrays that the
     client was given, ``....after.safetensors`` those that it sends back, by their names where they have some, and else
     by their place; :func:`~leakage.updates.read_update` reads both. The header of the second has what is sent along
     (``metrics``: the number of examples, and what else the client tells). Nothing is changed on the way, and what
@@ -50,8 +50,7 @@ class CaptureUpdates:
         except ValueError as error:
             warnings.warn(f"An update is not captured: {error}", stacklevel=2)
             return call_next(message, context)
-        metadata = message.metadata
-        stem = f"round-{metadata.group_id or metadata.message_id}-node-{metadata.dst_node_id}"
+        stem = f"round-{_round(message)}-node-{message.metadata.dst_node_id}"
         reply = call_next(message, context)
         if reply.has_error():
             return reply
@@ -73,6 +72,13 @@ class CaptureUpdates:
             number += 1
             free = f"{stem}-{number}"
         return free
+
+
+def _round(message: Any) -> object:
+    """As strategies tell it; else what tells messages apart."""
+    told = [record["server-round"] for record in message.content.config_records.values() if "server-round" in record]
+    metadata = message.metadata
+    return next(iter(told), None) or metadata.group_id or metadata.message_id
 
 
 def _named(message: Any) -> dict[str, Tensor]:
