@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.linalg import svdvals, vector_norm
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
@@ -18,6 +19,7 @@ from leakage.clients.activations import recorded
 from leakage.clients.inspection import black_images
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
+from leakage.labels.auxiliary import natural_noise
 from leakage.precision import full_precision
 from leakage.updates.reading import Update, as_read
 from leakage.updates.weights import AnyWeights
@@ -165,6 +167,8 @@ def _trained(read: Update, victim: Victim) -> tuple[bool, float | None, str]:
     if not any(bool(tensor.any()) for tensor in gradients.values()):
         return False, None, "Nothing has moved: before and after are the same."
     still = [name for name, tensor in gradients.items() if tensor[0].ndim > 1 and not bool(tensor.any())]
+    own = _of_noise(read, victim) if still else {}
+    still = [name for name in still if bool(own[name].any())]
     if still:
         return False, None, (
             f"{_some(still)} did not move. If the client froze them, freeze them in the model: `requires_grad_(False)`."
@@ -175,6 +179,14 @@ def _trained(read: Update, victim: Victim) -> tuple[bool, float | None, str]:
     if moved:
         return False, None, f"{_some(moved)} moved, though frozen in the model: `requires_grad_(True)`."
     return True, None, "All that is trained has moved."
+
+
+def _of_noise(read: Update, victim: Victim) -> dict[str, Tensor]:
+    """What our own client shares of images of noise: zero where no image has a gradient, as in half of a new adapter."""
+    protocol, state = victim.protocol, read.shared.state
+    images = natural_noise(protocol.num_images, protocol.image_shape, 0).to(state[victim.trainable[0]])
+    targets = F.one_hot(torch.arange(len(images)) % protocol.num_classes, protocol.num_classes).to(images)
+    return victim.evaluate({name: tensor.to(images.device) for name, tensor in state.items()}, images, targets)[0]
 
 
 def _batch_norm(read: Update, victim: Victim) -> tuple[bool, float | None, str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -225,7 +226,8 @@ def _hint(tensors: list[Tensor], layout: Mapping[str, torch.Size]) -> str:
 def _by_name(tensors: dict[str, Tensor], victim: Victim, what: str) -> dict[str, Tensor]:
     """With the model's names, whatever prefix either side has."""
     known = victim.layout.keys()
-    for names in ([*tensors], [_of_adapter(name) for name in tensors]):
+    adapted = {_in_file(name): name for name in known}
+    for names in ([*tensors], [adapted.get(name, name) for name in tensors]):
         others = (other for other in _other_prefixes(names, list(known)) if {*victim.trainable} <= {*other})
         for renamed in itertools.chain([names], others):
             if {*renamed} <= known:
@@ -249,8 +251,7 @@ def _other_prefixes(names: list[str], known: list[str]) -> Iterator[list[str]]:
                 yield [name.removeprefix(prefix) for name in names]
 
 
-def _of_adapter(name: str) -> str:
-    """As a model of PEFT calls what its file of an adapter calls without the adapter's name."""
-    for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
-        name = name.replace(f".{part}.weight", f".{part}.default.weight")
-    return name
+def _in_file(name: str) -> str:
+    """As PEFT's file of an adapter calls what its model calls with the adapter's name."""
+    name = re.sub(r"\.modules_to_save\.[^.]+", "", name)
+    return re.sub(r"(\.lora_\w+)\.[^.]+", r"\1", name)
