@@ -3,8 +3,8 @@
     pip install "leakage[flower]" "flwr[simulation]"
     python experiments/audit/flower.py --output results/flower
 
-Each client holds some images of FashionMNIST and makes one step of SGD on them in each round. What the mod has written is
-read, checked and attacked, and so is what the library's own client shares of the same images at the same weights.
+Each client holds some images of FashionMNIST and makes one step of SGD on them in each round. What the mod has written
+is read, checked and attacked, and so is what the library's own client shares of the same images at the same weights.
 """
 
 from __future__ import annotations

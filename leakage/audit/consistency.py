@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from leakage.audit.last_layer import LastLayerTest
+from leakage.audit.last_layer import LastLayerTest, failed
 from leakage.audit.report import Check
 from leakage.clients.activations import recorded
 from leakage.clients.inspection import black_images
@@ -26,8 +25,8 @@ from leakage.updates.weights import AnyWeights
 
 # Relative rounding of a gradient that is computed in the weights' precision, in units of it.
 _ROUNDING = 64.0
-# What may be left of a bias' gradient outside of the space of its weights' columns: directions that rounding hides may be
-# a good part of it, but those of another layer are nearly all outside.
+# What may be left of a bias' gradient outside of the space of its weights' columns: directions that rounding hides may
+# be a good part of it, but those of another layer are nearly all outside.
 _OUTSIDE = 0.5
 # Directions beside those that are expected of a gradient, by which a higher rank is seen.
 _SPARE = 8
@@ -165,24 +164,25 @@ def _why_not(victim: Victim) -> str | None:
 def _trained(read: Update, victim: Victim) -> tuple[bool, float | None, str]:
     gradients = read.shared.gradients
     if not any(bool(tensor.any()) for tensor in gradients.values()):
-        return False, None, "Nothing has moved: before and after are the same."
+        return failed("Nothing has moved: before and after are the same.")
     still = [name for name, tensor in gradients.items() if tensor[0].ndim > 1 and not bool(tensor.any())]
     own = _of_noise(read, victim) if still else {}
     still = [name for name in still if bool(own[name].any())]
     if still:
-        return False, None, (
-            f"{_some(still)} did not move. If the client froze them, freeze them in the model: `requires_grad_(False)`."
+        return failed(
+            f"{_some(still)} did not move. If the client froze them, freeze them in the model: "
+            "`requires_grad_(False)`.",
         )
     parameters = dict(victim.model.named_parameters())
     frozen = parameters.keys() - {*victim.trainable}
     moved = sorted(name for name in frozen & read.after.keys() if _differ(read, name))
     if moved:
-        return False, None, f"{_some(moved)} moved, though frozen in the model: `requires_grad_(True)`."
+        return failed(f"{_some(moved)} moved, though frozen in the model: `requires_grad_(True)`.")
     return True, None, "All that is trained has moved."
 
 
 def _of_noise(read: Update, victim: Victim) -> dict[str, Tensor]:
-    """What our own client shares of images of noise: zero where no image has a gradient, as in half of a new adapter."""
+    """What our own client shares of noise: zero where no image has a gradient, as in half of a new adapter."""
     protocol, state = victim.protocol, read.shared.state
     images = natural_noise(protocol.num_images, protocol.image_shape, 0).to(state[victim.trainable[0]])
     targets = F.one_hot(torch.arange(len(images)) % protocol.num_classes, protocol.num_classes).to(images)
@@ -199,22 +199,21 @@ def _batch_norm(read: Update, victim: Victim) -> tuple[bool, float | None, str] 
         moved = any(_differ(read, f"{name}.{part}") for part in ("running_mean", "running_var"))
         own_batch = f"{name}.running_mean" not in victim.state
         if moved and not own_batch:
-            return False, None, (
-                f"The statistics of {name!r} moved: the client normalised by its own batch. Give the model in training "
-                "mode: `model.train()`."
+            return failed(
+                f"The statistics of {name!r} moved: the client normalised by its own batch. Give the model in "
+                "training mode: `model.train()`.",
             )
         if own_batch and not moved:
-            return False, None, (
-                f"The statistics of {name!r} did not move: the client normalised by them. Give the model in evaluation "
-                "mode: `model.eval()`."
+            return failed(
+                f"The statistics of {name!r} did not move: the client normalised by them. Give the model in "
+                "evaluation mode: `model.eval()`.",
             )
         counter = f"{name}.num_batches_tracked"
         if moved and counter in read.before.keys() & read.after.keys():
             counted = int(read.after[counter]) - int(read.before[counter])
             if counted != steps:
-                return False, float(counted), (
-                    f"{name!r} has counted {counted} batches, not the {steps} local steps that are declared."
-                )
+                words = f"{name!r} has counted {counted} batches, not the {steps} local steps that are declared."
+                return failed(words, left=float(counted))
     return True, None, "Statistics moved as declared."
 
 
@@ -278,9 +277,10 @@ def _ranks(read: Update, victim: Victim) -> tuple[bool, float | None, str] | str
         if rank > rows:
             of = f"{rows} images" if victim.protocol.local_steps == 1 else f"{rows} images of all steps"
             more = f"{rank} or more" if rank == min(columns.shape) else f"{rank}"
-            return False, left, (
+            return failed(
                 f"The gradient of {name!r} is of rank {more}, not at most {rows}: more than the declared {of} are "
-                "behind it, or it is another layer's or noisy."
+                "behind it, or it is another layer's or noisy.",
+                left=left,
             )
         found.append((rank, left, name))
     if not found:
@@ -307,9 +307,9 @@ def _biases(read: Update, victim: Victim) -> tuple[bool, float | None, str] | st
         large = torch.maximum(large, 100 * read.rounding[names[0]][0].double().flatten(1).amax(1))
         empty = ((weight.flatten(1) == 0).all(1) & (bias.abs() > large)).nonzero().flatten().tolist()
         if empty:
-            return False, None, (
-                f"Rows {_some(empty)} of the gradient of {names[0]!r} are zero, those of {names[1]!r} are not: one of "
-                "them is another layer's."
+            return failed(
+                f"Rows {_some(empty)} of the gradient of {names[0]!r} are zero, those of {names[1]!r} are not: "
+                "one of them is another layer's.",
             )
         if layer not in linear or len(bias) <= rows:
             continue
@@ -323,9 +323,10 @@ def _biases(read: Update, victim: Victim) -> tuple[bool, float | None, str] | st
         doubt = float(10 * vector_norm(read.rounding[names[1]].double()) / size)
         worst = max(worst, left)
         if left > _OUTSIDE + doubt:
-            return False, left, (
-                f"The gradient of {names[1]!r} is not of the images that are behind {names[0]!r}: one of them is another "
-                "layer's, or noisy."
+            return failed(
+                f"The gradient of {names[1]!r} is not of the images that are behind {names[0]!r}: one of them "
+                "is another layer's, or noisy.",
+                left=left,
             )
     return (True, worst, f"Weights and biases of {tested} layers agree.") if tested else "no layer has both"
 

@@ -25,6 +25,12 @@ from leakage.updates.reading import Update
 #: does not apply.
 Found: TypeAlias = tuple[bool, float | None, str] | str | None
 
+
+def failed(finding: str, left: float | None = None) -> tuple[bool, float | None, str]:
+    """A check that did not pass, and how far off it is."""
+    return False, left, finding
+
+
 SIGN = "The update has the opposite sign: after - before was given for before - after."
 # What may be left of a single image's gradient, beside what rounding explains: of one step, and of several.
 _LEFT, _LEFT_OF_STEPS = 1e-3, 0.1
@@ -114,9 +120,10 @@ class LastLayerTest:
         doubt = 4 * _size(self.read.rounding[self.names[1]]) / size
         decay = 0.1 if self.victim.protocol.weight_decay else 0.0  # its part is known to first order alone
         if left > _SUM + doubt + decay:
-            return False, left, (
+            return failed(
                 f"The gradient of {self.names[1]!r} sums to {left:.1%} of its size, not to zero: the loss is not "
-                "cross-entropy of these logits, or another array has taken its place."
+                "cross-entropy of these logits, or another array has taken its place.",
+                left=left,
             )
         return True, left, f"The gradient of {self.names[1]!r} sums to zero."
 
@@ -133,7 +140,7 @@ class LastLayerTest:
         found = f"Classes with a negative gradient: {below}, of images: {count}."
         if below <= count:
             return True, None, found
-        return False, None, f"{found} " + (SIGN if above <= count else "More images are behind the update.")
+        return failed(f"{found} " + (SIGN if above <= count else "More images are behind the update."))
 
     def last_layer(self) -> Found:
         """Labels and features make the gradient again; else what would."""
@@ -149,7 +156,7 @@ class LastLayerTest:
         # Softmax less one-hot is of length sqrt(2) at most, whatever the images.
         length = _size(self.layer.push)
         if length > math.sqrt(2) * (1.01 + 4 * self.rounding) and not protocol.weight_decay:
-            return False, length, self._too_long(length)
+            return failed(self._too_long(length), left=length)
         if not self._undecided:
             return "the network's predictions vary, so labels do not tell how long the update should be"
         if protocol.local_steps > 1 and protocol.num_images > 1:
@@ -188,9 +195,10 @@ class LastLayerTest:
         left = max(float(-features.min() / (features.abs().max() + _TINY)), 0.0)
         # Those of several steps are weighted, and weights may be of either sign.
         if left > (_NEGATIVE if protocol.local_steps == 1 else _NEGATIVE_OF_STEPS) + 10 * self.rounding:
-            return False, left, (
-                "The features behind the last layer are negative, which no ReLU or sigmoid gives: another array has "
-                "taken the place of its gradient."
+            return failed(
+                "The features behind the last layer are negative, which no ReLU or sigmoid gives: another array "
+                "has taken the place of its gradient.",
+                left=left,
             )
         return True, left, "The features are not negative."
 
@@ -202,12 +210,14 @@ class LastLayerTest:
         candidates = [(self._fit(shared), words) for words, shared in self._mistakes()]
         held = [(other.left, words) for other, words in candidates if other.holds]
         if held:
-            return False, fit.left, min(held)[1]
+            return failed(min(held)[1], left=fit.left)
         if fit.left_at_length <= fit.tolerance:
-            return False, fit.left, self._of_length(fit.length)
-        return False, fit.left, (
+            return failed(self._of_length(fit.length), left=fit.left)
+        return failed(
             f"Its own label and feature leave {fit.left:.1%} of it unexplained: `before` is not where it was taken "
-            "(another round or model), the arrays are in another order, or the protocol is another (images, steps, loss)."
+            "(another round or model), the arrays are in another order, or the protocol is another (images, "
+            "steps, loss).",
+            left=fit.left,
         )
 
     def _fit(self, shared: SharedGradient) -> Fit:
@@ -274,7 +284,7 @@ class LastLayerTest:
         length = self._length()
         if 1 / _LONGER <= length <= _LONGER:
             return True, None, f"It is {length:.2g} times as long as whole numbers of labels make it; 1 is expected."
-        return False, length, self._nearest(length)
+        return failed(self._nearest(length), left=length)
 
     def _length(self) -> float:
         """How many times as long as it should be the gradient is, by the labels."""
@@ -286,7 +296,9 @@ class LastLayerTest:
         return _size(layer.push) / _size(restored.push)
 
     def _too_long(self, length: float) -> str:
-        words = f"The gradient of {self.names[1]!r} is of length {length:.3g}, but no images make it longer than sqrt(2)."
+        words = (
+            f"The gradient of {self.names[1]!r} is of length {length:.3g}, but no images make it longer than sqrt(2)."
+        )
         if self.victim.protocol.num_images > 1 and self._undecided:
             return f"{words} {self._nearest(self._length())}"
         if self.victim.protocol.num_images == 1 and self._undecided:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -155,9 +155,8 @@ class LeakageMonitor(Callback):
             if picture is not None:
                 log_image(trainer, "leakage/gallery", picture, step=step)
         except Exception as error:
-            rank_zero_warn(
-                f"LeakageMonitor has no figures at step {step}, and the training goes on: {type(error).__name__}: {error}"
-            )
+            what = f"{type(error).__name__}: {error}"
+            rank_zero_warn(f"LeakageMonitor has no figures at step {step}, and the training goes on: {what}")
 
     def _look(self, trainer: Trainer, module: LightningModule, batch: Any) -> tuple[dict[str, float], Any]:
         begin = time.perf_counter()
@@ -168,8 +167,8 @@ class LeakageMonitor(Callback):
         if not count:
             raise ValueError(f"Expected at least `images` = {self.images} images, but got a batch of {len(images)}.")
         used = count * self.images
-        truth = images[:used].unflatten(0, (count, self.images))
-        own = labels[:used].unflatten(0, (count, self.images))
+        truth = images[:used].reshape(count, self.images, *images.shape[1:])
+        own = labels[:used].reshape(count, self.images)
         others = images[used : used + _OTHERS]
         victim = Victim(network, image_shape=tuple(images.shape[1:]), num_images=self.images, **self.client)
         shared = SharedGradients(victim.share(truth, own, seed=trainer.global_step), victim.as_told())

@@ -152,8 +152,9 @@ def as_read(
         doubt = gradient.abs() if holds == "gradient" else torch.maximum(weight.abs(), (weight - gradient).abs())
         gradients[name] = (gradient / by).to(like.dtype)[None]
         rounding[name] = (unit * doubt / by)[None]
-    shared = SharedGradient(gradients=gradients, state=state, ids=torch.zeros(1, dtype=torch.long),
-                            protocol=victim.protocol)
+    shared = SharedGradient(
+        gradients=gradients, state=state, ids=torch.zeros(1, dtype=torch.long), protocol=victim.protocol
+    )
     victim.check(shared)
     return Update(shared, rounding, given, after if holds == "weights" else {}, holds)
 

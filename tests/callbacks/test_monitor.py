@@ -214,16 +214,21 @@ def test_bad_settings() -> None:
             LeakageMonitor(**options)  # type: ignore[arg-type]
 
 
+def disturb() -> None:
+    with undisturbed():
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("medium")
+        seed_everything(5, verbose=False)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise RuntimeError("inside")
+
+
 def test_undisturbed_restores_after_an_error() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         before = torch.get_rng_state(), random.getstate(), torch.get_float32_matmul_precision()
-        with pytest.raises(RuntimeError, match="inside"), undisturbed():
-            torch.use_deterministic_algorithms(False)
-            torch.set_float32_matmul_precision("medium")
-            seed_everything(5, verbose=False)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            raise RuntimeError("inside")
+        with pytest.raises(RuntimeError, match="inside"):
+            disturb()
         assert torch.equal(before[0], torch.get_rng_state())
         assert before[1:] == (random.getstate(), torch.get_float32_matmul_precision())
         assert torch.is_deterministic_algorithms_warn_only_enabled()

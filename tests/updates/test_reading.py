@@ -154,7 +154,7 @@ def test_files_run_no_code(victim: Victim, model: nn.Module, tmp_path: Path, mon
     torch.save({"0.weight": Spy()}, tmp_path / "zip.pth")
     np.savez(tmp_path / "arrays.npz", np.array([Spy()], dtype=object))
     for name in ("pickle.pt", "zip.pth", "arrays.npz"):
-        with pytest.raises(ValueError, match="Expected a whole file of weights, but got .* code, which is never run"):
+        with pytest.raises(ValueError, match=r"Expected a whole file of weights, but got .* code, which is never run"):
             read_update(model, tmp_path / name, victim, learning_rate=RATE)
     file = io.BytesIO()
     np.save(file, np.array([Spy()], dtype=object), allow_pickle=True)
@@ -181,7 +181,7 @@ def test_bad_files(victim: Victim, model: nn.Module, tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ValueError, match=match):
             read_update(model, tmp_path / name, victim, learning_rate=RATE)
-    with pytest.raises(FileNotFoundError, match="Expected a file of weights at .*none.pt', but got no such file"):
+    with pytest.raises(FileNotFoundError, match=r"Expected a file of weights at .*none.pt', but got no such file"):
         read_update(tmp_path / "none.pt", model, victim, learning_rate=RATE)
 
 
@@ -195,7 +195,10 @@ def changed(arrays: list[Any], place: int, array: Any) -> list[Any]:
         (lambda a: a[:-1], r"Expected `update` as a list of 8 \(state_dict\(\)\) or 8 .* arrays, but got 7"),
         (lambda a: changed(a, 0, a[0].astype(object)), "Expected `update` with real numbers in 0, but got object"),
         (lambda a: changed(a, 0, a[0].astype(complex)), "Expected `update` with real numbers in 0, but got complex"),
-        (lambda a: changed(a, 0, (100 * a[0]).astype(int)), "floating-point numbers in '0.weight', but got torch.int64"),
+        (
+            lambda a: changed(a, 0, (100 * a[0]).astype(int)),
+            "floating-point numbers in '0.weight', but got torch.int64",
+        ),
         (lambda a: changed(a, 0, a[0] * np.nan), "Expected `update` with finite numbers in '0.weight', but got NaN"),
         (lambda a: changed(a, 0, a[0][:1]), r"'0.weight' of shape \(4, 1, 3, 3\), but got \(1, 1, 3, 3\)\.$"),
         (lambda a: [a[1], a[0], *a[2:]], "of the model in another order than that of `state_dict"),
@@ -234,19 +237,19 @@ def test_statistics_in_place_of_one_another() -> None:
 def test_bad_settings(model: nn.Module, victim: Victim, after: nn.Module) -> None:
     with pytest.raises(ValueError, match="Expected `victim` to be a Victim, but got Sequential"):
         read_update(model, after, model)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="Expected a `learning_rate`, by which .* but got None"):
+    with pytest.raises(ValueError, match=r"Expected a `learning_rate`, by which .* but got None"):
         read_update(model, after, victim)
     with pytest.raises(ValueError, match="Expected `holds` to be one of"):
         read_update(model, after, victim, holds="deltas")
     with pytest.raises(ValueError, match="Expected `learning_rate` to be positive"):
         read_update(model, after, victim, learning_rate=0.0)
     several = Victim(model, image_shape=IMAGE_SHAPE, local_steps=2, learning_rate=0.1)
-    with pytest.raises(ValueError, match="Expected `learning_rate` as in the victim's protocol, 0.1, but got 0.2"):
+    with pytest.raises(ValueError, match=r"Expected `learning_rate` as in the victim's protocol, 0.1, but got 0.2"):
         read_update(model, after, several, learning_rate=0.2)
     difference = SimpleNamespace(data=after.state_dict(), data_kind="WEIGHT_DIFF")
     with pytest.raises(ValueError, match="Expected `before` to hold weights, but got an object that holds a diff"):
         read_update(difference, after, victim, learning_rate=0.1)
     with pytest.raises(ValueError, match="Expected `holds` as the object says, 'difference', but got 'weights'"):
         read_update(model, difference, victim, holds="weights", learning_rate=0.1)
-    with pytest.raises(ValueError, match="Expected `before` with the weights of '0.weight', but got none"):
+    with pytest.raises(ValueError, match=r"Expected `before` with the weights of '0.weight', but got none"):
         read_update({"0.bias": torch.zeros(4)}, after, victim, learning_rate=0.1)
