@@ -32,7 +32,7 @@ from leakage.metrics import ReconstructionMetrics, ShareOverVictims, baseline_gu
 from leakage.plots import figure_pixels, plot_gallery
 
 # The share of the budget that the default attack plans for: the rest is for labels, scores and what it misjudges.
-_PLANNED = 0.7
+_PLANNED = 0.8
 # Steps of the default attack by which the first look finds how long one takes, and the fewest and most of a search.
 _TRIED, _FEWEST, _MOST = 10, 20, 4800
 # Images of the batch that no victim holds, to tell a reconstruction from, and victims in the picture.
@@ -127,7 +127,7 @@ class LeakageMonitor(Callback):
         self.history: list[dict[str, float]] = []
         self.notes: list[str] = []
         self._next = 0
-        self._pace = 0.0  # seconds of a step of the default attack
+        self._clock: _Clock | None = None  # of the default attack's last search
         self._ends: tuple[Tensor, Tensor] | None = None  # of the images' values so far
 
     def state_dict(self) -> dict[str, Any]:
@@ -229,16 +229,14 @@ class LeakageMonitor(Callback):
             return self.budget - (time.perf_counter() - begin)
 
         if self.attack is not None:
-            return _run(copy.deepcopy(self.attack), shared, device, left())
-        if not self._pace:
-            start = time.perf_counter()
-            _run(InvertingGradientsAttack(steps=_TRIED), shared, device, left() / 2)
-            self._pace = (time.perf_counter() - start) / _TRIED
-        steps = int(min(max(_PLANNED * left() / self._pace, _FEWEST), _MOST))
-        start = time.perf_counter()
-        found = _run(InvertingGradientsAttack(steps=steps), shared, device, left())
-        self._pace = (time.perf_counter() - start) / max(1, int(found.evaluations.max()) if len(found) else steps)
-        return found
+            return _run(copy.deepcopy(self.attack), shared, device, left(), _Clock())
+        if self._clock is None:
+            self._clock = _Clock()
+            _run(InvertingGradientsAttack(steps=_TRIED), shared, device, left() / 2, self._clock)
+        steps = self._clock.steps_in(_PLANNED * left())
+        attack = InvertingGradientsAttack(steps=min(max(steps, _FEWEST), _MOST))
+        self._clock = _Clock()
+        return _run(attack, shared, device, left(), self._clock)
 
     def _score(
         self, found: Reconstruction, truth: Tensor, labels: Tensor, others: Tensor, begin: float
@@ -283,13 +281,39 @@ class LeakageMonitor(Callback):
         return figure_pixels(plot_gallery(cells, columns=columns, rows=names, captions=captions))
 
 
-def _run(attack: GradientInversion, shared: SharedGradients, device: torch.device, seconds: float) -> Reconstruction:
+class _Clock(Callback):
+    """How long a step of an attack takes, and what comes before and after them."""
+
+    def __init__(self) -> None:
+        self.start, self.times = time.perf_counter(), list[float]()
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        """Note the time."""
+        self.times.append(time.perf_counter())
+
+    def on_fit_end(self, *arguments: Any) -> None:
+        """Note the time."""
+        self.end = time.perf_counter()
+
+    def steps_in(self, seconds: float) -> int:
+        """How many steps fit into so many seconds."""
+        if len(self.times) < 2:
+            return 0
+        pace = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+        besides = self.end - self.start - pace * len(self.times)
+        return int((seconds - besides) / max(pace, 1e-6))
+
+
+def _run(
+    attack: GradientInversion, shared: SharedGradients, device: torch.device, seconds: float, clock: _Clock
+) -> Reconstruction:
     """What an attack finds in so many seconds, of all victims that it has begun with."""
     trainer = Trainer(
         max_epochs=1,
         max_time=timedelta(seconds=max(seconds, 0.1)),
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=[device.index or 0] if device.type == "cuda" else 1,
+        callbacks=[clock],
         plugins=[LightningEnvironment()],  # whatever started the training: this is one process
         logger=False,
         enable_checkpointing=False,

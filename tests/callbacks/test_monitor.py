@@ -148,6 +148,7 @@ def test_images_set_aside_are_attacked_in_place_of_the_batch() -> None:
     assert figures[0] == pytest.approx(figures[1], nan_ok=True)
 
 
+@pytest.mark.slow
 def test_budget_is_kept() -> None:
     monitor = LeakageMonitor(every_n_steps=1, victims=2, budget=2.0)
     start = time.perf_counter()
