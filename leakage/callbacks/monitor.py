@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset
+from torchmetrics import Metric
 from torchvision.transforms import Normalize
 
 from leakage.attacks import InvertingGradientsAttack
@@ -243,13 +244,15 @@ class LeakageMonitor(Callback):
     ) -> dict[str, float]:
         threshold = 1e-3 if self.attack is None else float(self.attack.hparams["success_threshold"])
         scores = score(found.images.to(truth), found.labels.to(labels), truth, labels)
-        metrics = ReconstructionMetrics()
+        metrics, share = ReconstructionMetrics(), ShareOverVictims()
+        for part in (*metrics.modules(), share):
+            if isinstance(part, Metric):  # of this process alone, whatever others there are
+                part.distributed_available_fn = lambda: False
         metrics.update(scores.per_victim(threshold=threshold))
         figures = {name: float(value) for name, value in metrics.compute().items()}
         order = scores.order[..., None, None, None].expand_as(truth)
         if len(others):
             told = identified(found.images.to(truth).gather(1, order), truth, others)
-            share = ShareOverVictims()
             share.update(told.float().mean(1).cpu())
             estimate = share.compute()
             figures |= {"identified": estimate.value, "identified_low": estimate.low, "identified_high": estimate.high}
