@@ -15,11 +15,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from lightning import LightningModule
 from PIL import Image
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from leakage.cli.main import main
 
@@ -27,34 +23,10 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-
-class Classifier(LightningModule):
-    """The reader's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-
-    def forward(self, images: torch.Tensor) -> Any:
-        return self.net(images)
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-# What the reader brings: names that the code of a document uses and does not make.
-GIVEN = {
-    "README.md": {"images": torch.rand(2, 1, 3, 32, 32), "labels": torch.randint(10, (2, 1))},
-    "docs/updates.md": {
-        "my_module": Classifier(),
-        "my_data": DataLoader([(torch.rand(1, 28, 28), label % 10) for label in range(16)], batch_size=8),  # type: ignore[arg-type]
-    },
-}
 # What makes the code cheap, or spares it a download: everywhere in a document, and why.
 CHEAPER = [
+    ("docs/updates.md", "victims=8, budget=30.0", "victims=2, budget=1.0", "a look that takes a moment"),
+    ("docs/updates.md", "max_epochs=10", "max_steps=1, logger=False, enable_checkpointing=False", "one step"),
     ("README.md", 'Victims("mnist", victims=1000', 'Victims("sample", victims=2', "images that come with the package"),
     ("docs/guides/victims.md", 'Victims("cifar10", victims=8', 'Victims("photos", victims=2', "photographs made here"),
     ("docs/guides/victims.md", "max_evaluations=300", "max_evaluations=3", "the images do not come out anyway"),
@@ -89,12 +61,15 @@ CHEAPER = [
     ("docs/condensation.md", '"cifar10"', '"sample", batch_size=16', "images of the package, in small batches"),
     ("docs/labels.md", "torch.rand(100, 24,", "torch.rand(10, 24,", "fewer victims"),
     ("docs/labels.md", "torch.randint(10, (100, 24))", "torch.randint(10, (10, 24))", "fewer victims"),
-    ("docs/updates.md", "victims=8, budget=30.0", "victims=2, budget=1.0", "a look that takes a moment"),
-    ("docs/updates.md", "max_epochs=10", "max_steps=1, logger=False, enable_checkpointing=False", "one step"),
     ("docs/second_order.md", 'Victims("mnist", victims=500', 'Victims("sample", victims=2', "images of the package"),
 ]
 # What the code of a document has made in the end, as expressions in its names. Tutorials say what they print.
 MADE = {
+    "docs/updates.md": [
+        "attack.finished.labels.tolist() == [[3]]",
+        "len(checks) == 8",
+        "monitor.history[0]['label_accuracy'] == 1.0",
+    ],
     "README.md": ["len(attack.finished.ids) == 2"],
     "docs/guides/getting_started.md": [
         "attack.finished.images.shape == (2, 1, 1, 28, 28)",
@@ -118,11 +93,6 @@ MADE = {
     ],
     "docs/labels.md": ["inferred.labels.shape == (10, 24)"],
     "docs/real_networks.md": ["attack.solver.evaluations == 600"],
-    "docs/updates.md": [
-        "attack.finished.labels.tolist() == [[3]]",
-        "len(checks) == 8",
-        "monitor.history[0]['label_accuracy'] == 1.0",
-    ],
     "docs/second_order.md": ["all(score.mse < 1e-6 for score in attack.scores.values())", "len(attack.scores) == 2"],
 }
 # Code that is not run: a piece of it, and why.
