@@ -15,11 +15,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from lightning import LightningModule
 from PIL import Image
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from leakage.cli.main import main
 
@@ -27,31 +23,6 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-
-class Classifier(LightningModule):
-    """The reader's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-
-    def forward(self, images: torch.Tensor) -> Any:
-        return self.net(images)
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-# What the reader brings: names that the code of a document uses and does not make.
-GIVEN = {
-    "docs/updates.md": {
-        "my_module": Classifier(),
-        "my_data": DataLoader([(torch.rand(1, 28, 28), label % 10) for label in range(16)], batch_size=8),  # type: ignore[arg-type]
-    },
-}
 # What makes the code cheap, or spares it a download: everywhere in a document, and why.
 CHEAPER = [
     ("README.md", 'Victims("mnist", victims=1000', 'Victims("sample", victims=2', "images that come with the package"),
@@ -86,6 +57,7 @@ CHEAPER = [
     ),
     ("docs/condensation.md", "images_per_class=10)", "images_per_class=2, iterations=1)", "one network"),
     ("docs/condensation.md", '"cifar10"', '"sample", batch_size=16', "images of the package, in small batches"),
+    ("docs/defenses.md", "max_evaluations=20", "max_evaluations=4", "a search that takes a moment"),
     ("docs/labels.md", "torch.rand(100, 24,", "torch.rand(10, 24,", "fewer victims"),
     ("docs/labels.md", "torch.randint(10, (100, 24))", "torch.randint(10, (10, 24))", "fewer victims"),
     ("docs/updates.md", "victims=8, budget=30.0", "victims=2, budget=1.0", "a look that takes a moment"),
@@ -201,7 +173,7 @@ def readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 @pytest.mark.filterwarnings("ignore:The clients defend")
 @pytest.mark.parametrize("document", WITH_CODE)
 def test_code_runs(document: str, readers_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names: dict[str, Any] = {"__name__": "__main__", **GIVEN.get(document, {})}
+    names: dict[str, Any] = {"__name__": "__main__"}
     code = [block for block in PYTHON if block.document == document]
     for block in code:
         if any(document == where and piece in block.code for where, piece, _ in NOT_RUN):
