@@ -14,7 +14,6 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leakage.attacks import GradientInversion
 from leakage.audit.client import slug
@@ -107,10 +106,8 @@ def fit(
         callbacks=[*callbacks],
     )
     began = time.monotonic()
-    # Fused attention has no second derivative.
     lanes: int | str = len(shared) if len(shared) <= _FIRST_GROUP else "auto"  # which takes time to find
-    with sdpa_kernel(SDPBackend.MATH):
-        trainer.fit(attack, datamodule=SharedGradients(shared, victim, lanes=lanes))
+    trainer.fit(attack, datamodule=SharedGradients(shared, victim, lanes=lanes))
     done = len(attack.finished)
     found = Reconstruction.cat([attack.finished, attack.current()]).map(lambda tensor: tensor.detach().cpu())
     return Outcome(found.select(found.ids.argsort()), time.monotonic() - began, done == len(shared))

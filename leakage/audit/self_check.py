@@ -18,6 +18,7 @@ from leakage.audit.report import Check, Problem
 from leakage.audit.subject import Subject, loss_of, seeded
 from leakage.clients.victim import Victim
 from leakage.defenses.base import relative_noise
+from leakage.defenses.encoding import Encoding
 from leakage.inversion.simulation import Simulation, known_to
 from leakage.precision import full_precision
 
@@ -240,6 +241,8 @@ def _truth(client: Client, victim: Victim, images: Tensor, labels: Tensor, seed:
     told = made.as_told()
     if shared.protocol.shuffle or shared.protocol.learning_rate == "unknown":
         return Check(client.name, name, True, None, "Not measured: the attacker is not told order or learning rate.")
+    if any(isinstance(defense, Encoding) for defense in victim.defenses):
+        return Check(client.name, name, True, None, "Not measured: clients compute with other images than their own.")
     targets = F.one_hot(labels, made.protocol.num_classes).double()
     sent = {key: tensor[0] for key, tensor in shared.gradients.items()}
     with warnings.catch_warnings():

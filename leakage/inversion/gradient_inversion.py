@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
@@ -268,6 +269,7 @@ class GradientInversion(LightningModule):
         self._search.put_lanes(Lanes(evaluator, self.unknowns, optimizer, self.hparams["seed"]))
         return optimizer
 
+    @sdpa_kernel(SDPBackend.MATH)
     def on_fit_start(self) -> None:
         """Go where the Trainer computes, find how many lanes there shall be, and ask for the first victims."""
         # A copy of its own: the DataModule's captures further gradients where its images are.
@@ -292,6 +294,7 @@ class GradientInversion(LightningModule):
         self._search.queue.after_first_fetch(self._datamodule, self.iteration)
 
     @full_precision()
+    @sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
     def training_step(self, batch: SharedGradient | tuple[()], batch_idx: int) -> None:
         """Admit the victims of the batch, if there are any, and move every victim in the lanes by one evaluation."""
         search = self._search

@@ -13,7 +13,7 @@ from leakage.audit.preflight import preflight
 from leakage.audit.report import Check
 from leakage.audit.self_check import difference, self_check, with_module_rate
 from leakage.audit.subject import Subject
-from leakage.defenses import DPSGD, Clip, Defense, GaussianNoise, Sign, TopK
+from leakage.defenses import DPSGD, Clip, Defense, GaussianNoise, MixUp, Sign, TopK
 from tests.audit.modules import Data, Hooked, Inside, Small
 
 
@@ -139,3 +139,9 @@ def test_difference_is_relative_and_counts_what_one_side_lacks() -> None:
     assert difference(one, two) == 0
     assert difference({"a": torch.zeros(2)}, one) == pytest.approx(1.0)
     assert difference(one, {"a": torch.zeros(2)}) == float("inf")
+
+
+def test_clients_who_mix_their_images_have_no_distance_at_the_truth() -> None:
+    *_, check = checks_of(Small(), Client(images=4, defenses=[MixUp()]))
+    assert (check.name, check.passed, check.residual) == ("distance at the truth", True, None)
+    assert "other images than their own" in check.finding
