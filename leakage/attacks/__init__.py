@@ -1,4 +1,4 @@
-"""Attacks: :class:`GradientInversion` is made of pieces, and a paper is a choice of them, one file each."""
+"""Attacks: one file per paper, each a choice of pieces for :class:`GradientInversion`."""
 
 from leakage.attacks.dlg import DLGAttack
 from leakage.attacks.gauss_newton import GaussNewtonAttack

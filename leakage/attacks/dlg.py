@@ -1,4 +1,4 @@
-"""Deep Leakage from Gradients."""
+"""Deep Leakage from Gradients (DLG)."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from leakage.dummies import JointLabels
 
 
 class DLGAttack(LBFGSAttack):
-    r"""DLG: recovers images and labels together by matching the shared gradient.
+    r"""DLG: recover images and labels together by matching the shared gradient.
 
     Dummy images x and dummy label logits u minimise
 
     .. math:: D(x, u) = \sum_l \lVert \nabla_{\theta_l} \ell(f_\theta(x), \mathrm{softmax}(u)) - g^*_l \rVert_2^2
 
-    for every victim; the recovered label is the largest entry of u.
+    for each victim. The recovered label is the index of the largest entry of u.
 
     Pieces: :class:`~leakage.objectives.SquaredDistance`, :class:`~leakage.dummies.Pixels`,
-    :class:`~leakage.dummies.JointLabels`, :class:`~leakage.solvers.LBFGS` (:class:`~leakage.solvers.PlainLBFGS` as
-    published).
+    :class:`~leakage.dummies.JointLabels`, :class:`~leakage.solvers.LBFGS` (:class:`~leakage.solvers.PlainLBFGS` with
+    ``protocol="published"``).
 
-    Shapes: images ``(V, N, C, H, W)`` (searched without bounds; the truth lies in [0, 1]), label
+    Shapes: images ``(V, N, C, H, W)`` (searched without bounds; true images lie in [0, 1]), label
     logits ``(V, N, K)``.
 
     Args:
-        protocol: ``"robust"`` or ``"published"``.
-        start_std: of the start of images and of label logits; by default the protocol's.
-        options: see :class:`~leakage.attacks.protocols.LBFGSAttack`.
+        protocol: ``"robust"`` (this library's) or ``"published"`` (the paper's).
+        start_std: standard deviation of the initial images and label logits; by default the protocol's value.
+        options: other arguments, see :class:`~leakage.attacks.protocols.LBFGSAttack`.
 
     References:
         Zhu, Liu and Han, *Deep Leakage from Gradients*, NeurIPS 2019, https://arxiv.org/abs/1906.08935.

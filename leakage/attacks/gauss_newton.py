@@ -11,50 +11,54 @@ from leakage.solvers import GaussNewton
 
 
 class GaussNewtonAttack(GradientInversion):
-    r"""Solves the gradient equations by Levenberg-Marquardt: to float precision, in a handful of steps.
+    r"""Solve the gradient equations by Levenberg-Marquardt, to float precision in a handful of steps.
 
-    Matching a gradient is nonlinear least squares, with as many equations as the network has parameters and as
-    many unknowns as the images have pixels,
+    Matching a gradient is a nonlinear least-squares problem. It has one equation for each parameter of the network and
+    one unknown for each pixel of the images:
 
     .. math:: r(x) = \bigl(\nabla_\theta \ell(f_\theta(x), y) - g^*\bigr) / \lVert g^* \rVert = 0, \qquad
         \bigl(J^\top J + \lambda \, m \, P^{-1}\bigr) \, d = -J^\top r
 
-    with J the Jacobian of r, :math:`\lambda` a damping of each victim's own, and P the covariance that images have
-    (:class:`~leakage.solvers.ImageSpectrum`; :class:`~leakage.solvers.GaussNewton` has the details). The objective is
-    :math:`\lVert r \rVert^2`, that of iDLG. One training step is one step of this kind for every victim in the lanes.
+    where J is the Jacobian of r, :math:`\lambda` is a separate damping for each victim, and P is the typical covariance
+    of images (:class:`~leakage.solvers.ImageSpectrum`). See :class:`~leakage.solvers.GaussNewton` for details. The
+    objective is :math:`\lVert r \rVert^2`, as in iDLG. Each training step makes one such step for every victim in the
+    lanes.
 
-    Labels are those of iDLG: revealed, or inferred by ``rule``. With ``joint_labels`` the label distribution is
-    searched for together with the images, as in DLG.
+    As in iDLG, labels are either revealed or inferred by ``rule``. With ``joint_labels``, the attack searches for the
+    label distribution together with the images, as in DLG.
 
-    Where a gradient is noisy or says too little, ``prior=GaussianPrior(...)`` adds what images of this kind look like.
+    If a gradient is noisy or carries too little information, ``prior=GaussianPrior(...)`` adds knowledge of what such
+    images look like.
 
     Pieces: :class:`~leakage.objectives.SquaredDistance`, the ``prior`` if there is one,
-    :class:`~leakage.dummies.Pixels` that start where the layers lead, :class:`~leakage.dummies.InferredLabels` or
-    :class:`~leakage.dummies.JointLabels`, :class:`~leakage.solvers.GaussNewton`.
+    :class:`~leakage.dummies.Pixels` that start at the layer-by-layer solution,
+    :class:`~leakage.dummies.InferredLabels` or :class:`~leakage.dummies.JointLabels`,
+    :class:`~leakage.solvers.GaussNewton`.
 
-    Shapes: images ``(V, N, C, H, W)`` (searched without bounds; the truth lies in [0, 1]), labels ``(V, N)``.
+    Shapes: images ``(V, N, C, H, W)`` (searched without bounds; true images lie in [0, 1]), labels ``(V, N)``.
 
     Args:
-        start: ``"rgap"``: what :class:`RGAPAttack` finds, for networks that it can invert; ``"noise"``: random, as
-            for all restarts; ``"auto"``: the first where it can be had, for up to 16 images.
-        joint_labels: search for the labels too.
-        prior: a sum of squares that is added to the objective, such as :class:`~leakage.objectives.GaussianPrior`.
-        restarts: further starts for a victim that ended above ``restart_above``; by default 3, and none with a
-            ``prior``, of which something is always left.
-        restart_above: a victim that ends above this objective may start again. Noisy or rounded gradients never fall
-            below it: choose their noise's share, or ``restarts=0``.
-        start_std: of the random starts.
+        start: ``"rgap"`` starts from the result of :class:`RGAPAttack`, for networks that it can invert; ``"noise"``
+            starts from random images, as all restarts do; ``"auto"`` uses ``"rgap"`` where possible, for up to 16
+            images, and otherwise ``"noise"``.
+        joint_labels: whether to search for the labels too.
+        prior: a sum of squares to add to the objective, such as :class:`~leakage.objectives.GaussianPrior`.
+        restarts: additional starts for a victim that ended above ``restart_above``. The default is 3, or 0 with a
+            ``prior``, whose value never falls to zero.
+        restart_above: a victim that ends above this objective may start again. With noisy or rounded gradients the
+            objective never falls below the default: set it to the relative noise level, or use ``restarts=0``.
+        start_std: standard deviation of the random starts.
         solver, damping, max_products, memory, underdetermined, tolerance, max_evaluations, spectrum: see
             :class:`~leakage.solvers.GaussNewton`.
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.
-        seed: of the starts, and of rules that draw.
-        success_threshold: an image counts as reconstructed if its MSE is below this.
+        seed: seed of the starts, and of label rules that draw random numbers.
+        success_threshold: an image counts as reconstructed if its MSE is below this value.
         adaptive: see :class:`~leakage.attacks.GradientInversion`.
 
     Raises:
-        ValueError: at construction, an unknown choice or a number out of its range; in ``fit``, more unknowns than
-            equations, ``start="rgap"`` with a network that has no such start, and what
-            :class:`~leakage.dummies.InferredLabels` raises.
+        ValueError: at construction, if a choice is unknown or a number is out of range; in ``fit``, if there are more
+            unknowns than equations, if ``start="rgap"`` cannot be used with the network, or if
+            :class:`~leakage.dummies.InferredLabels` raises it.
 
     Example:
         >>> from lightning import Trainer

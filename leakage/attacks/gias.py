@@ -1,4 +1,4 @@
-"""Gradient inversion with a generative image prior."""
+"""Gradient inversion with a generative image prior (GIAS)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from leakage.solvers import Adam
 
 @dataclass(frozen=True)
 class GIASProtocol:
-    """The values of a protocol of :class:`GIASAttack`, whose arguments of the same names replace them."""
+    """Values of a protocol of :class:`GIASAttack`; arguments with the same names override them."""
 
     total_variation: float
     lr: float
@@ -31,45 +31,45 @@ class GIASProtocol:
         check_not_negative(total_variation=self.total_variation)
 
 
-# Those of the authors' script for images of 32 pixels: 500 steps for codes, 5,000 at a rate of 1e-3 for weights.
+# From the authors' script for images of 32 pixels: 500 steps for codes, 5,000 steps at a rate of 1e-3 for weights.
 GIAS = {"published": GIASProtocol(total_variation=1e-6, lr=3e-2, tuning=1 / 30, steps=5500, restarts=2)}
 
 
 class GIASAttack(GradientInversion):
-    r"""GIAS: searches among the images that a generator makes, and then among generators.
+    r"""GIAS: search over the latent codes and the weights of an image generator.
 
     .. math:: \min_{z, u} \; 1 - \frac{\langle \nabla_\theta \ell(f_\theta(x), y), \, g^* \rangle}
         {\lVert \nabla_\theta \ell(f_\theta(x), y) \rVert \, \lVert g^* \rVert} + \alpha \, \mathrm{TV}(x),
         \qquad x_n = G_{w + \tau u}(z_n)
 
-    for each victim, with a code z for each image and weights u of its own. A generator that the attacker trained on
-    images of the same kind is :func:`leakage.dummies.training.trained_generator`.
+    for each victim, with one code z per image and separate weights u per victim. Use
+    :func:`leakage.dummies.training.trained_generator` to train a generator on similar images of the attacker's own.
 
-    What differs from the paper: codes and weights are searched for at once, weights at :math:`\tau` times the rate,
-    not codes first and weights then; the steps are those of both. Every victim begins with the generator that was
-    given.
+    Difference from the paper: the attack searches for codes and weights at the same time, the weights at :math:`\tau`
+    times the learning rate, instead of first for codes and then for weights. The number of steps is the sum of the
+    paper's two. Every victim starts from the given generator.
 
     Pieces: :class:`~leakage.objectives.CosineDistance`, :class:`~leakage.objectives.TotalVariation`,
     :class:`~leakage.dummies.LatentCode`, :class:`~leakage.dummies.InferredLabels`, :class:`~leakage.solvers.Adam`.
 
-    Shapes: images ``(V, N, C, H, W)`` in the range of the generator, labels ``(V, N)``.
+    Shapes: images ``(V, N, C, H, W)`` in the output range of the generator, labels ``(V, N)``.
 
     Args:
-        generator, code_shape: see :class:`~leakage.dummies.LatentCode`. On the command line a trained one is given by
-            its file, ``--model.generator generator.safetensors``, as ``trained.model.save`` writes it.
+        generator, code_shape: see :class:`~leakage.dummies.LatentCode`. On the command line, pass the file of
+            a trained generator, as written by ``trained.model.save``: ``--model.generator generator.safetensors``.
         protocol: ``"published"``.
         total_variation: :math:`\alpha`.
-        lr, steps: of :class:`~leakage.solvers.Adam`.
-        tuning: :math:`\tau`; 0 searches for codes alone.
-        restarts: further starts; the one of lowest objective is kept.
+        lr, steps: see :class:`~leakage.solvers.Adam`.
+        tuning: :math:`\tau`; 0 searches for codes only.
+        restarts: additional starts; the one with the lowest objective is kept.
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.
-        seed: of the starts, and of rules that draw.
-        success_threshold: an image counts as reconstructed if its MSE is below this.
+        seed: seed of the starts, and of label rules that draw random numbers.
+        success_threshold: an image counts as reconstructed if its MSE is below this value.
         adaptive: see :class:`~leakage.attacks.GradientInversion`.
 
     Raises:
-        ValueError: an unknown protocol, a number out of its range, and what the pieces raise: in ``fit``, a generator
-            that makes other images than the victims'.
+        ValueError: if the protocol is unknown, a number is out of range, or a piece raises it; in ``fit``, if the
+            generator makes images of another shape than the victims'.
 
     References:
         Jeon et al., *Gradient Inversion with Generative Image Prior*, NeurIPS 2021, https://arxiv.org/abs/2110.14962.

@@ -1,4 +1,4 @@
-"""GradInversion."""
+"""GradInversion: batch recovery with BatchNorm statistics and group consistency."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from leakage.solvers import Adam
 
 @dataclass(frozen=True)
 class GradInversionProtocol:
-    """The values of a protocol of :class:`GradInversionAttack`, whose arguments of the same names replace them."""
+    """Values of a protocol of :class:`GradInversionAttack`; arguments with the same names override them."""
 
     total_variation: float
     l2: float
@@ -50,20 +50,21 @@ GRAD_INVERSION = {
 
 
 class GradInversionAttack(GradientInversion):
-    r"""GradInversion: images whose statistics the network knows, from several seeds that agree.
+    r"""GradInversion: match gradient and BatchNorm statistics, from several seeds kept close to one another.
 
-    From S seeds, the images :math:`x_s` of each victim together minimise the mean over s of
+    For S seeds, the sets of images :math:`x_s` of each victim together minimise the mean over s of
 
     .. math:: \sum_l \lVert \nabla_{\theta_l} \ell(f_\theta(x), y) - g^*_l \rVert_2^2 + \alpha_{tv} \mathrm{TV}(x) +
         \alpha_2 \, \mathrm{mean}\,x^2 + \alpha_{bn} \sum_l \bigl( \lVert \mu_l(x) - \hat\mu_l \rVert_2 +
         \lVert \sigma^2_l(x) - \hat\sigma^2_l \rVert_2 \bigr) + \alpha_g \, \mathrm{mean}\,(x - \bar x)^2
 
-    with the statistics of each BatchNorm, and :math:`\bar x` the registered mean of all seeds; Adam's steps are noisy.
-    The seed of the lowest objective is what was found. A step costs S evaluations of the network.
+    where :math:`\mu_l` and :math:`\sigma^2_l` are the statistics of each BatchNorm layer, and :math:`\bar x` is the
+    registered mean of all seeds. Adam's steps are noisy. The result is the seed with the lowest objective. A step costs
+    S evaluations of the network.
 
-    What differs from the paper: priors are means over pixels, not sums or norms, so that weights mean the same for
-    images of any size; images are searched for in [0, 1], not normalised; seeds are registered by whole pixels, not by
-    RANSAC-flow (:class:`~leakage.dummies.Group`). The number of seeds is ours.
+    Differences from the paper: priors are means over pixels, not sums or norms, so that their weights do not depend on
+    the image size; the search is over images in [0, 1], not over normalised images; seeds are registered by whole
+    pixels, not by RANSAC-flow (:class:`~leakage.dummies.Group`). The number of seeds is this library's choice.
 
     Pieces: :class:`~leakage.objectives.SquaredDistance`, :class:`~leakage.objectives.TotalVariation`,
     :class:`~leakage.objectives.L2`, :class:`~leakage.objectives.BatchNormStatistics`, a
@@ -77,18 +78,18 @@ class GradInversionAttack(GradientInversion):
         total_variation, l2, batch_norm: the weights :math:`\alpha_{tv}, \alpha_2, \alpha_{bn}`; 0 leaves a term out.
             Networks without BatchNorm in evaluation mode need ``batch_norm=0``.
         consistency: :math:`\alpha_g`.
-        seeds: S; 1 for a single one.
-        noise, lr, steps: of :class:`~leakage.solvers.Adam`, whose rate falls by half a cosine.
-        start_std: of the start.
-        restarts: further starts of all seeds; that of the lowest objective is kept.
+        seeds: S, the number of seeds.
+        noise, lr, steps: see :class:`~leakage.solvers.Adam`; the learning rate has the schedule ``"cosine"``.
+        start_std: standard deviation of the initial images.
+        restarts: additional starts of all seeds; the one with the lowest objective is kept.
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`; by default the paper's rule.
-        seed: of starts, noise, and rules that draw.
-        success_threshold: an image counts as reconstructed if its MSE is below this.
+        seed: seed of the starts, of the noise, and of label rules that draw random numbers.
+        success_threshold: an image counts as reconstructed if its MSE is below this value.
         adaptive: see :class:`~leakage.attacks.GradientInversion`.
 
     Raises:
-        ValueError: an unknown protocol, a number out of its range, and what the pieces raise: in ``fit``, networks
-            without running statistics, and more images than classes with the paper's rule for labels.
+        ValueError: if the protocol is unknown, a number is out of range, or a piece raises it; in ``fit``, if the
+            network has no running statistics, or if there are more images than classes with the paper's label rule.
 
     References:
         Yin et al., *See through Gradients: Image Batch Recovery via GradInversion*, CVPR 2021,

@@ -1,4 +1,4 @@
-"""Improved Deep Leakage from Gradients."""
+"""Improved Deep Leakage from Gradients (iDLG)."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from leakage.labels import Auxiliary
 
 
 class IDLGAttack(LBFGSAttack):
-    r"""iDLG: reads the labels off the last layer's gradient, then recovers the images.
+    r"""iDLG: read the labels off the last layer's gradient, then recover the images.
 
-    With cross-entropy and one image the gradient of the logits is :math:`p - y`, negative only at
-    the true class, so the label is exact. For several images a rule of :func:`leakage.labels.infer_labels`
-    tells how many there are of each class. The dummy images alone then minimise
+    With cross-entropy and one image, the gradient with respect to the logits is :math:`p - y`. It is negative only at
+    the true class, so the label is exact. For several images, a rule of :func:`leakage.labels.infer_labels` counts the
+    images of each class. Then only the dummy images are searched for; they minimise
 
     .. math:: D(x) = \sum_l \lVert \nabla_{\theta_l} \ell(f_\theta(x), y) - g^*_l \rVert_2^2
 
-    with the labels y in ascending order, as the images of a batch have no order; all of them differ by their
-    starts. Labels that the shared gradient reveals are used as they are, in their order.
+    with the labels y in ascending order, because the order of images in a batch does not change the gradient. Images
+    with equal labels differ only in their starts. If the shared gradient comes with its labels, they are used
+    unchanged, in the given order.
 
     Pieces: :class:`~leakage.objectives.SquaredDistance`, :class:`~leakage.dummies.Pixels`,
-    :class:`~leakage.dummies.InferredLabels`, :class:`~leakage.solvers.LBFGS` (:class:`~leakage.solvers.PlainLBFGS` as
-    published).
+    :class:`~leakage.dummies.InferredLabels`, :class:`~leakage.solvers.LBFGS` (:class:`~leakage.solvers.PlainLBFGS` with
+    ``protocol="published"``).
 
-    Shapes: images ``(V, N, C, H, W)`` (searched without bounds; the truth lies in [0, 1]), labels ``(V, N)``.
+    Shapes: images ``(V, N, C, H, W)`` (searched without bounds; true images lie in [0, 1]), labels ``(V, N)``.
 
     Args:
-        rule: how labels are read, a key of :data:`leakage.labels.RULES` or ``"auto"``.
-        auxiliary: images of the attacker's own, for the rules that learn from some.
-        seed: of the starts, and of rules that draw.
-        options: see :class:`~leakage.attacks.protocols.LBFGSAttack`.
+        rule: how labels are inferred, a key of :data:`leakage.labels.RULES` or ``"auto"``.
+        auxiliary: the attacker's own images, for label rules that need them.
+        seed: seed of the starts, and of label rules that draw random numbers.
+        options: other arguments, see :class:`~leakage.attacks.protocols.LBFGSAttack`.
 
     Raises:
-        ValueError: what :class:`~leakage.dummies.InferredLabels` raises.
+        ValueError: if :class:`~leakage.dummies.InferredLabels` raises it.
 
     References:
         Zhao, Mopuri and Bilen, *iDLG: Improved Deep Leakage from Gradients*, 2020,

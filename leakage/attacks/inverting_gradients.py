@@ -1,4 +1,4 @@
-"""Inverting Gradients."""
+"""Inverting Gradients: cosine distance, total variation, and Adam on the sign of the gradient."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from leakage.solvers import Continuation, GaussNewton, SignedAdam, Solver
 
 @dataclass(frozen=True)
 class InvertingGradientsProtocol:
-    """The values of a protocol of :class:`InvertingGradientsAttack`, whose arguments of the same names replace them.
+    """Values of a protocol of :class:`InvertingGradientsAttack`; arguments with the same names override them.
 
-    ``lr`` is None where there is none: the search is by least squares.
+    ``lr`` is None for a search by least squares, which has no learning rate.
     """
 
     total_variation: float
@@ -30,47 +30,48 @@ class InvertingGradientsProtocol:
         check_positive(start_std=self.start_std)
 
 
-# On CIFAR-10. The robust one was chosen on training images, see docs/real_networks.md.
+# For CIFAR-10. The robust values were chosen on training images, see docs/real_networks.md.
 INVERTING_GRADIENTS = {
     "published": InvertingGradientsProtocol(total_variation=1e-2, lr=0.1, steps=4800, start_std=1.0),
     "robust": InvertingGradientsProtocol(total_variation=2e-1, lr=None, steps=112, start_std=0.1),
 }
-# Evaluations of a level, and pairs of products with the Jacobian in a step.
+# Evaluations per level, and pairs of products with the Jacobian per step.
 _STEPS_OF_A_LEVEL, _PRODUCTS = 4, 40
 
 
 class InvertingGradientsAttack(GradientInversion):
-    r"""Inverting Gradients: the direction of the gradient, smooth images, and Adam on signs.
+    r"""Inverting Gradients: match the direction of the gradient with smooth images.
 
     .. math:: \min_{x \in [0, 1]} \; 1 - \frac{\langle \nabla_\theta \ell(f_\theta(x), y), \, g^* \rangle}
         {\lVert \nabla_\theta \ell(f_\theta(x), y) \rVert \, \lVert g^* \rVert} + \alpha \, \mathrm{TV}(x)
 
-    ``protocol="published"`` is the paper's for CIFAR-10, :class:`~leakage.solvers.SignedAdam`; on ImageNet it takes
-    24,000 steps. ``"robust"`` lowers the same sum, with a total variation that has derivatives, by least squares:
-    :class:`~leakage.solvers.GaussNewton` on a network whose kinks are rounded off and sharpened in levels, while
-    :math:`\alpha` fades (:class:`~leakage.solvers.Continuation`). An evaluation then comes with up to 40 products with
-    the Jacobian, and 112 of them take as long as the 4,800 published ones.
+    ``protocol="published"`` is the paper's protocol for CIFAR-10, with :class:`~leakage.solvers.SignedAdam`; for
+    ImageNet the paper takes 24,000 steps. ``"robust"`` minimises the same sum, with a differentiable total variation,
+    by least squares: it runs :class:`~leakage.solvers.GaussNewton` on a smoothed network that becomes sharper in
+    levels, while :math:`\alpha` decreases (:class:`~leakage.solvers.Continuation`). Each evaluation then comes with up
+    to 40 products with the Jacobian; 112 such evaluations take as long as the 4,800 published ones.
 
     Pieces: :class:`~leakage.objectives.CosineDistance`, :class:`~leakage.objectives.TotalVariation`,
-    :class:`~leakage.dummies.Pixels` in a box, :class:`~leakage.dummies.InferredLabels`, and the solver.
+    :class:`~leakage.dummies.Pixels` in a box, :class:`~leakage.dummies.InferredLabels`, and the solver of the protocol.
 
     Shapes: images ``(V, N, C, H, W)`` in [0, 1], labels ``(V, N)``.
 
     Args:
         protocol: ``"published"`` or ``"robust"``.
-        total_variation: :math:`\alpha`, from 1e-4 to 1e-1 in the paper; with ``"robust"`` the first one.
-        lr: of :class:`~leakage.solvers.SignedAdam`; ``"robust"`` has none.
+        total_variation: :math:`\alpha`, from 1e-4 to 1e-1 in the paper; with ``"robust"`` its value at the first level.
+        lr: learning rate of :class:`~leakage.solvers.SignedAdam`; ``"robust"`` has none.
         steps: evaluations of the objective.
-        restarts: further starts; the one of lowest objective is kept.
-        start_std: of the noise of the start, which is around 0, with ``"robust"`` around grey; this, weight, rate and
-            steps replace the protocol's values.
+        restarts: additional starts; the one with the lowest objective is kept.
+        start_std: standard deviation of the initial noise, whose mean is 0, or grey with ``"robust"``. If given,
+            ``start_std``, ``total_variation``, ``lr`` and ``steps`` override the protocol's values.
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.
-        seed: of the starts, and of rules that draw.
-        success_threshold: an image counts as reconstructed if its MSE is below this.
+        seed: seed of the starts, and of label rules that draw random numbers.
+        success_threshold: an image counts as reconstructed if its MSE is below this value.
         adaptive: see :class:`~leakage.attacks.GradientInversion`.
 
     Raises:
-        ValueError: an unknown protocol, a number out of its range, ``lr`` with ``"robust"``, and what the pieces raise.
+        ValueError: if the protocol is unknown, a number is out of range, ``lr`` is given with ``"robust"``, or a piece
+            raises it.
 
     References:
         Geiping et al., *Inverting Gradients*, NeurIPS 2020, https://arxiv.org/abs/2003.14053.

@@ -1,4 +1,4 @@
-"""How DLG and iDLG search: L-BFGS, as published and robust."""
+"""The published and the robust search of DLG and iDLG, both by L-BFGS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from leakage.inversion import GradientInversion
 from leakage.objectives import DISTANCES, SquaredDistance
 from leakage.solvers import LBFGS, PlainLBFGS, Solver
 
-# Calls of the published protocol have 20 iterations, one evaluation each.
+# Iterations in each call of the published protocol; an iteration is one evaluation.
 ITERATIONS_PER_CALL = 20
 
 Values = TypeVar("Values")
@@ -21,20 +21,20 @@ Values = TypeVar("Values")
 
 @dataclass(frozen=True)
 class SearchProtocol:
-    """How an attack by L-BFGS searches; the values of ``protocol="robust"`` and ``protocol="published"``.
+    """Settings of a search by L-BFGS, such as those of ``protocol="robust"`` and ``protocol="published"``.
 
     Attributes:
-        start_std: standard deviation of the normal distribution that dummies start from; it is three
-            times as wide for each restart.
-        history_size: pairs that L-BFGS remembers.
-        tolerance: the objective at which a victim has converged.
+        start_std: standard deviation of the normal distribution that dummies start from; it triples with each
+            restart.
+        history_size: number of pairs that L-BFGS remembers.
+        tolerance: objective below which a victim has converged.
         max_evaluations: evaluations of the objective per start.
-        restarts: further starts for a victim that ended above ``restart_above``.
-        spectrum: whether L-BFGS begins from the power spectrum of images
+        restarts: additional starts for a victim that ended above ``restart_above``.
+        spectrum: whether L-BFGS starts from the power spectrum of images
             (:class:`~leakage.solvers.ImageSpectrum`).
         relative: whether the objective is divided by the squared norm of the shared gradient.
-        line_search: whether every victim shortens its own steps. Then no unknown changes by more than 1 in one
-            step: images lie in [0, 1], and far outside the network is so saturated that no way leads back.
+        line_search: whether each victim shortens its own steps. If so, no unknown changes by more than 1 in one step:
+            images lie in [0, 1], and far outside this range the network saturates and the search cannot return.
     """
 
     start_std: float
@@ -54,7 +54,7 @@ class SearchProtocol:
             raise ValueError("Expected no `spectrum` with protocol='published', whose L-BFGS is torch's, but got True.")
 
     def solver(self) -> Solver:
-        """L-BFGS."""
+        """Return the L-BFGS solver with these settings."""
         if self.line_search:
             return LBFGS(
                 history_size=self.history_size,
@@ -93,29 +93,28 @@ PROTOCOLS = {
         line_search=False,
     ),
 }
-"""Values of ``protocol=`` of DLG and iDLG: this library's and the papers'."""
+"""Values of ``protocol=`` of DLG and iDLG: this library's (``"robust"``) and the papers' (``"published"``)."""
 
 
 class LBFGSAttack(GradientInversion):
-    """What DLG and iDLG share: pixels that L-BFGS moves, so that the distance of gradients falls.
+    """Base class of DLG and iDLG: L-BFGS over pixels, which lowers the distance between gradients.
 
     Args:
         labels: where labels come from.
-        protocol: ``"robust"`` (every victim its own line search, restarts) or ``"published"`` (the
-            search of the papers: full steps, N(0, 1) start, 300 calls of 20 iterations).
-        seed: of the starts; victim and restart have their own streams, however victims are grouped.
-        success_threshold: an image counts as reconstructed if its MSE is below this.
+        protocol: ``"robust"`` (a line search per victim, restarts) or ``"published"`` (the search of the papers: full
+            steps, a start from N(0, 1), 300 calls of 20 iterations).
+        seed: seed of the starts. Each victim and restart has its own random stream, however victims are grouped.
+        success_threshold: an image counts as reconstructed if its MSE is below this value.
         adaptive: see :class:`~leakage.attacks.GradientInversion`.
         restart_above: a victim that ends above this objective may start again, within ``restarts``.
-        distance: a key of :data:`leakage.objectives.DISTANCES`; ``"squared"`` is that of the papers, and the only one
-            with ``protocol="published"``.
-        start_std, history_size, tolerance, max_evaluations, restarts, spectrum: replace the protocol's
+        distance: a key of :data:`leakage.objectives.DISTANCES`; ``"squared"`` is the papers' distance, and the
+            only choice with ``protocol="published"``.
+        start_std, history_size, tolerance, max_evaluations, restarts, spectrum: override the protocol's
             value, see :class:`SearchProtocol`.
 
     Raises:
-        ValueError: an unknown protocol or distance, another distance than the papers' with ``protocol="published"``, or
-            a number out of its range; in ``fit``, what
-            :class:`~leakage.attacks.GradientInversion` raises.
+        ValueError: if the protocol or distance is unknown, ``protocol="published"`` is given another distance than the
+            papers', or a number is out of range; in ``fit``, if :class:`~leakage.attacks.GradientInversion` raises it.
     """
 
     def __init__(
@@ -139,7 +138,7 @@ class LBFGSAttack(GradientInversion):
         check_choice("distance", distance, DISTANCES)
         if protocol == "published" and distance != "squared":
             raise ValueError(
-                f"Expected distance='squared' with protocol='published', the papers' own, but got {distance!r}. Use "
+                f"Expected distance='squared' with protocol='published', as in the papers, but got {distance!r}. Use "
                 "protocol='robust'."
             )
         options = {"history_size": history_size, "tolerance": tolerance, "max_evaluations": max_evaluations}
@@ -158,12 +157,16 @@ class LBFGSAttack(GradientInversion):
 
 
 def search_protocol(name: str, **replaced: Any) -> SearchProtocol:
-    """The protocol of that name, with the values replaced that are not None; a ``ValueError`` for one out of range."""
+    """Return the protocol ``name`` with all values in ``replaced`` that are not None.
+
+    Raises:
+        ValueError: if the name is unknown or a value is out of range.
+    """
     return chosen_values(PROTOCOLS, name, **replaced)
 
 
 def chosen_values(protocols: Mapping[str, Values], name: str, **replaced: Any) -> Values:
-    """The values of the protocol of that name, but for those that are replaced by something else than None."""
+    """Return the values of the protocol ``name``, with all values in ``replaced`` that are not None."""
     check_choice("protocol", name, protocols)
     given = {key: value for key, value in replaced.items() if value is not None}
     return dataclasses.replace(cast(Any, protocols[name]), **given)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Recursive gradient attack on privacy: layer by layer, in closed form."""
+"""Recursive gradient attack on privacy (R-GAP): layer by layer, in closed form."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from leakage.solvers import NoSearch
 
 
 class RGAPAttack(GradientInversion):
-    r"""R-GAP: inverts a plain chain of convolutions and linear layers layer by layer, by linear equations alone.
+    r"""R-GAP: invert a chain of convolutions and linear layers one layer at a time, by linear equations alone.
 
-    The gradient of the last layer gives its inputs, for a batch those of every image
-    (:func:`leakage.closed_form.separate_features`); from a layer's outputs and their gradients its inputs follow as
-    the solution of linear least squares (:func:`leakage.closed_form.invert_layers`), down to the images. Nothing is
-    searched for: the objective, that of iDLG, is evaluated once, to tell how well they fit.
+    The gradient of the last layer gives the inputs of that layer for every image of the batch
+    (:func:`leakage.closed_form.separate_features`). The inputs of each earlier layer follow from its outputs and their
+    gradients by linear least squares (:func:`leakage.closed_form.invert_layers`), down to the images. There is no
+    search: the objective, the same as in iDLG, is evaluated once, to measure how well the images fit.
 
-    Where a layer has fewer equations than inputs, as with several images or behind ReLUs, the images are the
-    nearest solution to what images look like, and inexact. A victim whose equations give no numbers keeps noise.
+    If a layer has fewer equations than inputs, as with several images or behind ReLUs, the result is the solution
+    closest to typical images, and is not exact. If the equations of a victim give no finite solution, its images stay
+    noise.
 
-    Pieces: :class:`~leakage.objectives.SquaredDistance`, :class:`~leakage.dummies.Pixels` that start where the layers
-    lead (:class:`~leakage.dummies.RGAPStart`), :class:`~leakage.dummies.InferredLabels`,
+    Pieces: :class:`~leakage.objectives.SquaredDistance`, :class:`~leakage.dummies.Pixels` that start at the
+    layer-by-layer solution (:class:`~leakage.dummies.RGAPStart`), :class:`~leakage.dummies.InferredLabels`,
     :class:`~leakage.solvers.NoSearch`.
 
     Shapes: images ``(V, N, C, H, W)`` in [0, 1], labels ``(V, N)``.
 
     Args:
-        rule, auxiliary: how labels are read, see :class:`~leakage.dummies.InferredLabels`.
-        seed: of the separation of features, and of rules that draw.
-        success_threshold: an image counts as reconstructed if its MSE is below this.
+        rule, auxiliary: how labels are inferred, see :class:`~leakage.dummies.InferredLabels`.
+        seed: seed of the separation of features, and of label rules that draw random numbers.
+        success_threshold: an image counts as reconstructed if its MSE is below this value.
 
     Raises:
-        ValueError: in ``fit``, a network that is no such chain, more images than the last layer's gradient can hold,
-            several with ``loss="mean_squared_error"``, and what :class:`~leakage.dummies.InferredLabels` raises.
+        ValueError: in ``fit``, if the network is not such a chain, if there are more images than the last layer's
+            gradient can separate, or several with ``loss="mean_squared_error"``, or if
+            :class:`~leakage.dummies.InferredLabels` raises it.
 
     References:
         Zhu and Blaschko, *R-GAP: Recursive Gradient Attack on Privacy*, ICLR 2021, https://arxiv.org/abs/2010.07733.
@@ -64,5 +66,5 @@ class RGAPAttack(GradientInversion):
             solver=NoSearch(),
             seed=seed,
             success_threshold=success_threshold,
-            adaptive=False,  # the layers are solved as if nothing had changed the gradient
+            adaptive=False,  # the layers are solved as if no defense had changed the gradient
         )

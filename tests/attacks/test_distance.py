@@ -23,7 +23,7 @@ def test_the_distance_of_the_papers_is_the_default(lbfgs_case: Any, kit: Any) ->
 
 @pytest.mark.parametrize("attack", [DLGAttack, IDLGAttack])
 def test_the_papers_have_no_other_distance(attack: Any) -> None:
-    message = "Expected distance='squared' with protocol='published', the papers' own, but got 'cosine'. Use protocol="
+    message = "Expected distance='squared' with protocol='published', as in the papers, but got 'cosine'. Use protocol="
     with pytest.raises(ValueError, match=message):
         attack(protocol="published", distance="cosine")
 
