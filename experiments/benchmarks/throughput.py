@@ -165,7 +165,7 @@ def attack(cell: Cell, lanes: int, evaluations: int, device: torch.device, seed:
 
     with warnings.catch_warnings(), mock.patch.object(Lanes, "evaluate", timed):
         # "the attack goes on with fewer lanes": it is looked at below
-        warnings.filterwarnings("ignore", message=".*lanes are more than the memory holds")
+        warnings.filterwarnings("ignore", message=".*lanes do not fit into memory")
         make_trainer(device, steps, limit_val_batches=0).fit(module, datamodule=victims)
     if module.most_lanes < lanes:
         raise UnmeasuredError("memory", f"allocation failed with {lanes} lanes")

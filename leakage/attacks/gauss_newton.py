@@ -46,7 +46,8 @@ class GaussNewtonAttack(GradientInversion):
         restarts: additional starts for a victim that ended above ``restart_above``. The default is 3, or 0 with a
             ``prior``, whose value never falls to zero.
         restart_above: a victim that ends above this objective may start again. With noisy or rounded gradients the
-            objective never falls below the default: set it to the relative noise level, or use ``restarts=0``.
+            objective never falls below the default: set it to the noise's share of the squared gradient norm, or use
+            ``restarts=0``.
         start_std: standard deviation of the random starts.
         solver, damping, max_products, memory, underdetermined, tolerance, max_evaluations, spectrum: see
             :class:`~leakage.solvers.GaussNewton`.

@@ -30,7 +30,7 @@ class SearchProtocol:
         tolerance: objective below which a victim has converged.
         max_evaluations: evaluations of the objective per start.
         restarts: additional starts for a victim that ended above ``restart_above``.
-        spectrum: whether L-BFGS starts from the power spectrum of images
+        spectrum: whether the power spectrum of images is the initial inverse Hessian of L-BFGS
             (:class:`~leakage.solvers.ImageSpectrum`).
         relative: whether the objective is divided by the squared norm of the shared gradient.
         line_search: whether each victim shortens its own steps. If so, no unknown changes by more than 1 in one step:

@@ -1,4 +1,4 @@
-"""What attacks share: the search for many victims at once, its lanes, processes and auditor."""
+"""The common part of all attacks: the search for many victims at once, lanes, processes and auditor."""
 
 from leakage import notices
 from leakage.inversion.gradient_inversion import GradientInversion

@@ -1,4 +1,4 @@
-"""The only part of an attack that sees the ground truth: after the search, never for it."""
+"""The auditor: the only part that sees the ground truth, which the search never uses."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from leakage.metrics import VictimScore, score
 
 
 class Auditor:
-    """Scores reconstructions against the truth, each finished victim once and those still running again and again.
+    """Score reconstructions against the ground truth: finished victims once, running victims repeatedly.
 
     Attributes:
-        scores: by victim id.
+        scores: the score of each victim, by victim id.
 
     Args:
-        threshold: an image counts as reconstructed if its MSE is below this.
+        threshold: an image counts as reconstructed if its MSE is below this value.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -25,20 +25,20 @@ class Auditor:
         self.release()
 
     def take(self, finished: Reconstruction, running: Reconstruction) -> None:
-        """Take the reconstructions as they are now, for the comparisons until :meth:`release`."""
+        """Store the current reconstructions, for comparisons until :meth:`release`."""
         self._taken = Reconstruction.cat([finished, running])
         self._finished = set(finished.ids.tolist())
 
     def release(self) -> None:
-        """Let go of what was taken."""
+        """Discard the stored reconstructions."""
         self._taken, self._finished = Reconstruction.empty(), set[int]()
 
     def is_final(self, victim: int) -> bool:
-        """Whether the victim's score is that of its finished reconstruction."""
+        """Return whether the victim's score is that of its finished reconstruction."""
         return victim in self.scores and self.scores[victim].final
 
     def compare(self, truth: GroundTruth) -> None:
-        """Score those of the victims that were taken and have no final score yet."""
+        """Score the stored victims that have no final score yet."""
         places = {victim: place for place, victim in enumerate(self._taken.ids.tolist()) if not self.is_final(victim)}
         rows = [row for row, victim in enumerate(truth.ids.tolist()) if victim in places]
         if not rows:

@@ -1,4 +1,4 @@
-"""The objective of many victims at once, with its gradient by what is searched for."""
+"""Evaluation of the objective of many victims at once, and of its gradient with respect to the unknowns."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from leakage.objectives.terms import Batched, Distance, Point, Term
 from leakage.pieces import State
 from leakage.solvers import STEERING, Problem
 
-# Of the length of an update whose learning rate is searched for, beside distances that only know its direction. From
-# 0.01 to 1 rates and images come out alike.
+# Weight of the distance between lengths of updates, added to distances that only compare directions when the learning
+# rate is searched for. Weights from 0.01 to 1 give the same rates and images.
 _LENGTH_WEIGHT = 0.1
-# Bytes that lanes evaluated at once may take on a CPU: with more its cores wait for the memory.
+# Bytes that lanes evaluated at once may take on a CPU; with more, its cores wait for memory.
 _BYTES_AT_ONCE = 2**28
-# Dummies of what clients keep to themselves.
+# Dummies of what clients keep secret.
 _SECRETS = frozenset({"learning_rate", "order", "drawn", "mixture"})
 
 
 class Evaluator:
-    """Evaluates the objective of V victims, each at its own unknowns.
+    """Evaluate the objective of V victims, each at its own unknowns.
 
-    Where every term has a faster way to be evaluated for many victims at once that way is taken. Else they make a
-    :class:`~leakage.clients.joint_pass.JointPass` where their network can, and the whole is differentiated under
-    ``vmap`` where it can't: both on a CPU in pieces that its memory holds.
+    If every term has a faster method for many victims at once, that method is used. Otherwise the evaluation is a
+    :class:`~leakage.clients.joint_pass.JointPass` if the network supports it, and if not, the objective is
+    differentiated under ``vmap``. On a CPU, both process the lanes in chunks of limited size.
     """
 
     def __init__(
@@ -67,18 +67,18 @@ class Evaluator:
         parts = [*objective.parts()]
         distances = [term for _, term in parts if isinstance(term, Distance)]
         if self.searches_rate and distances and all(term.by_direction for term in distances):
-            parts.append((_LENGTH_WEIGHT, LengthDistance()))  # which tells the rate
+            parts.append((_LENGTH_WEIGHT, LengthDistance()))  # the length determines the rate
         self.terms = {f"objective/{place}": pair for place, pair in enumerate(parts)}
-        # Whether the gradient of the last layer is given in fewer numbers.
+        # Whether the gradient of the last layer is reduced to a basis.
         self.low_rank = low_rank and not victim.draws and all(term.isometric for _, term in self.terms.values())
         self.watched = {name: tuple(term.watched(victim.model)) for name, (_, term) in self.terms.items()}
         self.modules = list(dict.fromkeys(name for names in self.watched.values() for name in names))
         self.at_once = 0  # lanes that autograd evaluates at once; 0 for all
-        self._joint: bool | None = None  # whether in a joint pass
+        self._joint: bool | None = None  # whether evaluations are joint passes; None until known
         self.forget()
 
     def forget(self) -> None:
-        """Let go of what belongs to the lanes that were evaluated last, and takes memory."""
+        """Free the memory held for the lanes that were evaluated last."""
         found = [term.batched(self.victim) for _, term in self.terms.values()]
         ways = [way for way in found if way is not None]
         plain = self.images.seeds == 1 and not _SECRETS & self.shapes().keys() and not self.simulation.changes
@@ -86,12 +86,12 @@ class Evaluator:
 
     @property
     def searches_rate(self) -> bool:
-        """Whether the clients keep their learning rate to themselves."""
+        """Whether the clients keep their learning rate secret."""
         return self.learning_rate.shape(self.victim.protocol) is not None
 
     @property
     def dummies(self) -> dict[str, Dummy]:
-        """Images, labels and what clients keep to themselves, by these names."""
+        """The dummies, by name: images, labels and what clients keep secret."""
         return {
             "images": self.images,
             "labels": self.labels,
@@ -102,12 +102,12 @@ class Evaluator:
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of one victim's unknowns, those of the images first."""
+        """Return the shapes of one victim's unknowns, by name, those of the images first."""
         found = {name: dummy.shape(self.victim.protocol) for name, dummy in self.dummies.items()}
         return {name: shape for name, shape in found.items() if shape is not None}
 
     def problem(self, equations: Callable[[Tensor, Tensor], Tensor], element_size: int) -> Problem:
-        """What a solver is told of the search; ``element_size`` are the bytes of a number."""
+        """Return the problem that the solver receives; ``element_size`` is the number of bytes of one element."""
         protocol, shapes = self.victim.protocol, self.shapes()
         pixels = math.prod(shapes["images"]) if "images" in shapes else 0
         project = self.images.project()
@@ -130,31 +130,31 @@ class Evaluator:
         )
 
     def check(self, target: Target) -> None:
-        """Raise a ``ValueError`` if a piece can't be used on such victims."""
+        """Raise a ``ValueError`` if a piece cannot be used on these victims."""
         for name in ("labels", *(name for name in self.dummies if name != "labels")):
             self.dummies[name].check(target)
         for _, term in self.terms.values():
             term.check(target.victim)
         target.victim.check_modules(self.modules)
         if not self.shapes():
-            raise ValueError("Expected `images` or `labels` with something to search for, but got neither.")
+            raise ValueError("Expected `images` or `labels` to have unknowns to search for, but got none.")
 
     def prepare(self, like: Tensor) -> None:
-        """Take all pieces to where ``like`` is."""
+        """Move all pieces to the device and dtype of ``like``."""
         for piece in (self.images, self.labels, *(term for _, term in self.terms.values())):
             piece.prepare(like)
 
-    # What the pieces keep of each victim, under the name of the piece.
+    # What the pieces keep for each victim, under the name of the piece.
 
     def state(self, dtype: torch.dtype) -> State:
-        """All that pieces keep, as tensors without a victim."""
+        """Return what the pieces keep for each victim, as empty tensors ``(0, ...)``."""
         protocol = self.victim.protocol
         kept = {name: dummy.state(protocol, dtype) for name, dummy in self.dummies.items()}
         kept |= {name: term.state(protocol, dtype) for name, (_, term) in self.terms.items()}
         return joined(kept)
 
     def begin(self, shared: SharedGradient) -> State:
-        """The same of V victims, from what they shared."""
+        """Return what the pieces keep for V victims, computed from what these shared."""
         rate = self.learning_rate.begin(shared, self.victim)
         as_it_came, shared = shared, self._in_steps(shared, rate)
         kept = {
@@ -170,7 +170,7 @@ class Evaluator:
         return joined(kept)
 
     def _needed(self, kept: State) -> State:
-        """Without what changes nothing for any of these victims, and priors as weak as the solver has made them."""
+        """Leave out entries that change nothing for these victims, and weaken priors as the solver asks."""
         parts = parted(kept)
         own = {name: term.needed(parts.get(name, {})) for name, (_, term) in self.terms.items()}
         if (fading := parts.get(STEERING, {}).pop("fading", None)) is not None:
@@ -180,16 +180,16 @@ class Evaluator:
         return joined(parts | own)
 
     def informative(self, shared: SharedGradient) -> Tensor:
-        """``(V,)``, whether a victim's gradient says anything to every term."""
+        """Return ``(V,)``, whether each victim's gradient carries information for every term."""
         return torch.stack([term.informative(shared).cpu() for _, term in self.terms.values()]).all(0)
 
     def reduced(self, shared: SharedGradient, kept: State) -> SharedGradient:
-        """What evaluations need of that which was shared."""
+        """Return the part of the shared gradient that evaluations need."""
         shared = self._in_steps(shared, parted(kept).get("learning_rate", {}))
         return in_basis(shared, self.victim) if self.low_rank else shared
 
     def _in_steps(self, shared: SharedGradient, rate: State) -> SharedGradient:
-        """Where the rate is not told, the update as the average step that it would be at the rate of the start."""
+        """Convert an update of unknown learning rate to its average step at the initial rate."""
         if not rate:
             return shared
         length = self.victim.protocol.local_steps * rate["start"]
@@ -199,12 +199,12 @@ class Evaluator:
         return replace(shared, gradients=gradients)
 
     def write(self, kept: State, unknowns: Mapping[str, Tensor], seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images ``(V, N, C, H, W)`` and class probabilities ``(V, N, K)``.
+        """Return images ``(V, N, C, H, W)`` and class probabilities ``(V, N, K)``.
 
         Args:
-            kept: of the pieces.
-            unknowns: where the search is.
-            seeds: ``(V,)``, which images where a victim has several sets; by default the first.
+            kept: what the pieces keep for the victims.
+            unknowns: the current unknowns.
+            seeds: ``(V,)``, the set of images to return if a victim has several; by default the first.
         """
         parts = parted(kept)
         if self.images.seeds > 1:
@@ -217,14 +217,14 @@ class Evaluator:
         return images, targets
 
     def write_rate(self, kept: State, unknowns: Mapping[str, Tensor]) -> Tensor | None:
-        """Learning rates ``(V,)``; None where they are told."""
+        """Return learning rates ``(V,)``, or None if the attacker knows them."""
         own = parted(kept).get("learning_rate", {})
         return self.learning_rate.write_all(unknowns["learning_rate"], own) if self.searches_rate else None
 
     # Evaluations.
 
     def __call__(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, State]:
-        """Objectives ``(V,)`` of V victims, and their gradients by each of the unknowns ``(V, ...)``."""
+        """Return the objectives ``(V,)`` and their gradients with respect to the unknowns, each ``(V, ...)``."""
         kept = self._needed(kept)
         if self._batched is not None and f"{STEERING}/sharpness" not in kept:
             return self._by_terms(self._batched, shared, kept, unknowns)
@@ -246,12 +246,12 @@ class Evaluator:
         return torch.cat(losses), {name: torch.cat([part[name] for part in gradients]) for name in unknowns}
 
     def _apart(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, State]:
-        """By differentiating the whole, each victim for itself."""
+        """Evaluate by differentiating the whole objective, separately for each victim."""
         gradients, losses = self._for_all(grad_and_value(self._objective), shared, kept, unknowns)
         return losses, gradients
 
     def best_seeds(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> Tensor | None:
-        """``(V,)``, which of a victim's sets of images has the lowest objective; None where there is but one."""
+        """Return ``(V,)``, the set of images with the lowest objective; None if victims have only one set."""
         if self.images.seeds == 1:
             return None
         losses: Tensor = self._for_all(self._of_sets, shared, self._needed(kept), unknowns)
@@ -260,25 +260,25 @@ class Evaluator:
     def _for_all(
         self, function: Callable[..., Any], shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]
     ) -> Any:
-        """A function of one victim, for all."""
+        """Apply a function of one victim to all victims."""
         evaluate = vmap(function, in_dims=_in_dims(shared), chunk_size=self.at_once or None)
         return evaluate(dict(unknowns), parted(kept), shared.state, (shared.gradients, shared.basis))
 
     def _objective(self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:
-        """Of one victim."""
+        """Return the objective of one victim."""
         if self.images.seeds == 1:
             return self._of_set(unknowns, kept, state, shared)
         return self._of_sets(unknowns, kept, state, shared).mean() + self.images.joint(unknowns["images"])
 
     def _of_sets(self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:
-        """Of each set of images of one victim, ``(seeds,)``."""
+        """Return the objective of each set of images of one victim, ``(seeds,)``."""
         found: Tensor = vmap(lambda images: self._of_set({**unknowns, "images": images}, kept, state, shared))(
             unknowns["images"]
         )
         return found
 
     def _of_set(self, unknowns: Mapping[str, Tensor], kept: Mapping[str, State], state: Any, shared: Any) -> Tensor:
-        """Of one set of images of one victim."""
+        """Return the objective of one set of images of one victim."""
         point = self._point(unknowns, kept, state, shared, sparing=True)
         total: Tensor | None = None
         for name, (weight, term) in self.terms.items():
@@ -314,21 +314,24 @@ class Evaluator:
             weights = self.mixture.write(unknowns["mixture"], {})
             images, targets = torch.einsum("mn,nchw->mchw", weights, images), weights @ targets
         if self.simulation.per_image and not self.modules:
-            found: tuple[dict[str, Tensor], dict[str, Activation]] = ({}, {})  # those of single images come instead
+            found: tuple[dict[str, Tensor], dict[str, Activation]] = (
+                {},
+                {},
+            )  # the simulation uses those of single images
         else:
             found = self.victim.evaluate(state, images, targets, self.modules, basis, secrets=secrets, sparing=sparing)
         gradients, activations = found
         if rate is not None:
             gradients = {name: rate / own["start"] * tensor for name, tensor in gradients.items()}
         gradients = self.simulation(gradients, wanted, own, state, images, targets)
-        if basis is not None:  # what lies outside of it was not shared
+        if basis is not None:  # the part outside of the basis was not shared
             wanted = {name: wanted[name] if name in wanted else torch.zeros_like(gradients[name]) for name in gradients}
         return Point(searched, targets, gradients, wanted, activations, state)
 
     def _by_terms(
         self, ways: Sequence[Batched], shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]
     ) -> tuple[Tensor, State]:
-        """By the terms' own ways; only the writing of the dummies is left to autograd."""
+        """Evaluate by the terms' own methods; autograd differentiates only how the dummies are written."""
         parts = parted(kept)
         with torch.enable_grad():
             leaves = {name: value.detach().requires_grad_() for name, value in unknowns.items()}
@@ -343,14 +346,14 @@ class Evaluator:
                 (1.0, {}, (cast(Tensor, added(a)), cast(Tensor, added(b)), added(c)))
                 for a, b, c in [tuple(zip(*rows, strict=True))]
             ]
-        # The factor of a single term comes last, so that nothing is rounded before.
+        # The factor of a single term is applied last, so that nothing is rounded before.
         weight, own, (losses, by_images, by_targets) = found[0]
         gradients = through([(images, by_images), (targets, by_targets)], leaves)
         scaled = {name: weighted(weight, own, gradient) for name, gradient in gradients.items()}
         return weighted(weight, own, losses), scaled
 
     def _jointly(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, State]:
-        """By joint passes: one for each set of images."""
+        """Evaluate by joint passes, one for each set of images."""
         parts, several = parted(kept), self.images.seeds > 1
         with torch.enable_grad():
             leaves = {name: value.detach().requires_grad_() for name, value in unknowns.items()}
@@ -377,7 +380,7 @@ class Evaluator:
     # Equations.
 
     def _count_equations(self) -> int:
-        """Residuals of one victim."""
+        """Return the number of residuals of one victim."""
         state = self.victim.state
         like = state[self.victim.trainable[0]]
         kept = {name: tensor.new_ones(tensor.shape[1:]) for name, tensor in self.state(like.dtype).items()}
@@ -397,7 +400,7 @@ class Evaluator:
             return len(self._residuals(like.new_zeros(size), parted(kept), shared.state, (gradients, basis)))
 
     def equations(self, shared: SharedGradient, kept: State, points: Tensor) -> Tensor:
-        """Residuals ``(V, M)`` at unknowns ``(V, D)`` that lie one after another; their squares are the objective."""
+        """Return residuals ``(V, M)`` at flattened unknowns ``(V, D)``; their squared norm is the objective."""
         evaluate = vmap(self._residuals, in_dims=_in_dims(shared))
         given = shared.gradients, shared.basis
         residuals: Tensor = evaluate(points, parted(self._needed(kept)), shared.state, given)
@@ -416,5 +419,5 @@ class Evaluator:
 
 
 def _in_dims(shared: SharedGradient) -> tuple[Any, ...]:
-    """Of unknowns, what is kept, weights, and what was shared: where ``vmap`` finds the victims."""
+    """Return the ``in_dims`` of ``vmap`` for unknowns, kept entries, weights and shared gradients."""
     return 0, 0, 0 if shared.own_weights else None, (0, None if shared.basis is None else 0)

@@ -1,4 +1,4 @@
-"""The attack that all attacks are: admit victims, search for many of them at once, hand out the finished."""
+"""The base class of all attacks, as a LightningModule."""
 
 from __future__ import annotations
 
@@ -35,57 +35,60 @@ from leakage.pieces import tell
 from leakage.precision import full_precision
 from leakage.solvers import LBFGS, PerVictimOptimizer, Solver
 
-# What is matched needs gradients that are more precise than those of half precision.
+# Gradients in half precision are too inexact to be matched.
 _PRECISIONS = ("32-true", "64-true")
-# Iterations between two that are logged.
+# Iterations between two log entries.
 _LOGGED_EVERY = 10
-# Steps between two at which several processes tell one another how many victims are done.
+# Steps after which several processes exchange how many victims are done.
 _AGREED_EVERY = 20
 _PIECES = {"objective": Term, "images": Images, "labels": Labels, "solver": Solver}
 
 
 class GradientInversion(LightningModule):
-    r"""Searches for the images whose gradient is the one that was shared, for many victims at once.
+    r"""Search for images whose gradient matches the shared gradient, for many victims at once.
 
-    It is made of pieces: for each victim the dummy images x and class probabilities y, as ``images`` and ``labels``
-    write them, are moved by ``solver`` so that they lower ``objective``,
+    An attack is made of four pieces. For each victim, ``images`` and ``labels`` define the dummy images x and class
+    probabilities y, and ``solver`` moves them to minimise ``objective``:
 
     .. math:: \min_{x, y} \; \sum_k w_k \, D_k\bigl(\nabla_\theta \ell(f_\theta(x), y), \, g^*\bigr) +
         \sum_j w_j \, R_j(x)
 
-    with distances D to the shared gradient :math:`g^*` and priors R. A published attack is a choice of pieces: see
+    with distances D to the shared gradient :math:`g^*` and priors R. Each published attack is a choice of pieces: see
     :mod:`leakage.attacks`.
 
-    One training step is one evaluation of the objective for every victim in the lanes. A victim that has converged,
-    diverged, stalled or spent its budget leaves with its best iterate by this objective; the next ones take the lanes
-    that are free, and training ends when every victim is done: one epoch is all victims. Where an evaluation finds no
-    memory, half of the lanes are used, and the victims that were searched for begin anew. A victim whose gradient is
-    zero, or too small to be compared with, is ``uninformative``, and not searched for. What clients don't tell of their
-    local steps is searched for too: :class:`~leakage.dummies.LearningRate`, :class:`~leakage.dummies.LocalOrder`.
+    Each training step evaluates the objective once for every victim in the lanes. A victim leaves its lane when it has
+    converged, diverged, stalled or spent its budget; its result is the iterate with the lowest objective. Waiting
+    victims take the free lanes, and training ends when every victim is done, so one epoch covers all victims. If an
+    evaluation runs out of memory, the number of lanes is halved and the victims in progress start over. A victim whose
+    gradient is zero, or too small to be matched, is ``uninformative`` and is not searched for. If clients keep details
+    of their local steps secret, the attack searches for these too: :class:`~leakage.dummies.LearningRate`,
+    :class:`~leakage.dummies.LocalOrder`.
 
-    Several processes share the victims out (``Trainer(strategy="victim_parallel", devices=2)``); the first has all.
+    With ``Trainer(strategy="victim_parallel", devices=2)`` the victims are divided among several processes; in the end
+    the first process has the results of all.
 
     Attributes:
-        finished: the victims done so far, in the order they finished; in the end all, in their own order.
-        scores: by victim id, how near the truth its reconstruction is.
+        finished: reconstructions of the victims done so far, in the order they finished; after ``fit``, of all victims
+            in the order of the data.
+        scores: the score of each victim's reconstruction against the ground truth, by victim id.
 
     Args:
-        objective: what is lowered: terms of :mod:`leakage.objectives`, added up with weights.
-        images: how dummy images are written, see :mod:`leakage.dummies`.
+        objective: what to minimise: a weighted sum of terms from :mod:`leakage.objectives`.
+        images: how dummy images are parametrised, see :mod:`leakage.dummies`.
         labels: where labels come from, see :mod:`leakage.dummies`.
         solver: how unknowns are moved, see :mod:`leakage.solvers`.
-        restarts: further starts for a victim that ended above ``restart_above``; the best of all starts is kept.
-        restart_above: see ``restarts``; by default every victim starts again.
-        seed: of the starts; victim and restart have their own streams, however victims are grouped.
-        success_threshold: an image counts as reconstructed if its MSE is below this.
-        adaptive: an attacker who knows the defenses that the protocol tells of, and asks for gradients that the clients
-            would have made of these (:meth:`leakage.defenses.Defense.simulate`); else what was shared is matched as if
-            it was the gradient.
+        restarts: additional starts for a victim that ended above ``restart_above``; the best of all starts is kept.
+        restart_above: see ``restarts``; by default every victim is restarted.
+        seed: seed of the starts. Each victim and restart has its own random stream, however victims are grouped.
+        success_threshold: an image counts as reconstructed if its MSE is below this value.
+        adaptive: whether the attacker takes the defenses in the protocol into account, by applying them to the
+            gradients of the dummies before matching (:meth:`leakage.defenses.Defense.simulate`). Otherwise the shared
+            gradient is matched as if it were undefended.
 
     Raises:
-        ValueError: a piece of another kind or a number out of its range; in ``fit``, what a piece says of victims that
-            it can't be used on, a DataModule that is no :class:`~leakage.datamodules.VictimDataModule`, a precision
-            other than ``"32-true"`` and ``"64-true"``, an MPS device, or a checkpoint of another configuration.
+        ValueError: if a piece has the wrong type or a number is out of range; in ``fit``, if a piece cannot be used on
+            the victims, the DataModule is not a :class:`~leakage.datamodules.VictimDataModule`, the precision is not
+            ``"32-true"`` or ``"64-true"``, the device is MPS, or the checkpoint has another configuration.
 
     Example:
         >>> from lightning import Trainer
@@ -127,7 +130,7 @@ class GradientInversion(LightningModule):
                     f"{getattr(self, name)!r}."
                 )
         if not self.objective.parts():
-            raise ValueError("Expected `objective` with a weight that is not 0, but got none.")
+            raise ValueError("Expected `objective` to have a term with a nonzero weight, but got none.")
         check_positive(success_threshold=success_threshold)
         check_flag(adaptive=adaptive)
         check_count(0, restarts=restarts, seed=seed)
@@ -139,7 +142,7 @@ class GradientInversion(LightningModule):
         self._reset()
 
     def _save_options(self) -> None:
-        """The arguments of this class and of the preset that it is, and the pieces, as plain values for loggers."""
+        """Save the arguments of this class and its subclass, and the pieces, as plain values for loggers."""
         given = collect_init_args(cast(Any, inspect.currentframe()).f_back, [], classes=(GradientInversion,))
         options = {name: value for arguments in reversed(given) for name, value in arguments.items()}
         options |= {name: getattr(self, name) for name in _PIECES}
@@ -147,18 +150,18 @@ class GradientInversion(LightningModule):
         self.save_hyperparameters({name: v if isinstance(v, plain) else tell(v) for name, v in options.items()})
 
     def _reset(self) -> None:
-        """Begin with no victim."""
+        """Reset the state to that of an attack without victims."""
         self._victim: Victim | None = None
         self._defenses: tuple[Defense, ...] = ()
         self._search = Search(Queue())
-        self._deal = ""  # which victims are whose, if there are several processes
+        self._deal = ""  # identifies how victims are divided among processes
         self._auditor = Auditor(self.hparams["success_threshold"])
 
     # What callers and callbacks read.
 
     @property
     def victim(self) -> Victim:
-        """The clients' model, loss and protocol, as the attacker knows them."""
+        """The clients' model, loss and protocol, as known to the attacker."""
         if self._victim is None:
             raise RuntimeError("Expected the attack to be inside `Trainer.fit`, but got no victim yet.")
         return self._victim
@@ -170,41 +173,41 @@ class GradientInversion(LightningModule):
 
     @property
     def lanes(self) -> Lanes:
-        """The victims that are searched for at present."""
+        """The victims currently in the lanes."""
         return self._search.lanes
 
     @property
     def most_lanes(self) -> int:
-        """How many victims may be in the lanes; fewer after an evaluation found no memory."""
+        """The maximum number of lanes; it is halved when an evaluation runs out of memory."""
         return self._search.most_lanes
 
     @property
     def scores(self) -> dict[int, VictimScore]:
-        """By victim id, how near the truth its reconstruction is; filled in validation, read by nothing in training."""
+        """The score of each victim, by victim id; filled in validation, never read in training."""
         return self._auditor.scores
 
     @property
     def num_running(self) -> int:
-        """Victims in the lanes that are still searched for."""
+        """Number of victims in the lanes whose search is still running."""
         return self._search.num_running
 
     @property
     def num_converged(self) -> int:
-        """Victims of this process whose search has ended below the solver's tolerance."""
+        """Number of this process' victims whose search has ended below the solver's tolerance."""
         return self._search.num_converged
 
     @property
     def num_done(self) -> int:
-        """Victims whose search has ended."""
+        """Number of victims whose search has ended."""
         return self._search.num_done
 
     @property
     def finished(self) -> Reconstruction:
-        """The victims done so far, in the order they left the lanes; after ``fit`` all, in their own order."""
+        """Reconstructions of the victims done so far; after ``fit``, of all victims in the order of the data."""
         return Reconstruction.cat([*self._search.finished, *self._search.in_lanes(running=False)])
 
     def current(self) -> Reconstruction:
-        """The best iterates so far of the victims still running."""
+        """Return the best iterates so far of the victims that are still running."""
         return Reconstruction.cat(self._search.in_lanes(running=True))
 
     # Lightning's hooks.
@@ -220,7 +223,7 @@ class GradientInversion(LightningModule):
         return datamodule
 
     def setup(self, stage: str) -> None:
-        """Look at the victims, and make unknowns of the shape that the dummies need."""
+        """Check the victims, and create unknowns of the shapes that the dummies need."""
         if stage != "fit":
             raise ValueError(
                 f"Expected `Trainer.fit`, which runs and scores an attack, but got `Trainer.{str.__str__(stage)}`."
@@ -231,8 +234,8 @@ class GradientInversion(LightningModule):
         _leave_out_summary(self.trainer)
         if self.trainer.strategy.root_device.type == "mps":
             raise ValueError(
-                "Expected a CPU or a CUDA device, but got 'mps', which knows no double precision: labels and closed "
-                "forms need it. Pass accelerator='cpu' to the Trainer."
+                "Expected a CPU or a CUDA device, but got 'mps', which has no double precision. Label inference and "
+                "closed forms need it. Pass accelerator='cpu' to the Trainer."
             )
         self._reset()
         adaptive, told = self.hparams["adaptive"], datamodule.victim.as_told()
@@ -247,11 +250,11 @@ class GradientInversion(LightningModule):
             labels_known=self.labels.known,
         )
         evaluator = self._make_evaluator()
-        evaluator.prepare(next(victim.model.parameters()))  # which an earlier fit may have taken elsewhere
+        evaluator.prepare(next(victim.model.parameters()))  # an earlier fit may have moved the pieces to another device
         evaluator.check(target)
         dtype = torch.float64 if self.trainer.precision == "64-true" else torch.float32
         shapes = evaluator.shapes().items()
-        # A plain dict would be sorted.
+        # ParameterDict sorts the keys of a plain dict.
         empty = OrderedDict((name, torch.empty(0, *shape, dtype=dtype)) for name, shape in shapes)
         self.unknowns = nn.ParameterDict(empty)
 
@@ -260,7 +263,7 @@ class GradientInversion(LightningModule):
         return Evaluator(self.victim, self.objective, self.images, self.labels, low_rank, self._defenses)
 
     def configure_optimizers(self) -> PerVictimOptimizer:
-        """The solver, on the unknowns."""
+        """Return an optimizer that applies the solver to the unknowns."""
         evaluator = self._make_evaluator()
         problem = evaluator.problem(
             lambda points, lanes: self.lanes.equations(points, lanes), next(iter(self.unknowns.values())).element_size()
@@ -271,8 +274,8 @@ class GradientInversion(LightningModule):
 
     @sdpa_kernel(SDPBackend.MATH)
     def on_fit_start(self) -> None:
-        """Go where the Trainer computes, find how many lanes there shall be, and ask for the first victims."""
-        # A copy of its own: the DataModule's captures further gradients where its images are.
+        """Move to the Trainer's device, choose the number of lanes, and request the first victims."""
+        # A copy, because the DataModule's own victim stays on the device of its images to capture further gradients.
         victim = self._victim = copy.deepcopy(self.victim)
         victim.model.to(device=self.device, dtype=self.lanes.dtype)
         evaluator = self._make_evaluator()
@@ -284,55 +287,55 @@ class GradientInversion(LightningModule):
         self._deal = self._deal or new_deal(self.trainer)
         mine = search.victims()
         if sum_over_processes(self.trainer, len(mine)) < self.expected_victims:
-            raise ValueError(f"Expected a checkpoint of all {self.expected_victims} victims, but got {len(mine)} here.")
-        # Lightning wants a batch in every process, also in one that has no victims: it scores none of the batch.
+            raise ValueError(f"Expected a checkpoint of all {self.expected_victims} victims, but got {len(mine)}.")
+        # Lightning needs a batch in every process. A process without victims gets one, but scores none of it.
         datamodule.audited = (mine or [0]) if self.trainer.world_size > 1 else None
         search.begin(datamodule, processes=self.trainer.num_devices)
 
     def on_train_start(self) -> None:
-        """Ask for the victims whose turn is not the first batch."""
+        """Request the victims that come after the first batch."""
         self._search.queue.after_first_fetch(self._datamodule, self.iteration)
 
     @full_precision()
     @sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
     def training_step(self, batch: SharedGradient | tuple[()], batch_idx: int) -> None:
-        """Admit the victims of the batch, if there are any, and move every victim in the lanes by one evaluation."""
+        """Admit the victims of the batch, then move every victim in the lanes by one evaluation."""
         search = self._search
         if isinstance(batch, SharedGradient):
             self.victim.check(batch)
             search.admit(batch)
-        # All processes make the same number of steps, else their checkpoints miss.
+        # All processes make the same number of steps, so that their checkpoints belong together.
         if search.num_running or self.trainer.world_size > 1:
             self._step()
         search.retire(self._datamodule, restarts=self.hparams["restarts"], above=self.hparams["restart_above"])
-        # Processes that agreed at every step would each time wait for the slowest.
+        # Synchronising at every step would make all processes wait for the slowest.
         if self.trainer.world_size == 1 or batch_idx % _AGREED_EVERY == 0:
             done = sum_over_processes(self.trainer, self.num_done)
             self.trainer.should_stop = self.trainer.should_stop or done == self.expected_victims
         self._tell(batch_idx)
 
     def _step(self) -> None:
-        """One evaluation for every victim in the lanes."""
+        """Evaluate and move every victim in the lanes once."""
         search, step = self._search, cast(Any, self.optimizers()).step
         if not search.num_running:
             step(closure=search.lanes.rest)
             return
-        running = search.lanes.optimizer.running  # before the step, which may have settled some when it breaks off
+        running = search.lanes.optimizer.running  # taken before the step, which may end some lanes and then fail
         try:
             step(closure=search.lanes.evaluate)
             search.iteration += 1
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            # Lightning has begun this for the step that failed.
+            # Lightning has started this timer for the step that failed.
             cast(Any, self.trainer).profiler.stop("optimizer_step")
             search.begin_anew_with_fewer_lanes(running, self._datamodule, error)
             if self.trainer.world_size > 1:
                 step(closure=search.lanes.rest)
 
     def _tell(self, batch_idx: int) -> None:
-        """Log how far it is; every tenth time, as that takes as long as a good part of a small evaluation."""
-        # What is logged in other steps than those of `log_every_n_steps` reaches the progress bar alone.
+        """Log the progress, only every tenth iteration: logging is slow compared with a small evaluation."""
+        # Outside of the steps of `log_every_n_steps`, logged values reach only the progress bar.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = (
             self.iteration % _LOGGED_EVERY == 1 or self.trainer.should_stop or (every and (batch_idx + 1) % every == 0)
@@ -346,7 +349,7 @@ class GradientInversion(LightningModule):
     # Scores.
 
     def on_validation_epoch_start(self) -> None:
-        """Take what there is to score."""
+        """Hand the current reconstructions to the auditor."""
         self._auditor.take(self.finished, self.current())
 
     def validation_step(self, batch: GroundTruth, batch_idx: int) -> None:
@@ -362,14 +365,14 @@ class GradientInversion(LightningModule):
         self._auditor.release()
 
     def score_finished(self) -> None:
-        """Score, outside of validation, what no validation has scored yet (an interrupt, the end of training)."""
+        """Score all victims outside of validation, after an interrupt or at the end of training."""
         self._auditor.take(self.finished, self.current())
         for batch in self._datamodule.val_dataloader():
             self._auditor.compare(batch)
         self._auditor.release()
 
     def on_train_end(self) -> None:
-        """Score what ended after the last validation."""
+        """Score victims that ended after the last validation, and gather the results of all processes."""
         if not all(map(self._auditor.is_final, self.finished.ids.tolist())):
             self.score_finished()
         search = self._search
@@ -379,10 +382,10 @@ class GradientInversion(LightningModule):
         )
         self._datamodule.audited = None
 
-    # Checkpoints: the lanes, their victims and the finished; the optimizer's state is Lightning's to keep.
+    # Checkpoints of lanes, their victims and results; Lightning saves the optimizer's state.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the lanes, their victims and those that are done, of this process."""
+        """Add the lanes, their victims and the finished victims of this process to the checkpoint."""
         checkpoint["leakage"] = {
             "module": type(self).__name__,
             "precision": self.trainer.precision,
@@ -390,19 +393,18 @@ class GradientInversion(LightningModule):
             "deal": self._deal,
             **self._search.saved(),
             "learnt": {name: getattr(self, name).learnt() for name in ("images", "labels")},
-            # A run that is resumed when it is over validates no more.
+            # A finished run that is resumed does not validate again.
             "scores": {victim: vars(result) for victim, result in self.scores.items()},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore them.
+        """Restore the lanes, their victims and the finished victims from a checkpoint.
 
-        Where the number of processes is another one now, what is done stays done and the victims that were being
-        searched for begin anew.
+        If the number of processes has changed, finished victims stay finished and victims in progress start over.
 
         Raises:
-            ValueError: a checkpoint of another attack or configuration.
-            OSError: a process' part of it is missing.
+            ValueError: if the checkpoint belongs to another attack or configuration.
+            OSError: if the part of a process is missing.
         """
         check_checkpoint(checkpoint, type(self).__name__, dict(self.hparams), self.trainer.precision)
         with restoring("the state of an attack"):
@@ -420,5 +422,5 @@ class GradientInversion(LightningModule):
 
 
 def _leave_out_summary(trainer: Trainer) -> None:
-    """Take Lightning's own summary of parameters from a Trainer: an attack has none before its victims come."""
+    """Remove Lightning's parameter summary from a Trainer: an attack has no parameters before victims arrive."""
     trainer.callbacks = [one for one in trainer.callbacks if type(one) is not ModelSummary]  # type: ignore[attr-defined]

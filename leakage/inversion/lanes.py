@@ -1,4 +1,4 @@
-"""Victims that are searched for at once: what they shared, what is kept of them, and their solver's state."""
+"""Lanes: the victims that are attacked at the same time, with all their state."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from leakage.solvers.solver import UNINFORMATIVE, settle
 
 
 class Lanes:
-    """A lane holds one victim: it enters, is searched for, may start again, and leaves when it is done.
+    """All lanes. Each holds one victim, which enters, is searched for, may restart, and leaves when it is done.
 
-    What is kept of a victim, beside what it shared and the solver's state, are the engine's own entries
-    (:meth:`state`) and those that the pieces of the attack declare.
+    A lane keeps what its victim shared, the solver's state, the engine's own entries (:meth:`state`), and the entries
+    that the pieces of the attack declare.
     """
 
     def __init__(
@@ -40,25 +40,25 @@ class Lanes:
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of the lanes."""
         device: torch.device = next(iter(self.unknowns.values())).device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """In what precision."""
+        """The dtype of the lanes."""
         dtype: torch.dtype = next(iter(self.unknowns.values())).dtype
         return dtype
 
     @staticmethod
     def state(protocol: Protocol, dtype: torch.dtype) -> State:
-        """The engine's own entries, as tensors without a victim."""
+        """Return the engine's own entries, as empty tensors ``(0, ...)``."""
         whole, real = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=dtype)
         rate = {"best_learning_rate": real} if protocol.learning_rate == UNKNOWN else {}
         return rate | {
             "place": whole,
             "restarts": whole,
-            # Of the earlier starts:
+            # From earlier starts:
             "iterations": whole,
             "evaluations": whole,
             "best_loss": real,
@@ -66,14 +66,14 @@ class Lanes:
             "best_labels": whole.new_empty(0, protocol.num_images),
         }
 
-    # Victims enter.
+    # Entering.
 
     def free(self, victims: int) -> Tensor:
-        """Indices of lanes whose victim is done, up to so many; others can take their place."""
+        """Return the indices of up to ``victims`` lanes whose victim is done and can be replaced."""
         return (~self.optimizer.running).nonzero().squeeze(1)[:victims]
 
     def admit(self, shared: SharedGradient, places: Sequence[int], free: Tensor) -> None:
-        """Put new victims into lanes: first into those that are free, then into further ones."""
+        """Put new victims into the free lanes, and into additional lanes if these are too few."""
         shared = shared.to(device=self.device, dtype=self.dtype)
         fresh, starts = self._begin(shared, places)
         seeds = self._seeds(shared.ids, fresh["restarts"])
@@ -102,15 +102,18 @@ class Lanes:
             settle(self.optimizer.lanes, self._mask(silent), UNINFORMATIVE)
 
     def _begin(self, shared: SharedGradient, places: Sequence[int]) -> tuple[State, dict[str, Tensor]]:
-        """What is kept of new victims, and where their unknowns start."""
+        """Return the kept entries of new victims, and the starts of their unknowns."""
         evaluator, victim = self.evaluator, self.evaluator.victim
         kept = evaluator.begin(shared)
-        told, given = (
+        declared, given = (
             {name: (*tensor.shape[1:], tensor.dtype) for name, tensor in state.items()}
             for state in (evaluator.state(self.dtype), kept)
         )
-        if told != given:
-            raise ValueError(f"Expected `begin` of each piece to give what its `state` tells, {told}, but got {given}.")
+        if declared != given:
+            raise ValueError(
+                "Expected `begin` of each piece to return the entries that its `state` declares, "
+                f"{declared}, but got {given}."
+            )
         none = torch.zeros(len(shared), dtype=torch.long, device=self.device)
         starts = self._starts(shared.ids, none)
         images, targets = evaluator.write(kept, starts)
@@ -135,7 +138,7 @@ class Lanes:
         return own | kept, starts
 
     def _starts(self, ids: Tensor, restarts: Tensor) -> dict[str, Tensor]:
-        """Starts from normally distributed noise, one stream per victim, restart and unknown."""
+        """Return starts from normal noise, with one random stream per victim, restart and unknown."""
         starts = {}
         for name, shape in self.evaluator.shapes().items():
             noise = []
@@ -151,7 +154,7 @@ class Lanes:
         return starts
 
     def _seeds(self, ids: Tensor, restarts: Tensor) -> Tensor:
-        """For solvers that draw, ``(V,)``: one for each victim and restart."""
+        """Return seeds ``(V,)`` for solvers that draw random numbers, one for each victim and restart."""
         pairs = zip(ids.tolist(), restarts.tolist(), strict=True)
         seeds = [derive_seed(self.seed, victim, f"solver/{restart}") for victim, restart in pairs]
         return torch.tensor(seeds, dtype=torch.long)
@@ -160,10 +163,10 @@ class Lanes:
         project = self.evaluator.images.project()
         return images if project is None else project(images)
 
-    # They are searched for.
+    # Searching.
 
     def evaluate(self) -> Tensor:
-        """Objectives ``(lanes,)`` at the unknowns; their gradients go to ``.grad``."""
+        """Return the objectives ``(lanes,)`` at the unknowns, and write their gradients to ``.grad``."""
         assert self.shared is not None  # there are lanes
         values = {name: unknown.data for name, unknown in self.unknowns.items()}
         losses, gradients = self.evaluator(self.shared, self._of_pieces(), values)
@@ -172,25 +175,25 @@ class Lanes:
         return losses
 
     def rest(self) -> Tensor:
-        """In place of an evaluation where no victim is searched for any more: it moves nobody."""
+        """Return zeros in place of an evaluation when no victim is running, so that nothing moves."""
         for unknown in self.unknowns.values():
             unknown.grad = torch.zeros_like(unknown)
         return torch.zeros(len(self), dtype=self.dtype, device=self.device)
 
     def equations(self, points: Tensor, lanes: Tensor) -> Tensor:
-        """Residuals ``(L, M)`` of some lanes at their unknowns ``(L, D)``."""
+        """Return the residuals ``(L, M)`` of the lanes at these indices, at unknowns ``(L, D)``."""
         assert self.shared is not None  # there are lanes
         of_pieces = {name: tensor[lanes] for name, tensor in self._of_pieces().items()}
         return self.evaluator.equations(self.shared.select(lanes), of_pieces, points)
 
     def _of_pieces(self) -> State:
-        """What pieces keep, and how the solver steers the objective."""
+        """Return the entries of the pieces, and those with which the solver steers the objective."""
         return {name: tensor for name, tensor in {**self.kept, **self.optimizer.lanes}.items() if "/" in name}
 
-    # They start again, or leave.
+    # Restarting and leaving.
 
     def restart(self, again: Tensor) -> None:
-        """Begin the lanes at these indices anew; what they have found so far is kept if it is the best."""
+        """Restart the lanes at these indices; the best result of all starts so far is kept."""
         assert self.shared is not None
         so_far = self.best()
         for name in ("iterations", "evaluations"):
@@ -206,7 +209,7 @@ class Lanes:
     @torch.no_grad()
     @full_precision()
     def best(self) -> Reconstruction:
-        """Best iterate of every lane over all its starts, by the attack's own objective."""
+        """Return the best iterate of every lane over all its starts, by the attack's own objective."""
         optimizer, kept = self.optimizer, self.kept
         unknowns = dict(zip(self.unknowns, optimizer.best(), strict=True))
         shared, own = cast(SharedGradient, self.shared), self._of_pieces()
@@ -226,15 +229,15 @@ class Lanes:
         )
 
     def best_losses(self) -> Tensor:
-        """Of every lane over all its starts, ``(lanes,)``."""
+        """Return the lowest objective of every lane over all its starts, ``(lanes,)``."""
         return torch.minimum(self.kept["best_loss"], self.optimizer.best_loss)
 
     def collect(self, lanes: Tensor) -> Reconstruction:
-        """The best iterates of the lanes at these indices."""
+        """Return the best iterates of the lanes at these indices, on the CPU."""
         return self.best().select(lanes).map(lambda part: part.detach().cpu())
 
     def keep(self, chosen: Tensor) -> None:
-        """Drop the lanes outside of a boolean mask."""
+        """Keep the lanes of a boolean mask and drop the others."""
         kept = chosen.nonzero().squeeze(1)
         self.optimizer.select(kept)
         assert self.shared is not None
@@ -244,10 +247,10 @@ class Lanes:
     def _mask(self, lanes: Tensor) -> Tensor:
         return torch.zeros(len(self), dtype=torch.bool, device=self.device).index_fill(0, lanes, True)
 
-    # Checkpoints; the optimizer's state is Lightning's to keep.
+    # Checkpoints; Lightning saves the optimizer's state.
 
     def saved(self) -> dict[str, Any]:
-        """All lanes, for a checkpoint."""
+        """Return the state of all lanes, for a checkpoint."""
         shared = self.shared
         return {
             "kept": self.kept,
@@ -256,7 +259,11 @@ class Lanes:
 
 
 def restored_lanes(saved: dict[str, Any], victim: Victim, declared: State) -> tuple[SharedGradient | None, State]:
-    """What :meth:`Lanes.saved` gave; a ``ValueError`` if it has other entries than ``declared``, or does not fit."""
+    """Restore the state saved by :meth:`Lanes.saved`.
+
+    Raises:
+        ValueError: if its entries differ from ``declared``, or do not fit the victim.
+    """
     if saved["shared"] is None:
         return None, {}
     shared = SharedGradient(**saved["shared"], protocol=victim.protocol)

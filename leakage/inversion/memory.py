@@ -1,4 +1,4 @@
-"""How many victims are attacked at once: as many as pay, and as the memory holds."""
+"""Choice of the number of lanes, from the memory that is free."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_iter
 
 from leakage.clients.shared_gradient import SharedGradient
 
-# Of the memory that is free, what the lanes may take.
+# Share of the free memory that the lanes may take.
 _SHARE_OF_MEMORY = 0.5
-# What is said where torch's own error is not raised.
+# Words in errors that report missing memory without being torch's OutOfMemoryError.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-# Further lanes save little time, and would make the first results wait.
+# More lanes would save little time, and delay the first results.
 _MOST_ON_A_CPU, _MOST = 256, 1024
 
 
@@ -32,18 +32,18 @@ def choose_lanes(
     processes: int = 1,
     bytes_to_begin: int = 0,
 ) -> int:
-    """How many victims to attack at once: as many as save time, and as fit into half of the memory that is free.
+    """Return how many victims to attack at once: as many as save time and fit into half of the free memory.
 
-    One and two lanes are evaluated to see how much memory one takes, with what the victims shared, beside
-    ``bytes_per_lane`` of the solver, or as many bytes as it needs to begin, if those are more; several ``processes`` of
-    one machine share it on CPUs. On a CPU there are at most 256 lanes, on a GPU 1,024. The time is not looked at: it
-    differs from run to run, and with the lanes the rounding would.
+    The memory per lane is measured by evaluating one and two lanes, plus ``bytes_per_lane`` of the solver. If starting
+    a lane needs more (``bytes_to_begin``), that value is used. On CPUs, several ``processes`` of one machine share its
+    memory. There are at most 256 lanes on a CPU and 1,024 on a GPU. Run time is not measured: it varies between runs,
+    so the number of lanes would vary too, and with it the rounding of results.
 
     Returns:
-        From 1 to ``most``; a power of two where the memory decides.
+        A number from 1 to ``most``; a power of two if memory is the limit.
 
     Raises:
-        MemoryError: one victim does not fit.
+        MemoryError: if a single victim does not fit.
     """
     most = min(most, _MOST_ON_A_CPU if device.type == "cpu" else _MOST)
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
@@ -55,11 +55,11 @@ def choose_lanes(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        most = 1  # if any
+        most = 1  # or none
     if needed > free:
         wanted = f"{needed:,.0f} bytes of memory" if needed < torch.inf else "memory"
         raise MemoryError(
-            f"Expected {wanted} for one victim, but got {free:,} bytes that are free. Take fewer "
+            f"Expected {wanted} for one victim, but got {free:,} bytes of free memory. Use fewer "
             "images, a smaller `history_size` or another device."
         )
     needed = max(needed, bytes_to_begin)
@@ -68,13 +68,13 @@ def choose_lanes(
 
 
 def shared_bytes(shared: SharedGradient) -> int:
-    """Of what is each victim's own."""
+    """Return the number of bytes of what each victim has of its own: gradients, and weights unless shared."""
     own = [*shared.gradients.values(), *(shared.state.values() if shared.own_weights else [])]
     return sum(tensor.nbytes for tensor in own)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had, of the device or of the machine."""
+    """Return the number of free bytes of the GPU, or of the machine for a CPU."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + reserved
@@ -87,7 +87,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
-    """Bytes of the tensors that ``run`` makes, at the moment when they are most."""
+    """Return the peak number of bytes of the tensors that ``run`` creates."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -100,7 +100,7 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
 
 
 class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors made within, and of those that are gone again."""
+    """Track the bytes of all tensors created inside this mode and not yet freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -111,7 +111,9 @@ class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = function(*args, **(kwargs or {}))
         given = {part.untyped_storage().data_ptr() for part in tree_iter((args, kwargs)) if isinstance(part, Tensor)}
         for tensor in tree_iter(results):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:  # no view of them
+            if (
+                isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given
+            ):  # not a view of an input
                 self._count(tensor.untyped_storage())
         return results
 
@@ -130,5 +132,5 @@ class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it says that memory could not be had, on a GPU or a CPU."""
+    """Return whether an error reports a failed memory allocation, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)

@@ -1,4 +1,4 @@
-"""Several processes: who attacks whom, when all are done, and how the results come together."""
+"""Several processes: dividing the victims, synchronising, and gathering the results."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ from leakage.metrics import VictimScore
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Raise a ``ValueError`` if there are several processes whose strategy would average the dummy images."""
+    """Raise a ``ValueError`` if there are several processes and the strategy is not ``"victim_parallel"``."""
     if trainer.world_size > 1 and not isinstance(trainer.strategy, VictimParallel):
         raise ValueError(
-            "Expected a Trainer with one process, or strategy='victim_parallel', which shares the "
-            f"victims out among them, but got {trainer.world_size} processes and {type(trainer.strategy).__name__}."
+            "Expected a Trainer with one process, or strategy='victim_parallel', which divides the "
+            f"victims among processes, but got {trainer.world_size} processes and {type(trainer.strategy).__name__}."
         )
 
 
 def new_deal(trainer: Trainer) -> str:
-    """A name, the same in all processes, for who has which victims: parts of two deals do not go together."""
+    """Return a random name for a division of victims, equal in all processes.
+
+    Checkpoint parts with different names do not belong together.
+    """
     deal: str = trainer.strategy.broadcast(secrets.token_hex(8))
     return deal
 
 
 def sum_over_processes(trainer: Trainer, number: int) -> int:
-    """The sum of a number of each process, in all of them."""
+    """Return the sum of ``number`` over all processes, in each of them."""
     if trainer.world_size == 1:
         return number
     total = torch.tensor(number, device=trainer.strategy.root_device)
@@ -41,12 +44,12 @@ def sum_over_processes(trainer: Trainer, number: int) -> int:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes results; known before a Trainer is made, from the environment."""
+    """Return whether this process writes results, by the environment; works before a Trainer exists."""
     return not getattr(rank_zero_only, "rank", 0)
 
 
 def from_first(value: Any) -> Any:
-    """The first process' value, in all of them."""
+    """Return the first process' value, in all processes."""
     values = [value]
     if distributed.is_available() and distributed.is_initialized():
         distributed.broadcast_object_list(values)
@@ -56,12 +59,15 @@ def from_first(value: Any) -> Any:
 def gather(
     trainer: Trainer, finished: Reconstruction, places: list[int], scores: dict[int, VictimScore]
 ) -> tuple[list[Reconstruction], list[int], dict[int, VictimScore]]:
-    """What all processes have found, in the order of the victims, in the first one; the others keep their own."""
+    """Return the results of all processes, in the order of the victims, in the first process.
+
+    The other processes return only their own results.
+    """
     parts: list[Any] = [(vars(finished), places, scores)]
     if trainer.world_size > 1:
         all_parts: list[Any] = [None] * trainer.world_size
         first = trainer.is_global_zero
-        # The first keeps its own, which may be far the largest: what is sent is padded to the size of the largest.
+        # The first process sends nothing: all messages are padded to the largest part, which may well be its own.
         distributed.gather_object(None if first else parts[0], all_parts if first else None)
         parts = [parts[0], *all_parts[1:]] if first else parts
     joined = Reconstruction.cat([Reconstruction(**part) for part, _, _ in parts])
@@ -73,11 +79,13 @@ def gather(
 
 
 def take_part(trainer: Trainer, checkpoint: dict[str, Any], victims: int) -> None:
-    """Make of a checkpoint's parts, one for each process that wrote it, the one that this process goes on with.
+    """Replace the content of ``checkpoint`` by the part with which this process continues.
+
+    A checkpoint has one part for each process that wrote it.
 
     Raises:
-        ValueError: parts of different runs.
-        OSError: a part is missing.
+        ValueError: if the parts belong to different runs.
+        OSError: if a part is missing.
     """
     processes = checkpoint["leakage"]["processes"]
     if processes == trainer.world_size == 1:
@@ -88,12 +96,12 @@ def take_part(trainer: Trainer, checkpoint: dict[str, Any], victims: int) -> Non
     for process, part in enumerate(parts):
         if _configuration(trainer, part) != _configuration(trainer, checkpoint):
             raise ValueError(
-                f"Expected the parts of one run beside '{path}', but got '{part_of(path, process)}' of another "
-                "configuration or of other victims: it was left by an earlier run."
+                f"Expected the parts of one run beside '{path}', but got '{part_of(path, process)}' with another "
+                "configuration or other victims. It was left by an earlier run."
             )
     deals = {part["leakage"]["deal"] for part in parts}
     done = [place for part in parts for place in part["leakage"]["places"]]
-    # When a run is over the first one has the results of all.
+    # After a finished run, the first part has the results of all processes, so victims occur twice.
     if processes == trainer.world_size and len(deals) == 1 and len(set(done)) == len(done):
         for name in ("leakage", "optimizer_states", "state_dict"):
             checkpoint[name] = parts[trainer.global_rank][name]
@@ -102,13 +110,13 @@ def take_part(trainer: Trainer, checkpoint: dict[str, Any], victims: int) -> Non
 
 
 def _configuration(trainer: Trainer, part: dict[str, Any]) -> list[Any]:
-    """What the parts of one run have in common: the attack, its options and its victims."""
+    """Return what the parts of one run have in common: the attack, its options and its victims."""
     victims = type(getattr(trainer, "datamodule", None)).__qualname__
     return [part["leakage"]["module"], part["leakage"]["precision"], part["hyper_parameters"], part.get(victims)]
 
 
 def _deal_anew(trainer: Trainer, checkpoint: dict[str, Any], parts: list[dict[str, Any]], victims: int) -> None:
-    """What is done goes to the first process; all other victims are shared out, and begin anew."""
+    """Give finished victims to the first process; divide all others among the processes, to start over."""
     finished: list[dict[str, Tensor]] = []
     done: list[int] = []
     scores: dict[int, Any] = {}
@@ -122,7 +130,7 @@ def _deal_anew(trainer: Trainer, checkpoint: dict[str, Any], parts: list[dict[st
             finished.append(vars(joined.select(torch.tensor(new))))
             done += [places[row] for row in new]
         scores |= {victim: result for victim, result in saved["scores"].items() if result["final"]}
-    # A victim that had ended in its lane begins anew too, and is scored anew.
+    # Victims that had ended but were still in a lane start over too, and are scored again.
     ids = {victim for part in finished for victim in part["ids"].tolist()}
     scores = {victim: result for victim, result in scores.items() if victim in ids}
     rest = sorted(set(range(victims)) - set(done))
@@ -138,7 +146,7 @@ def _deal_anew(trainer: Trainer, checkpoint: dict[str, Any], parts: list[dict[st
         "scores": scores if first else {},
     }
     for name, tensor in checkpoint["state_dict"].items():
-        if name.startswith("unknowns."):  # a piece that is a module has its weights there too
+        if name.startswith("unknowns."):  # the weights of pieces that are modules are also here
             checkpoint["state_dict"][name] = tensor[:0]
     for state in checkpoint["optimizer_states"]:
         state["state"][0] = {name: tensor[:0] for name, tensor in state["state"][0].items()}

@@ -1,4 +1,4 @@
-"""What an attack made of each victim."""
+"""Reconstruction: the result of an attack for each victim."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _FORMAT = "leakage.Reconstruction"
 
 @dataclass
 class Reconstruction:
-    """The images and labels that an attack recovered, with the attack's own account of each victim.
+    """Images and labels that an attack recovered, with the state of its search for each victim.
 
     Attributes:
-        ids: ``(V,)``, the victims' numbers.
-        images: ``(V, N, C, H, W)``; the truth lies in [0, 1], the reconstruction is not clamped.
+        ids: ``(V,)``, victim ids.
+        images: ``(V, N, C, H, W)``; true images lie in [0, 1]; reconstructions are not clamped.
         labels: ``(V, N)``, class indices.
-        loss: ``(V,)``, the attack's own objective at ``images``; under the robust protocol relative to
+        loss: ``(V,)``, the attack's own objective at ``images``; with the robust protocol, relative to
             the squared norm of the shared gradient.
         iterations: ``(V,)``, accepted steps, over all restarts.
         evaluations: ``(V,)``, evaluations of the objective and its gradient, over all restarts.
-        restarts: ``(V,)``, starts after the first.
+        restarts: ``(V,)``, number of starts after the first.
         status: ``(V,)``, indices into :data:`leakage.solvers.STATUS`.
-        learning_rate: ``(V,)``, that of the clients' local steps, where they kept it to themselves; else None.
+        learning_rate: ``(V,)``, recovered learning rate of the clients' local steps; None if the attacker knew it.
     """
 
     ids: Tensor
@@ -47,7 +47,7 @@ class Reconstruction:
 
     @classmethod
     def empty(cls) -> Reconstruction:
-        """Of no victim."""
+        """Return a reconstruction of no victims."""
         whole, real = torch.zeros(0, dtype=torch.long), torch.zeros(0)
         return cls(whole, real.view(0, 1, 1, 1, 1), whole.view(0, 1), real, whole, whole, whole, whole)
 
@@ -55,36 +55,36 @@ class Reconstruction:
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Reconstruction:
-        """The same with each tensor changed."""
+        """Apply a function to each tensor and return the result."""
         return Reconstruction(**{name: change(tensor) for name, tensor in self._tensors().items()})
 
     def select(self, victims: Tensor) -> Reconstruction:
-        """The victims at the given indices (or of a boolean mask), in that order."""
+        """Return the victims at the given indices, in that order, or those of a boolean mask."""
         return self.map(lambda tensor: tensor[victims])
 
     @staticmethod
     def cat(parts: Iterable[Reconstruction]) -> Reconstruction:
-        """Victims of several parts after one another."""
+        """Concatenate the victims of several reconstructions."""
         tensors = [part._tensors() for part in parts if len(part)]
         if not tensors:
             return Reconstruction.empty()
         return Reconstruction(**{name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file of the attributes.
+        """Write the attributes to a safetensors file.
 
         Raises:
-            OSError: the file can't be written.
+            OSError: if the file cannot be written.
         """
         write_safetensors(path, _FORMAT, self._tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Reconstruction:
-        """Read what :meth:`save` wrote.
+        """Read a file written by :meth:`save`.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: a file of another kind, truncated, or without one of the tensors.
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file has another format, is truncated, or lacks a tensor.
         """
         _, tensors = read_safetensors(path, _FORMAT)
         names = {field.name for field in dataclasses.fields(cls)} - {"learning_rate"}

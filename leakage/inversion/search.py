@@ -1,4 +1,4 @@
-"""The course of a search: victims wait, enter lanes, start again or leave, and what they gave away is kept."""
+"""The course of a search: victims wait, enter lanes, restart or leave, and their results are kept."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from leakage.inversion.reconstruction import Reconstruction
 from leakage.pieces import State
 from leakage.solvers.solver import CONVERGED, UNINFORMATIVE
 
-# Finished victims leave the lanes, or give them to others, when they are this share of them: both move much memory.
+# Finished victims leave or are replaced once they are this share of the lanes, because both copy much memory.
 _LEAVING_SHARE = 1 / 8
-# Victims on whom the number of lanes is tried.
+# Number of victims on which memory is measured to choose the number of lanes.
 _SAMPLE = 8
 
 
 @dataclass
 class Queue:
-    """The victims of this process that no lane has had yet, by their places in the data.
+    """The victims of this process that have not entered a lane yet, by their places in the data.
 
-    An attack has room when victims leave, but Lightning fetches batches one ahead of the step that uses them. So it
-    asks, and the victims come two steps later; steps in between are given ``()``.
+    Lanes become free when victims leave, but Lightning fetches each batch one step before it is used. So the queue asks
+    for victims, and these arrive two steps later; the steps in between receive ``()``.
 
     ::
 
@@ -39,17 +39,17 @@ class Queue:
         waiting ───────▶ asked ──────────────────────▶ fetched ───────────▶ in a lane ───▶ done
            ▲               │                              │                     │
            │               └── resumed from a checkpoint: asked for again ──────┤
-           └───────────────── put_back(): there was no memory for them ─────────┘
+           └───────────────── put_back(): the memory did not suffice ───────────┘
 
-    A victim is asked for at most once at a time: ``asked`` is empty or is being fetched. A checkpoint has both lists
-    and the step ``asked_at`` after which the asking was done. When a run is resumed it asks again: before the first
-    batch is fetched; but if it had asked right after the last step before the checkpoint, only after the first batch.
-    Then victims enter at the very step at which they would have entered, and the run goes on bit for bit.
+    There is at most one request at a time: ``asked`` is empty or is being fetched. A checkpoint contains both lists and
+    the iteration ``asked_at`` of the request. A resumed run repeats the request before the first batch is fetched, or
+    after the first batch if the request was made right after the last step before the checkpoint. So victims enter at
+    the same step as in an uninterrupted run, and the results are identical bit for bit.
 
     Attributes:
         waiting: victims that have not been asked for.
-        asked: those that have, and that no lane has had yet.
-        asked_at: after which iteration, -1 for before the first.
+        asked: victims that have been asked for and have not entered a lane yet.
+        asked_at: the iteration after which they were asked for; -1 for before the first.
     """
 
     waiting: list[int] = field(default_factory=list)
@@ -60,39 +60,39 @@ class Queue:
         return len(self.waiting)
 
     def ask(self, datamodule: VictimDataModule, victims: int, iteration: int) -> None:
-        """Ask for the next victims."""
+        """Ask for the next ``victims`` victims."""
         self.asked, self.waiting = self.waiting[:victims], self.waiting[victims:]
         self.asked_at = iteration
         datamodule.wanted = self.asked
 
     def admit(self) -> list[int]:
-        """The victims that have come: they are in lanes from now on."""
+        """Return the victims that were asked for, which now enter lanes."""
         admitted, self.asked = self.asked, []
         return admitted
 
     def put_back(self, victims: Sequence[int]) -> None:
-        """Victims leave their lanes without being done, and are the next."""
+        """Put unfinished victims back at the front of the queue."""
         self.waiting = [*victims, *self.waiting]
 
     def before_first_fetch(self, datamodule: VictimDataModule, iteration: int) -> None:
-        """Ask again, unless it is too early."""
+        """Repeat the request of a resumed run, unless it is too early."""
         datamodule.wanted = self.asked if self.asked and self.asked_at != iteration else None
 
     def after_first_fetch(self, datamodule: VictimDataModule, iteration: int) -> None:
-        """Ask again, if it was too early."""
+        """Repeat the request of a resumed run if it was too early before the first fetch."""
         if self.asked and self.asked_at == iteration:
             datamodule.wanted = self.asked
 
 
 class Search:
-    """The victims of this process: those that wait, those in lanes and those that are done.
+    """The victims of this process: those waiting, those in lanes and those done.
 
     Attributes:
         iteration: evaluations so far, each for all victims in the lanes.
         queue: the victims that wait.
-        most_lanes: how many victims may be in the lanes; 0 until it is found.
-        finished: what those that have left the lanes gave away, in the order in which they left.
-        places: of the finished, in the data.
+        most_lanes: the maximum number of lanes; 0 until it has been chosen.
+        finished: reconstructions of the victims that have left the lanes, in the order in which they left.
+        places: places of these victims in the data.
     """
 
     def __init__(self, queue: Queue) -> None:
@@ -104,17 +104,17 @@ class Search:
 
     @property
     def lanes(self) -> Lanes:
-        """The victims that are searched for at present."""
+        """The victims currently in the lanes."""
         if self._lanes is None:
             raise RuntimeError("Expected the attack to be inside `Trainer.fit`, but got no lanes yet.")
         return self._lanes
 
     def put_lanes(self, lanes: Lanes) -> None:
-        """Take lanes, empty yet."""
+        """Set the lanes, which are still empty."""
         self._lanes = lanes
 
     def move(self, evaluator: Evaluator) -> None:
-        """Go where the evaluator is; a checkpoint is read before the Trainer moves what it trains to its device."""
+        """Move to the evaluator's device; checkpoints are read before the Trainer moves parameters there."""
         lanes = self.lanes
         shared, kept = self._restored
         lanes.evaluator = evaluator
@@ -123,54 +123,54 @@ class Search:
         self._restored = None, {}
 
     def victims(self) -> list[int]:
-        """All of this process, by their places."""
+        """Return all victims of this process, by their places."""
         in_lanes = self.lanes.kept["place"].tolist() if len(self.lanes) else []
         return sorted({*self.places, *in_lanes, *self.queue.asked, *self.queue.waiting})
 
     @property
     def num_running(self) -> int:
-        """Victims in the lanes that are still searched for."""
+        """Number of victims in the lanes whose search is still running."""
         return int(self._lanes.optimizer.running.sum()) if self._lanes else 0
 
     @property
     def num_done(self) -> int:
-        """Victims whose search has ended."""
+        """Number of victims whose search has ended."""
         return sum(map(len, self.finished)) + (len(self.lanes) - self.num_running if self._lanes else 0)
 
     @property
     def num_converged(self) -> int:
-        """Victims whose search has ended below the solver's tolerance."""
+        """Number of victims whose search has ended below the solver's tolerance."""
         ended = [part.status for part in self.finished] + ([self._lanes.optimizer.status] if self._lanes else [])
         return sum(int((status == CONVERGED).sum()) for status in ended)
 
     def losses(self) -> Tensor | None:
-        """The lowest objectives of the victims in the lanes, else of those that left last; None before any."""
+        """Return the lowest objectives of the victims in the lanes, or if empty, of those that left last."""
         if self._lanes:
             return self._lanes.best_losses()
         return self.finished[-1].loss if self.finished else None
 
     def in_lanes(self, *, running: bool) -> list[Reconstruction]:
-        """The best iterates so far of the victims in the lanes that are still searched for, or of the others."""
+        """Return the best iterates so far of the running (or, if not ``running``, the ended) victims in the lanes."""
         if not self._lanes:
             return []
         return [self._lanes.collect((self._lanes.optimizer.running == running).nonzero().squeeze(1))]
 
     def begin(self, datamodule: VictimDataModule, *, processes: int) -> None:
-        """Find how many lanes there shall be, and ask for the first victims, or again for those that were asked for."""
+        """Choose the number of lanes and ask for the first victims; when resumed, repeat the open request."""
         if not self.most_lanes and self.queue:
             self.most_lanes = self._find_lanes(datamodule, processes)
             self.queue.ask(datamodule, self.most_lanes, iteration=-1)
         self.queue.before_first_fetch(datamodule, self.iteration)
 
     def admit(self, shared: SharedGradient) -> None:
-        """Put the victims that have come into lanes."""
+        """Put the victims that have arrived into lanes."""
         free = self.lanes.free(len(shared))
         if len(free):
             self._hand_out(free)
         self.lanes.admit(shared, self.queue.admit(), free)
 
     def retire(self, datamodule: VictimDataModule, *, restarts: int, above: float) -> None:
-        """Start victims that ended above some objective again, let finished ones go, ask for the next."""
+        """Restart victims that ended above an objective, remove finished ones, and ask for the next."""
         lanes = self.lanes
         if not len(lanes):
             return
@@ -192,7 +192,7 @@ class Search:
             lanes.keep(torch.ones_like(ended).index_fill(0, leaving, False))
 
     def hand_out_all(self) -> None:
-        """Let all go that are done."""
+        """Remove all victims that are done from the lanes, and keep their results."""
         if not self._lanes:
             return
         running = self._lanes.optimizer.running
@@ -201,19 +201,19 @@ class Search:
         self._lanes.keep(running)
 
     def _hand_out(self, lanes: Tensor) -> None:
-        """Note what the lanes at these indices have found."""
+        """Keep the results of the lanes at these indices."""
         self.finished.append(self.lanes.collect(lanes))
         self.places += self.lanes.kept["place"][lanes].tolist()
 
     # Memory.
 
     def _find_lanes(self, datamodule: VictimDataModule, processes: int) -> int:
-        """How many victims shall be in the lanes at most."""
+        """Return the maximum number of lanes."""
         lanes, most = self.lanes, len(self.queue)
         if datamodule.lanes != "auto":
             return min(cast(int, datamodule.lanes), most)
         sample = datamodule.share(self.queue.waiting[:_SAMPLE]).to(device=lanes.device, dtype=lanes.dtype)
-        # Any labels will do, and none need be inferred.
+        # The values of labels do not matter here, so none are inferred.
         sample.labels = torch.zeros(len(sample), sample.protocol.num_images, dtype=torch.long, device=lanes.device)
 
         kept: State = {}
@@ -221,12 +221,12 @@ class Search:
         def begin() -> None:
             kept.update(lanes.evaluator.begin(sample))
 
-        # Gradients, and weights of their own, are there twice while they are captured and put together.
+        # Gradients and the victims' own weights exist twice while they are captured and concatenated.
         to_begin = 2 * shared_bytes(sample) + peak_memory(begin, lanes.device)
         shared = lanes.evaluator.reduced(sample, kept)
 
         def evaluate(number: int) -> None:
-            # Lanes of their own, so that what they hold is counted too.
+            # Copies, so that the memory of the lanes is measured too.
             chosen = torch.arange(number) % len(shared)
             own = {name: tensor[chosen.to(tensor.device)] for name, tensor in kept.items()}
             values = {name: unknown.new_zeros(number, *unknown.shape[1:]) for name, unknown in lanes.unknowns.items()}
@@ -243,15 +243,15 @@ class Search:
         )
 
     def begin_anew_with_fewer_lanes(self, running: Tensor, datamodule: VictimDataModule, error: RuntimeError) -> None:
-        """Use half of the lanes: the victims in them go back to the queue, and begin anew where they began.
+        """Halve the number of lanes and put the victims in progress back into the queue, to start over.
 
         Raises:
-            MemoryError: there is one lane.
+            MemoryError: if there is only one lane.
         """
         lanes, number = self.lanes, len(self.lanes)
         if number == 1:
             raise MemoryError(
-                "Expected memory for one victim at least, but got none: take fewer images, or another precision, "
+                "Expected enough memory for one victim, but got too little. Use fewer images, or another precision, "
                 f"`history_size` or device. ({error})"
             ) from error
         ended = (~running).nonzero().squeeze(1)
@@ -262,8 +262,8 @@ class Search:
         lanes.evaluator.forget()
         self.most_lanes = max(1, number // 2)
         warnings.warn(
-            f"{number} lanes are more than the memory holds ({error}). The attack goes on with {self.most_lanes}, in "
-            "which the victims that were searched for begin anew.",
+            f"{number} lanes do not fit into memory ({error}). The attack continues with at most {self.most_lanes}; "
+            "the victims in progress start over.",
             stacklevel=1,
         )
         if not self.queue.asked:
@@ -272,7 +272,7 @@ class Search:
     # Checkpoints.
 
     def saved(self) -> dict[str, Any]:
-        """All of it, for a checkpoint."""
+        """Return the state of the search, for a checkpoint."""
         return {
             "iteration": self.iteration,
             "queue": vars(self.queue),
@@ -284,7 +284,7 @@ class Search:
 
     @classmethod
     def restored(cls, saved: dict[str, Any], victim: Victim, declared: State) -> Search:
-        """From one; ``declared`` are the entries that lanes have, as tensors without a victim."""
+        """Restore a search from a checkpoint; ``declared`` are the entries of lanes, as empty tensors ``(0, ...)``."""
         search = cls(Queue(**saved["queue"]))
         search.iteration, search.most_lanes, search.places = saved["iteration"], saved["most_lanes"], saved["places"]
         search.finished = [Reconstruction(**part) for part in saved["finished"]]

@@ -1,4 +1,4 @@
-"""What an attacker who knows the clients' defenses compares by."""
+"""Simulation of the clients' defenses, for an adaptive attacker."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ Gradients = Mapping[str, Tensor]
 
 
 def known_to(adaptive: bool, victim: Victim) -> tuple[Defense, ...]:
-    """The clients' defenses that an attacker takes into account; with a warning where there are some that it does not.
+    """Return the clients' defenses that an attacker takes into account, and warn about all others.
 
     Raises:
-        ValueError: an adaptive attacker who can't know one, see :func:`known_defenses`, or one that such clients can't
-            have used.
+        ValueError: with ``adaptive``, if a defense is unknown, see :func:`known_defenses`, or if clients with this
+            network and protocol cannot have used it.
     """
-    told = victim.protocol.defenses
-    known, ignored = [], [each["name"] for each in told]
+    described = victim.protocol.defenses
+    known, ignored = [], [each["name"] for each in described]
     if not adaptive and victim.draws:
         rank_zero_warn(
-            f"The clients' network draws random numbers in {sorted(victim.draws)}, and this attack takes it as it is "
-            "in evaluation mode: what it does not find, one that searches for them may."
+            f"The clients' network draws random numbers in {sorted(victim.draws)}, and this attack uses it in "
+            "evaluation mode. An attack that also searches for these numbers may recover more."
         )
     if adaptive:
-        every, ignored = known_defenses(told), []
+        every, ignored = known_defenses(described), []
         for place, defense in enumerate(every):
             defense.check(victim, every)
             seen = defense.is_simulated and defense.can_be_seen_after(every[place + 1 :])
@@ -47,29 +47,29 @@ def known_to(adaptive: bool, victim: Victim) -> tuple[Defense, ...]:
                 ignored.append(type(defense).__name__)
     if ignored:
         rank_zero_warn(
-            f"The clients defend their gradients by {ignored}, and this attack matches them as if they did not: what "
-            "it does not find, one that knows the defense may."
+            f"The clients defend their gradients by {ignored}, and this attack matches them as if they were "
+            "undefended. An attack that takes the defense into account may recover more."
         )
     return tuple(known)
 
 
 def as_known(defenses: Sequence[Defense], shared: SharedGradient, victim: Victim) -> tuple[SharedGradient, Victim]:
-    """What was shared and by whom, with those defenses alone that an attacker takes into account."""
-    known, told = {type(defense).__name__ for defense in defenses}, victim.protocol.defenses
-    if known.issuperset(each["name"] for each in told):
+    """Return shared gradient and victim with only those defenses that the attacker takes into account."""
+    known, described = {type(defense).__name__ for defense in defenses}, victim.protocol.defenses
+    if known.issuperset(each["name"] for each in described):
         return shared, victim
-    protocol = replace(victim.protocol, defenses=tuple(each for each in told if each["name"] in known))
+    protocol = replace(victim.protocol, defenses=tuple(each for each in described if each["name"] in known))
     victim = copy.copy(victim)
     victim.protocol = protocol
     return replace(shared, protocol=protocol), victim
 
 
 class Simulation:
-    """The defenses of the clients, as the attack does them to the gradients of the dummies.
+    """The clients' defenses, applied to the gradients of the dummies.
 
     Attributes:
-        changes: whether it changes any.
-        per_image: whether it begins from the gradients of single images.
+        changes: whether the simulation changes gradients.
+        per_image: whether it needs the gradients of single images.
     """
 
     def __init__(self, defenses: Sequence[Defense], victim: Victim) -> None:
@@ -77,7 +77,7 @@ class Simulation:
         norms = [defense.example_norm for defense in defenses if defense.example_norm is not None]
         self._norm = norms[0] if norms else None
         if self._norm is not None and victim.protocol.num_images == 1:
-            self.defenses.insert(0, Clip(self._norm))  # the same, and cheaper
+            self.defenses.insert(0, Clip(self._norm))  # equivalent for one image, and cheaper
             self._norm = None
         self.per_image = self._norm is not None
         self.changes = bool(self.defenses) or self.per_image
@@ -92,15 +92,16 @@ class Simulation:
         images: Tensor,
         targets: Tensor,
     ) -> dict[str, Tensor]:
-        """What one client would have shared of its gradients.
+        """Return what one client would have shared if its gradients were those of the dummies.
 
         Args:
-            gradients: of the dummies.
-            shared: what the client shared.
-            rate: what is kept of a learning rate that is searched for: both are an update as an average step then.
+            gradients: gradients of the dummies.
+            shared: the gradients that the client shared.
+            rate: entries of the learning rate if it is searched for. Then both gradients are average steps of an
+                update.
             state: weights and buffers.
-            images: the dummies.
-            targets: their class probabilities.
+            images: dummy images.
+            targets: class probabilities of the dummies.
         """
         if self._norm is not None:
             gradients = clipped_examples(self._victim, state, images, targets, self._norm)
@@ -113,7 +114,12 @@ class Simulation:
         return {name: part / length for name, part in simulate(self.defenses, sent, wanted).items()}
 
     def for_all(self, gradients: Gradients, shared: Gradients) -> tuple[Gradients, Callable[[Gradients], Gradients]]:
-        """The same for V victims of one step, and what takes derivatives by the result to those by ``gradients``."""
+        """Apply the defenses for V victims with a single local step.
+
+        Returns:
+            The defended gradients, and a function from derivatives with respect to these to derivatives with respect
+            to ``gradients``.
+        """
         if not self.defenses:
             return gradients, lambda slopes: slopes
         with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Several processes, on one machine or many: each attacks victims of its own."""
+"""Strategy for several processes, on one machine or many, each of which attacks its own victims."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from leakage.files.checkpoints import part_of, parts_of
 
 
 class VictimParallel(DDPStrategy):
-    """The Trainer's strategy ``"victim_parallel"``: processes share the victims out among them, nothing is averaged.
+    """The Trainer's strategy ``"victim_parallel"``: victims are divided among processes, nothing is averaged.
 
-    Processes are started as by ``DDPStrategy`` (by the Trainer itself, torchrun, SLURM, ...), on CPUs and GPUs, and
-    agree only on when all victims are done. A checkpoint has a file for each process, ``last.ckpt`` and
-    ``last.ckpt.1`` and so on; a run can be resumed from them by any number of processes.
+    Processes are started as with ``DDPStrategy`` (by the Trainer, torchrun, SLURM, ...), on CPUs or GPUs. They
+    synchronise only to determine when all victims are done. A checkpoint has one file for each process (``last.ckpt``,
+    ``last.ckpt.1``, ...). A run can be resumed from these files with any number of processes.
 
     Example:
         >>> from lightning import Trainer
@@ -24,21 +24,21 @@ class VictimParallel(DDPStrategy):
     """
 
     def configure_ddp(self) -> None:
-        """Nothing: no process' gradients are another one's."""
+        """Do nothing: processes do not share gradients."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Write this process' part, beside the first one's: the loggers of the others may name other folders."""
+        """Write this process' part beside the first one's: the loggers of the others may name other folders."""
         filepath = self.broadcast(os.fspath(filepath))
         self.checkpoint_io.save_checkpoint(checkpoint, part_of(filepath, self.global_rank), storage_options)
 
     def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
-        """Remove all parts."""
+        """Remove all parts of a checkpoint."""
         if self.is_global_zero:
             for path in [Path(filepath), *parts_of(filepath)]:
                 self.checkpoint_io.remove_checkpoint(path)
 
 
-# By a name, as the command line can't tell an instance from a name.
+# Registered by name, because the command line cannot take an instance here.
 StrategyRegistry.register("victim_parallel", VictimParallel, description=VictimParallel.__doc__, override=True)

@@ -1,4 +1,4 @@
-"""How an objective is put together: what pieces keep, by their names, and terms with weights."""
+"""Building blocks of an objective: weighted sums of terms, and the entries that pieces keep, by name."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def sum_in_a_pass(
     sharpness: Tensor | None,
     simulation: Simulation,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of terms for V victims, ``(V,)``, and its derivatives by images and targets, by one joint pass.
+    """Return the sum of terms ``(V,)`` and its derivatives by images and targets, with one joint pass.
 
     Args:
-        victim: whose network has one.
-        terms: weights, terms, names of the modules that each watches, and what is kept for each.
-        shared: gradients and weights.
+        victim: the victim; its network must support a joint pass.
+        terms: for each term its weight, the term, the names of the modules that it watches, and its kept entries.
+        shared: shared gradients and weights.
         images: ``(V, N, C, H, W)``.
         targets: class probabilities ``(V, N, K)``.
-        sharpness: ``(V,)``, of :func:`leakage.clients.smoothing.smoothed`.
-        simulation: what gradients go through before they are compared.
+        sharpness: ``(V,)``, see :func:`leakage.clients.smoothing.smoothed`.
+        simulation: defenses to apply to the gradients before they are compared.
     """
     modules = list(dict.fromkeys(name for _, _, watched, _ in terms for name in watched))
     run = JointPass(victim, shared.state, shared.own_weights, images, targets, modules, sharpness)
@@ -58,7 +58,7 @@ def sum_in_a_pass(
 
 
 def seen(point: Point, watched: Sequence[str]) -> Point:
-    """What a term that watches these modules may see of it."""
+    """Return the point with only the activations of the modules that a term watches."""
     if len(watched) == len(point.activations):
         return point
     return replace(point, activations={name: point.activations[name] for name in watched})
@@ -67,13 +67,13 @@ def seen(point: Point, watched: Sequence[str]) -> Point:
 def of_lanes(
     lanes: slice, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]
 ) -> tuple[SharedGradient, State, State]:
-    """What belongs to some of the lanes."""
+    """Return the shared gradients, kept entries and unknowns of some lanes."""
     own, values = ({name: tensor[lanes] for name, tensor in part.items()} for part in (kept, unknowns))
     return shared.piece(lanes), own, values
 
 
 def through(pairs: Sequence[tuple[Tensor, Tensor | None]], leaves: Mapping[str, Tensor]) -> State:
-    """Derivatives by leaves, from those by what was written from them."""
+    """Return the derivatives by the leaves, from the derivatives by the tensors computed from them."""
     pairs = [(output, by) for output, by in pairs if output.requires_grad and by is not None]
     outputs, by = zip(*pairs, strict=True)
     gradients = torch.autograd.grad(outputs, list(leaves.values()), by, materialize_grads=True)
@@ -81,12 +81,12 @@ def through(pairs: Sequence[tuple[Tensor, Tensor | None]], leaves: Mapping[str, 
 
 
 def joined(kept: Mapping[str, State]) -> State:
-    """Tensors of all pieces by one name each."""
+    """Flatten the tensors of all pieces into one mapping with keys ``piece/name``."""
     return {f"{piece}/{name}": tensor for piece, tensors in kept.items() for name, tensor in tensors.items()}
 
 
 def parted(kept: State) -> dict[str, State]:
-    """The other way round."""
+    """Split a mapping with keys ``piece/name`` by piece; the inverse of :func:`joined`."""
     parts: dict[str, State] = {}
     for name, tensor in kept.items():
         piece, _, own = name.rpartition("/")
@@ -95,7 +95,7 @@ def parted(kept: State) -> dict[str, State]:
 
 
 def weighted(weight: float, kept: State, values: Tensor) -> Tensor:
-    """Values ``(V, ...)``, or of one victim, times the scale of each victim and the weight."""
+    """Multiply values ``(V, ...)``, or those of one victim, by the weight and each victim's scale."""
     if "scale" in kept:
         scale = kept["scale"]
         values = scale.view(-1, *[1] * (values.ndim - 1)) * values if scale.ndim else scale * values
@@ -103,6 +103,6 @@ def weighted(weight: float, kept: State, values: Tensor) -> Tensor:
 
 
 def added(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Their sum; None is zero."""
+    """Return the sum of the parts that are not None, or None if there are none."""
     found = [part for part in parts if part is not None]
     return torch.stack(found).sum(0) if found else None

@@ -128,7 +128,9 @@ def test_an_attacker_is_told_which_defenses_it_ignores(adaptive, defenses, taken
     assert [*map(repr, found)] == [repr(defenses[place]) for place in taken]
     assert len(caught) == (ignored is not None)
     for warning in caught:
-        message = f"The clients defend their gradients by {ignored}, and this attack matches them as if they did not"
+        message = (
+            f"The clients defend their gradients by {ignored}, and this attack matches them as if they were undefended"
+        )
         assert re.match(message, str(warning.message))
 
 

@@ -173,7 +173,9 @@ def test_attacks_search_for_the_mask(kit: Any, where: int) -> None:
     clients: dict[str, Any] = {"victims": 2, "model": lenet(where), "weights": "own"}
     found = kit.fit(IDLGAttack(max_evaluations=250, restarts=0), kit.victims(**clients))
     assert all(score.success for score in found.scores.values())
-    with pytest.warns(UserWarning, match=r"draws random numbers in \['features\.\d'\], and this attack takes it as"):
+    with pytest.warns(
+        UserWarning, match=r"draws random numbers in \['features\.\d'\], and this attack uses it in evaluation"
+    ):
         naive = kit.fit(IDLGAttack(max_evaluations=100, restarts=0, adaptive=False), kit.victims(**clients))
     assert not any(score.success for score in naive.scores.values())
 

@@ -176,7 +176,7 @@ def test_half_of_the_lanes_go_on_and_nothing_is_lost(
     usual = kit.fit(IDLGAttack(), kit.victims(victims=10, lanes=8))
     attack = IDLGAttack()
     without_memory(monkeypatch, room, after)
-    with pytest.warns(UserWarning, match=r"8 lanes are more than the memory holds .*goes on with 4"):
+    with pytest.warns(UserWarning, match=r"8 lanes do not fit into memory .*continues with at most 4"):
         kit.fit(attack, kit.victims(victims=10, lanes=8), profiler="simple")  # which counts begins and ends
     kit.assert_successful(attack, 10)  # each victim exactly once
     assert torch.equal(attack.finished.labels, usual.finished.labels)
@@ -186,10 +186,12 @@ def test_half_of_the_lanes_go_on_and_nothing_is_lost(
     assert all(attack.scores[victim].success == few.scores[victim].success for victim in range(10))
 
 
-@pytest.mark.filterwarnings("ignore:. lanes are more than")
+@pytest.mark.filterwarnings("ignore:. lanes do not fit into")
 def test_no_memory_for_one_victim_is_told(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     without_memory(monkeypatch, 0, 5)
-    with pytest.raises(MemoryError, match="Expected memory for one victim at least, but got none: take fewer images"):
+    with pytest.raises(
+        MemoryError, match=r"Expected enough memory for one victim, but got too little\. Use fewer images"
+    ):
         kit.fit(IDLGAttack(), kit.victims(victims=4, lanes=4))
 
 
@@ -202,7 +204,7 @@ def test_another_error_ends_the_run(kit: Any, monkeypatch: pytest.MonkeyPatch) -
         kit.fit(IDLGAttack(), kit.victims(victims=2))
 
 
-@pytest.mark.filterwarnings("ignore:. lanes are more than")
+@pytest.mark.filterwarnings("ignore:. lanes do not fit into")
 def test_what_the_failing_step_settled_begins_anew_too(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step may settle lanes before it finds no memory."""
     calls, move = [0], LBFGS.move

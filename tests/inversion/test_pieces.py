@@ -313,7 +313,7 @@ def test_a_checkpoint_of_other_pieces_is_refused(kit: Any, tmp_path: Path) -> No
         ({"objective": "squared"}, "Expected `objective` to be a leakage.objectives.Term, but got 'squared'"),
         ({"images": JointLabels()}, "Expected `images` to be a leakage.dummies.Images, but got JointLabels"),
         ({"solver": torch.optim.Adam}, "Expected `solver` to be a leakage.solvers.Solver, but got"),
-        ({"objective": 0 * SquaredDistance()}, "Expected `objective` with a weight that is not 0"),
+        ({"objective": 0 * SquaredDistance()}, "Expected `objective` to have a term with a nonzero weight"),
         ({"restart_above": -1.0}, "Expected `restart_above` of at least 0, but got -1.0"),
     ],
 )
@@ -396,7 +396,9 @@ def test_what_a_term_keeps_is_its_own(kit: Any, tmp_path: Path) -> None:
     run(SquaredDistance(), Recalls(), callbacks=[saver], enable_checkpointing=True)
     resumed = run(SquaredDistance(), Recalls(), ckpt_path=str(tmp_path / "early.ckpt"))
     assert resumed.finished.loss.tolist() == pytest.approx([5.0, 5.0], abs=1e-3)
-    with pytest.raises(ValueError, match="Expected `begin` of each piece to give what its `state` tells"):
+    with pytest.raises(
+        ValueError, match="Expected `begin` of each piece to return the entries that its `state` declares"
+    ):
         run(SquaredDistance(), Recalls(tells=False))
 
 
@@ -449,7 +451,9 @@ def test_iterations_are_those_while_it_was_searched_for(kit: Any) -> None:
 
 def test_defended_gradients_are_said_to_be_matched_as_if_they_were_not(kit: Any) -> None:
     naive = GradientInversion(solver=LBFGS(max_evaluations=2), adaptive=False)
-    with pytest.warns(UserWarning, match=r"defend their gradients by \['Clip'\].*one that knows the defense may"):
+    with pytest.warns(
+        UserWarning, match=r"defend their gradients by \['Clip'\].*takes the defense into account may recover more"
+    ):
         kit.fit(naive, kit.victims(victims=1, defenses=[Clip(0.1)]))
 
 

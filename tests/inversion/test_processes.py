@@ -190,7 +190,7 @@ def test_parts_of_different_moments_go_together_and_less_memory_ends_nothing(
     shutil.copy(folders[2] / "step=20.ckpt.1", tmp_path / "last.ckpt.1")
     # And there is less memory than there was, for one of the two: they make the same number of steps all the same.
     outcome = run(tmp_path, 2, tmp_path / "last.ckpt", cramped=22)
-    assert "2 lanes are more than the memory holds" in outcome.stderr
+    assert "2 lanes do not fit into memory" in outcome.stderr
     assert_alike(finished(tmp_path, outcome), results(folders[2]))
     assert checkpoints(tmp_path)
     assert all(part_of(path, 1).exists() for path in checkpoints(tmp_path))

@@ -59,7 +59,7 @@ def test_refuses_one_without_some_of_the_victims(tmp_path: Path) -> None:
     assert held["leakage"]["queue"]["waiting"] == [1]
     held["leakage"]["queue"]["waiting"] = []
     torch.save(held, tmp_path / "altered.ckpt")
-    with pytest.raises(ValueError, match="Expected a checkpoint of all 2 victims, but got 1 here"):
+    with pytest.raises(ValueError, match="Expected a checkpoint of all 2 victims, but got 1"):
         run(tmp_path, 3, tmp_path / "altered.ckpt", lanes=1)
 
 
