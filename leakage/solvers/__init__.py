@@ -1,4 +1,4 @@
-"""Solvers with one state per victim."""
+"""Solvers, which move the unknowns of many victims at once, with one state per victim."""
 
 from leakage.solvers.adam import Adam, SignedAdam
 from leakage.solvers.continuation import Continuation

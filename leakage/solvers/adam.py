@@ -1,4 +1,4 @@
-"""Adam, and Adam on signs, for many victims at once."""
+"""Adam, and Adam on the sign of the gradient, for many victims at once."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from leakage.seeds import hashed_normal
 from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, Evaluated, Solver, running, settle
 
 SCHEDULES = ("steps", "cosine", "constant")
-# Shares of the steps after which the rate falls, and to what part of it, as in Inverting Gradients.
+# Shares of the steps after which the learning rate falls, and the factor, as in Inverting Gradients.
 _MILESTONES, _FALL = (3 / 8, 5 / 8, 7 / 8), 0.1
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class Adam(Solver):
-    r"""Adam, with moments and a learning rate of each victim's own.
+    r"""Adam, with separate moments and learning rate for each victim.
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
         x \leftarrow x - \eta_t \, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon} +
         \eta_t \, \sigma \, n, \quad n \sim N(0, 1)
 
-    with noise (Langevin) that each victim, restart and step have of their own, however victims are grouped: see
-    :func:`leakage.seeds.hashed_normal`. Nothing keeps the loss from rising; the iterate of lowest loss is kept.
+    The optional noise (Langevin) depends only on victim, restart and step, not on how victims are grouped: see
+    :func:`leakage.seeds.hashed_normal`. The loss may rise; the iterate with the lowest loss is kept.
 
     ============= ===============================================================================
     ``schedule``  :math:`\eta_t`
     ============= ===============================================================================
-    ``steps``     ``lr``, a tenth of it after 3/8, 5/8 and 7/8 of the steps: Inverting Gradients
-    ``cosine``    ``lr`` falling to zero by half a cosine: GradInversion
+    ``steps``     ``lr``, divided by 10 after 3/8, 5/8 and 7/8 of the steps: Inverting Gradients
+    ``cosine``    ``lr``, falling to zero along half a cosine: GradInversion
     ``constant``  ``lr``
     ============= ===============================================================================
 
     Args:
-        lr: the first learning rate.
-        steps: after which a victim is exhausted.
-        schedule: of the table.
-        warmup: steps in which the rate rises to ``lr`` linearly.
-        betas: :math:`\beta_1, \beta_2`, each from 0 to below 1.
+        lr: initial learning rate.
+        steps: number of steps after which a victim is exhausted.
+        schedule: a schedule from the table.
+        warmup: number of steps in which the rate rises linearly to ``lr``.
+        betas: :math:`\beta_1, \beta_2`, each in [0, 1).
         eps: :math:`\epsilon`.
         tolerance: a victim has converged when its loss is at most this.
-        noise: :math:`\sigma`, by default none; 0.2 in GradInversion.
+        noise: :math:`\sigma`; GradInversion uses 0.2.
 
     Raises:
-        ValueError: an option out of its range.
+        ValueError: if an option is out of range.
 
     References:
         Kingma and Ba, *Adam: A Method for Stochastic Optimization*, 2015, https://arxiv.org/abs/1412.6980;
@@ -79,12 +79,12 @@ class Adam(Solver):
             raise ValueError(f"Expected `betas` from 0 to below 1, but got {self.betas!r}.")
 
     def fresh(self, like: Tensor) -> State:
-        """The two moments, and a seed where there is noise."""
+        """Return the two moments, and a seed if there is noise."""
         moments = {"mean": torch.zeros_like(like), "square": torch.zeros_like(like)}
         return moments | ({"seed": torch.zeros(len(like), dtype=torch.long, device=like.device)} if self.noise else {})
 
     def move(self, lanes: State, at: Evaluated) -> Tensor:
-        """One step for each victim."""
+        """Make one step for each victim."""
         settle(lanes, ~at.finite, DIVERGED)
         settle(lanes, at.losses <= self.tolerance, CONVERGED)
         settle(lanes, lanes["evaluations"] >= self.steps, EXHAUSTED)
@@ -102,14 +102,14 @@ class Adam(Solver):
         return target + self.noise * rate[:, None] * noise.to(target)
 
     def meet_new_objective(self, lanes: State, chosen: Tensor, target: Tensor) -> Tensor:
-        """Go on as if nothing had happened: the objective has hardly changed."""
+        """Continue unchanged, because the objective has hardly changed."""
         return target
 
     def _gradient(self, gradient: Tensor) -> Tensor:
         return gradient
 
     def _rate(self, step: Tensor) -> Tensor:
-        """Learning rates ``(V,)`` of victims at their steps, from 1 on."""
+        """Return the learning rates ``(V,)`` of victims at their steps, counted from 1."""
         share = (step - 1) / self.steps
         if self.schedule == "steps":
             passed = torch.stack([share >= milestone for milestone in _MILESTONES]).sum(0)
@@ -123,7 +123,7 @@ class Adam(Solver):
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class SignedAdam(Adam):
-    """Adam on the sign of the gradient: each pixel moves by about the learning rate, however small its gradient is.
+    """Adam on the sign of the gradient: each pixel moves by about the learning rate, whatever its gradient.
 
     Args:
         options: see :class:`Adam`.

@@ -1,4 +1,4 @@
-"""From a smooth problem to the sharp one, for many victims at once."""
+"""Continuation from a smoothed problem to the original one, for many victims at once."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ _SHARPNESS, _FADING = f"{STEERING}/sharpness", f"{STEERING}/fading"
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class Continuation(Solver):
-    r"""Begins with a network without kinks and strong priors, and goes in levels to the network as it is and weak ones.
+    r"""Start from a smoothed network with strong priors, and move in levels to a sharp network with weak priors.
 
-    ReLU hides from derivatives what lies beyond its kink, and a search ends where the signs of the units happen to be
-    wrong. On the attacker's side its network is smoothed (:func:`~leakage.clients.smoothing.smoothed`), and at level k
-    of K its sharpness, and what the weights of priors are multiplied by, are
+    The derivative of a ReLU carries no information from beyond its kink, so a search can get stuck where units have the
+    wrong sign. Therefore the attacker smooths the network (:func:`~leakage.clients.smoothing.smoothed`). At level k of
+    K, the sharpness :math:`s_k` and the factor :math:`w_k` on the weights of priors are
 
     .. math:: s_k = s_0 \, (s_1 / s_0)^{k / (K - 1)}, \qquad w_k = (s_k / s_0)^{-p}
 
-    Each victim goes to its next level when its search has ended at this one, or has had its share of the evaluations:
-    what it leaves is for the levels that follow. The iterate that counts is the best one of the last level.
+    A victim moves to the next level when its search at the current one has ended or has used its share of the
+    evaluations; unused evaluations are left to later levels. The result is the best iterate of the last level.
 
     Args:
-        solver: how a level is searched, such as :class:`~leakage.solvers.GaussNewton` or
-            :class:`~leakage.solvers.SignedAdam`; its number of evaluations is that of all levels together.
-        levels: K.
-        sharpness: :math:`s_0, s_1`.
+        solver: the solver for each level, such as :class:`~leakage.solvers.GaussNewton` or
+            :class:`~leakage.solvers.SignedAdam`. Its number of evaluations is the total over all levels.
+        levels: K, the number of levels.
+        sharpness: :math:`(s_0, s_1)`, the first and the last sharpness.
         fading: p, at least 0.
 
     Raises:
-        ValueError: an option out of its range, or more levels than evaluations; in ``fit``, what the solver raises.
+        ValueError: if an option is out of range, or if there are more levels than evaluations; in ``fit``, if the
+            solver raises it.
 
     References:
         Allgower and Georg, *Numerical Continuation Methods*, 1990, https://doi.org/10.1007/978-3-642-61257-2.
@@ -69,18 +70,18 @@ class Continuation(Solver):
 
     @property
     def evaluations(self) -> int:
-        """Of all levels together."""
+        """Number of evaluations of all levels together."""
         found: int | None = getattr(self.solver, "steps", getattr(self.solver, "max_evaluations", None))
         if found is None:
             raise ValueError(f"Expected `solver` with `steps` or `max_evaluations`, but got {self.solver!r}.")
         return found
 
     def fit(self, problem: Problem) -> Continuation:
-        """With a solver that is fit for it."""
+        """Return a copy whose solver is fitted to the problem."""
         return dataclasses.replace(self, solver=self.solver.fit(problem))
 
     def _levelled(self, levels: Tensor, like: Tensor) -> State:
-        """How the objective is steered at the victims' levels."""
+        """Return the entries that steer the objective at the victims' levels."""
         first, last = self.sharpness
         ratio = (last / first) ** (levels / max(1, self.levels - 1)).to(like)
         return {_SHARPNESS: first * ratio, _FADING: ratio**-self.fading}
@@ -90,11 +91,11 @@ class Continuation(Solver):
         return state | {"level": levels} | self._levelled(levels, like)
 
     def fresh(self, like: Tensor) -> State:
-        """That of the solver, and the level, from 0 on."""
+        """Return the solver's fresh state and the level, which starts at 0."""
         return self._with_levels(self.solver.fresh(like), like)
 
     def move(self, lanes: State, at: Evaluated) -> Tensor:
-        """By the solver, or to the next level."""
+        """Move by the solver, or to the next level."""
         was_running = running(lanes)
         target = self.solver.move(lanes, at)
         spent = lanes["evaluations"] * self.levels >= (lanes["level"] + 1) * self.evaluations
@@ -109,10 +110,10 @@ class Continuation(Solver):
             lanes["best_loss"] = torch.where(further, torch.inf, lanes["best_loss"])
         return target
 
-    # The layout is the solver's.
+    # The solver determines the layout of the state.
 
     def largest(self, like: Tensor) -> State:
-        """The state of lanes when it is largest."""
+        """Return the state of lanes at its largest size."""
         return self._with_levels(self.solver.largest(like), like)
 
     def match(self, fresh: State, lanes: State) -> State:
@@ -120,9 +121,9 @@ class Continuation(Solver):
         return self.solver.match(fresh, lanes)
 
     def select(self, lanes: State, kept: Tensor) -> State:
-        """The state of the lanes at these indices."""
+        """Return the state of the lanes at these indices."""
         return self.solver.select(lanes, kept)
 
     def renew(self, lanes: State, chosen: Tensor, fresh: State) -> None:
-        """Make the state of the lanes at these indices a fresh one."""
+        """Replace the state of the lanes at these indices by a fresh one."""
         self.solver.renew(lanes, chosen, fresh)

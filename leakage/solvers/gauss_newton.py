@@ -1,4 +1,4 @@
-"""Levenberg-Marquardt for many victims at once, each with its own damping."""
+"""Levenberg-Marquardt for many victims at once, with a separate damping for each."""
 
 from __future__ import annotations
 
@@ -31,53 +31,52 @@ from leakage.solvers.spectrum import ImageSpectrum
 SOLVERS = ("auto", "cholesky", "cg")
 """Values of ``solver=``: how the linear equations of a step are solved."""
 _TOLERANCE, _TOLERANCE_OF_BATCHES = 1e-11, 1e-13
-# Conjugate gradients go on until the share that is left has fallen to the root of the loss' fall, within these bounds.
+# Conjugate gradients stop when the relative residual is the square root of the loss' decrease, within these bounds.
 _LOOSEST, _TIGHTEST = 0.1, 1e-4
-# Steps in a row that leave more than this share of the loss, after which a victim has stalled.
+# A victim has stalled after so many steps in a row that each leave more than this share of the loss.
 _SLOW_SHARE, _SLOW_STEPS = 0.9, 6
-# At rounding, where the loss has fallen to so many squares of its unit, so has one whose step leaves half of it.
+# Near rounding (a loss of this many squared units), it has also stalled if a step leaves more than this share.
 _NEAR, _NEAR_SHARE = 1e3, 0.5
-# Further steps with one Jacobian, at most.
+# Maximum number of additional steps with the same Jacobian.
 _CHORDS = 4
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class GaussNewton(Solver):
-    r"""Levenberg-Marquardt: solves nonlinear least squares by linear ones, with a damping per victim.
+    r"""Levenberg-Marquardt: nonlinear least squares as a series of linear ones, with a damping per victim.
 
-    The loss of each victim is :math:`\lVert r(x) \rVert^2`, and at every step it moves by the d of
+    The loss of each victim is :math:`\lVert r(x) \rVert^2`. Each step d solves
 
     .. math:: \bigl(J^\top J + \lambda \, m \, P^{-1}\bigr) \, d = -J^\top r, \qquad J = \partial r / \partial x
 
-    with m the mean eigenvalue of :math:`T^\top J^\top J T`, :math:`P = T T^\top`. The damping :math:`\lambda` falls
-    where the loss decreases as the linear equations promised, and grows where it does not; a step that does not
-    decrease the loss is taken back. Where r can be made zero, the number of right digits about doubles with
-    each step near the solution.
+    where m is the mean eigenvalue of :math:`T^\top J^\top J T`, and :math:`P = T T^\top`. The damping :math:`\lambda`
+    falls if the loss decreases as the linear equations predict, and grows if it does not. A step that does not decrease
+    the loss is undone. If r has a zero, each step near it about doubles the number of correct digits.
 
-    ``"cholesky"`` forms each victim's Jacobian (forward mode) and lets it serve further steps while they pay;
-    ``"cg"`` takes products with J alone, for all victims together; ``"auto"`` begins with those and changes to
-    Cholesky for a victim whose equations need more than ``max_products``.
+    ``"cholesky"`` forms each victim's Jacobian (in forward mode) and reuses it for further steps while these are
+    effective. ``"cg"`` uses only products with J, for all victims together. ``"auto"`` starts with ``"cg"``, and
+    switches to ``"cholesky"`` for each victim whose equations need more than ``max_products``.
 
     Args:
         tolerance: a victim has converged when its loss is at most this; by default 1e-11 for one image, and 1e-13, near
-            the rounding of single precision, for several, which depend more on the last digits.
-        max_evaluations: evaluations of the objective, so steps and one more, after which a victim is exhausted.
-        damping: the first :math:`\lambda`.
+            the rounding of single precision, for several images, which depend more on the last digits.
+        max_evaluations: evaluations of the objective (the number of steps plus one) after which a victim is exhausted.
+        damping: initial :math:`\lambda`.
         max_step: no unknown changes by more than this in one step.
         solver: ``"auto"``, ``"cholesky"`` or ``"cg"``.
-        max_products: products with J, and as many with its transpose, of one step of conjugate gradients.
-        reference_loss: what rounding and the exactness of the linear equations are measured by; None for each victim's
-            first loss, which says nothing where the start is near the solution. 1 is right for distances that are
-            relative to the shared gradient.
-        memory: bytes that the Jacobian and the normal equations of one victim may take; the activations of some
-            hundred directions come on top. Where they need more, ``"cg"`` is used, with a warning.
-        spectrum: P is the covariance that images have (:class:`~leakage.solvers.ImageSpectrum`), where unknowns are
-            pixels; else the identity.
-        underdetermined: go on where there are more unknowns than equations.
+        max_products: maximum number of products with J, and equally with its transpose, in one step of ``"cg"``.
+        reference_loss: loss relative to which rounding and the accuracy of the linear equations are measured. Use 1
+            for distances relative to the shared gradient. None means each victim's first loss, which is unsuitable if
+            the start is near the solution.
+        memory: bytes that the Jacobian and the normal equations of one victim may take, without the activations of some
+            hundred directions. If they need more, ``"cg"`` is used, with a warning.
+        spectrum: whether P is the typical covariance of images (:class:`~leakage.solvers.ImageSpectrum`) if unknowns
+            are pixels; otherwise P is the identity.
+        underdetermined: whether to search even if there are more unknowns than equations.
 
     Raises:
-        ValueError: an option out of its range, or an unknown solver; in ``fit``, an objective that is no sum of
-            squares, or more unknowns than equations.
+        ValueError: if an option is out of range or the solver is unknown; in ``fit``, if the objective is not a sum of
+            squares, or if there are more unknowns than equations and not ``underdetermined``.
 
     References:
         Levenberg, *A method for the solution of certain non-linear problems in least squares*, 1944,
@@ -124,25 +123,25 @@ class GaussNewton(Solver):
         check_flag(spectrum=self.spectrum, underdetermined=self.underdetermined)
 
     def fit(self, problem: Problem) -> GaussNewton:
-        """With the tolerance for so many images, and without the Jacobian where it has no room."""
+        """Return a copy with the default tolerance for the problem, and with ``"cg"`` if J does not fit into memory."""
         if problem.equations is None:
             raise ValueError(
                 "Expected an objective that is a sum of squares for GaussNewton, such as SquaredDistance, but got one "
-                "with a term that is none."
+                "with a term that is not."
             )
         if problem.num_unknowns > problem.num_equations and not self.underdetermined:
             raise ValueError(
                 f"Expected at most as many unknowns as equations, but got {problem.num_unknowns:,} unknowns "
                 f"({problem.written}) and {problem.num_equations:,} equations (the network's parameters). Pass "
-                "underdetermined=True to go on all the same."
+                "underdetermined=True to search anyway."
             )
         solver = self.solver
         needed = dense_bytes(problem.num_equations, problem.num_unknowns, problem.element_size)
         if solver != "cg" and needed > self.memory:
             warnings.warn(
-                f"The Jacobian and normal equations of one victim need {needed:,} bytes, `memory` is "
-                f"{self.memory:,}: the attack takes products with the Jacobian alone (solver='cg').",
-                stacklevel=1,  # of this module: the command line silences those of Lightning's
+                f"The Jacobian and normal equations of one victim need {needed:,} bytes, but `memory` is "
+                f"{self.memory:,}. The attack uses only products with the Jacobian (solver='cg').",
+                stacklevel=1,  # reported for this module, as the command line silences warnings of Lightning's
             )
             solver = "cg"
         tolerance = _TOLERANCE if problem.num_images == 1 else _TOLERANCE_OF_BATCHES
@@ -151,7 +150,7 @@ class GaussNewton(Solver):
         )
 
     def fresh(self, like: Tensor) -> State:
-        """The last accepted point, its loss and the first of all, what the step promised, damping, slow steps."""
+        """Return the last accepted point, its loss, the first loss, the predicted decrease, damping and counts."""
         losses = like.new_full((len(like),), torch.inf)
         count = torch.zeros(len(like), dtype=torch.long, device=like.device)
         return {
@@ -166,7 +165,7 @@ class GaussNewton(Solver):
         }
 
     def move(self, lanes: State, at: Evaluated) -> Tensor:
-        """Accept the points or take them back, and step from there."""
+        """Accept or undo the last step, and make the next one."""
         point, losses, gradient, finite = at.point, at.losses, at.gradient, at.finite
         searching, new = running(lanes), torch.isinf(lanes["loss"])
         settle(lanes, searching & new & ~finite, DIVERGED)
@@ -194,14 +193,14 @@ class GaussNewton(Solver):
         return target
 
     def meet_new_objective(self, lanes: State, chosen: Tensor, target: Tensor) -> Tensor:
-        """Begin anew at the best points, with the damping that is right."""
+        """Restart at the best points with the present damping."""
         damping = lanes["damping"][chosen].clone()
         target = super().meet_new_objective(lanes, chosen, target)
         lanes["damping"][chosen] = damping
         return target
 
     def _steps(self, lanes: State, moving: Tensor, problem: Problem) -> Tensor:
-        """Of the lanes at the given indices."""
+        """Return the steps of the lanes at the given indices."""
         equations = cast(Equations, problem.equations)
         spectrum = cast(ImageSpectrum | None, problem.preconditioner) if self.spectrum else None
         steps = torch.empty_like(lanes["point"][moving])
@@ -234,6 +233,6 @@ class GaussNewton(Solver):
         return steps
 
     def _reference(self, first_loss: Tensor) -> Tensor:
-        """The loss that others are measured by, ``(V,)``."""
+        """Return the loss relative to which others are measured, ``(V,)``."""
         given = self.reference_loss
         return first_loss if given is None else torch.full_like(first_loss, given)

@@ -1,4 +1,4 @@
-"""The limited memory of L-BFGS for many victims: a ring buffer, and directions by batched products."""
+"""The limited memory of L-BFGS for many victims: ring buffers, and directions by batched products."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from leakage.pieces import State
 from leakage.solvers.solver import Solver
 
-# Slots a history begins with; it doubles until `size`, so that short searches stay small.
+# Initial number of slots; it doubles up to `size`, so that short searches need little memory.
 _FIRST_SLOTS = 16
-# Bytes of pairs that are worked on at once. Per thread of a CPU: they stay in the cache from the first product to
-# the last. On a GPU: as many as keep it busy.
+# Bytes of pairs to process at once: per thread of a CPU, so few that they stay in the cache from the first product to
+# the last; on a GPU, enough to keep it busy.
 _AT_ONCE_ON_A_CPU, _AT_ONCE = 2**22, 2**29
 
 # Multiplies vectors (V, D) by a symmetric, positive definite matrix.
@@ -22,28 +22,28 @@ HISTORY = ("s", "y", "inverse", "scale", "pairs", "row")
 
 
 class Remembering(Solver):
-    """A solver whose lanes have a history of up to so many pairs."""
+    """Base class of solvers whose lanes have a history of up to ``history_size`` pairs."""
 
     history_size: int
 
     def match(self, fresh: State, lanes: State) -> State:
-        """Histories of one length, and behind those that there are."""
+        """Give fresh histories the length of the present ones, and rows after theirs."""
         grow(fresh, lanes["s"].shape[1])
         if "row" in fresh:
             fresh["row"] += len(lanes["row"])
         return fresh
 
     def largest(self, like: Tensor) -> State:
-        """With a full history."""
+        """Return a fresh state with room for a full history."""
         fresh = self.fresh(like)
         grow(fresh, self.history_size)
         return fresh
 
 
 def fresh_history(victims: int, unknowns: int, size: int, like: Tensor) -> State:
-    """An empty history of up to ``size`` pairs (s, y) for each victim.
+    """Return an empty history of up to ``size`` pairs (s, y) for each victim.
 
-    ``s`` and ``y`` are ring buffers ``(V, slots, D)``; slots without a pair count for nothing, but must be finite.
+    ``s`` and ``y`` are ring buffers ``(V, slots, D)``. Slots without a pair are ignored, but must be finite.
     """
     buffer = like.new_zeros(victims, min(size, _FIRST_SLOTS), unknowns)
     pairs = torch.zeros(victims, dtype=torch.long, device=like.device)
@@ -51,11 +51,11 @@ def fresh_history(victims: int, unknowns: int, size: int, like: Tensor) -> State
 
 
 def fresh_products(history: State) -> State:
-    """What :func:`push_and_direct` needs beside an empty history.
+    """Return the entries that :func:`push_and_direct` needs in addition to an empty history.
 
-    ``inverse (V, slots, slots)`` is the transposed inverse of R, its rows and columns by slot instead of by age; zero
-    where a slot holds no pair. ``row (V,)`` is where in ``s``, ``y`` and ``inverse`` a victim's history lies;
-    victims that began earlier lie further to the front.
+    ``inverse (V, slots, slots)`` is the transposed inverse of R, with rows and columns ordered by slot, not by age; it
+    is zero for slots without a pair. ``row (V,)`` is the position of a victim's history in ``s``, ``y`` and
+    ``inverse``; victims that began earlier come first.
     """
     s = history["s"]
     victims, slots, _ = s.shape
@@ -63,7 +63,7 @@ def fresh_products(history: State) -> State:
 
 
 def grow(state: State, slots: int) -> None:
-    """Give the buffers at least ``slots`` slots (a buffer only grows before it has gone round)."""
+    """Enlarge the buffers to at least ``slots`` slots; a ring that has wrapped around never grows."""
     victims, present, unknowns = state["s"].shape
     if slots <= present:
         return
@@ -78,14 +78,14 @@ def grow(state: State, slots: int) -> None:
 
 
 def forget(state: State, lanes: Tensor) -> None:
-    """Empty the histories of the lanes of a boolean mask, or at these indices."""
+    """Clear the histories of the lanes at these indices, or of a boolean mask."""
     state["pairs"][lanes] = 0
     state["scale"][lanes] = 1
     state["inverse"][state["row"][lanes]] = 0
 
 
 def begin_anew(state: State, lanes: Tensor) -> None:
-    """Empty the histories of the lanes at these indices, and move them behind those of the others."""
+    """Clear the histories of the lanes at these indices, and move them after all others."""
     others = torch.ones_like(state["row"], dtype=torch.bool)
     others[lanes] = False
     pack(state, others.nonzero().squeeze(1))
@@ -94,7 +94,7 @@ def begin_anew(state: State, lanes: Tensor) -> None:
 
 
 def keep(state: State, lanes: Tensor) -> State:
-    """The histories of the lanes at these indices, in the memory of the present ones if they fill half of it."""
+    """Return the histories of the lanes at these indices, in place if they fill over half of the memory."""
     pack(state, lanes)
     kept = {name: state[name][lanes] for name in ("scale", "pairs", "row")}
     for name in ("s", "y", "inverse"):
@@ -104,13 +104,13 @@ def keep(state: State, lanes: Tensor) -> State:
 
 
 def pack(state: State, lanes: Tensor) -> None:
-    """Move the histories of the lanes at these indices to the front, in the order in which they lie."""
+    """Move the histories of the lanes at these indices to the front, keeping their order."""
     lanes = lanes[state["row"][lanes].argsort()]
     rows, places = state["row"][lanes], torch.arange(len(lanes), device=lanes.device)
     stay = int((rows == places).sum())  # those before the first gap
     pairs = state["pairs"][lanes[stay:]].clamp(1, state["s"].shape[1]).tolist()
     for first, last, used in _neighbours(pairs, _bytes_per_pair(state), lanes.device):
-        # What is yet to be moved lies behind all places that are written.
+        # Histories yet to be moved lie behind all rows written here.
         source, place = rows[stay + first : stay + last], places[stay + first : stay + last]
         for name in ("s", "y"):
             state[name][place, :used] = state[name][source, :used]
@@ -119,14 +119,14 @@ def pack(state: State, lanes: Tensor) -> None:
 
 
 def times(preconditioner: Preconditioner | None, vectors: Tensor) -> Tensor:
-    """Their product, where None is the identity."""
+    """Return the preconditioned vectors; None is the identity."""
     return vectors if preconditioner is None else preconditioner(vectors)
 
 
 def _push(
     state: State, size: int, pushed: Tensor, s: Tensor, y: Tensor, preconditioner: Preconditioner | None = None
 ) -> list[int]:
-    """Store new pairs in the ring buffers; returns how many each victim has had, these included."""
+    """Store new pairs in the ring buffers, and return how many pairs each victim has had in all."""
     lanes = pushed.nonzero().squeeze(1)
     if not len(lanes):
         return state["pairs"].tolist()
@@ -146,16 +146,17 @@ def _push(
 
 
 def _slots_by_age(state: State, size: int, used: int) -> Tensor:
-    """Slot of each victim's pair at each age, oldest first: the identity until its ring has gone round."""
+    """Return the slot of each victim's pair at each age, oldest first."""
     pairs = state["pairs"]
     ages = torch.arange(used, device=pairs.device)
     return torch.where((pairs > size)[:, None], (pairs[:, None] + ages) % size, ages)
 
 
 def push_and_recurse(state: State, size: int, pushed: Tensor, s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
-    """As :func:`push_and_direct`, by the two-loop recursion pair after pair, as ``torch.optim.LBFGS`` does it.
+    """Store new pairs and return directions by the two-loop recursion, pair by pair, as ``torch.optim.LBFGS`` does.
 
-    It takes more time, and errs less where a history without line search has become ill-conditioned.
+    This is slower than :func:`push_and_direct`, but more accurate for the ill-conditioned histories that arise without
+    a line search.
     """
     used = min(max(_push(state, size, pushed, s, y), default=0), size)
     pairs = state["pairs"]
@@ -185,23 +186,23 @@ def push_and_direct(
     gradient: Tensor,
     preconditioner: Preconditioner | None = None,
 ) -> Tensor:
-    r"""Store new pairs, and give every victim the quasi-Newton direction :math:`-H g`.
+    r"""Store new pairs, and return the quasi-Newton direction :math:`-H g` of every victim.
 
-    This is the two-loop recursion written as products over all its pairs at once. With
+    This is the two-loop recursion, written as products over all pairs of a victim at once. With
     :math:`R_{ij} = s_i \cdot y_j` for :math:`i \le j` (oldest first) and zero below, D its diagonal, P the
     preconditioner and :math:`\gamma = s \cdot y / y \cdot P y` of the newest pair:
 
     .. math:: \alpha = R^{-1} S g, \quad q = \gamma P (g - Y^T \alpha), \quad
         \delta = R^{-T} (D \alpha - Y q), \quad H g = q + S^T \delta
 
-    The inverse of R gains a row and a column with each pair, and the oldest pair leaves as a row and a column of
-    both; so it is kept, and never solved for. Victims whose histories lie beside each other are worked on together,
-    as many as fit into the cache.
+    The inverse of R is stored and updated, never solved for: a new pair adds a row and a column, and dropping the
+    oldest pair removes a row and a column. Victims with adjacent histories are processed together, as many as fit into
+    the cache.
 
     Args:
         state: see :func:`fresh_history`, with :func:`fresh_products`; changed in place.
-        size: the most pairs to remember.
-        pushed: ``(V,)``, which victims store their pair; s . y must be positive for them.
+        size: maximum number of pairs to remember.
+        pushed: ``(V,)``, which victims store their pair; for these, s . y must be positive.
         s, y: ``(V, D)``, steps and differences of gradients.
         gradient: ``(V, D)``.
         preconditioner: P; by default the identity.
@@ -229,16 +230,16 @@ def _direct(
     gradient: Tensor,
     preconditioner: Preconditioner | None,
 ) -> Tensor:
-    """Directions of the lanes whose histories lie in these rows, of which the longest has ``used`` pairs."""
+    """Return the directions of the lanes with histories in these rows, the longest with ``used`` pairs."""
     gradient, pairs = gradient[lanes], state["pairs"][lanes, None]
     if not used:
         return -times(preconditioner, gradient)
     old_s, old_y, inverse = state["s"][rows, :used], state["y"][rows, :used], state["inverse"][rows, :used, :used]
     filled = pairs > torch.arange(used, device=lanes.device)
-    products = torch.bmm(old_s, torch.stack([gradient, y[lanes]], dim=1).mT).mT  # in this order it is fastest
+    products = torch.bmm(old_s, torch.stack([gradient, y[lanes]], dim=1).mT).mT  # this order is fastest
     products = torch.where(filled[:, None], products, 0.0)
     alpha, column = torch.bmm(products, inverse).unbind(1)
-    # The inverse's new column: 1 / (s . y) of the new pair, and -R^-1 (S y) times that above it.
+    # New column of the inverse: 1 / (s . y) of the new pair on the diagonal, and -R^-1 (S y) times that above it.
     slot = (pairs - 1).clamp(min=0) % size
     diagonal = products[:, 1].gather(1, slot)
     column = (-column / diagonal).scatter_(1, slot, 1 / diagonal)
@@ -258,7 +259,7 @@ def _bytes_per_pair(state: State) -> int:
 
 
 def _neighbours(pairs: list[int], bytes_per_pair: int, device: torch.device) -> Iterator[tuple[int, int, int]]:
-    """First and last of the histories that are worked on together, and the most pairs that one of them has."""
+    """Yield the first and last of the histories to process together, and the largest number of pairs."""
     at_once = _AT_ONCE_ON_A_CPU * torch.get_num_threads() if device.type == "cpu" else _AT_ONCE
     limit = at_once // bytes_per_pair
     first, used = 0, 0

@@ -1,4 +1,4 @@
-"""L-BFGS for many victims at once, each with its own history, step length and line search."""
+"""L-BFGS for many victims at once, with separate history, step length and line search for each."""
 
 from __future__ import annotations
 
@@ -24,40 +24,39 @@ from leakage.solvers.history import (
 )
 from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, STALLED, Evaluated, Problem, running, settle
 
-# Armijo's condition asks for this share of the decrease that the slope promises.
+# Armijo's condition requires this share of the decrease that the slope predicts.
 _SUFFICIENT_DECREASE = 1e-4
-# A pair is stored if s.y exceeds this share of |y|^2 (else the direction could point uphill).
+# A pair is stored if s.y exceeds this share of |y|^2 (otherwise the direction could point uphill).
 _CURVATURE = 1e-10
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class LBFGS(Remembering):
-    """L-BFGS with backtracking, safeguarded for each victim on its own.
+    """L-BFGS with a backtracking line search, separate for each victim.
 
-    At every step each victim is evaluated at its own trial point. Where Armijo's condition
-    ``f(x + t d) <= f(x) + 1e-4 t <g, d>`` holds, the point is accepted and the next direction is
-    tried with step length 1; elsewhere the victim shortens its own step by quadratic interpolation.
-    So no victim waits for another one's line search. A victim whose step has become too short
-    forgets its history and tries the steepest descent (times the preconditioner); if that fails too, it
-    has stalled.
+    At every step, each victim is evaluated at its own trial point. If Armijo's condition
+    ``f(x + t d) <= f(x) + 1e-4 t <g, d>`` holds, the point is accepted, and the next direction is tried with step
+    length 1. Otherwise the victim shortens its step by quadratic interpolation. So no victim waits for the line search
+    of another. A victim whose step becomes too short clears its history and tries the (preconditioned) steepest
+    descent; if that fails too, it has stalled.
 
-    Where points have to stay in a box, entries that lie on its border and are pulled outwards stay there, and the
-    others move by the quasi-Newton direction among them.
+    If points must stay in a box, entries on its border that are pulled outwards stay there. The others move by the
+    quasi-Newton direction restricted to them.
 
     Args:
-        lr: length of the first trial along each quasi-Newton direction.
+        lr: length of the first trial step along each quasi-Newton direction.
         max_step: no unknown changes by more than this in one step.
-        history_size: pairs (s, y) each victim remembers.
+        history_size: number of pairs (s, y) that each victim remembers.
         tolerance: a victim has converged when its loss is at most this.
         max_evaluations: evaluations per start after which a victim is exhausted.
-        stall_window: a victim has stalled if its loss has not fallen below ``stall_factor`` times what
-            it was this many evaluations, or a third of all its evaluations, ago.
+        stall_window: a victim has stalled if its loss is not below ``stall_factor`` times its loss this many
+            evaluations, or a third of all its evaluations, ago.
         stall_factor: see ``stall_window``.
-        spectrum: begin from the covariance that images have (:class:`~leakage.solvers.ImageSpectrum`), where unknowns
-            are pixels, in place of the identity.
+        spectrum: whether the initial inverse Hessian is the typical covariance of images
+            (:class:`~leakage.solvers.ImageSpectrum`) if unknowns are pixels; otherwise it is the identity.
 
     Raises:
-        ValueError: an option out of its range.
+        ValueError: if an option is out of range.
 
     References:
         Liu and Nocedal, *On the limited memory BFGS method for large scale optimization*, 1989,
@@ -91,7 +90,7 @@ class LBFGS(Remembering):
             raise ValueError(f"Expected `stall_factor` in (0, 1], but got {self.stall_factor!r}.")
 
     def fresh(self, like: Tensor) -> State:
-        """History, last accepted point with loss and gradient, direction with slope and length, stall window."""
+        """Return history, last accepted point with loss and gradient, direction, slope, length and stall window."""
         losses = like.new_full((len(like),), torch.inf)
         history = fresh_history(len(like), like.shape[1], self.history_size, like)
         return {
@@ -108,12 +107,12 @@ class LBFGS(Remembering):
         }
 
     def select(self, lanes: State, kept: Tensor) -> State:
-        """Histories stay in the memory where they are, if most of them stay."""
+        """Return the state of the lanes at these indices; most histories are kept in place."""
         others = {name: tensor[kept] for name, tensor in lanes.items() if name not in HISTORY}
         return others | keep(_history(lanes), kept)
 
     def renew(self, lanes: State, chosen: Tensor, fresh: State) -> None:
-        """Histories are emptied in place."""
+        """Replace the state of the lanes at these indices by a fresh one; histories are cleared in place."""
         for name, tensor in fresh.items():
             if name not in HISTORY:
                 lanes[name][chosen] = tensor
@@ -126,7 +125,7 @@ class LBFGS(Remembering):
         searching, new = running(lanes), torch.isinf(lanes["loss"])
         settle(lanes, searching & new & ~finite, DIVERGED)
         step, change = point - lanes["point"], gradient - lanes["gradient"]
-        # In a box the step is shorter than it was meant to be.
+        # Projection onto a box may have shortened the step.
         if at.problem.project is None:
             decrease = _SUFFICIENT_DECREASE * lanes["length"] * lanes["slope"]
         else:
@@ -142,7 +141,7 @@ class LBFGS(Remembering):
             torch.where(accepted[:, None], value, lanes[name], out=lanes[name])
         lanes["loss"] = torch.where(accepted, losses, lanes["loss"])
 
-        # Too short a step: begin again along the steepest descent, or give up if that was tried.
+        # If a step is too short, try the steepest descent, or give up if that has been tried.
         too_short = rejected & (
             length * lanes["direction"].abs().amax(1)
             <= torch.finfo(point.dtype).eps * (1 + lanes["point"].abs().amax(1))
@@ -178,7 +177,7 @@ class LBFGS(Remembering):
         return lanes["point"] + lanes["length"][:, None] * lanes["direction"]
 
     def _judge(self, lanes: State) -> None:
-        """Converged, stalled or out of budget?"""
+        """End lanes that have converged, stalled or spent their budget."""
         settle(lanes, lanes["loss"] <= self.tolerance, CONVERGED)
         settle(lanes, lanes["gradient"].abs().amax(1) == 0, STALLED)
         settle(lanes, lanes["evaluations"] >= self.max_evaluations, EXHAUSTED)
@@ -195,18 +194,18 @@ def _history(lanes: State) -> State:
 
 
 def _free(lanes: State, problem: Problem) -> Callable[[Tensor], Tensor]:
-    """Makes zero of the entries that lie on the border of their box and are pulled outwards by the gradient."""
+    """Return a function that zeroes the entries on the border of the box that descent pulls outwards."""
     if problem.project is None:
         return lambda vectors: vectors
     point, gradient = lanes["point"], lanes["gradient"]
-    # A small step along the gradient that ends where it began.
+    # Such entries do not move in a small projected step of descent.
     pulled = problem.project(point - gradient.sign() * 1e-3 * (1 + point.abs()))
     free = ((pulled != point) | (gradient == 0)).to(point)
     return lambda vectors: free * vectors
 
 
 def _shorten(lanes: State, losses: Tensor, finite: Tensor) -> Tensor:
-    """Minimum of the parabola through the value, the slope and the rejected trial, within bounds."""
+    """Return the minimum of the parabola through value, slope and rejected trial, within bounds."""
     length, slope = lanes["length"], lanes["slope"]
     parabola = -slope * length.square() / (2 * (losses - lanes["loss"] - slope * length))
     parabola = torch.where(finite & torch.isfinite(parabola), parabola, 0.1 * length)

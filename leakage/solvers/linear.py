@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-# Lanes that have ended leave once they are this share of all.
+# Ended lanes are removed once they are this share of all.
 _LEAVING_SHARE = 1 / 2
 
 _Dataclass = TypeVar("_Dataclass")
@@ -19,25 +19,25 @@ class LinearMap(Protocol):
     """A linear map A for each of L lanes, from D unknowns to a few groups of equations, and a preconditioner P."""
 
     def product(self, x: Tensor) -> list[Tensor]:
-        """A x of ``(L, D)``: tensors ``(L, ...)``."""
+        """Return A x for x of shape ``(L, D)``, as tensors ``(L, ...)``."""
 
     def transposed(self, parts: list[Tensor]) -> Tensor:
-        r""":math:`A^\top y`, ``(L, D)``."""
+        r"""Return :math:`A^\top y`, ``(L, D)``."""
 
     def precondition(self, x: Tensor) -> Tensor:
-        """P x of ``(L, D)``, symmetric and positive."""
+        """Return P x for x of shape ``(L, D)``; P is symmetric and positive definite."""
 
     def select(self, lanes: Tensor) -> LinearMap:
-        """The same for the lanes at some indices."""
+        """Return the map of the lanes at these indices."""
 
 
 @dataclass
 class Solution:
-    """What :func:`least_squares` found."""
+    """Result of :func:`least_squares`."""
 
     x: Tensor  # (L, D)
-    products: Tensor  # (L,), with A and as many with its transposed
-    solved: Tensor  # (L,), whether the equations hold as well as was asked for
+    products: Tensor  # (L,), number of products with A, and as many with its transpose
+    solved: Tensor  # (L,), whether the tolerance was reached
 
 
 def least_squares(
@@ -48,19 +48,20 @@ def least_squares(
     max_products: int,
     damping: Tensor | None = None,
 ) -> Solution:
-    r"""Least squares of each lane by preconditioned conjugate gradients (CGLS), x near 0 where A leaves it free.
+    r"""Solve linear least squares for each lane by preconditioned conjugate gradients (CGLS).
 
     .. math:: \min_x \; \lVert A x - b \rVert^2 + \lambda \, x^\top P^{-1} x
 
-    The residual :math:`b - A x` is what is brought forward, and the gradient is its product with :math:`A^\top`: the
-    rounding of a recurrence for the gradient, which has the condition of A squared, would be far larger.
+    Where A does not determine x, x stays near 0. The iteration updates the residual :math:`b - A x` and computes the
+    gradient as its product with :math:`A^\top`. A recurrence for the gradient itself would have far larger rounding
+    errors, because the condition number of A enters squared.
 
     Args:
         system: A and P.
-        given: b, the tensors ``(L, ...)`` of a product.
-        tolerance: a lane ends when the gradient's norm in the metric of P has fallen to this share of the first;
+        given: b, with the structure of a product: tensors ``(L, ...)``.
+        tolerance: a lane ends when the norm of its gradient, in the metric of P, has fallen to this share of the first;
             a number or ``(L,)``.
-        max_products: that a lane may take. It ends too where a number is no longer finite.
+        max_products: maximum number of products per lane. A lane also ends when a value is no longer finite.
         damping: :math:`\lambda`, ``(L,)``; None for 0.
 
     References:
@@ -77,7 +78,7 @@ def least_squares(
     dual, dual_x = gradient, x  # P^-1 times the direction and x, without P^-1
     found, at = Solution(x.clone(), products.clone(), solved.clone()), torch.arange(len(x), device=x.device)
     for _ in range(max_products):
-        direction = torch.where(running[:, None], direction, 0)  # who has ended stands still
+        direction = torch.where(running[:, None], direction, 0)  # ended lanes do not move
         ended = int((~running).sum())
         if ended >= _LEAVING_SHARE * len(running):
             found.x[at], found.products[at], found.solved[at] = x, products, solved
@@ -118,6 +119,6 @@ def least_squares(
 
 
 def select_lanes(system: _Dataclass, lanes: Tensor) -> _Dataclass:
-    """A dataclass with some lanes of each tensor in it."""
+    """Return a copy of a dataclass with only these lanes of each of its tensors."""
     tensors: dict[str, Any] = {name: value[lanes] for name, value in vars(system).items() if isinstance(value, Tensor)}
     return dataclasses.replace(system, **tensors)  # type: ignore[type-var]

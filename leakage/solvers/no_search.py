@@ -1,4 +1,4 @@
-"""For what needs no search: the start is the answer."""
+"""A solver for closed-form attacks, whose start is the result."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from leakage.solvers.solver import CONVERGED, DIVERGED, EXHAUSTED, Evaluated, So
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class NoSearch(Solver):
-    """Evaluates the start once, to tell how well it fits, and stays there: for images in closed form.
+    """Evaluate the start once, to measure how well it fits, and keep it: for images in closed form.
 
     Args:
         tolerance: a victim whose loss is at most this has converged; the others are exhausted.
 
     Raises:
-        ValueError: a negative tolerance.
+        ValueError: if the tolerance is negative.
 
     Example:
         >>> NoSearch()
@@ -33,7 +33,7 @@ class NoSearch(Solver):
         check_not_negative(tolerance=self.tolerance)
 
     def move(self, lanes: State, at: Evaluated) -> Tensor:
-        """Nowhere."""
+        """End all lanes without moving them."""
         settle(lanes, ~at.finite, DIVERGED)
         settle(lanes, at.losses <= self.tolerance, CONVERGED)
         settle(lanes, torch.ones_like(at.finite), EXHAUSTED)

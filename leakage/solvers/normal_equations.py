@@ -1,4 +1,4 @@
-"""Damped least-squares steps from products with a Jacobian, or from the Jacobian itself."""
+"""Damped least-squares steps, from products with the Jacobian or from the Jacobian itself."""
 
 from __future__ import annotations
 
@@ -12,52 +12,52 @@ from leakage.solvers.linear import least_squares
 from leakage.solvers.solver import Equations
 from leakage.solvers.spectrum import ImageSpectrum
 
-# Directions of one pass of forward mode: more of them no longer pay.
+# Directions in one pass of forward mode; more give no further speed-up.
 _DIRECTIONS_AT_ONCE = 256
-# Rows of the blocks in which the symmetric product is computed: half the work of the whole one.
+# Rows per block of the symmetric product; computing only lower blocks halves the work.
 _BLOCK = 256
-# A step that decreases the loss by more (less) than these shares of what it promised lowers (raises) the damping.
+# The damping falls (grows) if a step decreases the loss by more (less) than these shares of the prediction.
 _BOLD, _FIRM = 0.75, 0.25
 _BOLDER, _FIRMER = 0.1, 4.0
-# Where steps with this damping still do not lower the loss, none will.
+# If steps with this damping do not lower the loss, no step will.
 _HOPELESS = 1e4
-# Damping of a factorisation that failed grows by this, up to this many times.
+# After a failed factorisation the damping grows by this factor, up to this many times.
 _REPAIR, _ATTEMPTS = 10.0, 12
-# Dampings that are tried with one Jacobian until the loss falls.
+# Dampings to try with one Jacobian until the loss falls.
 _RETRIES = 5
-# Steps with one Jacobian go on as long as each leaves at most this share of the loss.
+# Steps with one Jacobian continue while each leaves at most this share of the loss.
 _CHORD_SHARE = 0.25
 
 
 @dataclass
 class Step:
-    """Steps ``(L, D)`` of L lanes; the rest is ``(L,)``."""
+    """Steps of L lanes: ``step`` is ``(L, D)``, all other fields are ``(L,)``."""
 
     step: Tensor
-    promised: Tensor  # by how much the loss falls if the residuals are as linear as their Jacobian says
-    products: Tensor  # with the Jacobian, or its columns
-    solved: Tensor  # whether the linear equations hold as well as was asked for
-    damping: Tensor  # that was used, relative to the mean eigenvalue
+    promised: Tensor  # decrease of the loss if the residuals were linear
+    products: Tensor  # number of products with the Jacobian, or of its columns
+    solved: Tensor  # whether the linear equations were solved to tolerance
+    damping: Tensor  # the damping used, relative to the mean eigenvalue
 
 
 @dataclass
 class Judgement:
-    """What follows from steps of L lanes, each ``(L,)``."""
+    """Assessment of the steps of L lanes; all fields are ``(L,)``."""
 
     accepted: Tensor  # whether the loss has fallen
-    damping: Tensor  # of the next step
-    slow: Tensor  # accepted steps in a row that left nearly all of the loss
-    hopeless: Tensor  # whether no damping seems to be enough
+    damping: Tensor  # damping of the next step
+    slow: Tensor  # number of accepted steps in a row that left nearly all of the loss
+    hopeless: Tensor  # whether no damping seems sufficient
 
 
 def judge_steps(
     loss: Tensor, reached: Tensor, promised: Tensor, damping: Tensor, slow: Tensor, *, slow_share: float
 ) -> Judgement:
-    """The rules of Levenberg-Marquardt, for all that search by it.
+    """Assess steps by the rules of Levenberg-Marquardt.
 
-    A step that does not lower the loss (infinite where there was none yet) is not accepted. The damping falls to a
-    tenth where the loss fell by more than three quarters of what the linear equations promised, and grows fourfold
-    where it fell by less than a quarter. A step is slow if it left more than ``slow_share`` of the loss.
+    A step that does not lower the loss is not accepted; before the first step the loss is infinite. The damping falls
+    to a tenth if the loss fell by more than three quarters of the predicted decrease, and grows fourfold if it fell by
+    less than a quarter. A step is slow if it left more than ``slow_share`` of the loss.
     """
     accepted = reached < loss
     ratio = (loss - reached) / promised
@@ -71,7 +71,7 @@ def judge_steps(
 
 
 def damping_scale(equations: Equations, point: Tensor, lanes: Tensor, spectrum: ImageSpectrum | None) -> Tensor:
-    r"""About the mean eigenvalue of :math:`T^\top J^\top J T`, by one product with random signs, ``(L,)``."""
+    r"""Estimate the mean eigenvalue of :math:`T^\top J^\top J T`, ``(L,)``, by one product with random signs."""
     signs = torch.randint(0, 2, point.shape[1:], generator=torch.Generator().manual_seed(0)).to(point) * 2 - 1
     direction = _rooted(spectrum, signs[None]).expand_as(point)
     image: Tensor = jvp(lambda points: equations(points, lanes), (point,), (direction,))[1]
@@ -89,18 +89,20 @@ def conjugate_gradients(
     max_step: float,
     spectrum: ImageSpectrum | None,
 ) -> Step:
-    r"""Steps that nearly solve :math:`(J^\top J + \lambda P^{-1}) d = -J^\top r` without forming J.
+    r"""Return steps that approximately solve :math:`(J^\top J + \lambda P^{-1}) d = -J^\top r` without forming J.
 
-    Conjugate gradients preconditioned by P need one product with J and one with its transpose each; a lane
-    ends when the norm of what is left, in the metric of P, has fallen to its share ``forcing``.
+    Each iteration of conjugate gradients, preconditioned by P, needs one product with J and one with its transpose. A
+    lane ends when the norm of its residual, in the metric of P, has fallen to its share ``forcing``.
 
     Args:
-        equations, point, lanes: r, ``(L, D)``, and ``(L,)``, which is handed on to r.
+        equations: the residuals r.
+        point: ``(L, D)``.
+        lanes: ``(L,)``, passed on to ``equations``.
         damping: ``(L,)``, relative to :func:`damping_scale`.
         forcing: ``(L,)`` in (0, 1).
-        max_products: pairs of products that a lane may take; one that needs more is not ``solved``.
+        max_products: maximum number of pairs of products per lane; a lane that needs more is not ``solved``.
         max_step: entries of the step are clamped to this.
-        spectrum: P; None is the identity.
+        spectrum: P; None for the identity.
     """
     system = _Linearised(equations, point, lanes, spectrum)
     found = least_squares(
@@ -117,10 +119,10 @@ def conjugate_gradients(
 
 
 class _Linearised:
-    """J of some lanes, preconditioned.
+    """The Jacobian J of some lanes, with a preconditioner.
 
-    J d is the transpose of the linear map u -> J^T u: in reverse mode twice, what depends on the point alone is
-    computed once, not with every product as forward mode would.
+    J d is computed as the transpose of the linear map u -> J^T u, in reverse mode twice. So everything that depends
+    only on the point is computed once, and not with every product as in forward mode.
     """
 
     def __init__(self, equations: Equations, point: Tensor, lanes: Tensor, spectrum: ImageSpectrum | None) -> None:
@@ -143,14 +145,14 @@ class _Linearised:
 
 
 def dense_jacobian(equations: Equations, point: Tensor, lane: Tensor, spectrum: ImageSpectrum | None) -> Tensor:
-    """Jacobian times T (without a spectrum, itself) of a single lane, ``(D, M)``: transposed, in forward mode."""
+    """Return the transposed Jacobian ``(D, M)`` of a single lane, times T if there is a spectrum."""
     size = point.shape[1]
 
     def along(direction: Tensor) -> Tensor:
         image: Tensor = jvp(lambda points: equations(points, lane), (point,), (direction[None],))[1][0]
         return image
 
-    jacobian = None  # filled in place: a list to concatenate would take its memory twice
+    jacobian = None  # filled in place, because concatenating a list would need twice the memory
     for first in range(0, size, _DIRECTIONS_AT_ONCE):
         basis = torch.zeros(min(_DIRECTIONS_AT_ONCE, size - first), size, dtype=point.dtype, device=point.device)
         basis[torch.arange(len(basis)), first + torch.arange(len(basis))] = 1
@@ -172,14 +174,13 @@ def cholesky_steps(
     spectrum: ImageSpectrum | None,
     max_chords: int,
 ) -> Step:
-    r"""The step of a single lane that solves its damped normal equations, by the whole Jacobian and Cholesky.
+    r"""Return the step of a single lane that solves its damped normal equations, by the full Jacobian and Cholesky.
 
-    In the coordinates u = T^{-1} d the damping is that of the identity. The Jacobian is what costs. So where a
-    step does not lower the loss, it serves another one with more damping; and where it does, further steps
-    (chords) as long as each leaves a quarter of the loss or less: with residuals of their own these also mend what
-    single precision loses in :math:`J^\top J`. Arguments are those of :func:`conjugate_gradients`, with L = 1 and
-    the damping relative to the mean of the diagonal; ``max_chords`` is the number of further steps with one Jacobian
-    at most.
+    In the coordinates u = T^{-1} d, the damping matrix is the identity. Most of the cost is the Jacobian, so it is used
+    more than once. If a step does not lower the loss, it is repeated with more damping. If it does, further steps
+    (chords) follow while each leaves at most a quarter of the loss; because these use new residuals, they also correct
+    what single precision loses in :math:`J^\top J`. Arguments are as in :func:`conjugate_gradients`, with L = 1 and the
+    damping relative to the mean of the diagonal; ``max_chords`` is the maximum number of chords.
     """
     jacobian = dense_jacobian(equations, point, lane, spectrum)
     normal = _symmetric_product(jacobian)
@@ -209,17 +210,17 @@ def cholesky_steps(
 
 
 def _solved(factor: Tensor, right: Tensor, spectrum: ImageSpectrum | None) -> Tensor:
-    """The step in pixels for a right-hand side ``(1, D)``."""
+    """Return the step in pixels for a right-hand side ``(1, D)``."""
     return _rooted(spectrum, -torch.cholesky_solve(right.mT, factor).mT)
 
 
 def dense_bytes(equations: int, unknowns: int, itemsize: int) -> int:
-    """Bytes of the dense step of one lane, without activations: Jacobian, normal equations, their factor and a copy."""
+    """Return the bytes of a dense step of one lane: Jacobian, normal equations, factor and a copy."""
     return itemsize * unknowns * (equations + 3 * unknowns)
 
 
 def _symmetric_product(rows: Tensor) -> Tensor:
-    """The lower triangle of ``rows @ rows.mT`` in blocks; what is above it is not filled in."""
+    """Compute the lower triangle of ``rows @ rows.mT`` in blocks; entries above it are undefined."""
     product = rows.new_empty(len(rows), len(rows))
     for first in range(0, len(rows), _BLOCK):
         last = min(first + _BLOCK, len(rows))
@@ -228,21 +229,21 @@ def _symmetric_product(rows: Tensor) -> Tensor:
 
 
 def _factorise(normal: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factor of the damped lower triangle, and the damping: more where rounding has left it indefinite."""
+    """Return the Cholesky factor of the damped matrix, and the damping, raised if rounding made it indefinite."""
     diagonal = normal.diagonal()
     exact = diagonal.clone()
     mean, tiny = exact.mean(), torch.finfo(normal.dtype).tiny
     least = torch.finfo(normal.dtype).eps * exact.max() / mean.clamp(min=tiny)
     factor = None
     for _ in range(_ATTEMPTS):
-        diagonal.copy_(exact + damping * mean)  # in place: the matrix is the largest there is
+        diagonal.copy_(exact + damping * mean)  # in place, because the matrix is large
         found, failed = torch.linalg.cholesky_ex(normal)
         if not bool(failed) and bool(torch.isfinite(found.diagonal()).all()):
             factor = found
             break
         damping = torch.maximum(damping * _REPAIR, least)
     diagonal.copy_(exact)
-    if factor is None:  # nothing but noise or infinities: the steepest descent, no longer than is safe
+    if factor is None:  # the matrix is only noise or infinite: fall back to a short step of steepest descent
         factor = torch.diag(exact.abs().sum().clamp(min=tiny).sqrt().expand(len(normal)))
     return factor, damping
 

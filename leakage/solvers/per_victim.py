@@ -1,4 +1,4 @@
-"""A solver's state for all lanes, as an optimizer that Lightning can step and save."""
+"""A solver as a ``torch.optim.Optimizer``, which Lightning can step and save."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from leakage.solvers.solver import RUNNING, Evaluated, Problem, Solver, running
 
 
 class PerVictimOptimizer(Optimizer):
-    """A ``torch.optim.Optimizer`` that searches for V victims at once, each with a state of its own.
+    """A ``torch.optim.Optimizer`` that searches for V victims at once, with a separate state for each.
 
-    Parameters carry a leading victims' dimension, ``(V, ...)``; a *lane* is one index into it. Each
+    The leading dimension of every parameter, ``(V, ...)``, is the victim; a *lane* is one index into it. Each
     :meth:`step` evaluates the closure once and moves every running lane by the rules of the solver. A lane whose
-    ``status`` is no longer ``running`` does not move; :meth:`select` drops it, so that it costs
-    nothing more, :meth:`restart` begins it anew and :meth:`extend` adds further lanes.
+    ``status`` is no longer ``running`` does not move. Use :meth:`select` to drop lanes, :meth:`restart` to restart
+    them, and :meth:`extend` to add new ones.
 
     Attributes:
         lanes: the state of all lanes, see :class:`~leakage.solvers.Solver`, each ``(V, ...)``.
-        status, best_loss, iterations, evaluations: ``(V,)``, of that state.
+        status, best_loss, iterations, evaluations: entries of that state, ``(V,)``.
 
     Args:
         params: parameters, all with the same leading dimension.
-        solver: the rules.
-        problem: what the solver may use beside losses and gradients.
+        solver: the rules by which lanes move.
+        problem: what the solver may use in addition to losses and gradients.
 
     Raises:
-        ValueError: no parameters, several groups, leading dimensions that differ, or a problem that the solver can't
-            solve.
+        ValueError: if there are no parameters or several groups, if leading dimensions differ, or if the solver cannot
+            solve the problem.
 
     Example:
         >>> from leakage.solvers import LBFGS
@@ -75,7 +75,7 @@ class PerVictimOptimizer(Optimizer):
 
     @property
     def lanes(self) -> State:
-        """The state of all lanes."""
+        """State of all lanes."""
         return cast(State, self.state[self._params[0]])
 
     def _set_lanes(self, lanes: State) -> None:
@@ -93,12 +93,12 @@ class PerVictimOptimizer(Optimizer):
 
     @property
     def bytes_per_lane(self) -> int:
-        """What the state of one victim takes when it is largest."""
+        """Number of bytes of one victim's state at its largest size."""
         like = self._like(1)
         return sum(tensor.nbytes for tensor in (self._own(like) | self.solver.largest(like)).values())
 
     def best(self) -> list[Tensor]:
-        """The parameters of lowest loss since each lane began, shaped as the parameters."""
+        """Return the parameters with the lowest loss since each lane started, in the shapes of the parameters."""
         return self._unflatten(self.lanes["best"])
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class PerVictimOptimizer(Optimizer):
             The losses ``(V,)`` at the parameters before the move.
 
         Raises:
-            ValueError: no closure, losses of another shape, or a parameter without gradient.
+            ValueError: if there is no closure, losses have the wrong shape, or a parameter has no gradient.
         """
         if closure is None:
             raise ValueError("Expected a `closure` that returns the losses (V,), but got None.")
@@ -165,7 +165,7 @@ class PerVictimOptimizer(Optimizer):
 
     @torch.no_grad()
     def select(self, kept: Tensor) -> None:
-        """Keep the lanes at the given indices (or of a boolean mask), in that order; drop the others."""
+        """Keep the lanes at the given indices, in that order, or those of a boolean mask; drop the others."""
         for parameter in self._params:
             parameter.data = parameter.data[kept]
             parameter.grad = None
@@ -177,8 +177,8 @@ class PerVictimOptimizer(Optimizer):
         """Append lanes that start at ``values``, one ``(new, ...)`` tensor per parameter.
 
         Args:
-            values: where they start.
-            seeds: ``(new,)``, int64, for a solver that draws; by default 0.
+            values: starts of the new lanes.
+            seeds: ``(new,)``, int64, for a solver that draws random numbers; by default 0.
         """
         fresh = self.solver.match(self._fresh(len(values[0]), seeds), self.lanes)
         self._set_lanes({name: torch.cat([tensor, fresh[name]]) for name, tensor in self.lanes.items()})
@@ -188,7 +188,7 @@ class PerVictimOptimizer(Optimizer):
 
     @torch.no_grad()
     def restart(self, chosen: Tensor, *values: Tensor, seeds: Tensor | None = None) -> None:
-        """Begin the lanes at the given indices anew, with ``values`` and ``seeds`` as for :meth:`extend`."""
+        """Restart the lanes at the given indices, with ``values`` and ``seeds`` as in :meth:`extend`."""
         self.solver.renew(self.lanes, chosen, self._fresh(len(chosen), seeds))
         for parameter, value in zip(self._params, values, strict=True):
             parameter.data[chosen] = value.to(parameter.data)
@@ -200,10 +200,10 @@ class PerVictimOptimizer(Optimizer):
         ]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore lanes of any number, with the dtypes they were saved in (the base class would cast them).
+        """Restore any number of lanes with their saved dtypes, which the base class would change.
 
         Raises:
-            ValueError: the state of another solver.
+            ValueError: if the state belongs to another solver.
         """
         with restoring("the state of the solver"):
             lanes = {name: tensor.to(self._params[0].device) for name, tensor in state_dict["state"][0].items()}

@@ -20,23 +20,23 @@ _CURVATURE = 1e-10
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class PlainLBFGS(Remembering):
-    """The published search: every victim follows the iterates of ``torch.optim.LBFGS``.
+    """The published search of DLG and iDLG: every victim follows the iterates of ``torch.optim.LBFGS``.
 
-    It is what DLG and iDLG were published with: full steps of length ``lr`` without a line search, ``max_calls`` calls
-    of ``step`` with ``max_iterations`` iterations each, and the loss compared with ``tolerance`` every ``check_every``
-    calls. Nothing keeps a victim from diverging; the iterate of lowest loss is kept nevertheless. Use
-    :class:`leakage.solvers.LBFGS` to succeed more often in less time, and where pixels have to stay in a box.
+    It makes full steps of length ``lr`` without a line search: ``max_calls`` calls of ``step`` with ``max_iterations``
+    iterations each. The loss is compared with ``tolerance`` every ``check_every`` calls. Victims may diverge; the
+    iterate with the lowest loss is kept. Use :class:`leakage.solvers.LBFGS` for more successes in less time, or if
+    pixels must stay in a box.
 
     Args:
-        lr: length of every step but the first, which is ``lr * min(1, 1 / |g|_1)``.
-        history_size: pairs (s, y) each victim remembers.
+        lr: length of every step except the first, which has length ``lr * min(1, 1 / |g|_1)``.
+        history_size: number of pairs (s, y) that each victim remembers.
         max_iterations: iterations per call.
         max_calls: calls after which a victim is exhausted.
-        check_every: calls between two comparisons with ``tolerance``; the first call is compared.
+        check_every: calls between two comparisons with ``tolerance``, starting with the first call.
         tolerance: a victim has converged when its loss is below this.
 
     Raises:
-        ValueError: an option out of its range; in ``fit``, a box.
+        ValueError: if an option is out of range; in ``fit``, if the problem has a box.
 
     References:
         Zhu et al., *Deep Leakage from Gradients*, NeurIPS 2019, https://arxiv.org/abs/1906.08935.
@@ -64,13 +64,13 @@ class PlainLBFGS(Remembering):
         check_not_negative(tolerance=self.tolerance)
 
     def fit(self, problem: Problem) -> Solver:
-        """The same, where points may be anywhere."""
+        """Return this solver, unless points must stay in a box."""
         if problem.project is not None:
-            raise ValueError("Expected no box with PlainLBFGS, which has no way to stay in it, but got one. Use LBFGS.")
+            raise ValueError("Expected no box with PlainLBFGS, which cannot stay in one, but got one. Use LBFGS.")
         return self
 
     def fresh(self, like: Tensor) -> State:
-        """History, loss and gradient at the previous iterate, the step from there, and how many calls there were."""
+        """Return history, loss and gradient at the previous iterate, the step from it, and the number of calls."""
         count = torch.zeros(len(like), dtype=torch.long, device=like.device)
         return {
             **fresh_history(len(like), like.shape[1], self.history_size, like),
@@ -82,11 +82,11 @@ class PlainLBFGS(Remembering):
         }
 
     def move(self, lanes: State, at: Evaluated) -> Tensor:
-        """One iteration for each victim."""
+        """Make one iteration for each victim."""
         point, losses, gradient, finite = at.point, at.losses, at.gradient, at.finite
         settle(lanes, ~finite, DIVERGED)
         flat = gradient.abs().amax(1) <= _TOLERANCE_GRADIENT
-        # Does this evaluation end a call? Then the next call evaluates the same point first.
+        # If this evaluation ends a call, the next call first evaluates the same point.
         ends = (lanes["in_call"] > 0) & (
             flat
             | (lanes["step"].abs().amax(1) <= _TOLERANCE_CHANGE)
@@ -99,8 +99,8 @@ class PlainLBFGS(Remembering):
         settle(lanes, checked & (losses < self.tolerance), CONVERGED)
         settle(lanes, lanes["calls"] >= self.max_calls, EXHAUSTED)
         lanes["evaluations"] += ends & running(lanes)
-        # A call that starts where the gradient vanishes does nothing, and so would all that follow, until one
-        # of them is compared.
+        # A call that starts at a vanishing gradient does nothing, and neither do the following ones, until one is
+        # compared with the tolerance.
         below = losses < self.tolerance if self.tolerance > 0 else flat
         settle(lanes, starts & flat & below, CONVERGED)
         settle(lanes, starts & flat, STALLED)
@@ -113,7 +113,7 @@ class PlainLBFGS(Remembering):
         direction = push_and_recurse(history, self.history_size, pushed, lanes["step"], change, gradient)
         lanes.update(history)
         length = self.lr * torch.where(first, torch.clamp(1 / gradient.abs().sum(1), max=1.0), 1.0)
-        # Nor does a call that finds no descent: the next one would start from the same state.
+        # A call that finds no descent does nothing either: the next one would start from the same state.
         uphill = (direction * gradient).sum(1) > -_TOLERANCE_CHANGE
         settle(lanes, uphill & below, CONVERGED)
         settle(lanes, uphill, STALLED)

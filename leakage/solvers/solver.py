@@ -1,4 +1,4 @@
-"""What a solver is: rules by which each victim moves, with a state of its own."""
+"""The base class of solvers: rules by which victims move, with a separate state for each."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from torch import Tensor
 from leakage.pieces import Piece, State
 
 STATUS = ("running", "converged", "stalled", "diverged", "exhausted", "uninformative")
-"""How a victim stands: still searching, below the tolerance, without progress, not finite, out of budget, with a
-gradient that says nothing."""
+"""Status of a victim: still searching, below the tolerance, without progress, not finite, out of budget, or with a
+gradient that carries no information."""
 RUNNING, CONVERGED, STALLED, DIVERGED, EXHAUSTED, UNINFORMATIVE = range(6)
 
 STEERING = "steering"
-"""Entries of a solver's state under this name steer the objective, see :class:`Solver`."""
+"""Prefix of the entries of a solver's state that steer the objective, see :meth:`Solver.fresh`."""
 
-# Residuals (L, M) of some lanes, from their unknowns (L, D) and the lanes' numbers (L,); row by row independent.
+# Residuals (L, M) from unknowns (L, D) and lane indices (L,); rows are independent.
 Equations = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
 class Problem:
-    """What a solver may use beside losses and gradients.
+    """What a solver may use in addition to losses and gradients.
 
     Attributes:
-        num_images: N, the images behind one gradient.
-        project: puts points ``(V, D)`` back where they may be; None if they may be anywhere.
-        preconditioner: multiplies vectors ``(V, D)`` by the covariance that unknowns have; None if it is not known.
-        equations: residuals whose squared norm is the loss; None if the loss has none.
-        num_equations: M, of one victim.
-        num_unknowns: D, of one victim.
-        element_size: bytes of a number.
-        written: the unknowns in words.
+        num_images: N, the number of images behind one gradient.
+        project: projects points ``(V, D)`` onto the allowed set; None if there are no bounds.
+        preconditioner: multiplies vectors ``(V, D)`` by the typical covariance of unknowns; None if unknown.
+        equations: residuals whose squared norm is the loss; None if the loss is not a sum of squares.
+        num_equations: M, the number of equations of one victim.
+        num_unknowns: D, the number of unknowns of one victim.
+        element_size: bytes per element.
+        written: description of the unknowns, for messages.
     """
 
     num_images: int = 1
@@ -50,14 +50,14 @@ class Problem:
 
 @dataclass
 class Evaluated:
-    """An evaluation of V lanes.
+    """An evaluation of the objective for V lanes.
 
     Attributes:
-        point: ``(V, D)``, where.
-        losses: ``(V,)``.
-        gradient: ``(V, D)``.
+        point: ``(V, D)``, the unknowns.
+        losses: ``(V,)``, the losses at ``point``.
+        gradient: ``(V, D)``, the gradients of the losses.
         finite: ``(V,)``, whether loss and gradient are finite.
-        problem: what is solved.
+        problem: the problem to solve.
     """
 
     point: Tensor
@@ -68,12 +68,12 @@ class Evaluated:
 
 
 class Solver(Piece, ABC):
-    """Moves the unknowns of many victims after each evaluation of the objective, each by a state of its own.
+    """Base class of solvers, which move the unknowns of many victims after each evaluation of the objective.
 
-    A *lane* is one index into the victims' dimension. Of your own: write :meth:`move`, and :meth:`fresh` if it keeps a
-    state of its own. Beside that, the lanes' state has ``status (V,)`` (indices into :data:`STATUS`; end a lane with
-    :func:`settle`), ``best_loss (V,)`` and ``best (V, D)`` (the lowest loss so far, and where), ``iterations (V,)``
-    (steps taken, which the solver counts; those of lanes that have ended are put back) and ``evaluations (V,)``.
+    A *lane* is one index into the victims' dimension. To write a solver, implement :meth:`move`, and :meth:`fresh` if
+    it has a state. In addition to this state, lanes have ``status (V,)`` (indices into :data:`STATUS`; end a lane with
+    :func:`settle`), ``best_loss (V,)`` and ``best (V, D)`` (the lowest loss so far, and its point), ``iterations (V,)``
+    (number of steps, incremented by the solver; changes for ended lanes are undone) and ``evaluations (V,)``.
 
     Example:
         >>> class Descent(Solver):
@@ -88,78 +88,78 @@ class Solver(Piece, ABC):
     """
 
     def fresh(self, like: Tensor) -> State:
-        """The state of lanes that have not been evaluated yet, each entry ``(V, ...)``; by default none.
+        """Return the state of lanes that have not been evaluated yet, each entry ``(V, ...)``; empty by default.
 
-        An entry ``seed (V,)``, int64, is for a solver that draws: an attack fills it with one for each victim and
-        restart. A solver steers the objective by ``"steering/sharpness" (V,)``, that of
-        :func:`~leakage.clients.smoothing.smoothed` networks, and ``"steering/fading" (V,)``, which multiplies the
-        weights of priors.
+        A solver that draws random numbers adds an entry ``seed (V,)``, int64, which the attack fills with one seed for
+        each victim and restart. A solver can steer the objective by ``"steering/sharpness" (V,)``, the sharpness of
+        :func:`~leakage.clients.smoothing.smoothed` networks, and ``"steering/fading" (V,)``, a factor on the weights of
+        priors.
 
         Args:
-            like: ``(V, D)``, for its shape, precision and device.
+            like: ``(V, D)``, a tensor with the shape, precision and device of the unknowns.
         """
         return {}
 
     @abstractmethod
     def move(self, lanes: State, at: Evaluated) -> Tensor:
-        """The next points ``(V, D)``; what is given for lanes that are not running is not used.
+        """Return the next points ``(V, D)``; those of lanes that are not running are ignored.
 
         Args:
-            lanes: the state of all lanes, changed in place or entry by entry.
-            at: the evaluation that has just been made.
+            lanes: the state of all lanes; update tensors in place or replace entries.
+            at: the latest evaluation.
         """
 
     def fit(self, problem: Problem) -> Solver:
-        """The solver as it is for this problem.
+        """Return this solver, or a copy adapted to the problem.
 
         Raises:
-            ValueError: one that it can't solve.
+            ValueError: if the solver cannot solve the problem.
         """
         return self
 
     def meet_new_objective(self, lanes: State, chosen: Tensor, target: Tensor) -> Tensor:
-        """The objective of the lanes at these indices has changed: forget what is known of the old one.
+        """Discard what is known of the objective of some lanes, because it has changed.
 
-        By default they begin anew at their best points.
+        By default these lanes restart at their best points.
 
         Args:
             lanes: the state of all lanes, changed in place.
-            chosen: indices.
-            target: the points ``(V, D)`` that :meth:`move` has given.
+            chosen: indices of the lanes.
+            target: the points ``(V, D)`` returned by :meth:`move`.
 
         Returns:
-            The next points.
+            The next points ``(V, D)``.
         """
         target = target.clone()
         target[chosen] = lanes["best"][chosen]
         self.renew(lanes, chosen, self.fresh(target[chosen]))
         return target
 
-    # Where a state is large, a solver may lay it out in its own way.
+    # A solver with a large state may choose its own layout.
 
     def largest(self, like: Tensor) -> State:
-        """The state of lanes when it is largest."""
+        """Return the state of lanes at its largest size."""
         return self.fresh(like)
 
     def match(self, fresh: State, lanes: State) -> State:
-        """Give a fresh state the shapes of the present one, to stand behind it."""
+        """Give a fresh state the shapes of the present one, so that it can be appended."""
         return fresh
 
     def select(self, lanes: State, kept: Tensor) -> State:
-        """The state of the lanes at these indices; the present one is not used any more."""
+        """Return the state of the lanes at these indices; ``lanes`` is no longer used afterwards."""
         return {name: tensor[kept] for name, tensor in lanes.items()}
 
     def renew(self, lanes: State, chosen: Tensor, fresh: State) -> None:
-        """Make the state of the lanes at these indices a fresh one."""
+        """Replace the state of the lanes at these indices by a fresh one."""
         for name, tensor in self.match(fresh, lanes).items():
             lanes[name][chosen] = tensor
 
 
 def settle(lanes: State, chosen: Tensor, status: int) -> None:
-    """End the chosen lanes with a status, an index into :data:`STATUS`, where they are still running."""
+    """End those of the chosen lanes that are running, with a status, an index into :data:`STATUS`."""
     lanes["status"] = torch.where(chosen & (lanes["status"] == RUNNING), status, lanes["status"])
 
 
 def running(lanes: State) -> Tensor:
-    """``(V,)``, whether each lane is still searching."""
+    """Return ``(V,)``, whether each lane is still searching."""
     return lanes["status"] == RUNNING

@@ -1,4 +1,4 @@
-"""A preconditioner for searches over images: the power spectrum that images have."""
+"""A preconditioner for searches over images: the typical power spectrum of images."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from torch import Tensor
 
 from leakage.errors import check_count
 
-# Amplitude of the spatial frequency f (cycles per two pixels): (f + _KNEE) ** -_DECAY. Natural images have a decay of
-# about 1, drawings and digits less; chosen on victims of MNIST, FashionMNIST and CIFAR-10 by evaluations needed.
+# Amplitude at spatial frequency f (cycles per two pixels): (f + _KNEE) ** -_DECAY. Natural images have a decay of about
+# 1, drawings and digits less. Chosen for the fewest evaluations on victims of MNIST, FashionMNIST and CIFAR-10.
 _DECAY, _KNEE = 0.7, 0.05
 # Amplitude of the two opponent colours (red-green, yellow-blue) relative to that of brightness.
 _COLOUR = 0.4
-# Amplitude of label logits relative to that of pixels: they move by about ten where a pixel moves by less than one. On
-# DLG's victims of MNIST, FashionMNIST and CIFAR-10 100 to 300 times the variance needs the fewest evaluations.
+# Amplitude of label logits relative to that of pixels: logits move by about ten, pixels by less than one. For DLG on
+# victims of MNIST, FashionMNIST and CIFAR-10, a ratio of variances of 100 to 300 needs the fewest evaluations.
 _LOGIT = 10.0
 # Brightness, red-green and yellow-blue, orthonormal.
 _OPPONENT = ((3**-0.5, 3**-0.5, 3**-0.5), (2**-0.5, -(2**-0.5), 0.0), (6**-0.5, 6**-0.5, -2 * 6**-0.5))
 
 
 class ImageSpectrum:
-    r"""Multiplies by the covariance that images have: smooth brightness varies most, fine colour least.
+    r"""Multiply by the typical covariance of images: smooth brightness varies most, fine colour least.
 
     .. math:: P = T T^\top, \quad T = M^\top F^\top \mathrm{diag}(a),
         \quad a(f) \propto (f + 0.05)^{-0.7}
 
-    with F the two-dimensional cosine transform and M the rotation to opponent colours (images of
-    three channels; otherwise the identity), whose two colours have 0.4 times the amplitude. As the
-    initial inverse Hessian of L-BFGS this is the same as searching for :math:`T^{-1} x` in place of x:
-    the objective and its minima stay as they are, but the search goes first where images differ most.
-    Unknowns after the images', the logits of labels, have ten times the amplitude of pixels.
+    where F is the two-dimensional cosine transform and M the rotation to opponent colours, whose two colours have 0.4
+    times the amplitude (for images with three channels; otherwise M is the identity). Using P as the initial inverse
+    Hessian of L-BFGS is equivalent to searching for :math:`T^{-1} x` instead of x: the objective and its minima do not
+    change, but the search first moves in the directions in which images differ most. Label logits, which follow the
+    pixels among the unknowns, have ten times the amplitude of pixels.
 
     Args:
-        num_images: N.
+        num_images: N, the number of images of a victim.
         image_shape: ``(C, H, W)``.
 
     Raises:
-        ValueError: a count or size below 1.
+        ValueError: if a count or size is below 1.
 
     References:
         Field, *Relations between the statistics of natural images and the response properties of cortical
@@ -64,10 +64,10 @@ class ImageSpectrum:
             amplitudes[1:] *= _COLOUR
         mixing = torch.tensor(_OPPONENT, dtype=torch.float64)
         self._exact = [_cosines(height), _cosines(width), amplitudes.square(), mixing]
-        self._used = self._exact  # the same in the precision, and on the device, of the last vectors
+        self._used = self._exact  # with the dtype and on the device of the last vectors
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """:math:`P v` of vectors ``(V, D)``, the first N*C*H*W entries of which are the images'."""
+        """Return :math:`P v` for vectors ``(V, D)`` whose first N*C*H*W entries are pixels."""
         rows, columns, power, mixing = self._matrices(vectors)
         size = math.prod(self.shape)
         images = rows @ vectors[:, :size].reshape(-1, *self.shape) @ columns.mT
@@ -80,7 +80,7 @@ class ImageSpectrum:
         return torch.cat([images.flatten(1), _LOGIT**2 * vectors[:, size:]], dim=1)
 
     def root(self, vectors: Tensor) -> Tensor:
-        r""":math:`T v` of vectors ``(V, D)``, from frequencies to pixels; :math:`T T^\top` is P."""
+        r"""Return :math:`T v` for vectors ``(V, D)``, from frequencies to pixels; :math:`T T^\top` is P."""
         rows, columns, power, mixing = self._matrices(vectors)
         size = math.prod(self.shape)
         images = vectors[:, :size].reshape(-1, *self.shape) * power.sqrt()
@@ -90,7 +90,7 @@ class ImageSpectrum:
         return torch.cat([images.flatten(1), _LOGIT * vectors[:, size:]], dim=1)
 
     def _matrices(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Cosines of rows and columns, powers and mixing, in the precision and on the device of ``like``."""
+        """Return cosines of rows and columns, powers and mixing, with the dtype and on the device of ``like``."""
         if (self._used[0].dtype, self._used[0].device) != (like.dtype, like.device):
             self._used = [tensor.to(like) for tensor in self._exact]
         rows, columns, power, mixing = self._used
@@ -98,7 +98,7 @@ class ImageSpectrum:
 
 
 def _cosines(size: int) -> Tensor:
-    """The orthonormal cosine transform (DCT-II) of ``size`` values, ``(frequencies, values)``."""
+    """Return the orthonormal cosine transform (DCT-II) of ``size`` values, ``(frequencies, values)``."""
     frequencies, values = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)
     transform = torch.cos(torch.pi * frequencies * (values + 0.5) / size) * math.sqrt(2 / size)
     transform[0] /= math.sqrt(2)
