@@ -1,10 +1,10 @@
-"""The first picture of the README: what clients share, and how iDLG makes their images of it.
+"""The first picture of the README: shared gradients, and the images that iDLG recovers from them.
 
     python experiments/idlg/front_picture.py --datasets cifar10 fashion_mnist mnist --victims 2 1 1 \
         --output docs/front.png
 
-Each row is a victim with one test image and a LeNet of its own, the first ones of the seed: none is chosen by its
-result. The gradient is drawn entry by entry. `--datasets` takes names and folders as `table1.py` does.
+Each row is a victim with one test image and its own LeNet. The victims are the first ones of the seed; none is chosen
+by its result. The gradient is drawn entry by entry. `--datasets` takes names and folders, as `table1.py` does.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from leakage.datamodules import GroundTruth, Victims
 from leakage.plots import plot_gallery, save_figure
 
 MOMENTS = (0, 5, 10, 20, 40)
-# Of the largest entries, this share is drawn in full colour: most entries are far smaller.
+# Share of the entries, the largest ones, to draw in full colour; most entries are far smaller.
 SATURATED = 0.02
 BLUE, WHITE, RED = torch.tensor([[0.13, 0.35, 0.75], [1.0, 1.0, 1.0], [0.80, 0.18, 0.15]])
 
 
 class Moments(Callback):
-    """Keeps the best iterate of each victim at some of its iterations."""
+    """Keep the best iterate of each victim at some of its iterations."""
 
     def __init__(self) -> None:
         self.seen: dict[int, dict[int, Tensor]] = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        """Look at all victims in the lanes."""
+        """Store the best iterates of all victims in the lanes that have reached a moment."""
         current = pl_module.current()
         for index, (victim, iterations) in enumerate(
             zip(current.ids.tolist(), current.iterations.tolist(), strict=True)
@@ -47,7 +47,7 @@ class Moments(Callback):
 
 
 def gradient_picture(gradient: Tensor) -> Tensor:
-    """The entries as a square: blue below zero, red above, pale near it."""
+    """Draw the entries as a square image: blue below zero, red above, pale near zero."""
     side = int(len(gradient) ** 0.5)
     square = gradient[: side * side].view(side, side)
     scaled = (square / square.abs().quantile(1 - SATURATED)).clamp(-1, 1).abs().sqrt() * square.sign()
@@ -56,7 +56,7 @@ def gradient_picture(gradient: Tensor) -> Tensor:
 
 
 def rows_of(dataset: str, count: int, seed: int) -> list[tuple[list[Tensor | None], list[str]]]:
-    """Pictures and captions of the first victims of a data set."""
+    """Return images and captions for the first victims of a data set."""
     victims = Victims(dataset, victims=count, seed=seed)
     attack, moments = IDLGAttack(seed=seed), Moments()
     trainer = Trainer(
@@ -87,9 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="front_picture.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--datasets", nargs="+", default=["sample"], help="names or folders (default: sample)")
-    parser.add_argument("--victims", nargs="+", type=int, default=[4], help="rows of each (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="the picture")
+    parser.add_argument("--victims", nargs="+", type=int, default=[4], help="number of rows per data set (default: 4)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of victims, networks and starts (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="file of the picture")
     given = parser.parse_args(arguments)
     if len(given.victims) != len(given.datasets):
         parser.error(f"Expected `--victims` with a number for each data set, but got {given.victims}.")

@@ -1,18 +1,18 @@
-"""Table 1 of iDLG: how often DLG and iDLG recover the label, and how often the image, per data set.
+"""Table 1 of iDLG: how often DLG and iDLG recover the label and the image, per data set.
 
     python experiments/idlg/table1.py --dataset mnist --victims 1000 --protocol published --output results/mnist
     python experiments/idlg/table1.py --dataset mnist --victims 500 --methods idlg rgap gauss_newton --threshold 1e-6 \
         --output results/mnist_exact
 
-Each victim has one image and a freshly drawn LeNet. The paper took 1,000 victims per data set
-(https://arxiv.org/abs/2001.02610); its figures stand beside ours in the table that is printed. `--protocol
-published` searches as the paper does, `--protocol robust` as this library does by default. R-GAP and Gauss-Newton
-(second order), which can be asked for by `--methods`, have one protocol.
+Each victim has one image and a freshly drawn LeNet. The paper used 1,000 victims per data set
+(https://arxiv.org/abs/2001.02610); the printed table shows its figures beside ours. `--protocol published` searches as
+the paper does, `--protocol robust` as this library does by default. R-GAP and Gauss-Newton (second order), available
+with `--methods`, have only one protocol.
 
-Several processes share the victims out among them: `--devices 2` on a machine with two cores, or two GPUs.
+To divide the victims among several processes, use for example `--devices 2`, with two cores or two GPUs.
 
-A run that was stopped, in whatever way, goes on with the same command and `--resume`, and ends with the results that it
-would have had. Without `--resume` a folder that holds results is refused, so that none are lost by mistake.
+To continue an interrupted run, repeat the command with `--resume`; its results are those of an uninterrupted run.
+Without `--resume`, a folder that holds results is refused, so that none are lost by mistake.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ METHODS: dict[str, Callable[..., GradientInversion]] = {
     "rgap": RGAPAttack,
     "gauss_newton": GaussNewtonAttack,
 }
-# Those of the table, which have a published protocol.
+# Methods with a published protocol, those of the paper's table.
 SEARCHES = ("dlg", "idlg")
-# Label accuracy in table 1 of the paper.
+# Label accuracy from table 1 of the paper.
 PUBLISHED = {
     "mnist": {"dlg": 0.899, "idlg": 1.0},
     "cifar100": {"dlg": 0.833, "idlg": 1.0},
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         victims = _victims(given)
         if given.protocol == "published" and not set(given.methods) & set(SEARCHES):
             raise ValueError(
-                f"Expected `--protocol published` with one of {', '.join(SEARCHES)}, but got others alone."
+                f"Expected `--protocol published` with one of {', '.join(SEARCHES)}, but got {given.methods}."
             )
         options = {"seed": given.seed, "success_threshold": given.threshold}
         attacks = {
@@ -70,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_output(given.output)
         if is_first_process() and not given.resume and holds_results(given.output):
             raise ValueError(
-                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
-                "with them, or choose another folder."
+                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to "
+                "continue that run, or choose another folder."
             )
         victims.prepare_data()
         victims.setup("fit")
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--victims", type=int, default=1000, help="number of victims (default: %(default)s)")
     parser.add_argument(
-        "--protocol", choices=("published", "robust"), default="robust", help="how to search (default: %(default)s)"
+        "--protocol", choices=("published", "robust"), default="robust", help="search protocol (default: %(default)s)"
     )
     parser.add_argument(
         "--methods", nargs="+", choices=tuple(METHODS), default=list(SEARCHES), help="default: dlg idlg"
@@ -123,25 +123,27 @@ def _parser() -> argparse.ArgumentParser:
         "--threshold",
         type=float,
         default=1e-3,
-        help="an image whose MSE is below counts as reconstructed (default: %(default)s)",
+        help="MSE below which an image counts as reconstructed (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for results")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
-    parser.add_argument("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
-    parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the output folder, if there is one")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of victims, networks and starts (default: %(default)s)"
+    )
+    parser.add_argument("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
-    parser.add_argument("--lanes", type=int, help="victims attacked at once (default: as many as pay)")
+    parser.add_argument("--lanes", type=int, help="victims attacked at once (default: chosen automatically)")
     parser.add_argument(
         "--precision",
         choices=("32-true", "64-true"),
         default="32-true",
-        help="64 bit for what stalls in 32 (default: %(default)s)",
+        help="64-true helps victims that stall in 32-true (default: %(default)s)",
     )
     parser.add_argument(
         "--devices",
         type=int,
         default=1,
-        help="processes, or GPUs, among which the victims are shared out (default: %(default)s)",
+        help="number of processes or GPUs to divide the victims among (default: %(default)s)",
     )
     parser.add_argument("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
     return parser

@@ -1,23 +1,23 @@
-r"""Attacks on networks that people train: PSNR of each, with the baselines that look at no gradient.
+r"""Attacks on networks as used in practice: PSNR of each attack, with baselines that use no gradient.
 
     python experiments/inverting_gradients/table.py --dataset cifar10 --network convnet --victims 20 \
         --attacks inverting_gradients gauss_newton --iterations 1600 --output results/convnet
     python experiments/inverting_gradients/table.py --dataset data/cifar10 --network resnet18 --epochs 5 --images 4 \
         --attacks inverting_gradients grad_inversion --output results/resnet18
 
-Victims hold test images, which no network was trained on. Each of an untrained network of up to half a million weights
-has a newly drawn one of its own; larger and trained ones are shared. The attacker is told the labels, unless
-`--infer-labels`. `--local-steps` of SGD are simulated by the attacks, with the clients' learning rate and order, or
-with those that they search for (`--hide-learning-rate`, `--shuffle`).
+Victims hold test images, which no network was trained on. An untrained network of up to half a million weights is drawn
+anew for each victim; larger or trained networks are shared. The attacker knows the labels, unless `--infer-labels` is
+given. Attacks simulate the `--local-steps` of SGD with the clients' learning rate and order, or search for these
+(`--hide-learning-rate`, `--shuffle`).
 
-An attack that does not beat every baseline (a grey image, the own mean colour of each image, the nearest training
-image) is marked in table and pictures. *Identified* is an image that its reconstruction is nearer to than to any of
-`--others` training images. Where there is one, the paper's figure stands beside ours (Inverting Gradients:
+An attack that does not beat every baseline (a grey image, each image's own mean colour, the nearest training image) is
+marked in the table and in the pictures. An image is *identified* if its reconstruction is nearer to it than to any of
+`--others` training images. Where the paper has a figure, it is shown beside ours (Inverting Gradients:
 https://arxiv.org/abs/2003.14053, CIFAR-10, one image, 4,800 iterations).
 
-Files in the output folder: `summary.json`, a row for each attack; `gallery.png`; `psnr_over_time.png`; and the folder
-`attacks` as of `experiments/comparison`. A run that was stopped, in whatever way, goes on with the same command and
-`--resume`, and ends with the results that it would have had. Without `--resume` a folder that holds results is refused.
+Files in the output folder: `summary.json`, with a row for each attack; `gallery.png`; `psnr_over_time.png`; and the
+folder `attacks`, written as by `experiments/comparison`. To continue an interrupted run, repeat the command with
+`--resume`; its results are those of an uninterrupted run. Without `--resume`, a folder that holds results is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from table_networks import (  # these two lie beside this script
+from table_networks import (  # in the folder of this script
     BATCH_NORM,
     Network,
     add_attack_options,
@@ -71,17 +71,17 @@ from records import holds_results
 
 PROTOCOLS = ("published", "robust")
 LABELS = ("random", "distinct", "equal")
-# Mean PSNR in dB in table 1 of Inverting Gradients, by network and whether it was trained.
+# Mean PSNR in dB from table 1 of Inverting Gradients, by network and whether it is trained.
 PUBLISHED = {("lenet", False): 18.00, ("lenet", True): 18.08, ("resnet20x4", False): 19.83, ("resnet20x4", True): 13.95}
 _SHOWN = 8
 
 
 class Table:
-    """One network's victims and the attacks on them: made ready and checked, then run.
+    """The victims of one network and the attacks on them: prepared and checked, then run.
 
     Raises:
-        ValueError: options that don't go together, or don't fit the data.
-        OSError: a folder that can't be written.
+        ValueError: if options contradict one another or do not fit the data.
+        OSError: if a folder cannot be written.
     """
 
     def __init__(self, given: argparse.Namespace) -> None:
@@ -96,8 +96,8 @@ class Table:
         check_output(given.output)
         if not given.resume and (holds_results(given.output) or holds_results(given.output / "attacks")):
             raise ValueError(
-                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
-                "with them, or choose another folder."
+                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to "
+                "continue that run, or choose another folder."
             )
         self.data.prepare_data()
         self.data.setup("fit")
@@ -106,7 +106,7 @@ class Table:
                 f"Expected `--others` of at most {len(self.data.train)}, the training images of {self.data.name!r}, "
                 f"but got {given.others}."
             )
-        # What can be refused is refused before anything is trained.
+        # Check all options before anything is trained.
         network = make_network(given, self.data, epochs=0)
         victims = make_victims(given, self.data, network)
         victims.setup("fit")
@@ -114,7 +114,7 @@ class Table:
             self._attack(name, network.model, generator_epochs=0)
 
     def run(self) -> list[TableRow]:
-        """Attack, and write what was found."""
+        """Run all attacks, write the results, and return the rows of the table."""
         given, folder = self.given, self.given.output / "attacks"
         network = make_network(given, self.data, given.epochs)
         victims = make_victims(given, self.data, network)
@@ -147,7 +147,7 @@ class Table:
         return rows
 
     def _attack(self, name: str, model: nn.Module, generator_epochs: int) -> GradientInversion:
-        """An attack as it was asked for."""
+        """Return the attack of this name, with the options of the command line."""
         given = self.given
         options: dict[str, Any] = {"seed": given.seed}
         options |= {} if name == "gauss_newton" else {"protocol": given.protocol}
@@ -183,11 +183,11 @@ class Table:
         psnr = MeanOverVictims()(score(images, truth.labels, truth.images, truth.labels).psnr.mean(1))
         generator = torch.Generator().manual_seed(derive_seed(given.seed, 0, "others"))
         others = public[torch.randperm(len(public), generator=generator)[: given.others]]
-        told = identified(images, truth.images, others).double().mean(1)
-        share = ShareOverVictims()(told)
+        found = identified(images, truth.images, others).double().mean(1)
+        share = ShareOverVictims()(found)
         by_features = None
         if given.epochs:
-            model = copy.deepcopy(network.model).eval()  # one in training mode mixes the images of a batch
+            model = copy.deepcopy(network.model).eval()  # in training mode it would mix the images of a batch
             seen = Features(model, embedding_layer(model, self.data.image_shape))
             by_features = float(identified(images, truth.images, others, seen).double().mean())
         means = {name: float(values.mean()) for name, values in baselines.items()}
@@ -232,9 +232,9 @@ class Table:
         for name, images in flat.items():
             decibels = -10 * (images - own).square().flatten(1).mean(1).log10()
             captions[name] = [f"{value:.1f} dB" if name != "truth" else "" for value in decibels.tolist()]
-        told = NETWORKS_WRITTEN[self.given.network]
+        network = NETWORKS_WRITTEN[self.given.network]
         epochs = f"after {self.given.epochs} epochs" if self.given.epochs else "untrained"
-        title = f"{self.data.name}, {told}, {epochs}"
+        title = f"{self.data.name}, {network}, {epochs}"
         figure = plot_gallery(
             [[images[place] for images in flat.values()] for place in range(shown)],
             columns=list(flat),
@@ -257,19 +257,19 @@ ATTACKS: dict[str, Callable[..., GradientInversion]] = {
 
 
 class Features(nn.Module):
-    """What a network makes of images before its last layer."""
+    """The features of images in a network: the inputs of its last layer."""
 
     def __init__(self, model: nn.Module, layer: str) -> None:
         super().__init__()
         self.model, self.layer = model, layer
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, D)`` of images ``(B, C, H, W)``, a hundred at a time."""
+        """Return features ``(B, D)`` of images ``(B, C, H, W)``, computed in batches of 100."""
         return torch.cat([embed(self.model, self.layer, some) for some in torch.split(images, 100)])
 
 
 def has_statistics(model: nn.Module) -> bool:
-    """Whether it has BatchNorm in evaluation mode, whose running statistics an attacker knows."""
+    """Return whether a model has BatchNorm in evaluation mode, whose running statistics the attacker knows."""
     return any(isinstance(module, _BatchNorm) and not module.training for module in model.modules())
 
 
@@ -302,15 +302,20 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--batch-norm", choices=BATCH_NORM, default="evaluation", help="mode of BatchNorm (default: %(default)s)")
     add("--attacks", nargs="+", choices=tuple(ATTACKS), default=["inverting_gradients"], help="default: %(default)s")
-    add("--protocol", choices=PROTOCOLS, default="published", help="of the attacks (default: %(default)s)")
-    add("--iterations", type=int, help="evaluations of the objective for each start (default: the protocol's)")
-    add("--labels", choices=LABELS, default="random", help="of a victim's images (default: %(default)s)")
-    add("--local-steps", type=int, default=1, help="of SGD, whose sum is shared (default: %(default)s)")
-    add("--local-learning-rate", type=float, default=1e-2, help="of several local steps (default: %(default)s)")
-    add("--hide-learning-rate", action="store_true", help="of local steps from the attacker, who searches for it")
-    add("--local-batch-size", type=int, help="images of a local step (default: all)")
-    add("--shuffle", action="store_true", help="take local batches in an order that the attacker is not told")
-    add("--generator-epochs", type=int, default=3, help="for gias (default: %(default)s)")
+    add("--protocol", choices=PROTOCOLS, default="published", help="protocol of the attacks (default: %(default)s)")
+    add("--iterations", type=int, help="evaluations of the objective per start (default: the protocol's)")
+    add("--labels", choices=LABELS, default="random", help="labels of a victim's images (default: %(default)s)")
+    add("--local-steps", type=int, default=1, help="local SGD steps, whose sum is shared (default: %(default)s)")
+    add(
+        "--local-learning-rate",
+        type=float,
+        default=1e-2,
+        help="learning rate of several local steps (default: %(default)s)",
+    )
+    add("--hide-learning-rate", action="store_true", help="hide the rate of local steps; the attacker searches for it")
+    add("--local-batch-size", type=int, help="images per local step (default: all)")
+    add("--shuffle", action="store_true", help="take local batches in an order unknown to the attacker")
+    add("--generator-epochs", type=int, default=3, help="epochs to train the generator of gias (default: %(default)s)")
     return parser
 
 

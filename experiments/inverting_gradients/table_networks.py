@@ -1,4 +1,4 @@
-"""The networks of `table.py` by name, untrained or trained, and the victims that share gradients of them."""
+"""The networks of `table.py`, untrained or trained, and the victims that share their gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from leakage.datamodules import LABELLED_DATASETS, LabelledImages, Victims
 from leakage.datamodules.benchmarks import BENCHMARKS
 from leakage.models import VGG11, ConvNet, LeNet, ResNet18, ResNet20, ViT, draw_state
 
-# Each is called with channels, size of the images and number of classes.
+# Each is called with the number of channels, the image size and the number of classes.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
     "convnet": partial(ConvNet, width=32, norm="none"),
@@ -35,17 +35,17 @@ WRITTEN = {
     "vit": "ViT",
 }  # fmt: skip
 BATCH_NORM = ("evaluation", "training")
-# More parameters than this are shared by all victims.
+# Networks with more parameters than this are shared by all victims.
 _SMALL = 500_000
 
 
 def add_options(parser: argparse.ArgumentParser, *, network: str, victims: int) -> None:
-    """Those of the data set, the network and the victims, which all scripts about such networks have.
+    """Add the options for data set, network and victims that all scripts on these networks share.
 
     Args:
-        parser: of the script.
-        network: that is taken by default.
-        victims: likewise.
+        parser: parser of the script.
+        network: default of ``--network``.
+        victims: default of ``--victims``.
     """
     add = parser.add_argument
     add(
@@ -53,38 +53,47 @@ def add_options(parser: argparse.ArgumentParser, *, network: str, victims: int) 
         required=True,
         help=f"one of {', '.join(LABELLED_DATASETS)}, or a folder of images in ImageFolder layout",
     )
-    add("--benchmark", choices=tuple(BENCHMARKS), help="the data set that a folder holds, whose statistics are used")
+    add("--benchmark", choices=tuple(BENCHMARKS), help="data set that a folder holds, to use its statistics")
     add("--image-size", type=int, help="scale and crop a folder's images to this height and width")
-    add("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    add("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     add("--network", choices=tuple(NETWORKS), default=network, help="default: %(default)s")
-    add("--epochs", type=int, default=0, help="of its training, 0 for none (default: %(default)s)")
-    add("--train-images", type=int, help="to train the network on (default: all)")
-    add("--learning-rate", type=float, help="of the network's training (default: that of leakage.clients.training)")
+    add("--epochs", type=int, default=0, help="training epochs of the network, 0 for none (default: %(default)s)")
+    add("--train-images", type=int, help="number of images to train the network on (default: all)")
+    add(
+        "--learning-rate", type=float, help="rate to train the network with (default: that of leakage.clients.training)"
+    )
     add("--networks", type=Path, help="folder that keeps trained networks (default: ~/.cache/leakage/networks)")
-    add("--victims", type=int, default=victims, help="default: %(default)s")
-    add("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
+    add("--victims", type=int, default=victims, help="number of victims (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of victims, networks and starts (default: %(default)s)")
     add("--output", type=Path, required=True, help="folder for results")
     add("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
 
 
 def add_attack_options(parser: argparse.ArgumentParser) -> None:
-    """Further ones of scripts that rebuild the victims' images."""
+    """Add the options of scripts that reconstruct the victims' images."""
     add = parser.add_argument
-    add("--images", type=int, default=1, help="of a victim (default: %(default)s)")
-    add("--infer-labels", action="store_true", help="read them off the gradient; else the attacker is told them")
-    add("--others", type=int, default=1000, help="training images to tell victims' from (default: %(default)s)")
+    add("--images", type=int, default=1, help="images per victim (default: %(default)s)")
+    add(
+        "--infer-labels", action="store_true", help="infer labels from the gradient; by default the attacker knows them"
+    )
+    add(
+        "--others",
+        type=int,
+        default=1000,
+        help="training images to distinguish victims' images from (default: %(default)s)",
+    )
     add("--lanes", type=int, default=16, help="victims attacked at once (default: %(default)s)")
-    add("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    add("--resume", action="store_true", help="continue the run in the output folder, if there is one")
 
 
 @dataclass
 class Network:
-    """What the victims are given.
+    """The network of the victims.
 
     Attributes:
-        model: images in [0, 1] to logits.
-        own: whether each victim draws weights of its own.
-        accuracy: on the test images, 0 to 1; None untrained.
+        model: maps images in [0, 1] to logits.
+        own: whether each victim draws its own weights.
+        accuracy: accuracy on the test images, 0 to 1; None if untrained.
     """
 
     model: nn.Module
@@ -93,12 +102,12 @@ class Network:
 
 
 def make_network(given: argparse.Namespace, data: LabelledImages, epochs: int) -> Network:
-    """The network that was asked for after so many epochs, from the cache if it is there.
+    """Return the requested network after this many epochs of training, from the cache if possible.
 
-    All but LeNet, which takes images as they are in the papers on attacks, normalise them first.
+    All networks normalise images first, except LeNet, which takes unnormalised images as in the papers on attacks.
 
     Raises:
-        ValueError: a network that does not fit the images.
+        ValueError: if the network does not fit the images.
     """
     channels, height, width = data.image_shape
     with torch.random.fork_rng(devices=[]):
@@ -127,9 +136,9 @@ def make_network(given: argparse.Namespace, data: LabelledImages, epochs: int) -
 
 
 def make_victims(given: argparse.Namespace, data: LabelledImages, network: Network) -> Victims:
-    """Victims with test images, which no network was trained on."""
-    told = not given.hide_learning_rate
-    local = {} if told and given.local_steps == 1 else {"learning_rate": given.local_learning_rate}
+    """Return victims with test images, which no network was trained on."""
+    reveal = not given.hide_learning_rate
+    local = {} if reveal and given.local_steps == 1 else {"learning_rate": given.local_learning_rate}
     return Victims(
         data.test,
         num_classes=data.num_classes,
@@ -144,6 +153,6 @@ def make_victims(given: argparse.Namespace, data: LabelledImages, network: Netwo
         local_steps=given.local_steps,
         local_batch_size=given.local_batch_size,
         shuffle=given.shuffle,
-        reveal_learning_rate=told,
+        reveal_learning_rate=reveal,
         **local,
     )

@@ -1,4 +1,4 @@
-"""What `table.py` found: its rows, the table, and the picture of PSNR over time."""
+"""Results of `table.py`: its rows, the printed table, and the plot of PSNR over time."""
 
 from __future__ import annotations
 
@@ -21,36 +21,37 @@ _BASELINES_WRITTEN = {"grey": "grey", "mean_colour": "own mean colour", "nearest
 
 @dataclass
 class TableRow:
-    """One attack's figures over all victims, a line of ``summary.json``.
+    """Figures of one attack over all victims, a row of ``summary.json``.
 
     Attributes:
-        attack: its name.
+        attack: name of the attack.
         protocol: ``"published"`` or ``"robust"``.
-        network: its name.
-        epochs: of its training, 0 for none.
-        test_accuracy: of the network, 0 to 1; None untrained.
-        images: of a victim.
+        network: name of the network.
+        epochs: number of training epochs, 0 for none.
+        test_accuracy: test accuracy of the network, 0 to 1; None if untrained.
+        images: number of images per victim.
         labels: ``"random"``, ``"distinct"`` or ``"equal"``.
-        labels_told: whether the attacker is told them.
-        local_steps: of a victim.
+        labels_told: whether the attacker knows the labels.
+        local_steps: number of local steps per victim.
         victims: number of victims.
-        psnr_mean: mean over victims, dB.
-        psnr_ci: its 95 % interval, after Student.
-        ssim_mean: mean over victims.
+        psnr_mean: mean PSNR over victims, dB.
+        psnr_ci: 95 % confidence interval of ``psnr_mean``, by Student's t.
+        ssim_mean: mean SSIM over victims.
         identified: share of the images that are nearer to their reconstruction than any of ``others`` is, by MSE.
-        identified_ci: its 95 % Wilson interval.
-        identified_features: the same by the features before the last layer of the trained network; None untrained.
+        identified_ci: 95 % Wilson interval of ``identified``.
+        identified_features: share identified by the trained network's features before its last layer; None if
+            untrained.
         others: number of other images.
         baseline_grey: mean PSNR of a grey image, dB.
-        baseline_mean_colour: of the image's own mean colour.
-        baseline_nearest: of the training image nearest to it.
+        baseline_mean_colour: mean PSNR of each image's own mean colour, dB.
+        baseline_nearest: mean PSNR of the nearest training image, dB.
         below: names of the baselines that the attack does not beat.
-        label_accuracy: share of the images whose label is right.
+        label_accuracy: share of the images with the correct label.
         iterations: mean number of evaluations of the objective and its gradient, over all starts.
-        seconds_per_victim: in the attack.
-        published_psnr: the paper's figure, dB, where there is one.
-        learning_rate_error: of the clients' rate as it was found, relative to the true one, median over victims; None
-            where it is told.
+        seconds_per_victim: run time of the attack per victim.
+        published_psnr: the paper's figure, dB; None if it has none.
+        learning_rate_error: median over victims of the relative error of the recovered learning rate; None if the
+            attacker knows the rate.
     """
 
     attack: str
@@ -82,7 +83,7 @@ class TableRow:
 
 
 def format_table(rows: Sequence[TableRow]) -> str:
-    """The rows as a table for the terminal; a star marks an attack that does not beat every baseline."""
+    """Format the rows as a table for the terminal; a star marks attacks that do not beat every baseline."""
     lines = [["", "PSNR", "published", "SSIM", "identified", "labels", "iterations", "time"]]
     for row in rows:
         low, high = row.psnr_ci
@@ -100,17 +101,17 @@ def format_table(rows: Sequence[TableRow]) -> str:
             ]
         )
     first = rows[0]
-    told = [f"{_BASELINES_WRITTEN[name]} {getattr(first, f'baseline_{name}'):.1f} dB" for name in BASELINES]
-    notes = [f"Without any gradient: {', '.join(told)}."]
+    baselines = [f"{_BASELINES_WRITTEN[name]} {getattr(first, f'baseline_{name}'):.1f} dB" for name in BASELINES]
+    notes = [f"Baselines without the gradient: {', '.join(baselines)}."]
     for row in rows:
         if row.below:
             names = " and ".join(_BASELINES_WRITTEN[name] for name in row.below)
-            notes.append(f"* {WRITTEN[row.attack]} does not beat {names}: it shows nothing here.")
+            notes.append(f"* {WRITTEN[row.attack]} does not beat {names}, so it demonstrates no leakage.")
     return "\n".join([align(lines), "", *notes])
 
 
 def plot_time(rows: Sequence[TableRow], title: str) -> Figure:
-    """PSNR over the time that each attack takes for a victim, with the baselines as lines."""
+    """Plot PSNR over the run time of each attack per victim, with the baselines as lines."""
     figure = new_figure(7.2, 3.8)
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
@@ -124,7 +125,7 @@ def plot_time(rows: Sequence[TableRow], title: str) -> Figure:
         level = getattr(rows[0], f"baseline_{name}")
         axes.axhline(level, color=PALE, linestyle=style, linewidth=1, label=_BASELINES_WRITTEN[name])
     axes.set_xscale("log")
-    axes.set_xlabel("seconds for a victim", color=INK)
+    axes.set_xlabel("seconds per victim", color=INK)
     axes.set_ylabel("PSNR, dB", color=INK)
     axes.set_title(title, fontsize=10, color=INK)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

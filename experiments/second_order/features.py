@@ -1,15 +1,16 @@
-r"""How exactly the gradient of a batch gives the last layer's inputs of each of its images, by `separate_features`.
+r"""How exactly `separate_features` recovers the last layer's inputs for each image from the gradient of a batch.
 
     python experiments/second_order/features.py --dataset mnist --images 2 4 8 --labels random equal \
         --output features.json
 
-An image is found if its features, paired one-to-one with the true ones of its victim at the least total squared error,
-are wrong by less than 1e-4 or 1e-2 of their length. The attacker knows the network and the labels. The true features
-are the auditor's, from the true images in double precision. Then one label of each victim is replaced by another, at
-random: the ratio of the residual with it to the one with the right labels says how well wrong labels can be told.
+Recovered features are paired one-to-one with the true features of the victim, at the least total squared error. An
+image counts as found if the error of its features is below 1e-4 or 1e-2 of their length. The attacker knows the network
+and the labels. The auditor computes the true features from the true images in double precision. Then one random label
+of each victim is replaced by another class. The ratio of the residual with this label to the residual with the correct
+labels measures how well wrong labels can be detected.
 
-Untrained networks are drawn anew for each victim, where they are small, and trained ones are shared and hold none of
-the victims' images. Seconds are those of `separate_features` with the right labels.
+Small untrained networks are drawn anew for each victim. Trained networks are shared, and were not trained on the
+victims' images. Run times are those of `separate_features` with the correct labels.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reach_options import check_given, make_cells  # these two lie beside this script
+from reach_options import check_given, make_cells  # in the folder of this script
 from reach_victims import WRITTEN, Cell, make_network, make_victims
 from restoration_options import TRAINING_IMAGES  # in experiments/labels, which reach_victims has put on the path
 from torch import Tensor
@@ -42,9 +43,9 @@ from leakage.metrics import match, wilson_interval
 from leakage.models.layers import ACTIVATIONS
 from leakage.seeds import derive_seed
 
-# Wrong labels are told for sure where the residual grows by more than this.
+# A wrong label counts as detected if the residual grows by more than this factor.
 TOLD = 100.0
-# What reach.py can be asked for, and this script can't.
+# Options of reach.py that this script fixes.
 _FIXED: dict[str, Any] = {
     "norm": None, "noise": [0.0], "half": False, "infer_labels": False, "lanes": 64, "why": 0, "methods": [],
     "max_steps": None, "max_evaluations": None, "restarts": None, "train_images": None, "learning_rate": None,
@@ -54,23 +55,24 @@ _FIXED: dict[str, Any] = {
 
 @dataclass
 class FeaturesRow:
-    """One cell of the sweep.
+    """Results of one cell of the sweep.
 
     Attributes:
-        victims: V.
-        own_weights: whether each drew a network of its own.
-        test_accuracy: of a trained network, 0 to 1; None untrained.
-        below_1e4: share of victims of whom all images have features wrong by less than 1e-4 of their length.
-        below_1e4_ci: its 95 % Wilson interval over victims, as all others.
-        below_1e2: see ``below_1e4``.
-        below_1e2_ci: see there.
-        error_median: over victims, of their worst image.
-        residual_median: of `SeparatedFeatures`, over victims.
-        seconds_per_victim: mean.
-        wrong_ratio_min: over victims, residual with a wrong label over that with the right ones.
-        wrong_ratio_median: see there.
-        wrong_told: share of victims where that is above 100.
-        wrong_told_ci: see there.
+        victims: number of victims.
+        own_weights: whether each victim has its own network.
+        test_accuracy: test accuracy of a trained network, 0 to 1; None if untrained.
+        below_1e4: share of the victims whose features all have an error below 1e-4 of their length.
+        below_1e4_ci: 95 % Wilson interval of ``below_1e4``.
+        below_1e2: share of the victims whose features all have an error below 1e-2 of their length.
+        below_1e2_ci: 95 % Wilson interval of ``below_1e2``.
+        error_median: median over victims of the error of their worst image.
+        residual_median: median over victims of the residual of `SeparatedFeatures`.
+        seconds_per_victim: mean run time per victim.
+        wrong_ratio_min: minimum over victims of the ratio of the residual with a wrong label to that with the correct
+            labels.
+        wrong_ratio_median: median over victims of this ratio.
+        wrong_told: share of the victims with a ratio above 100.
+        wrong_told_ci: 95 % Wilson interval of ``wrong_told``.
     """
 
     dataset: str
@@ -97,7 +99,7 @@ class FeaturesRow:
 
 
 def true_features(shared: SharedGradient, victim: Victim, images: Tensor) -> Tensor:
-    """``(V, N, D)`` in float64, the inputs of the last layer for the true images ``(V, N, C, H, W)``."""
+    """Return the inputs of the last layer for the true images ``(V, N, C, H, W)``: ``(V, N, D)``, float64."""
     shared = shared.to(torch.float64)
     rows = []
     for row, own in enumerate(images):
@@ -107,13 +109,13 @@ def true_features(shared: SharedGradient, victim: Victim, images: Tensor) -> Ten
 
 
 def feature_errors(found: Tensor, truth: Tensor) -> Tensor:
-    r"""``(V, N)``, :math:`\lVert \hat h - h \rVert / \lVert h \rVert` of each image, paired one-to-one.
+    r"""Return :math:`\lVert \hat h - h \rVert / \lVert h \rVert` of each image, ``(V, N)``, paired one-to-one.
 
     Args:
-        found: ``(V, N, D)``.
-        truth: ``(V, N, D)``, likewise in float64.
+        found: recovered features ``(V, N, D)``, float64.
+        truth: true features ``(V, N, D)``, float64.
     """
-    # `match` limits errors to those that pixels have, so features are made as large.
+    # `match` clips errors to the range of pixels, so features are scaled to that range.
     size = truth.square().mean((1, 2), keepdim=True).sqrt()
     order = match(*((features / size)[:, :, None, None] for features in (found, truth)))
     paired = found.gather(1, order[..., None].expand_as(found))
@@ -122,7 +124,7 @@ def feature_errors(found: Tensor, truth: Tensor) -> Tensor:
 
 
 def with_a_wrong_label(labels: Tensor, ids: Tensor, num_classes: int, seed: int) -> Tensor:
-    """``(V, N)``: one label of each victim replaced by another class, drawn from the seed and the victim's number."""
+    """Return labels ``(V, N)`` with one label per victim replaced, drawn from the seed and the victim's id."""
     wrong = labels.clone()
     for row, victim in enumerate(ids.tolist()):
         generator = torch.Generator().manual_seed(derive_seed(seed, victim, "wrong label"))
@@ -133,13 +135,13 @@ def with_a_wrong_label(labels: Tensor, ids: Tensor, num_classes: int, seed: int)
 
 
 def measure(cell: Cell, given: argparse.Namespace, data: LabelledImages) -> FeaturesRow:
-    """Separate the features of all victims of a cell, and compare them with the truth."""
+    """Separate the features of all victims of a cell, and compare them with the true features."""
     network = make_network(cell, given, data)
     victims = make_victims(cell, given, data, network)
     victims.setup("fit")
     victim = victims.victim
     errors, right, wrong, seconds = [], [], [], 0.0
-    for truth in victims.val_dataloader():  # in parts
+    for truth in victims.val_dataloader():  # in batches
         shared = victims.share(truth.ids.tolist())
         began = time.perf_counter()
         separated = separate_features(shared, victim, truth.labels, seed=given.seed)
@@ -170,9 +172,9 @@ def measure(cell: Cell, given: argparse.Namespace, data: LabelledImages) -> Feat
 
 
 def check_cell(cell: Cell, given: argparse.Namespace, data: LabelledImages) -> None:
-    """Raise a ``ValueError`` if there is no such network, too few images, or more than can be told apart."""
+    """Raise a ``ValueError`` if the network does not exist, or images are too few or too many to separate."""
     network = make_network(dataclasses.replace(cell, epochs=0), given, data)
-    if cell.epochs:  # which it then is trained on
+    if cell.epochs:  # without the images it will be trained on
         network.images = network.images[min(TRAINING_IMAGES, len(network.images) // 2) :]
     victims = make_victims(cell, given, data, network)
     victims.setup("fit")
@@ -180,13 +182,13 @@ def check_cell(cell: Cell, given: argparse.Namespace, data: LabelledImages) -> N
 
 
 def format_table(rows: Sequence[FeaturesRow]) -> str:
-    """The rows as a table for the terminal, shares with their 95 % intervals."""
+    """Format the rows as a table for the terminal, with 95 % intervals of shares."""
 
     def percent(share: float, ends: tuple[float, float]) -> str:
         return f"{100 * share:.0f} % [{100 * ends[0]:.0f}, {100 * ends[1]:.0f}]"
 
-    told = ["dataset", "network", "activation", "epochs", "labels"]
-    several = [name for name in told if len({getattr(row, name) for row in rows}) > 1]
+    names = ["dataset", "network", "activation", "epochs", "labels"]
+    several = [name for name in names if len({getattr(row, name) for row in rows}) > 1]
     header = [*several, "images", "victims", "all < 1e-4", "all < 1e-2", "median error", "median residual", "s/victim"]
     lines = [[*header, "wrong label: min", "median", f"> {TOLD:g} x"]]
     for row in rows:
@@ -214,36 +216,42 @@ def make_parser() -> argparse.ArgumentParser:
         "--init",
         choices=("papers", "torch"),
         default="papers",
-        help="weights of LeNets: from U(-0.5, 0.5) or as torch draws those of each layer (default: %(default)s)",
+        help="weights of LeNets: from U(-0.5, 0.5) or torch's default initialisation (default: %(default)s)",
     )
-    add("--epochs", nargs="+", type=int, default=[0], help="of training, 0 for none (default: 0)")
-    add("--images", nargs="+", type=int, default=[2], help="of a victim, fewer than classes (default: 2)")
-    add("--labels", nargs="+", choices=("random", "equal"), default=["random"], help="of a victim (default: random)")
-    add("--victims", type=int, default=32, help="in each cell (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of victims, networks, starts and wrong labels (default: %(default)s)")
-    add("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    add("--epochs", nargs="+", type=int, default=[0], help="training epochs, 0 for none (default: 0)")
+    add("--images", nargs="+", type=int, default=[2], help="images per victim, fewer than classes (default: 2)")
+    add(
+        "--labels",
+        nargs="+",
+        choices=("random", "equal"),
+        default=["random"],
+        help="labels of a victim (default: random)",
+    )
+    add("--victims", type=int, default=32, help="victims per cell (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of victims, networks, starts and wrong labels (default: %(default)s)")
+    add("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     add("--image-size", type=int, help="scale and crop a folder's images to this height and width")
     add("--networks", type=Path, help="folder that keeps trained networks (default: ~/.cache/leakage/networks)")
     add("--output", type=Path, required=True, help="JSON file")
-    add("--force", action="store_true", help="replace the file if it is there")
+    add("--force", action="store_true", help="replace the file if it exists")
     parser.set_defaults(**_FIXED)
     return parser
 
 
 def prepare(given: argparse.Namespace) -> tuple[list[Cell], LabelledImages]:
-    """All cells and the images, checked.
+    """Check all options, and return the cells and the images.
 
     Raises:
-        ValueError: options that don't go together, or don't fit the data; a file that is there.
-        OSError: a file that can't be written.
+        ValueError: if options contradict one another or do not fit the data.
+        OSError: if the output file exists or cannot be written.
     """
     check_given(given)
     if given.output.is_dir():
         raise IsADirectoryError(f"Expected `--output` to be a file, but got the folder '{given.output}'.")
     if given.output.exists() and not given.force:
         raise FileExistsError(
-            f"Expected `--output` to be a new file, but got '{given.output}', which is there. Add --force to replace "
-            "it, or choose another."
+            f"Expected `--output` to be a new file, but got '{given.output}', which exists. Add --force to replace "
+            "it, or choose another file."
         )
     data = LabelledImages(given.dataset, root=given.root, image_size=given.image_size, seed=given.seed)
     check_output(given.output.parent)

@@ -1,4 +1,4 @@
-r"""How far the second-order attack reaches: its success and time against L-BFGS on the same victims.
+r"""Limits of the second-order attack: its success and run time compared with L-BFGS on the same victims.
 
     python experiments/second_order/reach.py --dataset mnist --images 1 2 4 8 --labels random equal \
         --methods gauss_newton rgap idlg idlg_published --output results/reach
@@ -7,18 +7,18 @@ r"""How far the second-order attack reaches: its success and time against L-BFGS
     python experiments/second_order/reach.py --dataset mnist --noise 0 1e-6 1e-5 1e-4 1e-3 1e-2 --half \
         --output results/noise
 
-One call goes through all cells: data sets, networks, activations, epochs of training, labels, noise and numbers of
-images. The attacker is told the labels (`--infer-labels`: reads them off the gradient). Untrained networks are drawn
-anew for each victim, where they are small, and trained ones are shared and hold none of the victims' images. Methods
-that can't be used in a cell are left out, and it is told why.
+One call covers all cells: combinations of data sets, networks, activations, training epochs, labels, noise and numbers
+of images. The attacker knows the labels (with `--infer-labels`, it infers them from the gradient). Small untrained
+networks are drawn anew for each victim. Trained networks are shared, and were not trained on the victims' images.
+Methods that cannot be used in a cell are skipped, and the reason is printed.
 
-Files in the output folder: `summary.json`, a row for each cell and method; `reach.png`, success over the number of
-equations per unknown; `noise.png`, the MSE over the noise, where there is some; and a folder per cell as of
-`experiments/comparison`. In its `why/run.json` are measurements on some victims that `gauss_newton` failed with, and
-some that it solved: why it fails is told from them (see why.py).
+Files in the output folder: `summary.json`, with a row for each cell and method; `reach.png`, success over the number of
+equations per unknown; `noise.png`, the MSE over the noise, if there is some; and a folder per cell, written as by
+`experiments/comparison`. The cell's `why/run.json` has measurements on some victims on which `gauss_newton` failed, and
+some that it solved; the reason for failures is derived from them (see why.py).
 
-A run that was stopped, in whatever way, goes on with the same command and `--resume`, and ends with the results that it
-would have had. Without `--resume` a folder that holds results is refused, so that none are lost by mistake.
+To continue an interrupted run, repeat the command with `--resume`; its results are those of an uninterrupted run.
+Without `--resume`, a folder that holds results is refused, so that none are lost by mistake.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reach_options import check_given, make_attack, make_cells, make_parser  # these four lie beside this script
+from reach_options import check_given, make_attack, make_cells, make_parser  # in the folder of this script
 from reach_results import ReachRow, draw_pictures, format_table, make_row
 from reach_victims import Cell, make_network, make_victims
 from why import FOUND, Diagnosis, diagnose, summarise
@@ -54,18 +54,18 @@ from records import holds_results, read_record
 
 @dataclass
 class Record:
-    """What is kept of the victims of a cell that were looked into."""
+    """Diagnoses of some victims of a cell, as stored in its folder."""
 
     diagnoses: list[dict[str, Any]]
     verdict: str | None
 
 
 class Reach:
-    """All cells of a run: made ready and checked, then attacked one by one.
+    """All cells of a run: prepared and checked, then attacked one by one.
 
     Raises:
-        ValueError: options that don't go together, or don't fit the data.
-        OSError: a folder that can't be written.
+        ValueError: if options contradict one another or do not fit the data.
+        OSError: if a folder cannot be written.
     """
 
     def __init__(self, given: argparse.Namespace) -> None:
@@ -81,8 +81,8 @@ class Reach:
         check_output(given.output)
         if not given.resume and any(map(holds_results, (given.output, *given.output.glob("*/")))):
             raise ValueError(
-                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
-                "with them, or choose another folder."
+                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to "
+                "continue that run, or choose another folder."
             )
         for data in self.data.values():
             data.prepare_data()
@@ -92,22 +92,22 @@ class Reach:
             self._check(cell)
 
     def _check(self, cell: Cell) -> None:
-        """Raise a ``ValueError`` if there are not enough images, or no such network."""
+        """Raise a ``ValueError`` if there are too few images or the network does not exist."""
         data, given = self.data[cell.dataset], self.given
         network = make_network(dataclasses.replace(cell, epochs=0), given, data)
         if cell.epochs:
             trained_on = given.train_images or len(data.train) // 2
             if trained_on >= len(data.train):
                 raise ValueError(
-                    f"Expected `--train-images` below {len(data.train)}, the training images of {cell.dataset!r}, as "
-                    f"victims hold others, but got {trained_on}."
+                    f"Expected `--train-images` below {len(data.train)}, the training images of {cell.dataset!r}, "
+                    f"because victims need the rest, but got {trained_on}."
                 )
             if given.train_images:
                 network.images = network.images[: len(data.train) - trained_on]
         make_victims(cell, given, data, network).setup("fit")
 
     def run(self) -> list[ReachRow]:
-        """Attack all cells, writing what is found after each."""
+        """Attack all cells, and write the results after each."""
         rows: list[ReachRow] = []
         for number, cell in enumerate(self.cells):
             print(f"{number + 1} of {len(self.cells)}: {self.given.victims} victims, {cell}", flush=True)
@@ -166,7 +166,7 @@ class Reach:
             try:
                 check_layers(victims.victim)
             except ValueError as error:
-                print(f"no rgap: {error}", flush=True)
+                print(f"rgap is skipped: {error}", flush=True)
                 return False
         return True
 
@@ -180,7 +180,7 @@ class Reach:
         mse: torch.Tensor,
         truth: GroundTruth,
     ) -> str | None:
-        """Measurements on some victims, from the folder if they are there."""
+        """Return the verdict from measurements on some victims, which are read from the folder if present."""
         folder = self.given.output / cell.folder / "why"
         configuration = {**configuration, "victims": self.given.why, "precision": self.given.precision}
         if self.given.resume and (record := read_record(folder, configuration, Record)) is not None:
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         rows = reach.run()
         if not rows:
-            raise ValueError(f"Expected `--methods` that can be used in some cell, but got {given.methods}.")
+            raise ValueError(f"Expected `--methods` that can be used in at least one cell, but got {given.methods}.")
         pictures = draw_pictures(rows, given.output)
     except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, OSError) or str(error).startswith("Expected "):

@@ -1,4 +1,4 @@
-"""What `reach.py` can be asked for."""
+"""Command line of `reach.py`."""
 
 from __future__ import annotations
 
@@ -30,51 +30,75 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         "--dataset",
         nargs="+",
         required=True,
-        help=f"of {', '.join(LABELLED_DATASETS)}, or folders of images in ImageFolder layout, <folder>/<class>/<image>",
+        help=f"names from {', '.join(LABELLED_DATASETS)}, or folders of images in ImageFolder layout "
+        "(<folder>/<class>/<image>)",
     )
     add("--network", nargs="+", choices=tuple(WRITTEN), default=["lenet"], help="default: lenet")
-    add("--norm", nargs="+", choices=NORMS, help="of convnet and resnet18 (default: their own)")
+    add("--norm", nargs="+", choices=NORMS, help="norm layers of convnet and resnet18 (default: their own)")
     add("--activations", nargs="+", choices=tuple(ACTIVATIONS), help="default: each network's own")
     add(
         "--init",
         choices=("papers", "torch"),
         default="papers",
-        help="weights of LeNets: from U(-0.5, 0.5) or as torch draws those of each layer (default: %(default)s)",
+        help="weights of LeNets: from U(-0.5, 0.5) or torch's default initialisation (default: %(default)s)",
     )
-    add("--epochs", nargs="+", type=int, default=[0], help="of training, 0 for none (default: 0)")
-    add("--images", nargs="+", type=int, default=[1], help="of a victim (default: 1)")
-    add("--labels", nargs="+", choices=("random", "equal"), default=["random"], help="of a victim (default: random)")
+    add("--epochs", nargs="+", type=int, default=[0], help="training epochs, 0 for none (default: 0)")
+    add("--images", nargs="+", type=int, default=[1], help="images per victim (default: 1)")
     add(
-        "--noise", nargs="+", type=float, default=[0.0], help="relative to the gradient's root mean square (default: 0)"
+        "--labels",
+        nargs="+",
+        choices=("random", "equal"),
+        default=["random"],
+        help="labels of a victim (default: random)",
     )
-    add("--half", action="store_true", help="besides, gradients without noise, rounded to float16")
+    add(
+        "--noise",
+        nargs="+",
+        type=float,
+        default=[0.0],
+        help="noise relative to the gradient's root mean square (default: 0)",
+    )
+    add("--half", action="store_true", help="also use gradients without noise, rounded to float16")
     add("--methods", nargs="+", choices=METHODS, default=["gauss_newton", "idlg"], help="default: gauss_newton idlg")
-    add("--victims", type=int, default=20, help="in each cell (default: %(default)s)")
-    add("--infer-labels", action="store_true", help="read them off the gradient; else the attacker is told them")
-    add("--start", choices=STARTS, default="auto", help="of gauss_newton (default: %(default)s)")
-    add("--solver", choices=SOLVERS, default="auto", help="of gauss_newton (default: %(default)s)")
-    add("--max-steps", type=int, help="of gauss_newton, per start (default: its own)")
-    add("--max-evaluations", type=int, help="of idlg and idlg_published, per start (default: their own)")
-    add("--restarts", type=int, help="of gauss_newton and idlg, for a victim that was not found (default: their own)")
-    add("--precision", choices=("32-true", "64-true"), default="32-true", help="of attacks (default: %(default)s)")
+    add("--victims", type=int, default=20, help="victims per cell (default: %(default)s)")
     add(
-        "--why", type=int, default=2, help="victims looked into, of the failed and of the solved (default: %(default)s)"
+        "--infer-labels", action="store_true", help="infer labels from the gradient; by default the attacker knows them"
     )
-    add("--train-images", type=int, help="to train on (default: 6000, or half of them where few)")
-    add("--learning-rate", type=float, help="of the training (default: that of leakage.clients.training)")
+    add("--start", choices=STARTS, default="auto", help="start of gauss_newton (default: %(default)s)")
+    add("--solver", choices=SOLVERS, default="auto", help="solver of gauss_newton (default: %(default)s)")
+    add("--max-steps", type=int, help="steps of gauss_newton per start (default: its own)")
+    add("--max-evaluations", type=int, help="evaluations of idlg and idlg_published per start (default: their own)")
+    add(
+        "--restarts",
+        type=int,
+        help="restarts of gauss_newton and idlg for a victim that was not found (default: their own)",
+    )
+    add(
+        "--precision",
+        choices=("32-true", "64-true"),
+        default="32-true",
+        help="precision of attacks (default: %(default)s)",
+    )
+    add("--why", type=int, default=2, help="failed victims to diagnose, and as many solved ones (default: %(default)s)")
+    add(
+        "--train-images",
+        type=int,
+        help="images to train on (default: 6000, or half of them if there are fewer than 12000)",
+    )
+    add("--learning-rate", type=float, help="learning rate of the training (default: that of leakage.clients.training)")
     add("--networks", type=Path, help="folder that keeps trained networks (default: ~/.cache/leakage/networks)")
     add("--lanes", type=int, default=64, help="victims attacked at once (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of victims, networks, noise and starts (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of victims, networks, noise and starts (default: %(default)s)")
     add("--output", type=Path, required=True, help="folder for results")
-    add("--resume", action="store_true", help="go on with the run in the folder, if there is one")
-    add("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    add("--resume", action="store_true", help="continue the run in the output folder, if there is one")
+    add("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     add("--image-size", type=int, help="scale and crop a folder's images to this height and width")
     add("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
     return parser
 
 
 def check_given(given: argparse.Namespace) -> None:
-    """Raise a ``ValueError`` for numbers out of range and options that have no use beside the others."""
+    """Raise a ``ValueError`` if a number is out of range or an option has no effect with the others."""
     check_count(victims=given.victims, lanes=given.lanes)
     check_count(0, seed=given.seed, why=given.why)
     for name in ("epochs", "images"):
@@ -111,7 +135,7 @@ def check_given(given: argparse.Namespace) -> None:
 
 
 def make_cells(given: argparse.Namespace, datasets: list[str]) -> list[Cell]:
-    """All that is asked for, the number of images last so that a sweep begins with what is easy."""
+    """Return all requested cells; the number of images varies fastest, so that easy cells come first."""
     noises = [(noise, False) for noise in dict.fromkeys(given.noise)] + ([(0.0, True)] if given.half else [])
     cells = []
     for dataset, network, epochs, labels, (noise, half), images in itertools.product(
@@ -125,7 +149,7 @@ def make_cells(given: argparse.Namespace, datasets: list[str]) -> list[Cell]:
 
 
 def make_attack(method: str, given: argparse.Namespace) -> GradientInversion:
-    """An attack as it was asked for."""
+    """Return the attack for a method, with the options of the command line."""
     options = {"seed": given.seed}
     if method == "rgap":
         return RGAPAttack(**options)

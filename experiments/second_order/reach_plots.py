@@ -1,4 +1,4 @@
-"""Pictures of how far an attack reaches: over the equations for each unknown, and over noise in the gradients."""
+"""Plots of the success of attacks: over the equations per unknown, and over noise in the gradients."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from leakage.plots import COLOURS, INK, PALE, new_figure
 
-# Wide enough for a number inside.
+# Markers with room for a number inside.
 _MARKERS = ("o", "s", "D", "p", "8", "h", "d")
-# Panels side by side; inches of one, of a single one, and of the legend's line and title.
+# Panels side by side; inches: width and height of a panel, width of a single panel, a line of the legend, the title.
 _ACROSS, _WIDTH, _HEIGHT, _SINGLE, _LINE, _TITLE = 2, 4.6, 3.2, 5.6, 0.24, 0.4
-# Inches of a letter of the legend, and of an entry's marker and gaps.
+# Inches of a letter in the legend, and of the marker and gaps of an entry.
 _LETTER, _ENTRY = 0.075, 0.55
-# Markers of one place stand beside one another, so far as a share of the axis.
+# Step by which overlapping markers are moved apart, as a share of the axis.
 _APART = 0.018
-# Markers are in one place if they are nearer than this, as a share of the axis and of all successes.
+# Markers overlap if they are nearer than this, as a share of the axis and in success.
 _NEAR, _NEAR_SUCCESS = 0.036, 0.06
-# And methods at a level that is no number, in steps of the axis.
+# Distance between methods at a level that is not a number, in steps of the axis.
 _BESIDE = 0.16
-# An MSE below the first is drawn there, squares of single precision's rounding, and one above the second there.
+# An MSE is clamped to this range; the lower end is about the square of single precision's rounding.
 _LEAST, _MOST = 1e-15, 1e2
 
 
@@ -36,20 +36,20 @@ def plot_reach(
     ylabel: str = "images with MSE < 1e-4",
     title: str = "",
 ) -> Figure:
-    """Success over the number of equations for each unknown, a marker for each experiment.
+    """Plot success over the number of equations per unknown, with a marker for each experiment.
 
-    The upright bars are 95 % intervals; the number in a marker is that of the images behind one gradient. Left of
-    the dashed line there are more unknowns than equations. Markers that would cover one another stand side by side.
+    Vertical bars are 95 % intervals. The number in a marker is the number of images behind one gradient. Left of the
+    dashed line there are more unknowns than equations. Markers that would overlap are drawn side by side.
 
     Args:
-        panels: the heading of each panel, such as the method, to its groups: a name, which has a colour and a marker
-            of its own in all panels, to ``(P, 5)``: equations per unknown (positive), success from 0 to 1, the ends
-            of its interval (NaN for none), and images per gradient.
-        ylabel: what a success is.
-        title: above all.
+        panels: maps the heading of each panel, such as a method, to its groups. Groups map a name, which has the same
+            colour and marker in all panels, to ``(P, 5)``: equations per unknown (positive), success from 0 to 1, the
+            ends of its interval (NaN for none), and images per gradient.
+        ylabel: what counts as a success.
+        title: title of the figure.
 
     Raises:
-        ValueError: no panels, one without groups, or numbers of another shape or range.
+        ValueError: if there are no panels, a panel has no groups, or numbers have the wrong shape or range.
 
     Example:
         >>> points = torch.tensor([[17.0, 1.0, 0.93, 1.0, 1], [8.5, 0.9, 0.80, 0.95, 2]])
@@ -106,20 +106,20 @@ def plot_noise(
     xlabel: str = "noise in the gradient, relative to its RMS",
     title: str = "",
 ) -> Figure:
-    """Median MSE (left) and PSNR (right) of the images over what was done to the gradient, a line for each method.
+    """Plot median MSE (left axis) and PSNR (right axis) over changes to the gradient, with a line per method.
 
-    Bands reach from the first to the third quartile. What is below 1e-15, the square of single precision's rounding,
-    is drawn there, and what is above 100 or not finite at 100.
+    Bands reach from the first to the third quartile. Values below 1e-15, the square of single precision's rounding, are
+    drawn at 1e-15; values above 100 or not finite are drawn at 100.
 
     Args:
-        panels: the heading of each panel to its methods: name to levels, such as ``"1e-4"`` or ``"float16"``, to the
-            median of the MSE and its quartiles, at least 0. Levels are evenly spaced, in the order in which they come.
-            Those that are no numbers stand apart, without a line.
+        panels: maps the heading of each panel to its methods. Methods map a name to levels, such as ``"1e-4"`` or
+            ``"float16"``, and these to the median of the MSE and its quartiles, at least 0. Levels are evenly spaced in
+            the given order. Levels that are not numbers come last, without a line.
         xlabel: what the levels are.
-        title: above all.
+        title: title of the figure.
 
     Raises:
-        ValueError: no panels, one without methods, a method without levels, or an MSE below 0.
+        ValueError: if there are no panels, a panel has no methods, a method has no levels, or an MSE is below 0.
 
     Example:
         >>> curve = {"0": (1e-12, 1e-13, 1e-11), "1e-4": (1e-5, 1e-6, 1e-4), "float16": (1e-4, 1e-5, 1e-3)}
@@ -132,7 +132,7 @@ def plot_noise(
     figure, grid = _panels(panels, methods, title)
     for axes, (heading, named) in zip(grid, panels.items(), strict=True):
         levels = list(dict.fromkeys(level for curve in named.values() for level in curve))
-        # What is no number comes last.
+        # Levels that are not numbers come last.
         levels.sort(key=lambda level: not _is_number(level))
         for index, method in enumerate(methods):
             curve = {level: [_drawable(value) for value in values] for level, values in named.get(method, {}).items()}
@@ -140,7 +140,7 @@ def plot_noise(
                 chosen = [level for level in levels if level in curve and _is_number(level) == numbers]
                 if not chosen:
                     continue
-                # Without a line, methods stand beside one another.
+                # Without a line, methods are drawn side by side.
                 shift = 0.0 if numbers else _BESIDE * (index - (len(methods) - 1) / 2)
                 x = [levels.index(level) + shift for level in chosen]
                 median, low, high = zip(*(curve[level] for level in chosen), strict=True)
@@ -175,7 +175,7 @@ def plot_noise(
 
 
 def _panels(headings: Mapping[str, object], names: list[str], title: str) -> tuple[Figure, list[Axes]]:
-    """A figure with room for the panels, their title above and a legend of these names below."""
+    """Return a figure and axes, with room for the title above and a legend of these names below."""
     down = math.ceil(len(headings) / _ACROSS)
     across = math.ceil(len(headings) / down)
     width = across * _WIDTH if len(headings) > 1 else _SINGLE
@@ -211,7 +211,7 @@ def finish_axes(axes: Axes, heading: str) -> None:
 
 
 def _free(drawn: list[tuple[float, float]], place: float, success: float) -> float:
-    """The nearest place on the axis, right or left, where a marker covers no other."""
+    """Return the nearest place on the axis where a marker does not overlap another."""
     steps = (sign * step * _APART for step in range(2 * len(drawn) + 1) for sign in (1, -1))
     for shift in steps:
         moved = place + shift

@@ -1,4 +1,4 @@
-"""What `reach.py` found: its rows, table and pictures."""
+"""Results of `reach.py`: its rows, table and pictures."""
 
 from __future__ import annotations
 
@@ -28,38 +28,38 @@ THRESHOLDS = {"below_1e6": 1e-6, "below_1e4": FOUND, "below_1e3": 1e-3}
 
 @dataclass
 class ReachRow:
-    """What one method found in one cell, a line of ``summary.json``.
+    """Results of one method in one cell, a row of ``summary.json``.
 
     Attributes:
-        method: the attack.
-        dataset: where the images come from.
+        method: name of the attack.
+        dataset: data set of the images.
         network: ``"lenet"``, ``"wide_lenet"``, ``"convnet"`` or ``"resnet18"``.
-        norm: of the network.
-        activation: of the network.
-        epochs: of its training, 0 for none.
+        norm: norm layers of the network.
+        activation: activation function of the network.
+        epochs: number of training epochs, 0 for none.
         labels: ``"random"`` or ``"equal"``.
-        images: of a victim.
-        noise: in the gradients, relative to their root mean square.
-        half: whether they were rounded to float16.
+        images: number of images per victim.
+        noise: noise in the gradients, relative to their root mean square.
+        half: whether gradients were rounded to float16.
         init: ``"papers"`` or ``"torch"``.
-        own_weights: whether each victim has a network of its own.
-        test_accuracy: of the network; None untrained.
+        own_weights: whether each victim has its own network.
+        test_accuracy: test accuracy of the network; None if untrained.
         victims: number of victims.
-        equations: of a victim, the network's parameters.
-        unknowns: pixels of a victim.
+        equations: number of equations of a victim, which is the number of the network's parameters.
+        unknowns: number of pixels of a victim.
         below_1e6: share of the images with an MSE below 1e-6.
-        below_1e6_ci: its 95 % Wilson interval over victims, as all others.
-        below_1e4: see ``below_1e6``.
-        below_1e4_ci: see there.
-        below_1e3: see there.
-        below_1e3_ci: see there.
+        below_1e6_ci: 95 % Wilson interval of ``below_1e6`` over victims.
+        below_1e4: share of the images with an MSE below 1e-4.
+        below_1e4_ci: 95 % Wilson interval of ``below_1e4`` over victims.
+        below_1e3: share of the images with an MSE below 1e-3.
+        below_1e3_ci: 95 % Wilson interval of ``below_1e3`` over victims.
         all_below_1e4: share of the victims with all images below 1e-4.
-        all_below_1e4_ci: see there.
-        mse_median: over images.
-        mse_quartiles: a quarter and three quarters of the images are below.
-        seconds_per_victim: in the attack.
-        evaluations_median: of the objective, over victims.
-        verdict: why victims that failed did so, of ``gauss_newton`` alone.
+        all_below_1e4_ci: 95 % Wilson interval of ``all_below_1e4``.
+        mse_median: median MSE over images.
+        mse_quartiles: first and third quartile of the MSE over images.
+        seconds_per_victim: run time of the attack per victim.
+        evaluations_median: median number of evaluations of the objective, over victims.
+        verdict: why victims failed, for ``gauss_newton`` only.
     """
 
     method: str
@@ -94,7 +94,7 @@ class ReachRow:
 
 
 def make_row(cell: Cell, mse: Tensor, evaluations: Tensor, **columns: Any) -> ReachRow:
-    """A row from the MSE ``(V, N)`` of all images and the evaluations ``(V,)``."""
+    """Return a row from the MSE ``(V, N)`` of all images and the evaluations ``(V,)``."""
     shares: dict[str, Any] = {}
     below = {name: (mse < limit).double().mean(1) for name, limit in THRESHOLDS.items()}
     below["all_below_1e4"] = (mse < FOUND).all(1).double()
@@ -116,7 +116,7 @@ def make_row(cell: Cell, mse: Tensor, evaluations: Tensor, **columns: Any) -> Re
 
 
 def _quantile(mse: Tensor, share: float) -> float:
-    """Of all images; what is not a number is the worst there is."""
+    """Return a quantile of the MSE over all images; NaN counts as infinite."""
     ranked = mse.double().nan_to_num(math.inf).flatten().sort().values.tolist()
     place = share * (len(ranked) - 1)
     low, high = ranked[math.floor(place)], ranked[math.ceil(place)]
@@ -124,9 +124,9 @@ def _quantile(mse: Tensor, share: float) -> float:
 
 
 def format_table(rows: Sequence[ReachRow]) -> str:
-    """The rows as a table for the terminal, why Gauss-Newton failed below those of each cell."""
-    told = ["dataset", "network", "norm", "activation", "epochs", "labels", "noise", "half"]
-    several = [name for name in told if len({getattr(row, name) for row in rows}) > 1]
+    """Format the rows as a table for the terminal."""
+    names = ["dataset", "network", "norm", "activation", "epochs", "labels", "noise", "half"]
+    several = [name for name in names if len({getattr(row, name) for row in rows}) > 1]
     header = [*several, "images", "equations", "unknowns", "method", "< 1e-6", "< 1e-4", "< 1e-3", "all < 1e-4"]
     lines = [[*header, "median MSE", "evaluations", "s/victim", "why it fails"]]
     for row in rows:
@@ -141,7 +141,7 @@ def format_table(rows: Sequence[ReachRow]) -> str:
 
 
 def draw_pictures(rows: Sequence[ReachRow], output: Path) -> list[Path]:
-    """Success over equations per unknown; and what noise costs, where there is some."""
+    """Plot success over equations per unknown, and the MSE over noise if there is some; return the files."""
     methods = [method for method in METHODS_WRITTEN if any(row.method == method for row in rows)]
     exact = [row for row in rows if not row.noise and not row.half] or list(rows)
     panels: dict[str, dict[str, list[list[float]]]] = {METHODS_WRITTEN[method]: {} for method in methods}
@@ -166,7 +166,7 @@ def draw_pictures(rows: Sequence[ReachRow], output: Path) -> list[Path]:
 
 
 def _noise_picture(rows: Sequence[ReachRow]) -> Any:
-    """The median MSE of each method over the noise, a panel for each cell apart from it."""
+    """Plot the median MSE of each method over the noise, with a panel for each cell."""
     panels: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {}
     names = ("dataset", "images")
     several = [name for name in names if len({getattr(row, name) for row in rows}) > 1]
@@ -188,12 +188,12 @@ def _level(noise: float) -> str:
 
 
 def _group(row: ReachRow, rows: Sequence[ReachRow]) -> str:
-    """What tells the markers of a colour: the network, and what else there are several of."""
-    told = [WRITTEN[row.network], _ACTIVATIONS[row.activation]]
-    told += [f"{row.norm} norm"] if len({one.norm for one in rows if one.network == row.network}) > 1 else []
-    told += [f"{row.epochs} epoch{'s' if row.epochs != 1 else ''}"] if len({one.epochs for one in rows}) > 1 else []
-    told += [f"{row.labels} labels"] if len({one.labels for one in rows}) > 1 else []
-    return ", ".join(told)
+    """Return the legend entry of a row: the network, and all other options with several values."""
+    parts = [WRITTEN[row.network], _ACTIVATIONS[row.activation]]
+    parts += [f"{row.norm} norm"] if len({one.norm for one in rows if one.network == row.network}) > 1 else []
+    parts += [f"{row.epochs} epoch{'s' if row.epochs != 1 else ''}"] if len({one.epochs for one in rows}) > 1 else []
+    parts += [f"{row.labels} labels"] if len({one.labels for one in rows}) > 1 else []
+    return ", ".join(parts)
 
 
 def _title(rows: Sequence[ReachRow]) -> str:

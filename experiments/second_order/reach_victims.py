@@ -1,4 +1,4 @@
-"""The victims of `reach.py`: their networks, their images, and what happens to the gradients that they share."""
+"""The victims of `reach.py`: their networks, images, and changes to their shared gradients."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ sys.path.append(str(Path(__file__).parents[1] / "labels"))
 from restoration_clients import TorchLeNet
 from restoration_options import TRAINING_IMAGES
 
-# How networks are written.
+# Display names of networks.
 WRITTEN = {"lenet": "LeNet", "wide_lenet": "LeNet-32", "convnet": "ConvNet-3", "resnet18": "ResNet-18"}
 _WIDE = 32
-# More parameters than this are shared by all victims.
+# Networks with more parameters than this are shared by all victims.
 _SMALL = 2_000_000
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One choice of all that may be given several times."""
+    """One combination of the options that accept several values."""
 
     dataset: str
     network: str
@@ -46,30 +46,30 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """Below the output."""
+        """Name of the cell's folder in the output folder."""
         name = f"{self.dataset}_{self.network}_{self.norm}_{self.activation}_epochs_{self.epochs}"
         name += f"_{self.labels}_{self.images}" + (f"_noise_{self.noise:g}" if self.noise else "")
         return name + ("_half" if self.half else "")
 
     def __str__(self) -> str:
         several = f"{self.images} images" if self.images > 1 else "one image"
-        told = [f"{several} of {self.dataset}", WRITTEN[self.network], self.activation]
-        told += [f"{self.norm} norm"] if self.norm != "none" else []
-        told += [f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"] if self.epochs else []
-        told += ["equal labels"] if self.labels == "equal" and self.images > 1 else []
-        told += [f"noise {self.noise:g}"] if self.noise else []
-        return ", ".join([*told, *(["float16"] if self.half else [])])
+        parts = [f"{several} of {self.dataset}", WRITTEN[self.network], self.activation]
+        parts += [f"{self.norm} norm"] if self.norm != "none" else []
+        parts += [f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"] if self.epochs else []
+        parts += ["equal labels"] if self.labels == "equal" and self.images > 1 else []
+        parts += [f"noise {self.noise:g}"] if self.noise else []
+        return ", ".join([*parts, *(["float16"] if self.half else [])])
 
 
 @dataclass
 class Network:
-    """What the victims of a cell are given.
+    """The network and the available images of a cell's victims.
 
     Attributes:
-        model: images in [0, 1] to logits, in evaluation mode.
+        model: maps images in [0, 1] to logits, in evaluation mode.
         images: ``(M,)``, indices of the training images that victims may hold.
-        own: whether each victim draws weights of its own.
-        accuracy: on the test images, 0 to 1; None untrained.
+        own: whether each victim draws its own weights.
+        accuracy: accuracy on the test images, 0 to 1; None if untrained.
     """
 
     model: nn.Module
@@ -79,12 +79,12 @@ class Network:
 
 
 def make_network(cell: Cell, given: argparse.Namespace, data: LabelledImages) -> Network:
-    """The network of a cell, trained if the cell says so (from the cache, if it is there).
+    """Return the network of a cell, trained if the cell requests it (from the cache if possible).
 
-    Untrained LeNets take images as they are, as in the papers on attacks, all others normalised images.
+    Untrained LeNets take unnormalised images, as in the papers on attacks; all other networks normalise them first.
 
     Raises:
-        ValueError: a network that does not fit the images, or can't have such a norm.
+        ValueError: if the network does not fit the images, or does not support the norm.
     """
     channels, height, width = data.image_shape
     options: dict[str, Any] = {"activation": cell.activation}
@@ -120,7 +120,7 @@ def make_network(cell: Cell, given: argparse.Namespace, data: LabelledImages) ->
 
 
 def make_victims(cell: Cell, given: argparse.Namespace, data: LabelledImages, network: Network) -> Victims:
-    """The victims of a cell."""
+    """Return the victims of a cell."""
     defenses: list[Defense] = [GaussianNoise(cell.noise, relative=True)] if cell.noise else []
     return Victims(
         Subset(data.train, network.images.tolist()),
@@ -141,10 +141,10 @@ class Float16(Defense):
     """Gradients rounded to float16 and back."""
 
     def __call__(self, gradients: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """The rounded gradients.
+        """Return the rounded gradients.
 
         Raises:
-            ValueError: some that float16 can't hold.
+            ValueError: if a value is too large for float16.
         """
         largest = max(float(tensor.abs().max()) for tensor in gradients.values())
         if largest > torch.finfo(torch.float16).max:
@@ -156,5 +156,5 @@ class Float16(Defense):
 
 
 def cell_columns(cell: Cell) -> dict[str, Any]:
-    """The cell's part of a row."""
+    """Return the columns of a row that describe its cell."""
     return asdict(cell)

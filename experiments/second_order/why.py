@@ -1,6 +1,6 @@
-r"""Why the second-order attack fails, from measurements on single victims: the auditor's, who knows the truth.
+r"""Why the second-order attack fails: measurements on single victims by the auditor, who knows the ground truth.
 
-With the residuals :math:`r(x) = (g(x) - g^*) / \lVert g^* \rVert` of `GaussNewtonAttack` and their Jacobian J, all in
+They use the residuals :math:`r(x) = (g(x) - g^*) / \lVert g^* \rVert` of `GaussNewtonAttack` and their Jacobian J, in
 double precision.
 """
 
@@ -20,47 +20,49 @@ from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.solvers.normal_equations import Equations, dense_jacobian
 
-# An image below this MSE is found.
+# An image with an MSE below this counts as found.
 FOUND = 1e-4
-# Unknowns above which no Jacobian is formed, and bytes that 256 of its columns may take.
+# Largest number of unknowns for which the Jacobian is formed, and bytes that 256 of its columns may take.
 MOST_UNKNOWNS, _MEMORY = 4000, 2**30
-# Equations that are kept of more, by random sums, for each unknown.
+# Equations kept per unknown if there are more: random sums of all equations.
 _KEPT = 4
-# Directions of the Hessian at a time.
+# Directions of the Hessian to compute at once.
 _DIRECTIONS_AT_ONCE = 64
-# Of single precision; and the damping of linear equations, relative to the mean square of their singular values.
+# Rounding of single precision; damping of linear equations, relative to the mean square of their singular values.
 _ROUNDING, _DAMPING = 2.0**-24, 1e-12
-# A victim stands still where linear equations promise less than this share of the loss; an eigenvalue this far below
-# zero, relative to the largest, makes it a saddle; this share of ReLUs that differ, the wrong pattern.
+# The search of a victim has converged if the linear equations predict a decrease of less than the first share of the
+# loss. It is at a saddle if an eigenvalue, relative to the largest, is below minus the second number. Its activation
+# pattern is wrong if more than the third share of the ReLUs differ.
 _STILL, _SADDLE, _PATTERN = 1e-2, 1e-6, 1e-3
-# Losses up to this many times the truth's own are no worse.
+# A loss up to this many times that of the true images counts as equally good.
 _AS_GOOD = 10.0
 
 
 @dataclass
 class Diagnosis:
-    r"""What was measured on a victim; None where it was too large, or where there is no such thing.
+    r"""Measurements on one victim; None if the victim was too large or the quantity does not exist.
 
     Attributes:
-        victim: its number.
-        mse: of its images.
-        solved: whether all of them are found.
-        equations: of the victim, the network's parameters.
-        unknowns: pixels.
+        victim: id of the victim.
+        mse: MSE of each of its images.
+        solved: whether all of its images were found.
+        equations: number of equations, which is the number of the network's parameters.
+        unknowns: number of unknowns, which is the number of pixels.
         level: :math:`\nu`, noise and rounding of the shared gradient, relative to its root mean square.
         loss_found: :math:`\lVert r \rVert^2` where the attack ended.
-        loss_true: the same of the true images: noise and rounding.
+        loss_true: :math:`\lVert r \rVert^2` at the true images, due to noise and rounding.
         gradient_norm: norm of the loss' gradient where the attack ended.
         rank: of the Jacobian at the true images, at the rounding of double precision.
-        condition: its largest singular value over the smallest.
-        singular_values: eleven of them, from the largest to the smallest, evenly spaced by number.
+        condition: ratio of its largest to its smallest singular value.
+        singular_values: eleven singular values, from the largest to the smallest, evenly spaced by rank.
         mse_floor: the MSE that noise and rounding of the shared gradient alone leave, linearised:
             :math:`\nu^2 / (M D) \sum_i s_i^{-2}`.
         promised: share of the loss where the attack ended that the linear equations there could still remove.
-        lowest_eigenvalues: three of the loss' Hessian where the attack ended, relative to the largest.
-        wrong_pattern: share of the ReLUs that are on in the true images and off in the found ones, or the reverse.
-        sketched: whether random sums of equations stand for them in rank, condition and ``mse_floor``.
-        verdict: what follows, see :func:`verdict`.
+        lowest_eigenvalues: the three lowest eigenvalues of the loss' Hessian where the attack ended, relative to the
+            largest.
+        wrong_pattern: share of the ReLUs that are on for the true images and off for the found ones, or vice versa.
+        sketched: whether rank, condition and ``mse_floor`` were computed from random sums of the equations.
+        verdict: the conclusion, see :func:`verdict`.
     """
 
     victim: int
@@ -86,16 +88,16 @@ class Diagnosis:
 def diagnose(
     shared: SharedGradient, victim: Victim, labels: Tensor, images: Tensor, found: Tensor, *, noise: float, half: bool
 ) -> Diagnosis:
-    r"""Look into what became of one victim.
+    r"""Measure why the attack on one victim failed or succeeded.
 
     Args:
-        shared: of this victim alone.
+        shared: shared gradient of only this victim.
         victim: model and protocol.
-        labels: ``(N,)``, the true ones.
-        images: ``(N, C, H, W)``, the true ones.
-        found: ``(N, C, H, W)``, paired with the true ones.
-        noise: that was added to the gradient, relative to its root mean square.
-        half: whether it was rounded to float16.
+        labels: ``(N,)``, true labels.
+        images: ``(N, C, H, W)``, true images.
+        found: ``(N, C, H, W)``, reconstructions, paired with the true images.
+        noise: noise added to the gradient, relative to its root mean square.
+        half: whether the gradient was rounded to float16.
     """
     shared = shared.to(device="cpu", dtype=torch.float64)
     images, found = images.cpu().double(), found.cpu().double()
@@ -132,7 +134,7 @@ def diagnose(
 
 
 def verdict(one: Diagnosis) -> str:
-    """In a line: what the measurements say, the first that holds."""
+    """Return the first conclusion that the measurements support, in one line."""
     if one.solved:
         return "solved"
     worst = max(one.mse)
@@ -161,7 +163,7 @@ def verdict(one: Diagnosis) -> str:
 
 
 def summarise(diagnoses: Sequence[Diagnosis]) -> str | None:
-    """The commonest verdict of those that failed, and how common; None without any."""
+    """Return the most common verdict of failed victims and its count; None if none failed."""
     failed = [one.verdict for one in diagnoses if not one.solved]
     if not failed:
         return None
@@ -172,19 +174,20 @@ def summarise(diagnoses: Sequence[Diagnosis]) -> str | None:
 
 
 def singular_values(jacobian: Tensor) -> Tensor:
-    """All D of a transposed Jacobian ``(D, M)``, the largest first; zeros where there are fewer equations."""
+    """Return all D singular values of a transposed Jacobian ``(D, M)``, largest first, padded with zeros."""
     unknowns, equations = jacobian.shape
     triangle = torch.linalg.qr(jacobian.mT, mode="r").R if equations > unknowns else jacobian
     return F.pad(torch.linalg.svdvals(triangle), (0, max(0, unknowns - equations)))
 
 
 def conditioning(values: Tensor, *, equations: int, level: float) -> tuple[int, float, float]:
-    r"""Rank, condition number and the MSE that noise of relative size ``level`` in each of the equations leaves.
+    r"""Return rank, condition number, and the MSE caused by noise of relative size ``level`` in the equations.
 
     Args:
-        values: ``(D,)``, singular values, the largest first.
-        equations: M, of which one has noise of standard deviation ``level`` / sqrt(M), as all together have norm 1.
-        level: see there.
+        values: ``(D,)``, singular values, largest first.
+        equations: M, the number of equations.
+        level: relative noise level. The gradient has norm 1, so each equation has noise of standard deviation
+            ``level`` / sqrt(M).
     """
     largest = float(values[0])
     rank = int((values > largest * max(equations, len(values)) * torch.finfo(values.dtype).eps).sum())
@@ -195,7 +198,10 @@ def conditioning(values: Tensor, *, equations: int, level: float) -> tuple[int, 
 
 
 def promised(jacobian: Tensor, residual: Tensor) -> float:
-    """Share of the squared norm of ``residual`` ``(M,)`` in the range of a transposed Jacobian ``(D, M)``, 0 to 1."""
+    """Return the share, 0 to 1, of the squared norm of a residual ``(M,)`` in the range of its Jacobian.
+
+    The Jacobian is transposed, ``(D, M)``.
+    """
     normal, right = jacobian @ jacobian.mT, jacobian @ residual
     normal.diagonal().add_(_DAMPING * normal.diagonal().mean())
     solution = torch.linalg.solve(normal, right)
@@ -203,7 +209,7 @@ def promised(jacobian: Tensor, residual: Tensor) -> float:
 
 
 def wrong_pattern(model: nn.Module, state: dict[str, Tensor], images: Tensor, found: Tensor) -> float | None:
-    """Share of the (leaky) ReLUs whose inputs differ in sign between two batches; None without any."""
+    """Return the share of (leaky) ReLUs whose inputs differ in sign between two batches; None if there are none."""
     signs: list[Tensor] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -234,11 +240,11 @@ def _state(shared: SharedGradient) -> dict[str, Tensor]:
 
 
 def _residuals(shared: SharedGradient, victim: Victim, labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """Residuals ``(M,)`` of one victim from its pixels ``(D,)``."""
+    """Return a function from the pixels ``(D,)`` of one victim to its residuals ``(M,)``."""
     state, protocol = _state(shared), shared.protocol
     targets = F.one_hot(labels.cpu().long(), protocol.num_classes).double()
     wanted = torch.cat([tensor[0].flatten() for tensor in shared.gradients.values()])
-    size = wanted.norm() if bool(wanted.any()) else 1.0  # as the attack
+    size = wanted.norm() if bool(wanted.any()) else 1.0  # as in the attack
     shape = (protocol.num_images, *protocol.image_shape)
 
     def residuals(point: Tensor) -> Tensor:
@@ -249,7 +255,7 @@ def _residuals(shared: SharedGradient, victim: Victim, labels: Tensor) -> Callab
 
 
 def _sketch(residuals: Callable[[Tensor], Tensor], equations: int, unknowns: int) -> Callable[[Tensor], Tensor]:
-    """Random sums of the equations, a few for each unknown, with the same norms on average."""
+    """Return random sums of the equations, a few per unknown, that preserve norms on average."""
     generator = torch.Generator().manual_seed(0)
     kept = _KEPT * unknowns
     place = torch.randint(kept, (equations,), generator=generator)
@@ -258,13 +264,13 @@ def _sketch(residuals: Callable[[Tensor], Tensor], equations: int, unknowns: int
 
 
 def _jacobian(residuals: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """``(D, M)``."""
+    """Return the transposed Jacobian ``(D, M)``."""
     equations: Equations = lambda points, lanes: vmap(residuals)(points)  # noqa: E731
     return dense_jacobian(equations, point[None], torch.zeros(1, dtype=torch.long), None)
 
 
 def _hessian(residuals: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """Of the squared norm, ``(D, D)``."""
+    """Return the Hessian of the squared norm, ``(D, D)``."""
 
     def along(direction: Tensor) -> Tensor:
         return jvp(grad(lambda at: residuals(at).square().sum()), (point,), (direction,))[1]

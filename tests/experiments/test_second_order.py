@@ -178,7 +178,7 @@ def test_trained_and_other_networks(
     assert kinds == [("lenet", "none"), ("convnet", "instance")]
     assert all(0 <= row["test_accuracy"] <= 1 and not row["own_weights"] for row in rows)
     assert ("convnet", "rgap") not in {(row["network"], row["method"]) for row in rows}
-    assert "no rgap: Expected" in capsys.readouterr().out
+    assert "rgap is skipped: Expected" in capsys.readouterr().out
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 

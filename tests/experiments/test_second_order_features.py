@@ -71,7 +71,7 @@ def test_keeps_a_file_that_is_there(
     output, arguments = run
     before = rows_of(output)
     said = refused(features, capsys, *arguments)
-    assert f"Expected `--output` to be a new file, but got '{output}', which is there. Add --force" in said
+    assert f"Expected `--output` to be a new file, but got '{output}', which exists. Add --force" in said
     assert rows_of(output) == before
     features.main([*arguments, "--force"])
     told = capsys.readouterr().out
