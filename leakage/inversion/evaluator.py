@@ -314,10 +314,7 @@ class Evaluator:
             weights = self.mixture.write(unknowns["mixture"], {})
             images, targets = torch.einsum("mn,nchw->mchw", weights, images), weights @ targets
         if self.simulation.per_image and not self.modules:
-            found: tuple[dict[str, Tensor], dict[str, Activation]] = (
-                {},
-                {},
-            )  # the simulation uses those of single images
+            found: tuple[dict[str, Tensor], dict[str, Activation]] = ({}, {})  # simulated per image below
         else:
             found = self.victim.evaluate(state, images, targets, self.modules, basis, secrets=secrets, sparing=sparing)
         gradients, activations = found

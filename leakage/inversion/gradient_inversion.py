@@ -238,9 +238,9 @@ class GradientInversion(LightningModule):
                 "closed forms need it. Pass accelerator='cpu' to the Trainer."
             )
         self._reset()
-        adaptive, told = self.hparams["adaptive"], datamodule.victim.as_told()
-        self._defenses = known_to(adaptive, told)
-        victim = self._victim = told if adaptive else told.without_draws()
+        adaptive, known = self.hparams["adaptive"], datamodule.victim.as_told()
+        self._defenses = known_to(adaptive, known)
+        victim = self._victim = known if adaptive else known.without_draws()
         self.expected_victims = datamodule.victims
         self._search = Search(Queue([*range(self.trainer.global_rank, datamodule.victims, self.trainer.world_size)]))
         target = Target(

@@ -68,7 +68,7 @@ def choose_lanes(
 
 
 def shared_bytes(shared: SharedGradient) -> int:
-    """Return the number of bytes of what each victim has of its own: gradients, and weights unless shared."""
+    """Return the number of bytes of gradients, and of weights unless all victims share them."""
     own = [*shared.gradients.values(), *(shared.state.values() if shared.own_weights else [])]
     return sum(tensor.nbytes for tensor in own)
 
@@ -111,9 +111,7 @@ class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = function(*args, **(kwargs or {}))
         given = {part.untyped_storage().data_ptr() for part in tree_iter((args, kwargs)) if isinstance(part, Tensor)}
         for tensor in tree_iter(results):
-            if (
-                isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given
-            ):  # not a view of an input
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:  # not a view
                 self._count(tensor.untyped_storage())
         return results
 

@@ -47,7 +47,7 @@ def known_to(adaptive: bool, victim: Victim) -> tuple[Defense, ...]:
                 ignored.append(type(defense).__name__)
     if ignored:
         rank_zero_warn(
-            f"The clients defend their gradients by {ignored}, and this attack matches them as if they were "
+            f"The clients defend their gradients with {ignored}, and this attack matches them as if they were "
             "undefended. An attack that takes the defense into account may recover more."
         )
     return tuple(known)

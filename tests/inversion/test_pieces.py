@@ -452,7 +452,7 @@ def test_iterations_are_those_while_it_was_searched_for(kit: Any) -> None:
 def test_defended_gradients_are_said_to_be_matched_as_if_they_were_not(kit: Any) -> None:
     naive = GradientInversion(solver=LBFGS(max_evaluations=2), adaptive=False)
     with pytest.warns(
-        UserWarning, match=r"defend their gradients by \['Clip'\].*takes the defense into account may recover more"
+        UserWarning, match=r"defend their gradients with \['Clip'\].*takes the defense into account may recover more"
     ):
         kit.fit(naive, kit.victims(victims=1, defenses=[Clip(0.1)]))
 
