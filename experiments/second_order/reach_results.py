@@ -166,7 +166,7 @@ def draw_pictures(rows: Sequence[ReachRow], output: Path) -> list[Path]:
 
 
 def _noise_picture(rows: Sequence[ReachRow]) -> Any:
-    """Plot the median MSE of each method over the noise, with a panel for each cell."""
+    """Plot the median MSE of each method over the noise, with a panel for each choice of the other options."""
     panels: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {}
     names = ("dataset", "images")
     several = [name for name in names if len({getattr(row, name) for row in rows}) > 1]

@@ -141,7 +141,7 @@ class GaussNewton(Solver):
             warnings.warn(
                 f"The Jacobian and normal equations of one victim need {needed:,} bytes, but `memory` is "
                 f"{self.memory:,}. The attack uses only products with the Jacobian (solver='cg').",
-                stacklevel=1,  # reported for this module, as the command line silences warnings of Lightning's
+                stacklevel=1,  # reported for this module, as the command line silences Lightning's warnings
             )
             solver = "cg"
         tolerance = _TOLERANCE if problem.num_images == 1 else _TOLERANCE_OF_BATCHES

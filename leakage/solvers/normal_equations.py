@@ -92,7 +92,7 @@ def conjugate_gradients(
     r"""Return steps that approximately solve :math:`(J^\top J + \lambda P^{-1}) d = -J^\top r` without forming J.
 
     Each iteration of conjugate gradients, preconditioned by P, needs one product with J and one with its transpose. A
-    lane ends when the norm of its residual, in the metric of P, has fallen to its share ``forcing``.
+    lane ends when the residual norm of these equations, in the metric of P, has fallen to its share ``forcing``.
 
     Args:
         equations: the residuals r.
