@@ -223,7 +223,7 @@ class Victim:
         """
         if not seeds:
             raise ValueError("Expected `seeds` to hold one seed per victim, but got none.")
-        states = draw_states(self.model, seeds, mend="Give it one, or use weights='shared'.")
+        states = draw_states(self.model, seeds, hint="Add this method, or use weights='shared'.")
         return {name: torch.stack([state[name] for state in states]) for name in states[0]}
 
     def gradients(self, state: Mapping[str, Tensor], images: Tensor, targets: Tensor) -> dict[str, Tensor]:
