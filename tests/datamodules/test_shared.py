@@ -168,7 +168,7 @@ def test_files_of_two_protocols(tmp_path, shared):
         tmp_path / "2.safetensors"
     )
     with pytest.raises(
-        ValueError, match=r"Expected '.*2.safetensors' to fit .*reduction='sum'.* need a SharedGradients each"
+        ValueError, match=r"Expected '.*2.safetensors' to fit .*reduction='sum'.* a separate SharedGradients"
     ):
         ready(str(tmp_path / "*"))
 
