@@ -247,7 +247,7 @@ def _equations(shared: SharedGradient, victim: Victim, labels: Tensor) -> tuple[
     rows = gradient * row_weights[..., None]
     strengths, basis = row_space(rows, protocol.num_images)
     basis = basis * torch.where(basis.sum(2, keepdim=True) < 0, -1.0, 1.0)  # fix the sign of each vector
-    # The mean feature: each row is an entry of g_b times it, up to differences between images. Without a bias, the deltas
+    # The mean feature: each row is an entry of g_b times it, up to differences between images. Without a bias, deltas
     # of zero features replace g_b.
     if push is None:
         zeros = bias[:, None].expand_as(targets)

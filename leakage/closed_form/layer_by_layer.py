@@ -76,8 +76,8 @@ def invert_layers(
     next. Where a ReLU gave zero, z is unknown and :math:`\delta` is zero. The result is exact up to rounding, which
     grows from layer to layer, if every layer has as many independent equations as unknowns. If a layer has fewer, its
     inputs are those nearest to a start: a grey image, in the metric of :class:`~leakage.solvers.ImageSpectrum`, for the
-    first layer, and the activations' values at 0 for others. The systems of each victim are solved by preconditioned conjugate
-    gradients (CGLS) in float64, until the preconditioned norm of the gradient has fallen by ``tolerance``.
+    first layer, and the activations' values at 0 for others. The systems of each victim are solved by preconditioned
+    conjugate gradients (CGLS) in float64, until the preconditioned norm of the gradient has fallen by ``tolerance``.
 
     :attr:`LayerByLayer.equations` counts the known outputs of the layer, at most as many per image as the image has
     inputs, and for each input channel the entries of the gradient of W that are not always zero, at most as many as the
