@@ -32,7 +32,7 @@ _StepGradients = Callable[..., tuple[_Tensors, dict[str, Activation]]]
 
 @dataclass
 class Secrets:
-    """What the protocol does not reveal about a client's local steps: the true values, or an attack's estimates.
+    """What the protocol does not reveal about local steps: the true values, or an attack's estimates.
 
     Attributes:
         learning_rate: by default that of the protocol; differentiable if it is a scalar tensor.
@@ -141,10 +141,10 @@ def draw_orders(protocol: Protocol, ids: Sequence[int], seed: int) -> Tensor | N
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return ``function(*arguments)``; autograd keeps only the arguments, and recomputes the rest for a derivative.
+    """Return ``function(*arguments)``, of which autograd saves only the arguments.
 
-    It does what ``torch.utils.checkpoint`` does, but works with ``torch.func``: it can be differentiated any number of
-    times in reverse mode, and ``vmap`` maps over it.
+    The rest is recomputed for a derivative. It does what ``torch.utils.checkpoint`` does, but works with
+    ``torch.func``: it can be differentiated any number of times in reverse mode, and ``vmap`` maps over it.
 
     Args:
         function: maps nested lists, tuples and dicts of tensors to such; it must not depend on other tensors.

@@ -17,7 +17,7 @@ _MOST_VALUES = 2**30
 _MOST_STEPS = 10_000
 # Largest number of characters of all descriptions of defenses: error messages repeat them.
 _LONGEST_DEFENSES = 10_000
-#: The value of :attr:`Protocol.learning_rate` if the attacker does not know the learning rate.
+#: The ``learning_rate`` of a :class:`Protocol` if the attacker does not know it.
 UNKNOWN = "unknown"
 
 

@@ -138,9 +138,10 @@ class Defense(Piece, ABC):
         return gradients
 
     def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
-        """Estimate the variance, per entry, of the difference between what is shared and what :meth:`simulate` returns.
+        """Estimate the variance of the noise that :meth:`simulate` does not explain; 0 by default.
 
-        An attack with an image prior uses it to weigh the gradient against the prior. The default is 0, no noise.
+        It is the variance of one entry of the difference between what is shared and what :meth:`simulate` returns for
+        the client's gradient. An attack with an image prior uses it to weigh the gradient against the prior.
 
         Args:
             shared: what V clients shared, name to ``(V, *shape)``.
@@ -162,7 +163,9 @@ class Defense(Piece, ABC):
         return type(self).simulate is not Defense.simulate
 
     def can_be_seen_after(self, later: Sequence[Defense]) -> bool:
-        """Return whether :meth:`simulate` is still correct after ``later`` defenses; by default only if there are none.
+        """Return whether :meth:`simulate` is still correct after ``later`` defenses.
+
+        By default, it is correct only if there are none.
 
         Args:
             later: the defenses that the client applies after this one.
@@ -200,7 +203,7 @@ def known_defenses(told: Sequence[Mapping[str, Any]]) -> tuple[Defense, ...]:
     these. The constructors are called with values from a file: they should only check and keep their arguments.
 
     Args:
-        told: the descriptions, as :attr:`leakage.Protocol.defenses` holds them.
+        told: the descriptions, as the ``defenses`` of a :class:`leakage.Protocol` hold them.
 
     Raises:
         ValueError: no class has this name, or it does not accept these arguments.
@@ -274,7 +277,7 @@ def _subclasses(kind: Any) -> dict[str, type[Defense]]:
 
 
 def size_sent(defenses: Sequence[Defense], gradients: Gradients) -> Size:
-    """Return the size of what one client sends after its defenses; without any, all entries in single precision.
+    """Return the size of what a client sends after its defenses; without any, all in single precision.
 
     Example:
         >>> from leakage.defenses import Quantise, TopK

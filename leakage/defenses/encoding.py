@@ -13,9 +13,10 @@ from leakage.seeds import derive_seed
 
 
 class Encoding(Defense):
-    """A defense that changes images and labels before the client computes a gradient, once for all local steps.
+    """A defense that changes the client's images and labels before it computes a gradient.
 
-    To write your own, implement :meth:`encode`. Attacks search for the encoded images, unless the encoding ``mixes``.
+    It does so once, before all local steps. To write your own, implement :meth:`encode`. Attacks search for the encoded
+    images, unless the encoding ``mixes``.
 
     Attributes:
         mixes: whether each encoded image and label is a weighted mean of the client's images and labels. Attacks then

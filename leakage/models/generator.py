@@ -81,7 +81,9 @@ class Generator(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Generator:
-        """Read a file that :meth:`save` wrote; no code in the file is ever run. The generator is in evaluation mode.
+        """Read a file that :meth:`save` wrote, and return the generator in evaluation mode.
+
+        No code in the file is ever run.
 
         Raises:
             FileNotFoundError: there is no such file.

@@ -9,9 +9,10 @@ from leakage.models.layers import ACTIVATIONS
 
 
 class MLP(nn.Module):
-    """A multilayer perceptron: linear layers with activations between them, by default two hidden layers of 128 units.
+    """A multilayer perceptron: linear layers with activations between them.
 
-    It has 118,282 parameters for images of (1, 28, 28) and 10 classes. Weights are drawn by torch's defaults.
+    By default, it has two hidden layers of 128 units, and 118,282 parameters for images of (1, 28, 28) and 10 classes.
+    Weights are drawn by torch's defaults.
 
     Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
 
