@@ -1,4 +1,4 @@
-"""What a defense costs: the test accuracy of a network that clients train together, each behind the defense."""
+"""The cost of a defense: the test accuracy of a network that defended clients train together."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from leakage.datamodules import LabelledImages, in_unit_range
 from leakage.defenses import Defense
 from leakage.seeds import derive_seed
 
-# Test images at once.
+# Number of test images at once.
 _TESTED_AT_ONCE = 500
-# Each defense has the rate of the server's SGD that suits it: the first that trains best in a part of the rounds, as
-# seen on a share of the training images that are held out.
+# The learning rate of the server's SGD is chosen for each defense: the first of these factors that trains best in a
+# part of the rounds, measured on a held-out share of the training images.
 _RATES, _TRIED_ROUNDS, _HELD_OUT = (1.0, 0.1, 10.0, 0.01, 100.0), 0.3, 0.02
 
 
 @dataclass(frozen=True)
 class Federation:
-    """How clients train together.
+    """Options of the joint training.
 
     Attributes:
-        rounds: in each of which every client shares one gradient.
-        clients: in a round.
-        images: of a client in a round, drawn anew.
-        learning_rate, momentum: of the server's SGD on the mean of what the clients share; a tenth of the rate in the
-            last quarter of the rounds.
+        rounds: number of rounds; every client shares one gradient in each.
+        clients: number of clients in a round.
+        images: number of images of a client in a round, drawn anew in each.
+        learning_rate, momentum: options of the server's SGD on the mean of what the clients share; the last quarter of
+            the rounds uses a tenth of the rate.
     """
 
     rounds: int = 300
@@ -47,7 +47,7 @@ class Federation:
 
 
 class Rounds(IterableDataset[tuple[Tensor, Tensor]]):
-    """Images ``(clients, images, C, H, W)`` in [0, 1] and labels of one round after another."""
+    """Yields images ``(clients, images, C, H, W)`` in [0, 1] and labels for each round."""
 
     def __init__(self, data: LabelledImages, federation: Federation, seed: int) -> None:
         self.data, self.federation, self.seed = data, federation, seed
@@ -64,11 +64,11 @@ class FederatedSGD(LightningModule):
     """SGD on the mean of the gradients that defended clients share.
 
     Args:
-        model: images in [0, 1] to logits.
-        defenses: of each client.
-        data: whose shapes are those of the images.
-        federation: how it is trained.
-        seed: of what the defenses draw.
+        model: maps images in [0, 1] to logits.
+        defenses: defenses of each client.
+        data: the data set, for its image shape and number of classes.
+        federation: options of the training.
+        seed: seed of the defenses' draws.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class FederatedSGD(LightningModule):
         self.accuracy = MulticlassAccuracy(data.num_classes, average="micro")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The server's."""
+        """Return the server's SGD."""
         return torch.optim.SGD(
             self.model.parameters(), lr=self.federation.learning_rate, momentum=self.federation.momentum
         )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """One round; the loss that is returned has the mean of the shared gradients for its gradient."""
+        """Run one round; the gradient of the returned loss is the mean of the shared gradients."""
         if batch_idx == max(1, 3 * self.federation.rounds // 4):
             for group in cast(torch.optim.Optimizer, self.optimizers()).param_groups:
                 group["lr"] /= 10
@@ -99,7 +99,7 @@ class FederatedSGD(LightningModule):
         return torch.stack([(parameters[name] * mean).sum() for name, mean in means.items()]).sum()
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """On test images."""
+        """Log the accuracy on test images."""
         images, labels = batch
         self.accuracy(self.model(in_unit_range(images)), labels)
         self.log("accuracy", self.accuracy)
@@ -108,7 +108,7 @@ class FederatedSGD(LightningModule):
 def suitable_rate(
     model: nn.Module, defenses: Sequence[Defense], data: LabelledImages, federation: Federation, seed: int
 ) -> float:
-    """The learning rate for such clients, found on training images alone."""
+    """Choose the learning rate for such clients on training images alone."""
     rest = data.hold_out(_HELD_OUT)
     rest.prepare_data()
     rest.setup("fit")
@@ -123,7 +123,7 @@ def suitable_rate(
 def accuracy_under(
     model: nn.Module, defenses: Sequence[Defense], data: LabelledImages, federation: Federation, seed: int
 ) -> float:
-    """The test accuracy, 0 to 1, of the model trained under these defenses from its weights.
+    """Return the test accuracy, 0 to 1, of the model trained under these defenses from its weights.
 
     The same ``seed`` draws the same images, whatever the defense. Training that diverges counts as guessing.
     """
@@ -142,7 +142,7 @@ def accuracy_under(
     except ValueError as error:
         if "finite numbers" not in str(error):
             raise
-        return 1 / data.num_classes  # training has diverged: the network may as well guess
+        return 1 / data.num_classes  # training has diverged: as good as guessing
     tests = list(zip(data.test.images.split(_TESTED_AT_ONCE), data.test.labels.split(_TESTED_AT_ONCE), strict=True))
     (found,) = trainer.test(module, DataLoader(tests, batch_size=None), verbose=False)  # type: ignore[arg-type]
     return found["accuracy"]

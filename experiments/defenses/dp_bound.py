@@ -1,16 +1,17 @@
-r"""DP-SGD against its bound: how often the likeliest of the images that may be behind a gradient is the right one.
+r"""DP-SGD against its bound: how often the likeliest of the candidate images behind a gradient is the right one.
 
     python experiments/defenses/dp_bound.py --dataset fashion_mnist --network lenet --victims 1000 \
         --output results/dp_bound
 
-The game of :mod:`leakage.audit.bounds`: the attacker knows the network, what the clients do and a thousand candidates,
-one of which is the client's image, with their labels. It sees the gradient of that image after DP-SGD, clipped to a
-norm and noisy, and names the candidate whose own clipped gradient is the nearest, as the likeliest one is if noise is
-normal: no attacker does better in this game. Multipliers of the noise are those that one step needs for each
-`--epsilons` at `--delta`. Beside the share that it names rightly, over victims with a Wilson interval, stands the bound
-that holds whatever an attacker does. Victims share one network; candidates are test images.
+The game is that of :mod:`leakage.audit.bounds`. The attacker knows the network, the protocol of the clients, and a
+thousand candidate images with their labels, one of which is the client's image. It sees the gradient of this image
+after DP-SGD, clipped to a norm and noisy, and names the candidate whose own clipped gradient is the nearest. As the
+noise is normal, this is the likeliest one, and no attacker does better in this game. The noise multipliers are those
+that one step needs for each of `--epsilons` at `--delta`. The output compares the share of victims whose image is named
+rightly, with a Wilson interval, with the bound that holds for every attacker. Victims share one network; candidates are
+test images.
 
-Files in the output folder: `summary.json`, a row for each epsilon, and `dp_bound.png`.
+Files in the output folder: `summary.json`, with an entry for each epsilon, and `dp_bound.png`.
 """
 
 from __future__ import annotations
@@ -45,23 +46,23 @@ from records import holds_results
 from table_networks import WRITTEN, add_options, make_network
 
 _EPSILONS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
-# Victims whose noisy gradients are in memory at once.
+# Number of victims whose noisy gradients are in memory at once.
 _AT_ONCE = 100
 
 
 @dataclass
 class BoundRow:
-    """One strength of the noise, a line of ``summary.json``.
+    """One strength of the noise, an entry of ``summary.json``.
 
     Attributes:
-        epsilon: of one step, at ``delta``.
-        delta: see ``epsilon``.
+        epsilon: epsilon of one step, at ``delta``.
+        delta: delta of ``epsilon``.
         noise_multiplier: standard deviation of the noise, in units of the norm.
         victims: number of victims.
-        candidates: that each is named among.
+        candidates: number of candidates for each victim.
         success_rate: share of the victims whose image is named.
         success_ci: its 95 % Wilson interval.
-        bound: on ``success_rate``, whatever an attacker does.
+        bound: bound on ``success_rate`` for every attacker.
     """
 
     epsilon: float
@@ -75,7 +76,7 @@ class BoundRow:
 
 
 def multiplier(epsilon: float, delta: float) -> float:
-    """Of the noise of one step that every image takes part in, for this epsilon."""
+    """Return the noise multiplier with which one step, in which every image takes part, has this epsilon."""
 
     def over(log_multiplier: float) -> float:
         return math.log(DPSGD(math.exp(log_multiplier), norm=1.0).epsilon(1, 1.0, delta) / epsilon)
@@ -86,15 +87,15 @@ def multiplier(epsilon: float, delta: float) -> float:
 def play(
     model: nn.Module, images: Tensor, labels: Tensor, *, noise_multiplier: float, norm: float, victims: int, seed: int
 ) -> int:
-    """How many of the victims, each of one of the images, are named among all of them.
+    """Return the number of victims whose image is named among all candidates.
 
     Args:
-        model: of all victims.
+        model: network of all victims.
         images: candidates ``(M, C, H, W)``.
-        labels: ``(M,)``.
-        noise_multiplier, norm: of DP-SGD.
+        labels: their labels ``(M,)``.
+        noise_multiplier, norm: options of DP-SGD.
         victims: number of games.
-        seed: of what victims hold and of the noise.
+        seed: seed of the victims' images and of the noise.
     """
     shape = tuple(images.shape[1:])
 
@@ -119,7 +120,7 @@ def play(
 
 
 def plot(rows: Sequence[BoundRow], title: str) -> Figure:
-    """Success and bound over epsilon."""
+    """Plot success and bound over epsilon."""
     figure = new_figure(6.4, 3.9)
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
@@ -148,7 +149,7 @@ def plot(rows: Sequence[BoundRow], title: str) -> Figure:
 
 
 def format_table(rows: Sequence[BoundRow]) -> str:
-    """The rows for the terminal."""
+    """Format the rows as a table for the terminal."""
     lines = [["epsilon", "noise multiplier", "named rightly", "bound"]]
     for row in rows:
         low, high = row.success_ci
@@ -162,10 +163,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="dp_bound.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser, network="lenet", victims=1000)
-    parser.add_argument("--candidates", type=int, default=1001, help="to name the image among (default: %(default)s)")
-    parser.add_argument("--epsilons", nargs="+", type=float, default=list(_EPSILONS), help="default: 1 to 1,000")
-    parser.add_argument("--delta", type=float, default=1e-5, help="default: %(default)s")
-    parser.add_argument("--norm", type=float, default=1.0, help="of a gradient (default: %(default)s)")
+    parser.add_argument("--candidates", type=int, default=1001, help="number of candidates (default: %(default)s)")
+    parser.add_argument(
+        "--epsilons", nargs="+", type=float, default=list(_EPSILONS), help="epsilons of one step (default: 1 to 1,000)"
+    )
+    parser.add_argument("--delta", type=float, default=1e-5, help="delta of DP-SGD (default: %(default)s)")
+    parser.add_argument("--norm", type=float, default=1.0, help="clipping norm (default: %(default)s)")
     parser.set_defaults(batch_norm="evaluation")
     given = parser.parse_args(arguments)
     quiet()

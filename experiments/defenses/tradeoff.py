@@ -1,4 +1,4 @@
-r"""Privacy against accuracy: what attackers find behind each defense, with and without knowing it, and what it costs.
+r"""Privacy against accuracy: what attackers find behind each defense, with and without knowing it, and its cost.
 
     python experiments/defenses/tradeoff.py --dataset fashion_mnist --network lenet --victims 10 \
         --defenses none gaussian_noise clip top_k quantise sign soteria --attacks gauss_newton \
@@ -6,24 +6,24 @@ r"""Privacy against accuracy: what attackers find behind each defense, with and 
     python experiments/defenses/tradeoff.py --dataset data/cifar10 --network convnet --victims 10 \
         --defenses none dp_sgd --attacks inverting_gradients --rounds 300 --output results/dp
 
-Attacks: `gauss_newton`, `idlg`, `inverting_gradients`, and `gauss_newton_prior`, which also asks what the training
-images look like. Every defense is tried at each of its strengths by each attack twice: by one that matches what was
-shared as if it was the gradient, and by one that knows the defense (`--attackers`). Victims hold test images. Each of
-an untrained network of up to half a million weights has a newly drawn one of its own; larger and trained ones are
-shared. The attacker is told the labels, unless `--infer-labels`. Secure aggregation over m clients makes one of their
-images: it is attacked as a client of m times as many, and not trained under, as it changes nothing there.
+The attacks are `gauss_newton`, `idlg`, `inverting_gradients`, and `gauss_newton_prior`, which also uses a prior fitted
+to the training images. Each attack is run twice against every strength of every defense: by a naive attacker, who
+treats what was shared as the gradient, and by an adaptive one, who knows the defense (`--attackers`). Victims hold test
+images. If the network is untrained and has up to half a million weights, each victim has a newly drawn one; larger and
+trained networks are shared. The attacker knows the labels, unless `--infer-labels` is given. Secure aggregation over m
+clients is attacked as one client with m times as many images. It is not part of the training, where it changes nothing.
 
-With `--rounds` a network is trained under each defense, by clients that share a defended gradient each in every round,
-from `--seeds` starts, with a learning rate that suits the defense on held-out training images: its test accuracy is
-what the defense costs. A PSNR that is not above the best guess without any
-gradient (a grey image, the own mean colour, the nearest training image) is marked. *Identified* is an image that its
-reconstruction is nearer to than to any of `--others` training images of its class; for DP-SGD epsilon and the bound on
-it stand beside.
+With `--rounds`, a network is trained under each defense: every client shares a defended gradient in each round. There
+are `--seeds` starts, and the learning rate is chosen for the defense on held-out training images. The test accuracy
+shows the cost of the defense. A star marks a PSNR that is not above that of the best guess without any gradient (a grey
+image, the image's own mean colour, the nearest training image). An image is *identified* if its reconstruction is
+nearer to it than to any of `--others` training images of its class. For DP-SGD, the table also has epsilon and the
+bound on this share.
 
-Files in the output folder: `summary.json`, a row for each defense, strength, attack and kind of attacker;
-`attackers.png`; with `--rounds` also `tradeoff.png`; the folder `cells` with a comparison of attacks each. A run that
-was stopped, in whatever way, goes on with the same command and `--resume`; other defenses, attacks, rounds and more
-seeds can be asked for then. Without it a folder that holds results is refused.
+Files in the output folder: `summary.json`, with an entry for each defense, strength, attack and kind of attacker;
+`attackers.png`; with `--rounds`, also `tradeoff.png`; and the folder `cells`, with a comparison of attacks for each
+defense and strength. To continue an interrupted run, repeat the command with `--resume`; it may then have other
+defenses, attacks and rounds, and more seeds. Without `--resume`, a folder that holds results is refused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from defended_training import Federation, accuracy_under, suitable_rate  # these three lie beside this script
+from defended_training import Federation, accuracy_under, suitable_rate  # three modules in this folder
 from torch import Tensor, nn
 from tradeoff_defenses import DEFENSES
 from tradeoff_rows import TradeoffRow, format_table, plot_attackers, plot_tradeoff
@@ -74,7 +74,7 @@ ATTACKS: dict[str, Callable[..., GradientInversion]] = {
     "inverting_gradients": InvertingGradientsAttack,
 }
 ATTACKERS = ("naive", "adaptive")
-# Options that a run may go on with others of; all others decide what it finds.
+# Options that may change when a run is resumed; all others determine its results.
 _MAY_CHANGE = {
     *(
         "output",
@@ -90,7 +90,7 @@ _MAY_CHANGE = {
         "networks",
         "lanes",
     ),
-    *("accelerator", "delta", "iterations", "protocol", "infer_labels"),  # the last three are seen to by `compare`
+    *("accelerator", "delta", "iterations", "protocol", "infer_labels"),  # `compare` checks the last three
 }
 
 
@@ -104,21 +104,21 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """That names its folder."""
+        """The name of its folder."""
         return f"{self.name}_{self.strength:g}"
 
     @property
     def clients(self) -> int:
-        """Whose gradients are shared as one."""
+        """The number of clients whose gradients are aggregated."""
         return round(self.strength) if DEFENSES[self.name].aggregates else 1
 
     @property
     def can_be_known(self) -> bool:
-        """Whether an attacker who knows it does anything else than one who does not."""
+        """Whether an adaptive attacker acts differently from a naive one."""
         return bool(self.defenses) or DEFENSES[self.name].network is not None
 
     def network(self, model: nn.Module) -> nn.Module:
-        """What clients train, in place of a model without the defense."""
+        """Return the network that clients train, given the model without the defense."""
         change = DEFENSES[self.name].network
         if change is None:
             return model
@@ -128,11 +128,11 @@ class Cell:
 
 
 class Tradeoff:
-    """The victims, defenses and attacks: made ready and checked, then run.
+    """Prepares and checks the victims, defenses and attacks, then runs them.
 
     Raises:
-        ValueError: options that don't go together, or don't fit the data.
-        OSError: a folder that can't be written.
+        ValueError: the options don't go together, or don't fit the data.
+        OSError: a folder can't be written.
     """
 
     def __init__(self, given: argparse.Namespace) -> None:
@@ -144,7 +144,7 @@ class Tradeoff:
             given.defenses = [name for name, kind in DEFENSES.items() if given.images >= kind.images]
         if given.strengths and len(given.defenses) != 1:
             raise ValueError(
-                f"Expected `--strengths` with a single defense, whose unit they are in, but got {given.defenses}."
+                f"Expected `--strengths` with a single defense, as they are in its unit, but got {given.defenses}."
             )
         self.cells = [
             Cell(name, strength, DEFENSES[name].make(strength))
@@ -163,18 +163,18 @@ class Tradeoff:
         record = given.output / "options.json"
         if not given.resume and (holds_results(given.output) or record.is_file()):
             raise ValueError(
-                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
-                "with them, or choose another folder."
+                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to "
+                "continue with them, or choose another folder."
             )
         self.options = {name: str(value) for name, value in sorted(vars(given).items()) if name not in _MAY_CHANGE}
         self.options["federation"] = str(Federation())
         if record.is_file():
             earlier = json.loads(record.read_text(encoding="utf-8"))
             if differing := [name for name in self.options if earlier.get(name) != self.options[name]]:
-                told = ", ".join(
-                    f"{name}={earlier.get(name)} there and {self.options[name]} here" for name in differing
+                differences = ", ".join(
+                    f"{name}={self.options[name]} instead of {earlier.get(name)}" for name in differing
                 )
-                raise ValueError(f"Expected the options of the run in '{given.output}', but got {told}.")
+                raise ValueError(f"Expected the options of the run in '{given.output}', but got {differences}.")
         self.data.prepare_data()
         self.data.setup("fit")
         if given.others > len(self.data.train):
@@ -182,18 +182,18 @@ class Tradeoff:
                 f"Expected `--others` of at most {len(self.data.train)}, the training images of {self.data.name!r}, "
                 f"but got {given.others}."
             )
-        # What can be refused is refused before anything is trained.
+        # Check everything before anything is trained.
         network = make_network(given, self.data, epochs=0)
         for cell in self.cells:
             self._victims(network, cell).setup("fit")
         for name in given.attacks:
             self._attack(name, adaptive=True)
         self.public = in_unit_range(self.data.train.images)
-        self.baselines: dict[int, float] = {}  # by the clients whose gradients are one
+        self.baselines: dict[int, float] = {}  # by number of aggregated clients
         write_json(record, self.options)
 
     def run(self) -> list[TradeoffRow]:
-        """Attack and train, and write what was found; after every cell, so that nothing is lost."""
+        """Attack and train, and write the results after every cell, so that nothing is lost."""
         given, rows = self.given, []
         network = make_network(given, self.data, given.epochs)
         for cell in self.cells:
@@ -238,7 +238,7 @@ class Tradeoff:
 
     @cached_property
     def _prior(self) -> GaussianPrior:
-        """What the training images look like."""
+        """The prior fitted to the training images."""
         print("fitting the prior", flush=True)
         return GaussianPrior(Auxiliary(in_unit_range(self.data.train.images), self.data.train.labels))
 
@@ -248,7 +248,7 @@ class Tradeoff:
         runs = {f"{attack}_{kind}": (attack, kind == "adaptive") for attack in given.attacks for kind in kinds}
         victims = self._victims(network, cell)
         with warnings.catch_warnings():
-            # That a naive attacker does not know the defense is what is asked.
+            # A naive attacker is not supposed to know the defense.
             warnings.filterwarnings("ignore", "The clients defend their gradients|The clients' network draws")
             compared = self._compare(runs, victims, folder)
         trained = self._accuracies(network, cell)
@@ -278,7 +278,7 @@ class Tradeoff:
         scores = score(found.images, found.labels, truth.images, truth.labels)
         images = found.images[torch.arange(len(truth))[:, None], scores.order]
         psnr = MeanOverVictims()(scores.psnr.mean(1))
-        told = ShareOverVictims()(self._identified(images, truth))
+        share = ShareOverVictims()(self._identified(images, truth))
         if cell.clients not in self.baselines:
             guesses = baseline_guesses(truth.images, self.public).values()
             self.baselines[cell.clients] = max(
@@ -288,7 +288,7 @@ class Tradeoff:
         private = next((defense for defense in cell.defenses if isinstance(defense, DPSGD)), None)
         if private is not None and private.noise_multiplier:
             epsilon = private.epsilon(1, 1.0, given.delta)
-            # Images of a victim are told apart by who knows the truth: each has so many tries.
+            # The images of a victim are matched with the help of the truth, so each counts as this many tries.
             others = min(given.others, int(self.data.train.labels.bincount().min()))
             bound = gaussian_success_bound(min(1.0, given.images / (others + 1)), private.noise_multiplier)
         return TradeoffRow(
@@ -306,8 +306,8 @@ class Tradeoff:
             success_rate=compared.success_rate,
             success_ci=compared.success_rate_ci,
             success_threshold=compared.success_threshold,
-            identified=told.value,
-            identified_ci=(told.low, told.high),
+            identified=share.value,
+            identified_ci=(share.low, share.high),
             others=given.others,
             baseline=self.baselines[cell.clients],
             label_accuracy=compared.label_accuracy,
@@ -318,7 +318,7 @@ class Tradeoff:
         )
 
     def _identified(self, images: Tensor, truth: GroundTruth) -> Tensor:
-        """``(V,)``, the share of each victim's images that are told from others of their class."""
+        """Return ``(V,)``, the share of each victim's images that are identified among others of their class."""
         generator = torch.Generator().manual_seed(derive_seed(self.given.seed, 0, "others"))
         order = torch.randperm(len(self.public), generator=generator)
         labels = self.data.train.labels[order]
@@ -330,7 +330,7 @@ class Tradeoff:
         return found.mean(1)
 
     def _accuracies(self, network: Network, cell: Cell) -> dict[str, Any]:
-        """Test accuracy of networks trained under the defense, and their rate, as a row has them."""
+        """Return the test accuracy of networks trained under the defense, and their rate, as fields of a row."""
         given = self.given
         if not given.rounds or cell.clients > 1 or cell.name not in (given.trained or given.defenses):
             return {}
@@ -342,11 +342,11 @@ class Tradeoff:
         for seed in range(len(accuracies), given.seeds):
             model = copy.deepcopy(cell.network(network.model))
             model.load_state_dict(draw_state(model, derive_seed(given.seed, seed, "federation")), strict=False)
-            given_to = model, cell.defenses, self.data
+            setting = model, cell.defenses, self.data
             if known["learning_rate"] is None:
-                known["learning_rate"] = suitable_rate(*given_to, federation, seed)
+                known["learning_rate"] = suitable_rate(*setting, federation, seed)
             suited = replace(federation, learning_rate=known["learning_rate"])
-            accuracies.append(accuracy_under(*given_to, suited, seed))
+            accuracies.append(accuracy_under(*setting, suited, seed))
             write_json(path, known)
         accuracies = accuracies[: given.seeds]
         return {
@@ -382,16 +382,16 @@ def _parser() -> argparse.ArgumentParser:
     add_options(parser, network="lenet", victims=10)
     add_attack_options(parser)
     add = parser.add_argument
-    add("--defenses", nargs="+", choices=tuple(DEFENSES), help="default: all that clients of so many images can use")
-    add("--strengths", nargs="+", type=float, help="of a single defense (default: three of each, see the table)")
+    add("--defenses", nargs="+", choices=tuple(DEFENSES), help="default: all that work with this number of images")
+    add("--strengths", nargs="+", type=float, help="strengths of a single defense (default: up to three of each)")
     add("--attacks", nargs="+", choices=tuple(ATTACKS), default=["gauss_newton"], help="default: %(default)s")
     add("--attackers", nargs="+", choices=ATTACKERS, default=list(ATTACKERS), help="default: both")
-    add("--protocol", choices=("published", "robust"), default="robust", help="of the attacks (default: %(default)s)")
+    add("--protocol", choices=("published", "robust"), default="robust", help="attack protocol (default: %(default)s)")
     add("--iterations", type=int, help="evaluations of the objective for each start (default: the protocol's)")
-    add("--rounds", type=int, default=0, help="of training under each defense, 0 for none (default: %(default)s)")
-    add("--trained", nargs="+", choices=tuple(DEFENSES), help="defenses to train under (default: all that are tried)")
-    add("--seeds", type=int, default=3, help="networks trained under each defense (default: %(default)s)")
-    add("--delta", type=float, default=1e-5, help="of DP-SGD (default: %(default)s)")
+    add("--rounds", type=int, default=0, help="rounds of training under each defense (default: %(default)s, none)")
+    add("--trained", nargs="+", choices=tuple(DEFENSES), help="defenses to train under (default: all of `--defenses`)")
+    add("--seeds", type=int, default=3, help="number of networks to train per defense (default: %(default)s)")
+    add("--delta", type=float, default=1e-5, help="delta of DP-SGD (default: %(default)s)")
     parser.set_defaults(batch_norm="evaluation")
     return parser
 

@@ -1,4 +1,4 @@
-"""The defenses of `tradeoff.py` by name, each over its strengths."""
+"""The defenses of `tradeoff.py` by name, each with its strengths."""
 
 from __future__ import annotations
 
@@ -25,38 +25,40 @@ from leakage.defenses import (
     TopK,
 )
 
-# Of DP-SGD, beside its noise multiplier.
+# The norm of DP-SGD, whose strength is the noise multiplier.
 DP_NORM = 1.0
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A defense over its strengths.
+    """A defense with its strengths.
 
     Attributes:
-        make: what clients do, from a strength.
-        strengths: from the weakest to the strongest.
-        written: in tables and pictures.
-        told: a strength s, its inverse i or its percentage p in words; or words for each strength.
-        aggregates: whether the strength is a number of clients, of whom nothing is seen but the mean.
-        images: that a client has at least.
-        network: the network that clients train, of that without the defense and a strength; by default the same.
+        make: creates the defenses of a client for a strength.
+        strengths: strengths to try, from the weakest to the strongest.
+        written: name in tables and pictures.
+        label: format of a strength, with the strength s, its inverse i and its percentage p; or a text for each
+            strength.
+        aggregates: whether the strength is a number of clients of whom only the mean is visible.
+        images: least number of images of a client.
+        network: creates the network that clients train, from the network without the defense and a strength; by default
+            the network does not change.
     """
 
     make: Callable[[float], list[Defense]]
     strengths: tuple[float, ...]
     written: str
-    told: str | dict[float, str]
+    label: str | dict[float, str]
     aggregates: bool = False
     images: int = 1
     network: Callable[[nn.Module, float], nn.Module] | None = None
 
     def named(self, strength: float) -> str:
-        """With its strength in words."""
-        if isinstance(self.told, dict):
-            words = self.told.get(strength, f"{strength:g}")
+        """Return the name of the defense with its strength."""
+        if isinstance(self.label, dict):
+            words = self.label.get(strength, f"{strength:g}")
         else:
-            words = self.told.format(s=strength, i=1 / strength if strength else 0, p=100 * strength)
+            words = self.label.format(s=strength, i=1 / strength if strength else 0, p=100 * strength)
         return f"{self.written}, {words}" if words else self.written
 
 
@@ -65,7 +67,7 @@ def _pruned(kind: Callable[[float], Defense], share: float) -> list[Defense]:
 
 
 def _with_dropout(network: nn.Module, share: float) -> nn.Module:
-    """Before the last linear layer."""
+    """Return a copy of a network with dropout before the last linear layer."""
     changed = copy.deepcopy(network)
     name = [name for name, module in changed.named_modules() if isinstance(module, nn.Linear)][-1]
     changed.set_submodule(name, nn.Sequential(nn.Dropout(share), changed.get_submodule(name)))

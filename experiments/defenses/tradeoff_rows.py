@@ -1,4 +1,4 @@
-"""What `tradeoff.py` found: its rows, the table and the pictures."""
+"""The results of `tradeoff.py`: rows, table and pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from tradeoff_defenses import DEFENSES  # beside this script
+from tradeoff_defenses import DEFENSES  # in this folder
 
 from leakage.comparison import align
 from leakage.plots import COLOURS, INK, PALE, new_figure
@@ -18,37 +18,38 @@ _MARKERS = "osD^vP*X<>ph"
 
 @dataclass
 class TradeoffRow:
-    """One attack on clients of one defense, a line of ``summary.json``.
+    """One attack on clients with one defense, an entry of ``summary.json``.
 
     Attributes:
-        defense: its name.
-        strength: of the defense, in its own unit.
-        attack: its name.
+        defense: name of the defense.
+        strength: strength of the defense, in its own unit.
+        attack: name of the attack.
         adaptive: whether the attacker knows the defense.
-        network: its name.
-        epochs: of the network's training, 0 for none.
-        images: of a victim, or of all clients that are seen as one.
+        network: name of the network.
+        epochs: epochs of training of the network, 0 for none.
+        images: number of images of a victim, or of all clients that are aggregated into one.
         victims: number of victims.
-        psnr_mean: mean over victims, dB.
-        psnr_ci: its 95 % interval, after Student.
-        mse_median: median over victims.
+        psnr_mean: mean PSNR over victims, dB.
+        psnr_ci: its 95 % interval, by Student's t.
+        mse_median: median MSE over victims.
         success_rate: share of the images with an MSE below ``success_threshold``.
         success_ci: its 95 % Wilson interval.
-        success_threshold: of the attack.
+        success_threshold: success threshold of the attack.
         identified: share of the images that are nearer to their reconstruction than any of ``others`` of their class.
         identified_ci: its 95 % Wilson interval.
-        others: number of other images of a class, at most.
+        others: largest number of other images of a class.
         baseline: mean PSNR of the best guess without any gradient, dB.
-        label_accuracy: share of the images whose label is right.
-        test_accuracy: of networks that were trained under the defense, 0 to 1; None where none was.
-        test_accuracy_ci: its 95 % interval, after Student, for the rate that was chosen with the first of them.
-        learning_rate: of their training, the one of a few that suited the defense; None where none was trained.
-        bytes: that a client sends.
-        epsilon: of one step of DP-SGD that every image takes part in, at ``delta``; None without noise of a fixed size.
-        delta: see ``epsilon``.
-        bound: on ``identified``, whatever an attacker does who knows the label and not the other images; None where
-            there is none.
-        seconds_per_victim: in the attack.
+        label_accuracy: share of the images with the right label.
+        test_accuracy: test accuracy of networks trained under the defense, 0 to 1; None if none was trained.
+        test_accuracy_ci: its 95 % interval, by Student's t, for the learning rate chosen with the first network.
+        learning_rate: learning rate of this training, chosen from a few for the defense; None if none was trained.
+        bytes: number of bytes that a client sends.
+        epsilon: epsilon of one step of DP-SGD in which every image takes part, at ``delta``; None without noise of a
+            fixed size.
+        delta: delta of ``epsilon``.
+        bound: bound on ``identified`` for every attacker who knows the label and not the other images; None if there is
+            none.
+        seconds_per_victim: duration of the attack per victim.
     """
 
     defense: str
@@ -81,7 +82,7 @@ class TradeoffRow:
 
 
 def format_table(rows: Sequence[TradeoffRow]) -> str:
-    """The rows as a table for the terminal; a star marks what is no better than a guess without any gradient."""
+    """Format the rows as a table for the terminal; a star marks what is no better than a guess without any gradient."""
     private = any(row.epsilon is not None for row in rows)
     columns = ["", "attack", "attacker", "PSNR", "success", "identified", "labels", "bytes", "accuracy"]
     lines = [columns + ["epsilon", "bound"] * private]
@@ -110,12 +111,12 @@ def format_table(rows: Sequence[TradeoffRow]) -> str:
                 ),
             ]
         )
-    told = f"The best guess without any gradient has {rows[0].baseline:.1f} dB; * marks attacks that do not beat it."
-    return "\n".join([align(lines), "", told])
+    note = f"The best guess without any gradient has {rows[0].baseline:.1f} dB; * marks attacks that do not beat it."
+    return "\n".join([align(lines), "", note])
 
 
 def best(rows: Sequence[TradeoffRow]) -> dict[tuple[str, float, bool], TradeoffRow]:
-    """For each defense, strength and kind of attacker, the attack that comes nearest on average."""
+    """Return the attack with the best mean PSNR for each defense, strength and kind of attacker."""
     found: dict[tuple[str, float, bool], TradeoffRow] = {}
     for row in rows:
         key = row.defense, row.strength, row.adaptive
@@ -125,7 +126,7 @@ def best(rows: Sequence[TradeoffRow]) -> dict[tuple[str, float, bool], TradeoffR
 
 
 def plot_attackers(rows: Sequence[TradeoffRow], title: str) -> Figure:
-    """PSNR under each defense and strength: the best naive and the best adaptive attack, joined by a line."""
+    """Plot the PSNR under each defense and strength: the best naive and the best adaptive attack, joined by a line."""
     found = best(rows)
     cells = list(dict.fromkeys((row.defense, row.strength) for row in rows))
     figure = new_figure(7.2, 1.4 + 0.24 * len(cells))
@@ -157,7 +158,7 @@ def plot_attackers(rows: Sequence[TradeoffRow], title: str) -> Figure:
 
 
 def plot_tradeoff(rows: Sequence[TradeoffRow], title: str) -> Figure:
-    """Privacy against accuracy: a curve for each defense over its strengths, for both attackers."""
+    """Plot privacy against accuracy: a curve over the strengths of each defense, for both attackers."""
     found = best(rows)
     figure = new_figure(7.6, 4.6)
     figure.set_layout_engine("constrained")

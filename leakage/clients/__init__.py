@@ -1,4 +1,4 @@
-"""Clients: what one does with its images, and what it shares."""
+"""Clients of federated learning: how they compute gradients, and what they share."""
 
 from leakage.clients.activations import Activation
 from leakage.clients.protocol import Protocol

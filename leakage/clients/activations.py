@@ -1,4 +1,4 @@
-"""What modules of a network take and give, collected by name in a forward pass."""
+"""Recording of the inputs and outputs of a network's modules, by name, in a forward pass."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 
 class Activation(NamedTuple):
-    """What a module took and gave.
+    """The input and output of a module.
 
     Attributes:
-        inputs: its first positional argument, such as ``(N, C, H, W)``.
-        outputs: what it returned.
+        inputs: the first positional argument of the module, such as ``(N, C, H, W)``.
+        outputs: the tensor that the module returned.
     """
 
     inputs: Tensor
@@ -26,20 +26,26 @@ class Activation(NamedTuple):
 
 @contextlib.contextmanager
 def recorded(model: nn.Module, modules: Sequence[str]) -> Iterator[dict[str, Activation]]:
-    """Collect the activations of some modules while the model runs once; no hook is left behind.
+    """Collect the activations of some modules while the model runs once; the hooks are removed afterwards.
 
-    They are filled in as the model runs, in the order of the calls, as copies: what comes after a module may change
-    its output in place.
+    The activations are added in the order of the calls. They are copies, because later operations may change the output
+    of a module in place.
+
+    Args:
+        model: the network that runs within the context.
+        modules: names of the modules.
 
     Raises:
-        ValueError: a module is called more than once, or not at all, or takes or gives no tensor.
+        ValueError: a module is called more than once or never, does not take a tensor first, or does not return one.
     """
     inputs: dict[str, Tensor] = {}
     activations: dict[str, Activation] = {}
 
     def before(name: str, module: nn.Module, given: tuple[Any, ...]) -> None:
         if name in inputs:
-            raise ValueError(f"Expected `modules` that a pass calls once, but got {name!r}, which it calls again.")
+            raise ValueError(
+                f"Expected `modules` that are called once in a forward pass, but got {name!r}, which is called again."
+            )
         tensors = [value for value in given if isinstance(value, Tensor)]
         if not tensors:
             raise ValueError(f"Expected `modules` that take a tensor first, but got {name!r}, which takes none.")
@@ -59,11 +65,13 @@ def recorded(model: nn.Module, modules: Sequence[str]) -> Iterator[dict[str, Act
             hooks.callback(module.register_forward_hook(partial(after, name)).remove)
         yield activations
     if missing := [name for name in modules if name not in activations]:
-        raise ValueError(f"Expected `modules` that a pass calls once, but got {missing}, which it does not call.")
+        raise ValueError(
+            f"Expected `modules` that are called once in a forward pass, but got {missing}, which are not called."
+        )
 
 
 def check_names(model: nn.Module, modules: Sequence[str]) -> None:
-    """Raise a ``ValueError``, with names that are like it, for a name that no module of the model has."""
+    """Raise a ``ValueError`` if no module of the model has one of the names; the message suggests similar names."""
     names = [name for name, _ in model.named_modules() if name]
     for name in modules:
         if name not in names:
@@ -72,7 +80,7 @@ def check_names(model: nn.Module, modules: Sequence[str]) -> None:
 
 
 def joined(parts: list[dict[str, Activation]]) -> dict[str, Activation]:
-    """Those of the batches of one pass over the images after one another."""
+    """Concatenate the activations of the batches of one pass over the images."""
     if len(parts) == 1:
         return parts[0]
     return {name: Activation(*map(torch.cat, zip(*(part[name] for part in parts), strict=True))) for name in parts[0]}

@@ -1,4 +1,4 @@
-"""The gradients of many clients at once, before their defenses, with all that they keep to themselves."""
+"""The gradients of many clients at once, before their defenses, including their secrets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from leakage.models.drawing import draw
 if TYPE_CHECKING:  # a victim shares what is captured here
     from leakage.clients.victim import Victim
 
-# Victims whose gradients are captured at once; bounds the memory of a capture, not its result.
+# Number of victims whose gradients are captured at once; it bounds the memory and does not change the result.
 _AT_ONCE = 64
 
 
@@ -29,17 +29,17 @@ def capture(
     rate: float | None,
     seed: int,
 ) -> dict[str, Tensor]:
-    """What V clients would share without defenses, name to ``(V, *shape)``.
+    """Return what V clients would share without defenses, name to ``(V, *shape)``.
 
     Args:
-        victim: what they do.
-        states: weights and buffers by name, with a leading victims' dimension where these have ``own_weights``.
-        own_weights: see ``states``.
+        victim: the model and the protocol of the clients.
+        states: weights and buffers by name, with a leading victims' dimension if ``own_weights`` is true.
+        own_weights: whether each victim has its own network.
         images: ``(V, N, C, H, W)``.
         targets: class probabilities ``(V, N, K)``.
-        ids: of the clients; with the seed they decide what each draws.
-        rate: the learning rate, where they keep it to themselves and share an update.
-        seed: see ``ids``.
+        ids: ids of the clients; with ``seed`` they decide what each client draws.
+        rate: the secret learning rate of clients that share an update; None if clients share a gradient.
+        seed: seed of the draws.
     """
     protocol = victim.protocol
     own: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Networks that are a plain chain: each module's input is the output of the one before it."""
+"""Networks that are a plain chain: the input of each module is the output of the previous one."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a layer takes patches from inputs ``(C, H, W)``; a ``Linear`` is a convolution of a single pixel.
+    """How a layer takes patches from inputs ``(C, H, W)``; a ``Linear`` counts as a convolution of a single pixel.
 
-    The padding is that on the left, right, top and bottom.
+    ``padding`` is given for the left, right, top and bottom.
     """
 
     input_shape: _Shape
@@ -37,17 +37,17 @@ class Geometry:
 
     @property
     def patch(self) -> int:
-        """Numbers in one patch of one group of channels."""
+        """The number of values in one patch of one group of channels."""
         return self.input_shape[0] // self.groups * math.prod(self.kernel)
 
     @property
     def symmetric(self) -> bool:
-        """Whether both sides are padded alike."""
+        """Whether opposite sides have the same padding."""
         left, right, top, bottom = self.padding
         return (left, top) == (right, bottom)
 
     def unfold(self, inputs: Tensor) -> Tensor:
-        """Patches ``(A, B, groups, patch, positions)`` of ``(A, B, C, H, W)``; faster than ``F.unfold``."""
+        """Return the patches ``(A, B, groups, patch, positions)`` of ``(A, B, C, H, W)``; faster than ``F.unfold``."""
         padded = F.pad(inputs, self.padding).contiguous()
         *outer, row, column = padded.stride()
         inner = (row * self.dilation[0], column * self.dilation[1], row * self.stride[0], column * self.stride[1])
@@ -55,12 +55,12 @@ class Geometry:
         return patches.reshape(*inputs.shape[:2], self.groups, self.patch, -1)
 
     def fold(self, patches: Tensor) -> Tensor:
-        """The transposed of :meth:`unfold`, flattened: ``(A, B, C*H*W)`` of ``(A, B, ...)``."""
+        """Apply the transpose of :meth:`unfold`, and flatten the result to ``(A, B, C*H*W)``."""
         if self.kernel == self.input_shape[1:] == (1, 1):
             return patches.flatten(2)
         _, height, width = self.input_shape
         left, right, top, bottom = self.padding
-        size = (height + bottom - top, width + right - left)  # `F.fold` knows only equal paddings
+        size = (height + bottom - top, width + right - left)  # `F.fold` supports only equal paddings
         merged = patches.reshape(-1, self.groups * self.patch, math.prod(self.output_shape[1:]))
         sums = F.fold(merged, size, self.kernel, self.dilation, (top, left), self.stride)
         return sums[..., :height, :width].reshape(*patches.shape[:2], -1)
@@ -68,7 +68,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Link:
-    """A module of a chain, without children, and the shapes of one image before and after it."""
+    """A module of a chain, without children, and the shapes of its input and output for one image."""
 
     name: str
     module: nn.Module
@@ -76,22 +76,22 @@ class Link:
     output_shape: tuple[int, ...]
 
     def __str__(self) -> str:
-        """As errors name it."""
+        """Return the type and name of the module, for error messages."""
         return f"{type(self.module).__name__} {self.name!r}"
 
     @property
     def is_layer(self) -> bool:
-        """Whether it is a linear layer, with weights; the others map each element by itself, or pool."""
+        """Whether the module is a ``Conv2d`` or ``Linear``; other links are functions between these."""
         return type(self.module) in (nn.Conv2d, nn.Linear)
 
     @property
     def geometry(self) -> Geometry:
-        """That of a layer."""
+        """The geometry of the layer."""
         if isinstance(self.module, nn.Linear):
             return Geometry((self.input_shape[0], 1, 1), (self.output_shape[0], 1, 1))
         layer = cast(nn.Conv2d, self.module)
         kernel, dilation = cast(_Pair, layer.kernel_size), cast(_Pair, layer.dilation)
-        if layer.padding == "same":  # puts the odd one behind
+        if layer.padding == "same":  # an odd total puts the extra pixel at the end
             rows, columns = (step * (size - 1) for size, step in zip(kernel, dilation, strict=True))
             padding = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
         else:
@@ -104,13 +104,15 @@ class Link:
 def find_links(
     victim: Victim, functions: Collection[type[nn.Module]], refused: Callable[[Link], str | None]
 ) -> list[Link]:
-    """The modules of a plain chain up to its classifier, without ``Identity``, ``Flatten`` and dropout.
+    """Return the modules of a plain chain up to its classifier, without ``Identity``, ``Flatten`` and dropout.
 
-    ``functions`` may stand between ``Conv2d`` and ``Linear``; ``refused`` says why a module is not supported although
-    it is one of these, or in better words.
+    Args:
+        victim: the victim whose network is searched.
+        functions: module types that are allowed between ``Conv2d`` and ``Linear``.
+        refused: returns the reason why a link is not supported, or None.
 
     Raises:
-        ValueError: no such chain. The message names the module.
+        ValueError: the network is not such a chain. The message names the module.
     """
     if victim.classifier is None:
         raise ValueError(
@@ -148,12 +150,12 @@ def _why_refused(
 
 @torch.no_grad()
 def _calls(victim: Victim) -> list[Link]:
-    """Modules without children in the order of their calls."""
+    """Return the modules without children in the order of their calls."""
     like = next(victim.model.parameters())
     noise = torch.rand(2, *victim.protocol.image_shape, generator=torch.Generator().manual_seed(0)).to(like)
     calls: list[Link] = []
-    # The outputs with their versions (a change in place counts them up) and values; all are kept, so that no later
-    # tensor takes the place of one in memory.
+    # The outputs with their versions (which a change in place increments) and values. All are kept, so that no later
+    # tensor reuses the memory of one.
     kept: list[tuple[Tensor, int, Tensor]] = [(noise, noise._version, noise.clone())]
 
     def before(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:

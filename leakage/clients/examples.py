@@ -1,4 +1,4 @@
-"""Gradients of single images, clipped one by one: what DP-SGD does inside."""
+"""Gradients of single images, clipped one by one, as DP-SGD needs them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from leakage.clients.smoothing import smoothed, without_sharpness
 if TYPE_CHECKING:  # a victim has defenses
     from leakage.clients.victim import Victim
 
-# Images whose gradients are in memory at once.
+# Number of images whose gradients are in memory at once.
 _AT_ONCE = 16
 
 
 def clipped_examples(
     victim: Victim, state: Mapping[str, Tensor], images: Tensor, targets: Tensor, norm: float
 ) -> dict[str, Tensor]:
-    r"""Of one victim's images, :math:`\sum_n g_n \min(1, C / \lVert g_n \rVert_2)`, over N where the loss is a mean.
+    r"""Sum the clipped gradients of one victim's images, :math:`\sum_n g_n \min(1, C / \lVert g_n \rVert_2)`.
 
-    Twice differentiable, and made for ``vmap``.
+    If the loss is a mean over images, the sum is divided by N. The result is twice differentiable and works under
+    ``vmap``.
 
     Args:
-        victim: of one step, whose images do not see one another.
+        victim: a victim with one local step, whose network treats each image independently.
         state: weights and buffers by name.
         images: ``(N, C, H, W)``.
         targets: class probabilities ``(N, K)``.
@@ -49,7 +50,7 @@ def clipped_examples(
 
 
 def shortened(gradients: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
-    """Gradients of at most this norm, of one victim and differentiable; near 0 without a division by it."""
+    """Clip the gradients of one victim to a norm; differentiable, and without division by norms near 0."""
     largest = torch.stack([tensor.detach().abs().amax() for tensor in gradients.values()]).amax()
     largest = torch.where(largest > 0, largest, 1.0)
     squares = torch.stack([(tensor / largest).square().sum() for tensor in gradients.values()]).sum()

@@ -1,4 +1,4 @@
-"""What a client needs to know of a model: whether its gradient says something, and where its logits come from."""
+"""Checks of a client's model and data, and the search for the layer whose output is the logits."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _NORMS = (
 
 
 def drop_unused_statistics(model: nn.Module) -> frozenset[str]:
-    """Take from BatchNorm the running statistics that it does not normalise by; returns the names of all such.
+    """Remove the running statistics that BatchNorm does not normalise by, and return their names.
 
-    In training mode it updates them in place, which ``vmap`` can't do, and its output does not depend on them.
+    In training mode the output does not depend on them, and BatchNorm updates them in place, which ``vmap`` does not
+    support.
     """
     names = []
     for prefix, module in model.named_modules():
@@ -36,11 +37,11 @@ def drop_unused_statistics(model: nn.Module) -> frozenset[str]:
 
 
 def take_affine_apart(model: nn.Module) -> None:
-    """Let BatchNorm and InstanceNorm that normalise by their input map it by their weights in a step of its own.
+    """Make BatchNorm and InstanceNorm that normalise by their input apply weight and bias in a separate step.
 
-    Else ``torch.func`` differentiates the gradient of these weights wrongly where ``vmap`` stands within the
-    derivative, as in ``grad(vmap(...))`` and ``vjp(vmap(...), ...)``: its rule takes mean and variance, which are in
-    that gradient, for constants.
+    Otherwise ``torch.func`` differentiates the gradient of these weights wrongly if ``vmap`` is inside the derivative,
+    as in ``grad(vmap(...))`` and ``vjp(vmap(...), ...)``: its rule treats the mean and the variance in that gradient as
+    constants.
     """
     for module in model.modules():
         if type(module) in _NORMS and module.affine and not module.track_running_stats:
@@ -55,14 +56,14 @@ def _normalise(module: nn.Module, plain: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def black_images(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> Tensor:
-    """Images for a trial of a model that takes ``batch_size`` at a time."""
+    """Return black images for a trial run of a model that takes batches of ``batch_size``."""
     parameter = next(model.parameters())
-    # Two images stand for any more of them: BatchNorm in training mode only refuses a single value.
+    # Two images are enough for any larger batch: BatchNorm in training mode refuses only a single value.
     return torch.zeros(min(batch_size, 2), *image_shape, dtype=parameter.dtype, device=parameter.device)
 
 
 def inspect_model(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> tuple[str | None, str, int]:
-    """The linear layer whose output are the logits (None if there is none), their origin and their number."""
+    """Return the linear layer whose output is the logits (None if there is none), their origin and their number."""
     images = black_images(model, image_shape, batch_size)
     outputs: list[tuple[str, Tensor]] = []
 
@@ -78,9 +79,9 @@ def inspect_model(model: nn.Module, image_shape: tuple[int, ...], batch_size: in
         own_batch = any(isinstance(module, _BatchNorm) and module.running_mean is None for module in model.modules())
         if own_batch and "more than 1 value per channel" in str(error):
             raise ValueError(
-                "Expected several values per channel for BatchNorm to normalise by (in training mode, or without "
-                "running statistics), but got one: a single image whose map has a single pixel. Choose `num_images` "
-                "(and `local_batch_size`) of at least 2, or larger images, or call `model.eval()`."
+                "Expected several values per channel for BatchNorm that normalises by the batch (in training mode, or "
+                "without running statistics), but got one: a single image whose map has a single pixel. Choose "
+                "`num_images` (and `local_batch_size`) of at least 2, or larger images, or call `model.eval()`."
             ) from error
         raise ValueError(
             f"Expected `model` to take images of shape {show_shape('N', *image_shape)}, but got: {error}"
@@ -98,11 +99,11 @@ def inspect_model(model: nn.Module, image_shape: tuple[int, ...], batch_size: in
     except Exception as error:
         raise ValueError(
             "Expected `model` to be a function of images and weights alone that `torch.func.vmap` can run "
-            f"(no dropout by `torch.nn.functional`, no statistics updated on the way), but got: {error}"
+            f"(no dropout by `torch.nn.functional`, no statistics updated in the forward pass), but got: {error}"
         ) from error
     if not outputs:
         return None, type(model).__name__, logits.shape[1]
-    # An nn.Identity behind the linear layer hands its output on.
+    # An nn.Identity after the linear layer returns the same tensor.
     linear = [pair for pair in outputs if pair[1] is logits and isinstance(leaves[pair[0]], nn.Linear)]
     with_weights = [pair for pair in outputs if [*leaves[pair[0]].parameters()]]
     name, output = (linear or with_weights or outputs)[-1]
@@ -115,7 +116,10 @@ def inspect_model(model: nn.Module, image_shape: tuple[int, ...], batch_size: in
 def check_tensors(
     kind: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, victims: int | None
 ) -> None:
-    """Names and shapes as in the model, with a leading dimension of ``victims`` unless that is None."""
+    """Raise a ``ValueError`` unless names, shapes and kinds of numbers are those of ``expected``.
+
+    With ``victims``, each shape has a leading dimension of this size.
+    """
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(
@@ -132,18 +136,18 @@ def check_tensors(
 
 
 def check_no_statistics(state: Mapping[str, Tensor], unused: frozenset[str]) -> None:
-    """Raise a ``ValueError`` if a state has statistics that BatchNorm does not normalise by."""
-    # Not ignored: who brings statistics and a model in training mode may just have forgotten `eval()`.
+    """Raise a ``ValueError`` if a state has running statistics that BatchNorm does not normalise by."""
+    # They are not ignored: a user who has statistics and a model in training mode may have forgotten `eval()`.
     if given := sorted(unused & state.keys()):
         raise ValueError(
             "Expected no running statistics of BatchNorm that normalises by the client's own batch (in training "
             f"mode, or without running statistics), but got {given}. Call `model.eval()` if the client "
-            "normalised by them, else leave them out of the state."
+            "normalised by them; otherwise leave them out of the state."
         )
 
 
 def check_private(images: Tensor, labels: Tensor, protocol: Protocol) -> None:
-    """Raise a ``ValueError`` unless these can be the private images and labels of clients of this protocol."""
+    """Raise a ``ValueError`` unless images and labels fit clients of this protocol."""
     expected = (protocol.num_images, *protocol.image_shape)
     if images.ndim != 5 or tuple(images.shape[1:]) != expected or not len(images):
         raise ValueError(f"Expected `images` of shape {show_shape('V', *expected)}, but got {tuple(images.shape)}.")

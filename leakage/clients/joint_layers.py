@@ -1,7 +1,8 @@
-"""Layers of V victims at once whose outputs are affine in their parameters: each victim's own, or those of all.
+"""Layers, run for V victims at once, whose outputs are affine in their parameters.
 
-Tensors are ``(N * V, ...)``: the first images of all victims, then the second ones. So maps ``(N, V * C, H, W)`` for a
-grouped convolution, one group for each victim, are the same numbers in the same order.
+Parameters are shared by all victims, or each victim has its own. Tensors are ``(N * V, ...)``: the first images of all
+victims, then the second ones, and so on. Viewed as maps ``(N, V * C, H, W)``, they fit a grouped convolution with one
+group for each victim without a copy.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _Sizes = list[int]
 
 
 class Parameter(NamedTuple):
-    """A weight or bias, ``(V, *shape)`` if victims have their own; ``name`` is None if its gradient is not shared."""
+    """A weight or bias, ``(V, *shape)`` if each victim has its own; ``name`` is None if its gradient is not shared."""
 
     value: Tensor
     name: str | None
@@ -33,9 +34,9 @@ class Layer(ABC):
 
     Attributes:
         inputs: ``(N * V, ...)``.
-        weight, bias: its parameters; there may be no bias.
+        weight, bias: the parameters; ``bias`` may be None.
         victims: V.
-        own: whether victims have parameters of their own.
+        own: whether each victim has its own parameters.
     """
 
     inputs: Tensor
@@ -45,11 +46,11 @@ class Layer(ABC):
     own: bool
 
     def outputs(self) -> Tensor:
-        """What the function gives, differentiable twice by the inputs."""
+        """Return the outputs of the function, twice differentiable with respect to the inputs."""
         return self._apply(self.weight.value, None if self.bias is None else self.bias.value, self.own)
 
     def tangent(self, direction: Mapping[str, Tensor]) -> Tensor:
-        """The outputs' derivative along a direction ``(V, *shape)`` of named parameters; differentiable too."""
+        """Return the derivative of the outputs along a direction ``(V, *shape)`` of parameters; differentiable."""
         weight, bias = (None if part is None else direction.get(part.name or "") for part in self._both)
         if weight is None:
             shape = self.weight.value.shape[1:] if self.own else self.weight.value.shape
@@ -58,11 +59,11 @@ class Layer(ABC):
 
     @property
     def names(self) -> set[str]:
-        """Those of its parameters."""
+        """The names of the parameters whose gradients are shared."""
         return {part.name for part in self._both if part is not None and part.name is not None}
 
     def gradients(self, delta: Tensor) -> dict[str, Tensor]:
-        """Those of the named parameters, ``(V, *shape)``, from the derivative of a loss by the outputs."""
+        """Return the gradients ``(V, *shape)`` of named parameters, given the derivative of a loss by the outputs."""
         made = zip(self._both, (self._by_weight, self._by_bias), strict=True)
         return {part.name: by(delta) for part, by in made if part is not None and part.name is not None}
 
@@ -72,20 +73,20 @@ class Layer(ABC):
 
     @abstractmethod
     def _apply(self, weight: Tensor, bias: Tensor | None, own: bool, *, linear: bool = False) -> Tensor:
-        """For any parameters; only what is ``linear`` in them, if so."""
+        """Apply the function with any parameters; with ``linear``, only the part that is linear in them."""
 
     @abstractmethod
     def _by_weight(self, delta: Tensor) -> Tensor:
-        """``(V, *shape)``."""
+        """Return the gradient of the weight, ``(V, *shape)``."""
 
     @abstractmethod
     def _by_bias(self, delta: Tensor) -> Tensor:
-        """``(V, *shape)``."""
+        """Return the gradient of the bias, ``(V, *shape)``."""
 
 
 @dataclass
 class Linear(Layer):
-    """``F.linear``: the last dimension of the inputs."""
+    """A call of ``F.linear``, which maps the last dimension of the inputs."""
 
     def _apply(self, weight: Tensor, bias: Tensor | None, own: bool, *, linear: bool = False) -> Tensor:
         if not own:
@@ -96,7 +97,7 @@ class Linear(Layer):
         return _as(images.contiguous(), (*self.inputs.shape[:-1], outputs.shape[-1]))
 
     def _rows(self, tensor: Tensor) -> Tensor:
-        """Those of each victim, ``(V, rows, D)``."""
+        """Return the rows of each victim, ``(V, rows, D)``."""
         images = tensor.reshape(-1, self.victims, *tensor.shape[1:]).transpose(0, 1)
         return images.reshape(self.victims, -1, tensor.shape[-1])
 
@@ -109,11 +110,11 @@ class Linear(Layer):
 
 @dataclass
 class Convolution(Layer):
-    """``F.conv1d`` to ``F.conv3d``.
+    """A call of ``F.conv1d``, ``F.conv2d`` or ``F.conv3d``.
 
     Attributes:
-        stride, padding, dilation: for each dimension.
-        groups: of a single victim.
+        stride, padding, dilation: one number for each dimension.
+        groups: number of groups for one victim.
     """
 
     stride: _Sizes
@@ -132,12 +133,12 @@ class Convolution(Layer):
         return self.stride, self.padding, self.dilation, victims * self.groups
 
     def _merged(self, maps: Tensor) -> Tensor:
-        """``(N, V * C, ...)``."""
+        """Merge the victims into the channels, ``(N, V * C, ...)``."""
         return maps.reshape(-1, self.victims * maps.shape[1], *maps.shape[2:])
 
     def _by_weight(self, delta: Tensor) -> Tensor:
         shape = self.weight.value.shape[1:] if self.own else self.weight.value.shape
-        like = self.inputs.new_empty(self.victims * shape[0], *shape[1:])  # nothing is read of it
+        like = self.inputs.new_empty(self.victims * shape[0], *shape[1:])  # only its shape is used
         found = _derivative(
             self._merged(delta), self._merged(self.inputs), like, self._options(self.victims), (False, True)
         )
@@ -149,12 +150,12 @@ class Convolution(Layer):
 
 @dataclass
 class Scaling(Layer):
-    """What follows a normalisation: one factor and one shift for each channel, or for each element of the last ones.
+    """The affine map after a normalisation: a factor and a shift for each channel, or for each element.
 
     Attributes:
-        middle: numbers in the dimensions between that of the images and those of the parameters.
-        mean, rate: subtracted from the inputs, and multiplied with them, before: ``(P,)`` or ``(V, P)``; None for
-            inputs that are normalised.
+        middle: number of elements in the dimensions between the image dimension and those of the parameters.
+        mean, rate: subtracted from the inputs, and then multiplied with them, ``(P,)`` or ``(V, P)``; None if the
+            inputs are already normalised.
     """
 
     middle: int
@@ -174,7 +175,7 @@ class Scaling(Layer):
         return parameter.reshape(1, self.victims if own else 1, 1, -1, 1)
 
     def _parted(self, tensor: Tensor) -> Tensor:
-        """``(N, V, middle, P, rest)``."""
+        """Reshape to ``(N, V, middle, P, rest)``."""
         return tensor.reshape(-1, self.victims, self.middle, self._shape.numel(), self._rest)
 
     @property
@@ -199,17 +200,17 @@ class Scaling(Layer):
 
 
 def _as(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Of another shape, but no view: a view that is changed in place later would not be found in the graph again."""
+    """Reshape without a view: if a view is changed in place later, its node in the graph can't be found any more."""
     return torch.ops.aten._unsafe_view(tensor, shape)  # type: ignore[no-any-return]
 
 
 def normalised(inputs: Tensor, rows: int, eps: float) -> Tensor:
-    """Inputs in rows of equal length, each with its mean subtracted and divided by the root of its variance + eps."""
+    """Normalise rows of equal length: subtract the mean, and divide by the square root of the variance plus eps."""
     return cast(Tensor, _Normalised.apply(inputs.reshape(1, rows, -1), eps)).view(inputs.shape)
 
 
-# What autograd does not do well: it makes the gradient of constant weights when it differentiates a convolution twice,
-# and the second derivative of a normalisation out of dozens of operations.
+# Two cases in which autograd is slow: for the second derivative of a convolution it also computes the gradient of
+# constant weights, and it builds the second derivative of a normalisation from dozens of operations.
 
 
 def _convolved(maps: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Tensor:
@@ -219,7 +220,7 @@ def _convolved(maps: Tensor, weight: Tensor, bias: Tensor | None, options: tuple
 def _derivative(
     delta: Tensor, maps: Tensor, weight: Tensor, options: tuple[Any, ...], wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """By maps and by weight, those that are wanted."""
+    """Return the derivatives of a convolution by its maps and its weight, as far as they are ``wanted``."""
     *geometry, groups = options
     none = [0] * len(geometry[0])
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
@@ -229,7 +230,7 @@ def _derivative(
 
 
 class _Convolved(Function):
-    """A convolution with constants."""
+    """A convolution whose parameters are constants."""
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Tensor:
@@ -246,13 +247,13 @@ class _Convolved(Function):
 
 
 class _Transposed(Function):
-    """Its derivative by the maps, which is linear in ``delta``."""
+    """The derivative of a convolution by its maps, which is linear in ``delta``."""
 
     @staticmethod
     def forward(ctx: Any, delta: Tensor, weight: Tensor, shape: torch.Size, options: tuple[Any, ...]) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.options = options
-        like = delta.new_empty(shape)  # nothing is read of it
+        like = delta.new_empty(shape)  # only its shape is used
         return _derivative(delta, like, weight, options, (True, False))[0]
 
     @staticmethod
@@ -262,7 +263,7 @@ class _Transposed(Function):
 
 
 class _Normalised(Function):
-    r"""Rows :math:`z = r (x - \bar x)` of ``(1, rows, M)`` with :math:`r = (\mathrm{var}(x) + \epsilon)^{-1/2}`."""
+    r"""Normalises rows ``(1, rows, M)`` to :math:`z = r (x - \bar x)`, :math:`r = (\mathrm{var} + \epsilon)^{-1/2}`."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, eps: float) -> Tensor:
@@ -278,9 +279,10 @@ class _Normalised(Function):
 
 
 class _NormalisedBack(Function):
-    r"""Its derivative :math:`B = r (\delta - \bar\delta - z \, \overline{\delta z})`, bars for means over a row.
+    r"""The derivative of the normalisation, :math:`B = r (\delta - \bar\delta - z \, \overline{\delta z})`.
 
-    Of :math:`\langle h, B \rangle`, the one by :math:`\delta` is the same with h for :math:`\delta`, the one by x
+    Bars are means over a row. The derivative of :math:`\langle h, B \rangle` by :math:`\delta` is B with h in place of
+    :math:`\delta`; its derivative by x is
 
     .. math:: -r^2 \left( \overline{\delta z} (h - \bar h) + \overline{h z} (\delta - \bar\delta)
         + z \left( \overline{h \delta} - \bar h \bar\delta - 3 \, \overline{h z} \, \overline{\delta z} \right) \right)
@@ -310,7 +312,7 @@ class _NormalisedBack(Function):
 
 
 def _normalised_back(delta: Tensor, rows: Tensor, mean: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""B, and the means :math:`\bar\delta` and :math:`\overline{\delta z}` ``(1, rows)``."""
+    r"""Return B, and the means :math:`\bar\delta` and :math:`\overline{\delta z}`, each ``(1, rows)``."""
     _, count, length = rows.shape
     by_rows, with_outputs, sums = torch.ops.aten.native_group_norm_backward(
         delta, rows, mean, rate, None, 1, count, length, count, (True, True, True)

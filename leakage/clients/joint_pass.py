@@ -1,4 +1,4 @@
-"""One pass through a network for the images of V victims, from which each gets a gradient of its own."""
+"""One pass through a network for the images of V victims that gives the gradient of each victim."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from leakage.clients.losses import LOSSES
 from leakage.clients.smoothing import smoothed
 from leakage.clients.victim import Victim
 
-# Of the gradients of a trial, in units of their own norm and of the norm of all: rounding, and signs of units that it
-# turns, are far below; a wrong gradient is not.
+# Tolerances for the gradients of a trial, in units of their own norm and of the norm of all gradients. Rounding errors,
+# and ReLUs that they switch, are far below; a wrong gradient is above.
 _TOLERANCES = 1e-2, 1e-4
 
 
 class JointPass:
-    r"""The gradients of V victims, and derivatives of what depends on them, by ordinary autograd on all their images.
+    r"""The gradients of V victims, and derivatives of functions of them, by ordinary autograd on all their images.
 
-    Where every parameter is that of a convolution, a linear layer or a normalisation (not by the batch's own
-    statistics), the outputs of these layers are affine in it: :math:`y = P(x, \theta)`. One pass forwards and one back
-    for all images gives the derivatives :math:`\delta = \partial \ell / \partial y`, and from these and the inputs the
-    gradient :math:`g = P^\top(x) \, \delta` of each victim. The derivative of :math:`\langle v, g \rangle`, with v that
-    of an objective by g, is that of
+    If every parameter belongs to a convolution, a linear layer or a normalisation (not by the batch's own statistics),
+    the outputs of these layers are affine in it: :math:`y = P(x, \theta)`. One forward and one backward pass for all
+    images give the derivatives :math:`\delta = \partial \ell / \partial y`. From these and the inputs follows the
+    gradient :math:`g = P^\top(x) \, \delta` of each victim. For an objective whose derivative by g is v, the derivative
+    of :math:`\langle v, g \rangle` is that of
 
     .. math:: \sum_{\text{layers}} \langle \delta, P(x, v) \rangle
 
-    in which parameters are constants. Compared with differentiating twice under ``vmap``, no derivative by a parameter
-    is made that is not wanted, what victims share is computed for all of them together, and convolutions of each
-    victim's own are grouped ones.
+    in which parameters are constants. Compared with differentiating twice under ``vmap``, this avoids unneeded
+    derivatives by parameters, computes shared layers for all victims together, and runs each victim's own convolutions
+    as one grouped convolution.
 
     Args:
-        victim: of one local step.
+        victim: a victim with one local step.
         state: weights and buffers by name.
-        own_weights: whether they have a leading victims' dimension.
+        own_weights: whether ``state`` has a leading victims' dimension.
         images: ``(V, N, C, H, W)``.
         targets: class probabilities ``(V, N, K)``.
-        modules: names of the modules whose activations are wanted.
-        sharpness: ``(V,)``, of :func:`~leakage.clients.smoothing.smoothed`.
+        modules: names of the modules whose activations are recorded.
+        sharpness: ``(V,)``, see :func:`~leakage.clients.smoothing.smoothed`.
 
     Attributes:
-        gradients: by name, ``(V, *shape)``.
-        activations: of the modules, ``(V, N, ...)``.
+        gradients: name to ``(V, *shape)``.
+        activations: name to the activations ``(V, N, ...)`` of a module.
 
     Raises:
-        ValueError: a network whose parameters are used in another way.
+        ValueError: the network uses its parameters in another way.
 
     Example:
         >>> from leakage import LeNet
@@ -104,16 +104,16 @@ class JointPass:
         return {name: gradients[name] if name in gradients else missing[name] for name in shapes}
 
     def pull_back(self, slopes: Mapping[tuple[str, str], Tensor]) -> tuple[Tensor, Tensor]:
-        """Derivatives by images and targets of what has these derivatives by gradients and activations.
+        """Differentiate by images and targets, given the derivatives by gradients and activations.
 
-        It can be called once, as the graph is freed on the way.
+        This method can be called once, because it frees the graph.
 
         Args:
-            slopes: ``(V, ...)``, by ``("gradients", name)``, and by ``("inputs", module)`` and ``("outputs", module)``
-                of activations. Those that are missing are zero; what else is there is left out.
+            slopes: derivatives ``(V, ...)`` of a function, with keys ``("gradients", name)``, ``("inputs", module)``
+                and ``("outputs", module)``. Missing ones count as zero; other keys are ignored.
 
         Returns:
-            ``(V, N, C, H, W)`` and ``(V, N, K)``.
+            The derivatives by images, ``(V, N, C, H, W)``, and by targets, ``(V, N, K)``.
         """
         direction = {name: slope for (kind, name), slope in slopes.items() if kind == "gradients"}
         pairs = []
@@ -133,15 +133,19 @@ class JointPass:
         return self._parted(found[0]), self._parted(found[1])
 
     def _parted(self, tensor: Tensor) -> Tensor:
-        """``(V, N, ...)``."""
+        """Reshape ``(N * V, ...)`` to ``(V, N, ...)``."""
         return tensor.reshape(-1, self._victims, *tensor.shape[1:]).transpose(0, 1)
 
 
 @torch.no_grad()
 def has_joint_pass(victim: Victim, state: Mapping[str, Tensor], own_weights: bool) -> bool:
-    """Whether :class:`JointPass` is right for a network: tried on random images of two victims.
+    """Return whether :class:`JointPass` gives the right gradients for a network, by a trial with random images.
 
-    ``state`` is as there; of victims with weights of their own the first ones serve.
+    Args:
+        victim: the model and the protocol.
+        state: weights and buffers by name, as for :class:`JointPass`; if each victim has its own, the first and the
+            last victim are tested.
+        own_weights: whether ``state`` has a leading victims' dimension.
     """
     protocol = victim.protocol
     if protocol.local_steps > 1:
@@ -155,7 +159,7 @@ def has_joint_pass(victim: Victim, state: Mapping[str, Tensor], own_weights: boo
     expected = vmap(victim.gradients, in_dims=(0 if own_weights else None, 0, 0))(dict(state), images, targets)
     try:
         found = JointPass(victim, state, own_weights, images, targets).gradients
-    except (ValueError, RuntimeError, TypeError, IndexError):  # the network's own, too, at tensors that it doesn't know
+    except (ValueError, RuntimeError, TypeError, IndexError):  # or the network's own error
         return False
     own, of_all = _TOLERANCES
     norms = {name: float(gradient.norm()) for name, gradient in expected.items()}
@@ -164,12 +168,12 @@ def has_joint_pass(victim: Victim, state: Mapping[str, Tensor], own_weights: boo
 
 
 class _Tape(TorchFunctionMode):
-    """Records the layers of a pass.
+    """Records the layers of a forward pass.
 
     Args:
         state: weights and buffers by name.
-        trainable: names of those whose gradients are shared.
-        own: whether each victim has its own.
+        trainable: names of the parameters whose gradients are shared.
+        own: whether each victim has its own network.
         victims: V.
         batch: N * V.
     """
@@ -179,7 +183,7 @@ class _Tape(TorchFunctionMode):
     ) -> None:
         self.layers: list[Layer] = []
         self.edges: list[GradientEdge] = []
-        # Buffers and frozen parameters are nothing special where victims share them.
+        # Buffers and frozen parameters that victims share need no special treatment.
         self._names = {id(tensor): name for name, tensor in state.items() if own or name in trainable}
         self._trainable, self._own, self._victims, self._batch = trainable, own, victims, batch
 
@@ -197,20 +201,20 @@ class _Tape(TorchFunctionMode):
         outputs = layer.outputs()
         if layer.names:
             if not outputs.requires_grad:
-                raise ValueError("Expected layers whose inputs depend on the images, but got one whose do not.")
+                raise ValueError("Expected layers whose inputs depend on the images, but got one whose inputs do not.")
             self.layers.append(layer)
-            # The edge is that of these outputs also where they are changed in place later.
+            # The edge belongs to these outputs even if they are changed in place later.
             self.edges.append(get_gradient_edge(outputs))
         return outputs
 
-    # What the functions of layers mean, with their own arguments.
+    # One method for each kind of layer function, with the arguments of that function.
 
     def _parameter(self, value: Tensor) -> Parameter:
         name = self._names.get(id(value))
         return Parameter(value, name if name in self._trainable else None)
 
     def _parts(self, inputs: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
-        """What all layers have."""
+        """Return the constructor arguments that all layers have."""
         if weight is None:
             raise ValueError("Expected layers with a weight, but got one without.")
         parameters = self._parameter(weight), None if bias is None else self._parameter(bias)

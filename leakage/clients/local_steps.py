@@ -1,4 +1,4 @@
-"""The steps of a client that trains before it shares, and their derivatives in little memory."""
+"""The local steps of a client that trains before it shares, and their derivatives in little memory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from leakage.clients.activations import Activation, joined
 from leakage.clients.protocol import Protocol
 from leakage.seeds import derive_seed
 
-# Steps from which on activations are made again, and from which on the weights before them too. Measured with a ConvNet
-# of 24,714 parameters and four images, megabytes and milliseconds of one evaluation with its gradient:
+# Number of steps from which on activations are recomputed, and from which on weights are recomputed too. Measured with
+# a ConvNet of 24,714 parameters and four images: megabytes and milliseconds of one evaluation with its gradient.
 #
 #     steps   all kept      weights kept   weights of spans kept
 #         2   14.4    42     6.9    62      7.1    84
@@ -32,15 +32,15 @@ _StepGradients = Callable[..., tuple[_Tensors, dict[str, Activation]]]
 
 @dataclass
 class Secrets:
-    """What the protocol does not tell of a client's local steps: as it is, or as an attack supposes it to be.
+    """What the protocol does not reveal about local steps: the true values, or an attack's estimates.
 
     Attributes:
-        learning_rate: by default that of the protocol; derivatives are taken by a scalar tensor.
-        order: ``(steps * local_batch_size,)``, the images of all steps one after another, by default in turns.
-        shares: ``(steps, N)``, in place of an order: how much of each image is in each step, from 0 to 1. Every step
-            then takes all images, and derivatives are taken by their shares.
-        drawn: ``(steps * images of a step, D)``, what modules have drawn for the images of all steps one after another
-            (:mod:`leakage.models.drawing`); derivatives are taken by it. Also of a single step.
+        learning_rate: by default that of the protocol; differentiable if it is a scalar tensor.
+        order: ``(steps * local_batch_size,)``, indices of the images of all steps; by default the images take turns.
+        shares: ``(steps, N)``, used in place of ``order``: how much of each image is in each step, from 0 to 1. Every
+            step then takes all images. Differentiable.
+        drawn: ``(steps * images of a step, D)``, the random numbers of modules for the images of all steps
+            (:mod:`leakage.models.drawing`). Differentiable. It also applies to a single step.
     """
 
     learning_rate: float | Tensor | None = None
@@ -59,20 +59,21 @@ def train(
     *,
     sparing: bool,
 ) -> tuple[_Tensors, dict[str, Activation]]:
-    """The average of what the client's steps take off its weights, and the activations of its first pass.
+    """Return the average of the client's steps, without the learning rate, and the activations of its first pass.
 
     Args:
-        step_gradients: by weights, buffers, images, targets, the modules that are watched, the images' shares, or
-            None, and what is drawn for them, or None: gradients of one step, and activations. It depends on no other
-            tensor.
-        protocol: says what steps.
+        step_gradients: a function that returns the gradients and the activations of one step. Its arguments are
+            weights, buffers, images, targets, names of recorded modules, shares of the images (or None) and drawn
+            numbers (or None). It must not depend on other tensors.
+        protocol: number and kind of the steps.
         data: buffers by name, images ``(N, C, H, W)``, targets ``(N, K)``.
-        weights: before the first step.
-        modules: names of the modules whose activations are wanted.
-        secrets: what else there is to know of the steps.
-        sparing: where there are many steps, differentiate in little memory. The activations of one step are kept, and
-            the weights before each, which is made once more; of very many steps T, the weights before about 2 sqrt(T)
-            of them, and each is made twice more. Derivatives forwards (``torch.func.jvp``) need it False.
+        weights: weights before the first step.
+        modules: names of the modules whose activations are recorded.
+        secrets: what the protocol does not reveal about the steps.
+        sparing: whether to save memory if there are many steps. Only the activations of one step and the weights before
+            each step are kept, and each step is computed once more for a derivative. With very many steps T, only the
+            weights before about 2 sqrt(T) steps are kept, and each step is computed twice more. Forward-mode
+            derivatives (``torch.func.jvp``) need False.
     """
     images, count, order = data[1], protocol.local_steps, secrets.order
     batch_size = protocol.local_batch_size or len(images)
@@ -88,7 +89,10 @@ def train(
         velocity: _Tensors,
         data: tuple[Any, ...],
     ) -> tuple[_Tensors, _Tensors, _Tensors, dict[str, Activation]]:
-        """Weights and velocity after some steps, the sum of these, and activations; in spans of the first length."""
+        """Return weights and velocity after a span of steps, the sum of the steps, and activations.
+
+        ``lengths`` are the lengths of the nested spans that are recomputed, outermost first.
+        """
         total: _Tensors = {}
         passed = []
         for start in span[:: lengths[0] if lengths else 1]:
@@ -125,7 +129,7 @@ def train(
 
 
 def draw_orders(protocol: Protocol, ids: Sequence[int], seed: int) -> Tensor | None:
-    """``(V, steps * batch size)``, the images of all steps of each client that shuffles; None if clients don't."""
+    """Draw ``(V, steps * batch size)``, the order of images of each client; None if clients do not shuffle."""
     if not protocol.shuffle or protocol.local_batch_size is None:
         return None
     epochs = protocol.local_steps * protocol.local_batch_size // protocol.num_images
@@ -137,14 +141,14 @@ def draw_orders(protocol: Protocol, ids: Sequence[int], seed: int) -> Tensor | N
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function(*arguments)``, of which autograd keeps only the arguments, and computes it once more for a derivative.
+    """Return ``function(*arguments)``, of which autograd saves only the arguments.
 
-    What ``torch.utils.checkpoint`` does, which ``torch.func`` can't transform. It can be differentiated backwards any
-    number of times, and ``vmap`` maps over it.
+    The rest is recomputed for a derivative. It does what ``torch.utils.checkpoint`` does, but works with
+    ``torch.func``: it can be differentiated any number of times in reverse mode, and ``vmap`` maps over it.
 
     Args:
-        function: of nested lists, tuples and dicts of tensors, to such; it depends on no other tensor.
-        arguments: its arguments; derivatives are taken by those in floating point.
+        function: maps nested lists, tuples and dicts of tensors to such; it must not depend on other tensors.
+        arguments: its arguments; those in floating point are differentiable.
 
     Example:
         >>> from torch.func import grad
@@ -163,7 +167,7 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class _Recomputed(torch.autograd.Function):
-    """Keeps its inputs alone; so does its derivative, whose graph ``torch.func`` would else keep for all steps."""
+    """Saves only its inputs. So does its derivative, whose graph ``torch.func`` would otherwise keep for all steps."""
 
     generate_vmap_rule = True
 

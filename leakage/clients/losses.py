@@ -1,4 +1,4 @@
-"""The training losses that a client can have."""
+"""The training losses of clients."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch.nn import functional as F
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy per image of ``logits (N, K)`` with class probabilities ``targets (N, K)``."""
+    """Return ``(N,)``, the cross-entropy of logits ``(N, K)`` with class probabilities ``(N, K)``."""
     return -(targets * F.log_softmax(logits, dim=-1)).sum(-1)
 
 
 def mean_squared_error(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the classes of the squared difference of ``logits (N, K)`` and ``targets (N, K)``."""
+    """Return ``(N,)``, the squared difference of logits ``(N, K)`` and targets ``(N, K)``, averaged over classes."""
     return (logits - targets).square().mean(-1)
 
 
-# The training losses a victim can have, each (N, K) logits and (N, K) probabilities to (N,).
+# Each maps logits (N, K) and class probabilities (N, K) to losses (N,).
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": cross_entropy,
     "mean_squared_error": mean_squared_error,

@@ -1,15 +1,15 @@
-r"""The gradient of a last layer with many classes, in as few numbers as its rank allows.
+r"""The gradient of a last layer with many classes, represented with as few numbers as its rank allows.
 
-Of N images with features H ``(N, D)`` and derivatives :math:`\Delta` ``(N, K)`` by the logits, the gradient of the last
-layer's weights is :math:`\Delta^\top H`: of rank N. With an orthonormal basis Q ``(K, N)`` of its columns that which
-was shared is :math:`G = Q B`, and the gradient of other images differs from it by
+For N images with features H ``(N, D)`` and derivatives :math:`\Delta` ``(N, K)`` by the logits, the gradient of the
+last layer's weights is :math:`\Delta^\top H`, which has rank N. With an orthonormal basis Q ``(K, N)`` of its columns,
+the shared gradient is :math:`G = Q B`, and the gradient of other images differs from it by
 
 .. math::
     \lVert \Delta^\top H - G \rVert^2 = \lVert Q^\top \Delta^\top H - B \rVert^2 + \lVert R^\top H \rVert^2, \qquad
     R = \Delta - \Delta Q Q^\top
 
-where each part is a difference of things that are near at the solution, so no digits are lost, and none has K times D
-numbers. As an orthogonal change of coordinates it serves every distance that knows no coordinates, such as an angle.
+No digits are lost near the solution, and no term has K times D numbers. As this is an orthogonal change of coordinates,
+it is valid for every distance that does not depend on coordinates, such as an angle.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from leakage.clients.smoothing import smoothed, without_sharpness
 if TYPE_CHECKING:  # a victim computes gradients in these coordinates
     from leakage.clients.victim import Victim
 
-# Numbers in a gradient from which on fewer of them save time, and how many times fewer they must be.
+# Size of a gradient from which on the representation saves time, and the least factor by which it must be smaller.
 _LARGE, _FEWER = 2**19, 4
-# What may be left outside of the basis, in units of the precision that was shared, and the least that such a unit is.
+# What may lie outside the basis, in units of the precision of the shared gradient, and the least value of such a unit.
 _ROUNDING, _LEAST = 16.0, 1e-14
-# Subspace iterations, each of which makes the rounding that the space holds smaller by as much as it is to begin with,
-# and directions beside those that are wanted.
+# Number of subspace iterations, each of which reduces the relative rounding error of the space by a factor equal to its
+# initial size, and number of spare directions.
 _REPEATED, _SPARE = 3, 8
-# Rows of a gradient that are brought into double precision at once.
+# Number of rows of a gradient that are converted to double precision at once.
 _ROWS = 512
 
 
 def has_low_rank(victim: Victim) -> bool:
-    """Whether the gradient of the last layer is large, and of few images in one step that nothing has changed since."""
+    """Return whether the last layer's gradient is large, undefended, and computed from few images in one step."""
     protocol, model = victim.protocol, victim.model
     name = f"{victim.classifier}.weight"
     if victim.classifier is None or name not in victim.trainable or protocol.local_steps > 1 or protocol.defenses:
@@ -54,7 +54,7 @@ def has_low_rank(victim: Victim) -> bool:
 
 
 def is_of_low_rank(shared: SharedGradient, victim: Victim) -> bool:
-    """Whether :func:`has_low_rank` is true of what clients have shared, to the rounding of its precision."""
+    """Return whether the shared gradients have the low rank that :func:`has_low_rank` predicts, up to rounding."""
     if not has_low_rank(victim):
         return False
     gradients = shared.gradients[f"{victim.classifier}.weight"]
@@ -67,10 +67,10 @@ def is_of_low_rank(shared: SharedGradient, victim: Victim) -> bool:
 
 
 def in_basis(shared: SharedGradient, victim: Victim) -> SharedGradient:
-    """The same with the gradient of the last layer as B ``(V, N, D)``, and Q ``(V, K, N)`` as :attr:`basis`.
+    """Replace the gradient of the last layer by B ``(V, N, D)``, and store Q ``(V, K, N)`` as :attr:`basis`.
 
-    Its weights are given by columns, ``(V, D, K)`` or ``(D, K)``: so products with them, and with their transpose,
-    read them in order.
+    The weights of the layer are transposed to ``(V, D, K)`` or ``(D, K)``, so that products with them, and with their
+    transpose, read memory in order.
     """
     name = f"{victim.classifier}.weight"
     gradients = shared.gradients[name]
@@ -87,7 +87,7 @@ def in_basis(shared: SharedGradient, victim: Victim) -> SharedGradient:
 def evaluate_in_basis(
     victim: Victim, state: Mapping[str, Tensor], images: Tensor, targets: Tensor, modules: Sequence[str], basis: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Activation]]:
-    """:meth:`Victim.evaluate` for one step, without ever making the gradient of the last layer's weights."""
+    """Do :meth:`Victim.evaluate` for one step, without building the full gradient of the last layer's weights."""
     assert victim.classifier is not None
     layer, name = victim.classifier, f"{victim.classifier}.weight"
     weights = {own: state[own] for own in victim.trainable if own != name}
@@ -106,40 +106,40 @@ def evaluate_in_basis(
 
 
 def coordinates(delta: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The gradient :math:`\Delta^\top H` of one victim's last layer: inside of a basis ``(K, N)``, and outside of it.
+    r"""Split the gradient :math:`\Delta^\top H` of one victim's last layer into its parts inside and outside a basis.
 
-    What is outside, :math:`R^\top H`, is given as :math:`R^\top L` with :math:`L L^\top = H H^\top`, which has the
-    same norm.
+    The part outside, :math:`R^\top H`, is represented by :math:`R^\top L` with :math:`L L^\top = H H^\top`, which has
+    the same norm.
 
     Args:
-        delta: ``(N, K)``.
+        delta: derivatives by the logits, ``(N, K)``.
         features: ``(N, D)``.
-        basis: orthonormal columns.
+        basis: orthonormal columns, ``(K, N)``.
 
     Returns:
-        ``(N, D)`` and ``(K, N)``, both differentiable.
+        The coordinates inside, ``(N, D)``, and the part outside, ``(K, N)``, both differentiable.
     """
     in_basis, outside = split(delta, basis)
     products = features @ features.mT
-    # Features of two images may be the same, as those of images that start alike.
+    # Two images may have the same features, for example if they start from the same values.
     tiny = torch.finfo(products.dtype).eps * products.diagonal().sum() + torch.finfo(products.dtype).tiny
     root = cholesky_ex(products + len(features) * tiny * torch.eye(len(features)).to(products))[0]
     return in_basis.mT @ features, outside.mT @ root
 
 
 def split(delta: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """What of ``delta`` lies in a basis ``(K, N)``, in its coordinates, and what remains; of one or V victims."""
+    """Return the coordinates of ``delta`` in a basis ``(K, N)``, and the remainder; for one or V victims."""
     in_basis = delta @ basis
     outside = delta - in_basis @ basis.mT
-    # A product of so many numbers is rounded: once more, or its error would be counted on both sides.
+    # Project twice: otherwise the rounding error of the first product would count on both sides.
     more = outside @ basis
     return in_basis + more, outside - more @ basis.mT
 
 
 def row_space(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The largest singular values ``(V, N)`` of matrices ``(V, K, D)``, and their right singular vectors ``(V, N, D)``.
+    """Return the N largest singular values ``(V, N)`` of matrices ``(V, K, D)``, and right vectors ``(V, N, D)``.
 
-    Those of large matrices, which are of rank N but for their rounding, are found by subspace iteration.
+    For large matrices, which must have rank N up to rounding, they are found by subspace iteration.
     """
     if matrices[0].numel() < _LARGE or _FEWER * rank > min(matrices.shape[1:]):
         _, strengths, rows = svd(matrices, full_matrices=False)
@@ -153,10 +153,10 @@ def row_space(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _factorised(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Q and B of one victim's gradient ``(K, D)``, in double precision."""
+    """Return Q and B of one victim's gradient ``(K, D)``, in double precision."""
     columns = torch.randn(gradient.shape[1], rank, generator=torch.Generator().manual_seed(0)).to(gradient)
     rows = _orthonormal(gradient.mT @ _orthonormal(gradient @ columns).to(gradient))
-    # From within the row space, and in double precision: whatever the first columns were, no digits are lost.
+    # Computed from the row space and in double precision, so that no digits are lost, whatever the first columns were.
     parts = torch.split(gradient, _ROWS)
     basis = _orthonormal(torch.cat([part.double() @ rows for part in parts]))
     pairs = zip(torch.split(basis, _ROWS), parts, strict=True)

@@ -1,4 +1,4 @@
-"""What a client did, as the attacker knows it."""
+"""The protocol: what the attacker knows about the client's computation."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ from leakage.clients.losses import LOSSES
 from leakage.errors import check_choice, check_count, check_flag, check_not_negative, check_positive
 from leakage.files.tensors import brief
 
-# Values of all images behind one gradient: with more, not even one search would fit into a machine.
+# Largest number of values of all images behind one gradient: with more, not even one search would fit into memory.
 _MOST_VALUES = 2**30
-# Local steps, through all of which an attack differentiates twice; federated averaging makes hundreds.
+# Largest number of local steps: an attack differentiates through all of them twice. Federated averaging makes hundreds.
 _MOST_STEPS = 10_000
-# Characters of what a file may tell of all defenses: errors repeat it.
+# Largest number of characters of all descriptions of defenses: error messages repeat them.
 _LONGEST_DEFENSES = 10_000
-#: What a protocol says of a learning rate that the attacker is not told.
+#: The ``learning_rate`` of a :class:`Protocol` if the attacker does not know it.
 UNKNOWN = "unknown"
 
 
 @dataclass
 class Protocol:
-    """What the client did, as the attacker knows it.
+    """What the attacker knows about the client's computation.
 
     Attributes:
         image_shape: ``(C, H, W)``.
         num_classes: K, the number of logits.
-        num_images: N, the images behind one gradient.
+        num_images: N, the number of images behind one gradient.
         loss: the training loss, a key of :data:`leakage.clients.losses.LOSSES`.
-        reduction: over the images of a step, ``"mean"`` or ``"sum"``.
-        local_steps: steps of SGD that the client makes before it shares their average; with one it shares the
-            gradient at the weights that it was given. At most 10,000, since every evaluation of an attack goes
-            through all of them.
-        learning_rate: of these steps; None with one step, where it cancels out. ``"unknown"``, with one step or more,
-            where the client keeps it to itself: what it shares then is its update, the weights that it was given minus
-            those after its steps. See :class:`~leakage.dummies.LearningRate`.
-        local_batch_size: images of one step; None for all N.
-        shuffle: whether the client takes its images in a new order in each pass over them, which it keeps to itself.
-            Needs a ``local_batch_size``. See :class:`~leakage.dummies.LocalOrder`.
-        momentum: of several steps, from 0 to below 1, as :class:`torch.optim.SGD` has it (no dampening, no Nesterov).
-        weight_decay: of several steps, at least 0, likewise: so much of the weights is added to their gradient.
-        defenses: what the attacker knows of the client's defenses, in their order, as
-            :meth:`leakage.defenses.Defense.describe` tells it: each a dict with a ``"name"``, of what JSON can hold.
+        reduction: reduction over the images of a step, ``"mean"`` or ``"sum"``.
+        local_steps: number of SGD steps that the client makes before it shares their average; with one step, it shares
+            the gradient at the weights that it received. At most 10,000, since every evaluation of an attack simulates
+            all of them.
+        learning_rate: learning rate of these steps; None with one step, where it cancels out. ``"unknown"`` if the
+            client keeps it secret, with any number of steps: it then shares its update, the weights that it received
+            minus those after its steps. See :class:`~leakage.dummies.LearningRate`.
+        local_batch_size: number of images in one step; None for all N.
+        shuffle: whether the client takes its images in a new, secret order in each pass over them. Needs a
+            ``local_batch_size``. See :class:`~leakage.dummies.LocalOrder`.
+        momentum: momentum of several steps, from 0 to below 1, as in :class:`torch.optim.SGD` (without dampening and
+            Nesterov).
+        weight_decay: weight decay of several steps, at least 0, as in :class:`torch.optim.SGD`.
+        defenses: descriptions of the client's defenses, in order, as :meth:`leakage.defenses.Defense.describe` returns
+            them: each a dict with a ``"name"``, with values that JSON can hold.
     """
 
     image_shape: tuple[int, ...]
@@ -83,12 +84,12 @@ class Protocol:
         )
         self.momentum, self.weight_decay = float(self.momentum), float(self.weight_decay)
         if self.local_batch_size == self.num_images:
-            self.local_batch_size = None  # one way to say it, so that equal protocols compare equal
+            self.local_batch_size = None  # one representation, so that equal protocols compare equal
         self.defenses = _plain(self.defenses)
 
     @property
     def known_rate(self) -> float:
-        """The learning rate of several steps that the attacker is told, else 0."""
+        """The learning rate of several steps if the attacker knows it; otherwise 0."""
         return 0.0 if self.learning_rate is None or isinstance(self.learning_rate, str) else self.learning_rate
 
 
@@ -105,8 +106,8 @@ def check_local_steps(
     check_count(num_images=num_images, local_steps=local_steps)
     if local_steps > _MOST_STEPS:
         raise ValueError(
-            f"Expected `local_steps` of at most {_MOST_STEPS}, all of which an attack simulates at each of its "
-            f"evaluations, but got {local_steps}."
+            f"Expected `local_steps` of at most {_MOST_STEPS}, as every evaluation of an attack simulates all of them, "
+            f"but got {local_steps}."
         )
     if local_batch_size is not None:
         check_count(local_batch_size=local_batch_size)
@@ -123,10 +124,10 @@ def check_local_steps(
             )
     check_not_negative(momentum=momentum, weight_decay=weight_decay)
     if momentum >= 1:
-        raise ValueError(f"Expected `momentum` below 1, as steps would grow without end, but got {momentum!r}.")
+        raise ValueError(f"Expected `momentum` below 1, as steps would otherwise diverge, but got {momentum!r}.")
     if local_steps == 1 and (momentum or weight_decay):
         raise ValueError(
-            "Expected no `momentum` and no `weight_decay` with one local step, whose gradient is shared as it is, but "
+            "Expected no `momentum` and no `weight_decay` with one local step, whose gradient is shared directly, but "
             f"got {momentum!r} and {weight_decay!r}. Leave them out, or set `local_steps`."
         )
     check_flag(shuffle=shuffle)
@@ -149,7 +150,7 @@ def check_local_steps(
 
 
 def told_rate(learning_rate: float | str | None, *, reveal: bool) -> float | str | None:
-    """What a protocol tells of a client's learning rate; a ``ValueError`` if there is none to keep to itself."""
+    """Return the learning rate for a protocol; raise a ``ValueError`` if it is to be secret and there is none."""
     check_flag(reveal_learning_rate=reveal)
     if reveal:
         return learning_rate
@@ -158,7 +159,7 @@ def told_rate(learning_rate: float | str | None, *, reveal: bool) -> float | str
 
 
 def _plain(defenses: object) -> tuple[dict[str, Any], ...]:
-    """The descriptions as a file gives them back; a ``ValueError`` if it can't hold them."""
+    """Return the descriptions after a round trip through JSON; raise a ``ValueError`` if JSON can't hold them."""
     if isinstance(defenses, list | tuple) and all(
         isinstance(defense, dict) and isinstance(defense.get("name"), str) for defense in defenses
     ):
@@ -169,6 +170,6 @@ def _plain(defenses: object) -> tuple[dict[str, Any], ...]:
         except (TypeError, ValueError, RecursionError):
             pass
     raise ValueError(
-        "Expected `defenses` as descriptions such as [{'name': 'GaussianNoise', 'std': 0.1}], made of words, finite "
-        f"numbers, lists and dicts, of {_LONGEST_DEFENSES} characters at most, but got {brief(repr(defenses))}."
+        "Expected `defenses` as descriptions such as [{'name': 'GaussianNoise', 'std': 0.1}], made of strings, finite "
+        f"numbers, lists and dicts, of at most {_LONGEST_DEFENSES} characters, but got {brief(repr(defenses))}."
     )

@@ -1,4 +1,4 @@
-"""What a client shares and an attacker sees, as plain data that travels in a safetensors file."""
+"""What clients share and an attacker sees, as plain data that can be stored in a safetensors file."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass
 class SharedGradient:
-    """The gradients of V victims, the weights they were taken at, and the protocol.
+    """The gradients of V victims, the weights at which they were computed, and the protocol.
 
     Attributes:
         gradients: name to ``(V, *shape)``.
-        state: weights and buffers the gradients were taken at, name to ``(V, *shape)`` if every
-            victim has its own network, else to ``shape``.
-        ids: ``(V,)`` whole numbers that name the victims.
-        protocol: what the clients did.
-        own_weights: whether ``state`` carries the victims' dimension.
-        labels: ``(V, N)``, only where the attacker is told them.
-        basis: ``(V, K, N)``, within an attack: of the columns of the last layer's gradient, which is given in it,
-            and its weights by columns (:mod:`leakage.clients.low_rank`). None in what is shared.
+        state: weights and buffers at which the gradients were computed, name to ``(V, *shape)`` if each victim has its
+            own network, otherwise to ``shape``.
+        ids: ``(V,)``, whole numbers that identify the victims.
+        protocol: what the attacker knows about the clients' computation.
+        own_weights: whether ``state`` has a leading victims' dimension.
+        labels: ``(V, N)``, class indices, if the attacker knows them; otherwise None.
+        basis: ``(V, K, N)``, used only within an attack: a basis of the columns of the last layer's gradient, which is
+            then given in coordinates (:mod:`leakage.clients.low_rank`). None in what is shared.
 
     Example:
         >>> from leakage import LeNet, Victim
@@ -57,7 +57,7 @@ class SharedGradient:
         return len(self.ids)
 
     def to(self, *args: Any, **kwargs: Any) -> SharedGradient:
-        """Move to a device or a floating-point precision, as ``Tensor.to`` (ids stay on the CPU)."""
+        """Move the tensors to a device or a floating-point precision, like ``Tensor.to``; ids stay on the CPU."""
 
         def move(tensor: Tensor) -> Tensor:
             if tensor.is_floating_point():
@@ -67,17 +67,17 @@ class SharedGradient:
         return self._map(move, move)
 
     def select(self, victims: Tensor) -> SharedGradient:
-        """The victims at the given indices (or of a boolean mask), in that order."""
+        """Return the victims at the given indices, in this order, or those that a boolean mask selects."""
         selected = self._map(lambda tensor: tensor[victims.to(tensor.device)], None)
         selected.ids = self.ids[victims.cpu()]
         return selected
 
     def piece(self, victims: slice) -> SharedGradient:
-        """Some victims that follow one another, without a copy."""
+        """Return the victims of a slice, without a copy."""
         return dataclasses.replace(self._map(lambda tensor: tensor[victims], None), ids=self.ids[victims])
 
     def replace(self, places: Tensor, others: SharedGradient) -> SharedGradient:
-        """The same tensors with ``others`` written over the victims at these indices; shared weights stay."""
+        """Overwrite the victims at these indices with ``others``, in place; shared weights do not change."""
         pairs = [(self.gradients, others.gradients)]
         if self.own_weights:
             pairs.append((self.state, others.state))
@@ -93,10 +93,11 @@ class SharedGradient:
 
     @staticmethod
     def cat(parts: list[SharedGradient]) -> SharedGradient:
-        """Victims of several parts after one another; shared weights are those of the first part.
+        """Concatenate the victims of several parts; shared weights are those of the first part.
 
         Raises:
-            ValueError: the parts differ in protocol, in whose weights they hold, or in having labels.
+            ValueError: the parts differ in protocol, in whether victims have their own weights, or in whether labels
+                are known.
         """
         first = parts[0]
         if len(parts) == 1:
@@ -126,7 +127,7 @@ class SharedGradient:
         )
 
     def _map(self, change: Any, change_shared: Any) -> SharedGradient:
-        """Apply ``change`` to what has a victims' dimension, ``change_shared`` to shared weights."""
+        """Apply ``change`` to all tensors with a victims' dimension, and ``change_shared`` to shared weights."""
         weights = change if self.own_weights else change_shared
         return dataclasses.replace(
             self,
@@ -137,7 +138,7 @@ class SharedGradient:
         )
 
     def check(self) -> None:
-        """Raise a ``ValueError`` unless shapes agree and every number is finite."""
+        """Raise a ``ValueError`` unless all shapes agree and all numbers are finite."""
         if self.ids.ndim != 1 or not len(self.ids) or self.ids.dtype not in _WHOLE or bool((self.ids < 0).any()):
             raise ValueError(
                 f"Expected `ids` as whole numbers of at least 0 and shape (V,), but got {self.ids.dtype} "
@@ -198,17 +199,16 @@ class SharedGradient:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SharedGradient:
-        """Read a file that :meth:`save`, or another federated-learning system, wrote.
+        """Read a file that :meth:`save` or another federated-learning system wrote.
 
-        The file holds tensors ``gradients/<name>`` of shape ``(V, *shape)``, ``state/<name>``,
-        ``ids (V,)`` and, where known, ``labels (V, N)``; its header the entries ``format``
-        (``leakage.SharedGradient``), ``version`` (``1``), ``protocol`` (JSON, the attributes of
-        :class:`Protocol`; one that has a default may be missing) and ``own_weights`` (JSON). No code of
-        the file is ever run.
+        The file holds the tensors ``gradients/<name>`` of shape ``(V, *shape)``, ``state/<name>``, ``ids (V,)`` and,
+        if known, ``labels (V, N)``. Its header has the entries ``format`` (``leakage.SharedGradient``), ``version``
+        (``1``), ``protocol`` (JSON, the attributes of :class:`Protocol`; those with a default may be missing) and
+        ``own_weights`` (JSON). No code in the file is ever run.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a file of another kind, truncated, or with a wrong header.
+            ValueError: the file is of another kind, truncated, or has a wrong header.
         """
         header, tensors = read_safetensors(path, _FORMAT)
         try:
@@ -235,10 +235,10 @@ class SharedGradient:
         try:
             shared.check()
         except ValueError as error:
-            raise ValueError(f"Expected a sound shared gradient in '{path}', but got: {brief(error)}") from error
+            raise ValueError(f"Expected a valid shared gradient in '{path}', but got: {brief(error)}") from error
         return shared
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    # The extremes are NaN if any number is; `isfinite` of all numbers takes thirty times as long.
+    # The extremes are NaN if any number is NaN; `isfinite` of all numbers takes thirty times as long.
     return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor))

@@ -1,4 +1,4 @@
-"""A network whose kinks are rounded off, for an attacker who wants derivatives that lead somewhere."""
+"""Smooth versions of a network's kinked functions, which give an attacker more useful derivatives."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from torch.func import vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-# Under this name the sharpness travels among the buffers of a network.
+# Name under which the sharpness is passed along with the buffers of a network.
 SHARPNESS = "leakage.sharpness"
 
 
 def smoothed(sharpness: Tensor | None, *, jointly: bool = False) -> contextlib.AbstractContextManager[Any]:
-    r"""While it lasts, kinked functions of :mod:`torch` are smooth ones, which become them as the sharpness s grows.
+    r"""Context in which kinked functions of :mod:`torch` are smooth; they approach the originals as s grows.
 
     =============================== =====================================================================
     ReLU                            :math:`p(x) = \log(1 + e^{\beta x}) / \beta`
     leaky, parametric ReLU          :math:`a x + (1 - a) \, p(x)`
     hard tanh, ReLU6                :math:`l + p(x - l) - p(x - u)`
-    hard sigmoid, hard swish        by the same :math:`p`
+    hard sigmoid, hard swish        built from :math:`p` in the same way
     max pooling of two dimensions   the mean of each window, weighted by :math:`e^{\beta x}`
     =============================== =====================================================================
 
-    with :math:`\beta = s / \sqrt{\mathrm{mean}\,x^2}` over all that the function is given, for which no derivative is
-    taken: s means the same in every layer of every network. Whatever calls them, modules or functions, is reached.
+    Here :math:`\beta = s / \sqrt{\mathrm{mean}\,x^2}`, with the mean over all inputs of the function and without a
+    derivative, so that s has the same meaning in every layer of every network. Calls of modules and of functions are
+    both replaced.
 
     Args:
-        sharpness: s, positive, of one victim, also under ``vmap``; None changes nothing.
-        jointly: s is ``(V,)``, and images are the first ones of V victims, then the second ones, and so on: means are
-            over what the function is given of one victim.
+        sharpness: s, positive, of one victim, also under ``vmap``; with None, nothing changes.
+        jointly: whether s is ``(V,)`` and the batch holds the first images of V victims, then the second ones, and so
+            on. Means are then taken over the inputs of each victim separately.
 
     Example:
         >>> with smoothed(torch.tensor(2.0)):
@@ -44,7 +45,7 @@ def smoothed(sharpness: Tensor | None, *, jointly: bool = False) -> contextlib.A
 
 
 def without_sharpness(buffers: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The buffers of a network alone, and the sharpness that travelled with them, None if none did."""
+    """Separate the buffers of a network from the sharpness passed along with them (None if there is none)."""
     own = dict(buffers)
     return own, own.pop(SHARPNESS, None)
 
@@ -123,11 +124,11 @@ def _max_pool2d(
     padding: Any = 0,
     dilation: Any = 1,
     ceil_mode: bool = False,
-    return_indices: bool = False,  # F.max_pool2d hands such calls on to another function
+    return_indices: bool = False,  # F.max_pool2d passes calls that ask for indices to another function
 ) -> Tensor:
     shape = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode).shape
     sizes = (_pair(value) for value in (kernel_size, stride or kernel_size, padding, dilation))
-    # Windows that reach beyond the padding, with `ceil_mode`.
+    # With `ceil_mode`, windows may reach beyond the padding.
     further = [
         max(0, (count - 1) * step + gap * (kernel - 1) + 1 - length - 2 * pad)
         for count, length, kernel, step, pad, gap in zip(shape[-2:], x.shape[-2:], *sizes, strict=True)

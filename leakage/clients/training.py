@@ -1,4 +1,4 @@
-"""Networks after a few epochs of training: what a client's network is later in federated learning."""
+"""Networks after some epochs of training, as clients have them later in federated learning."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from leakage.seeds import derive_seed
 
 _MOMENTUM, _WEIGHT_DECAY = 0.9, 5e-4
 _PRECISIONS = ("32-true", "bf16-mixed")
-# Test images at a time; many more are slower on the CPU, whose caches don't hold them.
+# Number of test images at once; many more are slower on the CPU, as they don't fit its caches.
 _TESTED_AT_ONCE = 16
 
 
@@ -41,13 +41,14 @@ class TrainedNetwork:
     """A network after some epochs of training.
 
     Attributes:
-        model: in evaluation mode, on the CPU, float32; images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``. What
-            normalises the images is its first part.
-        epochs: how often it has seen each of its images.
-        seen: ``(M,)`` int64, ascending, the indices in ``data.train`` of the images it was trained on (for 0 epochs
-            would be).
-        accuracy: share of the test images that it labels correctly, 0 to 1.
-        train_accuracy: the same of its training images, during the last epoch; NaN for 0 epochs.
+        model: maps images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``; in evaluation mode, on the CPU, in float32.
+            Its first module normalises the images.
+        epochs: number of passes over its training images.
+        seen: ``(M,)`` int64, ascending, indices in ``data.train`` of the images that it was trained on (with 0 epochs,
+            would have been trained on).
+        accuracy: share of the test images that it classifies correctly, 0 to 1.
+        train_accuracy: share of the training images that it classified correctly in the last epoch, 0 to 1; NaN for 0
+            epochs.
     """
 
     model: nn.Module
@@ -73,38 +74,40 @@ def trained_network(
     accelerator: str = "auto",
     progress: bool = True,
 ) -> TrainedNetwork:
-    """Train a network, or read it from the cache: plain SGD on the cross-entropy, no augmentation.
+    """Train a network, or read it from the cache: SGD on the cross-entropy, without augmentation.
 
-    Momentum 0.9, weight decay 5e-4, the same rate in all epochs. The first weights are those that
-    :func:`~leakage.models.draw_state` draws from ``seed``; the images of epoch e are shuffled by ``seed`` and e. So
-    the network depends on the arguments alone (on the CPU; up to rounding elsewhere), and the global random state is
-    left as it was.
+    Training uses momentum 0.9, weight decay 5e-4 and a constant learning rate. The initial weights are those that
+    :func:`~leakage.models.draw_state` draws from ``seed``; the images of epoch e are shuffled by ``seed`` and e. The
+    network therefore depends on the arguments alone (on the CPU; up to rounding on other devices), and the global
+    random state does not change.
 
-    Each training has a folder under ``root``, named by a hash of all that decides its result but ``epochs``: the
-    network's layers and first weights, the data, ``num_images``, ``learning_rate``, ``batch_size``, ``seed`` and
-    ``precision``. In it are checkpoints after the epochs that were asked for. Training goes on from the last that is
-    not beyond ``epochs``, to the same weights as without a break. Networks whose layers print alike but compute
-    differently need a ``root`` each.
+    Each training has a folder under ``root``. Its name is a hash of everything that determines the result except
+    ``epochs``: the network's layers and initial weights, the data, ``num_images``, ``learning_rate``, ``batch_size``,
+    ``seed`` and ``precision``. The folder holds a checkpoint for each number of epochs that was requested. Training
+    continues from the latest one that is not beyond ``epochs``, and gives the same weights as without the
+    interruption. Networks whose layers print alike but compute differently each need a separate ``root``.
 
     Args:
-        model: an architecture, left as it is, see :data:`leakage.models.NETWORKS`; takes normalised images.
-        data: made ready (``prepare_data``, ``setup``) if it is not yet.
-        epochs: passes over the images; 0 for the first weights.
-        num_images: train on so many of the training images, drawn by ``seed``; by default on all.
-        learning_rate: of SGD. The default serves MLP, LeNet, ConvNet, and VGG11 and ResNet18 with
-            ``norm="batch"``. LeNet with ``"relu"`` or ``"silu"``, whose first weights are large, needs a tenth of it;
+        model: an architecture, such as those in :data:`leakage.models.NETWORKS`; takes normalised images. It is not
+            changed.
+        data: the data set; ``prepare_data`` and ``setup`` are called if needed.
+        epochs: number of passes over the images; 0 returns the initial weights.
+        num_images: number of training images to use, drawn by ``seed``; by default all.
+        learning_rate: learning rate of SGD. The default works for MLP, LeNet, ConvNet, and for VGG11 and ResNet18 with
+            ``norm="batch"``. LeNet with ``"relu"`` or ``"silu"``, whose initial weights are large, needs a tenth of it;
             VGG11 with ``norm="none"`` stays at chance for epochs.
-        batch_size: images in a batch at most; an epoch's batches are of one size, give or take one image.
-        seed: of weights, images and orders.
-        precision: ``"32-true"`` or ``"bf16-mixed"``, of the training; weights and test are float32.
+        batch_size: largest number of images in a batch; the batches of an epoch differ in size by at most one image.
+        seed: seed of the weights, the choice of images and their order.
+        precision: ``"32-true"`` or ``"bf16-mixed"``, the precision of the training; weights and tests are in float32.
         root: the folder of the cache, by default ``~/.cache/leakage/networks``.
         accelerator: as for Lightning's Trainer.
-        progress: show a bar.
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: a network that does not fit the data or can't be drawn anew, an option out of its range, more
-            ``num_images`` than there are, or a checkpoint in the cache that is broken (delete it to train anew).
-        FloatingPointError: weights that are no longer finite, with the epoch and the rate.
+        ValueError: the network does not fit the data or can't be drawn anew, an option is out of its range,
+            ``num_images`` is larger than the data set, or a checkpoint in the cache is broken (delete it to train
+            anew).
+        FloatingPointError: weights are no longer finite; the message names the epoch and the learning rate.
         OSError: the cache can't be written.
 
     Example:
@@ -147,20 +150,21 @@ def trained_network(
 
 @dataclass
 class CachedTraining:
-    """A training on a data set in memory that is kept, and read the next time.
+    """A training on a data set in memory whose result is cached.
 
-    What is trained is a LightningModule whose batches are uint8 images and labels, which says itself what belongs into
-    its checkpoints, and draws nothing that it does not seed at the beginning of an epoch.
+    It trains a LightningModule whose batches are uint8 images and labels. The module decides what its checkpoints hold,
+    and must seed all random numbers at the beginning of each epoch.
 
     Attributes:
-        seen: ``(M,)``, ascending, the indices of the images to train on.
+        seen: ``(M,)``, ascending, indices of the images to train on.
 
     Args:
-        data: made ready if it is not yet.
+        data: the data set; ``prepare_data`` and ``setup`` are called if needed.
         epochs, num_images, batch_size, seed, precision, root, accelerator, progress: see :func:`trained_network`.
 
     Raises:
-        ValueError: other data, an option out of its range, or more ``num_images`` than there are.
+        ValueError: ``data`` is no :class:`~leakage.datamodules.LabelledImages`, an option is out of its range, or
+            ``num_images`` is larger than the data set.
     """
 
     data: LabelledImages
@@ -184,15 +188,15 @@ class CachedTraining:
         self.seen = _choose_images(self.data, self.num_images, self.seed)
 
     def run(self, module: LightningModule, name: str, configuration: dict[str, Any]) -> None:
-        """Train and test it, or read it; it is on the CPU and in evaluation mode then.
+        """Train and test the module, or read it from the cache, and leave it on the CPU in evaluation mode.
 
         Args:
-            module: with its first weights.
-            name: of its folder, before the hash.
-            configuration: all that decides the result but the data and the options here.
+            module: the module with its initial weights.
+            name: prefix of the folder's name, before the hash.
+            configuration: everything that determines the result besides the data and the options of this object.
 
         Raises:
-            ValueError: a checkpoint in the cache that is broken.
+            ValueError: a checkpoint in the cache is broken.
             OSError: the cache can't be written.
         """
         data, epochs = self.data, self.epochs
@@ -209,7 +213,7 @@ class CachedTraining:
         key = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:16]
         folder = Path(self.root or "~/.cache/leakage/networks").expanduser() / f"{name}_{key}"
         if not (folder / "configuration.json").is_file():
-            write_json(folder / "configuration.json", configuration)  # where that fails, better before than after
+            write_json(folder / "configuration.json", configuration)  # if this fails, better before the training
         kept = [int(path.stem.removeprefix("epoch_")) for path in folder.glob("epoch_*.ckpt")]
         done = max((epoch for epoch in kept if epoch <= epochs), default=0)
         last, goal = (folder / f"epoch_{epoch}.ckpt" for epoch in (done, epochs))
@@ -236,7 +240,7 @@ class CachedTraining:
                     TensorDataset(data.train.images, data.train.labels),
                     batch_size=None,
                     sampler=_Order(self.seen, self.batch_size, self.seed, done),
-                    generator=torch.Generator(),  # nothing is drawn, but one without advances the global one
+                    generator=torch.Generator(),  # not used, but without it the global one advances
                 )
                 trainer.fit(module.train(), batches, ckpt_path=last if done else None)
             module.eval()
@@ -249,7 +253,7 @@ class CachedTraining:
 
 
 def check_weights(model: nn.Module, epoch: int, learning_rate: float) -> None:
-    """Raise a ``FloatingPointError`` if training has spoilt them."""
+    """Raise a ``FloatingPointError`` unless all weights of a model in training are finite."""
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise FloatingPointError(
@@ -259,7 +263,7 @@ def check_weights(model: nn.Module, epoch: int, learning_rate: float) -> None:
 
 
 class Classifier(LightningModule):
-    """A network ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)`` that learns by SGD on the cross-entropy."""
+    """Trains a network, images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``, by SGD on the cross-entropy."""
 
     def __init__(self, model: nn.Module, num_classes: int, learning_rate: float, seed: int) -> None:
         super().__init__()
@@ -271,48 +275,48 @@ class Classifier(LightningModule):
         self.accuracy = self.seen_accuracy = math.nan
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD with momentum and weight decay."""
+        """Return SGD with momentum and weight decay."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return torch.optim.SGD(trained, self.learning_rate, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
 
     def on_train_epoch_start(self) -> None:
-        """Dropout is the same whether or not the training had a break before."""
+        """Seed dropout, so that an interrupted training continues in the same way."""
         torch.manual_seed(derive_seed(self.seed, self.current_epoch, "training dropout"))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         images, labels = batch
         logits = self.model(in_unit_range(images))
         self.train_accuracy.update(logits, labels)
         return F.cross_entropy(logits, labels)
 
     def on_train_epoch_end(self) -> None:
-        """Look at the weights before they are kept."""
+        """Check the weights before they are saved, and compute the training accuracy."""
         check_weights(self.model, self.current_epoch, self.learning_rate)
         self.seen_accuracy = round(float(self.train_accuracy.compute()), 6)
         self.train_accuracy.reset()
         self.log("train/accuracy", self.seen_accuracy, prog_bar=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count what is labelled correctly."""
+        """Count the images that are classified correctly."""
         for images, labels in zip(*(torch.split(part, _TESTED_AT_ONCE) for part in batch), strict=True):
             self.test_accuracy.update(self.model(images), labels)
 
     def on_test_epoch_end(self) -> None:
-        """Keep the share."""
+        """Compute the test accuracy."""
         self.accuracy = round(float(self.test_accuracy.compute()), 6)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the accuracies."""
+        """Add the accuracies to the checkpoint."""
         checkpoint["leakage"] = {"test": self.accuracy, "train": self.seen_accuracy}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the accuracies from the checkpoint."""
         self.accuracy, self.seen_accuracy = checkpoint["leakage"]["test"], checkpoint["leakage"]["train"]
 
 
 class _Order(Sampler[Tensor]):
-    """The indices of each batch of an epoch; Lightning tells which epoch, but for the first of a run."""
+    """Yields the indices of each batch of an epoch; Lightning sets the epoch, except for the first of a run."""
 
     def __init__(self, indices: Tensor, batch_size: int, seed: int, epoch: int) -> None:
         self.indices = indices
@@ -329,12 +333,12 @@ class _Order(Sampler[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, "training order"))
         order = self.indices[torch.randperm(len(self.indices), generator=generator)]
-        # Of one size, so that no last batch is too small for BatchNorm.
+        # Batches of nearly equal size, so that the last one is not too small for BatchNorm.
         return iter(order.tensor_split(self.batches))
 
 
 def _choose_images(data: LabelledImages, num_images: int | None, seed: int) -> Tensor:
-    """Indices, ascending, of the images to train on."""
+    """Return the indices of the images to train on, ascending."""
     there = len(data.train)
     if num_images is None:
         return torch.arange(there)

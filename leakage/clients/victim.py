@@ -1,4 +1,4 @@
-"""The client: a model, a loss and private images, and the gradient that it shares."""
+"""The client: it has a model, a loss and private images, and shares a gradient."""
 
 from __future__ import annotations
 
@@ -39,58 +39,56 @@ from leakage.precision import full_precision
 
 
 class Victim:
-    r"""A client of federated learning: computes the gradients that it would share.
+    r"""A client of federated learning, which computes the gradients that it would share.
 
-    One victim's gradient over its N images ``x`` with labels ``y`` is
+    The gradient of one victim over its N images ``x`` with labels ``y`` is
 
     .. math:: g(\theta) = \nabla_\theta \; \mathrm{reduce}_n \; \ell(f_\theta(x_n), y_n)
 
-    and is computed for V victims at once, their weights shared (one global model, many clients)
-    or their own (the protocol of the papers: a fresh random network for each). With T ``local_steps``
-    (federated averaging) the client trains by SGD, ``local_batch_size`` images at a time in
-    their order, over and over, and shares the average of its steps: of its gradients, where there
-    is no momentum and no weight decay,
+    It is computed for V victims at once, which share their weights (one global model, many clients) or have their own
+    (as in the papers: a fresh random network for each). With T ``local_steps`` (federated averaging), the client trains
+    by SGD on ``local_batch_size`` images at a time, in order and repeatedly, and shares the average of its steps.
+    Without momentum and weight decay, these are its gradients:
 
     .. math:: v_t = \mu v_{t-1} + g_t(\theta_t) + \lambda \theta_t, \qquad \theta_{t+1} = \theta_t - \eta v_t,
-        \qquad \frac{1}{T} \sum_{t=0}^{T-1} v_t = \frac{\theta_0 - \theta_T}{\eta T},
+        \qquad \frac{1}{T} \sum_{t=0}^{T-1} v_t = \frac{\theta_0 - \theta_T}{\eta T} .
 
-    which it sums step by step: the difference of the weights would lose digits. Where the attacker is not told the
-    learning rate it shares what there is to see then, its update :math:`\theta_0 - \theta_T`.
+    The average is summed step by step, because the difference of the weights would lose digits. If the learning rate is
+    secret, the client shares its update :math:`\theta_0 - \theta_T` instead.
 
-    The model is copied: nothing is ever left behind on the one that was given, and only parameters
-    that require gradients share them. Dropout in training mode, and other modules that draw random numbers
-    (:class:`~leakage.defenses.PRECODE`), draw for each client and step anew. Attacks are not told what: they search for
-    it (:class:`~leakage.dummies.Drawn`). BatchNorm in training mode, or without running statistics,
-    normalises by the client's own batch, as real clients do, the images of one step together: every image
-    is then in every gradient. Its running statistics are neither used nor updated, so that
-    :attr:`state` has none; one in evaluation mode keeps its own.
+    The model is copied and never changed. Only parameters that require gradients share them. Dropout in training mode,
+    and other modules that draw random numbers (:class:`~leakage.defenses.PRECODE`), draw anew for each client and step.
+    These numbers are secret; attacks search for them (:class:`~leakage.dummies.Drawn`). BatchNorm in training mode, or
+    without running statistics, normalises the images of one step together, as real clients do, so that each image
+    influences the gradients of the others. Its running statistics are neither used nor updated, and :attr:`state` does
+    not contain them. BatchNorm in evaluation mode keeps its statistics.
 
     Attributes:
         layout: shapes of the model's ``state_dict()`` by name, in its order and with all running statistics.
 
     Args:
-        model: any module that maps images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``; one for normalised images is
-            wrapped, ``nn.Sequential(torchvision.transforms.Normalize(mean, std), model)``.
+        model: any module that maps images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``. Wrap a model for normalised
+            images: ``nn.Sequential(torchvision.transforms.Normalize(mean, std), model)``.
         image_shape: ``(C, H, W)``.
-        num_images: N, the images behind one gradient.
+        num_images: N, the number of images behind one gradient.
         loss: the training loss, a key of :data:`leakage.clients.losses.LOSSES`.
-        reduction: over the images of a step, ``"mean"`` or ``"sum"``.
-        local_steps: T, the steps that the client makes, at most 10,000.
-        learning_rate: :math:`\eta`, required for several steps; with one it cancels out. ``"unknown"`` makes a client
-            that was only told of, and can't :meth:`share`.
-        local_batch_size: images of one step, by default all N. It divides N, and T steps use every image
-            equally often.
-        momentum, weight_decay: :math:`\mu`, from 0 to below 1, and :math:`\lambda`, of several steps.
-        shuffle: in each pass over its images the client takes them in a new order, which no attacker is told.
-        reveal_learning_rate: whether the attacker is told :math:`\eta`, also of a single step.
-        defenses: what the client does, one after the other, to this gradient before it shares it (with local steps
-            to their average): objects of :class:`leakage.defenses.Defense`.
+        reduction: reduction over the images of a step, ``"mean"`` or ``"sum"``.
+        local_steps: T, number of steps that the client makes, at most 10,000.
+        learning_rate: :math:`\eta`, required for several steps; with one step it cancels out. With ``"unknown"``, the
+            victim describes a client whose rate is secret, and can't :meth:`share`.
+        local_batch_size: number of images in one step, by default all N. It must divide N, and T steps must use every
+            image equally often.
+        momentum, weight_decay: :math:`\mu`, from 0 to below 1, and :math:`\lambda`, both for several steps.
+        shuffle: whether the client takes its images in a new, secret order in each pass over them.
+        reveal_learning_rate: whether the attacker knows :math:`\eta`, also that of a single step.
+        defenses: defenses that the client applies, in order, to the gradient (with local steps, to their average)
+            before it shares it: objects of :class:`leakage.defenses.Defense`.
 
     Raises:
-        ValueError: an unknown loss or reduction, local steps that can't be made, something else than defenses, a
-            model that does not take such images or gives no logits, has no parameter that requires gradients, or
-            whose gradient depends on more than the images, the weights and what modules draw (dropout as a function),
-            or BatchNorm in training mode with one value per channel.
+        ValueError: the loss or reduction is unknown; the local steps are not possible; ``defenses`` holds other
+            objects; the model does not take such images, does not return logits, or has no parameter that requires
+            gradients; its gradient depends on more than the images, the weights and the numbers that modules draw (such
+            as functional dropout); or BatchNorm in training mode has one value per channel.
 
     References:
         McMahan et al., *Communication-Efficient Learning of Deep Networks from Decentralized Data*
@@ -103,7 +101,7 @@ class Victim:
         >>> len(shared), shared.gradients["classifier.bias"].shape
         (5, torch.Size([5, 10]))
 
-        Two steps on the first image, two on the second, in turns:
+        Four steps, on the first and the second image in turn:
 
         >>> client = Victim(LeNet(), image_shape=(1, 28, 28), num_images=2, local_steps=4, learning_rate=0.1,
         ...                 local_batch_size=1)
@@ -137,7 +135,7 @@ class Victim:
         self.defenses = check_defenses(defenses)
         protocol = Protocol(
             image_shape=image_shape,
-            num_classes=1,  # the model tells it
+            num_classes=1,  # replaced by that of the model below
             num_images=num_images,
             loss=loss,
             reduction=reduction,
@@ -149,9 +147,9 @@ class Victim:
             shuffle=shuffle,
             defenses=tuple(defense.describe() for defense in self.defenses),
         )
-        # Of the client's own, as its defenses are: no attack is given it, see `as_told`.
+        # Secret like the client's defenses: attacks get a victim without it, see `as_told`.
         self._hidden_rate = None if reveal_learning_rate else cast(float, learning_rate)
-        # As federated systems send it, which know arrays by their order: with what the next lines take away.
+        # Federated systems identify arrays by their order, so this includes what the next lines remove.
         self.layout = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self.model = copy.deepcopy(model)
         self._unused_statistics = drop_unused_statistics(self.model)
@@ -173,20 +171,20 @@ class Victim:
 
     @classmethod
     def of(cls, model: nn.Module, protocol: Protocol) -> Victim:
-        """The client of a protocol, as an attacker makes it who was told no more.
+        """Create the client that a protocol describes, with nothing but the attacker's knowledge.
 
-        It has no defenses of its own: one whose protocol tells of some can't :meth:`share`.
+        It has no defense objects: if the protocol describes defenses, the client can't :meth:`share`.
 
         Raises:
-            ValueError: a model that does not fit.
+            ValueError: the model does not fit the protocol.
 
         Example:
             >>> from leakage import LeNet
             >>> Victim.of(LeNet(), Protocol((1, 28, 28), 10, defenses=({"name": "Secret"},))).protocol.defenses
             ({'name': 'Secret'},)
         """
-        told = {name: value for name, value in vars(protocol).items() if name not in ("num_classes", "defenses")}
-        victim = cls(model, **told)
+        options = {name: value for name, value in vars(protocol).items() if name not in ("num_classes", "defenses")}
+        victim = cls(model, **options)
         if victim.protocol.num_classes != protocol.num_classes:
             raise ValueError(
                 f"Expected a `model` for the protocol with num_classes={protocol.num_classes}, but got one with "
@@ -196,40 +194,40 @@ class Victim:
         return victim
 
     def as_told(self) -> Victim:
-        """The same client as an attacker is told of it, without its learning rate and defenses."""
-        told = copy.copy(self)
-        told.defenses, told._hidden_rate = (), None
-        return told
+        """Return a copy with only the attacker's knowledge, without a secret learning rate and defense objects."""
+        known = copy.copy(self)
+        known.defenses, known._hidden_rate = (), None
+        return known
 
     def without_draws(self) -> Victim:
-        """The same client with modules that draw nothing, as in evaluation mode."""
+        """Return a copy whose modules draw no random numbers, as in evaluation mode."""
         plain = copy.copy(self)
         plain.draws = {}
         return plain
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """Weights and buffers of the model by name, without statistics that BatchNorm does not use."""
+        """Weights and buffers of the model by name, without running statistics that BatchNorm does not use."""
         return state_of(self.model)
 
     def fresh_states(self, seeds: list[int]) -> dict[str, Tensor]:
-        """Newly drawn weights, one network per seed: name to ``(len(seeds), *shape)``.
+        """Draw new weights, one network per seed: name to ``(len(seeds), *shape)``.
 
-        Every module draws its weights as its ``reset_parameters`` does. The global random state
-        is left as it was.
+        Each module draws its weights by its ``reset_parameters``. The global random state does not change.
 
         Raises:
             ValueError: a module has weights but no ``reset_parameters``, or there are no seeds.
         """
         if not seeds:
             raise ValueError("Expected `seeds` to hold one seed per victim, but got none.")
-        states = draw_states(self.model, seeds, mend="Give it one, or use weights='shared'.")
+        states = draw_states(self.model, seeds, hint="Add this method, or use weights='shared'.")
         return {name: torch.stack([state[name] for state in states]) for name in states[0]}
 
     def gradients(self, state: Mapping[str, Tensor], images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Gradients of one victim before its defenses, averaged over its local steps: those of :meth:`evaluate`.
+        """Return the gradients of one victim before its defenses, averaged over its local steps.
 
-        They are pure and twice differentiable (made for ``vmap``).
+        This is a pure, twice differentiable function that works under ``vmap``. Arguments are those of
+        :meth:`evaluate`.
         """
         return self.evaluate(state, images, targets)[0]
 
@@ -244,21 +242,22 @@ class Victim:
         secrets: Secrets | None = None,
         sparing: bool = False,
     ) -> tuple[dict[str, Tensor], dict[str, Activation]]:
-        """:meth:`gradients`, and what some modules took and gave in the forward pass that they come from.
+        """Return the gradients of one victim, and the activations of some modules in the same forward pass.
 
         Args:
-            state: weights and buffers by name, and maybe :data:`~leakage.clients.smoothing.SHARPNESS`.
+            state: weights and buffers by name, optionally with :data:`~leakage.clients.smoothing.SHARPNESS`.
             images: ``(N, C, H, W)``.
             targets: class probabilities ``(N, K)``.
-            modules: names that :meth:`check_modules` has let pass.
-            basis: ``(K, N)`` of the last layer's gradient, for one step: that gradient is then given in it, and what
-                lies outside of it under a further name; ``state`` has the weights by columns
+            modules: names of modules that pass :meth:`check_modules`.
+            basis: ``(K, N)``, a basis for the last layer's gradient, for one step. That gradient is then given in its
+                coordinates, with the part outside under a further name, and ``state`` must hold the transposed weights
                 (:mod:`leakage.clients.low_rank`).
-            secrets: what the protocol does not tell.
-            sparing: compute each of many local steps again for a derivative, backwards only, and keep no activations.
+            secrets: what the protocol does not reveal; by default as the protocol suggests.
+            sparing: whether to save memory if there are many local steps, by computing each again for a derivative;
+                reverse mode only.
 
         Returns:
-            Gradients and activations by name, both differentiable. With local steps the activations are those of the
+            Gradients and activations by name, both differentiable. With local steps, the activations are those of the
             first pass over all images, batch after batch.
         """
         if basis is not None:
@@ -285,7 +284,7 @@ class Victim:
         share: Tensor | None,
         drawn: Tensor | None,
     ) -> tuple[Tensor, dict[str, Activation]]:
-        """Of one step, and the activations of the forward pass."""
+        """Return the loss of one step, and the activations of its forward pass."""
         fixed, sharpness = without_sharpness(fixed)
         if drawn is not None:
             fixed |= as_buffers(self.draws, drawn)
@@ -296,13 +295,13 @@ class Victim:
     def loss(
         self, logits: Tensor, targets: Tensor, share: Tensor | None = None, penalties: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Of one step, a scalar.
+        """Return the loss of one step, a scalar.
 
         Args:
             logits: ``(N, K)``.
             targets: class probabilities ``(N, K)``.
             share: ``(N,)``, how much of each image is in the step, by default all.
-            penalties: ``(N,)`` each, what modules add to the losses.
+            penalties: terms ``(N,)`` that modules add to the losses.
         """
         protocol = self.protocol
         losses = LOSSES[protocol.loss](logits, targets)
@@ -315,11 +314,11 @@ class Victim:
 
     @property
     def mixes_images(self) -> bool:
-        """Whether the images of a step see one another, by BatchNorm that normalises by them."""
+        """Whether the images of a step influence one another, through BatchNorm that normalises by the batch."""
         return bool(self._unused_statistics)
 
     def check_modules(self, modules: Sequence[str]) -> None:
-        """Raise a ``ValueError`` unless :meth:`evaluate` can give the activations of these modules.
+        """Raise a ``ValueError`` unless :meth:`evaluate` can return the activations of these modules.
 
         The model runs once on black images.
         """
@@ -340,34 +339,35 @@ class Victim:
         reveal_labels: bool = False,
         seed: int = 0,
     ) -> SharedGradient:
-        """Capture the gradients of V victims, in full precision, and what their defenses make of them.
+        """Compute what V victims share: their gradients in full precision, after their defenses.
 
         Args:
             images: ``(V, N, C, H, W)``, values in [0, 1].
             labels: ``(V, N)``, class indices.
-            states: one network per victim, name to ``(V, *shape)``, as :meth:`fresh_states` gives
-                it. By default all victims share the model's weights.
-            ids: ``(V,)`` whole numbers that name the victims, by default 0 to V - 1.
-            reveal_labels: put the labels into what is shared.
-            seed: with a victim's id, it decides what its defenses and its network draw, and the order that it shuffles
-                into. Two calls with the same seed and ids add the same noise, and the difference of what they share has
-                none of it: give each round another seed.
+            states: one network per victim, name to ``(V, *shape)``, as :meth:`fresh_states` returns them. By default
+                all victims share the model's weights.
+            ids: ``(V,)``, whole numbers that identify the victims, by default 0 to V - 1.
+            reveal_labels: whether to share the labels too.
+            seed: together with a victim's id, it determines what its defenses and its network draw, and the order of
+                its images. Two calls with the same seed and ids add the same noise, which cancels in the difference of
+                what they share: use a different seed for each round.
 
         Raises:
-            ValueError: images or labels of another shape or range, images of another precision than the
-                weights, states that don't fit the model, gradients that are not finite, a defense that returns
-                something else than finite gradients, or a victim that was only told of its defenses or learning rate.
+            ValueError: images or labels have another shape or range; images have another precision than the weights;
+                states don't fit the model; gradients are not finite; a defense returns anything but finite gradients;
+                or the victim has no defense objects or learning rate for those that its protocol describes.
         """
         protocol, hidden = self.protocol, self._hidden_rate
         if len(self.defenses) != len(protocol.defenses):
             raise ValueError(
-                "Expected a victim with defenses of its own to share, but got one that was only told of "
-                f"{[defense['name'] for defense in protocol.defenses]}. Make it by Victim(model, ..., defenses=[...])."
+                "Expected a victim with defense objects to share, but got one whose protocol only describes "
+                f"{[defense['name'] for defense in protocol.defenses]}. Create it by Victim(model, ..., "
+                "defenses=[...])."
             )
         if protocol.learning_rate == UNKNOWN and hidden is None:
             raise ValueError(
-                f"Expected a victim with a learning rate of its own to share, but got one whose rate is {UNKNOWN!r}. "
-                "Make it by Victim(model, ..., learning_rate=0.1, reveal_learning_rate=False)."
+                f"Expected a victim with a known learning rate to share, but got one whose rate is {UNKNOWN!r}. "
+                "Create it by Victim(model, ..., learning_rate=0.1, reveal_learning_rate=False)."
             )
         check_count(0, seed=seed)
         check_private(images, labels, protocol)
@@ -396,7 +396,7 @@ class Victim:
         return shared
 
     def fingerprint(self) -> str:
-        """A short hash of architecture and protocol (not of the weights), to recognise a configuration."""
+        """Return a short hash of the architecture and the protocol, but not of the weights."""
         shapes = [(name, tuple(tensor.shape)) for name, tensor in self.state.items()]
         return hashlib.sha256(repr((str(self.model), shapes, self.protocol)).encode()).hexdigest()[:16]
 
@@ -408,9 +408,9 @@ class Victim:
             names = [name for name in here if here[name] != there[name]]
             expected, got = (", ".join(f"{name}={side[name]!r}" for name in names) for side in (here, there))
             raise ValueError(
-                f"Expected a shared gradient of the victim's protocol, with {expected}, but got {got}. A victim for it "
-                "is Victim.of(network, shared.protocol), as SharedGradients makes it if you pass the network itself; "
-                "gradients of different protocols need a SharedGradients each."
+                f"Expected a shared gradient of the victim's protocol, with {expected}, but got {got}. Create a victim "
+                "for it by Victim.of(network, shared.protocol), or pass the network itself to SharedGradients. "
+                "Gradients of different protocols each need a separate SharedGradients."
             )
         parameters = dict(self.model.named_parameters())
         trainable: dict[str, Tensor] = {name: parameters[name] for name in self.trainable}

@@ -1,4 +1,4 @@
-"""What follows from linear equations, nearly in closed form: no gradient is matched."""
+"""Attacks that solve equations, nearly in closed form, instead of matching gradients."""
 
 from leakage.closed_form.features import SeparatedFeatures, check_separable, separate_features
 from leakage.closed_form.inverses import find_chain

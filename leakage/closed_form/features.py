@@ -1,4 +1,4 @@
-"""The features of every image of a batch, separated from the gradient of the last linear layer."""
+"""Separation of the features of every image in a batch from the gradient of the last linear layer."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ from leakage.seeds import derive_seed
 from leakage.solvers.linear import select_lanes
 from leakage.solvers.normal_equations import judge_steps
 
-# Starts of a victim, in rounds: those whose equations hold to rounding need no further one.
+# Number of starts per victim in each round; victims whose equations hold to rounding need no further round.
 _ROUNDS = (2, 6, 24)
-# Equations hold to rounding below this many units of it (or what float64 itself leaves), or below the second number
-# where two starts agree on what is left: near one, a probability has lost digits that the equations can't know.
+# Equations hold to rounding if the error is below the first number, in units of rounding (the third number is the limit
+# of float64), or below the second number if two starts agree on the error: a probability near one has lost digits that
+# the equations can't recover.
 _ROUNDING, _AGREEING, _LEAST = 16.0, 50.0, 1e-12
-# A search ends after so many steps, or so many in a row that left more than this share of what the errors are.
+# A search ends after this many steps, or after this many slow steps in a row; a step is slow if it leaves more than
+# this share of the error.
 _STEPS, _SLOW_STEPS, _SLOW_SHARE = 200, 8, 1 - 1e-3
-# Bytes of the normal equations of all searches at once, and of the gradients of all victims.
+# Bytes for the normal equations of all searches that run at once, and for the gradients of all victims.
 _MEMORY = 2**28
 
 
 @dataclass
 class SeparatedFeatures:
-    """What the last layer's gradients say about each image of V victims; all in float64.
+    """The features and logit gradients of each image of V victims, in float64.
 
     Attributes:
-        features: ``(V, N, D)``, any real values, the inputs of the last linear layer. Row n belongs to label n;
-            images of one label, whose order no gradient tells, are in a fixed order of their own.
-        logit_gradients: ``(V, N, K)``, the gradient of each image's own loss by its logits, not divided by N:
-            probabilities minus one-hot label for cross-entropy.
-        residual: ``(V,)``, at least 0, the distance of the gradient that these features and labels make from the one
-            that was shared, relative to the latter's length: 1e-8 to 1e-5 where features and labels are right and
-            gradients in float32. It does not tell how well rounding lets the features be known.
+        features: ``(V, N, D)``, any real values, the inputs of the last linear layer. Row n belongs to label n; images
+            of the same label, whose order the gradient does not reveal, are in a fixed order.
+        logit_gradients: ``(V, N, K)``, the gradient of each image's own loss by its logits, not divided by N; for
+            cross-entropy, the probabilities minus the one-hot label.
+        residual: ``(V,)``, at least 0, the distance between the gradient that follows from these features and labels
+            and the shared gradient, relative to the norm of the latter: 1e-8 to 1e-5 if features and labels are right
+            and gradients are in float32. It does not measure how accurately rounding allows the features to be known.
     """
 
     features: Tensor
@@ -54,13 +56,14 @@ def check_separable(victim: Victim) -> None:
     """Raise a ``ValueError`` unless :func:`separate_features` can separate the images of such victims.
 
     Raises:
-        ValueError: several local steps, logits that are not the output of a linear layer, a last layer whose weights
-            share no gradient, or more images than that gradient can tell apart.
+        ValueError: victims take several local steps or have a secret learning rate, the logits are not the output of a
+            linear layer, the weights of the last layer share no gradient, or there are more images than this gradient
+            can tell apart.
     """
     protocol = victim.protocol
     if protocol.learning_rate is not None:
         raise ValueError(
-            "Expected victims of one local step, whose gradient is taken at known weights, but got `local_steps` "
+            "Expected victims of one local step, whose gradient is computed at known weights, but got `local_steps` "
             f"{protocol.local_steps} and `learning_rate` {protocol.learning_rate!r}."
         )
     if not victim.classifier:
@@ -71,13 +74,13 @@ def check_separable(victim: Victim) -> None:
     if f"{victim.classifier}.weight" not in victim.trainable:
         raise ValueError(
             f"Expected the weights of the last layer {victim.classifier!r} to share their gradient, "
-            "but got frozen weights, or some that it shares with another layer."
+            "but got weights that are frozen or belong to another layer too."
         )
     count, classes = protocol.num_images, protocol.num_classes
     has_bias = f"{victim.classifier}.bias" in victim.trainable
     width = victim.state[f"{victim.classifier}.weight"].shape[1]
-    # Gradients of the cross-entropy by the logits sum to zero, which is one equation less for each feature. Without
-    # a bias as many equations as unknowns would be left, with several solutions.
+    # Gradients of the cross-entropy by the logits sum to zero, so there is one equation less for each feature. Without
+    # a bias, there would be only as many equations as unknowns, and several solutions.
     most = min(classes - (protocol.loss == "cross_entropy") - (not has_bias), width)
     if count > most:
         raise ValueError(
@@ -91,37 +94,38 @@ def check_separable(victim: Victim) -> None:
 def separate_features(shared: SharedGradient, victim: Victim, labels: Tensor, *, seed: int = 0) -> SeparatedFeatures:
     r"""Recover the inputs of the last linear layer of **every** image of a batch, to rounding.
 
-    With logits :math:`z_n = W h_n + b` and :math:`\delta_n = \partial \ell(z_n, y_n) / \partial z_n` the last layer
-    shares (without 1/N for a sum)
+    With logits :math:`z_n = W h_n + b` and :math:`\delta_n = \partial \ell(z_n, y_n) / \partial z_n`, the last layer
+    shares (without 1/N if the loss is a sum)
 
     .. math:: g_W = \frac{1}{N} \sum_n \delta_n h_n^\top, \qquad g_b = \frac{1}{N} \sum_n \delta_n .
 
-    For one image :math:`h = g_W^\top g_b / \lVert g_b \rVert^2`. For N images the rows of :math:`g_W` span all
-    features: with an orthonormal basis R, ``(N, D)``, of that space :math:`h_n = R^\top a_n`, and only the
-    :math:`N^2` numbers A are unknown, for which there are K (N + 1) equations,
+    For one image, :math:`h = g_W^\top g_b / \lVert g_b \rVert^2`. For N images, the rows of :math:`g_W` span all
+    features. With an orthonormal basis R, ``(N, D)``, of this space, :math:`h_n = R^\top a_n`. Only the :math:`N^2`
+    numbers A are unknown, and there are K (N + 1) equations for them,
 
     .. math:: \sum_n \delta_n(a_n) \, a_n^\top = N g_W R^\top, \qquad \sum_n \delta_n(a_n) = N g_b .
 
-    They are solved by Levenberg-Marquardt with geodesic acceleration, from random starts about the batch's mean
-    feature; the start whose equations hold best is taken. As the rounding of a gradient is relative, each class's
-    equations are divided by the length of its row of :math:`g_W`, which also makes the basis far more exact.
+    They are solved by Levenberg-Marquardt with geodesic acceleration, from random starts around the batch's mean
+    feature; the result whose equations hold best is returned. As the rounding of a gradient is relative, the equations
+    of each class are divided by the norm of its row of :math:`g_W`, which also makes the basis far more accurate.
 
-    The deltas of N images must be linearly independent, so N is below the number of classes with cross-entropy, and
-    at most that number with mean squared error; one fewer without a bias. Mean squared error, whose delta is linear,
-    leaves images of repeated labels free to turn among themselves: it allows one pair of equal labels. Where deltas
-    are nearly dependent, as with many images of one label on an untrained network, rounding limits the features. If
-    labels are wrong, the equations have no solution, and ``residual`` is far above rounding. This library's own.
+    The deltas of N images must be linearly independent. N must therefore be below the number of classes with
+    cross-entropy, and at most this number with mean squared error; one fewer without a bias. With mean squared error,
+    whose delta is linear, images of repeated labels can be rotated among themselves, so only one pair of equal labels
+    is allowed. If deltas are nearly dependent, as with many images of one label on an untrained network, rounding
+    limits the accuracy of the features. If labels are wrong, the equations have no solution, and ``residual`` is far
+    above rounding. This method is new in this library.
 
     Args:
         shared: the gradients of V victims.
         victim: their model and protocol.
         labels: ``(V, N)``, class indices, known or inferred (:func:`leakage.labels.infer_labels`), in any order. With
-            one image and a bias only ``residual`` depends on them.
-        seed: of the random starts.
+            one image and a bias, only ``residual`` depends on them.
+        seed: seed of the random starts.
 
     Raises:
-        ValueError: victims that :func:`check_separable` refuses, gradients that don't fit them, or labels of another
-            shape or range, or with mean squared error more than one pair of them.
+        ValueError: :func:`check_separable` refuses the victims; gradients don't fit them; or labels have another shape
+            or range or, with mean squared error, contain more than one pair of equal labels.
 
     References:
         Levenberg-Marquardt with geodesic acceleration: Transtrum and Sethna, *Improvements to the
@@ -148,7 +152,7 @@ def separate_features(shared: SharedGradient, victim: Victim, labels: Tensor, *,
 
 
 def _separate(shared: SharedGradient, victim: Victim, labels: Tensor, seed: int) -> SeparatedFeatures:
-    """:func:`separate_features` for as many victims as fit the memory."""
+    """Do :func:`separate_features` for as many victims as fit into memory."""
     equations, basis, gradient = _equations(shared, victim, labels)
     known = shared.protocol.num_images == 1 and equations.has_bias
     unknowns = equations.mean[:, None] if known else _solve(equations, shared, seed)
@@ -157,7 +161,7 @@ def _separate(shared: SharedGradient, victim: Victim, labels: Tensor, seed: int)
     features = unknowns * equations.size[:, None, None] @ basis
     length = gradient.norm(dim=(1, 2)).clamp(min=torch.finfo(gradient.dtype).tiny)
     residual = (deltas.mT @ features - gradient).norm(dim=(1, 2)) / length
-    if known:  # as it was shared, whatever the labels
+    if known:  # the shared gradient itself, whatever the labels
         deltas = equations.target[:, None, :, -1]
     return SeparatedFeatures(features, deltas, residual)
 
@@ -171,9 +175,9 @@ class _Equations:
     labels: Tensor  # (L, N, K), one-hot
     target: Tensor  # (L, K, N) or, with a bias, (L, K, N + 1): G, the gradients, not divided by N
     row_weights: Tensor  # (L, K), omega
-    mean: Tensor  # (L, N), the batch's mean feature, of length about 1
+    mean: Tensor  # (L, N), the batch's mean feature, of norm about 1
     strengths: Tensor  # (L, N), singular values of the gradient, from 1 downwards
-    size: Tensor  # (L,), the length of the mean feature, by which all coordinates are divided
+    size: Tensor  # (L,), the norm of the mean feature, by which all coordinates are divided
     loss: str
 
     def __getitem__(self, searches: Tensor) -> _Equations:
@@ -184,7 +188,7 @@ class _Equations:
         return self.target.shape[-1] > self.weight.shape[-1]
 
     def deltas(self, unknowns: Tensor) -> Tensor:
-        """``(L, N, K)``, the gradients of each image's loss by its logits."""
+        """Return ``(L, N, K)``, the gradients of each image's loss by its logits."""
         return self._by_logits(unknowns @ self.weight.mT + self.bias[:, None])
 
     def _by_logits(self, logits: Tensor) -> Tensor:
@@ -192,7 +196,7 @@ class _Equations:
         return gradient
 
     def errors(self, unknowns: Tensor) -> Tensor:
-        """``(L, K, N)`` or ``(L, K, N + 1)``, zero where the equations hold; relative to the gradient's length."""
+        """Return ``(L, K, N)`` or ``(L, K, N + 1)``, the errors of the equations relative to the gradient's norm."""
         made = self.deltas(unknowns).mT @ self._with_bias(unknowns)
         return (made - self.target) * self.row_weights[..., None]
 
@@ -200,10 +204,10 @@ class _Equations:
         return F.pad(unknowns, (0, 1), value=1.0) if self.has_bias else unknowns
 
     def normal(self, unknowns: Tensor) -> Tensor:
-        r"""``(L, N * N, N * N)``, :math:`J^\top J`, without the Jacobian J of the errors.
+        r"""Return ``(L, N * N, N * N)``, :math:`J^\top J`, without building the Jacobian J of the errors.
 
-        Image n moves by x the errors by :math:`E_n x a_n^\top + \delta_n x^\top` where E are the derivatives of
-        delta by the features; so the products of two such are products of small matrices.
+        If image n moves by x, the errors change by :math:`E_n x a_n^\top + \delta_n x^\top`, where E are the
+        derivatives of delta by the features. Products of two such terms are therefore products of small matrices.
         """
         searches, count, width = unknowns.shape
         logits = unknowns @ self.weight.mT + self.bias[:, None]
@@ -227,7 +231,7 @@ class _Equations:
 
 
 def _equations(shared: SharedGradient, victim: Victim, labels: Tensor) -> tuple[_Equations, Tensor, Tensor]:
-    """The equations of all victims, the basis ``(V, N, D)`` of their features and g_W, summed over images."""
+    """Return the equations of all victims, the basis ``(V, N, D)`` of their features, and g_W summed over images."""
     protocol, layer = shared.protocol, victim.classifier
     scale = protocol.num_images if protocol.reduction == "mean" else 1
     gradient = shared.gradients[f"{layer}.weight"].double() * scale
@@ -242,9 +246,9 @@ def _equations(shared: SharedGradient, victim: Victim, labels: Tensor) -> tuple[
     row_weights = torch.where(lengths > 0, 1 / lengths.clamp(min=smallest), 0.0)
     rows = gradient * row_weights[..., None]
     strengths, basis = row_space(rows, protocol.num_images)
-    basis = basis * torch.where(basis.sum(2, keepdim=True) < 0, -1.0, 1.0)  # one of the two there are
-    # The mean feature: all rows are g_b times it, but for what differs between images. Without a bias the deltas of
-    # features of zero stand in for g_b.
+    basis = basis * torch.where(basis.sum(2, keepdim=True) < 0, -1.0, 1.0)  # fix the sign of each vector
+    # The mean feature: each row is an entry of g_b times it, up to differences between images. Without a bias, deltas
+    # of zero features replace g_b.
     if push is None:
         zeros = bias[:, None].expand_as(targets)
         total = grad(lambda logits: LOSSES[protocol.loss](logits, targets).sum())(zeros).sum(1)
@@ -274,7 +278,7 @@ def _equations(shared: SharedGradient, victim: Victim, labels: Tensor) -> tuple[
 
 
 def _solve(equations: _Equations, shared: SharedGradient, seed: int) -> Tensor:
-    """``(V, N, N)``, the coordinates of all features, of the start whose equations hold best."""
+    """Return ``(V, N, N)``, the coordinates of all features, from the start whose equations hold best."""
     victims, count = equations.mean.shape
     precision = _precision(torch.cat([tensor.flatten(1) for tensor in shared.gradients.values()], dim=1))
     enough = (_ROUNDING * precision).clamp(min=_LEAST)
@@ -312,7 +316,7 @@ def _solve(equations: _Equations, shared: SharedGradient, seed: int) -> Tensor:
 
 
 def _precision(gradients: Tensor) -> Tensor:
-    """``(V,)``, the rounding of the coarsest format that holds each victim's numbers ``(V, M)`` exactly."""
+    """Return ``(V,)``, the rounding of the coarsest format that holds each victim's numbers ``(V, M)`` exactly."""
     found = gradients.new_full((len(gradients),), torch.finfo(torch.float64).eps, dtype=torch.float64)
     for dtype in (torch.float32, torch.float16):
         exact = (gradients.to(dtype).to(gradients.dtype) == gradients).all(dim=1)
@@ -321,7 +325,7 @@ def _precision(gradients: Tensor) -> Tensor:
 
 
 def _start(victim: _Equations, seed: int) -> Tensor:
-    """``(N, N)``, the mean feature, larger or smaller, and noise, in part spread as the gradient is."""
+    """Return ``(N, N)``, the mean feature plus noise, in part with the gradient's spread; rescaled without a bias."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(2 * victim.mean.shape, generator=generator, dtype=torch.float64).to(victim.mean)
     spread, power, stretch = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
@@ -331,7 +335,7 @@ def _start(victim: _Equations, seed: int) -> Tensor:
 
 
 def _search(equations: _Equations, unknowns: Tensor) -> tuple[Tensor, Tensor]:
-    """Levenberg-Marquardt with geodesic acceleration in each of L searches; unknowns and errors ``(L,)`` at its end."""
+    """Run Levenberg-Marquardt with geodesic acceleration in L searches; return unknowns and final errors ``(L,)``."""
     unknowns = unknowns.clone()
     costs = equations.errors(unknowns).square().sum((1, 2))
     damping, slow = torch.full_like(costs, 0.1), torch.zeros_like(costs)
@@ -348,7 +352,7 @@ def _search(equations: _Equations, unknowns: Tensor) -> tuple[Tensor, Tensor]:
             return torch.cholesky_solve(right.flatten(1)[..., None], factor).view_as(right)
 
         step = -solve(pull(errors)[0])
-        # How the errors move and bend along the step, and half the step that straightens them.
+        # First and second derivative of the errors along the step, and the correction by the second derivative.
         change, bend = jvp(  # type: ignore[misc]
             lambda at, some=some, step=step: jvp(some.errors, (at,), (step,))[1], (at,), (step,)
         )
@@ -369,7 +373,7 @@ def _search(equations: _Equations, unknowns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _in_order(unknowns: Tensor, labels: Tensor) -> Tensor:
-    """Images of one label by their first coordinate: which start found them does not matter."""
+    """Sort images of the same label by their first coordinate, so that the order does not depend on the start."""
     labels = labels.to(unknowns.device)
     by_size = unknowns[..., 0].argsort(dim=1, stable=True)
     found = by_size.gather(1, labels.gather(1, by_size).argsort(dim=1, stable=True))
@@ -384,6 +388,6 @@ def _check_repeated(labels: Tensor, shared: SharedGradient) -> None:
     if shared.protocol.loss == "mean_squared_error" and bool((repeated > 1).any()):
         several = shared.ids[(repeated > 1).cpu()].tolist()
         raise ValueError(
-            "Expected `labels` of which at most one is repeated, and once, as with loss 'mean_squared_error' many "
-            f"other features give the same gradient, but got more (victims {several[:5]})."
+            "Expected `labels` with at most one pair of equal labels, as with loss 'mean_squared_error' many other "
+            f"features would give the same gradient, but got more (victims {several[:5]})."
         )

@@ -1,4 +1,4 @@
-"""Which chains can be inverted layer by layer, and the inverses of the functions between their layers."""
+"""Checks whether a chain can be inverted layer by layer, and inverses of the functions between its layers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from leakage.clients.victim import Victim
 from leakage.models.layers import AveragePooling
 from leakage.objectives.activations import ACTIVATIONS
 
-# How near a sigmoid's or tanh's output may come to its bounds: what is found overshoots them.
+# Smallest distance of a sigmoid's or tanh's output from its bounds; reconstructed outputs may overshoot them.
 _MARGIN = 1e-9
-# What is found is never exactly zero: outputs of a ReLU count as zero below the widest gap (in logarithms) that
-# begins between these parts of the victim's largest output.
+# Reconstructed outputs are never exactly zero: outputs of a ReLU count as zero below the widest gap (in logarithms)
+# that begins between these fractions of the victim's largest output.
 _NOISE = (1e-7, 1e-3)
 
 _REFUSED: dict[tuple[type[nn.Module], ...], str] = {
@@ -26,21 +26,21 @@ _REFUSED: dict[tuple[type[nn.Module], ...], str] = {
     (
         *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d),
         *(nn.FractionalMaxPool2d, AveragePooling),
-    ): "pooling that forgets most of its input",
+    ): "pooling that loses most of its input",
     (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d, nn.LocalResponseNorm): "a norm by the statistics of each image",
 }
 
 
 def find_chain(victim: Victim) -> list[Link]:
-    """The layers and functions of a network that is a plain chain and can be inverted, the classifier last.
+    """Return the layers and functions of a plain chain that can be inverted, with the classifier last.
 
-    Each module must be called once, with the output of the one before it, flattened or not. They may be ``Conv2d``
-    (padded with zeros), ``Linear``, ``Sigmoid``, ``Tanh``, ``LeakyReLU``, ``ReLU`` (inverted where it is positive),
-    ``BatchNorm2d`` in evaluation mode, ``torchvision.transforms.Normalize``, and what does nothing: ``Identity``,
-    ``Flatten``, dropout in evaluation mode.
+    Each module must be called once, with the output of the previous one, flattened or not. Supported modules are
+    ``Conv2d`` (padded with zeros), ``Linear``, ``Sigmoid``, ``Tanh``, ``LeakyReLU``, ``ReLU`` (inverted where it is
+    positive), ``BatchNorm2d`` in evaluation mode, ``torchvision.transforms.Normalize``, and modules without effect:
+    ``Identity``, ``Flatten``, dropout in evaluation mode.
 
     Raises:
-        ValueError: another network, or a classifier that is not a linear layer. The message names the module.
+        ValueError: the network is no such chain, or the classifier is not a linear layer. The message names the module.
 
     Example:
         >>> from leakage.models import LeNet
@@ -60,22 +60,26 @@ def _why_refused(link: Link) -> str | None:
 
 
 def apply(link: Link, inputs: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """Outputs ``(V, N, *shape)`` of a function, a link that is no layer, for inputs ``(V, N, ...)`` of that size.
+    """Return the outputs ``(V, N, *shape)`` of a function between layers.
 
-    ``state`` has weights and buffers by name, ``(V or 1, *shape)``.
+    Args:
+        link: a link that is not a layer.
+        inputs: its inputs, ``(V, N, ...)``, with as many numbers as the outputs.
+        state: weights and buffers by name, ``(V or 1, *shape)``.
     """
     inputs = inputs.reshape(*inputs.shape[:2], *link.output_shape)
     if type(link.module) in _INVERSES:
-        # Not the module itself, which may work in place.
+        # The module itself may work in place.
         return ACTIVATIONS[type(link.module)](link.module, inputs)[0]
     scale, shift = _affine(link, inputs, state)
     return inputs * scale + shift
 
 
 def invert(link: Link, outputs: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The inputs that gave ``outputs``, and the slope there, 0 where they are not known; each ``(V, N, *shape)``.
+    """Return the inputs that gave ``outputs``, and the slope there, each ``(V, N, *shape)``.
 
-    Outputs beyond the function's range count as its nearest value. Arguments are those of :func:`apply`.
+    The slope is 0 where the inputs are unknown. Outputs beyond the function's range are clamped to it. Arguments are
+    those of :func:`apply`, with ``outputs`` in place of ``inputs``.
     """
     outputs = outputs.reshape(*outputs.shape[:2], *link.output_shape)
     if type(link.module) in _INVERSES:
@@ -86,7 +90,7 @@ def invert(link: Link, outputs: Tensor, state: Mapping[str, Tensor]) -> tuple[Te
 
 
 def _affine(link: Link, like: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Factor and summand of each channel, ``(V or 1, 1, C, 1, 1)``."""
+    """Return the factor and the shift of each channel, ``(V or 1, 1, C, 1, 1)``."""
     if isinstance(link.module, Normalize):
         both = (link.module.mean, link.module.std)
         mean, std = (torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(1, -1) for value in both)
@@ -127,7 +131,7 @@ def _relu(_: nn.Module, outputs: Tensor) -> tuple[Tensor, Tensor]:
     return outputs * active, active
 
 
-# From outputs to inputs and the slope there.
+# Each maps outputs to inputs, and to the slope at these inputs.
 _INVERSES: dict[type[nn.Module], Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]] = {
     nn.Sigmoid: _sigmoid,
     nn.Tanh: _tanh,

@@ -1,4 +1,4 @@
-"""R-GAP: images from the last layer's inputs, layer by layer, by linear least squares alone."""
+"""R-GAP: images from the inputs of the last layer, layer by layer, by linear least squares."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from leakage.closed_form.linear_system import LinearSystem
 from leakage.precision import full_precision
 from leakage.solvers.linear import least_squares
 
-# Bytes that the patches and weights of the victims solved at once may take: on the CPU they should stay in its cache.
+# Bytes for the patches and weights of the victims that are solved at once; on the CPU, they should fit the cache.
 _MEMORY = {"cpu": 2**23, "cuda": 2**30}
-# Of one layer.
+# Largest number of iterations for one layer.
 _ITERATIONS, _ITERATIONS_OF_BATCHES = 2000, 300
 
 
 @dataclass
 class LayerByLayer:
-    """What :func:`invert_layers` found.
+    """The result of :func:`invert_layers`.
 
     Attributes:
         images: ``(V, N, C, H, W)`` in float64, not clamped to [0, 1].
         layers: names of the S layers that were inverted, from the first to the last.
-        equations: ``(V, S)``, whole numbers, how many equations each layer's inputs have.
-        unknowns: ``(S,)``, whole numbers, how many numbers its inputs are.
+        equations: ``(V, S)``, number of equations for the inputs of each layer.
+        unknowns: ``(S,)``, number of values in the inputs of each layer.
         residual: ``(V,)``, the largest relative residual of the layers' systems.
     """
 
@@ -44,7 +44,7 @@ class LayerByLayer:
 
     @property
     def determined(self) -> Tensor:
-        """``(V,)``, whether every layer has as many equations as unknowns."""
+        """``(V,)``, whether every layer has at least as many equations as unknowns."""
         return (self.equations >= self.unknowns).all(dim=1)
 
 
@@ -58,41 +58,41 @@ def invert_layers(
     tolerance: float = 1e-8,
     max_iterations: int = _ITERATIONS,
 ) -> LayerByLayer:
-    r"""The images of each victim from the inputs of its last linear layer (R-GAP, for several images).
+    r"""Reconstruct the images of each victim from the inputs of its last linear layer (R-GAP, for several images).
 
-    From the last layer to the first: a linear layer (convolution or not) has given :math:`z_n = W x_n + b` of image
-    n, then the activation :math:`a_n = \sigma(z_n)`. Known are :math:`a_n` and the gradient
+    Layers are inverted from the last to the first. For image n, a linear layer or convolution computes
+    :math:`z_n = W x_n + b`, and an activation :math:`a_n = \sigma(z_n)`. Known are :math:`a_n` and the gradient
     :math:`\partial_{a_n}` of the image's own loss, so
 
     .. math:: z_n = \sigma^{-1}(a_n), \qquad \delta_n = \sigma'(z_n) \, \partial_{a_n},
 
     and the inputs :math:`x_n` solve a linear least-squares problem: the layer's own equations, weighted by how well
-    z is known, and those of the shared gradient of W, which all N images share,
+    z is known, and the equations of the shared gradient of W, to which all N images contribute,
 
     .. math:: \sigma'(z_n) \, (W x_n + b) = \sigma'(z_n) \, z_n \quad (n = 1 \dots N), \qquad
         \frac{1}{N} \sum_n \delta_n x_n^\top = g_W
 
-    (the sum itself with ``reduction="sum"``). Then :math:`\partial_{x_n} = W^\top \delta_n`, and on to the layer
-    before. Where a ReLU gave zero, z is unknown and :math:`\delta` is zero. It is exact up to rounding, which grows
-    from layer to layer, where every layer has as many independent equations as unknowns. Where it has fewer, its inputs
-    are those nearest to a start (for images grey, in the metric of :class:`~leakage.solvers.ImageSpectrum`; otherwise
-    what the activations give for 0). Each victim's systems are solved by preconditioned conjugate gradients (CGLS) in
-    float64, until the gradient's preconditioned norm has fallen by ``tolerance``.
+    (without 1/N with ``reduction="sum"``). Then :math:`\partial_{x_n} = W^\top \delta_n`, and the previous layer is
+    next. Where a ReLU gave zero, z is unknown and :math:`\delta` is zero. The result is exact up to rounding, which
+    grows from layer to layer, if every layer has as many independent equations as unknowns. If a layer has fewer, its
+    inputs are those nearest to a start: a grey image, in the metric of :class:`~leakage.solvers.ImageSpectrum`, for the
+    first layer, and the activations' values at 0 for others. The systems of each victim are solved by preconditioned
+    conjugate gradients (CGLS) in float64, until the preconditioned norm of the gradient has fallen by ``tolerance``.
 
-    :attr:`LayerByLayer.equations` counts the outputs of the layer that are known, at most as many per image as the
-    image has inputs, and for each input channel the entries of the gradient of W that are not zero throughout, at
-    most as many as the channel has unknowns: no more of either can be independent.
+    :attr:`LayerByLayer.equations` counts the known outputs of the layer, at most as many per image as the image has
+    inputs, and for each input channel the entries of the gradient of W that are not always zero, at most as many as the
+    channel has unknowns. No more of either can be independent.
 
     Args:
         shared: what the victims shared.
-        victim: their model and protocol: a plain chain (:func:`find_chain`), one local step. A layer whose weight is
-            not trained has its own equations only.
+        victim: their model and protocol; the network must be a plain chain (:func:`find_chain`), with one local step. A
+            layer whose weight is not trained has only its own equations.
         separated: features ``(V, N, D)`` and logit gradients ``(V, N, K)`` of each image.
-        tolerance: see above.
-        max_iterations: of one layer.
+        tolerance: relative tolerance of the least-squares solver.
+        max_iterations: largest number of iterations for one layer.
 
     Raises:
-        ValueError: several local steps, a network that is no plain chain, features of other shapes.
+        ValueError: victims take several local steps, the network is no plain chain, or features have other shapes.
 
     References:
         Zhu and Blaschko, *R-GAP: Recursive Gradient Attack on Privacy*, ICLR 2021,
@@ -127,7 +127,7 @@ def invert_layers(
         if tuple(tensor.shape) != expected:
             raise ValueError(f"Expected `{name}` of shape {expected}, but got {tuple(tensor.shape)}.")
     parts, at_once = [], _at_once(links, protocol.num_images, separated.features.device)
-    # The last layer, which may have far more weights than all others, is gone through victim by victim.
+    # The last layer may have far more weights than all others, so it is handled victim by victim.
     head = shared.state[f"{classifier.name}.weight"]
     back = torch.stack(
         [
@@ -151,11 +151,11 @@ def invert_layers(
 
 
 def check_layers(victim: Victim) -> None:
-    """Raise a ``ValueError`` unless :func:`images_by_layers` can find the images of such victims.
+    """Raise a ``ValueError`` unless :func:`images_by_layers` can reconstruct the images of such victims.
 
     Raises:
-        ValueError: what :func:`check_separable` and :func:`find_chain` raise, or several images with loss
-            ``"mean_squared_error"``.
+        ValueError: :func:`check_separable` or :func:`find_chain` refuses the victims, or there are several images with
+            loss ``"mean_squared_error"``.
     """
     check_separable(victim)
     protocol = victim.protocol
@@ -168,16 +168,16 @@ def check_layers(victim: Victim) -> None:
 
 
 def images_by_layers(shared: SharedGradient, victim: Victim, labels: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """All of R-GAP: the features of each image from the last layer's gradient, then the layers down to the images.
+    """Run R-GAP: separate the features of each image, then invert the layers down to the images.
 
     Args:
         shared: what V victims shared.
-        victim: their model and protocol, as :func:`check_layers` asks for.
+        victim: their model and protocol, which must pass :func:`check_layers`.
         labels: ``(V, N)``, class indices.
-        seed: of the separation of features.
+        seed: seed of the separation of features.
 
     Returns:
-        Images ``(V, N, C, H, W)`` in float64, in [0, 1], and ``(V,)``, false where the equations gave no numbers.
+        Images ``(V, N, C, H, W)`` in float64, in [0, 1], and ``(V,)``, false for victims without a finite solution.
 
     Example:
         >>> from leakage.models import LeNet
@@ -188,7 +188,7 @@ def images_by_layers(shared: SharedGradient, victim: Victim, labels: Tensor, *, 
         (True, [True, True])
     """
     separated = separate_features(shared, victim, labels, seed=seed)
-    # The layers of several images are seldom determined, and then further iterations find nothing more.
+    # With several images, layers are seldom determined, and then further iterations do not help.
     most = _ITERATIONS_OF_BATCHES if shared.protocol.num_images > 1 else _ITERATIONS
     found = invert_layers(shared, victim, separated, max_iterations=most)
     usable = torch.isfinite(found.images).flatten(1).all(1) & torch.isfinite(found.residual)
@@ -196,7 +196,7 @@ def images_by_layers(shared: SharedGradient, victim: Victim, labels: Tensor, *, 
 
 
 def _at_once(links: list[Link], num_images: int, device: torch.device) -> int:
-    """Victims whose patches and weights fit the memory."""
+    """Return the number of victims whose patches and weights fit into memory."""
     sizes = [1]
     for geometry in (link.geometry for link in links if link.is_layer):
         positions, weights = math.prod(geometry.output_shape[1:]), geometry.output_shape[0] * geometry.patch
@@ -205,7 +205,7 @@ def _at_once(links: list[Link], num_images: int, device: torch.device) -> int:
 
 
 class _Inversion:
-    """Some victims' layers, from the last to the first."""
+    """Inversion of the layers of some victims, from the last to the first."""
 
     def __init__(self, shared: SharedGradient, links: list[Link], tolerance: float, max_iterations: int) -> None:
         self.links, self.tolerance, self.max_iterations = links, tolerance, max_iterations
@@ -217,7 +217,7 @@ class _Inversion:
         }
 
     def run(self, outputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, numbers of equations and residuals, from the last link's outputs and their gradients."""
+        """Return images, numbers of equations and residuals, given the last link's outputs and their gradients."""
         equations, residuals = [outputs.new_zeros(len(outputs), 0).long()], [outputs.new_zeros(len(outputs))]
         slopes = torch.ones_like(outputs)
         for number, link in reversed([*enumerate(self.links)]):
@@ -237,7 +237,7 @@ class _Inversion:
         return images, torch.cat(equations[::-1], dim=1), torch.stack(residuals).amax(0)
 
     def _start(self, number: int) -> Tensor:
-        """Where the search for the inputs of a layer begins, ``(V or 1, 1, D)``."""
+        """Return the start of the search for the inputs of a layer, ``(V or 1, 1, D)``."""
         first = number
         while first and not self.links[first - 1].is_layer:
             first -= 1
@@ -265,7 +265,7 @@ class _Inversion:
         )
 
     def _solve(self, system: LinearSystem, name: str, outputs: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """The inputs ``(V, N, D)``, and what is left of the equations, relative to their right-hand side."""
+        """Return the inputs ``(V, N, D)``, and the residual relative to the right-hand side."""
         victims, count = outputs.shape[:2]
         outputs = outputs.reshape(system.slopes.shape)
         if (bias := self.state.get(f"{name}.bias")) is not None:

@@ -13,26 +13,27 @@ from leakage.clients.chain import Geometry
 from leakage.solvers.linear import select_lanes
 from leakage.solvers.spectrum import ImageSpectrum
 
-# Unknowns of one channel up to which a dense preconditioner pays, and channels that must share it.
+# Largest number of unknowns of one channel for which a dense preconditioner pays off, and least number of channels that
+# must share it.
 _LARGEST_BLOCK, _FEWEST_CHANNELS = 1024, 8
-# Weight of the gradient's equations relative to the layer's where the preconditioner takes care of them: more means
-# fewer iterations, and more of the gradients' rounding in the solution.
+# Weight of the gradient's equations relative to the layer's equations if the preconditioner covers them. More weight
+# means fewer iterations, but more of the gradient's rounding in the solution.
 _GRADIENT_WEIGHT = 3.0
 
 
 @dataclass(frozen=True)
 class LinearSystem:
-    """The weighted equations of one layer's inputs x, ``(V, N*C*H*W)``: a linear map A of each victim."""
+    """The weighted equations for the inputs x of one layer, ``(V, N*C*H*W)``: a linear map A for each victim."""
 
     geometry: Geometry
     weight: Tensor  # (V, N, groups, outputs, patch)
     slopes: Tensor  # (V, N, groups, outputs, positions), weights of the layer's equations
-    errors: Tensor | None  # of that shape, gradient of each output times 1/N and `scale`; None if none is shared
+    errors: Tensor | None  # shape of `slopes`, gradient of each output times 1/N and `scale`; None if none is shared
     scale: Tensor  # (V, 1, 1, 1), weight of the gradient's equations
     count: Tensor  # (V,), equations
     diagonal: Tensor  # (V, N*C*H*W), inverse diagonal of A^T A
-    blocks: Tensor | None = None  # (V, groups, N*H*W, N*H*W), nearly the inverse of A^T A for a channel of a group
-    undetermined: Tensor | None = None  # (V,), where x are images of too few equations: `spectrum` makes up for them
+    blocks: Tensor | None = None  # (V, groups, N*H*W, N*H*W), approximate inverse of A^T A for a channel of a group
+    undetermined: Tensor | None = None  # (V,), whether x are images with too few equations, which need `spectrum`
     spectrum: ImageSpectrum | None = None
 
     @classmethod
@@ -44,7 +45,7 @@ class LinearSystem:
         errors: Tensor | None,
         image_shape: tuple[int, ...] | None = None,
     ) -> LinearSystem:
-        """Weigh the gradient's equations (``errors`` without ``scale``), count all, and make the preconditioner."""
+        """Weigh the gradient's equations (``errors`` without ``scale``), count all, and build the preconditioner."""
         count, groups = slopes.shape[1:3]
         channels, height, width = geometry.input_shape
         size = count * height * width
@@ -55,7 +56,7 @@ class LinearSystem:
         known = (slopes > 0).flatten(2).sum(2).clamp(max=math.prod(geometry.input_shape)).sum(1)
         scale, both = torch.ones_like(diagonal[:, :1, :1, None]), diagonal
         if errors is not None:
-            # As many rows of the gradient as of the layer are about equally large with this weight.
+            # With this weight, rows of the gradient and rows of the layer have about the same size.
             layer, gradient = weight[:, 0].square().sum((1, 2, 3)), errors.square().sum((1, 2, 3, 4))
             ratio = torch.where(gradient > 0, layer / torch.where(gradient > 0, gradient, 1), 0).sqrt()
             scale = (ratio * (_GRADIENT_WEIGHT if dense else 1.0)).reshape(-1, 1, 1, 1)
@@ -75,13 +76,13 @@ class LinearSystem:
         return cls(geometry, weight, slopes, errors, scale, known, inverse, blocks, undetermined, spectrum)
 
     def product(self, x: Tensor) -> list[Tensor]:
-        """A x: the layer's equations, then the gradient's ``(V, groups, outputs, patch)`` if there is one."""
+        """Return A x: the layer's equations, then those of the gradient, ``(V, groups, outputs, patch)``, if shared."""
         patches = self.geometry.unfold(x.reshape(*self.slopes.shape[:2], *self.geometry.input_shape))
         layer = self.slopes * (self.weight @ patches)
         return [layer] if self.errors is None else [layer, (self.errors @ patches.mT).sum(1)]
 
     def transposed(self, parts: list[Tensor]) -> Tensor:
-        """:math:`A^T y`."""
+        """Return :math:`A^T y`."""
         left, right = self.weight, self.slopes * parts[0]
         if self.errors is not None:
             left = torch.cat([left, parts[1][:, None].expand(left.shape)], dim=3)
@@ -89,11 +90,11 @@ class LinearSystem:
         return self.geometry.fold(left.mT @ right).flatten(1)
 
     def select(self, lanes: Tensor) -> LinearSystem:
-        """Some of the victims."""
+        """Return the system of some of the victims."""
         return select_lanes(self, lanes)
 
     def precondition(self, x: Tensor) -> Tensor:
-        """The preconditioner times ``(V, N*C*H*W)``."""
+        """Apply the preconditioner to ``(V, N*C*H*W)``."""
         if self.blocks is not None:
             victims, count, groups = self.slopes.shape[:3]
             size = self.blocks.shape[2]
@@ -108,7 +109,7 @@ class LinearSystem:
 
 
 def _blocks(geometry: Geometry, errors: Tensor, diagonal: Tensor) -> Tensor:
-    """Inverse of G^T G + D: G the gradient's equations of one channel, D the layer's mean diagonal over channels."""
+    """Return the inverse of G^T G + D: G are the gradient's equations of a channel, D the layer's mean diagonal."""
     victims, count, groups, outputs, _ = errors.shape
     _, height, width = geometry.input_shape
     one_channel = dataclasses.replace(geometry, input_shape=(1, height, width), groups=1)
@@ -125,10 +126,10 @@ def _blocks(geometry: Geometry, errors: Tensor, diagonal: Tensor) -> Tensor:
     matrix.diagonal(dim1=-2, dim2=-1).add_(_lifted(mean, traces))
     factor, failed = torch.linalg.cholesky_ex(matrix)
     inverse = torch.cholesky_inverse(factor)
-    # A block that is not finite (its gradient is not): the victim's own business.
+    # A victim whose gradient is not finite gets a block of NaN, which does not affect the others.
     return torch.where((failed == 0)[..., None, None], inverse, torch.nan)
 
 
 def _lifted(diagonal: Tensor, mean: Tensor) -> Tensor:
-    """A diagonal whose zeros (inputs without equations) are lifted a little above zero."""
+    """Raise the zeros of a diagonal (inputs without equations) a little above zero."""
     return diagonal + torch.where(mean > 0, 1e-10 * mean, 1)

@@ -1,4 +1,4 @@
-"""What a client does to its gradient before it shares it, and what an attacker who knows of it asks for."""
+"""Defenses: what a client does to its gradient before it shares it, and how an attacker who knows them responds."""
 
 from leakage.defenses.base import Client, Defense, Size, known_defenses, size_sent
 from leakage.defenses.clip import Clip

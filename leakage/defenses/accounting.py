@@ -1,4 +1,4 @@
-"""What DP-SGD promises, by the accountants of Opacus."""
+"""The privacy guarantee of DP-SGD, computed by the accountants of Opacus."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ ACCOUNTANTS = ("prv", "rdp")
 
 
 def epsilon(noise_multiplier: float, steps: int, sample_rate: float, delta: float, accountant: str = "prv") -> float:
-    r""":math:`\varepsilon` of so many steps of DP-SGD on images that are drawn independently for each of them.
+    r"""Return :math:`\varepsilon` of a number of DP-SGD steps on images that are sampled independently in each step.
 
     Args:
         noise_multiplier: :math:`\sigma`, positive.
-        steps: of training.
-        sample_rate: the probability with which an image is in a step, above 0 and at most 1.
+        steps: number of training steps.
+        sample_rate: probability that an image is in a step, above 0 and at most 1.
         delta: :math:`\delta`, above 0 and below 1.
-        accountant: ``"prv"``, by the distribution of the privacy loss, or ``"rdp"``, by Rényi divergences: larger. With
-            ``sample_rate=1`` neither is asked, as the exact value is known.
+        accountant: ``"prv"``, by the distribution of the privacy loss, or ``"rdp"``, by Rényi divergences, which gives
+            larger values. Not used with ``sample_rate=1``, where the exact value is known.
 
     Raises:
-        ValueError: an argument out of its range, or too little noise for the accountant.
+        ValueError: an argument is out of its range, or the noise is too small for the accountant.
         ImportError: Opacus is not installed, and ``sample_rate`` is below 1.
 
     References:
@@ -49,7 +49,8 @@ def epsilon(noise_multiplier: float, steps: int, sample_rate: float, delta: floa
         from opacus.accountants import create_accountant
     except ImportError as error:
         raise ImportError(
-            "Expected Opacus, whose accountants tell the epsilon of DP-SGD. Install it by `pip install leakage[dp]`."
+            "Expected Opacus, which computes the epsilon of DP-SGD, but it is not installed. Install it by "
+            "`pip install leakage[dp]`."
         ) from error
     counting = create_accountant(accountant)
     counting.history = [(noise_multiplier, sample_rate, steps)]
@@ -57,13 +58,13 @@ def epsilon(noise_multiplier: float, steps: int, sample_rate: float, delta: floa
         return float(counting.get_epsilon(delta=delta))
     except (RuntimeError, ValueError, MemoryError) as error:
         raise ValueError(
-            f"Expected noise that the accountant {accountant!r} can count, but got noise_multiplier={noise_multiplier} "
-            f"with sample_rate={sample_rate} and steps={steps}: {error}"
+            f"Expected noise large enough for the accountant {accountant!r}, but got noise_multiplier="
+            f"{noise_multiplier} with sample_rate={sample_rate} and steps={steps}: {error}"
         ) from error
 
 
 def _of_gaussian(distance: float, delta: float) -> float:
-    r"""Where :math:`\delta = \Phi(\mu/2 - \epsilon/\mu) - e^\epsilon \Phi(-\mu/2 - \epsilon/\mu)`, which is exact."""
+    r"""Solve :math:`\delta = \Phi(\mu/2 - \epsilon/\mu) - e^\epsilon \Phi(-\mu/2 - \epsilon/\mu)`, which is exact."""
 
     def excess(epsilon: float) -> float:
         low, high = -distance / 2 - epsilon / distance, distance / 2 - epsilon / distance

@@ -1,4 +1,4 @@
-"""What every defense is: one method from a client's gradient to what it shares instead."""
+"""The base class of defenses, which map a client's gradient to what it shares instead."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ if TYPE_CHECKING:  # a victim has defenses
     from leakage.clients.victim import Victim
 
 Gradients = Mapping[str, Tensor]
-# Noise that is always reckoned with, in units of the gradient's root mean square: about what rounding leaves.
+# The least noise that is assumed, in units of the gradient's root mean square: about the size of rounding errors.
 _LEAST_NOISE = 1e-5
-# Likewise where a gradient must be in an interval, inside of which nothing pulls: on LeNet, FashionMNIST, and signs a
-# prior finds 17.5 dB with 0.1, 19.0 with 0.01 (six images), and with 0.001, where searches get stuck, 13.4 (four).
+# The noise that is assumed where only an interval of each entry is known. With LeNet, FashionMNIST and signs, an attack
+# with a prior reaches 17.5 dB with 0.1, 19.0 dB with 0.01 (six images), and 13.4 dB with 0.001, where searches get
+# stuck (four images).
 _INTERVAL_NOISE = 1e-2
 
 
 @dataclass(frozen=True)
 class Client:
-    """One client, as a defense of its own may see it.
+    """One client with its private data, as its own defenses see it.
 
     Attributes:
         victim: model, loss and protocol.
@@ -47,12 +48,12 @@ class Client:
 
 @dataclass(frozen=True)
 class Size:
-    """Of what one client sends.
+    """The size of what one client sends.
 
     Attributes:
-        numbers: how many entries of the gradient.
-        bits: of one of them.
-        more: bits beside them: which entries they are, scales.
+        numbers: number of gradient entries that are sent.
+        bits: bits of one entry.
+        more: further bits, such as those for the places of the entries and for scales.
     """
 
     numbers: int
@@ -61,20 +62,20 @@ class Size:
 
     @classmethod
     def of(cls, gradients: Gradients) -> Size:
-        """All entries in single precision."""
+        """Return the size of all entries in single precision."""
         return cls(sum(tensor.numel() for tensor in gradients.values()))
 
     @property
     def bytes(self) -> int:
-        """All of it."""
+        """The total size in bytes, rounded up."""
         return -(-(self.numbers * self.bits + self.more) // 8)
 
 
 class Defense(Piece, ABC):
     """What a client does to its gradient before it shares it.
 
-    One of your own is an object with one method. It keeps the arguments of its constructor as attributes of the same
-    names: from them :meth:`describe` tells the attacker what was done.
+    To write your own, implement ``__call__``. Keep the arguments of the constructor as attributes of the same names:
+    :meth:`describe` puts them into the protocol, which the attacker knows.
 
     Example:
         >>> class Signs(Defense):
@@ -92,9 +93,10 @@ class Defense(Piece, ABC):
         (tensor([0.1000]), ({'name': 'Signs', 'size': 0.1},))
 
     Attributes:
-        averages_out: whether what it adds is zero on average, so that to match the gradients as they are is right.
-        keeps_zeros: whether entries that are zero before it are so after it, and few others.
-        shortens: whether it makes gradients shorter by a factor that nobody is told.
+        averages_out: whether the change that it makes is zero on average, so that attacks match the shared gradient
+            directly.
+        keeps_zeros: whether entries that are zero stay zero, and few others become zero.
+        shortens: whether it shortens gradients by a factor that is not shared.
     """
 
     averages_out: bool = False
@@ -103,77 +105,85 @@ class Defense(Piece, ABC):
 
     @abstractmethod
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
-        """What is shared instead of the gradients of one client.
+        """Return what one client shares instead of its gradients.
 
         Args:
             gradients: name to a tensor of the parameter's shape, on the client's device and in its precision.
-            generator: of this client and this place among its defenses, on the CPU. Random numbers drawn from it
-                in float32, one tensor after another, are the same on every device and whoever the other clients are.
+            generator: a CPU generator, seeded for this client and for the position of this defense. Random numbers
+                drawn from it in float32, one tensor after another, do not depend on the device or on other clients.
 
         Returns:
-            The same names and shapes, all finite.
+            Tensors of the same names and shapes, with finite values.
         """
 
     def for_client(self, client: Client) -> Defense:
-        """The same for one client, where it must see more of it than the gradient: here the defense as it is."""
+        """Return the defense for one client. Override it if the defense needs more than the client's gradient."""
         return self
 
     def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
-        """What the client would have shared of these gradients instead, as an attacker who knows the defense says it.
+        """Return what the client would have shared if its gradients were ``gradients``.
 
-        Of all that the defense may have drawn or rounded, that which comes nearest to ``shared`` is taken: where
-        ``gradients`` can be those of the client, the result is ``shared``. An attack then matches the two.
+        Of all outcomes that the defense could produce by its draws and its rounding, this is the one nearest to
+        ``shared``. If ``gradients`` can be the client's gradients, the result is therefore ``shared``. The attack then
+        matches the result with ``shared``.
 
-        It is a function of one victim that ``torch.func.vmap`` runs for many, differentiable by ``gradients``: the same
-        rules hold as for :class:`leakage.objectives.Term`. Without one of its own, a defense is matched as if it did
-        nothing.
+        The method handles one victim and must be differentiable with respect to ``gradients``; ``torch.func.vmap`` runs
+        it for many victims, so the rules of :class:`leakage.objectives.Term` apply. A defense that does not override it
+        is matched as if it did nothing.
 
         Args:
-            gradients: of the attacker's dummies, by name.
+            gradients: gradients of the dummy images, by name.
             shared: what the client shared, by name.
         """
         return gradients
 
     def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
-        """About how far what it shares is from what :meth:`simulate` says: the variance of one entry; 0 for not at all.
+        """Estimate the variance of the noise that :meth:`simulate` does not explain; 0 by default.
 
-        It is what an attack that knows what images look like weighs this by.
+        It is the variance of one entry of the difference between what is shared and what :meth:`simulate` returns for
+        the client's gradient. An attack with an image prior uses it to weigh the gradient against the prior.
 
         Args:
             shared: what V clients shared, name to ``(V, *shape)``.
-            images: over how many a client takes the mean: 1 if it sums.
+            images: number of images that a client averages over; 1 if it sums.
 
         Returns:
-            ``(V,)``, or one number for all.
+            ``(V,)``, or one number for all victims.
         """
         return 0.0
 
     @property
     def example_norm(self) -> float | None:
-        """The norm that gradients of single images are shortened to, where it begins from them."""
+        """The norm to which the gradient of each image is clipped; None if the defense does not clip per image."""
         return None
 
     @property
     def is_simulated(self) -> bool:
-        """Whether it has a :meth:`simulate` of its own."""
+        """Whether the class overrides :meth:`simulate`."""
         return type(self).simulate is not Defense.simulate
 
     def can_be_seen_after(self, later: Sequence[Defense]) -> bool:
-        """Whether :meth:`simulate` is right of what was shared after further defenses; by default after none."""
+        """Return whether :meth:`simulate` is still correct after ``later`` defenses.
+
+        By default, it is correct only if there are none.
+
+        Args:
+            later: the defenses that the client applies after this one.
+        """
         return not later
 
     def check(self, victim: Victim, defenses: Sequence[Defense]) -> None:
-        """Raise a ``ValueError`` if such clients, with these defenses in all, can't use it."""
+        """Raise a ``ValueError`` if clients like ``victim``, with all of ``defenses``, can't use this defense."""
 
     def size(self, before: Size, gradients: Gradients) -> Size:
-        """What is sent after this defense, of such gradients: here as much as before."""
+        """Return the size of what is sent after this defense; by default the size ``before`` it."""
         return before
 
     def describe(self) -> dict[str, Any]:
-        """What the attacker is told: the name of the class and the arguments of its constructor.
+        """Return the description known to the attacker: the name of the class and its constructor's arguments.
 
-        Numbers, words, lists and dicts, since it travels in a file. Override it to withhold some: what is withheld, an
-        attacker takes to be the constructor's default.
+        The values are numbers, strings, lists and dicts, since they are stored in a file. Override this method to
+        withhold arguments: the attacker then assumes the constructor's defaults.
 
         Raises:
             ValueError: an argument is not kept as an attribute of its name, or is called ``name``.
@@ -181,19 +191,22 @@ class Defense(Piece, ABC):
         arguments = self._arguments()
         if "name" in arguments:
             raise ValueError(
-                f"Expected no argument `name` of {type(self).__name__}, as its class is told by this word."
+                f"Expected no argument `name` of {type(self).__name__}: `name` is reserved for the name of the class."
             )
         return {"name": type(self).__name__, **arguments}
 
 
 def known_defenses(told: Sequence[Mapping[str, Any]]) -> tuple[Defense, ...]:
-    """The defenses of a protocol, made anew from what it tells of them.
+    """Create the defenses that a protocol describes.
 
-    Those of this package, and your own whose classes have been imported and have other names. Their constructors are
-    called with what a file says: let them do no more than check and keep their arguments.
+    The classes of this package are known, and your own classes once they are imported, if their names differ from
+    these. The constructors are called with values from a file: they should only check and keep their arguments.
+
+    Args:
+        told: the descriptions, as the ``defenses`` of a :class:`leakage.Protocol` hold them.
 
     Raises:
-        ValueError: a name that no class has, or arguments that it does not take.
+        ValueError: no class has this name, or it does not accept these arguments.
 
     Example:
         >>> from leakage.defenses import Clip
@@ -205,20 +218,20 @@ def known_defenses(told: Sequence[Mapping[str, Any]]) -> tuple[Defense, ...]:
     for description in told:
         name = description["name"]
         arguments = {key: value for key, value in description.items() if key != "name"}
-        mend = "Import its class, or pass adaptive=False for an attack that matches gradients as if it was not there."
+        hint = "Import its class, or pass adaptive=False for an attack that ignores the defense."
         if name not in classes:
             raise ValueError(
-                f"Expected a defense of the protocol to be one of {sorted(classes)}, but got {name!r}. {mend}"
+                f"Expected a defense of the protocol to be one of {sorted(classes)}, but got {name!r}. {hint}"
             )
         try:
             made.append(classes[name](**arguments))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"Expected the arguments of {name}, but got {arguments}: {error} {mend}") from error
+            raise ValueError(f"Expected the arguments of {name}, but got {arguments}: {error} {hint}") from error
     return tuple(made)
 
 
 def simulate(defenses: Sequence[Defense], gradients: Gradients, shared: Gradients) -> Gradients:
-    """What one client would have shared of these gradients, after all its defenses: :meth:`Defense.simulate`."""
+    """Apply :meth:`Defense.simulate` of all defenses: what one client would have shared of these gradients."""
     for defense in defenses:
         if not defense.averages_out:
             gradients = defense.simulate(gradients, shared)
@@ -226,7 +239,7 @@ def simulate(defenses: Sequence[Defense], gradients: Gradients, shared: Gradient
 
 
 def told_noise(defenses: Sequence[Defense], shared: SharedGradient) -> Tensor:
-    """``(V,)``: the variance of the noise on an entry of what clients shared, and at least that of rounding."""
+    """Return ``(V,)``, the variance of the noise on one entry of what clients shared; at least that of rounding."""
     protocol, gradients = shared.protocol, shared.gradients
     images = protocol.num_images if protocol.reduction == "mean" else 1
     least = _LEAST_NOISE**2 * mean_square(gradients)
@@ -235,24 +248,24 @@ def told_noise(defenses: Sequence[Defense], shared: SharedGradient) -> Tensor:
 
 
 def relative_noise(defenses: Sequence[Defense], shared: SharedGradient) -> Tensor:
-    """``(V,)``: the same, relative to the squared norm of what was shared."""
+    """Return ``(V,)``, the variance of :func:`told_noise` divided by the squared norm of what was shared."""
     squares = mean_square(shared.gradients) * entries(shared.gradients)
     return told_noise(defenses, shared) / torch.where(squares > 0, squares, 1)
 
 
 def entries(shared: Gradients) -> int:
-    """Entries of the gradient of one of V clients."""
+    """Return the number of entries in the gradient of one client."""
     return sum(tensor[0].numel() for tensor in shared.values())
 
 
 def mean_square(shared: Gradients) -> Tensor:
-    """``(V,)``, over all entries that a client shared."""
+    """Return ``(V,)``, the mean square over all entries that a client shared."""
     total = torch.stack([tensor.flatten(1).double().square().sum(1) for tensor in shared.values()]).sum(0)
     return total / entries(shared)
 
 
 def _subclasses(kind: Any) -> dict[str, type[Defense]]:
-    """All below a class that can be made, by name; those of this package come first."""
+    """Return the concrete subclasses of a class by name; those of this package take precedence."""
     found: dict[str, type[Defense]] = {}
     for below in kind.__subclasses__():
         for name, each in {below.__name__: below, **_subclasses(below)}.items():
@@ -264,7 +277,7 @@ def _subclasses(kind: Any) -> dict[str, type[Defense]]:
 
 
 def size_sent(defenses: Sequence[Defense], gradients: Gradients) -> Size:
-    """What one client sends after its defenses; without any, all numbers in single precision.
+    """Return the size of what a client sends after its defenses; without any, all in single precision.
 
     Example:
         >>> from leakage.defenses import Quantise, TopK
@@ -278,36 +291,39 @@ def size_sent(defenses: Sequence[Defense], gradients: Gradients) -> Size:
 
 
 def within(gradients: Tensor, low: Tensor, high: Tensor, shared: Tensor) -> Tensor:
-    """What was shared where a gradient is between two bounds, else that plus by how much it is outside."""
+    """Return ``shared``, plus the distance by which ``gradients`` lie outside the interval from ``low`` to ``high``."""
     return shared + (gradients - gradients.clamp(low, high))
 
 
 def interval_variance(shared: Gradients) -> Tensor:
-    """``(V,)``, what is reckoned with where nothing but an interval is known."""
+    """Return ``(V,)``, the variance that is assumed where only an interval of each entry is known."""
     return _INTERVAL_NOISE**2 * mean_square(shared)
 
 
 class Sparse(Defense):
-    """Leaves entries of the gradient out, which are zero then: an attacker who knows of it compares only the others."""
+    """Base class of defenses that set entries of the gradient to zero.
+
+    An attacker who knows the defense compares only the other entries.
+    """
 
     keeps_zeros = True
 
     def can_be_seen_after(self, later: Sequence[Defense]) -> bool:
-        """Where zeros stay zero."""
+        """Return whether all ``later`` defenses keep zeros."""
         return all(defense.keeps_zeros for defense in later)
 
     def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
-        """Zero where what was shared is zero."""
+        """Return the gradients with zeros where ``shared`` is zero."""
         return {name: torch.where(shared[name] == 0, 0, tensor) for name, tensor in gradients.items()}
 
 
 def whole_norm(gradients: Gradients) -> float:
-    """The Euclidean norm of all tensors together; in double precision, where no square underflows."""
+    """Return the Euclidean norm of all tensors together, in double precision, so that no square underflows."""
     return math.hypot(*(float(tensor.double().norm()) for tensor in gradients.values()))
 
 
 def check_defenses(defenses: Sequence[Defense]) -> tuple[Defense, ...]:
-    """The defenses as a tuple; a ``ValueError`` unless each is a :class:`Defense`."""
+    """Return the defenses as a tuple; raise a ``ValueError`` unless each is a :class:`Defense`."""
     example = "Expected `defenses` as a list of Defense objects, such as [GaussianNoise(1e-4)], but got"
     if not isinstance(defenses, list | tuple):
         raise ValueError(f"{example} {defenses!r}.")
@@ -318,16 +334,19 @@ def check_defenses(defenses: Sequence[Defense]) -> tuple[Defense, ...]:
 
 
 def defend(victim: Victim, shared: SharedGradient, images: Tensor, targets: Tensor, seed: int) -> dict[str, Tensor]:
-    """The gradients of V clients, name to ``(V, *shape)``, after all their defenses, each client by itself.
+    """Apply all defenses to the gradients of V clients, one client at a time.
 
-    A client's id, ``seed`` and the place of a defense decide what it draws.
+    The client's id, ``seed`` and the position of a defense decide what it draws.
 
     Args:
-        victim: what the clients do.
-        shared: their gradients before.
+        victim: the model, the protocol and the defenses of the clients.
+        shared: the gradients before the defenses.
         images: ``(V, N, C, H, W)``.
         targets: class probabilities ``(V, N, K)``.
-        seed: see above.
+        seed: seed of the draws.
+
+    Returns:
+        The defended gradients, name to ``(V, *shape)``.
 
     Raises:
         ValueError: a defense returns other names or shapes, or numbers that are not finite.

@@ -1,4 +1,4 @@
-"""Clipping of the gradient's norm."""
+"""Clipping of the gradient to a norm."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from leakage.errors import check_positive
 
 
 class Clip(Defense):
-    r"""Shortens the whole gradient to the Euclidean norm C, :math:`g \cdot \min(1, C / \lVert g \rVert_2)`.
+    r"""Clips the whole gradient to the Euclidean norm C, :math:`g \cdot \min(1, C / \lVert g \rVert_2)`.
 
-    The norm is that of all tensors together, of what the client would share: of its gradient over all its images, with
-    local steps of their average. A gradient that is no longer than C stays as it is.
+    The norm is taken over all tensors of what the client would share: its gradient over all its images or, with local
+    steps, the average over the steps. A gradient with a norm of at most C does not change.
 
-    An attacker who knows C does the same to the gradients of the dummies.
+    An attacker who knows C clips the gradients of the dummy images in the same way.
 
     Args:
-        norm: C, positive.
+        norm: C, the largest norm, positive.
 
     Raises:
         ValueError: ``norm`` is not positive and finite.
@@ -43,14 +43,14 @@ class Clip(Defense):
         self.norm = norm
 
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
-        """The gradients, of norm C at most."""
+        """Return the gradients, clipped to norm C."""
         norm = whole_norm(gradients)
         return {name: tensor * (self.norm / norm) if norm > self.norm else tensor for name, tensor in gradients.items()}
 
     def can_be_seen_after(self, later: Sequence[Defense]) -> bool:
-        """Always: it is done, not read off."""
+        """Return True: clipping is repeated, not inferred from what was shared."""
         return True
 
     def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
-        """The gradients, of norm C at most."""
+        """Return the gradients, clipped to norm C."""
         return shortened(gradients, self.norm)

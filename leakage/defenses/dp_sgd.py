@@ -1,4 +1,4 @@
-"""DP-SGD: the gradient of each image is clipped, and their sum is noisy."""
+"""DP-SGD: clip the gradient of each image, and add noise to their sum."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:  # a victim has defenses
 
 
 class DPSGD(Defense):
-    r"""One step of DP-SGD: gradients of single images of norm C at most, and noise on their sum.
+    r"""One step of DP-SGD: clips the gradient of each image to norm C, and adds noise to their sum.
 
     .. math:: \tilde g = \frac{1}{N} \Bigl( \sum_n g_n \min\bigl(1, C / \lVert g_n \rVert_2\bigr) +
         \sigma C \, \epsilon \Bigr), \qquad \epsilon \sim N(0, I)
 
-    without the division where the client's loss is a sum. It is the first of a client's defenses, as it begins from the
-    images.
+    If the client's loss is a sum, there is no division by N. DPSGD must be the first of a client's defenses, because it
+    starts from the images.
 
-    An attacker who knows of it clips in the same way. What the noise hides stays hidden as long as nobody knows the
-    seed of :meth:`leakage.Victim.share`, and each round has another.
+    An attacker who knows the defense clips in the same way. The noise protects only as long as the seed of
+    :meth:`leakage.Victim.share` is secret and each round has a different seed.
 
     Args:
-        noise_multiplier: :math:`\sigma`; 0 for clipping alone.
+        noise_multiplier: :math:`\sigma`, at least 0; 0 clips without noise.
         norm: C, positive.
 
     Raises:
-        ValueError: an argument out of its range; for a client, several local steps, a learning rate that it keeps to
-            itself, BatchNorm that mixes images, modules that draw random numbers, or another defense before it.
+        ValueError: an argument is out of its range, or the client has several local steps, a secret learning rate,
+            BatchNorm that mixes images, modules that draw random numbers, or another defense before this one.
 
     References:
         Abadi et al., *Deep Learning with Differential Privacy*, CCS 2016, https://arxiv.org/abs/1607.00133.
@@ -59,39 +59,40 @@ class DPSGD(Defense):
         self._client: Client | None = None
 
     def check(self, victim: Victim, defenses: Sequence[Defense]) -> None:
-        """One step, images that do not see one another, and nothing before it."""
+        """Raise a ``ValueError`` unless clients take one step on independent images, with DPSGD as first defense."""
         protocol = victim.protocol
         if protocol.local_steps > 1:
             raise ValueError(f"Expected clients of one step for DPSGD, but got local_steps={protocol.local_steps}.")
         if protocol.learning_rate is not None:
             raise ValueError(
-                "Expected clients that share a gradient for DPSGD, whose noise is in its units, but got "
+                "Expected clients that share a gradient for DPSGD, as its noise has the units of a gradient, but got "
                 "reveal_learning_rate=False, with which they share an update."
             )
         if victim.mixes_images and protocol.num_images > 1:
             raise ValueError(
-                "Expected a network whose images do not see one another for DPSGD, but got BatchNorm that normalises "
+                "Expected a network that treats each image independently for DPSGD, but got BatchNorm that normalises "
                 "by the client's own batch: there is no gradient of a single image. Call `model.eval()`, or use "
                 "another norm."
             )
         if victim.draws:
             raise ValueError(
-                f"Expected a network that draws nothing for DPSGD, but got {sorted(victim.draws)}: call `model.eval()`."
+                "Expected a network without modules that draw random numbers for DPSGD, but got "
+                f"{sorted(victim.draws)}. Call `model.eval()`."
             )
         if defenses[0] is not self or any(isinstance(other, DPSGD) for other in defenses[1:]):
             raise ValueError(
-                f"Expected DPSGD once, as the first of `defenses`, as it begins from the images, but got "
+                "Expected DPSGD once, as the first of `defenses`, because it starts from the images, but got "
                 f"{list(defenses)}."
             )
 
     def for_client(self, client: Client) -> Defense:
-        """With its images at hand."""
+        """Return a copy that holds the client's images."""
         own = copy.copy(self)
         own._client = client
         return own
 
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
-        """Clipped and noisy; gradients alone are those of one image."""
+        """Return the clipped and noisy gradients; without a client, ``gradients`` count as those of one image."""
         client, std, images = self._client, self.noise_multiplier * self.norm, 1
         if client is None:
             gradients = shortened(gradients, self.norm)
@@ -105,27 +106,27 @@ class DPSGD(Defense):
         }
 
     def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
-        """That on the mean of the images."""
+        """Return the variance of the noise on the mean over the images."""
         return (self.noise_multiplier * self.norm / images) ** 2
 
     @property
     def example_norm(self) -> float:
-        """C, to which the attacker's own images are clipped one by one."""
+        """C, the norm to which the attacker clips the gradient of each dummy image."""
         return self.norm
 
     def epsilon(self, steps: int, sample_rate: float, delta: float, accountant: str = "prv") -> float:
-        r""":math:`\varepsilon` of training with such steps, by an accountant of Opacus.
+        r"""Return :math:`\varepsilon` of training with such steps, computed by an accountant of Opacus.
 
         Args:
-            steps: of training.
-            sample_rate: the probability with which an image is in a step, above 0 and at most 1.
+            steps: number of training steps.
+            sample_rate: probability that an image is in a step, above 0 and at most 1.
             delta: :math:`\delta`, above 0 and below 1.
             accountant: ``"prv"`` or ``"rdp"``.
 
         Raises:
-            ValueError: an argument out of its range, or no noise.
-            ImportError: Opacus is not installed.
+            ValueError: an argument is out of its range, or there is no noise.
+            ImportError: Opacus is not installed, and ``sample_rate`` is below 1.
         """
-        from leakage.defenses.accounting import epsilon  # which takes SciPy, and time
+        from leakage.defenses.accounting import epsilon  # imported here: SciPy is slow to import
 
         return epsilon(self.noise_multiplier, steps, sample_rate, delta, accountant)

@@ -1,4 +1,4 @@
-"""What a client does to its images, before there is a gradient."""
+"""The base class of defenses that change a client's images before the gradient is computed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from leakage.seeds import derive_seed
 
 
 class Encoding(Defense):
-    """What a client does to its images and labels before it computes a gradient of them, once for all local steps.
+    """A defense that changes the client's images and labels before it computes a gradient.
 
-    One of your own has :meth:`encode`. Attacks search for what the client computed with, unless it ``mixes``.
+    It does so once, before all local steps. To write your own, implement :meth:`encode`. Attacks search for the encoded
+    images, unless the encoding ``mixes``.
 
     Attributes:
-        mixes: whether each of what comes out is a weighted mean of images and labels, which attacks then search for
-            together with the weights: :class:`leakage.dummies.Mixture`.
+        mixes: whether each encoded image and label is a weighted mean of the client's images and labels. Attacks then
+            search for the images and the weights (:class:`leakage.dummies.Mixture`).
     """
 
     averages_out = True
@@ -28,22 +29,26 @@ class Encoding(Defense):
 
     @abstractmethod
     def encode(self, images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """What a client computes with in place of its images ``(N, C, H, W)`` and class probabilities ``(N, K)``.
+        """Return the images and class probabilities with which a client replaces its own.
 
         Args:
-            images, targets: of one client; the same shapes are returned.
-            generator: see :meth:`Defense.__call__`.
+            images: images of one client, ``(N, C, H, W)``.
+            targets: class probabilities of one client, ``(N, K)``.
+            generator: a CPU generator, as for :meth:`Defense.__call__`.
+
+        Returns:
+            Images and class probabilities of the same shapes.
         """
 
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
-        """The gradients as they are."""
+        """Return the gradients unchanged."""
         return dict(gradients)
 
 
 def encoded(
     defenses: Sequence[Defense], images: Tensor, targets: Tensor, ids: Sequence[int], seed: int
 ) -> tuple[Tensor, Tensor]:
-    """What V clients compute with in place of images ``(V, N, C, H, W)`` and class probabilities ``(V, N, K)``."""
+    """Encode the images ``(V, N, C, H, W)`` and class probabilities ``(V, N, K)`` of V clients."""
     encodings = [(place, each) for place, each in enumerate(defenses) if isinstance(each, Encoding)]
     if not encodings:
         return images, targets

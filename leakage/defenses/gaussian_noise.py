@@ -1,4 +1,4 @@
-"""Gaussian noise on the gradient, and what all noise shares."""
+"""Gaussian noise on the gradient, and the base class of noise."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from leakage.errors import check_flag, check_positive
 
 
 class Noise(Defense):
-    """Independent numbers that are added to the entries of the gradient.
+    """Base class of defenses that add independent noise to every entry of the gradient.
 
-    An attacker who knows of it matches the gradients as they are: the noise has a mean of zero.
+    An attacker who knows the defense still matches the shared gradient directly, because the noise has a mean of zero.
     """
 
     averages_out = True
@@ -27,10 +27,10 @@ class Noise(Defense):
 
     @abstractmethod
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Numbers of mean 0 and standard deviation 1, in single precision on the CPU."""
+        """Draw numbers of mean 0 and standard deviation 1, in single precision on the CPU."""
 
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
-        """The gradients with noise."""
+        """Return the gradients with noise added."""
         std = self.std
         if self.relative:
             std *= whole_norm(gradients) / sum(tensor.numel() for tensor in gradients.values()) ** 0.5
@@ -39,30 +39,31 @@ class Noise(Defense):
         }
 
     def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
-        """The square of the standard deviation: with ``relative`` of that part of the gradient that is not noise."""
+        """Return the variance of the noise; with ``relative``, estimated from the mean square of the noisy gradient."""
         variance = self.std**2
         return variance / (1 + variance) * mean_square(shared) if self.relative else variance
 
     def size(self, before: Size, gradients: Gradients) -> Size:
-        """All entries, whatever was saved before."""
+        """Return the size of all entries: noise undoes savings of earlier defenses."""
         return Size.of(gradients)
 
 
 class GaussianNoise(Noise):
     r"""Adds noise to every entry of the gradient, :math:`g + \sigma \epsilon` with :math:`\epsilon \sim N(0, 1)`.
 
-    With ``relative`` the size is that of the gradient, :math:`\sigma \cdot \mathrm{rms}(g)`, where the root mean square
-    is over all D entries of the whole gradient, :math:`\mathrm{rms}(g) = \lVert g \rVert_2 / \sqrt{D}`.
+    With ``relative`` the standard deviation is :math:`\sigma \cdot \mathrm{rms}(g)`, with the root mean square over all
+    D entries of the whole gradient, :math:`\mathrm{rms}(g) = \lVert g \rVert_2 / \sqrt{D}`.
 
-    The noise is decided by the generator, which :meth:`leakage.Victim.share` makes of its ``seed`` and the victim's id.
-    Rounds that are shared with the same seed have the same noise, which their difference is free of: give each another.
+    The noise depends on the generator, which :meth:`leakage.Victim.share` seeds by its ``seed`` and the victim's id.
+    Rounds that are shared with the same seed have the same noise, which cancels in their difference: use a different
+    seed for each round.
 
     Args:
         std: :math:`\sigma`, positive.
-        relative: in units of the gradient's root mean square.
+        relative: whether ``std`` is in units of the gradient's root mean square.
 
     Raises:
-        ValueError: ``std`` is not positive and finite, or ``relative`` neither True nor False.
+        ValueError: ``std`` is not positive and finite, or ``relative`` is neither True nor False.
 
     References:
         Zhu et al., *Deep Leakage from Gradients*, NeurIPS 2019, section 5, https://arxiv.org/abs/1906.08935.
@@ -74,5 +75,5 @@ class GaussianNoise(Noise):
     """
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Normally distributed."""
+        """Draw from the standard normal distribution."""
         return torch.randn(shape, generator=generator, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Gradients in half precision."""
+"""Rounding of gradients to half precision."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class HalfPrecision(Defense):
-    """Rounds every entry of the gradient to a number of 16 bits.
+    """Rounds every entry of the gradient to 16 bits.
 
-    Not meant to hide anything, but what mixed precision sends. Entries beyond the largest number of ``"float16"``
-    become that; those below its smallest, 6e-8, become zero.
+    This is what mixed precision sends; it is not meant to hide anything. Entries beyond the range of ``dtype`` are
+    clamped to its largest number; with ``"float16"``, entries below 6e-8 become zero.
 
-    An attacker who knows of it matches what it was sent: errors of rounding average out.
+    An attacker who knows the defense matches the shared gradient directly, because rounding errors average out.
 
     Args:
         dtype: ``"bfloat16"`` or ``"float16"``.
 
     Raises:
-        ValueError: another ``dtype``.
+        ValueError: ``dtype`` is neither of these.
 
     Example:
         >>> HalfPrecision("bfloat16")({"weight": torch.tensor([1.001, 2.3])}, torch.Generator())
@@ -37,15 +37,15 @@ class HalfPrecision(Defense):
     keeps_zeros = averages_out = True
 
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
-        """The gradients, rounded."""
+        """Return the rounded gradients."""
         dtype = _DTYPES[self.dtype]
         largest = torch.finfo(dtype).max
         return {name: tensor.clamp(-largest, largest).to(dtype).to(tensor) for name, tensor in gradients.items()}
 
     def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
-        """About that of errors of rounding, which grow with the entries."""
+        """Estimate the variance of the rounding errors, which are proportional to the entries."""
         return torch.finfo(_DTYPES[self.dtype]).eps ** 2 / 24 * mean_square(shared)
 
     def size(self, before: Size, gradients: Gradients) -> Size:
-        """16 bits a number."""
+        """Return the size with at most 16 bits for each entry."""
         return Size(before.numbers, min(before.bits, 16), before.more)

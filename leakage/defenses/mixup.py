@@ -17,22 +17,22 @@ if TYPE_CHECKING:  # a victim has defenses
 
 
 class MixUp(Encoding):
-    r"""Each image and its label are mixed with those of another image of the client, by a share that nobody is told.
+    r"""Mixes each image and its label with another image of the client and its label, by a secret share.
 
     .. math:: \tilde x_n = \lambda x_n + (1 - \lambda) x_{\pi(n)}, \qquad
         \tilde y_n = \lambda y_n + (1 - \lambda) y_{\pi(n)}, \qquad \lambda \sim \mathrm{Beta}(\alpha, \alpha)
 
     with one share and one random permutation :math:`\pi` for all N images of the client.
 
-    An attacker who knows of it searches for the images themselves, and for the weights with which each is in each
-    mixture (:class:`leakage.dummies.Mixture`): where the labels of the client's images differ, those of the mixtures,
-    which the gradient depends on, tell the weights.
+    An attacker who knows the defense searches for the original images and for their weights in the mixtures
+    (:class:`leakage.dummies.Mixture`). The gradient depends on the labels of the mixtures; where the labels of the
+    client's images differ, these reveal the weights.
 
     Args:
-        alpha: :math:`\alpha`, positive; the larger, the nearer to one half is the share.
+        alpha: :math:`\alpha`, positive; the larger it is, the closer the share is to one half.
 
     Raises:
-        ValueError: ``alpha`` that is not positive; a client of one image.
+        ValueError: ``alpha`` is not positive, or the client has one image.
 
     References:
         Zhang et al., *mixup: Beyond Empirical Risk Minimization*, ICLR 2018, https://arxiv.org/abs/1710.09412; as a
@@ -54,13 +54,13 @@ class MixUp(Encoding):
         self.alpha = alpha
 
     def check(self, victim: Victim, defenses: Sequence[Defense]) -> None:
-        """Several images."""
+        """Raise a ``ValueError`` unless clients have at least two images."""
         if victim.protocol.num_images < 2:
             raise ValueError("Expected clients of at least 2 images for MixUp, which mixes them, but got 1.")
 
     def encode(self, images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Mixtures."""
-        # Beta(a, a) as the share of one of two Gamma(a) variables, which torch draws from a generator.
+        """Return the mixed images and class probabilities."""
+        # Beta(a, a) is the share of one of two Gamma(a) variables, which torch can draw from a generator.
         concentration = torch.full((2,), self.alpha, dtype=torch.float64)
         draws = torch._standard_gamma(concentration, generator)
         share = float(draws[0] / draws.sum()) if float(draws.sum()) else 0.5

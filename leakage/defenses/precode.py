@@ -1,4 +1,4 @@
-"""PRECODE: a variational bottleneck in the network."""
+"""PRECODE: a network with a variational bottleneck."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from leakage.models.drawing import Drawing
 
 
 class VariationalBottleneck(Drawing):
-    r"""Features, squeezed into few noisy numbers and made features again; see :class:`PRECODE`.
+    r"""Encodes features into a few noisy numbers and decodes them again; see :class:`PRECODE`.
 
     Args:
-        features: D, numbers of one image.
-        size: k.
-        weight: :math:`\beta`.
+        features: D, number of features of one image.
+        size: k, width of the bottleneck.
+        weight: :math:`\beta`, weight of the KL divergence in the loss.
     """
 
     def __init__(self, features: int, size: int, weight: float) -> None:
@@ -27,7 +27,7 @@ class VariationalBottleneck(Drawing):
         self.encoder, self.decoder = nn.Linear(features, 2 * size), nn.Linear(size, features)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, D)`` of ``(N, D)``."""
+        """Return the decoded features ``(N, D)`` of ``features`` ``(N, D)``."""
         mean, log_variance = self.encoder(features).chunk(2, dim=1)
         code = mean
         if self.training and self.drawn.numel():
@@ -43,24 +43,23 @@ class PRECODE(nn.Module):
     .. math:: (\mu, \log \sigma^2) = E h, \qquad z = \mu + \sigma \epsilon, \quad \epsilon \sim N(0, I), \qquad
         \hat h = D z
 
-    with h the input of the last linear layer, E and D linear with biases, and
-    :math:`\beta \, \mathrm{KL}(N(\mu, \sigma^2) \, \Vert \, N(0, I))` added to the loss of each image. In evaluation
+    Here h is the input of the last linear layer, E and D are linear layers with biases, and
+    :math:`\beta \, \mathrm{KL}(N(\mu, \sigma^2) \, \Vert \, N(0, I))` is added to the loss of each image. In evaluation
     mode :math:`z = \mu`.
 
-    It is part of the model that clients train, not of what they do to its gradient:
-    ``Victims(model=PRECODE(LeNet()))``. A :class:`leakage.Victim` draws the noise; an attacker who knows of it searches
-    for it together with the images (:class:`leakage.dummies.Drawn`), and one who does not (``adaptive=False``) takes it
-    to be 0.
+    PRECODE is part of the model, not one of the client's ``defenses``: ``Victims(model=PRECODE(LeNet()))``. A
+    :class:`leakage.Victim` draws the noise. An attacker who knows the defense searches for the noise together with the
+    images (:class:`leakage.dummies.Drawn`); one who does not (``adaptive=False``) assumes that it is 0.
 
-    Shapes: what the network takes and gives.
+    Shapes: inputs and outputs are those of ``network``.
 
     Args:
-        network: one with a linear layer, before the last one of which the bottleneck is put. It is copied.
-        size: k, numbers in the bottleneck.
+        network: a network with at least one linear layer; the bottleneck goes before the last one. It is copied.
+        size: k, width of the bottleneck.
         weight: :math:`\beta`, at least 0.
 
     Raises:
-        ValueError: a network without a linear layer, or an argument out of its range.
+        ValueError: the network has no linear layer, or an argument is out of its range.
 
     References:
         Scheliga, Mäder and Seeland, *PRECODE: A Generic Model Extension to Prevent Deep Gradient Leakage*, WACV 2022,
@@ -91,13 +90,13 @@ class PRECODE(nn.Module):
             self.network.set_submodule(name, nn.Sequential(bottleneck, self.network.get_submodule(name)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
+        """Return the logits of a batch of images."""
         logits: Tensor = self.network(images)
         return logits
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the bottleneck's weights anew, as those of linear layers are; the network's own are drawn before."""
+        """Draw the weights of the bottleneck anew; ``model.apply`` resets those of the network before."""
         for module in self.modules():
             if isinstance(module, VariationalBottleneck):
                 module.apply(reset)

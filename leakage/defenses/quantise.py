@@ -1,4 +1,4 @@
-"""Gradients in few bits."""
+"""Quantisation of gradients to a few bits."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ from torch import Tensor
 from leakage.defenses.base import Defense, Gradients, Size, entries, interval_variance, within
 from leakage.errors import check_count, check_flag
 
-# Up to so many bits, one less if stochastic, intervals say more than distances: on LeNet, six images, 24 against 19 dB
-# with 5 bits, 27 against 26 with 6, 31 against 32 with 7; stochastic 18 against 17 with 5, 21 against 23 with 6.
+# Up to this many bits (one less if stochastic), matching intervals gives better images than matching distances. On
+# LeNet, six images: 24 against 19 dB with 5 bits, 27 against 26 with 6, 31 against 32 with 7; stochastic 18 against 17
+# with 5, 21 against 23 with 6.
 _FEW_BITS = 6
 
 
 class Quantise(Defense):
-    r"""Rounds every entry of the gradient to one of few values, equally far from one another.
+    r"""Rounds every entry of the gradient to one of a few equally spaced values.
 
-    For each tensor with its largest magnitude m they are the multiples of :math:`m / (2^{b - 1} - 1)` from -m to m;
-    with one bit -m and m. With ``stochastic`` an entry between two of them becomes either, so that it is right on
-    average; else the nearest.
+    For a tensor whose largest magnitude is m, the values are the multiples of :math:`m / (2^{b - 1} - 1)` from -m to m;
+    with one bit, they are -m and m. An entry becomes the nearest value; with ``stochastic``, it becomes one of the two
+    values around it at random, so that its mean is right.
 
-    An attacker who knows of it asks for gradients that are rounded to the same values: those within half a step of what
-    was shared, with ``stochastic`` within a whole one. From 7 bits on, with ``stochastic`` from 6, it matches what was
-    shared as it is: errors of rounding average out, and images come nearer so. With 1 or 2 bits and ``stochastic`` the
-    intervals are so wide that a gradient of zero is in them: what is found then is less than there is to find.
+    An attacker who knows the defense searches for gradients that round to the same values: those within half a step of
+    what was shared, or within a whole step with ``stochastic``. From 7 bits on (6 with ``stochastic``) it matches the
+    shared gradient directly: rounding errors average out, and the images are better. With ``stochastic`` and 1 or 2
+    bits, the intervals are so wide that they contain a gradient of zero, and the attack finds less than is there to
+    be found.
 
     Args:
         bits: b, from 1 to 16.
-        stochastic: whether it draws.
+        stochastic: whether to round at random.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
 
     References:
         Alistarh et al., *QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding*, NeurIPS 2017,
@@ -52,17 +54,17 @@ class Quantise(Defense):
         self.averages_out = bits > _FEW_BITS - stochastic
 
     def _steps(self, largest: Tensor) -> Tensor:
-        """How far the values are from one another."""
+        """Return the distance between neighbouring values."""
         return largest / (2 ** (self.bits - 1) - 1) if self.bits > 1 else 2 * largest
 
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
-        """The gradients, rounded."""
+        """Return the rounded gradients."""
         rounded = {}
         for name, tensor in gradients.items():
             exact = tensor.double()
             largest = exact.abs().amax()
             step = self._steps(largest)
-            # Counted from zero, so that it stays zero exactly; with one bit there is no zero.
+            # Steps are counted from zero, so that zero stays exactly zero; with one bit there is no zero.
             least = largest if self.bits == 1 else torch.zeros_like(largest)
             places = (exact + least) / torch.where(step > 0, step, 1.0)
             if self.stochastic:
@@ -74,7 +76,7 @@ class Quantise(Defense):
         return rounded
 
     def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
-        """What was shared, plus by how much gradients are outside of all that may have been rounded to it."""
+        """Return what was shared, plus the distance of ``gradients`` from the interval that rounds to it."""
         found = {}
         for name, tensor in gradients.items():
             largest = shared[name].abs().amax()
@@ -84,7 +86,7 @@ class Quantise(Defense):
         return found
 
     def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
-        """That of errors of rounding where they average out; else little, as nothing is known but an interval."""
+        """Return the variance of rounding errors if they average out; else a small one, as only intervals are known."""
         if not self.averages_out:
             return interval_variance(shared)
         steps = {name: self._steps(tensor.flatten(1).abs().amax(1)) for name, tensor in shared.items()}
@@ -92,5 +94,5 @@ class Quantise(Defense):
         return squares.sum(0) / entries(shared) / (6 if self.stochastic else 12)
 
     def size(self, before: Size, gradients: Gradients) -> Size:
-        """And the largest magnitude of each tensor."""
+        """Return the size with ``bits`` for each entry, and the largest magnitude of each tensor."""
         return Size(before.numbers, self.bits, before.more + 32 * len(gradients))

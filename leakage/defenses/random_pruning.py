@@ -1,4 +1,4 @@
-"""A random part of the gradient's entries."""
+"""Random pruning of the gradient's entries."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from leakage.errors import check_kept
 
 
 class RandomPruning(Sparse):
-    r"""Keeps entries of the gradient that are drawn at random, and sets the rest to zero.
+    r"""Keeps a random part of the gradient's entries, and sets the rest to zero.
 
-    Of all D entries it keeps :math:`\max(1, \mathrm{round}(\rho D))`, each of them as likely as any other.
+    Of all D entries it keeps :math:`\max(1, \mathrm{round}(\rho D))`, drawn uniformly.
 
-    An attacker who knows of it compares only what was sent; of the rest nothing is known.
+    An attacker who knows the defense compares only the entries that were sent.
 
     Args:
-        share: :math:`\rho`, above 0 and at most 1.
+        share: :math:`\rho`, share of the entries to keep, above 0 and at most 1.
 
     Raises:
-        ValueError: ``share`` out of its range.
+        ValueError: ``share`` is out of its range.
 
     References:
         Konečný et al., *Federated Learning: Strategies for Improving Communication Efficiency*, 2016, "random mask",
@@ -37,7 +37,7 @@ class RandomPruning(Sparse):
         self.share = share
 
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
-        """The gradients, sparse."""
+        """Return the gradients with the other entries set to zero."""
         entries = sum(tensor.numel() for tensor in gradients.values())
         kept = torch.randperm(entries, generator=generator)[: max(1, round(self.share * entries))]
         mask = torch.zeros(entries, dtype=torch.bool).index_fill_(0, kept, True)
@@ -48,5 +48,5 @@ class RandomPruning(Sparse):
         }
 
     def size(self, before: Size, gradients: Gradients) -> Size:
-        """The seed of the draw tells which entries they are."""
+        """Return the size of the kept entries, and of a 64-bit seed that determines which ones they are."""
         return Size(max(1, round(self.share * before.numbers)), before.bits, before.more + 64)

@@ -1,4 +1,4 @@
-"""Only the signs of the gradient."""
+"""Signs of the gradient."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Sign(Defense):
 
     With ``scaled`` the signs of each tensor are multiplied by the mean magnitude of its entries.
 
-    An attacker who knows of it asks for gradients of the same signs, by how much entries are on the wrong side of zero
-    in units of their tensor's root mean square.
+    An attacker who knows the defense searches for gradients of the same signs. The error of an entry is its distance
+    from the right side of zero, in units of its tensor's root mean square.
 
     Args:
-        scaled: whether the size of the entries is shared.
+        scaled: whether to share the mean magnitude of each tensor.
 
     Raises:
         ValueError: ``scaled`` is neither True nor False.
@@ -40,17 +40,17 @@ class Sign(Defense):
         self.scaled = scaled
 
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
-        """The signs."""
+        """Return the signs, multiplied by the mean magnitude of their tensor if ``scaled``."""
         sizes = {name: tensor.abs().mean() if self.scaled else 1.0 for name, tensor in gradients.items()}
         return {name: sizes[name] * tensor.sign() for name, tensor in gradients.items()}
 
     def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
-        """What was shared, plus by how much gradients are on the wrong side of zero."""
+        """Return what was shared, plus the distance by which ``gradients`` are on the wrong side of zero."""
         found = {}
         for name, tensor in gradients.items():
             squares = tensor.square().mean()
             signs = shared[name].sign()
-            # A tensor of zeros has none of them right.
+            # A tensor of zeros counts as wrong in every sign.
             units = torch.where(squares > 0, tensor / torch.where(squares > 0, squares, 1.0).sqrt(), -signs)
             wrong = torch.where(signs == 0, units, (signs * units).clamp(max=0) * signs)
             size = shared[name].abs().amax()
@@ -58,9 +58,9 @@ class Sign(Defense):
         return found
 
     def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
-        """Little, as nothing is known but on which side of zero an entry is."""
+        """Return a small variance, because only the side of zero is known for each entry."""
         return interval_variance(shared)
 
     def size(self, before: Size, gradients: Gradients) -> Size:
-        """And the scale of each tensor."""
+        """Return the size with one bit for each entry, and the scale of each tensor if ``scaled``."""
         return Size(before.numbers, 1, before.more + 32 * len(gradients) * self.scaled)

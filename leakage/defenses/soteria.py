@@ -1,4 +1,4 @@
-"""Soteria: some features are left out of the last layer's gradient."""
+"""Soteria: pruning of features in the gradient of a linear layer."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from leakage.errors import check_share
 if TYPE_CHECKING:  # a victim has defenses
     from leakage.clients.victim import Victim
 
-# Features whose slopes are taken at once.
+# Number of features that are differentiated at once.
 _AT_ONCE = 128
 
 
 class Soteria(Sparse):
-    r"""Zeroes columns of one linear layer's gradient, so that images that fit the rest are far from the true ones.
+    r"""Zeroes columns of one linear layer's gradient, so that images that match the rest are far from the true ones.
 
     It prunes the share :math:`\rho` of the features r of the images x for which
 
     .. math:: \sum_n \frac{|r_i(x_n)|}{\lVert \nabla_x r_i(x_n) \rVert_2}
 
-    is largest: to first order how far an image must move to make up for the loss of that feature.
+    is largest. To first order, this is how far an image must move to make up for the loss of the feature.
 
-    An attacker who knows of it compares all but the columns that are zero; this breaks it (Balunović et al.).
+    An attacker who knows the defense compares all columns but those that are zero. This breaks it (Balunović et al.).
 
     Args:
-        share: :math:`\rho`, above 0 and below 1.
-        layer: name of the linear layer, as ``model.named_modules()`` has it.
+        share: :math:`\rho`, share of the features to prune, above 0 and below 1.
+        layer: name of the linear layer, as in ``model.named_modules()``.
 
     Raises:
-        ValueError: ``share`` out of its range; for a client, no such linear layer of features, several local
+        ValueError: ``share`` is out of its range, or the client has no such linear layer of features, several local
             steps, or BatchNorm that mixes images.
 
     References:
@@ -61,14 +61,14 @@ class Soteria(Sparse):
         self._columns: Tensor | None = None
 
     def check(self, victim: Victim, defenses: Sequence[Defense]) -> None:
-        """One step, and a linear layer of that name."""
+        """Raise a ``ValueError`` unless clients take one step on independent images, and have the linear layer."""
         protocol = victim.protocol
         if protocol.local_steps > 1:
             raise ValueError(f"Expected clients of one step for Soteria, but got local_steps={protocol.local_steps}.")
         if victim.mixes_images and protocol.num_images > 1:
             raise ValueError(
-                "Expected a network whose images do not see one another for Soteria, but got BatchNorm that normalises "
-                "by the client's own batch. Call `model.eval()`, or use another norm."
+                "Expected a network that treats each image independently for Soteria, but got BatchNorm that "
+                "normalises by the client's own batch. Call `model.eval()`, or use another norm."
             )
         layers = {name: module for name, module in victim.model.named_modules() if isinstance(module, nn.Linear)}
         if self.layer not in layers or f"{self.layer}.weight" not in victim.trainable:
@@ -85,7 +85,7 @@ class Soteria(Sparse):
             )
 
     def for_client(self, client: Client) -> Defense:
-        """With the columns that this client's images make it prune."""
+        """Return a copy that holds the columns to prune for this client's images."""
         model = client.victim.model
         smallest = torch.finfo(client.images.dtype).tiny
 
@@ -104,16 +104,16 @@ class Soteria(Sparse):
         return own
 
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
-        """The gradients, that layer's without some columns."""
+        """Return the gradients, with the pruned columns of the layer set to zero."""
         if self._columns is None:
             raise ValueError(
-                "Expected Soteria to see a client's images, as in `Victim.share`, but got gradients alone."
+                "Expected Soteria to see a client's images, as `Victim.share` shows them, but got gradients alone."
             )
         name = f"{self.layer}.weight"
         return {**gradients, name: gradients[name].index_fill(1, self._columns, 0)}
 
     def simulate(self, gradients: Gradients, shared: Gradients) -> Gradients:
-        """Zero in the columns in which nothing was shared."""
+        """Return the gradients with zeros in the columns that are zero in ``shared``."""
         name = f"{self.layer}.weight"
         pruned = (shared[name] == 0).all(0)
         return {**gradients, name: torch.where(pruned, 0, gradients[name])}

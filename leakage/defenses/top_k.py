@@ -1,4 +1,4 @@
-"""Only the largest entries of the gradient."""
+"""Top-k sparsification of the gradient."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from leakage.errors import check_kept
 class TopK(Sparse):
     r"""Keeps the largest entries of the gradient by magnitude, and sets the rest to zero.
 
-    Of all D entries of the whole gradient it keeps :math:`\max(1, \mathrm{round}(\rho D))`: a layer with small entries
+    Of all D entries of the whole gradient it keeps :math:`\max(1, \mathrm{round}(\rho D))`. A layer with small entries
     may lose all of them.
 
-    An attacker who knows of it compares only what was sent. That no other entry is larger than the smallest of it adds
-    nothing: measured, images came out no nearer, and in more time.
+    An attacker who knows the defense compares only the entries that were sent. It does not use the fact that all other
+    entries are smaller: in measurements, that gave no better images and took more time.
 
     Args:
-        share: :math:`\rho`, above 0 and at most 1.
+        share: :math:`\rho`, share of the entries to keep, above 0 and at most 1.
 
     Raises:
-        ValueError: ``share`` out of its range.
+        ValueError: ``share`` is out of its range.
 
     References:
         Aji and Heafield, *Sparse Communication for Distributed Gradient Descent*, EMNLP 2017,
@@ -39,7 +39,7 @@ class TopK(Sparse):
         self.share = share
 
     def __call__(self, gradients: Gradients, generator: torch.Generator) -> dict[str, Tensor]:
-        """The gradients, sparse."""
+        """Return the gradients with all but the largest entries set to zero."""
         flat = torch.cat([tensor.flatten() for tensor in gradients.values()])
         kept = flat.abs().topk(max(1, round(self.share * len(flat)))).indices
         sparse = torch.zeros_like(flat).index_copy(0, kept, flat[kept])
@@ -47,6 +47,6 @@ class TopK(Sparse):
         return {name: part.view_as(tensor) for (name, tensor), part in zip(gradients.items(), parts, strict=True)}
 
     def size(self, before: Size, gradients: Gradients) -> Size:
-        """Each entry with its place, 32 bits; or with a bit for every place, where that is less."""
+        """Return the size of the kept entries with their places: 32 bits each, or one bit per entry if that is less."""
         kept = max(1, round(self.share * before.numbers))
         return Size(kept, before.bits, before.more + min(32 * kept, before.numbers))

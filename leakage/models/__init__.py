@@ -1,4 +1,4 @@
-"""Networks of the papers."""
+"""Networks of the published attacks and of dataset condensation."""
 
 from torch import nn
 

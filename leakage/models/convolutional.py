@@ -23,7 +23,7 @@ _VGG11 = (
 
 
 class _Convolutional(ImageClassifier):
-    """Convolutions, each with norm, activation and maybe pooling by 2; the first one pads sides of 28 pixels to 32."""
+    """Blocks of convolution, norm, activation and optional pooling; the first pads sides of 28 pixels to 32."""
 
     def __init__(
         self,
@@ -67,20 +67,19 @@ class _Convolutional(ImageClassifier):
 
 
 class ConvNet(_Convolutional):
-    """ConvNet-3: the network that images are condensed with, and judged by.
+    """ConvNet-3, the standard network for condensing data sets and for testing condensed ones.
 
-    ``depth`` blocks of a 3x3 convolution with ``width`` channels, a norm, an activation and 2x2
-    pooling, then one linear layer. Sides of 28 pixels are padded to 32 by the first convolution.
-    The defaults are the paper's: 317,706 parameters for images of (1, 28, 28) and 10 classes,
-    320,010 for (3, 32, 32). Weights are drawn as torch draws those of each layer.
+    It has ``depth`` blocks of a 3x3 convolution with ``width`` channels, a norm, an activation and 2x2 pooling, then
+    one linear layer. The first convolution pads sides of 28 pixels to 32. The defaults are those of the paper: 317,706
+    parameters for images of (1, 28, 28) and 10 classes, 320,010 for (3, 32, 32). Weights are drawn by torch's defaults.
 
     Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
 
     Args:
-        channels: channels of the images.
+        channels: number of channels of the images.
         image_size: height and width in pixels; one number for square images.
         num_classes: number of logits.
-        width: channels of each convolution.
+        width: number of channels of each convolution.
         depth: number of blocks.
         norm: ``"instance"`` (each map of each image), ``"group"`` (4 groups of maps), ``"layer"``
             (all maps of an image), ``"batch"`` or ``"none"``.
@@ -88,8 +87,8 @@ class ConvNet(_Convolutional):
         pooling: ``"average"``, ``"max"`` or ``"none"``.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1, an unknown norm, activation or pooling,
-            images that the pooling leaves nothing of, or a width that 4 groups do not divide.
+        ValueError: a size or count is not a whole number of at least 1; the norm, activation or pooling is unknown; the
+            images are too small for the poolings; or 4 groups do not divide the width.
 
     References:
         Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
@@ -126,16 +125,17 @@ class ConvNet(_Convolutional):
 class AlexNet(_Convolutional):
     """AlexNet in the small form of dataset condensation: five convolutions, three poolings, one linear layer.
 
-    Convolutions of 128, 192, 256, 192 and 192 channels (5x5, 5x5, then 3x3; stride 1), ReLU, 2x2
-    max-pooling behind the first, second and fifth. 1,865,802 parameters for images of (1, 28, 28)
-    and 10 classes. Padding, drawing and shapes are those of :class:`ConvNet`.
+    The convolutions have 128, 192, 256, 192 and 192 channels (5x5, 5x5, then 3x3; stride 1), each followed by ReLU;
+    2x2 max-pooling follows the first, second and fifth. The network has 1,865,802 parameters for images of (1, 28, 28)
+    and 10 classes. Padding, weights and shapes are as in :class:`ConvNet`.
 
     Args:
         channels, image_size, num_classes: as for :class:`ConvNet`; sides of at least 8 pixels.
         norm: ``"none"`` as published, ``"instance"``, ``"group"`` (4 groups) or ``"batch"``.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1, images below 8 pixels, or an unknown norm.
+        ValueError: a size or count is not a whole number of at least 1, images are below 8 pixels, or the norm is
+            unknown.
 
     References:
         Krizhevsky, Sutskever, Hinton, *ImageNet Classification with Deep Convolutional Neural
@@ -162,9 +162,9 @@ class AlexNet(_Convolutional):
 class VGG11(_Convolutional):
     """VGG11 in the small form of dataset condensation: eight convolutions, five poolings, one linear layer.
 
-    3x3 convolutions of 64, 128, twice 256 and four times 512 channels, each with norm and activation;
-    2x2 max-pooling behind the first, second, fourth, sixth and eighth. 9,229,962 parameters for
-    images of (1, 28, 28) and 10 classes. Padding, drawing and shapes are those of :class:`ConvNet`.
+    The 3x3 convolutions have 64, 128, twice 256 and four times 512 channels, each followed by norm and activation; 2x2
+    max-pooling follows the first, second, fourth, sixth and eighth. The network has 9,229,962 parameters for images of
+    (1, 28, 28) and 10 classes. Padding, weights and shapes are as in :class:`ConvNet`.
 
     Args:
         channels, image_size, num_classes: as for :class:`ConvNet`; sides of 28 or at least 32 pixels.
@@ -172,8 +172,8 @@ class VGG11(_Convolutional):
         activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1, images below 28
-            pixels, or an unknown norm or activation.
+        ValueError: a size or count is not a whole number of at least 1, images are below 28 pixels, or the norm or
+            activation is unknown.
 
     References:
         Simonyan and Zisserman, *Very Deep Convolutional Networks for Large-Scale Image

@@ -1,4 +1,4 @@
-"""Modules that draw random numbers for each image in each pass: dropout, and what is made to hide images."""
+"""Modules that draw random numbers for each image in each pass: dropout, and defenses such as PRECODE."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from leakage.seeds import derive_seed
 
 _BY_CHANNEL = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
 _ALPHA = (nn.AlphaDropout, nn.FeatureAlphaDropout)
-# What SELU gives at minus infinity, which alpha dropout puts in the place of what it drops.
+# The limit of SELU at minus infinity, by which alpha dropout replaces dropped values.
 _SELU_LEAST = -1.0507009873554805 * 1.6732632423543772
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What a module draws for one image.
+    """The random numbers that a module draws for one image.
 
     Attributes:
-        shape: of it.
-        keep: of a mask, the probability of a 1, all others being 0; None for normally distributed numbers.
+        shape: their shape.
+        keep: for a mask of zeros and ones, the probability of a one; None for standard normal numbers.
     """
 
     shape: tuple[int, ...]
@@ -34,18 +34,19 @@ class Draw:
 
     @property
     def size(self) -> int:
-        """How many numbers."""
+        """The number of random numbers."""
         return math.prod(self.shape)
 
 
 class Drawing(nn.Module):
-    """A module that takes normally distributed numbers for each image in training mode, from its buffer ``drawn``.
+    """Base class of modules that use standard normal numbers, from the buffer ``drawn``, in training mode.
 
-    Who runs it puts them there, ``(N, *draw_shape)``, as :class:`leakage.Victim` does; while the buffer is empty a
-    module does without. What it adds to the loss of each image in this pass it keeps as ``penalties`` ``(N,)``.
+    The caller, such as :class:`leakage.Victim`, puts the numbers ``(N, *draw_shape)`` into the buffer. While the buffer
+    is empty, the module works without random numbers. A module may add a term to the loss of each image: its forward
+    pass stores these as ``penalties`` ``(N,)``.
 
     Args:
-        draw_shape: of what it draws for one image.
+        draw_shape: shape of the numbers for one image.
     """
 
     drawn: Tensor
@@ -58,10 +59,10 @@ class Drawing(nn.Module):
 
 
 def take_masks(model: nn.Module) -> None:
-    """Let dropout in training mode take its masks from a buffer ``drawn``, as :class:`Drawing` does.
+    """Make dropout in training mode take its masks from a buffer ``drawn``, as :class:`Drawing` does.
 
     Raises:
-        ValueError: dropout of everything.
+        ValueError: a dropout module drops everything.
     """
     for name, module in model.named_modules():
         if isinstance(module, _DropoutNd) and module.training and module.p > 0:
@@ -72,14 +73,14 @@ def take_masks(model: nn.Module) -> None:
 
 
 def find_draws(model: nn.Module, images: Tensor) -> dict[str, Draw]:
-    """What modules draw, by their names.
+    """Return what the modules of a model draw, by their names.
 
     Args:
-        model: one whose dropout takes masks.
-        images: for a trial.
+        model: a model prepared by :func:`take_masks`.
+        images: images for a trial run.
 
     Raises:
-        ValueError: a module that a pass calls more than once.
+        ValueError: a module that draws is called more than once in a forward pass.
     """
     drawing = {name: module for name, module in model.named_modules() if module.training and _draws(module)}
     shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in drawing}
@@ -98,7 +99,7 @@ def find_draws(model: nn.Module, images: Tensor) -> dict[str, Draw]:
     if several := [name for name, seen in shapes.items() if len(seen) > 1]:
         raise ValueError(
             f"Expected modules that draw random numbers, such as dropout, to be called once in a pass, but got "
-            f"{several}, which are called more often. Give each call a module of its own."
+            f"{several}, which are called more often. Use a separate module for each call."
         )
     return {name: _draw_of(drawing[name], seen[0]) for name, seen in shapes.items() if seen}
 
@@ -116,7 +117,7 @@ def _draw_of(module: nn.Module, shape: tuple[int, ...]) -> Draw:
 
 
 def draw(draws: Mapping[str, Draw], rows: int, ids: Sequence[int], seed: int) -> Tensor:
-    """``(V, rows, D)``, the D numbers of all modules for each image of each step, from a stream for each victim."""
+    """Draw ``(V, rows, D)``: the D numbers of all modules for each image of each step, with one seed per victim."""
     found = []
     for victim in ids:
         generator = torch.Generator().manual_seed(derive_seed(seed, victim, "draws"))
@@ -131,7 +132,7 @@ def draw(draws: Mapping[str, Draw], rows: int, ids: Sequence[int], seed: int) ->
 
 
 def as_buffers(draws: Mapping[str, Draw], drawn: Tensor) -> dict[str, Tensor]:
-    """The numbers ``(N, D)`` of N images as the buffers of their modules, by name."""
+    """Split the numbers ``(N, D)`` of N images into the buffers of the modules, by name."""
     parts = torch.split(drawn, [own.size for own in draws.values()], dim=1)
     return {
         f"{name}.drawn": part.reshape(len(part), *own.shape)
@@ -140,12 +141,12 @@ def as_buffers(draws: Mapping[str, Draw], drawn: Tensor) -> dict[str, Tensor]:
 
 
 def take_penalties(model: nn.Module) -> list[Tensor]:
-    """What modules of a model added to the losses in the pass that it has just made, ``(N,)`` each."""
+    """Return and clear the ``penalties`` of a model's modules from the last forward pass, ``(N,)`` each."""
     found = []
     for module in model.modules():
         if isinstance(module, Drawing) and module.penalties is not None:
             found.append(module.penalties)
-            module.penalties = None  # nothing of the pass stays behind
+            module.penalties = None  # keep no graph of the pass
     return found
 
 

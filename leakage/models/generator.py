@@ -16,22 +16,23 @@ _OPTIONS = ("channels", "image_size", "code_size", "width")
 
 
 class Generator(nn.Module):
-    """Images of codes: one linear layer, then twice 2x2 nearest enlargement and a convolution.
+    """Generates images from codes: a linear layer, then two blocks of 2x upsampling and a convolution.
 
-    A linear layer makes ``2 * width`` maps of a quarter of the image's sides; two 3x3 convolutions, each after an
-    enlargement, halve them to ``width``; a third makes the channels, and a sigmoid puts them into [0, 1]. The
-    defaults have 231,841 parameters. :func:`leakage.dummies.training.trained_generator` trains one.
+    The linear layer gives ``2 * width`` maps with a quarter of the image's sides. Two 3x3 convolutions with ``width``
+    maps follow, each after nearest-neighbour upsampling by 2. A third convolution gives the channels of the image, and
+    a sigmoid maps them to [0, 1]. The defaults have 231,841 parameters.
+    :func:`leakage.dummies.training.trained_generator` trains a generator.
 
-    Shapes: codes ``(N, code_size)``, normally distributed; images ``(N, channels, *image_size)`` in [0, 1].
+    Shapes: codes ``(N, code_size)``, standard normal; images ``(N, channels, *image_size)`` in [0, 1].
 
     Args:
         channels: channels of the images.
         image_size: height and width in pixels, multiples of 4; one number for square images.
-        code_size: numbers of a code.
-        width: maps of the last hidden layer.
+        code_size: length of a code.
+        width: number of maps of the last hidden layer.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1, or sides that 4 does not divide.
+        ValueError: a size or count is not a whole number of at least 1, or a side is not a multiple of 4.
 
     Example:
         >>> model = Generator(channels=3, image_size=32, code_size=128)
@@ -65,7 +66,7 @@ class Generator(nn.Module):
         )
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Images ``(N, channels, *image_size)`` of codes ``(N, code_size)``."""
+        """Return the images ``(N, channels, *image_size)`` of codes ``(N, code_size)``."""
         images: Tensor = self.layers(codes)
         return images
 
@@ -80,11 +81,13 @@ class Generator(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Generator:
-        """Read what :meth:`save` wrote, in evaluation mode; no code of the file is ever run.
+        """Read a file that :meth:`save` wrote, and return the generator in evaluation mode.
+
+        No code in the file is ever run.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a file of another kind, truncated, or whose sizes and weights don't go together.
+            ValueError: the file is of another kind, truncated, or its sizes and weights do not match.
 
         Example:
             >>> from tempfile import TemporaryDirectory
@@ -95,7 +98,7 @@ class Generator(nn.Module):
         """
         header, weights = read_safetensors(path, _FORMAT)
         try:
-            with torch.device("meta"):  # nothing is drawn, and sizes that are made up take no memory
+            with torch.device("meta"):  # no weights are drawn, and absurd sizes take no memory
                 generator = cls(**{name: header_value(header, name) for name in _OPTIONS})
             generator.load_state_dict(weights, assign=True)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -104,7 +107,7 @@ class Generator(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Of each image the mean and the log-variance of its code, for the training of a :class:`Generator`.
+    """Maps each image to the mean and log-variance of its code, for the training of a :class:`Generator`.
 
     Shapes: images ``(N, channels, *image_size)`` in [0, 1]; means and log-variances, each ``(N, code_size)``.
     """
@@ -121,6 +124,6 @@ class Encoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance."""
+        """Return the mean and the log-variance of each code."""
         mean, log_variance = torch.chunk(self.layers(images), 2, dim=1)
         return mean, log_variance

@@ -1,4 +1,4 @@
-"""Layers that the networks share."""
+"""Layers and options that the networks share."""
 
 from __future__ import annotations
 
@@ -16,56 +16,56 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 NORMS = ("batch", "group", "instance", "layer", "none")
-# Those that scale whole maps: the choices of the networks of any image size.
+# Norms that scale whole maps, which work with any image size.
 MAP_NORMS = ("batch", "group", "instance", "none")
 
 # Groups of `norm="group"`, as in the papers on dataset condensation.
 _GROUPS = 4
 
-# Where the matrix product is the faster way: its work grows with the width, and double precision doubles it.
+# Where the matrix product is faster: its cost grows with the width, and doubles in double precision.
 _WIDEST_PRODUCT = 128
 _PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class AveragePooling(nn.Module):
-    """Means over non-overlapping 2x2 patches, the values of ``F.avg_pool2d(maps, 2)`` up to rounding.
+    """Average pooling over non-overlapping 2x2 patches, equal to ``F.avg_pool2d(maps, 2)`` up to rounding.
 
-    On the CPU the product with a constant matrix is about twice as fast (in bfloat16 more so), so maps of even height
-    and width, at most 128 wide, take that way. A pixel that is not finite spoils its whole row in the product.
+    On the CPU, maps of even height and width that are at most 128 wide are multiplied with a constant matrix, which is
+    about twice as fast (even faster in bfloat16). A pixel that is not finite then spoils its whole row of patches.
     """
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Pooled maps."""
+        """Return the pooled maps."""
         height, width = maps.shape[-2:]
         fits = height % 2 == 0 and width % 2 == 0 and 0 < width <= _WIDEST_PRODUCT
         if not fits or maps.device.type != "cpu" or maps.dtype not in _PRODUCT_DTYPES:
             return F.avg_pool2d(maps, 2)
-        # Two rows of the image are one row of the product. Building the matrix takes microseconds; one that is
-        # kept would have to follow the module's device and precision, and the modes of torch it was built in.
+        # Two rows of the image are one row of the product. Building the matrix takes microseconds; a stored one would
+        # have to follow the module's device and precision, and the torch modes in which it was built.
         halves = torch.eye(width // 2, dtype=maps.dtype) / 4
         matrix = halves.repeat_interleave(2, 0).repeat(2, 1)
-        with torch.autocast("cpu", enabled=False):  # in the precision of the maps, as torch's pooling
+        with torch.autocast("cpu", enabled=False):  # in the precision of the maps, like torch's pooling
             return maps.reshape(*maps.shape[:-2], height // 2, 2 * width) @ matrix
 
 
 class ImageClassifier(nn.Module):
-    """Features of the images, then one linear layer: what the convolutional networks share."""
+    """Base class of networks that compute features of the images and apply one linear layer."""
 
     features: nn.Sequential
     classifier: nn.Linear
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
+        """Return the logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
         logits: Tensor = self.classifier(self.features(images).flatten(1))
         return logits
 
 
 def make_norm(norm: str, channels: int, height: int, width: int) -> nn.Module | None:
-    """A layer that normalises maps ``(N, channels, height, width)``, then scales and shifts them; None for ``"none"``.
+    """Create a layer that normalises, scales and shifts maps ``(N, channels, height, width)``; None for ``"none"``.
 
     Raises:
-        ValueError: channels that 4 groups do not divide, or maps of a single pixel for ``"instance"``, which would
-            make them all zero.
+        ValueError: for ``"group"``, the channels are not a multiple of 4; for ``"instance"``, the maps are single
+            pixels, which it would set to zero.
     """
     if norm == "none":
         return None

@@ -1,4 +1,4 @@
-"""LeNet of the attacks."""
+"""The LeNet of DLG and iDLG."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class LeNet(ImageClassifier):
 
     Three 5x5 convolutions of ``width`` channels (padding 2; strides 2, 2, 1), each followed by a sigmoid, then one
     linear layer. Every weight and bias is drawn from the uniform distribution on ``[-0.5, 0.5]``. The sigmoid matters:
-    the attacks differentiate the gradient, and a ReLU's second derivative is zero almost everywhere. With an activation
-    that has no upper bound the same draw gives features, and so logits and gradients, that are far larger.
+    the attacks differentiate the gradient, and a ReLU's second derivative is zero almost everywhere. With an unbounded
+    activation, the same weights give far larger features, and so far larger logits and gradients.
 
     Shapes: images ``(N, channels, *image_size)``, values in [0, 1]; logits ``(N, num_classes)``.
 
@@ -27,7 +27,7 @@ class LeNet(ImageClassifier):
         activation: ``"sigmoid"`` as published, ``"relu"``, ``"leaky_relu"`` or ``"silu"``.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1, or an unknown activation.
+        ValueError: a size or count is not a whole number of at least 1, or the activation is unknown.
 
     References:
         Zhu et al., *Deep Leakage from Gradients*, NeurIPS 2019, https://arxiv.org/abs/1906.08935;

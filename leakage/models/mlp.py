@@ -9,20 +9,21 @@ from leakage.models.layers import ACTIVATIONS
 
 
 class MLP(nn.Module):
-    """Linear layers with activations between them: two hidden layers of 128 units and the logits.
+    """A multilayer perceptron: linear layers with activations between them.
 
-    118,282 parameters for images of (1, 28, 28) and 10 classes. Weights are drawn as torch draws those of each layer.
+    By default, it has two hidden layers of 128 units, and 118,282 parameters for images of (1, 28, 28) and 10 classes.
+    Weights are drawn by torch's defaults.
 
     Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
 
     Args:
         channels, image_size, num_classes: as for :class:`ConvNet`.
-        width: units of each hidden layer.
-        depth: number of linear layers, that of the logits included.
+        width: number of units of each hidden layer.
+        depth: number of linear layers, including the one for the logits.
         activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1, or an unknown activation.
+        ValueError: a size or count is not a whole number of at least 1, or the activation is unknown.
 
     References:
         Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021, https://arxiv.org/abs/2006.05929.
@@ -56,6 +57,6 @@ class MLP(nn.Module):
         self.classifier = nn.Linear(units, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
+        """Return the logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
         logits: Tensor = self.classifier(self.features(images.flatten(1)))
         return logits

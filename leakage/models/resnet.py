@@ -1,4 +1,4 @@
-"""ResNets for small images: torchvision's blocks behind a stem of one convolution."""
+"""ResNets for small images: a stem of one convolution, followed by torchvision's blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from leakage.models.layers import ACTIVATIONS, MAP_NORMS, make_norm
 
 
 class _ResNet(nn.Module):
-    """A 3x3 convolution, stages of blocks that each double the channels and halve the maps, and one linear layer."""
+    """A 3x3 convolution, stages of blocks, each with twice the channels and half the side, and one linear layer."""
 
     def __init__(
         self,
@@ -28,14 +28,14 @@ class _ResNet(nn.Module):
         check_count(channels=channels, num_classes=num_classes, width=width)
         check_choice("norm", norm, MAP_NORMS)
         check_choice("activation", activation, ACTIVATIONS)
-        # of the last maps: if these can be normalised, the larger ones can
+        # Sides of the last maps: if these can be normalised, larger ones can be too.
         halved = 2 ** (len(stages) - 1)
         last = [-(-side // halved) for side in check_image_size(image_size)]
 
         def normalise(channels: int) -> nn.Module:
-            return make_norm(norm, channels, *last) or nn.Identity()  # the blocks call it in any case
+            return make_norm(norm, channels, *last) or nn.Identity()  # the blocks always call a norm
 
-        from torchvision.models.resnet import BasicBlock  # here: it takes a second, and `leakage` imports us
+        from torchvision.models.resnet import BasicBlock  # imported here, as it takes a second
 
         layers = [nn.Conv2d(channels, width, 3, padding=1, bias=False), normalise(width), ACTIVATIONS[activation]()]
         inputs, outputs = width, width
@@ -56,29 +56,29 @@ class _ResNet(nn.Module):
         self.apply(reset)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
+        """Return the logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
         logits: Tensor = self.classifier(self.features(images).mean((-2, -1)))
         return logits
 
 
 class ResNet18(_ResNet):
-    """ResNet-18 in the small form of dataset condensation: torchvision's blocks behind a stem for small images.
+    """ResNet-18 in the small form of dataset condensation: torchvision's blocks after a stem for small images.
 
-    The first convolution is 3x3 with stride 1, and no pooling follows it; the four stages of two
-    blocks halve the maps three times, and the means over the last ones go into one linear layer.
-    Images of any size fit. 11,172,810 parameters for images of one channel and 10 classes. Weights
-    are drawn as torch draws those of each layer, not as torchvision does.
+    The first convolution is 3x3 with stride 1, without pooling after it. The four stages of two blocks halve the maps
+    three times, and the means over the last maps go into one linear layer. Images of any size are accepted. The network
+    has 11,172,810 parameters for images of one channel and 10 classes. Weights are drawn by torch's defaults, not by
+    torchvision's.
 
     Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
 
     Args:
         channels, image_size, num_classes: as for :class:`ConvNet`.
-        norm: behind each convolution, ``"instance"``, ``"group"`` (4 groups), ``"batch"`` or ``"none"``.
+        norm: after each convolution, ``"instance"``, ``"group"`` (4 groups), ``"batch"`` or ``"none"``.
         activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1, an unknown norm or activation, or images
-            of at most 8 x 8 pixels with ``norm="instance"``, whose last maps are one pixel.
+        ValueError: a size or count is not a whole number of at least 1, the norm or activation is unknown, or images
+            are at most 8 x 8 pixels with ``norm="instance"``, where the last maps are one pixel.
 
     References:
         He, Zhang, Ren, Sun, *Deep Residual Learning for Image Recognition*, CVPR 2016,
@@ -106,21 +106,21 @@ class ResNet18(_ResNet):
 class ResNet20(_ResNet):
     """ResNet-20, the small network of the ResNet paper for CIFAR: three stages of three blocks.
 
-    With ``width=64`` it is the ResNet20-4 of Inverting Gradients. Where a stage changes the shape its shortcut is a
-    1x1 convolution, as in that paper; He et al. fill channels up with zeros. 272,474 parameters for images of three
-    channels and 10 classes, 4,327,754 with ``width=64``. Weights are drawn as torch draws those of each layer.
+    With ``width=64`` it is the ResNet20-4 of Inverting Gradients. Where a stage changes the shape, the shortcut is a
+    1x1 convolution, as in that paper; He et al. pad the channels with zeros. The network has 272,474 parameters for
+    images of three channels and 10 classes, and 4,327,754 with ``width=64``. Weights are drawn by torch's defaults.
 
     Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
 
     Args:
         channels, image_size, num_classes: as for :class:`ConvNet`.
         width: channels of the first stage; the others have two and four times as many.
-        norm: behind each convolution, ``"batch"`` as published, ``"instance"``, ``"group"`` (4 groups) or ``"none"``.
+        norm: after each convolution, ``"batch"`` as published, ``"instance"``, ``"group"`` (4 groups) or ``"none"``.
         activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1, an unknown norm or activation, or images
-            of at most 4 x 4 pixels with ``norm="instance"``, whose last maps are one pixel.
+        ValueError: a size or count is not a whole number of at least 1, the norm or activation is unknown, or images
+            are at most 4 x 4 pixels with ``norm="instance"``, where the last maps are one pixel.
 
     References:
         He, Zhang, Ren, Sun, *Deep Residual Learning for Image Recognition*, CVPR 2016,

@@ -11,25 +11,25 @@ from leakage.models.draw import reset
 
 
 class ViT(nn.Module):
-    """A small vision transformer: patches, a few blocks of attention, and the mean over patches into one linear layer.
+    """A small vision transformer: patches, blocks of attention, and a linear layer on the mean over patches.
 
-    Blocks normalise first, as in the paper; GELU in their MLPs of ``4 * width``. There is no class token: the mean over
-    patches serves small networks as well and leaves one kind of token. Attention is written out: the fused kernels
-    can't be differentiated twice, which attacks do. (torchvision's transformer has weights that no module draws anew.)
-    Images of any size fit, filled up with zeros to whole patches. 809,098 parameters for images of 3 x 32 x 32 and 10
-    classes.
+    Blocks normalise first, as in the paper; their MLPs have ``4 * width`` hidden units and GELU. There is no class
+    token: the mean over patches works as well in small networks, and leaves one kind of token. Attention is written out
+    in basic operations, because attacks differentiate twice, and fused kernels do not support that. (Torchvision's
+    transformer has weights that no module draws anew.) Images of any size are accepted, padded with zeros to whole
+    patches. The network has 809,098 parameters for images of 3 x 32 x 32 and 10 classes.
 
     Shapes: images ``(N, channels, *image_size)``, normalised; logits ``(N, num_classes)``.
 
     Args:
         channels, image_size, num_classes: as for :class:`ConvNet`.
-        patch_size: of square patches.
-        width: of a token.
-        depth: blocks.
-        heads: of each attention; divides ``width``.
+        patch_size: side of the square patches in pixels.
+        width: length of a token.
+        depth: number of blocks.
+        heads: number of attention heads in each block; must divide ``width``.
 
     Raises:
-        ValueError: a size or count that is not a whole number of at least 1, or ``heads`` that do not divide ``width``.
+        ValueError: a size or count is not a whole number of at least 1, or ``heads`` does not divide ``width``.
 
     References:
         Dosovitskiy et al., *An Image is Worth 16x16 Words*, ICLR 2021, https://arxiv.org/abs/2010.11929.
@@ -65,7 +65,7 @@ class ViT(nn.Module):
         self.apply(reset)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
+        """Return the logits ``(N, num_classes)`` of images ``(N, channels, *image_size)``."""
         whole = F.pad(images, (0, self.missing[0], 0, self.missing[1]))
         tokens = self.patches(whole).flatten(2).transpose(1, 2)
         logits: Tensor = self.classifier(self.norm(self.blocks(self.position(tokens))).mean(1))
@@ -73,7 +73,7 @@ class ViT(nn.Module):
 
 
 class _Position(nn.Module):
-    """Adds what is learned of each place."""
+    """Adds a learned embedding of each position."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _Position(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention, then an MLP on each token, each added to what comes in."""
+    """A transformer block: attention, then an MLP on each token, both with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class _Block(nn.Module):
         return mixed
 
     def _attend(self, tokens: Tensor) -> Tensor:
-        """Values ``(N, T, width)``, mixed by the likeness of queries and keys, from ``(N, T, 3 * width)``."""
+        """Apply attention to queries, keys and values ``(N, T, 3 * width)``; returns ``(N, T, width)``."""
         query, key, value = tokens.view(*tokens.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         weights = (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(-1)
         mixed: Tensor = (weights @ value).transpose(1, 2).flatten(-2)

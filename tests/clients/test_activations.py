@@ -145,8 +145,8 @@ class Named(nn.Module):
     [
         (["linaer"], r"to name modules of the model, such as \['linear', .*\], but got 'linaer'"),
         ([""], "to name modules of the model, such as .*, but got ''"),
-        (["linear", "activation"], "that a pass calls once, but got 'activation', which it calls again"),
-        (["unused"], r"that a pass calls once, but got \['unused'\], which it does not call"),
+        (["linear", "activation"], "called once in a forward pass, but got 'activation', which is called again"),
+        (["unused"], r"that are called once in a forward pass, but got \['unused'\], which are not called"),
         (["pair"], "that return a tensor, but got 'pair', which returns tuple"),
         (["named"], "that take a tensor first, but got 'named', which takes none"),
     ],

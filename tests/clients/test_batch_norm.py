@@ -116,7 +116,7 @@ def test_batch_norm_with_a_single_value():
 
 def test_statistics_updated_on_the_way():
     model = nn.Sequential(nn.InstanceNorm2d(2, track_running_stats=True), nn.Flatten(), nn.Linear(60, 3))
-    with pytest.raises(ValueError, match="no statistics updated on the way"):
+    with pytest.raises(ValueError, match="no statistics updated in the forward pass"):
         Victim(model, image_shape=IMAGE_SHAPE)
     Victim(model.eval(), image_shape=IMAGE_SHAPE)
 

@@ -70,7 +70,7 @@ def test_a_learning_rate_that_is_not_told():
 def test_more_local_steps_than_an_attack_can_simulate():
     """A crafted file could otherwise make every evaluation endless."""
     assert Protocol((1, 4, 4), 3, local_steps=10_000, learning_rate=0.1).local_steps == 10_000
-    with pytest.raises(ValueError, match=r"Expected `local_steps` of at most 10000, all of which .* but got 10001"):
+    with pytest.raises(ValueError, match=r"Expected `local_steps` of at most 10000, as every .* but got 10001"):
         Protocol((1, 4, 4), 3, local_steps=10_001, learning_rate=0.1)
 
 

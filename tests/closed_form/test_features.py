@@ -91,7 +91,7 @@ def test_as_many_images_as_there_can_nearly_be(loss: str, count: int) -> None:
 def test_mean_squared_error_lets_images_of_repeated_labels_turn() -> None:
     victim, shared, images, _ = setting(3, loss="mean_squared_error", victims=2)
     shared.ids = torch.tensor([4, 9])
-    with pytest.raises(ValueError, match=r"at most one is repeated, and once, .* but got more \(victims \[9\]\)"):
+    with pytest.raises(ValueError, match=r"at most one pair of equal labels, .* but got more \(victims \[9\]\)"):
         separate_features(shared, victim, torch.tensor([[1, 2, 1], [3, 3, 3]]))
     # The reason: turn the features of equal labels about their mean.
     equations, _, _ = _equations(victim.share(images, torch.full((2, 3), 3)), victim, torch.full((2, 3), 3))

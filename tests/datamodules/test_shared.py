@@ -168,7 +168,7 @@ def test_files_of_two_protocols(tmp_path, shared):
         tmp_path / "2.safetensors"
     )
     with pytest.raises(
-        ValueError, match=r"Expected '.*2.safetensors' to fit .*reduction='sum'.* need a SharedGradients each"
+        ValueError, match=r"Expected '.*2.safetensors' to fit .*reduction='sum'.* a separate SharedGradients"
     ):
         ready(str(tmp_path / "*"))
 
@@ -211,8 +211,8 @@ def test_a_victim_without_the_defenses_of_the_gradient(shared):
     told = defended.share(torch.rand(2, 1, 1, 28, 28), torch.zeros(2, 1, dtype=torch.int64))
     with pytest.raises(
         ValueError,
-        match=r"with defenses=\(\), but got defenses=\(\{'name': 'Clip', 'norm': 1\.0\},\)\. A victim for it is "
-        r"Victim\.of\(network, shared\.protocol\), .* pass the network itself",
+        match=r"with defenses=\(\), but got defenses=\(\{'name': 'Clip', 'norm': 1\.0\},\)\. Create a victim "
+        r"for it by Victim\.of\(network, shared\.protocol\), .* pass the network itself",
     ):
         ready(told, Victim(network, image_shape=(1, 28, 28)))
     for mended in (network, Victim.of(network, told.protocol)):

@@ -122,13 +122,13 @@ def test_dp_sgd_of_gradients_alone_is_that_of_one_image(norm):
         (
             [DPSGD(1.0, 1.0)],
             {"model": network("batch_norm", bias=True).train(), "num_images": 2},
-            "a network whose images do not see one another for DPSGD, but got BatchNorm",
+            "a network that treats each image independently for DPSGD, but got BatchNorm",
         ),
         (
             [DPSGD(1.0, 1.0)],
             {"model": nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False), network("mlp", bias=True)).double()}
             | {"num_images": 2},
-            "a network whose images do not see one another for DPSGD, but got BatchNorm",
+            "a network that treats each image independently for DPSGD, but got BatchNorm",
         ),
         (
             [DPSGD(1.0, 1.0)],

@@ -189,7 +189,7 @@ def test_a_victim_of_a_protocol(told):
     assert victim.protocol == protocol
     if told:
         message = (
-            r"with defenses of its own .* only told of \['Clip', 'GaussianNoise'\]\. Make it by Victim\(model, \.\.\."
+            r"with defense objects .* only describes \['Clip', 'GaussianNoise'\]\. Create it by Victim\(model, \.\.\."
         )
         with pytest.raises(ValueError, match=message):
             victim.share(*private(2, 4))

@@ -101,7 +101,7 @@ def test_it_goes_on_with_more_defenses_and_keeps_what_is_known(
     assert again["psnr_mean"] == rows[0]["psnr_mean"]
     with pytest.raises(SystemExit):
         tradeoff.main([*FEW, "--network", "convnet", "--defenses", "none", "--output", str(output), "--resume"])
-    assert "network=lenet there and convnet here" in capsys.readouterr().err
+    assert "network=convnet instead of lenet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_tensors_of_other_types(
     if tensor.is_complex() and not fuzz.tensor_files.COMPLEX:
         pytest.skip("this version of safetensors writes no complex numbers")
     path = with_tensor(fuzz, tmp_path / "file", "shared", name, tensor)
-    with pytest.raises(ValueError, match=rf"Expected a sound shared gradient in '{path}', but got: .*{message}"):
+    with pytest.raises(ValueError, match=rf"Expected a valid shared gradient in '{path}', but got: .*{message}"):
         SharedGradient.load(path)
 
 

@@ -233,7 +233,7 @@ def test_bad_input() -> None:
         Victim(Twice(), image_shape=SHAPE)
     with pytest.raises(ValueError, match=r"dropout with p below 1, but got '2' with p=1"):
         Victim(network(nn.Dropout(1.0)), image_shape=SHAPE)
-    with pytest.raises(ValueError, match=r"a network that draws nothing for DPSGD, but got \['2'\]"):
+    with pytest.raises(ValueError, match=r"draw random numbers for DPSGD, but got \['2'\]"):
         Victim(network(nn.Dropout(0.5)), image_shape=SHAPE, defenses=[DPSGD(1.0, norm=1.0)])
     with pytest.raises(ValueError, match="with a linear layer, but got Conv2d without one"):
         PRECODE(nn.Conv2d(3, 3, 1))

@@ -115,7 +115,7 @@ def test_all_that_the_attack_is_given_is_what_was_shared(kit: Any, tmp_path: Pat
     kit.assert_same(direct, kit.fit(IDLGAttack(max_evaluations=15, restarts=1), alone))
     assert vars(direct.victim).keys() == vars(victims.victim).keys()
     assert RATE not in [value for value in vars(direct.victim).values() if isinstance(value, float)]
-    with pytest.raises(ValueError, match=r"Expected a victim with a learning rate of its own to share, .*'unknown'"):
+    with pytest.raises(ValueError, match=r"Expected a victim with a known learning rate to share, .*'unknown'"):
         direct.victim.share(torch.rand(1, 2, 1, 12, 12), torch.tensor([[3, 8]]))
 
 
@@ -252,7 +252,7 @@ def test_a_client_that_was_only_told_of_cannot_share() -> None:
         Victim(LeNet(1, 12), image_shape=(1, 12, 12), local_steps=2, learning_rate="unknown"),
     ):
         assert victim.protocol == protocol
-        with pytest.raises(ValueError, match=r"Expected a victim with a learning rate of its own to share, but got"):
+        with pytest.raises(ValueError, match=r"Expected a victim with a known learning rate to share, but got"):
             victim.share(torch.rand(1, 1, 1, 12, 12), torch.tensor([[3]]))
 
 

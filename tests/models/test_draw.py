@@ -88,7 +88,7 @@ class Scale(nn.Module):
 
 
 def test_weights_that_no_module_draws():
-    message = r"^Expected every module with weights to have `reset_parameters\(\)`, but got Scale '1'\. Give it one\.$"
+    message = r"^Expected every module .* to have `reset_parameters\(\)`, but got Scale '1'\. Add this method\.$"
     with pytest.raises(ValueError, match=message):
         draw_state(nn.Sequential(nn.Linear(2, 2), Scale()), seed=0)
 
