@@ -47,9 +47,7 @@ class Rule:
     find: Callable[[LastLayer, Knowledge], Found]
     needs: tuple[str, ...] = ()
     learns: bool = False  # whether it learns something to keep for further victims of the same network
-    by_direction: bool = (
-        False  # whether it ignores the length of a gradient, which is known only with the learning rate
-    )
+    by_direction: bool = False  # whether it ignores the length of a gradient, and so needs no learning rate
 
     def missing(self, met: dict[str, str | None]) -> list[str]:
         """Return the needs that are not met."""
