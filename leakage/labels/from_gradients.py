@@ -123,9 +123,9 @@ def rlg(layer: LastLayer) -> Found:
     own class. With r singular vectors :math:`U \in R^{K \times r}`, r at most N, class c is present only
     if some x has :math:`(U x)_c < 0` and :math:`(U x)_k \ge 0` for all other k. This is a linear program for
     every class of every victim. If the features of the images are linearly independent, no class that is present
-    is missed. The rule finds the set of classes, not their counts. It finds nothing from K - 1 images on: the entries
-    of a column sum to zero, so the columns then span the whole space of such vectors, and every class can be separated
-    from the others.
+    is missed. The rule finds the set of classes, not their counts. It is uninformative from K - 1 images on: the
+    entries of a column sum to zero, so the columns then span the whole space of such vectors, and every class can be
+    separated from the others.
 
     Dang et al., *Revealing and Protecting Labels in Distributed Training*, NeurIPS 2021,
     https://arxiv.org/abs/2111.00556.

@@ -108,7 +108,7 @@ def usable_rules(met: dict[str, str | None]) -> list[str]:
 
 
 def check_needs(rule: str, met: dict[str, str | None]) -> None:
-    """Raise a ``ValueError`` that names usable rules unless this one is usable; ``"auto"`` is if any rule is."""
+    """Raise a ``ValueError`` that names usable rules if this rule, or for ``"auto"`` every rule, is unusable."""
     working = usable_rules(met)
     missing = [] if rule == "auto" else RULES[rule].missing(met)
     if rule == "auto" and not working:  # `geng` needs nothing else
