@@ -1,4 +1,4 @@
-"""The unknowns of a search: images, as pixels or through a generator, labels, and what clients do not share."""
+"""The unknowns of a search: images (as pixels or latent codes), labels, and what clients do not share."""
 
 from leakage.dummies.drawn import Drawn
 from leakage.dummies.dummy import Dummy, Images, Labels, Target

@@ -55,9 +55,10 @@ class Dummy(Piece, ABC):
 
     @abstractmethod
     def write(self, unknown: Tensor | None, kept: State) -> Tensor:
-        """Return one victim's images ``(N, C, H, W)`` or class probabilities ``(N, K)``, differentiable by the unknown.
+        """Return one victim's images ``(N, C, H, W)`` or class probabilities ``(N, K)``.
 
-        ``torch.func.vmap`` runs this method for many victims, so it must not branch on values.
+        The result is differentiable with respect to the unknown. ``torch.func.vmap`` runs this method for many victims,
+        so it must not branch on values.
 
         Args:
             unknown: unknown of this victim, or None if nothing is searched for.
@@ -151,6 +152,6 @@ class Labels(Dummy):
 
 
 def widen(noise: Tensor, std: float, restarts: Tensor) -> Tensor:
-    """Scale noise ``(V, ...)`` to this standard deviation, times three for each of a victim's restarts ``(V,)``."""
+    """Scale noise ``(V, ...)`` to a standard deviation, times three for each of a victim's restarts."""
     spread = std * _WIDER ** restarts.to(noise)
     return noise * spread.view(-1, *[1] * (noise.ndim - 1))

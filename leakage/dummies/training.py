@@ -59,10 +59,11 @@ def trained_generator(
     accelerator: str = "auto",
     progress: bool = True,
 ) -> TrainedGenerator:
-    r"""Train a :class:`~leakage.models.Generator` as a variational autoencoder's decoder, or load it from the cache.
+    r"""Train a :class:`~leakage.models.Generator`, or load it from the cache.
 
-    An encoder computes mean :math:`\mu` and variance :math:`\sigma^2` of the code of each image; it is discarded after
-    training. Encoder and generator are trained by Adam on
+    The generator is the decoder of a variational autoencoder. An encoder computes mean :math:`\mu` and variance
+    :math:`\sigma^2` of the code of each image; it is discarded after training. Encoder and generator are trained by
+    Adam on
 
     .. math:: \frac{1}{2 s} \, \lVert G(\mu + \sigma n) - x \rVert_2^2 + \mathrm{KL}\bigl(N(\mu, \sigma^2) \,\Vert\,
         N(0, 1)\bigr), \qquad n \sim N(0, 1)

@@ -125,7 +125,7 @@ def rlu(layer: LastLayer, known: LabelledFeatures, seed: int) -> Found:
 
 
 def mean_feature(layer: LastLayer, known: KnownFeatures) -> Found:
-    r"""Find the mean feature from all rows, the mean prediction from it, and the counts from the mean prediction.
+    r"""Compute counts from the mean prediction, and the mean prediction from the mean feature of all rows.
 
     By the bias gradient, the counts are :math:`n = N (\bar p - g_b)` with
     :math:`\bar p` the mean prediction. Let features be :math:`h_i = \bar h + u_i` with the :math:`u_i` of

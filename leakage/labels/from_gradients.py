@@ -55,9 +55,10 @@ def row_minimum(layer: LastLayer) -> Found:
 
 
 def llg(layer: LastLayer) -> Found:
-    r"""LLG: one image for every class whose row has a negative sum, then the most negative class until N are counted.
+    r"""LLG: counts from the sums of the weight gradient's rows.
 
-    The rows are those of the weight gradient. One image lowers the sum :math:`s_k` of its class by about the *impact*
+    Every class whose row has a negative sum gets one image. Then the class with the most negative sum gets another one,
+    until N images are counted. One image lowers the sum :math:`s_k` of its class by about the *impact*
 
     .. math:: m = \frac{1}{N} \left( 1 + \frac{1}{K} \right) \sum_{k: s_k < 0} s_k,
 

@@ -239,7 +239,9 @@ def infer_labels(
     auxiliary: Auxiliary | None = None,
     seed: int = 0,
 ) -> LabelCounts:
-    """Infer how many images of each class are behind each gradient, with a :class:`LabelReader` that is used once.
+    """Infer how many images of each class are behind each gradient.
+
+    This creates a :class:`LabelReader` and uses it once.
 
     Args:
         shared: gradients of V victims.

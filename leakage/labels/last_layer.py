@@ -85,7 +85,9 @@ class LastLayer:
         return self.weight.shape[1]
 
     def midway(self) -> LastLayer:
-        r"""Return the layer with the weights half-way through the local steps, where gradients are near their average.
+        r"""Return the layer with its weights half-way through the local steps.
+
+        There, gradients are near their average.
 
         Step t is taken at :math:`\theta_0 - \eta \sum_{s<t} g_s`, so the mean over the steps is about
         :math:`\theta_0 - \eta \frac{T - 1}{2} \bar g`. For momentum and weight decay, see :func:`mean_gradient`.
@@ -104,7 +106,7 @@ class LastLayer:
 
 
 def mean_gradient(protocol: Protocol, shared: Tensor, weight: Tensor) -> Tensor:
-    r"""Return the gradient averaged over images and local steps, without the effects of momentum and weight decay.
+    r"""Return the mean gradient over images and local steps, without effects of momentum and weight decay.
 
     If the gradients of all steps were the same g, momentum would make step t :math:`c_t = 1 + \mu c_{t-1}` times as
     long. The shared average of the steps would be :math:`\bar c` times g, so it is divided by :math:`\bar c`. Weight

@@ -1,4 +1,4 @@
-"""Activations with their first and second derivatives, for networks that are differentiated without autograd."""
+"""Activations with their first and second derivatives, for differentiation without autograd."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class SquaredDistance(Distance):
         return torch.cat([(gradients[name] - wanted).flatten() for name, wanted in shared.items()])
 
     def state(self, protocol: Protocol, dtype: torch.dtype) -> State:
-        """Return empty ``unit``, a power of two that scales very small or large gradients to about 1, and ``scale``."""
+        """Return empty ``unit`` and ``scale``; the unit is a power of two that scales extreme gradients to about 1."""
         return {name: torch.empty(0, dtype=dtype) for name in ("unit", "scale")} if self.relative else {}
 
     def begin(self, shared: SharedGradient, victim: Victim) -> State:
@@ -145,7 +145,7 @@ class CosineDistance(Distance):
         return torch.where(both, (_direction(found) - _direction(wanted)).square().sum() / 2, 1.0)
 
     def slopes(self, points: Point, kept: State, own_weights: bool) -> tuple[Tensor, Slopes]:
-        r"""Return values and derivatives, computed layer by layer so that intermediate results stay in the CPU caches.
+        r"""Return values and derivatives, computed layer by layer so that data stay in the CPU caches.
 
         With the directions :math:`u, u^*`, the derivative is :math:`(u - u^* - D u) / \lVert g \rVert`.
         """

@@ -51,7 +51,9 @@ class Point:
 
 
 class Term(Piece, ABC):
-    """A term of the objective that a search minimises. Terms add: ``CosineDistance() + 1e-2 * TotalVariation()``.
+    """A term of the objective that a search minimises.
+
+    Terms can be added and weighted: ``CosineDistance() + 1e-2 * TotalVariation()``.
 
     To write your own term, subclass :class:`Distance`, :class:`Prior` or :class:`ActivationPrior` and define
     ``__call__``. It is a function of one victim that ``torch.func.vmap`` runs for many victims, so it must not branch
@@ -291,10 +293,11 @@ class Prior(Term):
 
 
 class ActivationPrior(Term):
-    """Prior knowledge of the activations of images; a subclass names modules and is a function of their activations.
+    """Prior knowledge of activations in the network.
 
-    The activations are collected in the same forward pass that computes the gradients. With local steps, they come from
-    the first pass over all images.
+    A subclass names modules and is a function of their inputs and outputs for one victim. The activations are collected
+    in the same forward pass that computes the gradients. With local steps, they come from the first pass over all
+    images.
     """
 
     isometric = True
