@@ -1,22 +1,22 @@
-"""What labels are worth to the images: reconstruction over the batch size, with labels known in four ways.
+"""How labels affect reconstruction: quality over the batch size, for four kinds of labels.
 
     python experiments/labels/reconstruction.py --dataset mnist --batch-sizes 1 2 4 8 --output results/mnist
 
-Each victim shares the gradient of a batch, of a freshly drawn network of its own. Its labels are
+Each victim shares the gradient of a batch on its own, newly drawn network. The kinds of labels are
 
-    true        told to the attacker, who searches for the images alone;
-    inferred    read off the gradient (IDLGAttack with `--rule`), then the same search;
+    true        known to the attacker, who searches only for the images;
+    inferred    inferred from the gradient (IDLGAttack with `--rule`), followed by the same search;
     joint       searched for together with the images (DLGAttack);
-    one-wrong   told to the attacker, one of them replaced by another class: what a wrong label costs.
+    one-wrong   known to the attacker, but one of them is replaced by another class, to show what a wrong label costs.
 
-Files in the output folder: `summary.json`, a row for each kind of labels and batch size; `quality.png`, PSNR and
-success over the batch size; and a folder per batch size as of `experiments/comparison`, with `gallery.png` (the first
-victims' images as each kind found them) and the tables of all victims. In the rows `label_accuracy` is the share of
-images that were found with their own label, `irec` the share of labels that were known, whichever image they came
-with.
+The output folder has `summary.json`, with a row for each kind of labels and batch size; `quality.png`, with PSNR and
+success over the batch size; and a folder per batch size as in `experiments/comparison`, with `gallery.png` (the first
+victims' images as reconstructed with each kind) and the tables of all victims. In the rows, `label_accuracy` is the
+share of images that were found with their own label, and `irec` is the share of labels that were known, whichever image
+they were found with.
 
-A run that was stopped, in whatever way, goes on with the same command and `--resume`, and ends with the results that it
-would have had. Without `--resume` a folder that holds results is refused, so that none are lost by mistake.
+To continue an interrupted run, repeat the command with `--resume`. The results are the same as without the
+interruption. Without `--resume`, a folder that holds results is refused, so that no results are lost by mistake.
 """
 
 from __future__ import annotations
@@ -57,22 +57,22 @@ sys.path.append(str(Path(__file__).parents[1] / "comparison"))
 from comparing import compare
 from records import holds_results
 
-# Kinds of labels, and how they are drawn.
+# Kinds of labels, and their styles in plots.
 KINDS = {
     "true": ("#0072B2", "o", "-"),
     "inferred": ("#D55E00", "s", "--"),
     "joint": ("#009E73", "D", "-."),
     "one-wrong": ("#CC79A7", "^", ":"),
 }
-# Rules for victims with networks of their own, of attackers without images of their own.
+# Rules that can be used if victims have their own networks and the attacker has no auxiliary images.
 _RULES = ["auto", *(name for name, rule in RULES.items() if not {"shared weights", "auxiliary"} & {*rule.needs})]
 
 
 @dataclass
 class Row:
-    """The images that attacks found with one kind of labels, a line of ``summary.json``.
+    """The results of one kind of labels and one batch size, a row of ``summary.json``.
 
-    Intervals are those of 95 % over victims; what is not finite is null.
+    Intervals are 95 % intervals over victims; values that are not finite are null.
     """
 
     labels: str
@@ -96,13 +96,13 @@ class Row:
 
 
 class OneWrong(Victims):
-    """Victims that tell their labels, each with one of them replaced by another class.
+    """Victims that reveal their labels, each with one label replaced by another class.
 
-    Their seed draws which label is replaced, and by what.
+    The seed determines which label is replaced and by which class.
     """
 
     def share(self, victims: Sequence[int]) -> SharedGradient:
-        """Their true gradients, with a wrong label each."""
+        """Return the victims' true gradients, each with one wrong label."""
         shared = super().share(victims)
         assert shared.labels is not None
         labels = shared.labels.clone()
@@ -116,7 +116,7 @@ class OneWrong(Victims):
 
     @cached_property
     def configuration(self) -> dict[str, Any]:
-        """As the honest victims', told apart."""
+        """The configuration of ordinary victims, marked as having wrong labels."""
         return super().configuration | {"wrong_labels": 1}
 
 
@@ -130,8 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_output(given.output)
         if not given.resume and any(map(holds_results, (given.output, *given.output.glob("batch_*")))):
             raise ValueError(
-                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
-                "with them, or choose another folder."
+                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to "
+                "continue that run, or choose another folder."
             )
         _attack("inferred", given)
         largest = _victims(given, sizes[-1])
@@ -173,24 +173,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--network", choices=tuple(NETWORKS), default="lenet", help="default: %(default)s")
     parser.add_argument(
-        "--batch-sizes", nargs="+", type=int, default=[1, 2, 4, 8], help="images of a victim (default: 1 2 4 8)"
+        "--batch-sizes", nargs="+", type=int, default=[1, 2, 4, 8], help="images per victim (default: 1 2 4 8)"
     )
-    parser.add_argument("--victims", type=int, default=20, help="for each batch size (default: %(default)s)")
-    parser.add_argument("--labels", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="default: all")
-    parser.add_argument("--rule", choices=_RULES, default="auto", help="that infers labels (default: %(default)s)")
+    parser.add_argument("--victims", type=int, default=20, help="victims per batch size (default: %(default)s)")
     parser.add_argument(
-        "--protocol", choices=("published", "robust"), default="robust", help="how to search (default: %(default)s)"
+        "--labels", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="kinds of labels (default: all)"
+    )
+    parser.add_argument("--rule", choices=_RULES, default="auto", help="rule that infers labels (default: %(default)s)")
+    parser.add_argument(
+        "--protocol",
+        choices=("published", "robust"),
+        default="robust",
+        help="protocol of the search (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-evaluations", type=int, help="of the objective per victim and start (default: the protocol's)"
+        "--max-evaluations",
+        type=int,
+        help="evaluations of the objective per victim and start, at most (default: set by the protocol)",
     )
-    parser.add_argument("--restarts", type=int, help="for a victim that was not found (default: the protocol's)")
-    parser.add_argument("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
+    parser.add_argument(
+        "--restarts", type=int, help="restarts for a victim that was not found (default: set by the protocol)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of victims, networks and starts (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for results")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
-    parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the output folder, if there is one")
+    parser.add_argument("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
-    parser.add_argument("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
+    parser.add_argument(
+        "--accelerator", default="auto", help="accelerator of Lightning's Trainer (default: %(default)s)"
+    )
     return parser
 
 
@@ -207,7 +220,7 @@ def _victims(given: argparse.Namespace, size: int, kind: type[Victims] = Victims
 
 
 def _network(given: argparse.Namespace, image_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """The victims' network; each of them draws its own weights."""
+    """Return the victims' network; each victim draws its own weights."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(given.seed)
         return NETWORKS[given.network](image_shape[0], image_shape[1:], num_classes).eval()
@@ -221,14 +234,14 @@ def _attack(kind: str, given: argparse.Namespace) -> GradientInversion:
 
 
 def _cells(given: argparse.Namespace, kinds: list[str], dataset: str, network: nn.Module, size: int) -> list[Row]:
-    """All kinds of labels of the same victims."""
+    """Measure all kinds of labels on the same victims."""
     options = {"model": network, "weights": "own"}
-    silent = _victims(given, size, **options)
-    telling = _victims(given, size, **options, reveal_labels=True)
+    hidden = _victims(given, size, **options)
+    revealed = _victims(given, size, **options, reveal_labels=True)
     victims: dict[str, VictimDataModule] = {
-        "true": telling,
-        "inferred": silent,
-        "joint": silent,
+        "true": revealed,
+        "inferred": hidden,
+        "joint": hidden,
         "one-wrong": _victims(given, size, kind=OneWrong, **options, reveal_labels=True),
     }
     folder = given.output / f"batch_{size}"
@@ -285,7 +298,7 @@ def _row(table: list[dict[str, str]], network: str, size: int, compared: dict[st
 
 
 def format_table(rows: list[Row]) -> str:
-    """The rows as a table for the terminal."""
+    """Return the rows as a table for the terminal."""
     header = [
         "images",
         "labels",
@@ -319,7 +332,7 @@ def format_table(rows: list[Row]) -> str:
 
 
 def plot_quality(rows: list[Row]) -> Figure:
-    """PSNR and success over the batch size, a line for each kind of labels, with 95 % intervals as upright bars."""
+    """Plot PSNR and success over the batch size, a line per kind of labels, with 95 % intervals as vertical bars."""
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     sizes = sorted({row.batch_size for row in rows})
     kinds = [kind for kind in KINDS if any(row.labels == kind for row in rows)]
@@ -327,7 +340,7 @@ def plot_quality(rows: list[Row]) -> Figure:
     for axes, name, ylabel in zip(panels, ("psnr", "success"), ("PSNR in dB", "images with MSE < 1e-3"), strict=True):
         for index, kind in enumerate(kinds):
             colour, marker, style = KINDS[kind]
-            # A little beside one another, so that all can be seen.
+            # Shift the kinds slightly, so that all are visible.
             shift = 0.3 * ((index + 0.5) / len(kinds) - 0.5)
             cells = sorted((row for row in rows if row.labels == kind), key=lambda row: row.batch_size)
             x = [sizes.index(row.batch_size) + shift for row in cells]
@@ -340,7 +353,7 @@ def plot_quality(rows: list[Row]) -> Figure:
                     axes.plot([place, place], [low, high], color=colour, alpha=0.5, linewidth=1.2, clip_on=False)
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         axes.set_xlim(-0.5, len(sizes) - 0.5)
-        axes.set_xlabel("images of a victim")
+        axes.set_xlabel("images per victim")
         axes.set_ylabel(ylabel)
         axes.grid(True, axis="y", color="#e4e4e4", linewidth=0.8)
         axes.set_axisbelow(True)

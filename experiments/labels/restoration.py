@@ -1,4 +1,4 @@
-r"""Labels read off gradients: instance recall of every rule over batch size, training, distribution and local steps.
+r"""Infer labels from gradients: recall of every rule over batch size, training, distribution and local steps.
 
     python experiments/labels/restoration.py --dataset mnist --network mlp --batch-sizes 8 24 64 128 \
         --auxiliary-images 0 --output results/mnist
@@ -7,15 +7,15 @@ r"""Labels read off gradients: instance recall of every rule over batch size, tr
     python experiments/labels/restoration.py --dataset cifar10 --network lenet --init torch --classes 100 \
         --batch-sizes 64 256 --output results/hundred_classes
 
-Victims hold training images that their network was not trained on (`--seen`: that it was); the attacker's auxiliary
-images are test images. Untrained networks are drawn anew for each victim, where they are small; a trained network is
-shared. Rules that can't be used, such as those that learn about one network where each victim has its own, are left
-out, and it is told why. `auto` is always among the rules, and the trivial guess, which looks at no gradient, beside
-them.
+Victims hold training images that their network was not trained on (with `--seen`, images that it was trained on). The
+attacker's auxiliary images are test images. Small untrained networks are drawn separately for each victim; a trained
+network is shared by all victims. Rules that can't be used are left out, and the reason is printed; for example, some
+rules learn about one network, but each victim has its own. The results always include `auto`, and the trivial guess,
+which uses no gradient.
 
-What is done is written after each cell, a choice of epochs, batch size, distribution and local steps. A run that was
-stopped goes on with the same command and `--resume`, as does one that more cells are asked of. Without it a folder that
-holds results is refused.
+Results are written after each cell, a combination of epochs, batch size, distribution and local steps. To continue an
+interrupted run, or to add cells to a finished one, run the command with `--resume`. Without it, a folder that holds
+results is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from restoration_clients import Cell, Clients, Network  # these three lie beside this script
+from restoration_clients import Cell, Clients, Network  # these three modules are in the folder of this script
 from restoration_options import check_together, make_parser
 from restoration_results import WRITTEN, RestorationRow, behind_best, draw_pictures, format_table, read_rows
 from torch import Tensor
@@ -50,23 +50,23 @@ from leakage.pieces import digest
 sys.path.append(str(Path(__file__).parents[1] / "comparison"))
 from records import holds_results, read_record
 
-# Victims with networks of their own that are in memory at once.
+# Victims with their own networks that are in memory at once.
 _NETWORKS_AT_ONCE = 64
 
 
 @dataclass
 class Record:
-    """What is kept of a cell."""
+    """The stored results of a cell."""
 
     rows: list[dict[str, Any]]
 
 
 class Restoration:
-    """All cells of a run: made ready and checked, then measured one by one.
+    """All cells of a run, prepared and checked first, then measured one by one.
 
     Raises:
-        ValueError: options that don't go together, or with ``resume`` results of another configuration.
-        OSError: a folder that can't be written.
+        ValueError: options exclude each other, or with ``resume`` the results have another configuration.
+        OSError: a folder can't be written.
     """
 
     def __init__(self, given: argparse.Namespace) -> None:
@@ -81,8 +81,8 @@ class Restoration:
         check_output(given.output)
         if not given.resume and holds_results(given.output):
             raise ValueError(
-                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
-                "with them, or choose another folder."
+                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to "
+                "continue that run, or choose another folder."
             )
         check_together(given)
         data.prepare_data()
@@ -95,9 +95,9 @@ class Restoration:
         ]
         self.rules = [*dict.fromkeys(rule for rule in given.rules or RULES if rule != "auto"), "auto"]
         self.clients = Clients(given, self.dataset, data, self.cells)
-        self.told: set[tuple[str, str]] = set()
+        self.reported: set[tuple[str, str]] = set()
         self.configurations = {cell: self._configuration(cell) for cell in self.cells}
-        # What was run before is compared with what is asked for before anything is run.
+        # Compare the configurations of earlier results before anything is run.
         self.finished: dict[Cell, list[RestorationRow]] = {}
         for cell, configuration in self.configurations.items() if given.resume else ():
             record = read_record(given.output / cell.folder, configuration, Record)
@@ -110,7 +110,7 @@ class Restoration:
                 raise ValueError(f"Expected `--rules` that can be used in some cell, but got {rule!r}. {reasons[0]}.")
 
     def _left_out(self, rule: str, victim: Victim, cell: Cell) -> str:
-        """Why a rule can't be used, empty if it can."""
+        """Return why a rule can't be used, or an empty string if it can."""
         clients = self.clients
         try:
             LabelReader(rule, auxiliary=clients.auxiliary).check(victim, own_weights=clients.own(cell))
@@ -142,12 +142,12 @@ class Restoration:
         }
 
     def run(self, progress: bool = True) -> list[RestorationRow]:
-        """Measure all cells, writing what is found after each."""
+        """Measure all cells, and write the results after each."""
         output = self.given.output
         left = [cell for cell in self.cells if cell not in self.finished]
         networks = {epochs: self.clients.train(epochs) for epochs in dict.fromkeys(cell.epochs for cell in left)}
         for cell in left:
-            self.clients.draw(cell, networks[cell.epochs].images, victims=0)  # the last that can go wrong
+            self.clients.draw(cell, networks[cell.epochs].images, victims=0)  # the last check that can fail
         pause = 0.1 if sys.stderr.isatty() else 30.0
         with Tqdm(
             total=len(left) * len(self.rules),
@@ -168,7 +168,7 @@ class Restoration:
         return self._write_summary()
 
     def _write_summary(self) -> list[RestorationRow]:
-        # Those of an earlier run that are still to come are in it too.
+        # The summary includes cells of an earlier run whose turn has not come yet.
         rows = [row for cell in self.cells for row in self.finished.get(cell, [])]
         write_json(self.given.output / "summary.json", [asdict(row) for row in rows])
         return rows
@@ -182,13 +182,13 @@ class Restoration:
             reason = self._left_out(rule, seen_by_rules, cell)
             if not reason:
                 rules.append(rule)
-            elif (told := (rule, reason.split(", but got")[0])) not in self.told:
-                self.told.add(told)
+            elif (report := (rule, reason.split(", but got")[0])) not in self.reported:
+                self.reported.add(report)
                 reason = reason.replace(f" for rule={rule!r}", "")
                 bar.write(f"No {rule} for batch size {cell.batch_size}: {reason}.", file=sys.stdout)
         bar.update(len(self.rules) - len(rules))
         client = seen_by_rules if cell.local_steps == 1 else clients.victim(network.model, cell, all_layers=True)
-        # What rules learn of a shared network is learnt once for all victims.
+        # Rules learn about a shared network once for all victims.
         groups = torch.arange(given.victims).split(_NETWORKS_AT_ONCE if clients.own(cell) else given.victims)
         found: dict[str, list[LabelCounts]] = {rule: [] for rule in rules}
         seconds = dict.fromkeys(rules, 0.0)

@@ -1,4 +1,4 @@
-"""The clients of `restoration.py`: their networks, their images, and what they share."""
+"""The clients of `restoration.py`, with their networks, their images and the gradients they share."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from leakage.labels import Auxiliary, LabelReader
 from leakage.models import NETWORKS, LeNet, draw_state
 from leakage.seeds import derive_seed
 
-# More parameters than this are shared by all victims, unless it is said otherwise.
+# Untrained networks with more parameters than this are shared by all victims by default.
 _SMALL = 2_000_000
-# Images of one pass, fewer where all layers keep theirs, and numbers in the gradients of one.
+# Images in one pass, images in one pass if all layers keep gradients, and numbers in the gradients of one pass.
 _IMAGES_AT_ONCE, _TRAINED_ON_AT_ONCE, _NUMBERS_AT_ONCE = 1024, 128, 2**26
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One choice of all that may be given several times."""
+    """One combination of the options that take several values."""
 
     epochs: int
     distribution: str
@@ -43,38 +43,38 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """Below the output."""
+        """The name of the cell's folder in the output folder."""
         distribution = self.distribution.replace(":", "_")
         return f"epochs_{self.epochs}_{distribution}_steps_{self.local_steps}_batch_{self.batch_size}"
 
 
 @dataclass
 class Network:
-    """What the clients of a cell are given."""
+    """The network of a cell's clients, and the images that they may hold."""
 
-    model: nn.Module  # of images in [0, 1]
+    model: nn.Module  # takes images in [0, 1]
     images: Tensor  # (M,), indices of the training images that victims hold
     accuracy: float | None
 
 
 class TorchLeNet(LeNet):
-    """LeNet with weights as torch draws those of each layer."""
+    """LeNet with torch's default initialisation of each layer."""
 
     def reset_parameters(self) -> None:
-        """Leave them as the layers drew them."""
+        """Keep the weights that the layers drew."""
 
 
 class Clients:
-    """Networks and images of all cells, checked; the attacker's images beside them.
+    """The networks and images of all cells, and the attacker's images; all are checked.
 
     Args:
-        given: options that go together.
-        dataset: what to call the data set.
-        data: made ready.
-        cells: all that is asked for.
+        given: options, checked for combinations that exclude each other.
+        dataset: name of the data set.
+        data: images, prepared and set up.
+        cells: all cells of the run.
 
     Raises:
-        ValueError: options that don't fit the network or the data.
+        ValueError: an option does not fit the network or the data.
     """
 
     def __init__(self, given: argparse.Namespace, dataset: str, data: LabelledImages, cells: Sequence[Cell]) -> None:
@@ -94,7 +94,7 @@ class Clients:
                 raise ValueError(
                     f"Expected no `--{name}` with {given.network!r}, which has only one, but got {value!r}."
                 )
-        # AlexNet, which has no choice, has ReLU.
+        # AlexNet has no option for the activation and uses ReLU.
         self.activation = given.activation or (takes["activation"].default if "activation" in takes else "relu")
         self.norm = given.norm or (takes["norm"].default if "norm" in takes else "none")
         if given.init == "torch":
@@ -140,14 +140,14 @@ class Clients:
             LabelReader(auxiliary=self.auxiliary).check(victim)
 
     def _labels(self, own: Tensor, split: str) -> Tensor:
-        """The images' own labels, or as many of each of the classes that were asked for, at random."""
+        """Return the images' own labels, or random labels spread evenly over ``--classes`` classes."""
         if self.given.classes is None:
             return own
         generator = torch.Generator().manual_seed(derive_seed(self.given.seed, 0, f"labels of {split} images"))
         return (torch.arange(len(own)) % self.given.classes)[torch.randperm(len(own), generator=generator)]
 
     def _auxiliary(self) -> Auxiliary | None:
-        """Test images, as many of each class as there can be."""
+        """Return test images, spread over the classes as evenly as possible."""
         test = self.data.test
         count = self.given.auxiliary_images
         if count is None:
@@ -165,17 +165,17 @@ class Clients:
         generator = torch.Generator().manual_seed(derive_seed(self.given.seed, 0, "auxiliary images"))
         order = torch.randperm(len(test), generator=generator)
         labels = self._labels(test.labels, "test")[order]
-        # The how-manieth of its class each image is: all first ones, then all second ones, ...
+        # The rank of each image within its class; take all images of rank 1, then all of rank 2, and so on.
         place = F.one_hot(labels, self.num_classes).cumsum(0).gather(1, labels[:, None])[:, 0]
         first = place.argsort(stable=True)[:count]
         return Auxiliary(in_unit_range(test.images[order[first]]), None if self.given.unlabelled else labels[first])
 
     def own(self, cell: Cell) -> bool:
-        """Whether each victim has a network of its own."""
+        """Return whether each victim has its own network."""
         return self.weights == "own" and not cell.epochs
 
     def draw(self, cell: Cell, images: Tensor, victims: int) -> Tensor:
-        """``(V, N)``, indices of the images that victims hold, out of those given."""
+        """Draw which of these images victims hold, as indices ``(V, N)``."""
         drawn = draw_victims(
             self.labels[images],
             victims=victims,
@@ -186,7 +186,7 @@ class Clients:
         return images[drawn]
 
     def victim(self, network: nn.Module, cell: Cell, *, all_layers: bool = False) -> Victim:
-        """A client; if no more is looked at, of the last layer alone, which is far cheaper to differentiate."""
+        """Return a client; by default only the last layer is trainable, which is far cheaper to differentiate."""
         given = self.given
         model = nn.Sequential(Normalize(self.data.mean, self.data.std), network).train(self.mode == "train")
         if not all_layers:
@@ -204,7 +204,7 @@ class Clients:
         )
 
     def train(self, epochs: int) -> Network:
-        """The network after so many epochs, from the cache if it is there."""
+        """Return the network after this number of epochs, from the cache if possible."""
         given, there = self.given, torch.arange(len(self.data.train))
         if not epochs:
             return Network(self.network, there, None)
@@ -226,7 +226,7 @@ class Clients:
         return Network(trained.model[1], images, trained.accuracy)  # type: ignore[index]
 
     def share(self, client: Victim, names: Sequence[str], cell: Cell, drawn: Tensor, victims: Tensor) -> SharedGradient:
-        """Gradients of these victims, of the named tensors alone."""
+        """Return the gradients of these victims for the named tensors only."""
         images = _IMAGES_AT_ONCE
         if len(client.trainable) > len(names):
             numbers = sum(parameter.numel() for parameter in client.model.parameters())

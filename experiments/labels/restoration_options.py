@@ -1,4 +1,4 @@
-"""What `restoration.py` can be asked for."""
+"""The options of `restoration.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRAINING_IMAGES, AUXILIARY_IMAGES = 6000, 1000
 
 
 def check_together(given: argparse.Namespace) -> None:
-    """Raise a ``ValueError`` for options that have no use beside the others."""
+    """Raise a ``ValueError`` for options that have no effect together with the others."""
     trained, untrained = any(given.epochs), 0 in given.epochs
     if given.classes is not None:
         check_count(2, classes=given.classes)
@@ -55,47 +55,63 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         help=f"one of {', '.join(LABELLED_DATASETS)}, or a folder of images in ImageFolder layout, "
         "<folder>/<class>/<image>",
     )
-    add("--network", required=True, choices=tuple(NETWORKS), help="what the clients train")
-    add("--activation", choices=tuple(ACTIVATIONS), help="default: the network's own")
-    add("--norm", choices=NORMS, help="default: the network's own")
-    add("--mode", choices=("train", "eval"), help="of BatchNorm in the clients' networks (default: eval)")
+    add("--network", required=True, choices=tuple(NETWORKS), help="network of the clients")
+    add("--activation", choices=tuple(ACTIVATIONS), help="activation (default: that of the network)")
+    add("--norm", choices=NORMS, help="normalisation (default: that of the network)")
+    add("--mode", choices=("train", "eval"), help="mode of BatchNorm in the clients' networks (default: eval)")
     add(
         "--init",
         choices=("papers", "torch"),
         default="papers",
-        help="weights of LeNet: from U(-0.5, 0.5) or as torch draws those of each layer (default: %(default)s)",
+        help="weights of LeNet: from U(-0.5, 0.5) or by torch's default (default: %(default)s)",
     )
-    add("--classes", type=int, help="spread the images over so many labels at random; for untrained networks")
-    add("--epochs", nargs="+", type=int, default=[0], help="of training, 0 for none (default: 0)")
-    add("--train-images", type=int, help=f"to train on (default: {TRAINING_IMAGES}, or half of them where few)")
-    add("--learning-rate", type=float, help="of the training (default: that of leakage.clients.training)")
+    add("--classes", type=int, help="spread the images over this number of random labels; for untrained networks")
+    add("--epochs", nargs="+", type=int, default=[0], help="epochs of training, 0 for none (default: 0)")
+    add(
+        "--train-images",
+        type=int,
+        help=f"images to train on (default: {TRAINING_IMAGES}, but at most half of the training images)",
+    )
+    add("--learning-rate", type=float, help="learning rate of the training (default: that of leakage.clients.training)")
     add(
         "--precision",
         choices=("32-true", "bf16-mixed"),
         default="32-true",
-        help="of the training (default: %(default)s)",
+        help="precision of the training (default: %(default)s)",
     )
-    add("--networks", type=Path, help="folder that keeps trained networks (default: ~/.cache/leakage/networks)")
-    add("--accelerator", default="auto", help="of the training, as for Lightning's Trainer (default: %(default)s)")
-    add("--weights", choices=("own", "shared"), help="of untrained networks (default: own where they are small)")
+    add("--networks", type=Path, help="cache folder of trained networks (default: ~/.cache/leakage/networks)")
+    add("--accelerator", default="auto", help="accelerator of Lightning's Trainer for training (default: %(default)s)")
+    add("--weights", choices=("own", "shared"), help="weights of untrained networks (default: own if they are small)")
     add("--seen", action="store_true", help="victims hold images that the network was trained on")
-    add("--batch-sizes", nargs="+", type=int, default=[1, 8, 24, 64, 128, 256], help="default: 1 8 24 64 128 256")
-    add("--rules", nargs="+", choices=(*RULES, "auto"), help="default: all that can be used; auto is always there")
+    add(
+        "--batch-sizes",
+        nargs="+",
+        type=int,
+        default=[1, 8, 24, 64, 128, 256],
+        help="images per victim (default: 1 8 24 64 128 256)",
+    )
+    add(
+        "--rules",
+        nargs="+",
+        choices=(*RULES, "auto"),
+        help="rules to test (default: all usable rules; auto is always included)",
+    )
     add(
         "--distribution",
         nargs="+",
         default=["uniform"],
-        help="of the victims' labels: uniform, single-class, dirichlet:A such as dirichlet:0.1 (default: uniform)",
+        help="distribution of the victims' labels: uniform, single-class, or dirichlet:A such as dirichlet:0.1 "
+        "(default: uniform)",
     )
-    add("--victims", type=int, default=50, help="in each cell (default: %(default)s)")
-    add("--auxiliary-images", type=int, help=f"that the attacker has, 0 for none (default: {AUXILIARY_IMAGES})")
-    add("--unlabelled", action="store_true", help="the attacker doesn't know the labels of its images")
-    add("--local-steps", nargs="+", type=int, default=[1], help="of SGD that each client makes (default: 1)")
-    add("--local-learning-rate", type=float, help="of local steps")
-    add("--local-batch-size", type=int, help="images of a local step (default: all that the client has)")
+    add("--victims", type=int, default=50, help="victims in each cell (default: %(default)s)")
+    add("--auxiliary-images", type=int, help=f"images of the attacker, 0 for none (default: {AUXILIARY_IMAGES})")
+    add("--unlabelled", action="store_true", help="the attacker does not know the labels of its images")
+    add("--local-steps", nargs="+", type=int, default=[1], help="SGD steps of each client (default: 1)")
+    add("--local-learning-rate", type=float, help="learning rate of local steps")
+    add("--local-batch-size", type=int, help="images of a local step (default: all images of the client)")
     add("--output", type=Path, required=True, help="folder for results")
-    add("--resume", action="store_true", help="go on with the run in the folder, if there is one")
-    add("--seed", type=int, default=0, help="of images, networks and rules (default: %(default)s)")
-    add("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    add("--resume", action="store_true", help="continue the run in the output folder, if there is one")
+    add("--seed", type=int, default=0, help="seed of images, networks and rules (default: %(default)s)")
+    add("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     add("--image-size", type=int, help="scale and crop a folder's images to this height and width")
     return parser

@@ -1,4 +1,4 @@
-"""Pictures of what rules for labels find, next to a guess that looks at no gradient."""
+"""Plots of the recall of label inference rules, compared with a guess that uses no gradient."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from leakage.errors import check_choice
 from leakage.plots import INK, PALE, new_figure
 
-# How rules are written and drawn, the same in all pictures. Colours (Okabe and Ito) are told apart by most readers,
-# rules of one colour by marker and line.
+# Name and style of each rule, the same in all plots. Most readers can distinguish the colours (Okabe and Ito); rules of
+# one colour differ by marker and line.
 _BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 _STYLES = {
     "idlg": ("iDLG", _RED, "*", ":"),
@@ -31,9 +31,9 @@ _STYLES = {
     "posterior": ("posterior", _GREEN, "o", "-"),
     "auto": ("auto", "#000000", "o", "-"),
 }
-# Panels side by side; inches of one, of a single one, and of legend and title.
+# Panels per row; width and height of a panel, size of a single panel, and size of legend and title, in inches.
 _ACROSS, _WIDTH, _HEIGHT, _SINGLE, _LEGEND, _TITLE = 4, 2.9, 3.0, (5.0, 4.0), 1.6, 0.5
-# Rules stand beside one another, so that intervals don't cover each other: how far, and all of them at most, in steps.
+# Rules are shifted so that their intervals do not overlap: the shift per rule and the maximum in all, in axis steps.
 _APART, _SPREAD = 0.05, 0.3
 
 
@@ -44,20 +44,22 @@ def plot_recall(
     xlabel: str,
     title: str = "",
 ) -> Figure:
-    """Instance recall of each rule over the batch size, or over whatever else the rows tell.
+    """Plot the instance recall of each rule over the batch size or another quantity.
 
-    Values on the axis below are evenly spaced, in ascending order. The upright bars are 95 % intervals; rules stand
-    a little beside one another so that all can be seen.
+    Values on the x axis are evenly spaced, in ascending order. The vertical bars are 95 % intervals. Rules are
+    shifted slightly so that all are visible.
 
     Args:
-        panels: the heading of each panel to its curves: rule, a key of :data:`leakage.labels.RULES` or
-            ``"auto"``, to ``(P, 4)``: where on the axis below, recall from 0 to 1 and the ends of its interval.
-        trivial: for each panel ``(P, 2)``: where, and the recall of a guess without a gradient.
-        xlabel: what is on the axis below.
-        title: above all.
+        panels: maps the heading of each panel to its curves. These map a rule, a key of :data:`leakage.labels.RULES` or
+            ``"auto"``, to ``(P, 4)``: the value on the x axis, recall from 0 to 1 and the ends of its interval.
+        trivial: maps the heading of each panel to ``(P, 2)``: the value on the x axis, and the recall of a guess
+            without a gradient.
+        xlabel: label of the x axis.
+        title: title of the figure.
 
     Raises:
-        ValueError: no panels, one without curves, an unknown rule, or numbers of another shape or range.
+        ValueError: there are no panels, a panel has no curves, a rule is unknown, or a tensor has another shape or
+            range.
 
     Example:
         >>> curve = torch.tensor([[8, 1.0, 0.98, 1.0], [64, 0.96, 0.95, 0.97]])
@@ -70,7 +72,7 @@ def plot_recall(
     down = math.ceil(len(panels) / _ACROSS)
     across = math.ceil(len(panels) / down)
     width, height = (_WIDTH, _HEIGHT) if len(panels) > 1 else _SINGLE
-    # A long title must not be cut.
+    # Widen the figure for a long title.
     figure = new_figure(max(width * across + _LEGEND, 0.11 * len(title) + 0.3), height * down + _TITLE)
     figure.set_layout_engine("constrained")
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
@@ -118,7 +120,7 @@ def _draw(axes: Axes, rule: str, curve: list[list[float]], places: list[float], 
     for place, (_, _, low, high) in zip(x, curve, strict=True):
         if math.isfinite(low + high):
             axes.plot([place, place], [low, high], color=colour, alpha=0.35, linewidth=0.9, zorder=2, clip_on=False)
-    if automatic:  # a halo around the rule that it has chosen
+    if automatic:  # a halo around the chosen rule
         axes.plot(x, [mean for _, mean, _, _ in curve], color=colour, alpha=0.15, linewidth=6, zorder=1.8)
     (line,) = axes.plot(
         x, [mean for _, mean, _, _ in curve], color=colour, linestyle=style, marker=marker, clip_on=False,

@@ -1,4 +1,4 @@
-"""What `restoration.py` found: its rows, pictures and table."""
+"""The results of `restoration.py` as rows, plots and a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from leakage.comparison import align
 from leakage.metrics import mean_interval
 from leakage.plots import save_figure
 
-# As the papers write them.
+# Names of the networks as in the papers.
 WRITTEN = {
     "convnet": "ConvNet", "mlp": "MLP", "lenet": "LeNet",
     "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet-18", "resnet20": "ResNet-20", "vit": "ViT",
@@ -25,9 +25,9 @@ _DATASETS = {
     "cifar100": "CIFAR-100", "svhn": "SVHN", "sample": "bundled sample",
 }  # fmt: skip
 _ACTIVATIONS = {"relu": "ReLU", "leaky_relu": "leaky ReLU", "sigmoid": "sigmoid", "silu": "SiLU"}
-# Batch sizes in a picture over something else.
+# Number of batch sizes shown in a plot over another quantity.
 _PANELS = 4
-# What cells may differ in, how a value of it is told, and the file and axis of recall over it.
+# The quantities in which cells may differ, with the text of a value; then file and axis label of recall over them.
 _DIMENSIONS = {
     "epochs": lambda epochs: f"{epochs} epoch{'s' if epochs > 1 else ''}" if epochs else "untrained",
     "distribution": str,
@@ -43,45 +43,45 @@ _PICTURES = {
 
 @dataclass
 class RestorationRow:
-    """What one rule found in one cell, a line of ``summary.json``; scores are means over victims, from 0 to 1.
+    """The results of one rule in one cell, a row of ``summary.json``; scores are means over victims, from 0 to 1.
 
     Attributes:
         rule: a key of ``RULES`` or ``"auto"``.
-        dataset: where the images come from.
+        dataset: name of the data set.
         network: a key of ``NETWORKS``.
-        activation: of the network.
-        epochs: of its training, 0 for none.
-        batch_size: images behind each gradient.
-        distribution: of the victims' labels, see ``draw_victims``.
+        activation: activation of the network.
+        epochs: epochs of training, 0 for none.
+        batch_size: number of images behind each gradient.
+        distribution: distribution of the victims' labels, see ``draw_victims``.
         victims: number of victims.
         irec: share of the images whose label is found.
-        irec_ci: its 95 % confidence interval, as all others.
-        leacc: share of the classes whose presence is right.
-        lnacc: share of the classes whose count is right.
-        exact: share of the victims whose counts are all right.
-        trivial_irec: of the guess without a gradient, as the other ``trivial_``.
-        trivial_leacc: see there.
-        seconds: for all victims, learning of the rule included.
-        leacc_ci: see ``irec_ci``.
-        lnacc_ci: see ``irec_ci``.
-        exact_ci: see ``irec_ci``.
-        trivial_lnacc: see ``trivial_irec``.
-        trivial_exact: see ``trivial_irec``.
-        chosen: the rule that ``"auto"`` took; None for other rules.
-        local_steps: of each client.
+        irec_ci: 95 % confidence interval of ``irec``.
+        leacc: share of the classes whose presence is correct.
+        lnacc: share of the classes whose count is correct.
+        exact: share of the victims whose counts are all correct.
+        trivial_irec: ``irec`` of the guess without a gradient.
+        trivial_leacc: ``leacc`` of the guess without a gradient.
+        seconds: time for all victims, including the learning of the rule.
+        leacc_ci: 95 % confidence interval of ``leacc``.
+        lnacc_ci: 95 % confidence interval of ``lnacc``.
+        exact_ci: 95 % confidence interval of ``exact``.
+        trivial_lnacc: ``lnacc`` of the guess without a gradient.
+        trivial_exact: ``exact`` of the guess without a gradient.
+        chosen: the rule that ``"auto"`` chose; None for other rules.
+        local_steps: number of local steps of each client.
         weights: ``"own"`` or ``"shared"``.
-        seen: whether the network was trained on the victims' images; None untrained.
-        norm: of the network.
-        mode: of BatchNorm, ``"train"`` or ``"eval"``; None without.
-        classes: that the images were spread over at random; None for their own.
+        seen: whether the network was trained on the victims' images; None if it is untrained.
+        norm: normalisation of the network.
+        mode: mode of BatchNorm, ``"train"`` or ``"eval"``; None without BatchNorm.
+        classes: number of random classes; None if the images have their own labels.
         init: ``"papers"`` or ``"torch"``.
-        auxiliary_images: that the attacker has.
-        test_accuracy: of the network, 0 to 1; None untrained.
+        auxiliary_images: number of the attacker's images.
+        test_accuracy: test accuracy of the network, 0 to 1; None if it is untrained.
         auxiliary_labels: whether the attacker knows the labels of its images; None without images.
-        best_other: the rule with the highest ``irec`` but ``"auto"``; only in the row of ``"auto"``, else None.
-        behind_best: mean over victims of its recall less that of ``"auto"``, -1 to 1. As the best of several is
-            chosen after the fact, 0 is not to be expected of a good choice, but hardly more.
-        behind_best_ci: its 95 % confidence interval; None for one victim.
+        best_other: the rule other than ``"auto"`` with the highest ``irec``; None in the rows of other rules.
+        behind_best: mean over victims of the recall of ``best_other`` minus that of ``"auto"``, -1 to 1. The best of
+            several rules is chosen after the fact, so even a good choice is slightly above 0.
+        behind_best_ci: 95 % confidence interval of ``behind_best``; None for one victim.
     """
 
     rule: str
@@ -115,7 +115,7 @@ class RestorationRow:
     init: str
     auxiliary_images: int
     test_accuracy: float | None
-    # None in results from before there were these.
+    # Older results do not have these fields.
     auxiliary_labels: bool | None = None
     best_other: str | None = None
     behind_best: float | None = None
@@ -127,20 +127,21 @@ def read_rows(folder: Path, rows: Any) -> list[RestorationRow]:
     needed = {field.name for field in fields(RestorationRow) if field.default is MISSING}
     if not rows or not all(isinstance(row, dict) and needed <= row.keys() <= names for row in rows):
         raise ValueError(
-            f"Expected '{folder / 'run.json'}' to be the whole record of a cell, but got other rows. Remove '{folder}' "
-            "to run it again, or choose another `output`."
+            f"Expected '{folder / 'run.json'}' to be the complete record of a cell, but got other rows. Remove "
+            f"'{folder}' to run the cell again, or choose another `output`."
         )
     return [RestorationRow(**row) for row in rows]
 
 
 def behind_best(recalls: Mapping[str, Sequence[float]]) -> tuple[str | None, float | None, list[float] | None]:
-    """How far ``"auto"`` is behind the best other rule on the same victims; all None without another.
+    """Return how far ``"auto"`` is behind the best other rule on the same victims.
 
     Args:
-        recalls: of every victim by each rule, in the same order.
+        recalls: recalls of every victim for each rule, with victims in the same order.
 
     Returns:
-        The rule, the mean difference and the ends of its 95 % confidence interval, None for one victim.
+        The best other rule, the mean difference, and the ends of its 95 % confidence interval (None for one victim).
+        All are None if there is no other rule.
     """
     others = {rule: sum(values) for rule, values in recalls.items() if rule != "auto"}
     if not others:
@@ -152,7 +153,7 @@ def behind_best(recalls: Mapping[str, Sequence[float]]) -> tuple[str | None, flo
 
 
 def draw_pictures(rows: Sequence[RestorationRow], output: Path) -> list[Path]:
-    """Recall over the batch size, and over epochs and local steps where there are several; a panel for each other."""
+    """Plot recall over the batch size, and over epochs and local steps if there are several values of them."""
     several = [name for name in _DIMENSIONS if len({getattr(row, name) for row in rows}) > 1]
     paths = []
     for over, (file, xlabel) in _PICTURES.items():
@@ -167,8 +168,8 @@ def draw_pictures(rows: Sequence[RestorationRow], output: Path) -> list[Path]:
         panels: dict[str, dict[str, list[list[float]]]] = {}
         trivial: dict[str, dict[float, float]] = {}
         for row in shown:
-            told = (_DIMENSIONS[name](getattr(row, name)) for name in apart)
-            heading = ", ".join(told) or _heading(rows[0])
+            words = (_DIMENSIONS[name](getattr(row, name)) for name in apart)
+            heading = ", ".join(words) or _heading(rows[0])
             place = getattr(row, over)
             panels.setdefault(heading, {}).setdefault(row.rule, []).append([place, row.irec, *row.irec_ci])
             trivial.setdefault(heading, {})[place] = row.trivial_irec
@@ -187,22 +188,22 @@ def draw_pictures(rows: Sequence[RestorationRow], output: Path) -> list[Path]:
 
 
 def _title(row: RestorationRow) -> str:
-    dataset = _DATASETS.get(row.dataset, row.dataset)  # a folder has its own name
+    dataset = _DATASETS.get(row.dataset, row.dataset)  # a folder keeps its name
     dataset += "" if row.classes is None else f" over {row.classes} classes"
     norm = "" if row.norm == "none" else f", {row.norm} norm{f' ({row.mode})' if row.mode else ''}"
     return f"{dataset}, {WRITTEN[row.network]}, {_ACTIVATIONS[row.activation]}{norm}"
 
 
 def _heading(row: RestorationRow) -> str:
-    """Of a single panel."""
-    told = [_DIMENSIONS["epochs"](row.epochs)]
-    told += [row.distribution] if row.distribution != "uniform" else []
-    told += [_DIMENSIONS["local_steps"](row.local_steps)] if row.local_steps > 1 else []
-    return ", ".join(told)
+    """Return the heading of a single panel."""
+    words = [_DIMENSIONS["epochs"](row.epochs)]
+    words += [row.distribution] if row.distribution != "uniform" else []
+    words += [_DIMENSIONS["local_steps"](row.local_steps)] if row.local_steps > 1 else []
+    return ", ".join(words)
 
 
 def format_table(rows: Sequence[RestorationRow]) -> str:
-    """The rows as a table for the terminal, the trivial guess below the rules of each cell."""
+    """Return the rows as a table for the terminal, with the trivial guess below the rules of each cell."""
     several = [name for name in _DIMENSIONS if len({getattr(row, name) for row in rows}) > 1]
     lines = [[*(name.replace("_", " ") for name in several), "rule", "IRec", "", "LeAcc", "LnAcc", "exact", "time"]]
     for _, group in itertools.groupby(rows, key=lambda row: [getattr(row, name) for name in _DIMENSIONS]):

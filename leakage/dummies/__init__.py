@@ -1,4 +1,4 @@
-"""What is searched for: images, pixel by pixel or through a generator, labels, and what clients keep to themselves."""
+"""The unknowns of a search: images (as pixels or latent codes), labels, and what clients do not share."""
 
 from leakage.dummies.drawn import Drawn
 from leakage.dummies.dummy import Dummy, Images, Labels, Target

@@ -1,4 +1,4 @@
-"""The random numbers that a network draws, in dropout and the like, where only the client knows them."""
+"""The random numbers that a client's network draws, in dropout for example, and that only the client knows."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from leakage.pieces import State
 
 
 class Drawn(Dummy):
-    r"""What modules of the clients' network draw for each image: one more unknown of each victim.
+    r"""The random numbers that the client's network draws for each image, as another unknown of each victim.
 
-    A client whose network has dropout in training mode drops units of each image by a mask that nobody is told; one
-    with :class:`~leakage.defenses.PRECODE` adds noise to features. The gradient depends on both, so an attack searches
-    for them together with the images: for noise as it is, and for a mask :math:`m` of units that are kept with
-    probability q by its logits,
+    A client whose network has dropout in training mode drops units of each image by a secret mask. A client with
+    :class:`~leakage.defenses.PRECODE` adds noise to features. The gradient depends on mask and noise, so an attack
+    searches for them together with the images. The unknown is the noise itself. For a mask :math:`m` of units that are
+    kept with probability q, the unknown u holds shifted logits,
 
     .. math:: m = \sigma(u + \log \tfrac{q}{1 - q}),
 
-    from about q on. Attacks make use of it by themselves, whatever their pieces are, unless they are not ``adaptive``:
-    those take the network as it is in evaluation mode.
+    so that the search starts near q. Attacks use this class automatically, whatever their pieces are. Attacks that are
+    not ``adaptive`` use the network in evaluation mode instead.
 
     Args:
-        draws: what modules draw, by name.
+        draws: what the modules draw, by module name.
 
     References:
         Scheliga, Mäder and Seeland, *Dropout is NOT All You Need to Prevent Gradient Leakage*, AAAI 2023,
@@ -46,15 +46,15 @@ class Drawn(Dummy):
         self.draws = dict(draws)
 
     def shape(self, protocol: Protocol) -> tuple[int, ...] | None:
-        """``(images of all steps, D)``, where modules draw D numbers for each."""
+        """Return ``(images of all steps, D)`` if modules draw D numbers per image, or None if they draw none."""
         if not self.draws:
             return None
-        # Where images are shuffled, every step is supposed to take all of them.
+        # If images are shuffled, every step is assumed to take all of them.
         size = None if protocol.shuffle else protocol.local_batch_size
         return protocol.local_steps * (size or protocol.num_images), sum(own.size for own in self.draws.values())
 
     def write(self, unknown: Tensor | None, kept: State) -> Tensor:
-        """The numbers, those of masks from 0 to 1."""
+        """Return the drawn numbers; entries of masks are from 0 to 1."""
         assert unknown is not None
         parts = torch.split(unknown, [own.size for own in self.draws.values()], dim=1)
         return torch.cat(

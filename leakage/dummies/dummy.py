@@ -1,4 +1,4 @@
-"""What is searched for, and how it is written."""
+"""Base classes for the unknowns of a search, and for what they stand for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.pieces import Piece, State
 
-# Each restart draws from a distribution this much wider: close to the start that failed lies the same failure.
+# Each restart draws from a distribution wider by this factor, because a start near a failed one would fail again.
 _WIDER = 3.0
 
 
@@ -26,9 +26,9 @@ class Target:
 
     Attributes:
         victim: the clients' network, loss and protocol.
-        labels_revealed: whether what is shared tells the labels.
-        own_weights: whether each victim has a network of its own.
-        labels_known: whether labels are known before the search, revealed or inferred.
+        labels_revealed: whether the clients share the labels.
+        own_weights: whether each victim has its own network.
+        labels_known: whether labels are known before the search, either revealed or inferred.
     """
 
     victim: Victim
@@ -38,33 +38,35 @@ class Target:
 
 
 class Dummy(Piece, ABC):
-    """Images or class probabilities, as a function of an unknown that is searched for; or known, without any.
+    """Images, class probabilities or another quantity, as a function of an unknown that is searched for.
 
-    The unknown is one tensor for each victim. A subclass says its shape, where it starts and what it stands for.
+    The unknown is one tensor for each victim. If the quantity is known, there is no unknown. A subclass defines the
+    shape of the unknown, where it starts and what it stands for.
 
     Attributes:
-        writes_all: whether :meth:`write` works on any number of victims as it is, without ``vmap``.
+        writes_all: whether :meth:`write` also accepts a leading victims' dimension, without ``vmap``.
     """
 
     writes_all: ClassVar[bool] = False
 
     @abstractmethod
     def shape(self, protocol: Protocol) -> tuple[int, ...] | None:
-        """Of one victim's unknown; None if nothing is searched for."""
+        """Return the shape of one victim's unknown, or None if nothing is searched for."""
 
     @abstractmethod
     def write(self, unknown: Tensor | None, kept: State) -> Tensor:
-        """One victim's images ``(N, C, H, W)`` or class probabilities ``(N, K)``, differentiable by the unknown.
+        """Return one victim's images ``(N, C, H, W)`` or class probabilities ``(N, K)``.
 
-        ``torch.func.vmap`` runs it for many victims: it may not branch on numbers.
+        The result is differentiable with respect to the unknown. ``torch.func.vmap`` runs this method for many victims,
+        so it must not branch on values.
 
         Args:
-            unknown: of this victim, None if nothing is searched for.
-            kept: what :meth:`begin` gave for this victim, without the victims' dimension.
+            unknown: unknown of this victim, or None if nothing is searched for.
+            kept: what :meth:`begin` returned for this victim, without the victims' dimension.
         """
 
     def write_all(self, unknowns: Tensor | None, kept: State) -> Tensor:
-        """The same for V victims at once, all with their leading dimension."""
+        """Return what :meth:`write` returns for V victims at once; all tensors have a leading victims' dimension."""
         if self.writes_all:
             return self.write(unknowns, kept)
         if unknowns is None:
@@ -72,72 +74,72 @@ class Dummy(Piece, ABC):
         return vmap(self.write)(unknowns, kept)
 
     def starts(self, noise: Tensor, restarts: Tensor) -> Tensor:
-        """Where the search begins, ``(V, ...)``.
+        """Return where the search begins, ``(V, ...)``.
 
         Args:
-            noise: ``(V, ...)``, normally distributed; of a stream for each victim and restart.
-            restarts: ``(V,)``, how often the victim has begun before.
+            noise: ``(V, ...)``, normally distributed, from a separate random stream for each victim and restart.
+            restarts: ``(V,)``, number of earlier starts of each victim.
         """
         return noise
 
     def check(self, target: Target) -> None:
-        """Raise a ``ValueError`` if it can't be used on such victims."""
+        """Raise a ``ValueError`` if this dummy can't be used on such victims."""
 
     def state(self, protocol: Protocol, dtype: torch.dtype) -> State:
-        """What it keeps of each victim while it is searched for, as tensors without a victim."""
+        """Return empty tensors, with zero victims, for what is kept of each victim during the search."""
         return {}
 
     def begin(self, shared: SharedGradient, victim: Victim) -> State:
-        """The entries of :meth:`state` for V victims, from what they shared."""
+        """Return the entries of :meth:`state` for V victims, computed from what they shared."""
         return {}
 
     def learnt(self) -> dict[str, Any]:
-        """What it has learnt about the clients' network, as plain values and tensors, for a checkpoint."""
+        """Return what was learnt about the clients' network, as plain values and tensors, for a checkpoint."""
         return {}
 
     def load_learnt(self, learnt: dict[str, Any]) -> None:
-        """Take back what :meth:`learnt` gave."""
+        """Load what :meth:`learnt` returned."""
 
 
 class Images(Dummy):
-    """A way to write images.
+    """Base class for dummy images.
 
     Attributes:
-        seeds: how many sets of images a victim's unknown holds. If there are several, they are its first dimension,
-            and :meth:`write` is given one of them; the objective is the mean of theirs and what :meth:`joint` adds.
+        seeds: number of sets of images in a victim's unknown. If there are several, they are its first dimension, and
+            :meth:`write` gets one set at a time. The objective is the mean over the sets plus :meth:`joint`.
     """
 
     seeds: int = 1
 
     def joint(self, unknown: Tensor) -> Tensor:
-        """What one victim's sets of images ``(seeds, ...)`` have to do with one another, a scalar; by default 0."""
+        """Return the term that couples one victim's sets of images ``(seeds, ...)``, a scalar; by default 0."""
         return unknown.new_zeros(())
 
     def first_starts(
         self, starts: Tensor, shared: SharedGradient, victim: Victim, labels: Tensor | None, seed: int
     ) -> Tensor:
-        """Where the search for new victims begins; all later starts are those of :meth:`starts`.
+        """Return where the search for new victims begins; all later starts come from :meth:`starts`.
 
         Args:
-            starts: what :meth:`starts` gave for them, ``(V, ...)``.
-            shared: what they shared.
-            victim: their network and protocol.
-            labels: ``(V, N)``, None if they are not known before the search.
-            seed: of the attack.
+            starts: what :meth:`starts` returned for the victims, ``(V, ...)``.
+            shared: what the victims shared.
+            victim: the victims' network and protocol.
+            labels: ``(V, N)``, or None if labels are not known before the search.
+            seed: seed of the attack.
         """
         return starts
 
     def project(self) -> Callable[[Tensor], Tensor] | None:
-        """Puts unknowns ``(V, ...)`` back where they may be, after each step; None if they may be anywhere."""
+        """Return the projection of unknowns ``(V, ...)`` to valid values after each step, or None if all are valid."""
         return None
 
     def preconditioner(self, protocol: Protocol) -> Callable[[Tensor], Tensor] | None:
-        """The covariance that the unknowns have, if it is known: see :class:`~leakage.solvers.ImageSpectrum`."""
+        """Return the covariance of the unknowns if it is known; see :class:`~leakage.solvers.ImageSpectrum`."""
         return None
 
 
 class Labels(Dummy):
-    """A way to write class probabilities."""
+    """Base class for the class probabilities of dummy images."""
 
     @property
     def known(self) -> bool:
@@ -145,11 +147,11 @@ class Labels(Dummy):
         return True
 
     def read(self, probabilities: Tensor) -> Tensor:
-        """The labels ``(V, N)`` that class probabilities ``(V, N, K)`` stand for."""
+        """Return the most probable labels ``(V, N)`` for class probabilities ``(V, N, K)``."""
         return probabilities.argmax(dim=-1)
 
 
 def widen(noise: Tensor, std: float, restarts: Tensor) -> Tensor:
-    """Noise ``(V, ...)`` of this standard deviation, three times as wide for each of a victim's restarts ``(V,)``."""
+    """Scale noise ``(V, ...)`` to a standard deviation, times three for each of a victim's restarts."""
     spread = std * _WIDER ** restarts.to(noise)
     return noise * spread.view(-1, *[1] * (noise.ndim - 1))

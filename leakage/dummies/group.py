@@ -1,4 +1,4 @@
-"""Several sets of images for one victim, which help one another."""
+"""Several coupled sets of images for one victim."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from leakage.pieces import State
 
 
 class Group(Images):
-    r"""Several sets of images for each victim, each pulled to what all have in common.
+    r"""Several sets of images for each victim, each pulled towards their mean.
 
-    From S starts, all at once, the images :math:`x_s` of a victim lower
+    From S starts at once, the images :math:`x_s` of a victim minimise
 
     .. math:: \frac{1}{S} \sum_s \bigl( L(x_s) + \alpha \, \mathrm{mean}\,(x_s - \bar x)^2 \bigr), \qquad
         \bar x = \frac{1}{S} \sum_s T_s x_s
 
-    with L the objective of the attack and :math:`T_s` the shift (:func:`registered`) after which :math:`x_s` lies
-    nearest to the plain mean. :math:`\bar x` is a goal: nothing is differentiated through it. Of the iterate
-    where the whole is lowest, the set of the lowest L is the victim's. One evaluation costs S of a single set.
+    with L the objective of the attack and :math:`T_s` the shift (:func:`registered`) after which :math:`x_s` is
+    nearest to the plain mean. :math:`\bar x` counts as a constant in derivatives. At the iterate with the lowest total,
+    the result for the victim is the set with the lowest L. One evaluation costs as much as S evaluations of a single
+    set.
 
-    The paper registers by RANSAC-flow, a learnt dense flow. Here images are shifted by whole pixels, image by image:
-    with labels given, the n-th images of all sets have the same label. Several images of one label may stand in
-    another order in each set, where the mean blurs them.
+    The paper registers by RANSAC-flow, a learnt dense flow. Here each image is shifted by whole pixels. This works
+    because with known labels, the n-th images of all sets have the same label. Several images with the same label may
+    be in a different order in each set, and then the mean blurs them.
 
     Args:
-        images: how the images of one set are written; searched for pixel by pixel.
-        seeds: S, at least 2.
-        weight: :math:`\alpha`; 0 for sets that do not know one another.
+        images: the images of one set, searched for pixel by pixel.
+        seeds: number of sets S, at least 2.
+        weight: :math:`\alpha`; with 0 the sets are independent.
 
     Raises:
-        ValueError: something else than pixels, fewer than two sets, or a negative weight; in ``fit``, what ``images``
-            says, and solvers that need an objective that is a sum of squares.
+        ValueError: ``images`` is not a ``Pixels``, there are fewer than two sets, or the weight is negative; in
+            ``fit``, ``images`` can't be used on the victims, or the solver needs a sum of squares.
 
     References:
         Yin et al., *See through Gradients* (GradInversion), CVPR 2021, https://arxiv.org/abs/2104.07586.
@@ -57,49 +58,49 @@ class Group(Images):
         self.images, self.seeds, self.weight = images, seeds, weight
 
     def shape(self, protocol: Protocol) -> tuple[int, ...]:
-        """``(S, N, C, H, W)``."""
+        """Return the shape ``(S, N, C, H, W)``."""
         return (self.seeds, *self.images.shape(protocol))
 
     def write(self, unknown: Tensor | None, kept: State) -> Tensor:
-        """The images of one set."""
+        """Return the images of one set."""
         return self.images.write(unknown, kept)
 
     def joint(self, unknown: Tensor) -> Tensor:
-        """The weight times the mean square distance of ``(S, N, C, H, W)`` to the registered mean."""
+        """Return the weight times the mean squared distance of ``(S, N, C, H, W)`` to the registered mean."""
         return self.weight * (unknown - registered(unknown.detach()).mean(0)).square().mean()
 
     def starts(self, noise: Tensor, restarts: Tensor) -> Tensor:
-        """Those of the images, a set at a time."""
+        """Return the starts of ``images`` for each set."""
         return self.images.starts(noise, restarts)
 
     def first_starts(
         self, starts: Tensor, shared: SharedGradient, victim: Victim, labels: Tensor | None, seed: int
     ) -> Tensor:
-        """What the images say for the first set; the others start from noise."""
+        """Return the first starts of ``images`` for the first set; the other sets start from noise."""
         first = self.images.first_starts(starts[:, 0], shared, victim, labels, seed)
         return torch.cat([first[:, None], starts[:, 1:]], dim=1)
 
     def check(self, target: Target) -> None:
-        """As the images do."""
+        """Raise a ``ValueError`` if ``images`` can't be used on such victims."""
         self.images.check(target)
 
     def project(self) -> Any:
-        """Into the box of the images."""
+        """Return the projection into the box of ``images``, or None if there is none."""
         return self.images.project()
 
 
 def registered(images: Tensor) -> Tensor:
-    """Several versions of some images, each shifted to where it lies nearest to the mean of all.
+    """Shift several versions of the same images so that each is nearest to the mean of all.
 
-    The shift is by whole pixels, the same for all channels; what leaves on one side comes in on the other. As it
-    changes no norm, the nearest is that of the largest inner product with the mean: the peak of the
-    cross-correlation, which Fourier transforms give for all shifts at once.
+    The shift is cyclic, by whole pixels, and the same for all channels. It changes no norm, so the nearest shift is the
+    one with the largest inner product with the mean. This is the peak of the cross-correlation, which Fourier
+    transforms compute for all shifts at once.
 
     Args:
         images: ``(S, N, C, H, W)``, S versions of N images.
 
     Returns:
-        The same shape.
+        The shifted images, of the same shape.
 
     Example:
         >>> image = torch.rand(1, 1, 1, 8, 8, generator=torch.Generator().manual_seed(0))

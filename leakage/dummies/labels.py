@@ -18,23 +18,23 @@ from leakage.pieces import State
 
 
 class _FixedLabels(Labels):
-    """Labels that are known before the search, as class probabilities of 0 and 1."""
+    """Labels that are known before the search, as class probabilities of 0 or 1."""
 
     writes_all = True
 
     def shape(self, protocol: Protocol) -> None:
-        """Nothing is searched for."""
+        """Return None, because nothing is searched for."""
 
     def write(self, unknown: Tensor | None, kept: State) -> Tensor:
-        """As they are known."""
+        """Return the class probabilities of the known labels."""
         return kept["probabilities"]
 
     def state(self, protocol: Protocol, dtype: torch.dtype) -> State:
-        """``probabilities``."""
+        """Return an empty ``probabilities``."""
         return {"probabilities": torch.empty(0, protocol.num_images, protocol.num_classes, dtype=dtype)}
 
     def begin(self, shared: SharedGradient, victim: Victim) -> State:
-        """One for the label of each image."""
+        """Return ``probabilities``, which are 1 for the label of each image."""
         labels = self._labels(shared, victim) if shared.labels is None else shared.labels
         like = next(iter(shared.gradients.values()))
         return {"probabilities": F.one_hot(labels.long(), victim.protocol.num_classes).to(like.dtype)}
@@ -44,10 +44,10 @@ class _FixedLabels(Labels):
 
 
 class RevealedLabels(_FixedLabels):
-    """The labels that the shared gradient tells: an attacker who knows them, or who inferred them elsewhere.
+    """Labels that the victims share: the attacker knows them, or inferred them elsewhere.
 
     Raises:
-        ValueError: in ``fit``, victims that don't tell them.
+        ValueError: in ``fit``, the victims do not reveal their labels.
 
     Example:
         >>> RevealedLabels()
@@ -55,29 +55,29 @@ class RevealedLabels(_FixedLabels):
     """
 
     def check(self, target: Target) -> None:
-        """They must be told."""
+        """Raise a ``ValueError`` if the victims do not reveal their labels."""
         if not target.labels_revealed:
             raise ValueError(
-                "Expected victims that reveal their labels (reveal_labels=True) for RevealedLabels, but got some that "
-                "don't. Use InferredLabels or JointLabels."
+                "Expected victims that reveal their labels (reveal_labels=True) for RevealedLabels, but got victims "
+                "that don't. Use InferredLabels or JointLabels."
             )
 
 
 class InferredLabels(_FixedLabels):
-    """Labels that are read off the last layer's gradient before the search; those that are revealed are used.
+    """Labels that are inferred from the last layer's gradient before the search, unless they are revealed.
 
-    They are in ascending order, as the images of a batch have no order. What a rule learns about a network is learnt
-    once, and kept in checkpoints.
+    Inferred labels are in ascending order, because the images of a batch have no order. A rule learns about a network
+    once, and checkpoints keep what it learnt.
 
     Args:
         rule: a key of :data:`leakage.labels.RULES` or ``"auto"``.
-        auxiliary: images of the attacker's own, for the rules that learn from some.
-        seed: of the rules that draw.
+        auxiliary: the attacker's own images, for the rules that learn from them.
+        seed: seed of the rules that draw random numbers.
 
     Raises:
-        ValueError: an unknown rule, other auxiliary images than an :class:`~leakage.labels.Auxiliary`; in ``fit``,
-            where labels are not revealed, victims whose labels the rule can't read, or that take their images in turns
-            (``local_batch_size`` without ``shuffle``), where the order matters.
+        ValueError: the rule is unknown, or ``auxiliary`` is not an :class:`~leakage.labels.Auxiliary`; in ``fit``, if
+            labels are not revealed, the rule can't infer the victims' labels, or the order of the images matters
+            because each local step takes different images (``local_batch_size`` without ``shuffle``).
 
     References:
         Zhao, Mopuri and Bilen, *iDLG: Improved Deep Leakage from Gradients*, 2020,
@@ -93,14 +93,14 @@ class InferredLabels(_FixedLabels):
         self._reader = LabelReader(rule, auxiliary=auxiliary, seed=seed)
 
     def check(self, target: Target) -> None:
-        """The rule must be able to read them."""
+        """Raise a ``ValueError`` if labels are not revealed and the rule can't infer them."""
         if target.labels_revealed:
             return
         self._reader.check(target.victim, own_weights=target.own_weights)
-        # Where clients shuffle their images there is no order to know.
+        # If clients shuffle their images, their order does not matter.
         if target.victim.protocol.local_batch_size is not None and not target.victim.protocol.shuffle:
             raise ValueError(
-                "Expected victims that take all images in each local step, as inferred labels have no order, but got "
+                "Expected victims that use all images in each local step, since inferred labels have no order, but got "
                 f"`local_batch_size` {target.victim.protocol.local_batch_size}. Use DLGAttack, or reveal the labels "
                 "(reveal_labels=True)."
             )
@@ -109,24 +109,24 @@ class InferredLabels(_FixedLabels):
         return self._reader(shared, victim).labels
 
     def learnt(self) -> dict[str, Any]:
-        """The rule that was chosen, and what it learnt."""
+        """Return the chosen rule and what it learnt."""
         return self._reader.state_dict()
 
     def load_learnt(self, learnt: dict[str, Any]) -> None:
-        """Go on with it."""
+        """Load the chosen rule and what it learnt."""
         self._reader.load_state_dict(learnt)
 
 
 class JointLabels(Labels):
-    """Labels that are searched for together with the images: class probabilities are a softmax of unknown logits.
+    """Labels that are searched for together with the images, as the softmax of unknown logits.
 
-    The label of an image is the largest entry.
+    The label of an image is its most probable class.
 
     Args:
-        std: of the normally distributed start of the logits, three times as wide for each restart.
+        std: standard deviation of the normally distributed initial logits, multiplied by three for each restart.
 
     Raises:
-        ValueError: a ``std`` that is not positive.
+        ValueError: ``std`` is not positive.
 
     References:
         Zhu, Liu and Han, *Deep Leakage from Gradients*, NeurIPS 2019, https://arxiv.org/abs/1906.08935.
@@ -144,18 +144,18 @@ class JointLabels(Labels):
 
     @property
     def known(self) -> bool:
-        """Not before the search."""
+        """False, because labels are not known before the search."""
         return False
 
     def shape(self, protocol: Protocol) -> tuple[int, ...]:
-        """``(N, K)``."""
+        """Return the shape ``(N, K)``."""
         return (protocol.num_images, protocol.num_classes)
 
     def write(self, unknown: Tensor | None, kept: State) -> Tensor:
-        """The softmax over classes."""
+        """Return the softmax over classes."""
         assert unknown is not None
         return unknown.softmax(dim=-1)
 
     def starts(self, noise: Tensor, restarts: Tensor) -> Tensor:
-        """Noise, three times as wide for each restart."""
+        """Return noise, three times as wide for each restart."""
         return widen(noise, self.std, restarts)

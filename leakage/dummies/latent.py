@@ -1,4 +1,4 @@
-"""Images that a generator makes of a code, and maybe of weights that are searched for too."""
+"""Images that a generator makes from latent codes, optionally with a search for its weights."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from leakage.pieces import State
 
 
 class LatentCode(Images):
-    r"""Dummy images are what a generator makes of a code: only images that it knows can come out.
+    r"""Dummy images that a generator makes from latent codes, so that only images in its range can be found.
 
     .. math:: x_n = G_{w + \tau u}(z_n)
 
-    with one code :math:`z_n` for each of the N images. GGL searches for codes alone (:math:`\tau = 0`, the default);
-    then GIAS goes on with the generator's weights, which are each victim's own here, begin at those that were given
-    (u = 0), and are searched for together with the codes. A solver that moves each unknown by its learning rate, as
-    Adam does, moves weights by :math:`\tau` times that.
+    There is one code :math:`z_n` for each of the N images. GGL searches for codes alone (:math:`\tau = 0`, the
+    default). GIAS then also searches for the generator's weights, together with the codes. Here each victim has its own
+    copy of the weights, which starts at the given weights (u = 0). A solver that moves each unknown by its learning
+    rate, as Adam does, moves weights by :math:`\tau` times that.
 
     Args:
-        generator: any module that makes images ``(N, C, H, W)`` of codes ``(N, *code_shape)``, or the path of a file
-            of :meth:`leakage.models.Generator.save`. It is copied, put into evaluation mode, and never changed.
-        code_shape: of the code of one image, such as ``[64]``; a :class:`~leakage.models.Generator` tells it by itself.
-        std: of the normally distributed start. The generator expects what it was trained on, mostly 1.
-        tuning: :math:`\tau`; 0 leaves the generator as it is.
+        generator: any module that makes images ``(N, C, H, W)`` from codes ``(N, *code_shape)``, or the path of a file
+            saved by :meth:`leakage.models.Generator.save`. It is copied, put into evaluation mode, and never changed.
+        code_shape: shape of the code of one image, such as ``[64]``; not needed for a
+            :class:`~leakage.models.Generator`.
+        std: standard deviation of the normally distributed start; use that of the codes in training, usually 1.
+        tuning: :math:`\tau`; with 0 the generator's weights stay fixed.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no module, a file of something else, a shape or number out of range, ``tuning`` of a generator
-            without weights; in ``fit``, a generator that does not take such codes, makes other images than the
-            victims', or can't be run by ``torch.func.vmap``.
+        FileNotFoundError: the file does not exist.
+        ValueError: ``generator`` is not a module, the file holds something else, a shape or number is out of range, or
+            ``tuning`` is used with a generator without weights; in ``fit``, the generator does not accept such codes,
+            makes images of another shape than the victims', or can't be run by ``torch.func.vmap``.
 
     References:
         Jeon et al., *Gradient Inversion with Generative Image Prior* (GIAS), NeurIPS 2021,
@@ -80,12 +81,12 @@ class LatentCode(Images):
             raise ValueError(f"Expected `generator` with weights for tuning={tuning!r}, but got none.")
 
     def shape(self, protocol: Protocol) -> tuple[int, ...]:
-        """``(N, *code_shape)``; with ``tuning`` a single dimension, all codes and then all weights."""
+        """Return ``(N, *code_shape)``; with ``tuning`` a single dimension for all codes followed by all weights."""
         codes = (protocol.num_images, *self.code_shape)
         return (math.prod(codes) + sum(self._sizes),) if self.tuning else codes
 
     def write(self, unknown: Tensor | None, kept: State) -> Tensor:
-        """The generator's images."""
+        """Return the generator's images."""
         assert unknown is not None
         images: Tensor
         if not self.tuning:
@@ -100,14 +101,14 @@ class LatentCode(Images):
         return images
 
     def starts(self, noise: Tensor, restarts: Tensor) -> Tensor:
-        """Noise, as wide for every restart; weights as they were given."""
+        """Return noise of the same standard deviation for every restart, and zero changes of the weights."""
         starts = self.std * noise
         if self.tuning:
             starts[:, -sum(self._sizes) :] = 0
         return starts
 
     def check(self, target: Target) -> None:
-        """The generator must make the victims' images of such codes."""
+        """Raise a ``ValueError`` if the generator does not make images of the victims' shape from such codes."""
         protocol = target.victim.protocol
         codes = (protocol.num_images, *self.code_shape)
         unknowns = torch.zeros(2, *self.shape(protocol))
@@ -118,8 +119,8 @@ class LatentCode(Images):
                 found = tuple(vmap(self.write, in_dims=(0, None))(unknowns.to(like), {}).shape[1:])
         except Exception as error:
             raise ValueError(
-                f"Expected `generator` to take codes of shape {codes} and to be a function of them "
+                f"Expected `generator` to accept codes of shape {codes} and to be a function of them "
                 f"alone that `torch.func.vmap` can run, but got: {error}"
             ) from error
         if found != expected:
-            raise ValueError(f"Expected `generator` to make the victims' images {expected}, but got {found}.")
+            raise ValueError(f"Expected `generator` to make images of the victims' shape {expected}, but got {found}.")

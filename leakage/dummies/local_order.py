@@ -1,4 +1,4 @@
-"""The order in which clients take their images, where they shuffle them."""
+"""The unknown order in which clients that shuffle use their images."""
 
 from __future__ import annotations
 
@@ -9,31 +9,30 @@ from leakage.clients.protocol import Protocol
 from leakage.dummies.dummy import Dummy, Target, widen
 from leakage.pieces import State
 
-# Of the start of the logits: equal shares, but for what tells two steps apart.
+# Standard deviation of the initial logits: shares are nearly equal, with just enough noise to distinguish the steps.
 _STD = 0.1
 
 
 class LocalOrder(Dummy):
-    r"""Which images each local step takes, where clients shuffle them: one more unknown of each victim.
+    r"""The images that each local step uses if clients shuffle them, as another unknown of each victim.
 
-    A client that shuffles takes each of its N images in one of the N / b steps of each epoch, and keeps to itself in
-    which. An attack supposes that each step takes all images, each to a share, and searches for the shares by their
-    logits,
+    A client that shuffles uses each of its N images in one of the N / b steps of each epoch, and does not share in
+    which one. An attack assumes that each step uses a share of every image, and searches for the logits of the shares,
 
     .. math:: w_{e,s,n} = \frac{e^{u_{e,s,n}}}{\sum_{s'} e^{u_{e,s',n}}}, \qquad
         L_{e,s} = \frac{1}{b} \sum_n w_{e,s,n} \, \ell(f_\theta(x_n), y_n)
 
-    together with the images, from nearly equal shares on. Equal ones stand for an order that is not known: the order of
-    the images makes no difference then. Shares of 0 and 1 are the client's own steps, up to the order of the images in
-    the reconstruction. Attacks make use of it by themselves, whatever their pieces are. An evaluation costs N / b times
-    as much as with a known order.
+    together with the images. The search starts from nearly equal shares. Equal shares mean that the order is unknown,
+    and then the order of the images makes no difference. Shares of 0 and 1 are the client's actual steps, up to the
+    order of the images in the reconstruction. Attacks use this class automatically, whatever their pieces are. An
+    evaluation costs N / b times as much as with a known order.
 
     Raises:
-        ValueError: in ``fit``, BatchNorm that normalises by the images of a step.
+        ValueError: in ``fit``, the network has BatchNorm that normalises by the images of a step.
 
     References:
         Dimitrov et al., *Data Leakage in Federated Averaging*, TMLR 2022, https://arxiv.org/abs/2206.12395, who search
-        for images of each epoch with a prior that keeps them the same.
+        for separate images of each epoch, with a prior that keeps them equal.
 
     Example:
         >>> protocol = Protocol((1, 28, 28), 10, num_images=4, local_steps=6, learning_rate=0.1, local_batch_size=2,
@@ -43,29 +42,29 @@ class LocalOrder(Dummy):
     """
 
     def shape(self, protocol: Protocol) -> tuple[int, ...] | None:
-        """``(epochs, N / b, N)``, where clients shuffle."""
+        """Return ``(epochs, N / b, N)`` if clients shuffle, else None."""
         if not protocol.shuffle or protocol.local_batch_size is None:
             return None
         steps = protocol.num_images // protocol.local_batch_size
         return protocol.local_steps // steps, steps, protocol.num_images
 
     def write(self, unknown: Tensor | None, kept: State) -> Tensor:
-        """``(steps, N)``, the share of each image in each step; those in the steps of an epoch add up to 1."""
+        """Return the share of each image in each step, ``(steps, N)``; its shares in an epoch add up to 1."""
         assert unknown is not None
         return unknown.softmax(1).flatten(0, 1)
 
     def starts(self, noise: Tensor, restarts: Tensor) -> Tensor:
-        """Nearly equal shares, three times as uneven for each restart."""
+        """Return logits of nearly equal shares, three times as uneven for each restart."""
         return widen(noise, _STD, restarts)
 
     def check(self, target: Target) -> None:
-        """No image of a step may change the others' gradients."""
+        """Raise a ``ValueError`` if BatchNorm makes the gradient of an image depend on the others in its step."""
         if self.shape(target.victim.protocol) is None:
             return
         for name, module in target.victim.model.named_modules():
             if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
                 raise ValueError(
-                    f"Expected BatchNorm in evaluation mode for clients that shuffle their images, but got {name!r} "
-                    "that normalises by those of a step, which an attack does not know. Call `model.eval()`, or leave "
-                    "`shuffle` out."
+                    f"Expected BatchNorm in evaluation mode for clients that shuffle their images, but got {name!r}, "
+                    "which normalises by the images of a step; an attack does not know them. Call `model.eval()`, or "
+                    "leave `shuffle` out."
                 )

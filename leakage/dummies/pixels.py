@@ -19,63 +19,64 @@ from leakage.pieces import Piece, State
 from leakage.solvers.spectrum import ImageSpectrum
 
 STARTS = ("noise", "grey", "rgap", "auto")
-# Of more images the features take longer than all the rest, so "auto" does without.
+# With more images, computing the features would take longer than the search, so "auto" does not do it.
 _MOST_SEPARATED = 16
 
 
 class Start(Piece, ABC):
-    """Where the search for new victims begins."""
+    """Base class for where the search for new victims begins."""
 
     def check(self, victim: Victim) -> None:
-        """Raise a ``ValueError`` if it can't be used on such victims."""
+        """Raise a ``ValueError`` if this start can't be used on such victims."""
 
     @abstractmethod
     def __call__(self, shared: SharedGradient, victim: Victim, labels: Tensor, noise: Tensor, seed: int) -> Tensor:
-        """Images ``(V, N, C, H, W)``.
+        """Return the initial images, ``(V, N, C, H, W)``.
 
         Args:
             shared: what V victims shared.
-            victim: their network and protocol.
-            labels: ``(V, N)``.
-            noise: ``(V, N, C, H, W)``, the start without this one.
-            seed: of the attack.
+            victim: the victims' network and protocol.
+            labels: labels of the images, ``(V, N)``.
+            noise: ``(V, N, C, H, W)``, the default start that this one replaces.
+            seed: seed of the attack.
         """
 
 
 class RGAPStart(Start):
-    """R-GAP: the images that follow layer by layer from linear equations, clamped to [0, 1].
+    """R-GAP: images computed layer by layer from linear equations, clamped to [0, 1].
 
-    Where the equations of a victim give no numbers it is the noise. See :func:`leakage.closed_form.invert_layers`.
+    If the equations of a victim have no finite solution, the start is noise. See
+    :func:`leakage.closed_form.invert_layers`.
 
     References:
         Zhu and Blaschko, *R-GAP: Recursive Gradient Attack on Privacy*, ICLR 2021, https://arxiv.org/abs/2010.07733.
     """
 
     def check(self, victim: Victim) -> None:
-        """A plain chain of layers, and no more images than the last layer's gradient can hold."""
+        """Raise a ``ValueError`` if the network is no plain chain of layers, or there are too many images for it."""
         check_layers(victim)
 
     def __call__(self, shared: SharedGradient, victim: Victim, labels: Tensor, noise: Tensor, seed: int) -> Tensor:
-        """In closed form."""
+        """Return the images in closed form, or the noise for victims without a solution."""
         images, usable = images_by_layers(shared, victim, labels, seed=seed)
         return images.to(noise).where(usable[:, None, None, None, None], noise)
 
 
 class Pixels(Images):
-    r"""Dummy images as they are, one unknown for each pixel.
+    r"""Dummy images with one unknown for each pixel.
 
     Args:
-        start: ``"noise"``: :math:`N(0, \mathrm{std}^2)`, as for all restarts, whose noise is three times as wide each
-            time; ``"grey"``: the same around 0.5; ``"rgap"``: :class:`RGAPStart`; ``"auto"``: that where it can be had,
-            for up to 16 images whose labels are known and whose gradient nothing has changed; or a :class:`Start` of
-            your own.
-        std: of the noise.
-        box: least and largest value; after each step pixels outside are put on its border. None: anywhere. Images
-            lie in [0, 1].
+        start: ``"noise"`` is :math:`N(0, \mathrm{std}^2)`; ``"grey"`` is 0.5 plus this noise; ``"rgap"`` is
+            :class:`RGAPStart`; ``"auto"`` is ``"rgap"`` where it can be used, for up to 16 images with known labels and
+            without a defense, else ``"noise"``. You can also pass your own :class:`Start`. Restarts begin at noise
+            (around 0.5 for ``"grey"``) that is three times as wide each time.
+        std: standard deviation of the noise.
+        box: smallest and largest value of a pixel; pixels are clamped to it after each step. None for no limits.
+            Images are in [0, 1].
 
     Raises:
-        ValueError: another start, a ``std`` that is not positive, a box that is not two numbers or has no room; in
-            ``fit``, a start that such networks don't have.
+        ValueError: the start is unknown, ``std`` is not positive, or ``box`` is not two numbers in ascending order; in
+            ``fit``, the start can't be used on the victims.
 
     Example:
         >>> Pixels(box=(0, 1))
@@ -91,25 +92,25 @@ class Pixels(Images):
         if box is not None:
             box = check_pair(box=box)
             if not box[0] < box[1]:
-                raise ValueError(f"Expected `box` as the least and the largest value of a pixel, but got {box}.")
+                raise ValueError(f"Expected `box` as the smallest and largest value of a pixel, but got {box}.")
         self.start, self.std, self.box = start, std, box
 
     def shape(self, protocol: Protocol) -> tuple[int, ...]:
-        """``(N, C, H, W)``."""
+        """Return the shape ``(N, C, H, W)``."""
         return (protocol.num_images, *protocol.image_shape)
 
     def write(self, unknown: Tensor | None, kept: State) -> Tensor:
-        """The unknown itself."""
+        """Return the unknown itself."""
         assert unknown is not None
         return unknown
 
     def starts(self, noise: Tensor, restarts: Tensor) -> Tensor:
-        """Noise, three times as wide for each restart."""
+        """Return noise, around 0.5 for ``"grey"``, three times as wide for each restart."""
         noise = widen(noise, self.std, restarts)
         return 0.5 + noise if self.start == "grey" else noise
 
     def check(self, target: Target) -> None:
-        """The start must be one that such networks have."""
+        """Raise a ``ValueError`` if the start can't be used on such victims."""
         if self.start in ("noise", "grey", "auto"):
             return
         if not target.labels_known:
@@ -125,7 +126,7 @@ class Pixels(Images):
     def first_starts(
         self, starts: Tensor, shared: SharedGradient, victim: Victim, labels: Tensor | None, seed: int
     ) -> Tensor:
-        """As ``start`` says."""
+        """Return the first starts according to ``start``."""
         if self.start in ("noise", "grey") or labels is None:
             return starts
         if self.start == "auto":
@@ -138,9 +139,9 @@ class Pixels(Images):
         return self._chosen()(shared, victim, labels, starts, seed)
 
     def project(self) -> Callable[[Tensor], Tensor] | None:
-        """Into the box."""
+        """Return the projection into the box, or None without a box."""
         return None if self.box is None else partial(torch.clamp, min=self.box[0], max=self.box[1])
 
     def preconditioner(self, protocol: Protocol) -> ImageSpectrum:
-        """The power spectrum that images have."""
+        """Return the power spectrum of natural images."""
         return ImageSpectrum(protocol.num_images, protocol.image_shape)

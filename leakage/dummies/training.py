@@ -1,4 +1,4 @@
-"""Generators that an attacker trains on images of the victims' kind."""
+"""Generators that an attacker trains on images of the same kind as the victims' images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from leakage.models.generator import Encoder
 from leakage.pieces import digest
 from leakage.seeds import derive_seed
 
-# Images in a batch, and the images tested at a time.
+# Images in a training batch, and images tested at once.
 _BATCH, _TESTED_AT_ONCE = 64, 100
 
 
@@ -29,11 +29,12 @@ class TrainedGenerator:
     """A generator after some epochs of training.
 
     Attributes:
-        model: in evaluation mode, on the CPU, float32; normally distributed codes ``(N, code_size)`` to images
-            ``(N, C, H, W)`` in [0, 1].
-        epochs: how often it has seen each of its images.
+        model: generator in evaluation mode, on the CPU, float32. It maps normally distributed codes ``(N, code_size)``
+            to images ``(N, C, H, W)`` in [0, 1].
+        epochs: number of passes over the training images.
         seen: ``(M,)`` int64, ascending, the indices in ``data.train`` of the images it was trained on.
-        error: mean square error of the pixels of the test images, written and read again: what it can show of them.
+        error: mean squared error of the pixels of the test images after encoding and decoding, which shows how well the
+            generator can represent them.
     """
 
     model: Generator
@@ -58,36 +59,37 @@ def trained_generator(
     accelerator: str = "auto",
     progress: bool = True,
 ) -> TrainedGenerator:
-    r"""Train a :class:`~leakage.models.Generator`, or read it from the cache: the decoder of a variational autoencoder.
+    r"""Train a :class:`~leakage.models.Generator`, or load it from the cache.
 
-    An encoder, which is thrown away, tells of each image mean :math:`\mu` and variance :math:`\sigma^2` of its code;
-    both are trained by Adam on
+    The generator is the decoder of a variational autoencoder. An encoder computes mean :math:`\mu` and variance
+    :math:`\sigma^2` of the code of each image; it is discarded after training. Encoder and generator are trained by
+    Adam on
 
     .. math:: \frac{1}{2 s} \, \lVert G(\mu + \sigma n) - x \rVert_2^2 + \mathrm{KL}\bigl(N(\mu, \sigma^2) \,\Vert\,
         N(0, 1)\bigr), \qquad n \sim N(0, 1)
 
-    with s the variance of the pixels around what is generated. So codes of images are normally distributed, which is
-    what :class:`~leakage.dummies.LatentCode` starts from. Train it on other images than the victims': what an
-    attacker has.
+    with s the variance of the pixels around the generated image. Codes of images are then normally distributed, as
+    :class:`~leakage.dummies.LatentCode` assumes for its start. Train the generator on images other than the victims',
+    as an attacker has to.
 
-    It is kept as :func:`~leakage.clients.training.trained_network` keeps networks, and depends on the arguments alone
-    in the same way.
+    The generator is cached as :func:`~leakage.clients.training.trained_network` caches networks. Like them, it depends
+    only on the arguments.
 
     Args:
-        data: images whose sides are multiples of 4, such as those of FashionMNIST and CIFAR-10; made ready if it is
-            not yet.
-        epochs: passes over the images; 0 for the first weights.
+        data: images whose sides are multiples of 4, such as those of FashionMNIST and CIFAR-10; it is prepared and set
+            up if needed.
+        epochs: number of passes over the images; 0 for the initial weights.
         code_size, width: see :class:`~leakage.models.Generator`.
-        num_images: train on so many of the training images, drawn by ``seed``; by default on all.
-        learning_rate: of Adam.
-        variance: s; the larger, the smoother the images and the simpler the codes.
-        seed: of weights, images, orders and noise.
+        num_images: number of training images to use, drawn by ``seed``; by default all.
+        learning_rate: learning rate of Adam.
+        variance: s; a larger value gives smoother images and simpler codes.
+        seed: seed of weights, images, orders and noise.
         root, accelerator, progress: see :func:`~leakage.clients.training.trained_network`.
 
     Raises:
-        ValueError: an option out of its range, other data, images of other sizes, more ``num_images`` than there are,
-            or a checkpoint in the cache that is broken (delete it to train anew).
-        FloatingPointError: weights that are no longer finite.
+        ValueError: an option is out of range, ``data`` has another type, its images have other sizes, ``num_images`` is
+            larger than the training set, or a checkpoint in the cache is broken (delete it to train again).
+        FloatingPointError: the weights are no longer finite.
         OSError: the cache can't be written.
 
     References:
@@ -104,7 +106,7 @@ def trained_generator(
     check_positive(learning_rate=learning_rate, variance=variance)
     training = CachedTraining(data, epochs, num_images, _BATCH, seed, "32-true", root, accelerator, progress)
     sides = data.image_shape[1], data.image_shape[2]
-    with torch.random.fork_rng(devices=[]):  # first weights that are drawn anew
+    with torch.random.fork_rng(devices=[]):  # these initial weights are replaced below
         generator = Generator(data.image_shape[0], sides, code_size=code_size, width=width)
         encoder = Encoder(data.image_shape[0], sides, code_size, width)
     module = Autoencoder(generator, encoder, learning_rate, variance, seed)
@@ -121,7 +123,7 @@ def trained_generator(
 
 
 class Autoencoder(LightningModule):
-    """A generator, and an encoder, that learn together."""
+    """A variational autoencoder: an encoder and a generator that are trained together."""
 
     def __init__(
         self, generator: Generator, encoder: Encoder, learning_rate: float, variance: float, seed: int
@@ -133,15 +135,15 @@ class Autoencoder(LightningModule):
         self.error = math.nan
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
+        """Return Adam with the given learning rate."""
         return torch.optim.Adam(self.parameters(), self.learning_rate)
 
     def on_train_epoch_start(self) -> None:
-        """The noise is the same whether or not the training had a break before."""
+        """Seed the noise of this epoch, so that a resumed training has the same noise."""
         torch.manual_seed(derive_seed(self.seed, self.current_epoch, "training noise"))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         images = in_unit_range(batch[0])
         mean, log_variance = self.encoder(images)
         written = self.generator(mean + (log_variance / 2).exp() * torch.randn_like(mean))
@@ -151,23 +153,23 @@ class Autoencoder(LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Look at the weights before they are kept."""
+        """Check that the weights are finite before they are saved."""
         check_weights(self, self.current_epoch, self.learning_rate)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Write images and read them again."""
+        """Encode and decode images, and measure the error."""
         for images in torch.split(batch[0], _TESTED_AT_ONCE):
             found = self.generator(self.encoder(images)[0])
             self.tested.update((found - images).square().flatten(1).mean(1))
 
     def on_test_epoch_end(self) -> None:
-        """Keep the mean."""
+        """Store the mean error."""
         self.error = float(self.tested.compute())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the error."""
+        """Add the error to the checkpoint."""
         checkpoint["leakage"] = {"error": self.error}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the error from the checkpoint."""
         self.error = checkpoint["leakage"]["error"]

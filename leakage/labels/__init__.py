@@ -1,4 +1,4 @@
-"""The labels of a whole batch, read off its gradient."""
+"""Infer the labels of a whole batch from its gradient."""
 
 from leakage.labels.auxiliary import Auxiliary
 from leakage.labels.counts import LabelCounts

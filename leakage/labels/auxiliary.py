@@ -1,4 +1,4 @@
-"""Images of the attacker's own, from which rules learn what gradients to expect."""
+"""The attacker's own images, from which rules learn what gradients to expect."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from leakage.labels.last_layer import LastLayer
 from leakage.seeds import derive_seed
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# Images of noise for a network that victims share, and for each of their own.
+# Number of noise images: for a network that all victims share, and for each network if victims have their own.
 _NOISE, _NOISE_FOR_EACH = 1000, 128
-# The most auxiliary images that are looked at by each network, where each victim has its own.
+# Maximum number of auxiliary images per network, where each victim has its own network.
 _IMAGES_FOR_EACH = 256
-# Where labels are not known, images drawn for each class at the least.
+# Minimum number of images drawn for each class, where labels are not known.
 _DRAWN_FOR_EACH = 20
 
 
 @dataclass
 class Auxiliary:
-    """Images of the same kind as the victims', but never theirs.
+    """The attacker's own images, of the same kind as the victims' images but disjoint from them.
 
-    Labels are not needed: without them each class is given the images that the victims' network takes for it
+    Labels are optional. Without them, each class gets the images that the victims' network predicts to belong to it
     (:meth:`KnownFeatures.with_labels`).
 
     Attributes:
         images: ``(M, C, H, W)``, floats in [0, 1].
-        labels: ``(M,)``, class indices; None if they are not known.
+        labels: ``(M,)``, class indices, or None if they are not known.
 
     Raises:
-        ValueError: other shapes or ranges, or no images.
+        ValueError: there are no images, or a shape, type or value range is wrong.
 
     Example:
         >>> auxiliary = Auxiliary(torch.rand(20, 1, 28, 28), torch.arange(20) % 10)
@@ -69,14 +69,14 @@ class Auxiliary:
         return len(self.images)
 
     def check(self, protocol: Protocol) -> None:
-        """Raise a ``ValueError`` unless they fit what the clients did, and labels tell two images of every class."""
+        """Raise a ``ValueError`` if the images do not fit the protocol or a class has fewer than two labelled ones."""
         if tuple(self.images.shape[1:]) != protocol.image_shape:
             raise ValueError(
                 f"Expected `auxiliary` images of shape {protocol.image_shape}, as the victims', but got "
                 f"{tuple(self.images.shape[1:])}."
             )
         if self.labels is None:
-            if len(self) < 2:  # `auto` learns from some and tries on others
+            if len(self) < 2:  # `auto` learns from some images and tests on others
                 raise ValueError("Expected at least two `auxiliary` images, but got one.")
             return
         outside = self.labels[(self.labels < 0) | (self.labels >= protocol.num_classes)]
@@ -94,7 +94,7 @@ class Auxiliary:
 
 @dataclass
 class KnownFeatures:
-    """Images of the attacker's own as the last layers of W networks see them (1 that is shared)."""
+    """The attacker's images as inputs of the last layers of W networks; W is 1 if victims share one network."""
 
     features: Tensor  # (W, M, D)
     predictions: Tensor  # (W, M, K), class probabilities
@@ -104,29 +104,30 @@ class KnownFeatures:
         return self.features.shape[1]
 
     def select(self, images: Tensor) -> KnownFeatures:
-        """Some of the images, or some of them several times."""
+        """Return the images with these indices; an index may occur several times."""
         labels = None if self.labels is None else self.labels[images]
         return KnownFeatures(self.features[:, images], self.predictions[:, images], labels)
 
     def with_labels(self, seed: int) -> LabelledFeatures:
-        r"""The same with labels; where there are none, with images drawn for every class.
+        r"""Return these features with labels. If there are no labels, images are drawn for every class.
 
-        Class k gets images with probability proportional to their prediction :math:`p_k`. If the network is calibrated,
-        this is what Bayes' rule says of images of class k: those that it is sure of, and those that it mistakes.
+        An image is drawn for class k with probability proportional to its prediction :math:`p_k`. If the network is
+        calibrated, Bayes' rule says that these images are distributed like images of class k, including those that the
+        network misclassifies.
         """
         if self.labels is not None:
             return LabelledFeatures(self.features, self.predictions, self.labels)
         predictions = self.predictions.mean(0)
         each = max(_DRAWN_FOR_EACH, len(self) // predictions.shape[1])
         generator = torch.Generator().manual_seed(derive_seed(seed, 0, "images for every class"))
-        weights = predictions.T.double().cpu() + 1e-30  # those of single precision may all be zero
+        weights = predictions.T.double().cpu() + 1e-30  # single-precision predictions may all be zero
         drawn = torch.multinomial(weights, each, replacement=True, generator=generator).to(predictions.device)
         some = self.select(drawn.flatten())
         labels = torch.arange(len(drawn), device=drawn.device).repeat_interleave(each)
         return LabelledFeatures(some.features, some.predictions, labels)
 
     def split(self, share: float, seed: int) -> tuple[KnownFeatures, KnownFeatures]:
-        """Two disjoint parts, the first with about ``share`` of the images: of each class, where labels are known."""
+        """Split into two disjoint parts, the first with about ``share`` of the images (of each class, if known)."""
         generator = torch.Generator().manual_seed(derive_seed(seed, 0, "images held out"))
         classes = torch.zeros(len(self), dtype=torch.long) if self.labels is None else self.labels.cpu()
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -142,24 +143,24 @@ class KnownFeatures:
 
 @dataclass
 class LabelledFeatures(KnownFeatures):
-    """The same with labels: every class has some."""
+    """Known features with labels; every class has at least one image."""
 
     labels: Tensor
 
     @property
     def one_hot(self) -> Tensor:
-        """``(M, K)``."""
+        """One-hot labels, ``(M, K)``."""
         return F.one_hot(self.labels, self.predictions.shape[2]).to(self.features)
 
 
 def known_features(layer: LastLayer, auxiliary: Auxiliary | None, seed: int) -> KnownFeatures:
-    """Auxiliary images, or else noise, as the victims' networks see them before any local step."""
+    """Return the features of the auxiliary images, or of noise if there are none, before any local step."""
     if auxiliary is None:
         count = _NOISE_FOR_EACH if layer.own_weights else _NOISE
         images = natural_noise(count, layer.protocol.image_shape, derive_seed(seed, 0, "natural noise"))
         auxiliary = Auxiliary(images)
     elif layer.own_weights and len(auxiliary) > _IMAGES_FOR_EACH:
-        # Spread over all of them, which may come class by class.
+        # Take images at even spacing, because they may be sorted by class.
         some = torch.linspace(0, len(auxiliary) - 1, _IMAGES_FOR_EACH).long()
         auxiliary = Auxiliary(auxiliary.images[some], None if auxiliary.labels is None else auxiliary.labels[some])
     features = layer.features(auxiliary.images).to(layer.weight)
@@ -169,7 +170,7 @@ def known_features(layer: LastLayer, auxiliary: Auxiliary | None, seed: int) -> 
 
 
 def natural_noise(count: int, image_shape: tuple[int, ...], seed: int) -> Tensor:
-    """Noise whose amplitude falls with the spatial frequency, as in natural images; ``(count, C, H, W)`` in [0, 1]."""
+    """Return noise with a 1/f amplitude spectrum, as natural images have; ``(count, C, H, W)`` in [0, 1]."""
     channels, height, width = image_shape
     generator = torch.Generator().manual_seed(seed)
     down, across = torch.fft.fftfreq(height, 1 / height)[:, None], torch.fft.rfftfreq(width, 1 / width)

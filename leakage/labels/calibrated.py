@@ -1,4 +1,4 @@
-"""Rules that look at dummy images too, or at images of the attacker's own."""
+"""Rules that also use dummy images or the attacker's own images."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from leakage.labels.last_layer import LastLayer
 from leakage.labels.simulation import draw_images, simulate
 from leakage.seeds import derive_seed
 
-# Images of noise; with them one black and one white.
+# Number of noise images; one black and one white image are added.
 _DUMMIES = 64
-# For `mean_feature`: iterations, images that show how features vary, and victims looked at together.
+# For `mean_feature`: iterations, images used to estimate how features vary, and victims processed at once.
 _ITERATIONS, _IMAGES, _VICTIMS_AT_ONCE = 10, 256, 64
-# The victims' features vary this many times as much as the dummies' at the least and at the most.
+# Bounds on how much the victims' features vary, relative to those of the dummies.
 _SPREAD = (0.7, 1.4)
-# Clients that the expected updates are learnt from.
+# Number of simulated clients from which the expected updates are learnt.
 _SIMULATED = 512
-# How much more the sum of the counts weighs than any other equation.
+# Weight of the equation for the sum of the counts, relative to the largest coefficient of the others.
 _WEIGHT_OF_SUM = 10.0
 _TRACE = 1e-6
 
 
 def llg_star(layer: LastLayer, seed: int) -> Found:
-    r"""LLG*: LLG with impact and offset measured on dummy images: black, white and noise.
+    r"""LLG*: LLG with impact and offset measured on dummy images (black, white and noise).
 
-    With an image of class k alone the sum of row k is :math:`-(1 - p_k) \sum_d h_d`; its mean over dummies
-    and classes, over N and times 1 + 1/K, is the impact. With images of other classes it is
-    :math:`p_k \sum_d h_d`; its mean is the offset of class k.
+    For a single image of class k, the sum of row k is :math:`-(1 - p_k) \sum_d h_d`. Its mean over dummies
+    and classes, divided by N and multiplied by 1 + 1/K, is the impact. For an image of another class, the sum of
+    row k is :math:`p_k \sum_d h_d`. Its mean is the offset of class k.
 
     Wainakh et al., *User-Level Label Leakage from Gradients in Federated Learning*, PETS 2022,
     https://arxiv.org/abs/2105.09369.
@@ -42,10 +42,10 @@ def llg_star(layer: LastLayer, seed: int) -> Found:
 
 
 def llg_plus(layer: LastLayer, known: KnownFeatures) -> Found:
-    """LLG+: as LLG*, with labelled images of the same kind in place of the dummies.
+    """LLG+: LLG with impact and offset measured on auxiliary images instead of dummies.
 
-    The impact of a class is measured on images of this class, its offset on those of the others. Images without
-    labels count as much for each class as they are predicted to be of it.
+    The impact of a class is measured on images of that class, its offset on images of the other classes. An image
+    without a label counts for each class with the predicted probability of that class.
 
     Wainakh et al., *User-Level Label Leakage from Gradients in Federated Learning*, PETS 2022,
     https://arxiv.org/abs/2105.09369.
@@ -61,7 +61,7 @@ def _calibrated(layer: LastLayer, known: KnownFeatures, own: Tensor | None) -> F
     if_own, if_other = (1 - known.predictions) * totals, known.predictions * totals  # (W, M, K)
     every = torch.ones_like(known.predictions)
     own, other = (every, every) if own is None else (own, 1 - own)
-    some = torch.finfo(own.dtype).tiny  # a class may be predicted of no image
+    some = torch.finfo(own.dtype).tiny  # a class may be predicted for no image
     impact = (
         ((if_own * own).sum(1) / own.sum(1).clamp(min=some)).mean(1) * (1 + 1 / layer.num_classes) / layer.num_images
     )
@@ -73,8 +73,8 @@ def _calibrated(layer: LastLayer, known: KnownFeatures, own: Tensor | None) -> F
 def geng(layer: LastLayer, seed: int) -> Found:
     r"""Zero-shot counts: :math:`n_k = N (\bar p_k - g_{b,k})` with :math:`\bar p` the mean prediction on noise.
 
-    Without a bias the rows of the weights' gradient stand in for it, along the mean feature of the noise:
-    :math:`g_{W,k} \cdot \bar h / \lVert \bar h \rVert^2`.
+    Without a bias, the projection of the weight gradient's rows onto the mean feature of the noise replaces
+    :math:`g_{b,k}`: :math:`g_{W,k} \cdot \bar h / \lVert \bar h \rVert^2`.
 
     Geng et al., *Towards General Deep Leakage in Federated Learning*, 2021, https://arxiv.org/abs/2110.09074.
     """
@@ -89,15 +89,15 @@ def geng(layer: LastLayer, seed: int) -> Found:
 
 
 def rlu(layer: LastLayer, known: LabelledFeatures, seed: int) -> Found:
-    r"""RLU: the counts whose expected update of the last bias is the one that was shared.
+    r"""RLU: the counts whose expected update of the last bias is closest to the shared one.
 
     An image of class j is expected to add a vector :math:`c_j` to :math:`N g_b`, so the counts solve
 
     .. math:: \min_n \Bigl\lVert N g_b - \sum_j n_j c_j \Bigr\rVert^2, \qquad n \ge 0, \quad \sum_j n_j = N.
 
-    For one step :math:`c_j` is the mean of :math:`p - y` over the labelled images of class j. For local
-    steps it is learnt by least squares from simulated clients that hold such images and train their
-    last layer as the protocol says; the paper follows the mean of the logits instead.
+    For one step, :math:`c_j` is the mean of :math:`p - y` over the labelled images of class j. For several local
+    steps, it is learnt by least squares from simulated clients, which hold these images and train their
+    last layer according to the protocol. The paper follows the mean of the logits instead.
 
     Chen and Vikalo, *Recovering Labels from Local Updates in Federated Learning*, ICML 2024,
     https://arxiv.org/abs/2405.00955.
@@ -109,7 +109,7 @@ def rlu(layer: LastLayer, known: LabelledFeatures, seed: int) -> Found:
     else:
         drawn, counts = draw_images(known.labels, layer, _SIMULATED, derive_seed(seed, 0, "expected updates"))
         pushes = simulate(layer, known, drawn).push
-        # In double precision on the CPU, whose driver copes with classes that no client holds.
+        # In double precision on the CPU, where the LAPACK driver handles classes that no client holds.
         solution = torch.linalg.lstsq(counts.double(), layer.num_images * pushes.double().cpu()).solution
         expected = solution[None]
     solved = [
@@ -125,25 +125,25 @@ def rlu(layer: LastLayer, known: LabelledFeatures, seed: int) -> Found:
 
 
 def mean_feature(layer: LastLayer, known: KnownFeatures) -> Found:
-    r"""Counts are what the mean prediction leaves over, and the mean prediction follows from the mean feature.
+    r"""Compute counts from the mean prediction, and the mean prediction from the mean feature of all rows.
 
-    Summed over the images, the bias' gradient says that :math:`n = N (\bar p - g_b)` with
+    By the bias gradient, the counts are :math:`n = N (\bar p - g_b)` with
     :math:`\bar p` the mean prediction. Let features be :math:`h_i = \bar h + u_i` with the :math:`u_i` of
-    dummy images (centred). As labels say little about the features of an untrained network,
+    dummy images (centred). Labels say little about the features of an untrained network, so
 
     .. math:: g_{W,k} = g_{b,k} \bar h + C_k - \tfrac{1}{N} \sum_{i: y_i = k} u_i, \qquad
         C = \mathrm{mean}_i \; \mathrm{softmax}(W (\bar h + u_i) + b) \, u_i^\top
 
-    where the last term is noise of variance proportional to :math:`n_k`. So weighted least squares over the
-    K rows gives :math:`\bar h`, then new predictions, C and counts, ten times over. The size of the u is
-    fitted as well. No image of the victims' kind is needed: the dummies are noise with the spectrum
-    of natural images (with auxiliary images, those). Nearly exact on untrained networks of any activation and
-    any number of images; trained networks break the assumption.
+    where the last term is noise with a variance proportional to :math:`n_k`. Weighted least squares over the
+    K rows gives :math:`\bar h`, and then new predictions, C and counts. This is repeated ten times. The scale of the
+    :math:`u_i` is fitted as well. No image of the victims' kind is needed: the dummies are noise with the spectrum
+    of natural images, or the auxiliary images if there are any. The rule is nearly exact on untrained networks, for any
+    activation and any number of images. Trained networks break the assumption.
 
-    This library's own. iLRG takes a feature from each row alone, which is noise where :math:`g_{b,k}` is
-    near zero; all rows together are not.
+    This rule was developed for this library. iLRG computes a feature from each row alone, which is noise where
+    :math:`g_{b,k}` is near zero; the least-squares fit to all rows avoids this.
     """
-    # Spread over all of them, which may come class by class.
+    # Take images at even spacing, because they may be sorted by class.
     features = known.features[:, torch.linspace(0, len(known) - 1, min(_IMAGES, len(known))).long()]
     deviations = features - features.mean(dim=1, keepdim=True)
     parts = [
@@ -159,7 +159,7 @@ def _by_mean_feature(layer: LastLayer, deviations: Tensor) -> Tensor:
     weights = torch.ones_like(push)
     covariance = torch.zeros_like(rows)
     spread = torch.ones_like(push[:, 0])
-    # Logits of deviations do not change but for their size.
+    # The logits of the deviations change only in scale.
     apart = deviations @ layer.weight.mT
     estimates = push
     for iteration in range(_ITERATIONS):
@@ -180,17 +180,17 @@ def _by_mean_feature(layer: LastLayer, deviations: Tensor) -> Tensor:
 
 
 def _on_simplex(matrix: np.ndarray, right: np.ndarray, total: int) -> np.ndarray:
-    """Least squares with counts that are not negative and sum to ``total``, by one equation of great weight."""
+    """Solve least squares for non-negative counts that sum to ``total``; the sum is one heavily weighted equation."""
     classes = matrix.shape[1]
     weight = _WEIGHT_OF_SUM * max(float(np.abs(matrix).max()), 1e-6)
-    # A trace of the identity: classes that are alike make the equations singular, which some solvers refuse.
+    # Add a small multiple of the identity: similar classes make the equations singular, which some solvers refuse.
     rows = np.concatenate([matrix, np.full((1, classes), weight), _TRACE * weight * np.eye(classes)])
     solution: np.ndarray = nnls(rows, np.concatenate([right, [weight * total], np.zeros(classes)]))[0]
     return solution
 
 
 def _dummies(layer: LastLayer, seed: int) -> KnownFeatures:
-    """Black, white and noise."""
+    """Return the features of a black image, a white image and noise."""
     shape = layer.protocol.image_shape
     generator = torch.Generator().manual_seed(derive_seed(seed, 0, "dummy images"))
     noise = torch.rand(_DUMMIES, *shape, generator=generator)

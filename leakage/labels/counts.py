@@ -1,4 +1,4 @@
-"""What rules find: counts, and from estimates to whole numbers of images that sum to N."""
+"""The result of a rule, and the rounding of estimates to whole numbers of images that sum to N."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor
 
 @dataclass
 class LabelCounts:
-    """The labels of V victims as a rule found them.
+    """The labels that a rule inferred for V victims.
 
     Attributes:
-        counts: ``(V, K)`` int64, images of each class; each row sums to N.
-        scores: ``(V, K)``, the higher the more of that class; for rules that count, images before rounding.
-        present: ``(V, K)`` bool, the classes that the rule holds to be there. A rule that finds the set of
-            classes only spreads the N images over them in ``counts``.
-        rule: the rule's name; of ``"auto"`` the one that it chose.
+        counts: ``(V, K)`` int64, number of images of each class; each row sums to N.
+        scores: ``(V, K)``; a higher score means more images of the class. For rules that count, these are the estimated
+            numbers of images before rounding.
+        present: ``(V, K)`` bool, whether the rule considers the class present. If a rule finds only the set of
+            classes, ``counts`` spreads the N images over them.
+        rule: name of the rule; for ``"auto"``, the rule that it chose.
     """
 
     counts: Tensor
@@ -30,24 +31,24 @@ class LabelCounts:
 
     @property
     def labels(self) -> Tensor:
-        """``(V, N)`` class indices, sorted."""
+        """The sorted class indices of each victim's images, ``(V, N)``."""
         victims, classes = self.counts.shape
         every = torch.arange(classes, device=self.counts.device).repeat(victims)
         return every.repeat_interleave(self.counts.flatten()).view(victims, -1)
 
     @staticmethod
     def cat(parts: list[LabelCounts]) -> LabelCounts:
-        """Victims of several parts after one another, of one rule."""
+        """Concatenate the victims of several parts that come from the same rule."""
         fields = ("counts", "scores", "present")
         counts, scores, present = (torch.cat([getattr(part, name) for part in parts]) for name in fields)
         return LabelCounts(counts, scores, present, parts[0].rule)
 
 
 def round_counts(estimates: Tensor, num_images: int) -> Tensor:
-    """Whole numbers ``(V, K)`` that sum to N and are nearest to the estimates ``(V, K)``.
+    """Round estimates ``(V, K)`` to whole numbers ``(V, K)`` that sum to N.
 
-    Estimates that are negative or not finite count as zero. The others are scaled so that they sum to N, and rounded by
-    the method of the largest remainder. All zero means that nothing is known: N is spread evenly.
+    Estimates that are negative or not finite count as zero. The others are scaled to sum to N and rounded by
+    the largest remainder method. If all estimates are zero, N is spread evenly.
 
     Example:
         >>> round_counts(torch.tensor([[1.8, -0.3, 0.9, 0.5]]), 3)
@@ -59,15 +60,15 @@ def round_counts(estimates: Tensor, num_images: int) -> Tensor:
     estimates = estimates * (num_images / estimates.sum(1, keepdim=True))
     whole = estimates.floor()
     left = num_images - whole.sum(1, keepdim=True)
-    # ranks of the remainders: the largest get one more each
+    # Ranks of the remainders: the classes with the largest get one more image each.
     order = (estimates - whole).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return (whole + (order < left)).long()
 
 
 def spread_evenly(present: Tensor, scores: Tensor, num_images: int) -> Tensor:
-    """N images over the classes that are present, as evenly as possible; the rest to those of the highest scores.
+    """Spread N images evenly over the classes that are present; the classes with the highest scores get the rest.
 
-    All are ``(V, K)``; no class that is present counts as all.
+    All tensors are ``(V, K)``. If no class is present, the images are spread over all classes.
 
     Example:
         >>> spread_evenly(torch.tensor([[True, False, True]]), torch.tensor([[0.1, 0.9, 0.3]]), 3)
@@ -81,7 +82,7 @@ def spread_evenly(present: Tensor, scores: Tensor, num_images: int) -> Tensor:
 
 
 def one_by_one(push: Tensor, share: Tensor, counts: Tensor, num_images: int) -> Tensor:
-    """Count one image of the class of the lowest push ``(V, K)``, add its share ``(V,)`` back, and so on up to N."""
+    """Count one image for the class with the lowest push ``(V, K)``, add its share ``(V,)`` back; repeat up to N."""
     push, counts, share = push.clone(), counts.clone(), share[:, None].expand_as(push)
     for _ in range(num_images - int(counts.sum(1).min())):
         most = push.argmin(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Rules that read labels off the last layer's gradient and weights alone."""
+"""Rules that infer labels from the last layer's gradient and weights alone."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 from leakage.labels.counts import one_by_one, round_counts, spread_evenly
 from leakage.labels.last_layer import LastLayer
 
-# Counts, scores and, where a rule says more than the counts do, which classes are there: each (V, K).
+# Counts, scores and the classes that are present, each (V, K); the last is None if the counts say the same.
 Found = tuple[Tensor, Tensor, Tensor | None]
 
-# For `rlg`: a singular value below this share of the largest is rounding; a margin below it is none.
+# For `rlg`: singular values below the first share of the largest one, and margins below the second, count as zero.
 _RANK_TOLERANCE, _MARGIN = 1e-5, 1e-4
 
 
 def idlg(layer: LastLayer) -> Found:
-    r"""iDLG: the gradient of one image's logits, :math:`p - y`, is negative only for its class. Exact.
+    r"""iDLG: the gradient of one image's logits, :math:`p - y`, is negative only for its class. This is exact.
 
-    It is the bias' gradient. A network may be so sure that :math:`p_y - 1` is rounded to zero, and other
-    predictions with it: of classes that share the smallest value, zero, the one of the largest logit is the
-    label, at the feature :math:`h = g_{W,k} / g_{b,k}` of the largest entry. Only a gradient that is zero throughout
-    tells nothing. Without a bias, the rows of the weights' gradient are multiples of one vector,
-    and the class is the one whose row points against all others (of two classes, the one whose row has a
-    negative sum, which is exact where the features can't be negative).
+    The bias gradient equals :math:`p - y`. A network may be so confident that :math:`p_y - 1` and other predictions are
+    rounded to zero. If several classes then share the smallest value, zero, the label is the one with the largest
+    logit, computed from the feature :math:`h = g_{W,k} / g_{b,k}` of the largest entry. Only a gradient that is zero
+    everywhere reveals nothing. Without a bias, the rows of the weight gradient are multiples of one vector,
+    and the label is the class whose row points in the opposite direction to all others. With two classes, it is the one
+    whose row has a negative sum, which is exact if the features can't be negative.
 
     Zhao, Mopuri and Bilen, *iDLG*, 2020, https://arxiv.org/abs/2001.02610.
     """
@@ -41,10 +41,10 @@ def idlg(layer: LastLayer) -> Found:
 
 
 def row_minimum(layer: LastLayer) -> Found:
-    r"""GradInversion: the N classes whose rows of the weights' gradient have the smallest entries.
+    r"""GradInversion: the N classes whose rows of the weight gradient have the smallest entries.
 
-    One image each; where fewer rows have a negative entry, which only a class that is there can have if features
-    can't be negative, the images are spread evenly over these.
+    Each of these classes gets one image. If the features can't be negative, only a class that is present can have a
+    negative entry in its row. If fewer than N rows have one, the images are spread evenly over their classes.
 
     Yin et al., *See through Gradients*, CVPR 2021, https://arxiv.org/abs/2104.07586.
     """
@@ -55,13 +55,14 @@ def row_minimum(layer: LastLayer) -> Found:
 
 
 def llg(layer: LastLayer) -> Found:
-    r"""LLG: every class whose row of the weights' gradient has a negative sum, then the most negative, N in all.
+    r"""LLG: counts from the sums of the weight gradient's rows.
 
-    One image takes from its class's sum :math:`s_k` about the *impact*
+    Every class whose row has a negative sum gets one image. Then the class with the most negative sum gets another one,
+    until N images are counted. One image lowers the sum :math:`s_k` of its class by about the *impact*
 
     .. math:: m = \frac{1}{N} \left( 1 + \frac{1}{K} \right) \sum_{k: s_k < 0} s_k,
 
-    which is put back each time that the class is counted.
+    which is added back each time the class is counted.
 
     Wainakh et al., *User-Level Label Leakage from Gradients in Federated Learning*, PETS 2022,
     https://arxiv.org/abs/2105.09369.
@@ -72,28 +73,29 @@ def llg(layer: LastLayer) -> Found:
 
 
 def by_impact(layer: LastLayer, sums: Tensor, impact: Tensor, offset: Tensor) -> Found:
-    """LLG's extraction: the negative sums first, then, less their offset, the most negative one by one."""
+    """Count labels as LLG does: classes with negative sums first, then the lowest sum less its offset, one by one."""
     negative = (sums < 0).long()
-    # More negative classes than images can only be where features are negative: the lowest stay.
+    # There can be more negative classes than images only if features are negative; the lowest N are kept.
     order = sums.argsort(dim=1, stable=True).argsort(dim=1)
     counts = negative * (order < layer.num_images)
     push = sums + counts * impact[:, None] - offset
     found = one_by_one(push, impact, counts, layer.num_images)
-    # Without any impact images can't be counted, but still be ranked.
+    # With an impact of zero, images can't be counted, but classes can still be ranked.
     return found, ((offset - sums) / impact[:, None].clamp(min=torch.finfo(sums.dtype).tiny)).nan_to_num(), None
 
 
 def ilrg(layer: LastLayer) -> Found:
-    r"""iLRG: class-wise features from the ratio of gradients, their predictions, then counts by least squares.
+    r"""iLRG: features of each class from ratios of gradients, then predictions, then counts by least squares.
 
-    A class's row is mostly made of its own images, so its mean feature is about :math:`\bar h_j = g_{W,j} / g_{b,j}`,
-    and :math:`\hat p_j = \mathrm{softmax}(W \bar h_j + b)` its prediction. The counts n solve
+    The row of a class comes mostly from its own images, so the mean feature is about
+    :math:`\bar h_j = g_{W,j} / g_{b,j}`, and its prediction is
+    :math:`\hat p_j = \mathrm{softmax}(W \bar h_j + b)`. The counts n solve
 
     .. math:: \sum_j n_j \hat p_j - n = N g_b, \qquad \sum_j n_j = N
 
-    in the least-squares sense, and are rounded. Where features can't be negative, only classes whose rows have
-    a negative entry are looked for (this library's reading of the paper): one that is there but far rarer
-    than predicted may have none, and is missed.
+    in the least-squares sense and are rounded. If features can't be negative, only classes whose rows have
+    a negative entry are considered; this is how this library reads the paper. A class that is present but far rarer
+    than predicted may have no such entry, and is then missed.
 
     Ma et al., *Instance-wise Batch Label Restoration via Gradients in Federated Learning*, ICLR 2023,
     https://openreview.net/forum?id=FIrQfNSOoTr.
@@ -107,7 +109,7 @@ def ilrg(layer: LastLayer) -> Found:
     if layer.non_negative:
         candidates = rows.amin(dim=2) < 0
     balance = (predictions.mT - torch.eye(layer.num_classes).to(push)) * candidates[:, None]
-    # The pseudo-inverse, as classes that are left out make columns of zeros.
+    # Use the pseudo-inverse, because excluded classes give columns of zeros.
     equations = torch.cat([balance, candidates[:, None].to(push)], dim=1).double()
     total = torch.full_like(push[:, :1], layer.num_images)
     right = torch.cat([layer.num_images * push, total], dim=1).double()
@@ -116,14 +118,15 @@ def ilrg(layer: LastLayer) -> Found:
 
 
 def rlg(layer: LastLayer) -> Found:
-    r"""RLG: a class is there if a half-space parts it from all others in the gradient's column space.
+    r"""RLG: a class is present if a half-space separates it from all others in the gradient's column space.
 
-    The columns of :math:`g_W` are combinations of the vectors :math:`p_i - y_i`, each negative in its own
-    class alone. With r singular vectors :math:`U \in R^{K \times r}`, r at most N, class c is there only
-    if some x has :math:`(U x)_c < 0` and :math:`(U x)_k \ge 0` for all other k: a linear programme for
-    every class of every victim. While the images' features are linearly independent no class that is there
-    is missed. It finds the set of classes, not their counts, and says nothing from K - 1 images on: as the entries of
-    a column sum to zero, they then span all there is, and every class can be parted from the others.
+    The columns of :math:`g_W` are combinations of the vectors :math:`p_i - y_i`, each of which is negative only in its
+    own class. With r singular vectors :math:`U \in R^{K \times r}`, r at most N, class c is present only
+    if some x has :math:`(U x)_c < 0` and :math:`(U x)_k \ge 0` for all other k. This is a linear program for
+    every class of every victim. If the features of the images are linearly independent, no class that is present
+    is missed. The rule finds the set of classes, not their counts. It is uninformative from K - 1 images on: the
+    entries of a column sum to zero, so the columns then span the whole space of such vectors, and every class can be
+    separated from the others.
 
     Dang et al., *Revealing and Protecting Labels in Distributed Training*, NeurIPS 2021,
     https://arxiv.org/abs/2111.00556.
@@ -140,7 +143,10 @@ def rlg(layer: LastLayer) -> Found:
 
 
 def _margins(vectors: np.ndarray) -> np.ndarray:
-    """For each row how far it can be on the negative side of a plane, relative to its length, all others not being."""
+    """Return how far each row can lie on the negative side of a plane that has no other row on that side.
+
+    Margins are relative to the lengths of the rows.
+    """
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     rows = vectors / np.where(lengths > 0, lengths, 1)
     margins = np.zeros(len(rows))
@@ -154,7 +160,7 @@ def _margins(vectors: np.ndarray) -> np.ndarray:
 
 
 def _largest_logits(layer: LastLayer) -> Tensor:
-    """Logits ``(V, K)`` of one image, above zero in order; its feature is the ratio of the gradients."""
+    """Return the ranks, from 1, of one image's logits, ``(V, K)``; its feature is the ratio of the gradients."""
     rows, push = layer.rows.double(), layer.gradients.double()
     largest = push.abs().argmax(dim=1, keepdim=True)
     row = rows.take_along_dim(largest[..., None], dim=1).squeeze(1)
@@ -164,12 +170,12 @@ def _largest_logits(layer: LastLayer) -> Tensor:
 
 
 def _against_the_others(rows: Tensor) -> Tensor:
-    """Rows ``(V, K, D)`` that are multiples of one vector as multiples ``(V, K)``, signed so that most are positive."""
-    # In double precision and at a common size, as squares of small numbers would vanish.
+    """Return the factors ``(V, K)`` of rows ``(V, K, D)`` that are multiples of one vector, most of them positive."""
+    # Use double precision and a common scale, because squares of small numbers would underflow.
     size = rows.abs().amax(dim=(1, 2), keepdim=True).double()
     rows = rows.double() / torch.where(size > 0, size, 1)
     longest = rows.square().sum(-1).argmax(dim=1)
     along = torch.einsum("vkd,vd->vk", rows, rows[torch.arange(len(rows), device=rows.device), longest])
     surplus = along.sign().sum(1)
-    # As many one way as the other: the signs alone do not tell which is which.
+    # With equally many of each sign, the signs alone do not decide.
     return torch.where((surplus == 0)[:, None], rows.sum(-1), along * surplus.sign()[:, None])

@@ -1,4 +1,4 @@
-"""The labels of a whole batch, read off what its client shared."""
+"""Infer the labels of a whole batch from what its client shared."""
 
 from __future__ import annotations
 
@@ -22,74 +22,78 @@ from leakage.pieces import digest
 from leakage.precision import full_precision
 from leakage.seeds import derive_seed
 
-# Victims with networks of their own that are looked at together; bounds the memory, not the result.
+# Victims with their own networks that are processed at once; this limits the memory and does not change the result.
 _NETWORKS_AT_ONCE = 64
-# Where victims have networks of their own, `auto` takes the first of these that can be used; `geng` always can where
-# the attacker is told the learning rate.
+# Where victims have their own networks, `auto` takes the first usable rule of these. `geng` is always usable if the
+# learning rate is known.
 _WITHOUT_SIMULATION = ("mean_feature", "geng", "row_minimum")
-# The order in which `auto` tries rules, and takes the first of equals; not `rlg`, whose linear programmes take long.
+# The order in which `auto` tries rules; of equally good ones it takes the first. `rlg` is left out, because its linear
+# programs take long.
 _PREFERRED = ("mean_feature", "ilrg", "geng", "row_minimum", "llg", "llg_star", "llg_plus", "rlu")
-# For `auto`: simulated clients, and the share of the auxiliary images that they hold.
+# For `auto`: number of simulated clients, and the share of the auxiliary images that they hold.
 _TRIED_ON, _HELD_OUT = 400, 1 / 4
-# A recall that is as good as all, how many rules must reach it to be believed, and what is added to the posterior's
-# where the images are noise.
+# A recall that counts as perfect, the number of rules that must reach it for the posterior to be skipped, and the bonus
+# for the posterior where the images are noise.
 _GOOD_ENOUGH, _AGREEING, _MARGIN = 0.99, 3, 0.03
 
 
 class LabelReader:
-    r"""Reads off gradients how many images of each class are behind them, and keeps what it has learnt.
+    r"""Infer from gradients how many images of each class a batch holds.
 
-    With cross-entropy the gradient of the last layer is a mean of :math:`(p_i - y_i) h_i^\top` over the
-    images i, with h the layer's inputs, p the predictions and y the one-hot labels: all rules
-    start from there. No rule sees the victims' images or labels.
+    With cross-entropy, the gradient of the last layer is the mean of :math:`(p_i - y_i) h_i^\top` over the
+    images i, with h the layer's inputs, p the predictions and y the one-hot labels. All rules
+    start from this. No rule sees the victims' images or labels.
 
     ================ ==================================================== ===============================
     rule             finds                                                needs
     ================ ==================================================== ===============================
     ``idlg``         the label of one image, exactly                      one image
-    ``row_minimum``  distinct labels (GradInversion)                      weights' gradient, N ≤ K
+    ``row_minimum``  distinct labels (GradInversion)                      weight gradient, N ≤ K
     ``llg``          counts from sums of rows                             non-negative inputs of the layer
-    ``llg_star``     the same, calibrated on black, white and noise       the same
-    ``llg_plus``     the same, calibrated on auxiliary images             the same, auxiliary images
-    ``rlg``          the set of classes, by linear programmes             weights' gradient, N ≤ K - 2
+    ``llg_star``     as ``llg``, calibrated on black, white and noise     non-negative inputs of the layer
+    ``llg_plus``     as ``llg``, calibrated on auxiliary images           as ``llg``, auxiliary images
+    ``rlg``          the set of classes, by linear programs               weight gradient, N ≤ K - 2
     ``ilrg``         counts from features of each class                   both gradients
     ``geng``         counts from mean predictions on noise                nothing
     ``mean_feature`` counts from the batch's mean feature                 both gradients
-    ``rlu``          counts by their expected update of the bias          auxiliary images, shared weights
-    ``posterior``    counts by their learnt posterior                     weights' gradient, shared weights
-    ``auto``         the best of them, see below                          nothing
+    ``rlu``          counts from their expected update of the bias        auxiliary images, shared weights
+    ``posterior``    counts from their learnt posterior                   weight gradient, shared weights
+    ``auto``         the best of these rules, see below                   nothing
     ================ ==================================================== ===============================
 
-    ``auto`` takes ``idlg`` for one image. Where victims share their weights, it simulates clients that hold a
+    ``auto`` takes ``idlg`` for one image. If victims share their weights, it simulates clients that hold a
     quarter of the auxiliary images, and takes the rule that finds most of their labels. Without auxiliary
-    images they hold noise with the spectrum of natural images, labelled as the network predicts: good enough
-    to tell an untrained network from a trained one, but on a trained one auxiliary images are worth far more. Where
-    victims have networks of their own, it takes ``mean_feature``, or ``geng`` where a gradient is missing, untried:
-    after local steps that change predictions much another may find more, as ``row_minimum`` for few images.
+    images, these clients hold noise with the spectrum of natural images, labelled by the network's predictions. This is
+    enough to distinguish an untrained network from a trained one, but on a trained network auxiliary images give much
+    better results. If victims have their own networks, nothing is simulated: ``auto`` takes ``mean_feature``, or
+    ``geng`` if a gradient is missing. After local steps that change predictions a lot, another rule may find more, such
+    as ``row_minimum`` for few images.
 
-    After local steps the average gradient is taken for a gradient: by ``ilrg`` and ``mean_feature`` at the weights
-    half-way, by the others at those that were given. ``rlu`` and ``posterior`` simulate the last layer's steps. Of
-    momentum and weight decay it is freed first (:func:`leakage.labels.last_layer.mean_gradient`). Where the attacker is
-    not told their learning rate, and so not how long the average is, only ``idlg``, ``row_minimum`` and ``rlg`` serve.
+    After local steps, the average gradient is treated as a single gradient. ``ilrg`` and ``mean_feature`` take it at
+    the weights half-way through the steps, the other rules at the initial weights. ``rlu`` and ``posterior`` simulate
+    the last layer's steps. The effects of momentum and weight decay are removed first
+    (:func:`leakage.labels.last_layer.mean_gradient`). If the learning rate is unknown, so is the length of the average
+    gradient, and only ``idlg``, ``row_minimum`` and ``rlg`` can be used.
 
-    Where clients are known to shorten their gradients (:class:`~leakage.defenses.Clip`,
-    :class:`~leakage.defenses.DPSGD`) and both gradients of the last layer are shared, rules are given them as long as
-    they must have been for the labels to be whole numbers (:func:`leakage.labels.length.restore_length`).
+    If clients are known to shorten their gradients (:class:`~leakage.defenses.Clip`,
+    :class:`~leakage.defenses.DPSGD`) and share both gradients of the last layer, the gradients are first scaled to the
+    length at which the label counts become whole numbers (:func:`leakage.labels.length.restore_length`).
 
-    What ``auto`` chose and ``posterior`` learnt serves for all victims of one network, of the same protocol and number
-    of images: only another network is learnt about anew. So what is found about a victim does not depend on
-    which victims were read before. :meth:`state_dict` has all of it, for a checkpoint.
+    The reader keeps what ``auto`` chose and what ``posterior`` learnt, and uses it for all victims with the same
+    network, protocol and number of images. It learns again only for another network, so the result for a victim does
+    not depend on the victims before it. :meth:`state_dict` returns all that was learnt, for a checkpoint.
 
     Args:
-        rule: a name of the table.
-        auxiliary: images of the attacker's own, of the same kind as the victims' but never theirs.
-        seed: of dummy images and simulated clients.
+        rule: name of a rule in the table.
+        auxiliary: the attacker's own images, of the same kind as the victims' images but disjoint from them.
+        seed: seed of dummy images and simulated clients.
 
     Raises:
-        ValueError: an unknown rule, a seed that is no such number, ``auxiliary`` of another type.
+        ValueError: the rule is unknown, the seed is not a valid whole number, or ``auxiliary`` has another type.
 
     References:
-        Those of the rules, in :mod:`leakage.labels.from_gradients`, :mod:`.calibrated` and :mod:`.posterior`.
+        See the docstrings of the rules in :mod:`leakage.labels.from_gradients`, :mod:`.calibrated` and
+        :mod:`.posterior`.
 
     Example:
         >>> from leakage.models import LeNet
@@ -109,42 +113,42 @@ class LabelReader:
         check_count(0, seed=seed)
         if auxiliary is not None and not isinstance(auxiliary, Auxiliary):
             raise ValueError(
-                "Expected `auxiliary` to be a leakage.labels.Auxiliary (which no checkpoint holds: give it again), "
+                "Expected `auxiliary` to be a leakage.labels.Auxiliary (checkpoints do not hold it, so pass it again), "
                 f"but got {type(auxiliary).__name__}."
             )
         self.rule, self.auxiliary, self.seed = rule, auxiliary, seed
         self._forget()
 
     def _forget(self, network: str = "") -> None:
-        self._network = network  # that the following are about
+        self._network = network  # the network that the attributes below belong to
         self._chosen = ""
         self._posterior: LabelPosterior | None = None
 
     def check(self, victim: Victim, *, own_weights: bool = False) -> None:
-        """Raise a ``ValueError`` unless labels can be read off the last layer's gradient by this rule.
+        """Raise a ``ValueError`` if this rule can't infer labels from such victims.
 
         Args:
-            victim: model and protocol.
-            own_weights: whether each victim has a network of its own.
+            victim: the victims' model and protocol.
+            own_weights: whether each victim has its own network.
 
         Raises:
-            ValueError: a loss other than cross-entropy, logits that are not the output of a linear layer, a last
-                layer without gradients, auxiliary images that don't fit, or something that the rule needs is not
-                there; the message names what to use instead.
+            ValueError: the loss is not cross-entropy, the logits are not the output of a linear layer, the last
+                layer shares no gradient, the auxiliary images do not fit, or a need of the rule is not met; the
+                message says what to use instead.
         """
         check_needs(self.rule, self._needs_met(victim, own_weights))
 
     def _needs_met(self, victim: Victim, own_weights: bool) -> dict[str, str | None]:
-        """Those of the rules, where there is what all of them need."""
+        """Check what every rule needs, then return which further needs are met."""
         protocol, layer = victim.protocol, victim.classifier
         if protocol.loss != "cross_entropy":
             raise ValueError(
                 "Expected a victim with loss 'cross_entropy', whose gradient is negative only for the true class, "
                 f"but got loss {protocol.loss!r}. {INSTEAD}"
             )
-        if not layer:  # "" is a model that is one layer, of a kind of its own: images are no vectors
+        if not layer:  # "" is a model that is itself a single layer of a custom class, since images are not vectors
             raise ValueError(
-                "Expected logits that are the output of an nn.Linear layer, whose gradient tells the labels, "
+                "Expected logits that are the output of an nn.Linear layer, whose gradient reveals the labels, "
                 f"but got logits from {victim.logits_from}. {INSTEAD}"
             )
         if not {f"{layer}.weight", f"{layer}.bias"} & {*victim.trainable}:
@@ -158,14 +162,14 @@ class LabelReader:
     @torch.no_grad()
     @full_precision()
     def __call__(self, shared: SharedGradient, victim: Victim) -> LabelCounts:
-        """Counts, scores and labels of every victim, on the device of the gradients.
+        """Infer counts, scores and labels of every victim, on the device of the gradients.
 
         Args:
             shared: gradients of V victims.
-            victim: their model and protocol.
+            victim: the victims' model and protocol.
 
         Raises:
-            ValueError: see :meth:`check`; gradients that don't fit the victim.
+            ValueError: the gradients do not fit the victim, or :meth:`check` fails.
         """
         met = self._needs_met(victim, shared.own_weights)
         check_needs(self.rule, met)
@@ -183,7 +187,7 @@ class LabelReader:
         rule = self.rule
         if rule == "auto" and "idlg" in usable:
             rule = "idlg"
-        elif rule == "auto" and shared.own_weights:  # there is no one network to simulate
+        elif rule == "auto" and shared.own_weights:  # there is no single network to simulate
             rule = next(name for name in _WITHOUT_SIMULATION if name in usable)
         by_length = rule == "auto" or not RULES[rule].by_direction
         noise = noise_of_shortened(shared) if by_length and met["weight"] is None and met["bias"] is None else None
@@ -202,7 +206,7 @@ class LabelReader:
         return LabelCounts(counts, scores, counts > 0 if present is None else present, rule)
 
     def _recognise(self, shared: SharedGradient, victim: Victim, met: dict[str, str | None]) -> None:
-        """Forget what was learnt unless it was learnt about this network, from the same images and seed."""
+        """Forget what was learnt, unless network, images and seed are still the same."""
         state = digest(dict(sorted(shared.state.items())))
         known = state, victim.fingerprint(), victim.protocol.num_images, met, self._digest_of_images, self.seed
         network = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
@@ -215,12 +219,12 @@ class LabelReader:
         return digest({name: tensor for name, tensor in given.items() if tensor is not None})
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learnt, as tensors, numbers and words that a checkpoint may hold; the auxiliary images are not."""
+        """Return what was learnt, as tensors, numbers and strings for a checkpoint, without the auxiliary images."""
         posterior = None if self._posterior is None else self._posterior.state_dict()
         return {"network": self._network, "chosen": self._chosen, "posterior": posterior}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what another reader learnt; it serves if that had the same auxiliary images and seed."""
+        """Load what another reader learnt; it is used only if auxiliary images and seed are the same."""
         self._forget(state["network"])
         self._chosen = state["chosen"]
         if state["posterior"] is not None:
@@ -235,21 +239,23 @@ def infer_labels(
     auxiliary: Auxiliary | None = None,
     seed: int = 0,
 ) -> LabelCounts:
-    """How many images of each class are behind each gradient: a :class:`LabelReader` that is used once.
+    """Infer how many images of each class are behind each gradient.
+
+    This creates a :class:`LabelReader` and uses it once.
 
     Args:
         shared: gradients of V victims.
-        victim: their model and protocol.
+        victim: the victims' model and protocol.
         rule, auxiliary, seed: see :class:`LabelReader`.
 
     Raises:
-        ValueError: see :class:`LabelReader` and its call.
+        ValueError: an argument is invalid, or the rule can't be used; see :class:`LabelReader`.
     """
     return LabelReader(rule, auxiliary=auxiliary, seed=seed)(shared, victim)
 
 
 def _choose(known: Knowledge, usable: list[str]) -> str:
-    """The rule for ``auto``: tried on simulated clients, who hold images that no rule learns from."""
+    """Choose the rule for ``auto``, by a test on simulated clients that hold images no rule learns from."""
     seed = known.seed
     held_out, learnt_from = known.features.split(_HELD_OUT, seed)
     tried_on = held_out.with_labels(seed)
@@ -265,11 +271,11 @@ def _choose(known: Knowledge, usable: list[str]) -> str:
 
     for name in (name for name in _PREFERRED if name in usable):
         try_out(name)
-    # The posterior takes longest. Where several rules agree that nothing is to be gained, as on an untrained network,
-    # it isn't learnt.
+    # The posterior takes longest. It is not learnt if several other rules are already nearly perfect, as they are on an
+    # untrained network.
     agreeing = sum(recall >= _GOOD_ENOUGH for recall in recalls.values())
     if agreeing < _AGREEING and "posterior" in usable:
         try_out("posterior")
-        # Noise is not what victims hold: the rule that assumes least is taken unless it is clearly beaten.
+        # Victims do not hold noise, so prefer the rule that assumes least unless another is clearly better.
         recalls["posterior"] += _MARGIN if known.auxiliary is None else 0
     return max(recalls, key=lambda name: recalls[name])

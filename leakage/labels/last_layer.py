@@ -1,4 +1,4 @@
-"""What label inference looks at: the gradient of the last linear layer, its weights and its inputs."""
+"""The input of label inference: gradient, weights and inputs of the last linear layer."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from leakage.clients.protocol import UNKNOWN, Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 
-# Networks whose features of the same images are computed at once.
+# Networks that process the same images at once.
 _NETWORKS_AT_ONCE = 8
-# Images of one pass through a network that is shared.
+# Images in one pass through a shared network.
 _IMAGES_AT_ONCE = 250
 
 
@@ -34,41 +34,41 @@ class LastLayer:
 
     .. math:: g_b = \frac{1}{N} \sum_i (p_i - y_i), \qquad g_W = \frac{1}{N} \sum_i (p_i - y_i) \, h_i^\top
 
-    where :math:`p_i = \mathrm{softmax}(z_i)` and :math:`y_i` is the one-hot label: the mean over images, and with local
-    steps over steps.
+    where :math:`p_i = \mathrm{softmax}(z_i)` and :math:`y_i` is the one-hot label. With local steps, the gradients are
+    also averaged over the steps.
     """
 
     weight_gradient: Tensor | None  # (V, K, D), None if the layer shares none
     bias_gradient: Tensor | None  # (V, K), None if the layer shares none
-    weight: Tensor  # (V, K, D), or (1, K, D) where victims share their weights
+    weight: Tensor  # (V, K, D), or (1, K, D) if victims share their weights
     bias: Tensor  # (V, K) or (1, K); zeros if the layer has none
-    features: Callable[[Tensor], Tensor]  # the inputs of the layer, (V or 1, M, D), for images (M, C, H, W)
+    features: Callable[[Tensor], Tensor]  # computes the inputs of the layer, (V or 1, M, D), for images (M, C, H, W)
     protocol: Protocol
-    non_negative: bool  # whether the features can't be negative, as behind a ReLU or a sigmoid
-    own_weights: bool  # whether each victim has a network of its own, be it a single victim
+    non_negative: bool  # whether the features can't be negative, as after a ReLU or a sigmoid
+    own_weights: bool  # whether each victim has its own network, even if there is only one victim
 
     @property
     def rows(self) -> Tensor:
-        """The weights' gradient, for rules that need it."""
+        """The weight gradient, for rules that need it."""
         assert self.weight_gradient is not None
         return self.weight_gradient
 
     @property
     def push(self) -> Tensor:
-        """The bias' gradient, for rules that need it."""
+        """The bias gradient, for rules that need it."""
         assert self.bias_gradient is not None
         return self.bias_gradient
 
     @property
     def gradients(self) -> Tensor:
-        """Whichever gradient there is, the bias' if there are both."""
+        """The bias gradient if there is one, else the weight gradient."""
         return self.rows if self.bias_gradient is None else self.bias_gradient
 
     def __len__(self) -> int:
         return len(self.gradients)
 
     def select(self, victims: Tensor) -> LastLayer:
-        """Some of the victims; :attr:`features` stay those of all."""
+        """Return the layer of these victims; :attr:`features` remain those of all victims."""
         names = ["weight_gradient", "bias_gradient", *(["weight", "bias"] if self.own_weights else [])]
         tensors = {name: getattr(self, name) for name in names}
         some: dict[str, Any] = {name: tensor[victims] for name, tensor in tensors.items() if tensor is not None}
@@ -76,20 +76,22 @@ class LastLayer:
 
     @property
     def num_images(self) -> int:
-        """N."""
+        """The number of images N."""
         return self.protocol.num_images
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """The number of classes K."""
         return self.weight.shape[1]
 
     def midway(self) -> LastLayer:
-        r"""The same with the weights half-way through the local steps, where gradients are near their average.
+        r"""Return the layer with its weights half-way through the local steps.
+
+        There, gradients are near their average.
 
         Step t is taken at :math:`\theta_0 - \eta \sum_{s<t} g_s`, so the mean over the steps is about
-        :math:`\theta_0 - \eta \frac{T - 1}{2} \bar g`; with momentum and weight decay see :func:`mean_gradient`.
-        With one step this changes nothing.
+        :math:`\theta_0 - \eta \frac{T - 1}{2} \bar g`. For momentum and weight decay, see :func:`mean_gradient`.
+        With one step, the layer is returned unchanged.
         """
         if self.protocol.local_steps == 1:
             return self
@@ -104,18 +106,18 @@ class LastLayer:
 
 
 def mean_gradient(protocol: Protocol, shared: Tensor, weight: Tensor) -> Tensor:
-    r"""The gradient of an image, on average over the images and local steps, that is behind what was shared.
+    r"""Return the mean gradient over images and local steps, without effects of momentum and weight decay.
 
-    Were the gradients of all steps the same g, momentum would make step t :math:`c_t = 1 + \mu c_{t-1}` times as long,
-    and the average of the steps, which is shared, :math:`\bar c` times g; that is divided out. Weight decay adds
-    :math:`\lambda \theta` to g, which is taken off at the weights half-way, weighted as momentum weighs them. Without
-    both nothing is assumed.
+    If the gradients of all steps were the same g, momentum would make step t :math:`c_t = 1 + \mu c_{t-1}` times as
+    long. The shared average of the steps would be :math:`\bar c` times g, so it is divided by :math:`\bar c`. Weight
+    decay adds :math:`\lambda \theta` to g. This term is subtracted at the weights half-way through the steps, averaged
+    with the same weighting as momentum. Without momentum and weight decay, nothing is assumed.
 
-    Where the learning rate is not told neither is the length of the update, and the weights' share stays in it.
+    If the learning rate is unknown, so is the length of the update, and the term of weight decay is not subtracted.
 
     Args:
-        protocol: of the clients.
-        shared: what they shared of some weights, ``(V, ...)``.
+        protocol: the clients' protocol.
+        shared: what the clients shared of some weights, ``(V, ...)``.
         weight: these weights before the first step, ``(V or 1, ...)``.
     """
     if protocol.local_steps == 1:
@@ -128,26 +130,26 @@ def mean_gradient(protocol: Protocol, shared: Tensor, weight: Tensor) -> Tensor:
 
 
 def _of_one_gradient(protocol: Protocol) -> tuple[float, float]:
-    """How long steps of one and the same gradient are on average, and how far they have come where they are made."""
+    """Return the mean length of the steps for a constant gradient, and the mean distance moved before a step."""
     count, rate = protocol.local_steps, protocol.known_rate
     lengths = list(accumulate(range(1, count), lambda length, _: 1 + protocol.momentum * length, initial=1.0))
     ways = [0.0, *accumulate(lengths[:-1])]
-    # The gradient of step s is in all later ones too, as often as the first is in the step as far from it.
+    # By momentum, the gradient of step s also enters all later steps.
     return sum(lengths) / count, rate * sum(map(mul, lengths[::-1], ways)) / sum(lengths)
 
 
 def _scale(protocol: Protocol) -> float:
-    """That makes a mean over the images of one step of the client's gradient."""
+    """Return the factor that turns the client's gradient into a mean over the images of one step."""
     return 1.0 if protocol.reduction == "mean" else 1 / (protocol.local_batch_size or protocol.num_images)
 
 
 def last_layer(shared: SharedGradient, victim: Victim, *, non_negative: bool | None = None) -> LastLayer:
-    """That of all victims, whose logits are the output of a linear layer.
+    """Return the last layer of all victims, whose logits are the output of a linear layer.
 
     Args:
-        shared: what they shared.
-        victim: their network and protocol.
-        non_negative: see :func:`has_non_negative_features`, which is asked by default.
+        shared: what the victims shared.
+        victim: the victims' network and protocol.
+        non_negative: whether features can't be negative; by default the result of :func:`has_non_negative_features`.
     """
     protocol = shared.protocol
     names = [f"{victim.classifier}.weight", f"{victim.classifier}.bias"]
@@ -173,7 +175,7 @@ def last_layer(shared: SharedGradient, victim: Victim, *, non_negative: bool | N
 
 @torch.no_grad()
 def has_non_negative_features(victim: Victim) -> bool:
-    """Whether the inputs of the last layer can't be negative, tried on a few images of noise."""
+    """Return whether the inputs of the last layer can't be negative, tested on a few images of noise."""
     noise = torch.rand(8, *victim.protocol.image_shape, generator=torch.Generator().manual_seed(0))
     noise = noise.to(victim.state[victim.trainable[0]])
     features = functional_call(_without_classifier(victim), victim.state, noise)
@@ -199,7 +201,7 @@ class _Features:
         size, count = self.together or _IMAGES_AT_ONCE, len(images)
         order = torch.arange(count)
         if self.together is not None:
-            # In any order but the one given, which may be that of the classes; the last pass as large as the others.
+            # Shuffle, because images may be sorted by class, and fill the last pass up to the size of the others.
             order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
             images = images[torch.cat([order, order[: -count % size]]) if size < count else order]
         run: Callable[..., Tensor] = partial(functional_call, self.network)
@@ -211,7 +213,7 @@ class _Features:
 
 
 def _without_classifier(victim: Victim) -> nn.Module:
-    """The model with its last layer replaced by the identity: its output are the features."""
+    """Return the model with its last layer replaced by the identity, so that it outputs the features."""
     network = copy.deepcopy(victim.model)
     assert victim.classifier is not None
     parent, _, name = victim.classifier.rpartition(".")

@@ -1,4 +1,4 @@
-"""How long a gradient was before it was shortened: whole numbers of labels tell."""
+"""Estimate how long a gradient was before it was shortened, using that label counts are whole numbers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from leakage.defenses.base import Defense, known_defenses, told_noise
 from leakage.labels.auxiliary import KnownFeatures
 from leakage.labels.last_layer import LastLayer, mean_gradient
 
-# Lengths that are tried, relative to the one that is expected of clients with random labels: up to so many times the
-# root of the number of images, since few labels make gradients longer.
+# Range and number of the lengths to try, relative to the length expected for random labels. The upper end is
+# multiplied by the square root of the number of images, since few distinct labels make gradients longer.
 _SHORTEST, _LONGEST, _TRIED = 0.3, 2.0, 2000
-# Parameters of the Dirichlet distributions of the clients' labels, from nearly one class to nearly all alike.
+# Parameters of the Dirichlet distributions of the clients' labels, from nearly a single class to nearly uniform.
 _DIRICHLET = (0.1, 0.5, 2.0, 10.0, 100.0)
-# Standard deviation of counts from whole numbers at the true length, and what each image adds: chosen on FashionMNIST,
-# LeNet and ConvNet, 8 to 128 images.
+# Standard deviation of counts from whole numbers at the true length, and what each image adds to it. Chosen on
+# FashionMNIST with LeNet and ConvNet and 8 to 128 images.
 _ROUGHNESS, _ROUGHNESS_OF_IMAGES = 0.1, 0.001
-# Share of the squared length from which noise is much.
+# Noise counts as strong above this share of the squared length.
 _MUCH_NOISE = 0.05
-# Numbers and victims looked at together; bounds the memory, not the result.
+# Numbers and victims processed at once; this limits the memory and does not change the result.
 _NUMBERS_AT_ONCE, _VICTIMS_AT_ONCE = 2**23, 64
 
 
 def noise_of_shortened(shared: SharedGradient) -> Tensor | None:
-    """``(V,)``, the variance of the noise on an entry of the last layer's gradients, of which the clients tell.
+    """Return the known variance of the noise on an entry of the last layer's gradients, ``(V,)``.
 
-    None where they are not known to shorten their gradients.
+    Return None if the clients are not known to shorten their gradients.
     """
     protocol, known = shared.protocol, _known(shared.protocol)
     if not any(defense.shortens for defense in known):
@@ -42,22 +42,26 @@ def noise_of_shortened(shared: SharedGradient) -> Tensor | None:
 
 
 def restore_length(layer: LastLayer, known: KnownFeatures, noise: Tensor) -> LastLayer:
-    r"""The gradients of the last layer as long as they were before the clients shortened them.
+    r"""Scale the gradients of the last layer back to the length they had before the clients shortened them.
 
-    With c the unknown factor, :math:`g = c \, \tilde g`, the ratio of the two gradients gives the mean feature all the
-    same, and that the mean prediction :math:`\bar p` (as in :func:`~leakage.labels.calibrated.mean_feature`). Then
+    Let c be the unknown factor, :math:`g = c \, \tilde g`. The ratio of the two gradients does not depend on c.
+    It gives the mean feature, and this gives the mean prediction :math:`\bar p` (as in
+    :func:`~leakage.labels.calibrated.mean_feature`). The counts are then
 
-    .. math:: n(c) = N (\bar p - c \, \tilde g_b)
+    .. math:: n(c) = N (\bar p - c \, \tilde g_b).
 
-    are the counts. The most probable c of at least 1 is taken: counts are whole numbers, not negative, and as even or
-    uneven as labels of clients are, by a mixture of Dirichlet-multinomial distributions. Noise that the clients tell of
-    makes whole numbers say less. Where it is much, c is what makes counts as uneven as random labels are, and less by
-    the share of the noise, so that what it adds is not taken for labels. This library's own.
+    The function takes the most probable c of at least 1. Counts are non-negative whole numbers, and their prior is a
+    mixture of Dirichlet-multinomial distributions. Known noise makes it matter less that counts are whole numbers. If
+    the noise is strong, c is the factor at which the counts are as uneven as random labels, reduced by the share of
+    the noise, so that the noise is not mistaken for labels. This method was developed for this library.
 
     Args:
-        layer: with both gradients.
-        known: images of the attacker's own as the networks see them.
-        noise: ``(V,)``, its variance on an entry of the gradients.
+        layer: last layer with both gradients.
+        known: features of the attacker's own images.
+        noise: ``(V,)``, variance of the noise on an entry of the gradients.
+
+    Returns:
+        The layer with scaled gradients.
     """
     victims = torch.arange(len(layer), device=layer.weight.device)
     size = max(1, min(_VICTIMS_AT_ONCE, _NUMBERS_AT_ONCE // (_TRIED * layer.num_classes)))
@@ -73,14 +77,14 @@ def restore_length(layer: LastLayer, known: KnownFeatures, noise: Tensor) -> Las
 
 
 def _factors(layer: LastLayer, deviations: Tensor, noise: Tensor) -> Tensor:
-    """``(V,)``, in double precision."""
+    """Return the factors c, ``(V,)``, in double precision."""
     push, count, classes = layer.push.double(), layer.num_images, layer.num_classes
     squares = push.square().sum(1).clamp(min=torch.finfo(push.dtype).tiny)
     mean = (torch.einsum("vk,vkd->vd", push, layer.rows.double()) / squares[:, None]).to(layer.push)
     logits = torch.einsum("vd,vkd->vk", mean, layer.weight.expand(len(push), -1, -1)) + layer.bias
     predictions = (logits[:, None] + deviations @ layer.weight.mT).softmax(2).mean(1).double()
     share = classes * noise / squares
-    # The squared length of N (p - n / N) with random labels, over what there is of it without noise.
+    # The expected squared length of N (p - n / N) for random labels, relative to the observed one without noise.
     uneven = count * (1 - 1 / classes) + count**2 * (predictions - 1 / classes).square().sum(1)
     expected = (uneven / (squares * (1 - share).clamp(min=1e-4))).sqrt() / count
     ends = math.log(_SHORTEST), math.log(_LONGEST * math.sqrt(count))
@@ -92,11 +96,11 @@ def _factors(layer: LastLayer, deviations: Tensor, noise: Tensor) -> Tensor:
 
 
 def _log_probability(count: int, predictions: Tensor, push: Tensor, noise: Tensor, factors: Tensor) -> Tensor:
-    """Of factors ``(V, T)``, up to a constant."""
+    """Return the log-probability of the factors ``(V, T)``, up to a constant."""
     classes = push.shape[1]
     counts = count * (predictions[:, None] - factors[..., None] * push[:, None])
     rough = _ROUGHNESS**2 + (_ROUGHNESS_OF_IMAGES * count) ** 2 + (count * factors) ** 2 * noise[:, None]
-    # How near they are to whole numbers: where the roughness is large, all are as near.
+    # How near the counts are to whole numbers; this is ignored if the roughness is large.
     places = torch.arange(-2, 3, dtype=counts.dtype, device=counts.device)
     apart = (counts - counts.round())[..., None] - places
     near = (-apart.square() / (2 * rough[..., None, None])).logsumexp(3) - (2 * math.pi * rough[..., None]).log() / 2
@@ -111,16 +115,17 @@ def _log_probability(count: int, predictions: Tensor, push: Tensor, noise: Tenso
         for parameter in _DIRICHLET
     ]
     ways = -(whole + 1).lgamma().sum(2)
-    # The longer the gradient was, the less of what was shared is the same error of the counts.
+    # Change of variables: the longer the gradient was, the smaller the shared error that a given error of the counts
+    # corresponds to.
     return near + ways + torch.stack(mixed).logsumexp(0) + (classes - 1) * factors.log()
 
 
 def _known(protocol: Protocol) -> list[Defense]:
-    """Those of the defenses that can be made anew: others may be of somebody's own."""
+    """Return the defenses that can be rebuilt from the protocol; custom defenses are left out."""
     found: list[Defense] = []
-    for told in protocol.defenses:
+    for defense in protocol.defenses:
         try:
-            found += known_defenses([told])
+            found += known_defenses([defense])
         except ValueError:
             continue
     return found

@@ -1,4 +1,4 @@
-"""Counts from a posterior that is learnt on simulated clients: what works on trained networks."""
+"""Counts from a posterior that is learnt on simulated clients, which works on trained networks."""
 
 from __future__ import annotations
 
@@ -16,54 +16,54 @@ from leakage.labels.last_layer import LastLayer
 from leakage.labels.simulation import draw_images, simulate
 from leakage.seeds import derive_seed
 
-# Simulated clients: as many as keep clients * images * classes near the product, between the two limits.
+# The number of simulated clients keeps clients * images * classes near the product, between the two limits.
 _PRODUCT, _FEWEST, _MOST = 2**23, 4096, 16384
-# Clients simulated, and reduced to statistics, at once.
+# Clients simulated and reduced to statistics at once, and the numbers in memory for it.
 _CLIENTS_AT_ONCE, _NUMBERS_AT_ONCE = 2048, 2**25
-# Learning the posterior.
+# Width of the posterior's network, and its training: passes, batch size, learning rate and weight decay.
 _WIDTH, _PASSES, _BATCH, _LEARNING_RATE, _WEIGHT_DECAY = 96, 20, 256, 3e-3, 1e-3
-# Numbers of images of a class that are told apart at most.
+# Maximum number of bins for the number of images of a class.
 _BINS = 64
-# Victims whose posterior is taken at once.
+# Victims whose posterior is computed at once.
 _VICTIMS_AT_ONCE = 256
 
 
 @dataclass
 class LabelPosterior:
-    r"""How many images of each class a gradient speaks for, learnt from clients that the attacker makes up.
+    r"""A learnt posterior of how many images of each class are behind a gradient, trained on simulated clients.
 
-    In a trained network most images are predicted with confidence, so that their :math:`p - y`, and with it
-    their share of any sum over images, nearly vanishes: rules that divide a sum by the share of one image
-    count the few hard images and miss the others. But an image need not weigh much to be seen. Where
-    features are not negative, entries of row k of the weights' gradient are negative through images of class k
-    alone, and each image has features that others lack. So this rule looks at the *distribution* of
-    each row's entries, at many orders of magnitude, and learns what counts they speak for:
+    A trained network predicts most images with confidence, so their :math:`p - y`, and with it
+    their share of any sum over images, nearly vanishes. Rules that divide a sum by the share of one image
+    count the few hard images and miss the others. But an image need not have a large share to be visible. If
+    features are not negative, entries of row k of the weight gradient are made negative only by images of class k,
+    and each image has features that others lack. This rule therefore looks at the *distribution* of
+    each row's entries, over many orders of magnitude, and learns which counts they indicate:
 
-    1. Clients are simulated: label counts are drawn (half of the clients uniform, half Dirichlet), then
-       labelled images of the attacker's own, then what the last layer would share (:mod:`.simulation`).
-    2. Each class's row becomes a few statistics: mean, negative mean, root mean square, smallest and largest
-       entry, share of negative entries, the bias' gradient, and the row along its own weights; each at two or
-       three scales through asinh, beside their mean, smallest and largest over the classes.
-    3. A small network, the same for all classes but for knowing which one it looks at, learns
+    1. Clients are simulated. Label counts are drawn (half of the clients uniform, half Dirichlet), then
+       labelled images of the attacker. From these follows what the last layer would share (:mod:`.simulation`).
+    2. The row of each class becomes a few statistics: mean, negative mean, root mean square, smallest and largest
+       entry, share of negative entries, the bias gradient, and the row along its own weights. Each is taken at two or
+       three scales through asinh, together with its mean, smallest and largest value over the classes.
+    3. A small network, shared by all classes but given the index of the class, learns
        :math:`P(n_k \mid \text{statistics})` by cross-entropy.
     4. The counts that maximise the expected instance recall, :math:`\sum_k E \min(\hat n_k, n_k)`, are the
        N largest of all :math:`P(n_k \ge c)`, c = 1, 2, ...
 
-    Where a gradient says nothing the posterior is the prior, so the rule hardly falls below the trivial guess as
-    long as the images it learnt from are of the victims' kind; learnt from noise it may, on a trained network.
-    This library's own.
+    If a gradient reveals nothing, the posterior is the prior. So the rule hardly falls below the trivial guess if
+    it learns from images of the victims' kind. If it learns from noise, it may do so on a trained network.
+    This rule was developed for this library.
     """
 
     num_images: int
-    scale: Tensor  # mean size of the features
-    centre: Tensor  # of the statistics over the simulated clients
-    spread: Tensor  # likewise
+    scale: Tensor  # mean absolute value of the features
+    centre: Tensor  # mean of the statistics over the simulated clients
+    spread: Tensor  # standard deviation of the statistics over the simulated clients
     edges: Tensor  # the first count of each bin
     network: nn.Module  # statistics to logits of the bins
 
     @classmethod
     def learn(cls, layer: LastLayer, known: LabelledFeatures, seed: int) -> LabelPosterior:
-        """Learn about the one network that the victims share."""
+        """Learn the posterior for the network that all victims share."""
         scale = known.features.abs().mean().clamp(min=1e-12)
         clients = min(max(_PRODUCT // (layer.num_images * layer.num_classes), _FEWEST), _MOST)
         drawn, counts = draw_images(known.labels, layer, clients, derive_seed(seed, 0, "posterior's clients"))
@@ -77,26 +77,26 @@ class LabelPosterior:
         return cls(layer.num_images, scale, centre, spread, edges, network)
 
     def state_dict(self) -> dict[str, Any]:
-        """As tensors and numbers."""
+        """Return the posterior as tensors and numbers."""
         return vars(self) | {"network": dict(self.network.state_dict())}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> LabelPosterior:
-        """The other way round."""
+        """Restore a posterior from its :meth:`state_dict`."""
         width, inputs = state["network"]["0.weight"].shape
-        with torch.device("meta"):  # its first weights play no part, and shall draw nothing
+        with torch.device("meta"):  # the initial weights are not used, so no random numbers are drawn for them
             network = _network(inputs, width, len(state["edges"])).requires_grad_(False)
         network.load_state_dict(state["network"], assign=True)
         return cls(**state | {"network": network})
 
     def to(self, device: torch.device) -> LabelPosterior:
-        """The same on a device."""
+        """Return the posterior on a device."""
         moved = {name: getattr(self, name).to(device) for name in ("scale", "centre", "spread", "edges", "network")}
         return dataclasses.replace(self, **moved)
 
     @torch.no_grad()
     def __call__(self, layer: LastLayer) -> Found:
-        """Counts and expected counts of the victims."""
+        """Return counts and expected counts of the victims."""
         victims = torch.arange(len(layer), device=layer.weight.device)
         statistics = [_statistics(layer.select(part), self.scale) for part in torch.split(victims, _at_once(layer))]
         inputs = _normalised(torch.cat(statistics), self.centre, self.spread)
@@ -108,7 +108,7 @@ class LabelPosterior:
         probabilities = self.network(inputs).softmax(dim=2)
         at_least = probabilities.flip(2).cumsum(2).flip(2)  # P(n_k >= edge)
         tails = _between(at_least, self.edges, self.num_images)
-        # All tails of a class fall, so the largest ones are a beginning of each class.
+        # The tails of a class decrease, so the largest ones are the first tails of each class.
         largest = tails.flatten(1).topk(self.num_images, dim=1).indices // self.num_images
         counts = torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
         counts.scatter_add_(1, largest, torch.ones_like(largest))
@@ -116,7 +116,7 @@ class LabelPosterior:
 
 
 def _statistics(layer: LastLayer, scale: Tensor) -> Tensor:
-    """``(V, K, F)``."""
+    """Return the statistics of each row, ``(V, K, F)``."""
     rows = layer.weight_gradient
     assert rows is not None
     push = layer.bias_gradient if layer.bias_gradient is not None else torch.zeros_like(rows[..., 0])
@@ -142,7 +142,7 @@ def _statistics(layer: LastLayer, scale: Tensor) -> Tensor:
 
 
 def _normalised(statistics: Tensor, centre: Tensor, spread: Tensor) -> Tensor:
-    # Limited, as victims may lie outside what was simulated.
+    # Clamp, because victims may lie outside the range that was simulated.
     inputs = ((statistics - centre) / spread).clamp(-6, 6)
     classes = torch.eye(inputs.shape[1]).to(inputs)
     return torch.cat([inputs, classes.expand(len(inputs), -1, -1)], dim=2)
@@ -153,7 +153,7 @@ def _network(inputs: int, width: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(width, outputs))
 
 
-@torch.inference_mode(False)  # learning works where the caller records no gradients, too
+@torch.inference_mode(False)  # learning also works if the caller records no gradients
 @torch.enable_grad()
 def _learn(inputs: Tensor, bins: Tensor, num_bins: int, seed: int) -> nn.Module:
     inputs, bins = inputs.clone(), bins.clone()
@@ -175,12 +175,12 @@ def _learn(inputs: Tensor, bins: Tensor, num_bins: int, seed: int) -> nn.Module:
 
 
 def _at_once(layer: LastLayer) -> int:
-    """Clients whose rows are in memory at once."""
+    """Return the number of clients whose rows are held in memory at once."""
     return max(1, min(_CLIENTS_AT_ONCE, _NUMBERS_AT_ONCE // layer.weight[0].numel()))
 
 
 def _edges(counts: Tensor) -> Tensor:
-    """The first count of each bin, ascending from 0: every count that occurs, or quantiles of them."""
+    """Return the first count of each bin, ascending from 0: every count that occurs, or quantiles of the counts."""
     occurring = torch.unique(counts)
     if len(occurring) > _BINS:
         quantiles = counts.flatten().sort().values
@@ -192,7 +192,7 @@ def _edges(counts: Tensor) -> Tensor:
 
 
 def _between(at_least: Tensor, edges: Tensor, num_images: int) -> Tensor:
-    r"""From :math:`P(n \ge e)` at the edges ``(V, K, E)`` to P(n >= c), c from 1 to N, by linear interpolation."""
+    r"""Interpolate :math:`P(n \ge e)` at the edges, ``(V, K, E)``, linearly to P(n >= c) for c from 1 to N."""
     wanted = torch.arange(1, num_images + 1, device=edges.device)
     ends = torch.cat([edges, edges[-1:] + 1])
     values = torch.cat([at_least, torch.zeros_like(at_least[..., :1])], dim=2)

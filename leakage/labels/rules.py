@@ -1,4 +1,4 @@
-"""The rules by name, what each needs, and what it may know of the victims' network."""
+"""The rules by name, what each needs, and what the attacker knows about the victims' network."""
 
 from __future__ import annotations
 
@@ -14,63 +14,61 @@ from leakage.labels.from_gradients import Found, idlg, ilrg, llg, rlg, row_minim
 from leakage.labels.last_layer import LastLayer, has_non_negative_features
 from leakage.labels.posterior import LabelPosterior
 
-# What to do where no rule can read labels.
+# The advice where no rule can infer labels.
 INSTEAD = "Use DLGAttack, which recovers labels by optimisation, or reveal the labels (reveal_labels=True)."
 
 
 class Knowledge:
-    """What the attacker knows of the victims' network; not every rule asks for it, so it is worked out on demand."""
+    """What the attacker knows about the victims' network, computed on demand because not every rule needs it."""
 
     def __init__(self, layer: LastLayer, auxiliary: Auxiliary | None, seed: int) -> None:
         self.layer, self.auxiliary, self.seed = layer, auxiliary, seed
 
     @cached_property
     def features(self) -> KnownFeatures:
-        """The attacker's images as the last layer sees them."""
+        """The last layer's inputs for the attacker's images."""
         return known_features(self.layer, self.auxiliary, self.seed)
 
     @cached_property
     def labelled(self) -> LabelledFeatures:
-        """The same with labels."""
+        """The last layer's inputs for the attacker's images, with labels."""
         return self.features.with_labels(self.seed)
 
     @cached_property
     def posterior(self) -> LabelPosterior:
-        """What is learnt from simulated clients."""
+        """The posterior that is learnt from simulated clients."""
         return LabelPosterior.learn(self.layer, self.labelled, self.seed)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule, and some of the keys of :data:`NEEDS`."""
+    """A rule, and its needs as keys of :data:`NEEDS`."""
 
     find: Callable[[LastLayer, Knowledge], Found]
     needs: tuple[str, ...] = ()
-    learns: bool = False  # what is worth keeping for further victims of the same network
-    by_direction: bool = (
-        False  # whether the length of a gradient does not matter, which takes the learning rate to know
-    )
+    learns: bool = False  # whether it learns something to keep for further victims of the same network
+    by_direction: bool = False  # whether it ignores the length of a gradient, and so needs no learning rate
 
     def missing(self, met: dict[str, str | None]) -> list[str]:
-        """The needs that are not met."""
+        """Return the needs that are not met."""
         needs = self.needs if self.by_direction else (*self.needs, "learning rate")
         return [need for need in needs if met[need] is not None]
 
 
-#: What rules may need, in words that follow "Expected".
+#: What rules may need, as text that follows "Expected".
 NEEDS = {
     "weight": "the last layer's weights to share their gradient",
     "bias": "the last layer's bias to share its gradient",
     "one image": "one image per gradient",
     "distinct": "at most as many images as classes",
     "fewer": "at least two images fewer than classes",
-    "non-negative": "inputs of the last layer that can't be negative, as behind a ReLU or a sigmoid",
+    "non-negative": "inputs of the last layer that can't be negative, as after a ReLU or a sigmoid",
     "auxiliary": "`auxiliary` images",
     "shared weights": "victims that share their weights",
-    "learning rate": "clients that tell their learning rate",
+    "learning rate": "clients that reveal their learning rate",
 }
 
-#: Rules by name, each with its paper in its docstring; ``mean_feature`` and ``posterior`` are this library's own.
+#: Rules by name. Their docstrings cite the papers; ``mean_feature`` and ``posterior`` were developed for this library.
 RULES: dict[str, Rule] = {
     "idlg": Rule(lambda layer, known: idlg(layer), ("one image",), by_direction=True),
     "row_minimum": Rule(lambda layer, known: row_minimum(layer), ("weight", "distinct"), by_direction=True),
@@ -87,7 +85,7 @@ RULES: dict[str, Rule] = {
 
 
 def needs_met(victim: Victim, auxiliary: Auxiliary | None, *, own_weights: bool) -> dict[str, str | None]:
-    """For every need None if it is met, else what there is instead."""
+    """Return for every need None if it is met, else the text that follows "but got"."""
     weight, bias = (f"{victim.classifier}.{name}" in victim.trainable for name in ("weight", "bias"))
     count, classes = victim.protocol.num_images, victim.protocol.num_classes
     images = f"{count} images and {classes} classes"
@@ -105,12 +103,12 @@ def needs_met(victim: Victim, auxiliary: Auxiliary | None, *, own_weights: bool)
 
 
 def usable_rules(met: dict[str, str | None]) -> list[str]:
-    """Names of the rules whose needs are all met."""
+    """Return the names of the rules whose needs are all met."""
     return [name for name, rule in RULES.items() if not rule.missing(met)]
 
 
 def check_needs(rule: str, met: dict[str, str | None]) -> None:
-    """Raise a ``ValueError`` that names the rules that would work, unless this one does; ``"auto"`` if any does."""
+    """Raise a ``ValueError`` that names usable rules if this rule, or for ``"auto"`` every rule, is unusable."""
     working = usable_rules(met)
     missing = [] if rule == "auto" else RULES[rule].missing(met)
     if rule == "auto" and not working:  # `geng` needs nothing else

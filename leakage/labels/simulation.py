@@ -1,4 +1,4 @@
-"""Clients that the attacker makes up from labelled images of its own, to learn what gradients mean."""
+"""Simulated clients with the attacker's labelled images, from which rules learn what gradients mean."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from leakage.labels.auxiliary import LabelledFeatures
 from leakage.labels.last_layer import LastLayer, mean_gradient
 
-# Half of the clients have all classes alike; of the others each draws its Dirichlet parameter from this range.
+# Half of the clients have uniform class proportions; each of the others draws its Dirichlet parameter from this range.
 _EVEN_SHARE = 0.5
 _PARAMETERS = (0.05, 10.0)
 # Numbers in the largest tensor of a pass.
@@ -20,16 +20,16 @@ _NUMBERS_AT_ONCE = 2**24
 
 
 def draw_images(labels: Tensor, layer: LastLayer, clients: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Which images each made-up client holds, whatever the victims' labels are distributed like.
+    """Draw the images of each simulated client, independently of how the victims' labels are distributed.
 
-    Half of the clients draw labels uniformly, the others from class proportions of a Dirichlet distribution
-    of their own, from nearly one class to nearly all alike. Images of a label are drawn with replacement.
+    Half of the clients draw labels uniformly. Each of the others draws class proportions from its own Dirichlet
+    distribution, from nearly a single class to nearly uniform. Images of a label are drawn with replacement.
 
     Args:
-        labels: ``(M,)``; every class occurs.
-        layer: for N and K.
-        clients: S.
-        seed: decides all draws.
+        labels: ``(M,)``, in which every class occurs.
+        layer: the last layer, which defines N and K.
+        clients: number of clients S.
+        seed: seed of all draws.
 
     Returns:
         Indices of images ``(S, N)``, and the counts of their labels ``(S, K)``.
@@ -43,7 +43,7 @@ def draw_images(labels: Tensor, layer: LastLayer, clients: int, seed: int) -> tu
     proportions[random.random(clients) < _EVEN_SHARE] = 1 / classes
     counts = random.multinomial(count, proportions)
     held = np.repeat(np.tile(np.arange(classes), clients), counts.ravel()).reshape(clients, count)
-    held = random.permuted(held, axis=1)  # local steps take them in this order
+    held = random.permuted(held, axis=1)  # the order in which local steps take them
     order = labels.argsort(stable=True).cpu().numpy()
     sizes = labels.bincount(minlength=classes).cpu().numpy()
     starts = np.cumsum(sizes) - sizes
@@ -52,17 +52,17 @@ def draw_images(labels: Tensor, layer: LastLayer, clients: int, seed: int) -> tu
 
 
 def simulate(layer: LastLayer, known: LabelledFeatures, drawn: Tensor) -> LastLayer:
-    """What made-up clients that hold ``drawn`` images ``(S, N)`` would share of the last layer.
+    """Return what simulated clients that hold the images ``drawn``, ``(S, N)``, would share of the last layer.
 
-    With local steps it is trained as the protocol says, while features stay as they were: exact for one step, near for
-    small steps.
+    With local steps, the layer is trained according to the protocol while its inputs stay fixed. This is exact for one
+    step and a good approximation for small steps.
     """
     held = known.features[0], known.labels
     images, classes, features = drawn.shape[1], layer.num_classes, known.features.shape[2]
     largest = max(images * features, classes * features, 3 * images * classes)
     parts = [_train(layer, *held, part) for part in torch.split(drawn, max(1, _NUMBERS_AT_ONCE // largest))]
     weights, biases = zip(*parts, strict=True)
-    # No more than the victims share: a rule must not learn to read what it will not get.
+    # Return only what the victims share, so that no rule learns from a gradient it will not get.
     return dataclasses.replace(
         layer,
         weight_gradient=None if layer.weight_gradient is None else torch.cat(weights),
@@ -75,7 +75,7 @@ def _train(layer: LastLayer, features: Tensor, labels: Tensor, drawn: Tensor) ->
     size = protocol.local_batch_size or drawn.shape[1]
     rate, times = protocol.known_rate, size if protocol.reduction == "sum" else 1
     drawn = drawn.to(features.device)
-    # What is frozen, or not there, does not move.
+    # Frozen or missing parameters do not move.
     moving = [layer.weight_gradient is not None, layer.bias_gradient is not None]
     starts = values = [layer.weight, layer.bias]
     velocities = totals = [torch.zeros((), device=features.device)] * 2

@@ -1,4 +1,4 @@
-"""What a search lowers: distances between gradients and priors of images, each with a weight."""
+"""Objectives that a search minimises: weighted sums of gradient distances and image priors."""
 
 from leakage.objectives.chain_objective import ChainObjective
 from leakage.objectives.distances import (

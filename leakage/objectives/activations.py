@@ -1,4 +1,4 @@
-"""Activations with their first and second derivatives, for networks that are differentiated by hand."""
+"""Activations with their first and second derivatives, for differentiation without autograd."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-# An activation's outputs, its first derivative and its second, None where that is 0.
+# An activation's outputs, first derivative and second derivative (None where that is 0).
 _Derivatives = tuple[Tensor, Tensor, Tensor | None]
 
 

@@ -1,6 +1,6 @@
 """The layers of a chain for V victims at once: outputs, derivatives, and both along the residual of the gradients.
 
-Long for what autograd could do, but about twice as fast as ``vmap(grad_and_value(...))``.
+Autograd could do this in less code, but this is about twice as fast as ``vmap(grad_and_value(...))``.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from leakage.clients.low_rank import split
 from leakage.models.layers import AveragePooling
 from leakage.objectives.activations import ACTIVATIONS
 
-# With fewer channels per group than this a matrix product with all patches is faster than a grouped convolution.
+# With fewer channels per group, a matrix product with all patches is faster than a grouped convolution.
 _FEWEST_CHANNELS = 4
-# Products that are added one after another in a last layer of many features.
+# Number of products summed at once in a last layer with many features.
 _ADDED = 64
 
 
 class Step(ABC):
-    """One module for V victims. All tensors are ``(V, N, *shape)``; each method keeps what the later ones need."""
+    """One module for V victims. All tensors are ``(V, N, *shape)``; each method stores what later methods need."""
 
     @abstractmethod
     def forward(self, inputs: Tensor) -> Tensor:
-        """Outputs."""
+        """Return the outputs."""
 
     @abstractmethod
     def backward(self, delta: Tensor) -> Tensor:
-        """The loss's derivative by the inputs from that by the outputs; not defined before and at the first layer."""
+        """Return the loss's derivative by the inputs from that by the outputs; undefined up to the first layer."""
 
     @abstractmethod
     def tangent(self, tangent: Tensor) -> Tensor:
-        """The outputs' derivative along the residual from that of the inputs."""
+        """Return the outputs' derivative along the residual from that of the inputs."""
 
     @abstractmethod
     def tangent_backward(self, tangent: Tensor) -> Tensor:
-        """The derivative along the residual of what :meth:`backward` gives, from that of what it was given."""
+        """Return the derivative along the residual of the result of :meth:`backward`, from that of its argument."""
 
     def distances(self) -> list[Tensor]:
-        """Squared norms ``(V,)`` of the residuals of its parameters."""
+        """Return the squared norms ``(V,)`` of the residuals of the module's parameters."""
         return []
 
 
@@ -120,7 +120,7 @@ class _Pooling(Step):
 
 @dataclass
 class _Parameter:
-    """A weight or bias ``(V or 1, *shape)``, the gradient that victims shared (if they did), and what it lacks."""
+    """A weight or bias ``(V or 1, *shape)``, the gradient that victims shared of it (or None), and the residual."""
 
     value: Tensor
     shared: Tensor | None
@@ -136,23 +136,23 @@ class _Layer(Step):
 
     @abstractmethod
     def _enter(self, inputs: Tensor) -> Tensor:
-        """Inputs in the layout of the layer."""
+        """Return the inputs in the layout of the layer."""
 
     def _enter_back(self, delta: Tensor) -> Tensor:
-        """The same for derivatives by the outputs."""
+        """Return derivatives by the outputs in the layout of the layer."""
         return delta
 
     @abstractmethod
     def _apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Outputs, with any weight and bias."""
+        """Return the outputs for any weight and bias."""
 
     @abstractmethod
     def _transposed(self, *pairs: tuple[Tensor, Tensor]) -> Tensor:
-        """Derivatives by the inputs, summed over pairs of derivatives by the outputs and weights."""
+        """Return derivatives by the inputs, summed over pairs of derivatives by the outputs and weights."""
 
     @abstractmethod
     def _by_parameters(self) -> list[Tensor]:
-        """Gradients of the parameters."""
+        """Return the gradients of the parameters."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.shape = inputs.shape
@@ -179,7 +179,7 @@ class _Layer(Step):
 
 
 class _Linear(_Layer):
-    """Rows ``(V, N, D)``."""
+    """A linear layer, on rows ``(V, N, D)``."""
 
     def _enter(self, inputs: Tensor) -> Tensor:
         return inputs.flatten(2)
@@ -192,16 +192,16 @@ class _Linear(_Layer):
         return _sum([delta @ _one_or_each(weight) for delta, weight in pairs])
 
     def _by_parameters(self) -> list[Tensor]:
-        one = self.shape[1] == 1  # image: the product of a column and a row
+        one = self.shape[1] == 1  # a single image: the product of a column and a row
         by_weight = self.delta.mT * self.inputs if one else self.delta.mT @ self.inputs
         return [by_weight, self.delta.sum(1)][: len(self.parameters)]
 
 
 class _LowRankLinear(_Linear):
-    r"""A last layer whose gradient was shared in a basis Q of its columns (:mod:`leakage.clients.low_rank`).
+    r"""A last layer whose gradient is given in a basis Q of its columns (:mod:`leakage.clients.low_rank`).
 
-    The residual of its weights is :math:`Q S + R^\top H`; only the factors are ever made. The weights, which are many,
-    are taken as they are: of inputs that the layer before adds for its own sake nothing is read.
+    The residual of its weights is :math:`Q S + R^\top H`; only the factors are computed. The weights are large and are
+    not padded, so inputs that the layer before added only for speed are ignored.
     """
 
     def __init__(self, plan: Plan, weight: _Parameter, bias: _Parameter | None, basis: Tensor) -> None:
@@ -213,7 +213,7 @@ class _LowRankLinear(_Linear):
         return inputs.flatten(2)[..., : self.columns.shape[-2]]
 
     def _apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # In parts: one sum of so many products would be rounded more than what clients compute.
+        # In parts, because a single sum of so many products would have a larger rounding error than the clients' own.
         pairs = zip(torch.split(inputs, _ADDED, dim=-1), torch.split(self.columns, _ADDED, dim=-2), strict=True)
         outputs = torch.stack([part @ columns for part, columns in pairs]).sum(0)
         return outputs if bias is None else outputs.add_(bias[:, None])
@@ -250,7 +250,7 @@ class _LowRankLinear(_Linear):
 
 
 class _GroupedConvolution(_Layer):
-    """Maps ``(N, V * C, H, W)``, convolved in one group per victim; in a single one where they share the weights."""
+    """A convolution of maps ``(N, V * C, H, W)`` with one group per victim, or one group if they share weights."""
 
     def __init__(self, plan: Plan, weight: _Parameter, bias: _Parameter | None) -> None:
         super().__init__(plan, weight, bias)
@@ -282,7 +282,7 @@ class _GroupedConvolution(_Layer):
         return [gradient.reshape(shape) for gradient, shape in zip(gradients, shapes, strict=False)]
 
     def _backward(self, delta: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> list[Tensor]:
-        """Derivatives by inputs, weight and bias, those that are wanted."""
+        """Return those of the derivatives by inputs, weight and bias that are wanted."""
         groups = len(weight)
         maps = self._in_groups(delta, groups), self._in_groups(self.inputs, groups), weight.flatten(0, 1)
         options = [groups * weight.shape[1]], *self.geometry, False, [0, 0], groups, wanted
@@ -329,15 +329,15 @@ class _PatchProduct(_Layer):
 class Plan(Link):
     """A module of the chain, and how it is computed."""
 
-    first: bool = False  # of the layers with weights
+    first: bool = False  # whether it is the first of the layers with weights
     more_inputs: int = 0  # channels (features for Linear) that the layer before adds where that is faster
-    more_outputs: int = 0  # channels that it adds itself, whose outputs are zero behind the activation
-    idle: float = 0.0  # the bias of these
+    more_outputs: int = 0  # channels that this layer adds, whose outputs are zero after the activation
+    idle: float = 0.0  # the bias of the added channels
 
     def step(self, state: Mapping[str, Tensor], gradients: Mapping[str, Tensor], basis: Tensor | None = None) -> Step:
-        """The module with the weights of victims, ``(V or 1, *shape)``, and the gradients that they shared.
+        """Return the module with the weights of victims, ``(V or 1, *shape)``, and the gradients that they shared.
 
-        ``basis`` is that of the last layer's, where it is given in one.
+        ``basis`` is the basis of the last layer's gradient, if it is given in one.
         """
         module = self.module
         if isinstance(module, Normalize):
@@ -372,13 +372,13 @@ class Plan(Link):
 
 
 def _groups_well(weight: Tensor) -> bool:
-    """Whether grouped convolutions with such weights are one operation, not a loop over the groups."""
+    """Return whether a grouped convolution with such weights is one operation, not a loop over the groups."""
     has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return weight.device.type != "cpu" or (weight.dtype == torch.float32 and has_onednn)
 
 
 def _merge(maps: Tensor) -> Tensor:
-    """``(V, N, C, H, W)`` to ``(N, V * C, H, W)``: no copy for what convolutions and poolings gave."""
+    """Reshape ``(V, N, C, H, W)`` to ``(N, V * C, H, W)``, without a copy for outputs of convolution and pooling."""
     return maps.transpose(0, 1).flatten(1, 2).contiguous()
 
 
@@ -391,7 +391,7 @@ def _one_or_each(weight: Tensor) -> Tensor:
 
 
 def _over_images(tensor: Tensor) -> Tensor:
-    """Sum over the first dimension, without a copy for a single image."""
+    """Return the sum over the first dimension, without a copy for a single image."""
     return tensor[0] if len(tensor) == 1 else tensor.sum(0)
 
 

@@ -1,4 +1,4 @@
-"""The squared gradient distance and its derivatives for networks that are a plain chain, without autograd."""
+"""The squared gradient distance and its derivatives for plain chains of layers, without autograd."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from leakage.models.layers import AveragePooling
 from leakage.objectives.activations import ACTIVATIONS
 from leakage.objectives.chain_layers import Plan, Step
 
-# On the CPU the grouped convolutions of oneDNN are fast for these numbers of channels per group, and up to several
-# times slower for those between them: more channels, all zero, cost less.
+# On the CPU, the grouped convolutions of oneDNN are fast for these numbers of channels per group and up to several
+# times slower for numbers in between, so it is cheaper to add channels of zeros.
 _FAST_CHANNELS = (4, 8, 16)
-# Where a sigmoid is exactly 0 in every precision.
+# An input for which a sigmoid is exactly 0 in every precision.
 _SIGMOID_ZERO = -1e4
 
 
 class ChainObjective:
-    r"""The squared gradient distance of V victims with its derivatives, without differentiating twice.
+    r"""The squared gradient distance of V victims with its derivatives, without double backward.
 
-    For networks that are a plain chain of layers. With the residual :math:`R = g(x, t) - g^*` of the
+    It is for networks that are a plain chain of layers. With the residual :math:`R = g(x, t) - g^*` of the
     gradients :math:`g = \nabla_\theta \ell(\theta, x, t)`,
 
     .. math::
@@ -36,19 +36,19 @@ class ChainObjective:
         \nabla_{x, t} D = 2 \, \nabla_{x, t} \,
         \frac{d}{d \varepsilon} \ell(\theta + \varepsilon R, x, t) \Big|_{\varepsilon = 0},
 
-    where R counts as a constant: a directional derivative that one more pass forwards and one more
-    backwards through the network give (Pearlmutter's operator). These two passes and the two for g itself
-    are all there is to compute: about half of what ``vmap(grad_and_value(...))`` does, in far fewer operations.
+    where R counts as a constant. This directional derivative takes one more forward pass and one more
+    backward pass through the network (Pearlmutter's operator). Together with the two passes for g, this is about
+    half of the work of ``vmap(grad_and_value(...))``, in far fewer operations.
 
-    The weights are brought into the layout of the computation once, for as long as calls give the same tensors.
+    The weights are converted to the layout of the computation once, as long as calls pass the same tensors.
 
     Args:
         victim: the network, its loss and reduction.
 
     Raises:
-        ValueError: several local steps, or a network other than a chain of ``Conv2d`` (padded with zeros, one
+        ValueError: the protocol has several local steps, or the network is not a chain of ``Conv2d`` (zero padding, one
             group), ``Linear`` (the last one), ``Sigmoid``, ``Tanh``, ``ReLU``, ``LeakyReLU``, ``SiLU``,
-            ``AvgPool2d``, ``torchvision.transforms.Normalize``, and what does nothing (``Identity``, ``Flatten``,
+            ``AvgPool2d``, ``torchvision.transforms.Normalize``, and modules without effect (``Identity``, ``Flatten``,
             dropout in evaluation mode). The message names the module.
 
     References:
@@ -81,21 +81,22 @@ class ChainObjective:
     def __call__(
         self, shared: SharedGradient, images: Tensor, targets: Tensor, unit: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        r"""Squared distances, and their gradients by images and class probabilities.
+        r"""Return squared distances, and their derivatives by images and class probabilities.
 
-        The square of a tiny gradient underflows, so a ``unit`` u multiplies each victim's residual before that:
-        :math:`D = \sum_l \lVert u R_l \rVert^2`. If it is a power of two, all results are exactly :math:`u^2` times
-        those without, as long as these are normal numbers.
+        The square of a tiny gradient underflows, so a ``unit`` u first multiplies each victim's residual:
+        :math:`D = \sum_l \lVert u R_l \rVert^2`. If u is a power of two, all results are exactly :math:`u^2` times
+        the results without it, as long as these are normal numbers.
 
         Args:
             shared: gradients and weights of V victims of this network.
             images: ``(V, N, C, H, W)``, any real values, in the precision and on the device of the weights.
-            targets: class probabilities ``(V, N, K)``.
+            targets: class probabilities, ``(V, N, K)``.
             unit: ``(V,)``, positive, in the precision and on the device of the weights; None for 1. Shared gradients
-                are brought into it once, for as long as calls give the same tensor.
+                are multiplied by it once, as long as calls pass the same tensor.
 
         Returns:
-            ``(V,)``, at least 0; ``(V, N, C, H, W)``; ``(V, N, K)``.
+            Distances ``(V,)``, at least 0; derivatives by images ``(V, N, C, H, W)``; and derivatives by class
+            probabilities ``(V, N, K)``.
         """
         self._make_steps(shared, unit)
         learned = self._steps[self._first :]
@@ -108,7 +109,7 @@ class ChainObjective:
         squares = [step.distances() for step in learned]
         squares.append([_joined(parts) for parts in zip(*(head.distances() for head in self._heads), strict=True)])
         distances = torch.stack([square for of_step in squares for square in of_step]).sum(0)
-        for step in learned:  # the first is a layer, which does not look at it: images have no tangent
+        for step in learned:  # the first is a layer, which ignores its input here: images have no tangent
             outputs = step.tangent(outputs)
         pairs = [head.tangent_backward(outputs) for head in self._heads]
         delta, by_targets = (_joined(parts) for parts in zip(*pairs, strict=True))
@@ -117,7 +118,7 @@ class ChainObjective:
         return distances, (2 * delta).contiguous(), 2 * by_targets
 
     def _make_steps(self, shared: SharedGradient, unit: Tensor | None) -> None:
-        """The network with the weights of the victims, made anew when a tensor is another or has changed."""
+        """Build the network with the victims' weights, again only if a tensor was replaced or changed."""
         others = [tensor for tensor in (shared.basis, unit) if tensor is not None]
         tensors = [*shared.state.values(), *shared.gradients.values(), *others]
         made_from = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
@@ -125,7 +126,7 @@ class ChainObjective:
             new[0] is old[0] and new[1] == old[1] for new, old in zip(made_from, self._made_from, strict=True)
         ):
             return
-        self._steps, self._heads = [], []  # before there are new ones
+        self._steps, self._heads = [], []  # free the old ones first
         state = {name: tensor if shared.own_weights else tensor[None] for name, tensor in shared.state.items()}
         gradients = shared.gradients
         if unit is not None:
@@ -133,7 +134,7 @@ class ChainObjective:
         *plans, last = self._plans
         self._steps = [plan.step(state, gradients) for plan in plans]
         lanes = [slice(None)]
-        if shared.basis is not None and shared.own_weights:  # each so large that it goes through the caches alone
+        if shared.basis is not None and shared.own_weights:  # weights so large that one lane fills the caches
             lanes = [slice(lane, lane + 1) for lane in range(len(shared))]
         self._heads = [_Head(last, self._protocol, state, gradients, shared.basis, unit, lane) for lane in lanes]
         self._made_from = made_from
@@ -142,7 +143,7 @@ class ChainObjective:
 class _Head:
     """The last layer and the loss of some of the lanes.
 
-    What is read of the weights for the logits is still in the caches for the way back.
+    The weights read for the logits are still in the caches for the backward pass.
     """
 
     def __init__(
@@ -159,12 +160,12 @@ class _Head:
         self.layer = plan.step(state, gradients, None if basis is None else basis[lanes])
         self.loss = _LOSSES[protocol.loss]
         self.factor = 1 / protocol.num_images if protocol.reduction == "mean" else 1.0
-        # The unit multiplies the loss, so the gradients and, on the way along the residual, its derivatives.
+        # The unit multiplies the loss, and with it the gradients and the derivatives along the residual.
         self.unit: Tensor | float = 1.0 if unit is None else unit[lanes, None, None]
         self.lanes = lanes
 
     def backward(self, features: Tensor, targets: Tensor) -> Tensor:
-        """The loss's derivative by the features."""
+        """Return the loss's derivative by the features."""
         logits = self.layer.forward(features[self.lanes])
         delta, self.tangents = self.loss(logits, targets[self.lanes], self.factor, self.unit)
         return self.layer.backward(delta)
@@ -173,7 +174,7 @@ class _Head:
         return self.layer.distances()
 
     def tangent_backward(self, tangent: Tensor) -> tuple[Tensor, Tensor]:
-        """The derivatives, along the residual, of what :meth:`backward` gives, and of the loss by the targets."""
+        """Return the derivatives along the residual of the result of :meth:`backward`, and of the loss by targets."""
         delta, by_targets = self.tangents(self.layer.tangent(tangent[self.lanes]))
         return self.layer.tangent_backward(delta), by_targets
 
@@ -182,8 +183,8 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-# A loss at the logits: its derivative by them, and from their tangent that of this derivative and the derivative of the
-# tangent of the loss by the class probabilities.
+# From the tangent of the logits: the tangent of the loss's derivative by the logits, and the derivative of the loss's
+# tangent by the class probabilities.
 _Tangents = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -213,7 +214,7 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor, float, Tensor | float], tuple[Tenso
 
 
 def _plans(victim: Victim) -> list[Plan]:
-    """How the chain of a victim's network is computed."""
+    """Plan how the chain of a victim's network is computed."""
     links = find_links(victim, (*ACTIVATIONS, nn.AvgPool2d, AveragePooling, Normalize), _why_refused)
     layers = [link.name for link in links if link.is_layer]
     covered = {f"{name}.{which}" for name in layers for which in ("weight", "bias")}
@@ -231,7 +232,7 @@ def _why_refused(link: Link) -> str | None:
 
 
 def _widen(plans: list[Plan]) -> list[Plan]:
-    """The same with numbers of channels that are fast, where what follows can take them."""
+    """Add channels of zeros to reach fast numbers of channels, where the following modules allow it."""
     plans = list(plans)
     layers = [index for index, plan in enumerate(plans) if plan.is_layer]
     for index, following in pairwise(layers):
@@ -240,7 +241,7 @@ def _widen(plans: list[Plan]) -> list[Plan]:
         between = [plan.module for plan in plans[index + 1 : following]]
         activations = [module for module in between if type(module) in ACTIVATIONS]
         sigmoid = any(isinstance(module, nn.Sigmoid) for module in between)
-        # One activation at most, which gives 0 for the additional channels: a sigmoid right behind its layer.
+        # At most one activation, which must return 0 for the added channels; a sigmoid must directly follow its layer.
         zero = len(activations) <= 1 and (not sigmoid or isinstance(between[0], nn.Sigmoid))
         zero &= not any(isinstance(module, Normalize) for module in between)
         inside = plans[index + 1 : following + 1]

@@ -16,22 +16,23 @@ from leakage.objectives.chain_objective import ChainObjective
 from leakage.objectives.terms import Batched, Distance, Gradients, Point, Slopes
 from leakage.pieces import State
 
-# Norms within these bounds are squared as they are: nothing overflows, and nothing that matters vanishes.
+# Norms within these bounds can be squared without scaling: nothing overflows, and nothing that matters underflows.
 _PLAIN_NORMS = (2.0**-20, 2.0**40)
 
 
 class SquaredDistance(Distance):
-    r"""Sum of squared differences over all gradients, the distance of DLG and iDLG.
+    r"""The sum of squared differences over all gradients, as in DLG and iDLG.
 
     .. math:: D(g, g^*) = \sum_l \lVert g_l - g_l^* \rVert_2^2
 
-    Where the network is a plain chain of layers, :class:`~leakage.objectives.ChainObjective` evaluates it for many
-    victims at once.
+    If the network is a plain chain of layers, :class:`~leakage.objectives.ChainObjective` evaluates the distance for
+    many victims at once.
 
     Args:
-        relative: divide it by :math:`\lVert g^* \rVert_2^2` in a search, so that losses and thresholds mean the same
-            for every network. A gradient whose squared norm is below the smallest number of the precision (norms below
-            about 1e-19 in single precision, 1e-154 in double) can't be compared with: its victim is ``uninformative``.
+        relative: whether a search divides the distance by :math:`\lVert g^* \rVert_2^2`, so that losses and thresholds
+            mean the same for every network. If the squared norm of a gradient is below the smallest normal number of
+            the precision (norms below about 1e-19 in single precision, 1e-154 in double), the division is not possible
+            and the victim is ``uninformative``.
 
     Raises:
         ValueError: the names or shapes of two gradients differ.
@@ -51,30 +52,30 @@ class SquaredDistance(Distance):
         self.relative = relative
 
     def __call__(self, gradients: Gradients, shared: Gradients) -> Tensor:
-        """The sum of squares, at least 0."""
+        """Return the sum of squared differences, at least 0."""
         _check_same(gradients, shared)
         return torch.stack([(gradients[name] - wanted).square().sum() for name, wanted in shared.items()]).sum()
 
     def value(self, point: Point, kept: State) -> Tensor:
-        """The sum of squares in the victim's unit."""
+        """Return the sum of squared differences in the victim's unit."""
         return self(*_in_unit(point, kept))
 
     def residuals(self, point: Point, kept: State) -> Tensor:
-        """The differences one after another, in the victim's unit."""
+        """Return all differences in the victim's unit, as one vector."""
         gradients, shared = _in_unit(point, kept)
         return torch.cat([(gradients[name] - wanted).flatten() for name, wanted in shared.items()])
 
     def state(self, protocol: Protocol, dtype: torch.dtype) -> State:
-        """``unit``, a power of two by which a very small or large gradient is brought near 1; and the scale."""
+        """Return empty ``unit`` and ``scale``; the unit is a power of two that scales extreme gradients to about 1."""
         return {name: torch.empty(0, dtype=dtype) for name in ("unit", "scale")} if self.relative else {}
 
     def begin(self, shared: SharedGradient, victim: Victim) -> State:
-        """By the norms of what was shared."""
+        """Return unit and scale, computed from the norms of the shared gradients."""
         if not self.relative:
             return {}
         largest = _largest(shared.gradients)
         plain = (largest > _PLAIN_NORMS[0]) & (largest < _PLAIN_NORMS[1]) | (largest == 0)
-        # Powers of two change no digit.
+        # Multiplying by a power of two is exact.
         unit = torch.where(plain, 1.0, torch.exp2(-largest.double().log2().floor()).to(largest))
         flat = [tensor.flatten(1) for tensor in shared.gradients.values()]
         scale = 1 / cast(Tensor, sum((unit[:, None] * tensor).square().sum(1) for tensor in flat))
@@ -82,17 +83,17 @@ class SquaredDistance(Distance):
         return {"unit": unit, "scale": torch.where(torch.isfinite(scale), scale, 1.0)}
 
     def needed(self, kept: State) -> State:
-        """No unit where all are 1, as they mostly are."""
+        """Leave out the unit if it is 1 for all victims, which is the usual case."""
         plain = "unit" in kept and bool((kept["unit"] == 1).all())
         return {name: tensor for name, tensor in kept.items() if name != "unit" or not plain}
 
     def informative(self, shared: SharedGradient) -> Tensor:
-        """Whether the squared norm is a number of this precision."""
+        """Return whether the squared norm of each gradient is large enough for the precision, ``(V,)``."""
         largest = _largest(shared.gradients)
         return largest > torch.finfo(largest.dtype).tiny ** 0.5 if self.relative else largest > 0
 
     def batched(self, victim: Victim) -> Batched | None:
-        """Without differentiating twice, where the network is a chain and no subclass has a distance of its own."""
+        """Return an evaluation without double backward, or None if the network is no chain or a subclass differs."""
         if any(getattr(type(self), name) is not getattr(SquaredDistance, name) for name in ("__call__", "value")):
             return None
         try:
@@ -103,7 +104,7 @@ class SquaredDistance(Distance):
 
 
 def _in_unit(point: Point, kept: State) -> tuple[Gradients, Gradients]:
-    """The gradients of the dummies and the shared ones, multiplied by the victim's unit."""
+    """Return the dummies' gradients and the shared gradients, multiplied by the victim's unit."""
     if "unit" not in kept:
         return point.gradients, point.shared
     both = ({name: kept["unit"] * part for name, part in side.items()} for side in (point.gradients, point.shared))
@@ -117,11 +118,12 @@ class CosineDistance(Distance):
     .. math:: D(g, g^*) = 1 - \frac{\langle g, g^* \rangle}{\lVert g \rVert \, \lVert g^* \rVert}
         = \frac{1}{2} \left\lVert \frac{g}{\lVert g \rVert} - \frac{g^*}{\lVert g^* \rVert} \right\rVert^2
 
-    It is computed in the second form, which keeps its digits where the two are near: rounding leaves less than 1e-12
-    of it in single precision, where the first one cancels to 1e-7. The lengths of the gradients do not matter.
+    It is computed in the second form, which stays accurate if the two gradients are close: in single precision, the
+    rounding error is below 1e-12, while cancellation in the first form leaves an error of 1e-7. The lengths of the
+    gradients do not matter.
 
     Returns:
-        From 0 to 2; 1 where one of the gradients is zero, and has no direction.
+        A value from 0 to 2; 1 if one of the gradients is zero and so has no direction.
 
     Raises:
         ValueError: the names or shapes of two gradients differ.
@@ -137,15 +139,15 @@ class CosineDistance(Distance):
     isometric = by_direction = True
 
     def __call__(self, gradients: Gradients, shared: Gradients) -> Tensor:
-        """Half the squared difference of the two directions."""
+        """Return half the squared difference of the two directions."""
         found, wanted = _vectors(gradients, shared)
         both = (found.detach().abs().amax() > 0) & (wanted.abs().amax() > 0)
         return torch.where(both, (_direction(found) - _direction(wanted)).square().sum() / 2, 1.0)
 
     def slopes(self, points: Point, kept: State, own_weights: bool) -> tuple[Tensor, Slopes]:
-        r"""Layer by layer, so that what is computed stays in the caches.
+        r"""Return values and derivatives, computed layer by layer so that data stay in the CPU caches.
 
-        With the directions :math:`u, u^*` the derivative is :math:`(u - u^* - D u) / \lVert g \rVert`.
+        With the directions :math:`u, u^*`, the derivative is :math:`(u - u^* - D u) / \lVert g \rVert`.
         """
         kind = type(self)
         lengths, others = (_lengths(gradients) for gradients in (points.gradients, points.shared))
@@ -157,7 +159,7 @@ class CosineDistance(Distance):
         rates, other_rates = 1 / lengths[:, None], 1 / others[:, None]
         found = {}
         for name, wanted in points.shared.items():
-            # Two products, as broadcasting in `addcmul` is several times slower.
+            # Use two products, because broadcasting in `addcmul` is several times slower.
             found[name] = (points.gradients[name].flatten(1) * rates).sub_(wanted.flatten(1) * other_rates)
         values = _lengths(found).square() / 2
         for name, difference in found.items():
@@ -167,17 +169,17 @@ class CosineDistance(Distance):
         }
 
     def residuals(self, point: Point, kept: State) -> Tensor:
-        """The difference of the two directions, over the root of 2."""
+        """Return the difference of the two directions, divided by the square root of 2."""
         found, wanted = _vectors(point.gradients, point.shared)
         return (_direction(found) - _direction(wanted)) / 2**0.5
 
     def informative(self, shared: SharedGradient) -> Tensor:
-        """Whether it has a direction."""
+        """Return whether each gradient has a direction, ``(V,)``."""
         return _largest(shared.gradients) > 0
 
 
 def _vectors(gradients: Gradients, shared: Gradients) -> tuple[Tensor, Tensor]:
-    """Each as one long vector."""
+    """Return the dummies' gradients and the shared gradients, each as one long vector."""
     _check_same(gradients, shared)
     parts = ((gradients[name].reshape(-1), wanted.reshape(-1)) for name, wanted in shared.items())
     found, wanted = zip(*parts, strict=True)
@@ -185,7 +187,7 @@ def _vectors(gradients: Gradients, shared: Gradients) -> tuple[Tensor, Tensor]:
 
 
 def _lengths(gradients: Gradients) -> Tensor:
-    """Of each victim's gradient, ``(V,)``."""
+    """Return the norm of each victim's gradient, ``(V,)``."""
     lengths: Tensor = vector_norm(
         torch.stack([vector_norm(part.flatten(1), dim=1) for part in gradients.values()]), dim=0
     )
@@ -197,7 +199,7 @@ def _are_plain(lengths: Tensor) -> bool:
 
 
 def _direction(vector: Tensor) -> Tensor:
-    """Its multiple of length 1, also where squares of its entries would vanish."""
+    """Return the vector scaled to length 1, even if squares of its entries would underflow."""
     largest = vector.detach().abs().amax()
     vector = vector / torch.where(largest > 0, largest, 1.0)
     # The gradient of a norm is not defined at zero.
@@ -205,15 +207,15 @@ def _direction(vector: Tensor) -> Tensor:
 
 
 class LengthDistance(Distance):
-    r"""How much longer or shorter one gradient is than the other, each taken as one long vector.
+    r"""The squared logarithm of the ratio of two gradients' lengths, each taken as one long vector.
 
     .. math:: D(g, g^*) = \left( \ln \frac{\lVert g \rVert}{\lVert g^* \rVert} \right)^2
 
-    What :class:`CosineDistance` does not see. An attack on clients that keep their learning rate to themselves adds it
-    by itself where it is needed.
+    It measures what :class:`CosineDistance` ignores. If clients keep their learning rate secret, attacks add this term
+    automatically where it is needed.
 
     Returns:
-        At least 0; large but finite where one of the gradients is zero.
+        A value of at least 0; large but finite if one of the gradients is zero.
 
     Raises:
         ValueError: the names or shapes of two gradients differ.
@@ -226,15 +228,15 @@ class LengthDistance(Distance):
     isometric = True
 
     def __call__(self, gradients: Gradients, shared: Gradients) -> Tensor:
-        """The square of the logarithm."""
+        """Return the squared logarithm of the ratio of lengths."""
         return _log_ratio(gradients, shared).square()
 
     def residuals(self, point: Point, kept: State) -> Tensor:
-        """The logarithm alone."""
+        """Return the logarithm of the ratio of lengths, ``(1,)``."""
         return _log_ratio(point.gradients, point.shared)[None]
 
     def informative(self, shared: SharedGradient) -> Tensor:
-        """Whether it has a length."""
+        """Return whether each gradient is other than zero, ``(V,)``."""
         return _largest(shared.gradients) > 0
 
 
@@ -244,7 +246,7 @@ def _log_ratio(gradients: Gradients, shared: Gradients) -> Tensor:
 
 
 def _log_length(vector: Tensor) -> Tensor:
-    """Also where squares of its entries would vanish."""
+    """Return the logarithm of the norm, even if squares of the entries would underflow."""
     largest = vector.detach().abs().amax()
     largest = torch.where(largest > 0, largest, 1.0)
     squares = (vector / largest).square().sum()
@@ -252,18 +254,18 @@ def _log_length(vector: Tensor) -> Tensor:
 
 
 class RowCosineDistance(Distance):
-    r"""One minus the cosine for the weights of each output unit, summed: the distance of dataset condensation.
+    r"""One minus the cosine for the weights of each output unit, summed; the distance of dataset condensation.
 
-    The gradient of a layer's weights is taken as a matrix of one row per output (unit or channel):
+    The gradient of a layer's weights is taken as a matrix with one row per output (unit or channel):
 
     .. math::
         D(g, g^*) = \sum_l \sum_{i} 1 - \frac{\langle g_{l,i}, g^*_{l,i} \rangle}
         {\lVert g_{l,i} \rVert \, \lVert g^*_{l,i} \rVert + 10^{-6}}
 
-    Gradients of one dimension (biases, scales of normalisation) and of none are left out.
+    Gradients with fewer than two dimensions (biases, scales of normalisation layers) are left out.
 
     Returns:
-        From 0 to twice the number of rows.
+        A value from 0 to twice the number of rows.
 
     Raises:
         ValueError: the names or shapes differ, or all gradients have fewer than two dimensions.
@@ -280,7 +282,7 @@ class RowCosineDistance(Distance):
     by_direction = True
 
     def __call__(self, gradients: Gradients, shared: Gradients) -> Tensor:
-        """The sum over all rows of all layers."""
+        """Return the sum over all rows of all layers."""
         _check_same(gradients, shared)
         layers = [name for name, wanted in shared.items() if wanted.ndim > 1]
         if not layers:
@@ -288,7 +290,7 @@ class RowCosineDistance(Distance):
         return torch.stack([_one_minus_cosines(gradients[name], shared[name]).sum() for name in layers]).sum()
 
     def informative(self, shared: SharedGradient) -> Tensor:
-        """Whether any row has a direction."""
+        """Return whether any row of each gradient has a direction, ``(V,)``."""
         return _largest(shared.gradients) > 0
 
 
@@ -299,7 +301,7 @@ def _one_minus_cosines(gradient: Tensor, target: Tensor) -> Tensor:
 
 
 def _largest(gradients: Gradients) -> Tensor:
-    """The largest size of an entry of each victim's gradient, ``(V,)``."""
+    """Return the largest absolute value of an entry of each victim's gradient, ``(V,)``."""
     ends = [tensor.flatten(1).aminmax(dim=1) for tensor in gradients.values() if tensor[0].numel()]
     return torch.stack([torch.maximum(-low, high) for low, high in ends]).amax(0)
 
@@ -307,12 +309,13 @@ def _largest(gradients: Gradients) -> Tensor:
 def _check_same(gradients: Gradients, targets: Gradients) -> None:
     if gradients.keys() != targets.keys():
         raise ValueError(
-            f"Expected `gradients` and `targets` of the same names, but got {sorted(gradients)} and {sorted(targets)}."
+            f"Expected `gradients` and `targets` with the same names, but got {sorted(gradients)} and "
+            f"{sorted(targets)}."
         )
     for name, target in targets.items():
         if gradients[name].shape != target.shape:
             raise ValueError(
-                f"Expected `gradients` and `targets` of the same shapes, but got "
+                "Expected `gradients` and `targets` with the same shapes, but got "
                 f"{tuple(gradients[name].shape)} and {tuple(target.shape)} for {name!r}."
             )
 
@@ -322,4 +325,4 @@ DISTANCES: dict[str, type[Distance]] = {
     "cosine": CosineDistance,
     "row_cosine": RowCosineDistance,
 }
-"""Values of ``distance=``, for attacks and for condensation alike."""
+"""Distances by name, as accepted by the argument ``distance`` of attacks and of condensation."""

@@ -1,4 +1,4 @@
-"""A normal distribution of images, fitted to some of the attacker's own."""
+"""A normal distribution fitted to the attacker's own images."""
 
 from __future__ import annotations
 
@@ -17,46 +17,47 @@ from leakage.objectives.terms import Batched, Point, Term
 from leakage.pieces import State
 from leakage.seeds import derive_seed
 
-# Least variances that are tried: their roots are steps of brightness from 0.3 % to 30 %.
+# Minimum variances to try; their square roots are from 0.3 % to 30 % of the range of brightness.
 _FLOORS = [10 ** (place / 4) for place in range(-20, -3)]
-# Share of the images by which the least variance is chosen.
+# Share of the images that are used to choose the minimum variance.
 _HELD_OUT = 1 / 4
 
 
 class GaussianPrior(Term):
-    r"""What images of this kind look like: a normal distribution, fitted to images of the attacker's own.
+    r"""A normal prior of images, fitted to the attacker's own images.
 
     .. math:: R(x, y) = \sum_{n=1}^{N} (x_n - \mu_{y_n})^\top \Sigma_{y_n}^{-1} (x_n - \mu_{y_n})
 
-    with mean and covariance of each class where the images have labels, else of all. No direction has a variance below
-    a least one, which is chosen by the likelihood of a quarter of the images, that the rest was fitted without: few
-    images say little of most directions.
+    If the auxiliary images have labels, each class has its own mean and covariance, else all images share one. A few
+    images say little about most directions, so no direction has a variance below a minimum. The minimum is the one with
+    the largest likelihood on a quarter of the images, which is held out of the fit.
 
-    Where clients are known to add noise, its weight follows: with :math:`\nu^2` the variance of the noise on an entry
-    of the gradient, and :class:`~leakage.objectives.SquaredDistance` beside it, the objective is
+    If clients are known to add noise, the weight of the prior follows from it. With :math:`\nu^2` the variance of the
+    noise on an entry of the gradient, and together with :class:`~leakage.objectives.SquaredDistance`, the objective is
 
-    .. math:: \frac{1}{\lVert g^* \rVert^2} \Bigl( \lVert g(x) - g^* \rVert^2 + \nu^2 R(x, y) \Bigr),
+    .. math:: \frac{1}{\lVert g^* \rVert^2} \Bigl( \lVert g(x) - g^* \rVert^2 + \nu^2 R(x, y) \Bigr).
 
-    least at the most probable images, if the noise is normal. The weight that it is given multiplies this one. Against
-    defenses that round, cut or leave out, :math:`\nu` is what :meth:`leakage.defenses.Defense.noise_variance` says.
-    Without any it is 1e-5 of the gradient's root mean square, about what rounding leaves.
+    Its minimum is at the most probable images if the noise is normal. A weight given to the term multiplies this one.
+    For defenses that round, clip or drop entries, :meth:`leakage.defenses.Defense.noise_variance` gives :math:`\nu^2`.
+    Without any defense, :math:`\nu` is 1e-5 of the gradient's root mean square, about the size of rounding errors.
 
-    It is a sum of squares, for second-order solvers. Where labels are searched for, the covariance is that of the class
-    which is the most probable at this point, and the mean that of all by their probabilities.
+    The term is a sum of squares, for second-order solvers. If labels are searched for, the covariance is that of the
+    class that is most probable at this point, and the mean is the mean over all classes, weighted by their
+    probabilities.
 
     Shapes: images ``(N, C, H, W)`` around [0, 1], class probabilities ``(N, K)``.
 
     Args:
-        auxiliary: images of the victims' kind, but never theirs.
-        seed: of which of them choose the least variance.
+        auxiliary: images of the same kind as the victims' images, but disjoint from them.
+        seed: seed of the split that holds out images to choose the minimum variance.
 
     Raises:
-        ValueError: fewer than eight images, or than eight of a class; in ``fit``, images of another shape or labels of
-            other classes than the victims'.
+        ValueError: there are fewer than eight images, or fewer than eight of a class; in ``fit``, the images have
+            another shape than the victims', or labels of other classes.
 
     References:
-        Balunović et al., *Bayesian Framework for Gradient Leakage*, ICLR 2022, https://arxiv.org/abs/2111.04706, where
-        attacks differ by prior and likelihood.
+        Balunović et al., *Bayesian Framework for Gradient Leakage*, ICLR 2022, https://arxiv.org/abs/2111.04706, which
+        describes attacks by their prior and likelihood.
 
     Example:
         >>> from leakage.labels import Auxiliary
@@ -87,33 +88,33 @@ class GaussianPrior(Term):
         self._fitted = (
             torch.stack([mean for mean, _, _, _ in fitted]),  # (K, D)
             torch.stack([padded(factors) for _, factors, _, _ in fitted]),  # (K, D, R), orthonormal
-            torch.stack([padded(gains) for _, _, gains, _ in fitted]),  # (K, R), what they keep of a deviation
+            torch.stack([padded(gains) for _, _, gains, _ in fitted]),  # (K, R), the share of a deviation they keep
             torch.tensor([1 / std for _, _, _, std in fitted], dtype=torch.float64),  # (K,)
         )
         self._prepared: tuple[Tensor, ...] = self._fitted
 
     def prepare(self, like: Tensor) -> None:
-        """Take the distribution to where the search takes place, in its precision."""
+        """Move the distribution to the device and precision of the search."""
         self._prepared = tuple(tensor.to(like) for tensor in self._fitted)
 
     def check(self, victim: Victim) -> None:
-        """The images must be of the victims' shape, and of their classes."""
+        """Raise a ``ValueError`` if the auxiliary images do not have the victims' shape and classes."""
         self.auxiliary.check(victim.protocol)
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
-        """At least 0."""
+        """Return the prior R, at least 0."""
         return self._whitened(images, targets).square().sum()
 
     def value(self, point: Point, kept: State) -> Tensor:
-        """At this point."""
+        """Return the prior at this point."""
         return self(point.images, point.targets)
 
     def residuals(self, point: Point, kept: State) -> Tensor:
-        """What is left of the images when all directions vary alike."""
+        """Return the whitened images, whose squares add up to the value."""
         return self._whitened(point.images, point.targets).flatten()
 
     def _whitened(self, images: Tensor, targets: Tensor) -> Tensor:
-        """``(N, D)``."""
+        """Return the deviations from the mean, scaled to unit variance in all directions, ``(N, D)``."""
         means, factors, gains, sharpness = (tensor.to(images) for tensor in self._prepared)
         if len(means) == 1:
             targets = torch.ones_like(targets[:, :1])
@@ -123,15 +124,15 @@ class GaussianPrior(Term):
         return (own @ sharpness)[:, None] * (apart - torch.einsum("nkr,kdr->nd", along, factors))
 
     def state(self, protocol: Protocol, dtype: torch.dtype) -> State:
-        """``scale``, the weight that the noise gives it."""
+        """Return an empty ``scale``, the weight that follows from the noise."""
         return {"scale": torch.empty(0, dtype=dtype)}
 
     def begin(self, shared: SharedGradient, victim: Victim) -> State:
-        """One, which is multiplied by the noise."""
+        """Return a ``scale`` of one, which is then multiplied by the noise variance."""
         return {"scale": next(iter(shared.gradients.values())).new_ones(len(shared))}
 
     def batched(self, victim: Victim) -> Batched:
-        """Without the network."""
+        """Return an evaluation for many victims at once, without the network."""
         evaluate = vmap(grad_and_value(self, argnums=(0, 1)))
 
         def values(
@@ -149,15 +150,15 @@ def _classes(labels: Tensor) -> int:
         rare = (counts < 8).nonzero().flatten().tolist()
         raise ValueError(
             "Expected at least eight `auxiliary` images of every class for GaussianPrior, but got fewer of "
-            f"{rare[:10]}{', ...' if len(rare) > 10 else ''}. Leave the labels out for one distribution of all."
+            f"{rare[:10]}{', ...' if len(rare) > 10 else ''}. Leave the labels out to fit one distribution to all."
         )
     return len(counts)
 
 
 def _fit(images: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Of images ``(M, D)``: mean, directions that vary more than the least, what they keep, least standard deviation.
+    """Fit images ``(M, D)``: mean, directions of more than the minimum variance, their gains, minimum deviation.
 
-    What a direction keeps is the least standard deviation over its own.
+    The gain of a direction is the minimum standard deviation divided by the standard deviation of the direction.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     held_out, rest = order.tensor_split([math.ceil(_HELD_OUT * len(images))])

@@ -1,4 +1,4 @@
-"""Priors: what images look like, whatever the gradient says."""
+"""Priors of images, which do not depend on the gradient."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from leakage.objectives.terms import ActivationPrior, Point, Prior
 from leakage.pieces import State
 
 _KINDS = ("anisotropic", "isotropic", "smooth", "squared")
-# Below this length a difference counts as none: the root has no slope at zero.
+# Differences below this length count as zero, because the square root has no derivative at zero.
 _TINY = 1e-8
-# The length below which a difference counts as a square with ``smooth``.
+# With ``smooth``, differences below this length are penalised quadratically.
 _SMALL = 1e-2
 
 
 class TotalVariation(Prior):
-    r"""How much neighbouring pixels differ: images are mostly smooth.
+    r"""Total variation: how much neighbouring pixels differ. Natural images are mostly smooth.
 
-    With :math:`d_h, d_w` the differences of each pixel and the next one below and to the right,
+    With :math:`d_h, d_w` the differences between each pixel and the next one below and to the right,
 
     =============== ==================================================================
     ``kind``        value
     =============== ==================================================================
-    ``anisotropic`` :math:`\mathrm{mean}\,|d_h| + \mathrm{mean}\,|d_w|`, that of Inverting Gradients
+    ``anisotropic`` :math:`\mathrm{mean}\,|d_h| + \mathrm{mean}\,|d_w|`, as in Inverting Gradients
     ``isotropic``   :math:`\mathrm{mean}\,\sqrt{d_h^2 + d_w^2}`, over all pixels that have both
     ``smooth``      :math:`\mathrm{mean}\,(n - 0.01), \; n^2 = d_h^2 + d_w^2 + 0.01^2`, over all pixels
     ``squared``     :math:`\mathrm{mean}\,d_h^2 + \mathrm{mean}\,d_w^2`
     =============== ==================================================================
 
-    The mean is over images, channels and pixels, so that weights mean the same for images of any size. The last two are
-    sums of squares, as second-order solvers want them: ``smooth`` as
-    :math:`\mathrm{mean}\,[d_h^2 + d_w^2 + (n - 0.01)^2] / 2 n` with the n that divides held fixed in derivatives. The
-    gradient stays the same, and a least-squares step is one of reweighted squares.
+    The mean is taken over images, channels and pixels, so a weight means the same for images of any size. The last two
+    kinds are sums of squares, as second-order solvers need them. ``smooth`` is written as
+    :math:`\mathrm{mean}\,[d_h^2 + d_w^2 + (n - 0.01)^2] / 2 n`, where the n in the denominator is held fixed in
+    derivatives. The gradient stays the same, and a least-squares step is one of iteratively reweighted least squares.
 
     Args:
-        kind: of the table.
+        kind: a kind in the table.
 
     Raises:
-        ValueError: another kind.
+        ValueError: ``kind`` is not in the table.
 
     References:
         Rudin, Osher and Fatemi, *Nonlinear total variation based noise removal algorithms*, 1992,
@@ -62,7 +62,7 @@ class TotalVariation(Prior):
         self.kind = kind
 
     def __call__(self, images: Tensor) -> Tensor:
-        """At least 0."""
+        """Return the total variation of images ``(N, C, H, W)``, at least 0."""
         down, across = images.diff(dim=-2), images.diff(dim=-1)
         if self.kind == "smooth":
             return _mean(self._lengths(images)[-1] - _SMALL)
@@ -75,18 +75,18 @@ class TotalVariation(Prior):
 
     @staticmethod
     def _lengths(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Differences of every pixel, 0 where there is no next one, and n."""
+        """Return both differences of every pixel (0 if there is no next pixel), and n."""
         down = images.diff(dim=-2, append=images[..., -1:, :])
         across = images.diff(dim=-1, append=images[..., -1:])
         return down, across, (down.square() + across.square() + _SMALL**2).sqrt()
 
     @property
     def is_sum_of_squares(self) -> bool:
-        """Only ``smooth`` and ``squared`` are."""
+        """Whether the kind is ``smooth`` or ``squared``, which are sums of squares."""
         return self.kind in ("smooth", "squared")
 
     def residuals(self, point: Point, kept: State) -> Tensor:
-        """Numbers whose squares add up to the value."""
+        """Return numbers ``(M,)`` whose squares add up to the value."""
         parts = [point.images.diff(dim=-2), point.images.diff(dim=-1)]
         if self.kind == "smooth":
             down, across, length = self._lengths(point.images)
@@ -96,7 +96,7 @@ class TotalVariation(Prior):
 
 
 class L2(Prior):
-    r"""The mean square of the pixels, :math:`\mathrm{mean}\,x^2`: images are not arbitrarily bright.
+    r"""The mean square of the pixels, :math:`\mathrm{mean}\,x^2`, which keeps images from becoming too bright.
 
     References:
         Yin et al., *See through Gradients*, CVPR 2021, https://arxiv.org/abs/2104.07586.
@@ -107,21 +107,21 @@ class L2(Prior):
     """
 
     def __call__(self, images: Tensor) -> Tensor:
-        """At least 0."""
+        """Return the mean square of images ``(N, C, H, W)``, at least 0."""
         return images.square().mean()
 
     def residuals(self, point: Point, kept: State) -> Tensor:
-        """The pixels, over the root of their number."""
+        """Return the pixels, divided by the square root of their number."""
         return point.images.flatten() / math.sqrt(point.images.numel())
 
 
 class BatchNormStatistics(ActivationPrior):
-    r"""How far the batch's statistics before each BatchNorm are from those of the training set.
+    r"""The distance between the batch statistics before each BatchNorm layer and those of the training set.
 
     .. math:: \sum_l \lVert \mu_l(x) - \hat\mu_l \rVert_2 + \lVert \sigma_l^2(x) - \hat\sigma_l^2 \rVert_2
 
-    with mean and variance over images and pixels for each channel, and the running ones of layer l, which travel with
-    the network's weights.
+    Here :math:`\mu_l(x), \sigma_l^2(x)` are mean and variance of each channel over images and pixels, and
+    :math:`\hat\mu_l, \hat\sigma_l^2` are the running statistics of layer l, which are shared with the weights.
 
     References:
         Yin et al., *See through Gradients* (GradInversion), CVPR 2021, https://arxiv.org/abs/2104.07586.
@@ -134,7 +134,7 @@ class BatchNormStatistics(ActivationPrior):
     """
 
     def watched(self, model: nn.Module) -> Sequence[str]:
-        """All BatchNorm layers that have running statistics."""
+        """Return the names of all BatchNorm layers that have running statistics."""
         return [
             name
             for name, module in model.named_modules()
@@ -142,7 +142,7 @@ class BatchNormStatistics(ActivationPrior):
         ]
 
     def check(self, victim: Victim) -> None:
-        """There must be one."""
+        """Raise a ``ValueError`` if the network has no BatchNorm layer with running statistics."""
         if not self.watched(victim.model):
             raise ValueError(
                 "Expected a network with BatchNorm in evaluation mode for BatchNormStatistics, which compares with its "
@@ -151,7 +151,7 @@ class BatchNormStatistics(ActivationPrior):
             )
 
     def __call__(self, activations: Mapping[str, Activation], state: Mapping[str, Tensor]) -> Tensor:
-        """At least 0."""
+        """Return the sum of the distances over all layers, at least 0."""
         distances = []
         for name, seen in activations.items():
             others = [dim for dim in range(seen.inputs.ndim) if dim != 1]
@@ -162,5 +162,5 @@ class BatchNormStatistics(ActivationPrior):
 
 
 def _mean(values: Tensor) -> Tensor:
-    """Their mean; zero where there are none, as between the rows of an image of one row."""
+    """Return the mean, or zero if there are no values, as for the differences between rows of a one-row image."""
     return values.sum() / max(1, values.numel())

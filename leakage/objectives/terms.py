@@ -1,4 +1,4 @@
-"""What an objective is made of: terms that are added up with weights."""
+"""The terms of an objective, which are added with weights."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from leakage.clients.victim import Victim
 from leakage.pieces import Piece, State, tell
 
 Gradients = Mapping[str, Tensor]
-"""The gradient of a loss by each parameter, by the parameter's name."""
-# Values (V,) of V victims with their derivatives by images (V, N, C, H, W) and by class probabilities (V, N, K), None
-# where they are zero, from what the victims shared, what the term keeps of them, images and class probabilities.
+"""The gradient of a loss with respect to each parameter, by the parameter's name."""
+# A function of what V victims shared, the term's state, images and class probabilities. It returns the values (V,) and
+# their derivatives by images (V, N, C, H, W) and by class probabilities (V, N, K); the latter are None if zero.
 Batched = Callable[[SharedGradient, State, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
-# Derivatives of the values of V victims by what their points hold: ``("images", "")``, ``("targets", "")``, and by name
-# ``("gradients", name)`` and ``("inputs", module)``, ``("outputs", module)`` of activations. What is missing is zero.
+# Derivatives of the values of V victims by the tensors of their points. Keys are ``("images", "")``,
+# ``("targets", "")``, ``("gradients", name)``, and for activations ``("inputs", module)`` and ``("outputs", module)``.
+# A missing derivative is zero.
 Slopes = dict[tuple[str, str], Tensor]
 
 
 @dataclass
 class Point:
-    """Where one victim's search is, and what its client shared: what a term may look at.
+    """The current point of one victim's search, with all that a term may depend on.
 
     Attributes:
-        images: the dummy images, ``(N, C, H, W)``.
-        targets: their class probabilities, ``(N, K)``.
-        gradients: those of the dummies, by name.
-        shared: those that the victim shared, by name.
-        activations: inputs and outputs of the modules that the term watches, by their names.
+        images: dummy images, ``(N, C, H, W)``.
+        targets: class probabilities of the dummy images, ``(N, K)``.
+        gradients: gradients of the dummy images, by parameter name.
+        shared: gradients that the victim shared, by parameter name.
+        activations: inputs and outputs of the modules that the term watches, by module name.
         state: weights and buffers of the victim's network, by name.
     """
 
@@ -50,19 +51,22 @@ class Point:
 
 
 class Term(Piece, ABC):
-    """A function of dummies that a search lowers. Terms add up: ``CosineDistance() + 1e-2 * TotalVariation()``.
+    """A term of the objective that a search minimises.
 
-    Of your own: subclass :class:`Distance`, :class:`Prior` or :class:`ActivationPrior` and write ``__call__``. It is a
-    function of one victim that ``torch.func.vmap`` runs for many: it may not branch on numbers (``if x > 0``;
-    ``torch.where`` may), nor take them out (``x.item()``). It may be an ``nn.Module`` too, or hold one.
+    Terms can be added and weighted: ``CosineDistance() + 1e-2 * TotalVariation()``.
+
+    To write your own term, subclass :class:`Distance`, :class:`Prior` or :class:`ActivationPrior` and define
+    ``__call__``. It is a function of one victim that ``torch.func.vmap`` runs for many victims, so it must not branch
+    on values (use ``torch.where`` instead of ``if x > 0``) or convert them to Python numbers (``x.item()``). A term may
+    also be an ``nn.Module``, or hold one.
 
     Attributes:
-        isometric: whether it stays the same when the gradients of the dummies and that which was shared are written in
-            other orthonormal coordinates, or does not look at them: those of a last layer with many classes may then be
-            given in fewer numbers (:mod:`leakage.clients.low_rank`).
-        fades: whether a solver may lower its weight as the search gets nearer: it is a prior.
+        isometric: whether the term does not depend on gradients, or stays the same if the dummies' gradients and the
+            shared gradient are written in another orthonormal basis. If so, the gradient of a last layer with many
+            classes may be given in fewer numbers (:mod:`leakage.clients.low_rank`).
+        fades: whether a solver may lower the weight of the term as the search converges, because it is a prior.
         weighed_by_noise: whether its ``scale`` is multiplied by the variance of the noise on an entry of the gradient,
-            relative to the squared norm of what was shared.
+            relative to the squared norm of the shared gradient.
     """
 
     isometric: ClassVar[bool] = False
@@ -71,21 +75,21 @@ class Term(Piece, ABC):
 
     @abstractmethod
     def value(self, point: Point, kept: State) -> Tensor:
-        """The term at one victim's dummies, a scalar; differentiable.
+        """Return the term for one victim as a differentiable scalar.
 
         Args:
-            point: the dummies, and what they give.
-            kept: what :meth:`begin` gave for this victim, without the victims' dimension.
+            point: current point of the victim's search.
+            kept: what :meth:`begin` returned for this victim, without the victims' dimension.
         """
 
     def slopes(self, points: Point, kept: State, own_weights: bool) -> tuple[Tensor, Slopes]:
-        """Values ``(V,)`` of V victims, and their derivatives by all that the term looked at.
+        """Return the values ``(V,)`` of V victims, and their derivatives by all tensors that the term uses.
 
         Args:
-            points: of V victims, without a graph; every tensor has a leading victims' dimension, those of ``state``
-                if victims have weights of their own.
-            kept: what :meth:`begin` gave.
-            own_weights: whether they have.
+            points: points of V victims, without a graph. Every tensor has a leading victims' dimension; those of
+                ``state`` have it only if each victim has its own weights.
+            kept: what :meth:`begin` returned.
+            own_weights: whether each victim has its own weights.
         """
         held: Slopes = {("images", ""): points.images, ("targets", ""): points.targets}
         held |= {("gradients", name): tensor for name, tensor in points.gradients.items()}
@@ -108,78 +112,78 @@ class Term(Piece, ABC):
 
     @property
     def is_sum_of_squares(self) -> bool:
-        """Whether it has :meth:`residuals`, which second-order solvers need."""
+        """Whether the term defines :meth:`residuals`, which second-order solvers need."""
         return type(self).residuals is not Term.residuals
 
     def residuals(self, point: Point, kept: State) -> Tensor:
-        """Numbers ``(M,)`` whose squares add up to :meth:`value`."""
+        """Return numbers ``(M,)`` whose squares add up to :meth:`value`."""
         raise NotImplementedError(f"Expected a term that is a sum of squares, but got {self!r}.")
 
     def watched(self, model: nn.Module) -> Sequence[str]:
-        """Names of the modules whose inputs and outputs it wants to see."""
+        """Return the names of the modules whose inputs and outputs the term needs."""
         return ()
 
     def check(self, victim: Victim) -> None:
-        """Raise a ``ValueError`` if it can't be used on such victims."""
+        """Raise a ``ValueError`` if the term can't be used on such victims."""
 
     def state(self, protocol: Protocol, dtype: torch.dtype) -> State:
-        """What it keeps of each victim while it is searched for, as tensors without a victim.
+        """Return empty tensors, with zero victims, for what the term keeps of each victim during the search.
 
         An entry ``"scale"`` of shape ``(V,)`` multiplies the term.
         """
         return {}
 
     def begin(self, shared: SharedGradient, victim: Victim) -> State:
-        """The entries of :meth:`state` for V victims, from what they shared."""
+        """Return the entries of :meth:`state` for V victims, computed from what they shared."""
         return {}
 
     def needed(self, kept: State) -> State:
-        """Those of the entries of V victims that change anything for them."""
+        """Return only the entries that affect the result for these V victims."""
         return kept
 
     def informative(self, shared: SharedGradient) -> Tensor:
-        """``(V,)``, whether a victim's gradient says anything that this term can measure."""
+        """Return whether each victim's gradient contains anything that this term can measure, ``(V,)``."""
         return torch.ones(len(shared), dtype=torch.bool)
 
     def batched(self, victim: Victim) -> Batched | None:
-        """A faster way to evaluate it for many victims at once, without its scale; None if there is none."""
+        """Return a faster function for many victims at once, without the scale, or None if there is none."""
         return None
 
     def parts(self) -> list[tuple[float, Term]]:
-        """The terms it adds up, with their weights."""
+        """Return the terms that this term adds up, with their weights."""
         return [(1.0, self)]
 
     def __add__(self, other: Term) -> Sum:
-        """Both, added up."""
+        """Return the sum of both terms."""
         if not isinstance(other, Term):
             return NotImplemented
         parts = [*self.parts(), *other.parts()]
         return Sum([term for _, term in parts], [weight for weight, _ in parts])
 
     def __mul__(self, weight: float) -> Sum:
-        """The same with a weight."""
+        """Return the term multiplied by a weight."""
         return Sum([self], [weight])
 
     __rmul__ = __mul__
 
     def __truediv__(self, weight: float) -> Sum:
-        """The same with one over this weight."""
+        """Return the term divided by a number."""
         return self * (1 / weight)
 
     def __radd__(self, other: object) -> Term:
-        """So that :func:`sum`, which begins with 0, adds terms up."""
+        """Support :func:`sum`, which starts with 0."""
         return self if other == 0 else NotImplemented
 
 
 class Sum(Term):
-    """Terms added up with weights, as ``a + 0.1 * b`` makes it; by itself for YAML.
+    """A weighted sum of terms, as created by ``a + 0.1 * b``; use the class directly in YAML.
 
     Args:
-        terms: what is added up.
-        weights: of each, by default 1; a term of weight 0 is left out.
+        terms: terms to add.
+        weights: weight of each term, by default 1; a term of weight 0 is left out.
 
     Raises:
-        ValueError: no terms, weights of another number, or one that is negative or not finite.
+        ValueError: there are no terms, there is not one weight per term, or a weight is negative or not finite.
 
     Example:
         >>> from leakage.objectives import SquaredDistance, TotalVariation
@@ -190,7 +194,9 @@ class Sum(Term):
     def __init__(self, terms: Sequence[Term], weights: Sequence[float] | None = None) -> None:
         weights = [1.0] * len(terms) if weights is None else list(weights)
         if not terms or len(weights) != len(terms):
-            raise ValueError(f"Expected `terms` with one of `weights` each, but got {len(terms)} and {len(weights)}.")
+            raise ValueError(
+                f"Expected at least one of `terms` and as many `weights`, but got {len(terms)} and {len(weights)}."
+            )
         self.terms: list[Term] = []
         self.weights: list[float] = []
         for term, weight in zip(terms, weights, strict=True):
@@ -205,11 +211,11 @@ class Sum(Term):
                 self.weights += [weight * inner for inner, _ in term.parts()]
 
     def parts(self) -> list[tuple[float, Term]]:
-        """The single terms, with their weights."""
+        """Return the single terms with their weights."""
         return list(zip(self.weights, self.terms, strict=True))
 
     def value(self, point: Point, kept: State) -> Tensor:
-        """Not asked for: an evaluation takes the parts one by one, each with what it keeps."""
+        """Raise an error, because the parts of a sum are evaluated one by one, each with its own state."""
         raise NotImplementedError("Expected the parts of a sum to be evaluated one by one.")
 
     def __repr__(self) -> str:
@@ -218,11 +224,12 @@ class Sum(Term):
 
 
 class Distance(Term):
-    """Between the gradient of the dummies and that which was shared; a subclass is a function of the two.
+    """A distance between the dummies' gradient and the shared gradient; a subclass is a function of the two.
 
     Attributes:
-        by_direction: whether it stays the same when a gradient is multiplied by a number. Where clients keep their
-            learning rate to themselves, an attack whose distances all do compares lengths too.
+        by_direction: whether the distance stays the same if a gradient is multiplied by a positive number. If clients
+            keep their learning rate secret and all distances of an attack have this property, the attack also compares
+            lengths.
 
     Example:
         >>> class LargestDifference(Distance):
@@ -236,20 +243,20 @@ class Distance(Term):
 
     @abstractmethod
     def __call__(self, gradients: Gradients, shared: Gradients) -> Tensor:
-        """The distance of one victim, a scalar of at least 0.
+        """Return the distance of one victim, a scalar of at least 0.
 
         Args:
-            gradients: named gradients of the dummies, any shapes.
-            shared: those that the victim shared, the same names and shapes.
+            gradients: gradients of the dummies by parameter name, of any shapes.
+            shared: gradients that the victim shared, with the same names and shapes.
         """
 
     def value(self, point: Point, kept: State) -> Tensor:
-        """The distance at this point."""
+        """Return the distance at this point."""
         return self(point.gradients, point.shared)
 
 
 class Prior(Term):
-    """What images look like, whatever the gradient says; a subclass is a function of the images of one victim.
+    """Prior knowledge of what images look like; a subclass is a function of the images of one victim.
 
     Example:
         >>> class Bright(Prior):
@@ -264,14 +271,14 @@ class Prior(Term):
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
-        """A scalar, from ``(N, C, H, W)``."""
+        """Return the prior of images ``(N, C, H, W)``, a scalar."""
 
     def value(self, point: Point, kept: State) -> Tensor:
-        """The prior at this point."""
+        """Return the prior at this point."""
         return self(point.images)
 
     def batched(self, victim: Victim) -> Batched | None:
-        """Without the network, where it only looks at images."""
+        """Return an evaluation without the network, or None if a subclass does not depend on images alone."""
         if type(self).value is not Prior.value:
             return None
         evaluate = vmap(grad_and_value(self))
@@ -286,10 +293,11 @@ class Prior(Term):
 
 
 class ActivationPrior(Term):
-    """What images look like inside the network; a subclass names modules and is a function of their activations.
+    """Prior knowledge of activations in the network.
 
-    They are collected in the one forward pass that also gives the gradients. With local steps they are those of the
-    first pass over all images.
+    A subclass names modules and is a function of their inputs and outputs for one victim. The activations are collected
+    in the same forward pass that computes the gradients. With local steps, they come from the first pass over all
+    images.
     """
 
     isometric = True
@@ -297,12 +305,12 @@ class ActivationPrior(Term):
 
     @abstractmethod
     def watched(self, model: nn.Module) -> Sequence[str]:
-        """Names of the modules, as ``model.named_modules()`` has them."""
+        """Return the names of the modules, as in ``model.named_modules()``."""
 
     @abstractmethod
     def __call__(self, activations: Mapping[str, Activation], state: Mapping[str, Tensor]) -> Tensor:
-        """A scalar, from the activations of one victim's images and the weights and buffers of its network."""
+        """Return the prior, a scalar, for the activations of one victim and its network's weights and buffers."""
 
     def value(self, point: Point, kept: State) -> Tensor:
-        """The prior at this point."""
+        """Return the prior at this point."""
         return self(point.activations, point.state)

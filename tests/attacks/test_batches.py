@@ -104,7 +104,7 @@ def test_labels_that_are_told_keep_their_order(kit: Any) -> None:
     [
         ({"rule": "ildg"}, r"Expected `rule` to be one of \['auto', 'geng', 'idlg', .*but got 'ildg'"),
         ({"auxiliary": torch.zeros(3)}, r"Expected `auxiliary` to be a leakage\.labels\.Auxiliary .*but got Tensor"),
-        ({"auxiliary": "5624962e6c04a698"}, r"which no checkpoint holds: give it again.*but got str"),
+        ({"auxiliary": "5624962e6c04a698"}, r"checkpoints do not hold it, so pass it again.*but got str"),
     ],
 )
 def test_names_a_bad_option_at_construction(options: dict[str, Any], message: str) -> None:

@@ -68,11 +68,11 @@ def test_names_a_bad_option(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("tuning", [0.0, 0.1])
 def test_names_a_generator_of_other_images(kit: Any, tuning: float) -> None:
-    message = r"Expected `generator` to make the victims' images \(1, 1, 12, 12\), but got \(1, 1, 28, 28\)"
+    message = r"Expected `generator` to make images of the victims' shape \(1, 1, 12, 12\), but got \(1, 1, 28, 28\)"
     with pytest.raises(ValueError, match=message):
         kit.fit(GIASAttack(Generator(), [64], tuning=tuning, steps=2), kit.victims(victims=1))
-    with pytest.raises(ValueError, match=r"Expected `generator` to take codes of shape \(1, 32\)"):
+    with pytest.raises(ValueError, match=r"Expected `generator` to accept codes of shape \(1, 32\)"):
         kit.fit(GIASAttack(Generator(1, 12), [32], tuning=tuning, steps=2), kit.victims(victims=1))
     flat = nn.Sequential(nn.Linear(4, 144), nn.Sigmoid())
-    with pytest.raises(ValueError, match=r"images \(1, 1, 12, 12\), but got \(1, 144\)"):
+    with pytest.raises(ValueError, match=r"shape \(1, 1, 12, 12\), but got \(1, 144\)"):
         kit.fit(GIASAttack(flat, [4], tuning=tuning, steps=2), kit.victims(victims=1))

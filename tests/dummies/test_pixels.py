@@ -32,5 +32,5 @@ def test_a_box_is_two_numbers(box: Any) -> None:
 
 @pytest.mark.parametrize("box", [(1, 0), (0, 0), (0, float("nan"))])
 def test_a_box_has_room(box: Any) -> None:
-    with pytest.raises(ValueError, match=r"Expected `box` as the least and the largest value of a pixel, but got \("):
+    with pytest.raises(ValueError, match=r"Expected `box` as the smallest and largest value of a pixel, but got \("):
         Pixels(box=box)

@@ -205,7 +205,7 @@ def test_resume_ends_as_without_a_break(
     saved = json.loads(record.read_text())
     del saved["row"]["rows"][0]["irec"]
     record.write_text(json.dumps(saved))
-    assert "to be the whole record of a cell, but got other rows" in refused(restoration, capsys, *same)
+    assert "to be the complete record of a cell, but got other rows" in refused(restoration, capsys, *same)
     assert len(shares) == 2, "nothing more was run"
 
 

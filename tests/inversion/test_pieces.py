@@ -331,7 +331,7 @@ def test_names_a_piece_of_another_kind(options: dict[str, Any], message: str) ->
         ),
         ({"labels": RevealedLabels()}, r"reveal their labels \(reveal_labels=True\) for RevealedLabels"),
         ({"objective": SquaredDistance() + BatchNormStatistics()}, "a network with BatchNorm in evaluation mode"),
-        ({"images": LatentCode(nn.Linear(3, 4), [3])}, r"make the victims' images \(1, 1, 12, 12\), but got \(1, 4\)"),
+        ({"images": LatentCode(nn.Linear(3, 4), [3])}, r"of the victims' shape \(1, 1, 12, 12\), but got \(1, 4\)"),
         ({"objective": SquaredDistance() + Nowhere()}, r"`modules` to name modules .* such as \[.*but got 'nowhere'"),
         ({"images": LatentCode(nn.Linear(9, 4), [3])}, r"take codes of shape \(1, 3\)"),
         (

@@ -179,13 +179,13 @@ def test_without_the_learning_rate_others_are_refused() -> None:
     untold = {"local_steps": 2, "learning_rate": 0.1, "reveal_learning_rate": False}
     victim, _, _, shared = shares(3, 6, network(0, classes=6, width=40), untold)
     message = (
-        r"Expected clients that tell their learning rate for rule='ilrg', but got 'unknown'\. Rules that would work: "
+        r"Expected clients that reveal their learning rate for rule='ilrg', but got 'unknown'\. Rules that would work: "
         r"'auto', 'row_minimum', 'rlg'\."
     )
     with pytest.raises(ValueError, match=message):
         infer_labels(shared, victim, rule="ilrg")
     victim, _, _, shared = shares(7, 6, network(0, classes=6, width=40), untold)
     with pytest.raises(
-        ValueError, match=r"tell their learning rate for rule='auto', but got 'unknown'\. Use DLGAttack"
+        ValueError, match=r"reveal their learning rate for rule='auto', but got 'unknown'\. Use DLGAttack"
     ):
         infer_labels(shared, victim)

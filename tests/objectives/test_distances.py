@@ -128,9 +128,9 @@ def test_the_small_number_below_the_fraction_is_that_of_the_paper():
 @pytest.mark.parametrize("name", DISTANCES)
 def test_distances_name_what_does_not_fit(name):
     distance = DISTANCES[name]
-    with pytest.raises(ValueError, match=r"of the same names, but got \['a'\] and \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"with the same names, but got \['a'\] and \['a', 'b'\]"):
         distance({"a": torch.ones(1, 1)}, {"a": torch.ones(1, 1), "b": torch.ones(1, 1)})
-    with pytest.raises(ValueError, match=r"of the same shapes, but got \(2, 2\) and \(4,\) for 'w'"):
+    with pytest.raises(ValueError, match=r"with the same shapes, but got \(2, 2\) and \(4,\) for 'w'"):
         distance({"w": torch.ones(2, 2)}, {"w": torch.ones(4)})
 
 

@@ -151,8 +151,8 @@ def test_terms_add_up_with_weights() -> None:
         (lambda: float("nan") * L2(), "Expected `weights` of at least 0, but got nan"),
         (lambda: -1 * L2(), "Expected `weights` of at least 0, but got -1"),
         (lambda: "1" * L2(), "Expected `weights` of at least 0, but got '1'"),
-        (lambda: Sum([]), "Expected `terms` with one of `weights` each, but got 0 and 0"),
-        (lambda: Sum([L2()], [1.0, 2.0]), "Expected `terms` with one of `weights` each, but got 1 and 2"),
+        (lambda: Sum([]), "Expected at least one of `terms` and as many `weights`, but got 0 and 0"),
+        (lambda: Sum([L2()], [1.0, 2.0]), "Expected at least one of `terms` and as many `weights`, but got 1 and 2"),
         (lambda: Sum([torch.nn.MSELoss()]), "Expected `terms` of leakage.objectives, .* but got MSELoss"),
     ],
 )
