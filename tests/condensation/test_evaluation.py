@@ -497,7 +497,7 @@ def test_full_is_cached_by_configuration(
         assert len(asked) == count, changes
     for broken in ("{", "3", '["accuracy"]', '[{"accuracy": 0.5}]', '[{"accuracy": 0.5', path.read_text()[:-9]):
         path.write_text(broken)
-        with pytest.raises(ValueError, match=r"Expected a whole JSON file in the cache, but got '.*json'. Delete it"):
+        with pytest.raises(ValueError, match=r"Expected a complete JSON file in the cache, but got '.*json'. Delete it"):
             evaluate_full(data, network=small(), **options)
     path.unlink()
     path.parent.rmdir()
