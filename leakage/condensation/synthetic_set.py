@@ -155,7 +155,7 @@ class SyntheticSet:
             if ours != theirs and not (name in ("mean", "std") and np.allclose(ours, theirs, rtol=0, atol=1e-4)):
                 raise ValueError(
                     f"Expected a synthetic set with the {name} {brief(theirs)} of {data.name!r}, but got "
-                    f"{brief(ours)}{origin}. Give the data set, and the share of its images, that the set was made from."
+                    f"{brief(ours)}{origin}. Give the data set, and the share of its images, that it was made from."
                 )
 
     def check_name(self, data: LabelledImages) -> None:

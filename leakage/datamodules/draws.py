@@ -71,7 +71,7 @@ def draw_victims(
         raise ValueError(f"Expected `labels` as whole numbers, but got {labels.dtype}.")
     if num_images > len(labels):
         raise ValueError(
-            f"Expected at most {len(labels)} images per victim, the size of the data set, but got {num_images}."
+            f"Expected at most {len(labels)} images for each victim, the size of the data set, but got {num_images}."
         )
     classes = labels.cpu().numpy()
     members = [np.flatnonzero(classes == label) for label in np.unique(classes)]
@@ -79,14 +79,14 @@ def draw_victims(
         most = max(map(len, members))
         if num_images > most:
             raise ValueError(
-                f"Expected at most {most} images per victim, the size of the largest class, since 'single-class' takes "
-                f"them all from one class, but got {num_images}."
+                f"Expected at most {most} images for each victim, the size of the largest class, since "
+                f"'single-class' takes them all from one class, but got {num_images}."
             )
         members = [images for images in members if len(images) >= num_images]
     if distribution == "distinct" and num_images > len(members):
         raise ValueError(
-            f"Expected at most {len(members)} images per victim, the number of classes, since 'distinct' takes at most "
-            f"one image of each class, but got {num_images}."
+            f"Expected at most {len(members)} images for each victim, the number of classes, since 'distinct' takes at "
+            f"most one image of each class, but got {num_images}."
         )
 
     drawn = np.empty((victims, num_images), dtype=np.int64)

@@ -128,7 +128,7 @@ class Source:
             ("num_classes", num_classes, ("own",)),
         ):
             if value is not None and self.kind not in users:
-                advice = " Give the Dataset a transform instead." if self.kind == "own" and option != "root" else ""
+                advice = " Give the Dataset a transform." if self.kind == "own" and option != "root" else ""
                 raise ValueError(f"Expected no `{option}` with {self.name!r}, but got {value}.{advice}")
         if channels not in (None, 1, 3):
             raise ValueError(f"Expected `channels` to be 1 or 3, but got {channels!r}.")

@@ -75,7 +75,7 @@ NETWORKS = [
 
 @pytest.mark.parametrize(("options", "message"), NETWORKS)
 def test_the_network_must_fit_the_images(kit: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=rf"for images \(1, 8, 8\) and 3 classes, as 'stripes' has, but got {message}"):
+    with pytest.raises(ValueError, match=rf"for images \(1, 8, 8\) and 3 classes of 'stripes', but got {message}"):
         kit.condense(network=kit.network(**options), iterations=1)
 
 
@@ -112,9 +112,9 @@ def test_the_network_must_have_weights_that_can_be_matched_and_drawn(kit: Any) -
         kit.condense(network=frozen, iterations=1)
     for parameter in frozen.parameters():
         parameter.requires_grad_(parameter.ndim == 1)
-    with pytest.raises(ValueError, match="with trainable weights that distance='row_cosine' looks at, but got ConvNet"):
+    with pytest.raises(ValueError, match="with trainable weights that distance='row_cosine' compares, but got ConvNet"):
         kit.condense(network=frozen, iterations=1)
-    with pytest.raises(ValueError, match="but got Pair, which makes tuple of two"):
+    with pytest.raises(ValueError, match="but got Pair, which returns tuple for two"):
         kit.condense(network=Pair(), iterations=1)
     with pytest.raises(ValueError, match=r"Expected every module with weights to have `reset_parameters\(\)`.*Own"):
         kit.condense(network=Own(), iterations=1)
@@ -217,7 +217,7 @@ def test_one_batch_size(kit: Any) -> None:
 
 
 def test_half_precision_takes_no_batch_norm(kit: Any) -> None:
-    with pytest.raises(ValueError, match="a `network` without BatchNorm with precision='bf16-mixed', but got ConvNet"):
+    with pytest.raises(ValueError, match="a `network` without BatchNorm for precision='bf16-mixed', but got ConvNet"):
         kit.trainer(precision="bf16-mixed").fit(
             GradientMatchingCondensation(network=kit.network(norm="batch"), iterations=1), datamodule=kit.data()
         )
