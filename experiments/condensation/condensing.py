@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from budgets import Schedule, fit_schedule, read_schedule  # beside this script
+from budgets import Schedule, fit_schedule, read_schedule  # in the folder of this script
 from condensation_rows import FILES, CondensationRow, clear, sum_up, write_overview
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from condensation_rows import accuracy_cells, read_accuracy_row  # beside this script
+from condensation_rows import accuracy_cells, read_accuracy_row  # in the folder of this script
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter

@@ -34,7 +34,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from condensation_rows import FILES, format_table  # beside this script
+from condensation_rows import FILES, format_table  # in the folder of this script
 from condensing import METHODS, condense
 
 from leakage.cli import quiet

@@ -237,7 +237,7 @@ class Condensation(LightningModule):
             )
         wanted = self.hparams["num_classes"]
         if wanted is not None and wanted != data.num_classes:
-            raise ValueError(f"Expected `num_classes` to be the {data.num_classes} of {data.name}, but got {wanted}.")
+            raise ValueError(f"Expected `num_classes` to be {data.num_classes}, that of {data.name}, but got {wanted}.")
         asked = self.hparams["batch_size"]
         if None not in (asked, data.batch_size) and asked != data.batch_size:
             raise ValueError(

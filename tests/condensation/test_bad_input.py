@@ -62,14 +62,14 @@ def test_real_images_to_start_from_must_be_there(kit: Any) -> None:
 
 def test_the_number_of_classes_must_be_the_datas(kit: Any) -> None:
     assert kit.condense(num_classes=3, iterations=1).iteration == 1
-    with pytest.raises(ValueError, match="Expected `num_classes` to be the 3 of stripes, but got 10"):
+    with pytest.raises(ValueError, match="Expected `num_classes` to be 3, that of stripes, but got 10"):
         kit.condense(num_classes=10, iterations=1)
 
 
 NETWORKS = [
     pytest.param({"image_size": 16}, "ConvNet, which fails on them: ", id="size"),
     pytest.param({"channels": 3}, "ConvNet, which fails on them: .*channels", id="channels"),
-    pytest.param({"num_classes": 10}, r"ConvNet, which makes \(2, 10\) of two", id="classes"),
+    pytest.param({"num_classes": 10}, r"ConvNet, which returns \(2, 10\) for two", id="classes"),
 ]
 
 

@@ -365,11 +365,11 @@ def test_a_pair_of_other_classes():
             {"test_share": 0.1},
             r"Expected no `test_share` with 'mnist', which has test images, but got 0\.",
         ),
-        ("sample", {"test_share": 0.1}, "Expected no `test_share` with 'sample', whose test images are known"),
+        ("sample", {"test_share": 0.1}, "Expected no `test_share` with 'sample', which has test images"),
         (
             ("sample", "mnist"),
             {"test_share": 0.1},
-            "Expected no `test_share` with 'sample', whose test images are known",
+            "Expected no `test_share` with 'sample', which has test images",
         ),
     ],
 )
