@@ -127,7 +127,7 @@ def test_a_real_run() -> None:
     schedule, words = fit_schedule(make, data, 5, watch, None, 30, TRAINER)
     assert schedule.iterations is not None
     assert schedule.iterations > 1
-    assert "minutes a set" in words
+    assert "minutes per set" in words
 
 
 def test_read_again(tmp_path: Path) -> None:
