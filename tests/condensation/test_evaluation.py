@@ -337,8 +337,8 @@ def test_names_the_network_that_diverges() -> None:
     [
         (lambda: ConvNet(3, 8, 3, width=8), r"and 3 classes of 'stripes', but got ConvNet, which fails"),
         (lambda: MLP(1, 9, 3), r"for images \(1, 8, 8\) and .* but got MLP, which fails on them"),
-        (lambda: ConvNet(1, 8, 10, width=8), r"but got ConvNet, which makes \(2, 10\) of two of them"),
-        (lambda: nn.Conv2d(1, 3, 1), r"but got Conv2d, which makes \(2, 3, 8, 8\)"),
+        (lambda: ConvNet(1, 8, 10, width=8), r"but got ConvNet, which returns \(2, 10\) for two images"),
+        (lambda: nn.Conv2d(1, 3, 1), r"but got Conv2d, which returns \(2, 3, 8, 8\)"),
         (lambda: nn.LSTM(8, 3), "but got LSTM, which"),
     ],
 )  # fmt: skip
