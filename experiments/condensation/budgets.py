@@ -1,4 +1,4 @@
-"""How many iterations of a condensation fit into some minutes, with tests along the way."""
+"""Finds the number of iterations of a condensation, and of tests during it, that fit into a time budget."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from leakage.errors import check_positive
 sys.path.append(str(Path(__file__).parents[1] / "comparison"))
 from records import trainer_defaults
 
-# Of what is left for iterations, as they don't all take the same time.
+# Share of the remaining time that is planned for iterations, since their times vary.
 _USED = 0.95
-# The most of a budget that tests along the way may take, and how many there are at most, the last one included.
+# The largest share of a budget for tests during the run, and the most tests, including the last one.
 _WATCHING, _LOOKS = 0.25, 4
 
 
@@ -34,10 +34,10 @@ class Schedule:
     """How long to condense, and when to test the images on held-out training images.
 
     Attributes:
-        budget: minutes that it was made for, None where the protocol or the user says how many iterations.
-        iterations: None for those of the protocol or of the user.
+        budget: the time budget in minutes, or None if the protocol or the user sets the iterations.
+        iterations: number of iterations, or None if the protocol or the user sets it.
         moments: iterations after which the images are tested, besides the last.
-        watches: whether there is any such test.
+        watches: whether there are such tests.
     """
 
     budget: float | None
@@ -47,30 +47,30 @@ class Schedule:
 
 
 class Stopwatch(Callback):
-    """When training began, and when each iteration was over, in seconds of a clock that only goes on."""
+    """Records when training began and when each iteration ended, in seconds of a monotonic clock."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note the time, if nothing has been done yet."""
+        """Record the time before the first batch."""
         if not self.times:
             self.times.append(time.monotonic())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the time, if an iteration is complete."""
+        """Record the time if an iteration is complete."""
         assert isinstance(pl_module, Condensation)
         if pl_module.step % pl_module.outer == 0:
             self.times.append(time.monotonic())
 
 
 def read_schedule(folder: Path, budget: float | None) -> Schedule | None:
-    """The one that an earlier run of a method made for its budget, None if there is none.
+    """Read the schedule that an earlier run of a method made for its budget, or None if there is none.
 
     Raises:
-        ValueError: it was made for another budget, or the file is damaged.
+        ValueError: the schedule was made for another budget, or the file is damaged.
     """
     path = folder / "budget.json"
     if not path.is_file():
@@ -79,11 +79,11 @@ def read_schedule(folder: Path, budget: float | None) -> Schedule | None:
         found = Schedule(**json.loads(path.read_text(encoding="utf-8")))
         moments = tuple(int(moment) for moment in found.moments)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"Expected '{path}' to be whole, but got another file ({error}). Remove it.") from error
+        raise ValueError(f"Expected '{path}' to hold a schedule, but got another file ({error}). Remove it.") from error
     if found.budget != budget:
         raise ValueError(
             f"Expected the `budget` of the run in '{folder}', {found.budget}, but got {budget}. Choose another "
-            "`output`, or don't resume."
+            "`output`, or do not resume."
         )
     return Schedule(found.budget, found.iterations, moments, found.watches)
 
@@ -97,22 +97,23 @@ def fit_schedule(
     tested: float,
     trainer: dict[str, Any],
 ) -> tuple[Schedule, str]:
-    """Time a few iterations and a test, and find out how many fit.
+    """Time a few iterations and a test, and compute how many fit into the budget.
 
     Args:
-        make: a condensation with so many iterations.
-        data: that is condensed.
-        budget: minutes.
-        watch: the test along the way, with no moments but the end; None for none.
-        moments: when it takes place; by default evenly spread, and so few that they take a quarter of the budget.
-        tested: how many times as long as the one test along the way those of a set take when it is made.
+        make: returns a condensation with the given number of iterations.
+        data: the data set to condense.
+        budget: time for a set in minutes.
+        watch: the test during the run, with no moments except the end; None for no tests.
+        moments: iterations of the tests; by default evenly spaced, and few enough to take at most a quarter of the
+            budget.
+        tested: the time of the final tests of a set, as a multiple of the time of one test during the run.
         trainer: options of the Trainer.
 
     Returns:
-        The schedule, and the expected time in words.
+        The schedule, and a description of it with the expected times.
 
     Raises:
-        ValueError: a budget that is not positive, or too small for one iteration.
+        ValueError: the budget is not positive, or too small for one iteration.
     """
     check_positive(budget=budget)
     seconds = 60 * budget
@@ -130,7 +131,7 @@ def fit_schedule(
     test = probe.seconds["evaluation"]
     before = max(0.0, whole - (ends[-1] - start) - test)
     if pool:
-        # Each state of each network is made at its first visit; later ones take the time of the synthetic images alone.
+        # A state of a network is made at its first visit; later visits take only the time of the synthetic images.
         count, early = pool * len(ends), (ends[-1] - start) / len(ends)
         made = probe.seconds["real"] + probe.seconds["network"]
         late = max(0.0, ends[-1] - start - made) / len(ends)
@@ -149,8 +150,7 @@ def fit_schedule(
     if needed + looks * test > seconds:
         least = math.ceil((needed + looks * test) / 6) / 10
         raise ValueError(
-            f"Expected a `budget` of at least {least} minutes, for one network and what comes before, but got "
-            f"{budget:g}."
+            f"Expected a `budget` of at least {least} minutes, for the preparation and one network, but got {budget:g}."
         )
     left = _USED * (seconds - whole - before - looks * test)
     iterations = int(left / early) if left < count * early else int(count + (left - count * early) / late)
@@ -160,9 +160,9 @@ def fit_schedule(
     first = min(count, iterations)
     expected = (before + first * early + (iterations - first) * late + looks * test) / 60
     words = (
-        f"{iterations} iterations, {first} of {early:.2g} s and then of {late:.2g} s, and {looks} "
-        f"test{'s' * (looks != 1)} of {test:.2g} s on held-out images. Expected are {expected:.2g} minutes a set, and "
-        f"{tested * test / 60:.2g} for its tests afterwards; {math.floor(whole):d} s went into finding out"
+        f"{iterations} iterations, {first} of {early:.2g} s and the rest of {late:.2g} s, and {looks} "
+        f"test{'s' * (looks != 1)} of {test:.2g} s on held-out images. Expected time: {expected:.2g} minutes per set, "
+        f"and {tested * test / 60:.2g} for its tests afterwards. Timing took {math.floor(whole):d} s"
     )
     return schedule, words
 

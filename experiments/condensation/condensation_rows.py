@@ -1,4 +1,4 @@
-"""What came of several ways to make a small training set: rows, the table and the picture of them."""
+"""Results of methods that make small training sets: their rows, table and picture."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from leakage.plots import plot_accuracy, save_figure
 sys.path.append(str(Path(__file__).parents[1] / "comparison"))
 from records import read_record
 
-# Of rows with `accuracy_std` and `accuracy_ci`.
+# A type of row with `accuracy_std` and `accuracy_ci`.
 Row = TypeVar("Row")
 
-# All that a run writes to its folder itself.
+# The files that a run writes to the top level of its folder.
 FILES = ("summary.json", "accuracy.png", "synthetic.png", "synthetic.safetensors")
 
 
@@ -34,21 +34,22 @@ class CondensationRow:
     """Test accuracy of networks trained on the sets of one method, a line of ``summary.json``.
 
     Attributes:
-        method: one of those of ``condensing.py``.
-        dataset: where the images come from.
-        images_per_class: of each set; None for the whole training set.
+        method: a key of ``METHODS`` in ``condensing.py``.
+        dataset: name of the data set.
+        images_per_class: images per class of each set; None for the whole training set.
         evaluation: ``"dc"`` or ``"dsa"``; None for the whole training set.
-        sets: how many were made, each with a seed of its own.
-        iterations: of the condensation, None where there is none.
-        accuracy_mean: over the networks of all sets, 0 to 1.
-        accuracy_std: over the networks of all sets.
-        accuracy_ci: 95 % confidence interval of the mean, after Student: over the sets' means where there are several,
-            as networks that are trained on the same set are not independent; for one set over its networks, so about
-            this set alone.
-        networks: how many were trained on each set.
-        seconds: spent on making a set, without tests, on average and over all sessions of a resumed run; on training
-            and testing for ``"full"``.
-        published_accuracy: that of the paper of this evaluation, 0 to 1, where there is one and something is condensed.
+        sets: number of sets, each with its own seed.
+        iterations: iterations of the condensation, or None if nothing is condensed.
+        accuracy_mean: mean over the networks of all sets, 0 to 1.
+        accuracy_std: standard deviation over the networks of all sets.
+        accuracy_ci: 95 % confidence interval of the mean by Student's t-distribution. With several sets it is over
+            their means, since networks trained on the same set are not independent; with one set it is over its
+            networks, and holds for this set only.
+        networks: number of networks trained on each set.
+        seconds: average time to make a set, without tests, summed over all sessions of a resumed run; for ``"full"``
+            the time of training and testing.
+        published_accuracy: accuracy in the paper of this evaluation, 0 to 1; None if there is none or nothing is
+            condensed.
     """
 
     method: str
@@ -66,7 +67,7 @@ class CondensationRow:
 
 
 def sum_up(found: Sequence[Evaluation]) -> dict[str, Any]:
-    """Columns of a row about accuracies, of one evaluation of each set with the same number of networks."""
+    """Compute the accuracy columns of a row from one evaluation of each set, all with the same number of networks."""
     accuracies = torch.cat([outcome.accuracies for outcome in found])
     means = torch.stack([outcome.accuracies.mean() for outcome in found])
     return {
@@ -78,10 +79,10 @@ def sum_up(found: Sequence[Evaluation]) -> dict[str, Any]:
 
 
 def format_table(rows: Sequence[CondensationRow]) -> str:
-    """A line per method for the terminal, for each evaluation with the standard deviation over networks."""
+    """Format the rows for the terminal: a line per method, with the accuracies of each evaluation."""
     evaluations = list(dict.fromkeys(row.evaluation for row in rows if row.evaluation)) or ["dc"]
     columns = [title for name in evaluations for title in (f"test accuracy ({name})", "95 % interval", "paper")]
-    lines = [["", "images per class", "iterations", "sets x networks", *columns, "time a set"]]
+    lines = [["", "images per class", "iterations", "sets x networks", *columns, "time per set"]]
     for method in dict.fromkeys(row.method for row in rows):
         own = {row.evaluation or evaluations[0]: row for row in rows if row.method == method}
         first = next(iter(own.values()))
@@ -104,16 +105,16 @@ def format_table(rows: Sequence[CondensationRow]) -> str:
 
 
 def accuracy_cells(mean: float, std: float, interval: tuple[float, float]) -> tuple[str, str]:
-    """An accuracy in words, and its interval; without what one network does not have."""
+    """Format an accuracy with its standard deviation, and its interval; a single network has neither."""
     spread = "" if math.isnan(std) else f" ± {100 * std:.1f}"
     low, high = interval
     return f"{100 * mean:.1f}{spread} %", "-" if math.isnan(low) else f"[{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def read_accuracy_row(folder: Path, configuration: dict[str, Any], kind: type[Row]) -> Row | None:
-    """The row of a finished run as :func:`read_record` reads it, None if there is none.
+    """Read the row of a finished run with :func:`read_record`, or None if there is none.
 
-    One network has neither standard deviation nor interval, and JSON no numbers for that: they are null in the file.
+    A single network has neither standard deviation nor interval. They are null in the file, since JSON has no NaN.
     """
     record = read_record(folder, configuration, kind)
     if record is None:
@@ -125,7 +126,7 @@ def read_accuracy_row(folder: Path, configuration: dict[str, Any], kind: type[Ro
 
 
 def write_overview(folder: Path, rows: Sequence[CondensationRow]) -> None:
-    """The rows, the curves of all methods in one picture, and the first set of the first method that has one."""
+    """Write the rows, a picture with the curves of all methods, and the first set of the first method that has one."""
     firsts = {row.method: sorted((folder / row.method).glob("seed_*/synthetic.safetensors")) for row in rows}
     paths = {method: found[0].with_name("accuracy.csv") for method, found in firsts.items() if found}
     curves = {f"{method}, held out": read_accuracies(path) for method, path in paths.items() if path.is_file()}
@@ -141,7 +142,7 @@ def write_overview(folder: Path, rows: Sequence[CondensationRow]) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier run of a method has written, and nothing else."""
+    """Remove the files that an earlier run of a method has written, and no others."""
     written = ("run.json", "last.ckpt", "accuracy.*", "synthetic.*", "synthetic/iteration_*.png", "evaluations/*.json")
     for pattern in ("budget.json", "evaluations/*.json", *(f"seed_*/{name}" for name in written)):
         for path in folder.glob(pattern):

@@ -1,4 +1,4 @@
-"""Several ways to make a small training set from the same data: run, tested and tabulated side by side."""
+"""Runs several methods that make small training sets from the same data, tests the sets and compares them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from budgets import Schedule, fit_schedule, read_schedule  # beside this script
+from budgets import Schedule, fit_schedule, read_schedule  # in the folder of this script
 from condensation_rows import FILES, CondensationRow, clear, sum_up, write_overview
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -46,14 +46,14 @@ from leakage.plots import save_figure
 sys.path.append(str(Path(__file__).parents[1] / "comparison"))
 from records import check_trainer, code_version, read_record, trainer_defaults
 
-# How each method condenses.
+# The condensation of each method.
 CONDENSATIONS: dict[str, Callable[..., Condensation]] = {
     "dc": GradientMatchingCondensation,
     "dsa": partial(GradientMatchingCondensation, initialization="real"),
     "dm": DistributionMatchingCondensation,
     "fast": partial(GradientMatchingCondensation, protocol="fast"),
 }
-# Real images in place of condensed ones.
+# Methods that choose real images instead of condensing.
 CHOICES: dict[str, Callable[[LabelledImages, int, int], SyntheticSet]] = {
     "random": random_images,
     "kmeans": kmeans_images,
@@ -61,13 +61,13 @@ CHOICES: dict[str, Callable[[LabelledImages, int, int], SyntheticSet]] = {
 METHODS = (*CONDENSATIONS, *CHOICES, "full")
 # Iterations after which the images are tested on held-out training images; always at the end.
 MOMENTS = (0, 10, 20, 50, 100, 200, 500, 1000)
-# Networks that are trained for such a test.
+# Networks trained for each such test.
 _WATCHING = 1
 
 
 @dataclass
 class _Made:
-    """What is recorded of a set that is made."""
+    """The record of a finished set."""
 
     iterations: int | None
     seconds: float
@@ -100,44 +100,50 @@ def condense(
     logger: Logger | bool = False,
     **trainer: Any,
 ) -> list[CondensationRow]:
-    """Make small training sets in each of several ways, one after another, and test what each is worth.
+    """Make small training sets by several methods, one after another, and test them.
 
-    Files in ``output``: ``summary.json`` (a list of :class:`CondensationRow`), ``synthetic.safetensors`` and
-    ``synthetic.png`` of the first method that makes a set, where something is condensed ``accuracy.png`` (accuracy on
-    held-out training images over iterations, test accuracies as lines), and a folder ``<method>/seed_<seed>`` per set
-    with its record, its last checkpoint while it runs, the set with its recipe, what
-    :class:`~leakage.callbacks.SyntheticImages` and :class:`~leakage.callbacks.SyntheticEvaluation` write, and the
-    result of each network that was trained on it. Without ``resume`` those of an earlier run are replaced.
+    Files in ``output``:
+
+    - ``summary.json``, a list of :class:`CondensationRow`;
+    - ``synthetic.safetensors`` and ``synthetic.png``, of the first method that makes a set;
+    - ``accuracy.png``, if something is condensed: accuracy on held-out training images over iterations, with test
+      accuracies as lines;
+    - a folder ``<method>/seed_<seed>`` per set, with its record, its last checkpoint during the run, the set with its
+      recipe, the files of :class:`~leakage.callbacks.SyntheticImages` and
+      :class:`~leakage.callbacks.SyntheticEvaluation`, and the result of each network trained on it.
+
+    Without ``resume`` the files of an earlier run are replaced.
 
     Args:
-        methods: of ``"dc"``, ``"dsa"`` (with siamese augmentation, from real images), ``"dm"``, ``"fast"``,
+        methods: any of ``"dc"``, ``"dsa"`` (with siamese augmentation, from real images), ``"dm"``, ``"fast"``,
             ``"random"`` and ``"kmeans"`` (real images) and ``"full"`` (the whole training set, for few epochs).
-        data, output: where the images come from, and the folder.
-        images_per_class: of each set.
-        sets: of each method, with the seeds ``seed``, ``seed + 1`` and so on.
-        evaluations: of ``"dc"`` and ``"dsa"``, see :func:`~leakage.condensation.evaluate`.
+        data, output: the data set, and the folder for results.
+        images_per_class: images per class of each set.
+        sets: sets of each method, with the seeds ``seed``, ``seed + 1`` and so on.
+        evaluations: any of ``"dc"`` and ``"dsa"``, see :func:`~leakage.condensation.evaluate`.
         loops: (outer, inner) of ``"dc"`` and ``"dsa"``, by default those of the paper.
-        iterations, factor, batch_size: of all methods that condense; by default each protocol's own.
-        budget: minutes for a set with its tests on held-out images, in place of ``iterations``: as many as fit.
-        networks: that are trained on each set for each evaluation; one on the whole training set.
+        iterations, factor, batch_size: options of all methods that condense; by default those of each protocol.
+        budget: minutes for a set with its tests on held-out images, instead of ``iterations``: as many as fit are run.
+        networks: networks trained on each set for each evaluation; the whole training set has one network.
         moments: iterations after which the images are tested on held-out training images, besides the last; by default
-            :data:`MOMENTS`, or with a ``budget`` a few, evenly spread.
-        held_out: share of the training images that no set is condensed from; None for none, and no such tests.
-        network: for condensing and testing; by default the :class:`~leakage.models.ConvNet` that fits.
-        epochs, test_precision: of the networks in the test, see :func:`~leakage.condensation.evaluate`.
-        full_epochs, cache: on the whole training set, and a folder that keeps its result, by default in ``output``.
+            :data:`MOMENTS`, or a few, evenly spaced, with a ``budget``.
+        held_out: share of the training images left out of condensation; None for no held-out images and no such tests.
+        network: architecture for condensing and testing; by default the :class:`~leakage.models.ConvNet` that fits.
+        epochs, test_precision: options of the networks in the test, see :func:`~leakage.condensation.evaluate`.
+        full_epochs, cache: epochs on the whole training set, and a folder that keeps its result (by default in
+            ``output``).
         published: the papers' test accuracies by evaluation, 0 to 1.
-        seed: of all that is drawn.
-        resume: go on with what is in ``output``; where there is nothing, begin.
+        seed: seed of all random draws.
+        resume: whether to continue a run in ``output``, if there is one.
         logger, **trainer: options of the Trainer.
 
     Returns:
         One row per method and evaluation.
 
     Raises:
-        ValueError: an unknown method, an option out of its range, a network that does not fit the data, a budget too
-            small for one iteration, or with ``resume`` results that are damaged or of another configuration.
-        OSError: a folder or file that can't be written.
+        ValueError: a method is unknown, an option is out of range, the network does not fit the data, the budget is too
+            small for one iteration, or, with ``resume``, earlier results are damaged or of another configuration.
+        OSError: a folder or file can't be written.
     """
     if not methods:
         raise ValueError("Expected `methods` to name at least one method, but got none.")
@@ -183,7 +189,7 @@ def condense(
 
 @dataclass
 class _Run:
-    """All that the sets have in common; see :func:`condense`."""
+    """The options that all sets share; see :func:`condense`."""
 
     data: LabelledImages
     output: Path
@@ -208,8 +214,8 @@ class _Run:
         self.rows: dict[tuple[str, str | None], CondensationRow] = {}
 
     def all(self, methods: Sequence[str], seeds: range) -> list[CondensationRow]:
-        """Make and test all sets, and write what is known after each evaluation."""
-        # What can be refused is refused before the first is made, and before anything of an earlier run is touched.
+        """Make and test all sets, and write the results after each evaluation."""
+        # Check everything before the first set is made and before files of an earlier run are changed.
         condensations = [self._condensation(method, seeds[0], None) for method in methods if method in CONDENSATIONS]
         SyntheticEvaluation(self.moments or (), **self.tests)
         check_output(self.output)
@@ -246,7 +252,7 @@ class _Run:
                 for evaluation in self.evaluations:
                     synthetic, outcome = self._test(synthetic, evaluation, seed, self._folder(method, seed))
                     found[evaluation].append(outcome)
-                    self._tell(method, evaluation, found[evaluation], spent)
+                    self._add_row(method, evaluation, found[evaluation], spent)
         return list(self.rows.values())
 
     def _folder(self, method: str, seed: int) -> Path:
@@ -261,7 +267,7 @@ class _Run:
         return CONDENSATIONS[method](self.images_per_class, **options)
 
     def _schedule(self, method: str, seed: int, data: LabelledImages) -> Schedule:
-        """How many iterations, and when to look: as asked for, or what fits into the budget, for all sets alike."""
+        """Return the schedule of all sets of a method: as requested, or what fits into the budget."""
         if self.budget is None:
             return Schedule(None, None, tuple(MOMENTS if self.moments is None else self.moments))
         print(f"{method}: timing some iterations and a test", flush=True)
@@ -291,7 +297,7 @@ class _Run:
         }
 
     def _finished(self, method: str, seed: int, data: LabelledImages, schedule: Schedule | None) -> _Made | None:
-        """What is recorded of a set that is made already; a ``ValueError`` if another one was begun there."""
+        """Return the record of a finished set, or None; a ``ValueError`` if its folder belongs to another set."""
         configuration = self._configuration(method, seed, data, schedule)
         record = read_record(self._folder(method, seed), configuration, _Made)
         return None if record is None else _Made(**record)
@@ -327,7 +333,7 @@ class _Run:
     def _test(
         self, synthetic: SyntheticSet, evaluation: str, seed: int, folder: Path
     ) -> tuple[SyntheticSet, Evaluation]:
-        """The set with its score in the recipe, and what came of the networks."""
+        """Return the set with its score in the recipe, and the results of the networks."""
         outcome = evaluate(
             synthetic,
             self.data,
@@ -364,10 +370,10 @@ class _Run:
             progress=self.progress,
             cache=self.cache if self.cache is not None else self.output / "full" / "evaluations",
         )
-        self._tell("full", None, [outcome], [_Made(None, outcome.training_seconds + outcome.testing_seconds)])
+        self._add_row("full", None, [outcome], [_Made(None, outcome.training_seconds + outcome.testing_seconds)])
 
-    def _tell(self, method: str, evaluation: str | None, found: list[Evaluation], made: list[_Made]) -> None:
-        """Add a row, or put it in the place of the one with fewer sets, and write all."""
+    def _add_row(self, method: str, evaluation: str | None, found: list[Evaluation], made: list[_Made]) -> None:
+        """Add a row, or replace the one with fewer sets, and write all rows."""
         self.rows[method, evaluation] = CondensationRow(
             method=method,
             dataset=self.data.name,
@@ -383,7 +389,7 @@ class _Run:
 
 
 def of_seed(data: LabelledImages, seed: int) -> LabelledImages:
-    """The same images in batches of another seed."""
+    """Return the same data set with batches of another seed."""
     other = copy.copy(data)
     other.__dict__.pop("configuration", None)
     other.seed = seed
@@ -399,7 +405,7 @@ def _fit(
     logger: Logger | bool,
     trainer: dict[str, Any],
 ) -> None:
-    """Condense, from the last checkpoint if there is one."""
+    """Condense, resuming from the last checkpoint if there is one."""
     checkpoint = folder / "last.ckpt"
     bar = [CondensationProgressBar(name=method)] if trainer.get("enable_progress_bar", True) else []
     callbacks = [*callbacks, TimedCheckpoint(folder), *bar]

@@ -1,19 +1,19 @@
-r"""Images condensed with one network train another: test accuracy of a saved set, architecture by architecture.
+r"""Train other architectures on images condensed with one network: test accuracy of a saved set by architecture.
 
     python experiments/condensation/cross_architecture.py --synthetic results/fashion_mnist_1/dc/synthetic.safetensors \
         --networks 5 --baseline random --output results/cross_architecture
 
-`--synthetic` is a file that `SyntheticSet.save`, `leakage fit` or `table2.py` wrote, or a folder of `table2.py`, of
-which every method's first set is tested. For each architecture new networks are trained on the set alone, as for table
-2, and tested on the whole test set of the data set that the file names. With `--baseline random` the same is done with
-as many random real images. Networks are trained as in the evaluation of the first paper (`dc`), those on sets of the
-method `dsa` as in that of the second, unless `--evaluation` says otherwise.
+`--synthetic` is a file written by `SyntheticSet.save`, `leakage fit` or `table2.py`, or an output folder of
+`table2.py`, in which the first set of every method is tested. For each architecture new networks are trained on the
+set alone, as for table 2, and tested on the whole test set of the data set named in the file. `--baseline random` also
+tests the same number of random real images. Networks are trained as in the evaluation of the first paper (`dc`), and
+on sets of the method `dsa` as in that of the second, unless `--evaluation` is given.
 
-LeNet is that of the attacks (sigmoids, weights from the uniform distribution on [-0.5, 0.5]), which is not made to be
-trained; LeNet with ReLU is that of Dataset Condensation, which is.
+LeNet is the network of the attacks (sigmoids, weights from the uniform distribution on [-0.5, 0.5]), which is not
+designed for training; LeNet with ReLU is the one of Dataset Condensation, which is.
 
-What is done is written after each architecture. A run that was stopped goes on with the same command and `--resume`, as
-does one that more architectures are asked of. Without it a folder that holds results is refused.
+Results are written after each architecture. To continue a stopped run, or to add architectures, repeat the command
+with `--resume`. Without it, a folder that holds results is rejected.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from condensation_rows import accuracy_cells, read_accuracy_row  # beside this script
+from condensation_rows import accuracy_cells, read_accuracy_row  # in the folder of this script
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -50,14 +50,14 @@ FILES = ("summary.json", "accuracy.png")
 
 
 def lenet_relu(channels: int, image_size: tuple[int, int], num_classes: int) -> nn.Sequential:
-    """The LeNet of Dataset Condensation: ReLU, max-pooling, and weights drawn as torch draws them.
+    """Build the LeNet of Dataset Condensation: ReLU, max-pooling, and torch's default weight initialisation.
 
-    Sides of 28 pixels are padded to 32 by the first convolution.
+    The first convolution pads sides of 28 pixels to 32.
     """
     sides = [(side + 4 * (side == 28) - 4) // 2 for side in image_size]
     height, width = ((side - 4) // 2 for side in sides)
     if min(height, width) < 1:
-        raise ValueError(f"Expected images of at least 16 pixels a side for LeNet with ReLU, but got {image_size}.")
+        raise ValueError(f"Expected images of at least 16 pixels per side for LeNet with ReLU, but got {image_size}.")
     return nn.Sequential(
         nn.Conv2d(channels, 6, 5, padding=tuple(2 * (side == 28) for side in image_size)),
         nn.ReLU(),
@@ -74,14 +74,14 @@ def lenet_relu(channels: int, image_size: tuple[int, int], num_classes: int) -> 
     )
 
 
-# Each is called as those of `NETWORKS` are.
+# Each is called with the arguments of those in `NETWORKS`.
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {**NETWORKS, "lenet_relu": lenet_relu}
-# As the papers write them.
+# Names as written in the papers.
 WRITTEN = {
     "convnet": "ConvNet", "mlp": "MLP", "lenet": "LeNet", "lenet_relu": "LeNet, ReLU",
     "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet18", "resnet20": "ResNet20", "vit": "ViT",
 }  # fmt: skip
-# Told apart also by readers who do not see red and green as different (Okabe and Ito).
+# Colours that colour-blind readers can distinguish (Okabe and Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -91,14 +91,14 @@ class CrossRow:
 
     Attributes:
         architecture: a key of :data:`ARCHITECTURES`.
-        dataset: where the test images come from.
-        images_per_class: of the set; the fewest that a class has.
+        dataset: name of the data set of the test images.
+        images_per_class: images per class of the set; the smallest number if classes differ.
         source: the file or the method that the set comes from, ``"random"`` for random real images.
-        accuracy_mean: over the networks, 0 to 1.
-        accuracy_std: over the networks.
-        accuracy_ci: 95 % confidence interval of the mean, after Student.
-        networks: how many were trained.
-        seconds: spent on training and testing all of them.
+        accuracy_mean: mean over the networks, 0 to 1.
+        accuracy_std: standard deviation over the networks.
+        accuracy_ci: 95 % confidence interval of the mean by Student's t-distribution.
+        networks: number of networks.
+        seconds: time spent on training and testing all networks.
     """
 
     architecture: str
@@ -113,15 +113,15 @@ class CrossRow:
 
 
 def read_sets(path: Path) -> dict[str, SyntheticSet]:
-    """The sets by source: the one of a file, or those of every method in a folder of ``table2.py``.
+    """Read the sets by source: that of a file, or the first of every method in an output folder of ``table2.py``.
 
     Raises:
-        ValueError: a folder without sets, sets of different data sets, or a file of another kind.
-        FileNotFoundError: no such file or folder.
+        ValueError: the folder has no sets or sets of different data sets, or the file is of another kind.
+        FileNotFoundError: the file or folder does not exist.
     """
     if not path.is_dir():
         synthetic = SyntheticSet.load(path)
-        # `dc/synthetic.safetensors` is known by its folder, unless it has a recipe.
+        # A set without a recipe in `dc/synthetic.safetensors` is named after its folder.
         name = path.resolve().parent.name if path.stem == "synthetic" else path.stem
         return {synthetic.recipe.method if synthetic.recipe is not None else name: synthetic}
     found: dict[str, SyntheticSet] = {}
@@ -130,8 +130,8 @@ def read_sets(path: Path) -> dict[str, SyntheticSet]:
             found[file.parents[1].name] = SyntheticSet.load(file)
     if not found:
         raise ValueError(
-            f"Expected `--synthetic` to hold <method>/seed_<seed>/synthetic.safetensors, but got '{path}', which does "
-            "not."
+            f"Expected `--synthetic` to hold <method>/seed_<seed>/synthetic.safetensors, but got '{path}' without such "
+            "files."
         )
     if len({synthetic.dataset for synthetic in found.values()}) > 1:
         of = {name: synthetic.dataset for name, synthetic in found.items()}
@@ -153,14 +153,14 @@ def cross_architecture(
     device: str | None,
     progress: bool = True,
 ) -> list[CrossRow]:
-    """Test each set with each architecture, and write what came of it after each.
+    """Test each set with each architecture, write the results after each, and return a row for each.
 
-    Sets and evaluations are by source.
+    Sets and evaluations are given by source.
 
     Raises:
-        ValueError: a set that does not fit the data, an architecture that does not take its images, or with ``resume``
-            results that are damaged or of another configuration.
-        OSError: a file that can't be written.
+        ValueError: a set does not fit the data, an architecture does not accept the images, or, with ``resume``,
+            earlier results are damaged or of another configuration.
+        OSError: a file can't be written.
     """
     channels, height, width = data.image_shape
     models = {name: ARCHITECTURES[name](channels, (height, width), data.num_classes) for name in architectures}
@@ -183,7 +183,7 @@ def cross_architecture(
                 "evaluation": evaluations[source],
                 **options,
             }
-    # What was run before is compared with what is asked for before anything is run.
+    # Compare the configurations of earlier results before anything is run.
     finished = {}
     for (architecture, source), configuration in configurations.items() if resume else ():
         row = read_accuracy_row(output / source / architecture, configuration, CrossRow)
@@ -215,7 +215,7 @@ def cross_architecture(
             )
             record = {"configuration": configuration, "row": asdict(finished[architecture, source])}
             write_json(output / source / architecture / "run.json", record)
-        # Those of an earlier run that are still to come are in it too.
+        # This includes rows of an earlier run that come later in the order.
         rows = [finished[key] for key in configurations if key in finished]
         write_json(output / "summary.json", [asdict(row) for row in rows])
         save_figure(plot(rows), output / "accuracy.png")
@@ -223,7 +223,7 @@ def cross_architecture(
 
 
 def plot(rows: Sequence[CrossRow]) -> Figure:
-    """A group of bars for each architecture, a bar for each source, with the interval of its mean."""
+    """Plot a group of bars for each architecture, with a bar for each source and the interval of its mean."""
     architectures = list(dict.fromkeys(row.architecture for row in rows))
     sources = list(dict.fromkeys(row.source for row in rows))
     figure = Figure(figsize=(max(4.8, 1.2 + len(rows) * 0.7), 4.2), dpi=100, facecolor="white", layout="constrained")
@@ -257,7 +257,7 @@ def plot(rows: Sequence[CrossRow]) -> Figure:
 
 
 def format_table(rows: Sequence[CrossRow]) -> str:
-    """The rows as a table for the terminal, accuracy with its standard deviation over networks."""
+    """Format the rows as a table for the terminal; ± is the standard deviation over networks."""
     lines = [["", "trained on", "images per class", "test accuracy", "95 % interval", "networks", "time"]]
     for row in rows:
         lines.append(
@@ -286,8 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         named = next(iter(sets.values())).dataset
         dataset = given.dataset or named
         if not dataset:
-            raise ValueError(f"Expected `--dataset`, as '{given.synthetic}' names none, but got none.")
-        # A folder may hold what has a name of its own.
+            raise ValueError(f"Expected `--dataset`, since '{given.synthetic}' names no data set, but got none.")
+        # A folder may hold a copy of the data set that the sets name.
         benchmark = named if named in BENCHMARKS and dataset not in DATASETS else None
         data = LabelledImages(
             dataset, root=given.root, image_size=given.image_size, benchmark=benchmark, seed=given.seed
@@ -295,8 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_output(given.output)
         if not given.resume and (given.output / "summary.json").exists():
             raise ValueError(
-                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
-                "with them, or choose another folder."
+                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to "
+                "continue its run, or choose another folder."
             )
         data.prepare_data()
         data.setup("fit")
@@ -340,31 +340,33 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cross_architecture.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--synthetic", type=Path, required=True, help="a saved set, or a folder of table2.py with one per method"
-    )
+    parser.add_argument("--synthetic", type=Path, required=True, help="a saved set, or an output folder of table2.py")
     parser.add_argument(
         "--dataset",
         help=f"one of {', '.join(LABELLED_DATASETS)}, or a folder of images in ImageFolder layout "
-        "(default: the one that the set names)",
+        "(default: the data set named in the set)",
     )
-    parser.add_argument("--networks", type=int, default=5, help="of each architecture (default: %(default)s)")
+    parser.add_argument("--networks", type=int, default=5, help="networks of each architecture (default: %(default)s)")
     parser.add_argument(
-        "--architectures", nargs="+", choices=tuple(ARCHITECTURES), default=list(ARCHITECTURES), help="default: all"
+        "--architectures",
+        nargs="+",
+        choices=tuple(ARCHITECTURES),
+        default=list(ARCHITECTURES),
+        help="architectures to test (default: all)",
     )
-    parser.add_argument("--baseline", choices=("random",), help="test as many random real images too")
-    parser.add_argument("--epochs", type=int, help="of each network (default: 300, augmented 1000)")
+    parser.add_argument("--baseline", choices=("random",), help="also test the same number of random real images")
+    parser.add_argument("--epochs", type=int, help="epochs of training (default: 300, or 1000 with augmentation)")
     parser.add_argument(
         "--evaluation",
         choices=EVALUATIONS,
-        help="how networks are trained (default: dc, for sets of the method dsa dsa)",
+        help="how networks are trained (default: dsa for sets of the method dsa, else dc)",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for results")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
-    parser.add_argument("--seed", type=int, default=0, help="of networks and random images (default: %(default)s)")
-    parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the output folder, if there is one")
+    parser.add_argument("--seed", type=int, default=0, help="seed of networks and random images (default: %(default)s)")
+    parser.add_argument("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
-    parser.add_argument("--device", help="of torch, such as cpu or cuda:0 (default: the first GPU, else the CPU)")
+    parser.add_argument("--device", help="torch device, such as cpu or cuda:0 (default: the first GPU, else the CPU)")
     return parser
 
 

@@ -5,25 +5,26 @@ r"""Table 2 of Dataset Condensation: test accuracy of networks trained on a few 
     python experiments/condensation/table2.py --dataset data/cifar10 --benchmark cifar10 --images-per-class 1 \
         --method fast --sets 3 --output results/cifar10_1
 
-Methods: `dc` (gradient matching with the paper's protocol, https://arxiv.org/abs/2006.05929), `dsa` (the same with
-siamese augmentation, https://arxiv.org/abs/2102.08259), `dm` (distribution matching, as published, with that
-augmentation, https://arxiv.org/abs/2110.04181), `fast` (this library's protocol), `random` and `kmeans` (as many real
+Methods: `dc` (gradient matching with the paper's protocol, https://arxiv.org/abs/2006.05929), `dsa` (`dc` with siamese
+augmentation, https://arxiv.org/abs/2102.08259), `dm` (distribution matching, as published, with that augmentation,
+https://arxiv.org/abs/2110.04181), `fast` (this library's protocol), `random` and `kmeans` (the same number of real
 images) and `full` (the whole training set, for `--full-epochs`). Evaluations: `dc`, as in the first paper (300 epochs
 without augmentation, but on MNIST 1,000 with random shifts, scales and rotations), and `dsa`, as in the second (1,000
-epochs with its augmentation). The figures of these two papers, after 1,000 iterations, stand beside ours of their
-evaluation.
+epochs with its augmentation). The table shows our figures next to those of these two papers, after 1,000 iterations,
+for the same evaluation.
 
-Several `--sets` have seeds one after the other. The interval is Student's over the means of the sets, as networks that
-are trained on the same set are not independent; for a single set it is over its networks, and about this set alone.
+With several `--sets` the seeds are consecutive. The interval is Student's over the means of the sets, since networks
+trained on the same set are not independent; for a single set it is over its networks, and holds for this set only.
 
-A share of the training images (`--held-out`) is left out of condensation. On these, never on test images, the sets are
-tested on the way. `--budget` times some iterations and a test, tells how many iterations fit into so many minutes a
-set, and how long everything should take, and makes these; the schedule of a protocol ends with the last.
+A share of the training images (`--held-out`) is left out of condensation. During the run the sets are tested on these
+images, never on test images. `--budget` times some iterations and a test, prints how many iterations fit into this many
+minutes per set and how long everything should take, and runs that many; the schedule of a protocol ends with the last
+iteration.
 
-A run that was stopped, in whatever way, goes on with the same command and `--resume`, and ends with the results that it
-would have had: each network's result is kept as soon as it is known. With `--resume` more sets, networks and
-evaluations can be asked for, and what is known stays. Without it a folder that holds results is refused, so that none
-are lost by mistake.
+To continue a stopped run, repeat the command with `--resume`. The results are those of a run without a stop, since the
+result of each network is saved as soon as it is known. With `--resume` you can also ask for more sets, networks and
+evaluations; known results are kept. Without it, a folder that holds results is rejected, so that none are lost by
+mistake.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from condensation_rows import FILES, format_table  # beside this script
+from condensation_rows import FILES, format_table  # in the folder of this script
 from condensing import METHODS, condense
 
 from leakage.cli import quiet
@@ -64,7 +65,7 @@ _DSA = {
 
 
 def published(dataset: str, images_per_class: int) -> dict[str, float]:
-    """The papers' test accuracies from 0 to 1 by evaluation, where they have one."""
+    """Return the papers' test accuracies from 0 to 1 by evaluation, for the evaluations that have one."""
     found = {}
     for evaluation, table in (("dc", _DC), ("dsa", _DSA)):
         for count, accuracy in zip(_COUNTS, table.get(dataset, ()), strict=False):
@@ -88,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_output(given.output)
         if not given.resume and holds_results(given.output):
             raise ValueError(
-                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to go on "
-                "with them, or choose another folder."
+                f"Expected `--output` to be a folder without results, but got '{given.output}'. Add --resume to "
+                "continue its run, or choose another folder."
             )
         data.prepare_data()
         data.setup("fit")
@@ -147,21 +148,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--benchmark",
         choices=tuple(BENCHMARKS),
-        help="the data set that a folder holds, whose published figures and statistics are to be used",
+        help="the data set that a folder holds, to use its published figures and statistics",
     )
-    parser.add_argument("--images-per-class", type=int, default=1, help="of the sets (default: %(default)s)")
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=["dc"], help="default: dc")
-    parser.add_argument("--sets", type=int, default=1, help="of each method, seed after seed (default: %(default)s)")
-    parser.add_argument("--evaluation", nargs="+", choices=EVALUATIONS, default=["dc"], help="default: dc")
+    parser.add_argument("--images-per-class", type=int, default=1, help="size of the sets (default: %(default)s)")
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=["dc"], help="methods to run (default: dc)")
+    parser.add_argument(
+        "--sets", type=int, default=1, help="sets of each method, with consecutive seeds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--evaluation", nargs="+", choices=EVALUATIONS, default=["dc"], help="evaluations of each set (default: dc)"
+    )
     parser.add_argument(
         "--loops",
         nargs=2,
         type=int,
         metavar=("OUTER", "INNER"),
-        help="of dc and dsa (default: the paper's for 1, 10, 20 ... 50 images)",
+        help="loops of dc and dsa (default: those of the paper for 1, 10, 20 ... 50 images)",
     )
     parser.add_argument(
-        "--iterations", type=int, help="networks to condense on, with every method (default: each protocol's)"
+        "--iterations", type=int, help="iterations of every condensation (default: those of its protocol)"
     )
     parser.add_argument(
         "--factor",
@@ -169,51 +174,55 @@ def _parser() -> argparse.ArgumentParser:
         help="each image of a set holds FACTOR x FACTOR smaller ones (default: 2 for fast, 1 for others)",
     )
     parser.add_argument(
-        "--batch-size", type=int, help="real images of each class that are matched at a time (default: each protocol's)"
+        "--batch-size", type=int, help="real images of each class matched at once (default: that of the protocol)"
     )
     parser.add_argument(
         "--budget",
         type=float,
         metavar="MINUTES",
-        help="for the condensation of a set, in place of --iterations: as many as fit",
+        help="time for the condensation of a set, instead of --iterations: run as many iterations as fit",
     )
     parser.add_argument(
-        "--networks", type=int, default=10, help="trained on a set for each evaluation (default: %(default)s)"
+        "--networks", type=int, default=10, help="networks trained on a set for each evaluation (default: %(default)s)"
     )
     parser.add_argument(
         "--moments",
         nargs="*",
         type=int,
         help="iterations after which the images are tested on held-out training images, besides the last (default: 0, "
-        "10, 20, 50, ..., with --budget a few)",
+        "10, 20, 50, ...; a few with --budget)",
     )
     parser.add_argument(
         "--held-out",
         type=float,
         default=0.02,
-        help="share of the training images that are left out for such tests; 0 for none (default: %(default)s)",
+        help="share of the training images left out for such tests; 0 for none (default: %(default)s)",
     )
-    parser.add_argument("--epochs", type=int, help="of the networks in the test (default: 300, augmented 1000)")
-    parser.add_argument("--full-epochs", type=int, default=5, help="of the method full (default: %(default)s)")
+    parser.add_argument(
+        "--epochs", type=int, help="epochs of the networks in the test (default: 300, or 1000 with augmentation)"
+    )
+    parser.add_argument("--full-epochs", type=int, default=5, help="epochs of the method full (default: %(default)s)")
     parser.add_argument("--cache", type=Path, help="folder that keeps results on whole training sets (default: none)")
     parser.add_argument("--output", type=Path, required=True, help="folder for results")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
-    parser.add_argument("--seed", type=int, default=0, help="of images, networks and starts (default: %(default)s)")
-    parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the output folder, if there is one")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of images, networks and initial images (default: %(default)s)"
+    )
+    parser.add_argument("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
     parser.add_argument(
         "--precision",
         choices=("32-true", "64-true", "bf16-mixed"),
         default="32-true",
-        help="of the condensation (default: %(default)s)",
+        help="precision of the condensation (default: %(default)s)",
     )
     parser.add_argument(
         "--test-precision",
         choices=PRECISIONS,
         default="32-true",
-        help="of the networks in the test (default: %(default)s)",
+        help="precision of the networks in the test (default: %(default)s)",
     )
-    parser.add_argument("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
+    parser.add_argument("--accelerator", default="auto", help="accelerator of the Trainer (default: %(default)s)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Few images that stand for a whole training set, found by matching gradients or features."""
+"""Dataset condensation: a few synthetic images that replace a training set, found by matching gradients or features."""
 
 from leakage import notices
 from leakage.condensation.augmentation import SiameseAugmentation

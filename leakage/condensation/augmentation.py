@@ -1,4 +1,4 @@
-"""Differentiable siamese augmentation: one random transform for real and synthetic images alike."""
+"""Differentiable siamese augmentation: the same random transform for real and synthetic images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from leakage.errors import check_count, check_flag, check_not_negative, check_pair, check_positive
 
-# The transforms, and how many random numbers each needs. The order is that of the columns of the random numbers.
+# The transforms, and how many random numbers each needs, in the order of the columns of random numbers.
 _NUMBERS = {"color": 3, "crop": 2, "cutout": 2, "flip": 1, "scale": 2, "rotate": 1}
-# Data sets of digits, which a mirror makes into something else.
+# Data sets of digits, whose meaning a mirror image changes.
 _DIGITS = ("mnist", "svhn")
 
 
@@ -22,42 +22,43 @@ _DIGITS = ("mnist", "svhn")
 class SiameseAugmentation:
     r"""Differentiable siamese augmentation (DSA): random transforms that gradients pass through.
 
-    Condensation matches the gradient of real images with that of synthetic ones, both under the same transform
-    :math:`A_\omega`, and differentiates through it down to the synthetic images:
+    Condensation matches the gradient of synthetic images S with that of real images T, both under the same transform
+    :math:`A_\omega`, and differentiates through the transform with respect to the synthetic images:
 
     .. math:: \min_S D(\nabla_\theta L(A_\omega(S), \theta), \nabla_\theta L(A_\omega(T), \theta))
 
-    Each call of :meth:`draw` picks one of the transforms that ``strategy`` names, and its parameters :math:`\omega`:
+    Each call of :meth:`draw` chooses one of the transforms in ``strategy`` and its parameters :math:`\omega`:
 
     ========== =====================================================================================================
-    color      adds :math:`b \sim U(-\tfrac12, \tfrac12)` ``brightness``; multiplies the difference to the mean over the
-               channels by :math:`U(0, 1)` ``saturation``; that to the mean over the image by ``contrast`` + U(0, 1)
-    crop       moves by whole pixels, up to ``crop`` of each side in each direction; zeros move in
+    color      adds :math:`b \sim U(-\tfrac12, \tfrac12)` ``brightness``; multiplies the difference from the mean over
+               the channels by :math:`U(0, 1)` ``saturation``, and the difference from the mean over the image by
+               ``contrast`` + U(0, 1)
+    crop       shifts by whole pixels, by up to ``crop`` of each side in each direction, and fills with zeros
     cutout     sets a rectangle, ``cutout`` of each side, to zero; its centre is anywhere, the border clips it
     flip       mirrors left and right with probability ``flip``
-    scale      stretches height and width by factors of their own, uniform in ``scale``, about the centre
-    rotate     turns about the centre, by up to ``rotate`` degrees either way
+    scale      scales height and width about the centre by separate factors, both uniform in ``scale``
+    rotate     rotates about the centre, by up to ``rotate`` degrees either way
     ========== =====================================================================================================
 
-    Zero is the mean colour of the data set, as images are normalised. ``scale`` and ``rotate`` sample bilinearly, zero
-    outside of the image, in one step of gather: torchvision's transforms take one number for all images of a call and
-    one scale for both axes, and ``grid_sample`` cannot be differentiated twice in torch 2.6.
+    Zero is the mean colour of the data set, since images are normalised. ``scale`` and ``rotate`` sample bilinearly
+    with a single gather, and are zero outside the image. Torchvision's transforms take the same parameters for all
+    images of a call and one scale for both axes, and ``grid_sample`` cannot be differentiated twice in torch 2.6.
 
     Args:
         strategy: names of transforms, each at most once, joined by ``_``.
-        brightness: width of the interval of what is added, at least 0, in units of the normalised images.
-        saturation: largest factor of the saturation, at least 0. Images of one channel have none and stay.
-        contrast: smallest factor of the contrast, at least 0; the largest is greater by 1.
-        crop: greatest shift as a part of the side, above 0 and at most 1, rounded to whole pixels.
-        cutout: side of the rectangle as a part of the image's, above 0 and at most 1, rounded to whole pixels.
+        brightness: width of the interval of the added value, at least 0, in units of the normalised images.
+        saturation: largest saturation factor, at least 0. It does not change images of one channel.
+        contrast: smallest contrast factor, at least 0; the largest is greater by 1.
+        crop: largest shift as a fraction of the side, above 0 and at most 1, rounded to whole pixels.
+        cutout: side of the rectangle as a fraction of the image's side, above 0 and at most 1, rounded to whole pixels.
         flip: probability of the mirror image, above 0 and at most 1.
         scale: smallest and largest factor, positive.
-        rotate: greatest angle in degrees, above 0 and at most 180.
-        same: whether the images of a call of :meth:`draw` with ``num_images`` all go through the same one of the
-            transforms, each with parameters of its own, as when DSA trains networks; otherwise each has its own choice.
+        rotate: largest angle in degrees, above 0 and at most 180.
+        same: for calls of :meth:`draw` with ``num_images``: whether all images go through the same transform, each
+            with its own parameters, as when DSA trains networks. Otherwise a transform is chosen for each image.
 
     Raises:
-        ValueError: a name that is no transform or comes twice, or a size outside of its range.
+        ValueError: a name is not a transform or occurs twice, or a number is outside its range.
 
     References:
         Zhao and Bilen, *Dataset Condensation with Differentiable Siamese Augmentation*, ICML 2021,
@@ -110,10 +111,10 @@ class SiameseAugmentation:
 
     @classmethod
     def mnist_evaluation(cls) -> SiameseAugmentation:
-        """What Dataset Condensation trains its evaluation networks on MNIST with: crop, scale or rotate.
+        """Return the augmentation with which Dataset Condensation evaluates on MNIST: crop, scale or rotate.
 
-        Shifts of up to 4 of 28 pixels, factors in [0.8, 1.2], angles of up to 45 degrees, drawn for each image anew
-        (``num_images`` of :meth:`draw`).
+        Shifts of up to 4 of 28 pixels, factors in [0.8, 1.2] and angles of up to 45 degrees. The transform is drawn
+        separately for each image (``num_images`` of :meth:`draw`).
 
         References:
             Zhao, Mopuri and Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
@@ -128,7 +129,7 @@ class SiameseAugmentation:
 
     @classmethod
     def dsa(cls, dataset: str) -> SiameseAugmentation:
-        """DSA's transforms for a data set: all of them, but no mirror images of the digits of MNIST and SVHN.
+        """Return DSA's augmentation for a data set: all transforms, but no flip for the digits of MNIST and SVHN.
 
         References:
             Zhao and Bilen, *Dataset Condensation with Differentiable Siamese Augmentation*, ICML 2021,
@@ -141,22 +142,23 @@ class SiameseAugmentation:
         return cls("_".join(name for name in _NUMBERS if name != "flip" or dataset not in _DIGITS))
 
     def draw(self, generator: torch.Generator, num_images: int | None = None) -> Callable[[Tensor], Tensor]:
-        """A random transform: one for all images, or one for each of ``num_images`` images.
+        """Draw a random transform: one for all images, or one for each of ``num_images`` images.
 
         Args:
-            generator: on the CPU, so that the same transforms come out for images on any device. A call takes as many
-                random numbers whatever the strategy and whichever transform it picks.
-            num_images: None for one transform that is the same for every image and every call; a number for images
-                that each get parameters of their own, and unless :attr:`same` a choice of their own.
+            generator: a generator on the CPU, so that the transforms are the same for images on any device. The number
+                of random numbers that a call takes does not depend on the strategy or the chosen transform.
+            num_images: None to apply one transform to every image; a number to draw parameters for each image, and,
+                unless :attr:`same`, also a transform for each.
 
         Returns:
-            A function, always the same, of normalised images of any floating type on any device, ``(..., C, H, W)``
-            for one transform and ``(..., num_images, C, H, W)`` for one per image; it gives the same shape and type.
-            Linear up to a constant in the images, so differentiable any number of times, also under ``torch.func``.
+            A deterministic function of normalised images of any floating type on any device. It takes
+            ``(..., C, H, W)`` with one transform, ``(..., num_images, C, H, W)`` with one per image, and returns the
+            same shape and type. It is affine in the images, so it can be differentiated any number of times, also
+            under ``torch.func``.
 
         Raises:
-            ValueError: the generator is none or not on the CPU, or ``num_images`` is not at least 1; on the call of
-                the function, images of another shape or type.
+            ValueError: the generator is not a generator on the CPU, or ``num_images`` is below 1; when the function is
+                called, the images have another shape or type.
 
         Example:
             >>> transform = SiameseAugmentation("rotate").draw(torch.Generator().manual_seed(0), num_images=2)
@@ -186,7 +188,7 @@ class SiameseAugmentation:
         return (images - mean) * contrast + mean
 
     def _crop(self, images: Tensor, numbers: Tensor) -> Tensor:
-        # The steps are whole numbers found on the CPU in double precision: no device can round them differently.
+        # The shifts are whole numbers computed on the CPU in double precision, so no device rounds them differently.
         down, right = (
             _per_pixel((number * (2 * most + 1)).floor().long() - most, images.device)
             for number, most in zip(numbers.unbind(-1), _parts(self.crop, images), strict=True)
@@ -199,7 +201,7 @@ class SiameseAugmentation:
         for number, side, length, positions in zip(
             numbers.unbind(-1), _parts(self.cutout, images), images.shape[-2:], _grid(images, torch.int64), strict=True
         ):
-            # Centres are pixels for odd sides, the corners between pixels (one more of them) for even ones.
+            # For odd sides the centre is a pixel; for even sides a corner between pixels, of which there is one more.
             centre = (number * (length + 1 - side % 2)).floor().long()
             start = _per_pixel(centre - side // 2, images.device)
             inside.append((start <= positions) & (positions < start + side))
@@ -226,19 +228,19 @@ class _Drawn:
     def __init__(self, augmentation: SiameseAugmentation, numbers: Tensor) -> None:
         self.augmentation = augmentation
         self.numbers = numbers
-        # Plain numbers are found now: within torch.func no tensor says its values, not even one it does not transform.
+        # Convert to plain numbers here: under torch.func no tensor reveals its values, even one not transformed.
         choices = (numbers[..., 0] * len(augmentation.names)).long().reshape(-1)
         self.choices: list[int] = choices.tolist()
         self.order = choices.argsort(stable=True)
         self.places = self.order.argsort()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The transformed images."""
+        """Transform the images."""
         self._check(images)
         names = self.augmentation.names
         if self.numbers.ndim == 1:
             return self._apply(names[self.choices[0]], images, self.numbers)
-        # Images with the same transform go through it together, then back to their places.
+        # Transform images with the same choice together, then restore their order.
         sizes = [self.choices.count(choice) for choice in range(len(names))]
         groups = torch.split(images.index_select(-4, self.order.to(images.device)), sizes, -4)
         numbers = torch.split(self.numbers[self.order], sizes)
@@ -261,39 +263,39 @@ class _Drawn:
                 raise ValueError(f"Expected `images` of shape (..., C, H, W), but got {tuple(images.shape)}.")
         elif images.ndim < 4 or images.shape[-4] != len(self.numbers):
             raise ValueError(
-                f"Expected `images` of shape (..., {len(self.numbers)}, C, H, W), for as many images as were drawn, "
-                f"but got {tuple(images.shape)}."
+                f"Expected `images` of shape (..., {len(self.numbers)}, C, H, W), since {len(self.numbers)} transforms "
+                f"were drawn, but got {tuple(images.shape)}."
             )
 
 
 def _parts(part: float, images: Tensor) -> tuple[int, int]:
-    """That part of the height and of the width in whole pixels, halves rounded up."""
+    """Return a fraction of the height and of the width in whole pixels, with halves rounded up."""
     return int(images.shape[-2] * part + 0.5), int(images.shape[-1] * part + 0.5)
 
 
 def _as_images(values: Tensor, images: Tensor) -> Tensor:
-    """Numbers ``()`` or ``(M,)`` as ``(1, 1, 1)`` or ``(M, 1, 1, 1)`` of the type and device of the images."""
+    """Reshape numbers ``()`` or ``(M,)`` to ``(1, 1, 1)`` or ``(M, 1, 1, 1)``, with type and device of the images."""
     return values.to(images.dtype).to(images.device)[..., None, None, None]
 
 
 def _per_pixel(values: Tensor, device: torch.device) -> Tensor:
-    """Numbers ``()`` or ``(M,)`` as ``(1, 1)`` or ``(M, 1, 1)``, to go with positions of pixels."""
+    """Reshape numbers ``()`` or ``(M,)`` to ``(1, 1)`` or ``(M, 1, 1)``, to broadcast with pixel positions."""
     return values.to(device)[..., None, None]
 
 
 def _grid(images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows ``(H, 1)`` and columns ``(1, W)`` of the pixels."""
+    """Return the rows ``(H, 1)`` and columns ``(1, W)`` of the pixels."""
     rows, columns = (torch.arange(side, device=images.device, dtype=dtype) for side in images.shape[-2:])
     return rows[:, None], columns[None, :]
 
 
 def _pixels(images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of whole rows and columns that gives the pixels there, and zero outside of the image.
+    """Return a function that looks up pixels by whole rows and columns, and gives zero outside the image.
 
-    Rows and columns together have the shape ``(H, W)``, or ``(M, H, W)`` for positions of their own for each image.
+    Rows and columns broadcast to ``(H, W)``, or to ``(M, H, W)`` if each image has its own positions.
     """
     height, width = images.shape[-2:]
-    padded = F.pad(images.flatten(-2), (0, 1))  # the place of everything outside
+    padded = F.pad(images.flatten(-2), (0, 1))  # one zero, which stands for all positions outside
 
     def take(rows: Tensor, columns: Tensor) -> Tensor:
         inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
@@ -305,8 +307,8 @@ def _pixels(images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _affine(images: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """Images whose pixel (y, x), from the centre, comes from (a y + b x, c y + d x), bilinearly, zero outside."""
-    dtype = torch.promote_types(images.dtype, torch.float32)  # 8 bits of bfloat16 do not tell pixels apart
+    """Sample images bilinearly: pixel (y, x), from the centre, is taken from (a y + b x, c y + d x), zero outside."""
+    dtype = torch.promote_types(images.dtype, torch.float32)  # the 8 bits of bfloat16 are too few for pixel positions
     a, b, c, d = (_per_pixel(entry.to(dtype), images.device) for entry in (a, b, c, d))
     rows, columns = _grid(images, dtype)
     middle, centre = (images.shape[-2] - 1) / 2, (images.shape[-1] - 1) / 2

@@ -1,4 +1,4 @@
-"""What condensations share: the module that a Trainer runs."""
+"""The base class of condensations: the module that a Trainer runs."""
 
 from __future__ import annotations
 
@@ -37,55 +37,56 @@ from leakage.plots import save_figure
 from leakage.seeds import derive_seed
 
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed")
-# What the time of a run is spent on.
+# The parts that the time of a run is split into.
 PARTS = ("real", "synthetic", "network", "evaluation")
-# What a checkpoint keeps beside the images, the network and the momentum, which are Lightning's to keep.
+# What a checkpoint keeps besides images, network and momentum, which Lightning saves.
 _KEPT = ("step", "last_loss", "seconds", "real_images_seen")
 
 
 class Condensation(LightningModule):
-    """What condensations share: the synthetic images, their steps, checkpoints and results.
+    """Base class of condensations: the synthetic images, their updates, checkpoints and results.
 
-    Real images of each class and the synthetic ones are seen by one network after another, and the synthetic images
-    move so that what it says of them comes nearer to what it says of the real ones. A subclass tells what that is
-    (:meth:`configure_matching`) and sets :attr:`protocol`, and :attr:`outer` and :attr:`inner` where they are not 1
-    and 0.
+    Each network in turn sees real and synthetic images of every class. The synthetic images are moved so that some
+    statistic of the network on them, such as its gradient, comes closer to that on the real images. A subclass defines
+    the statistic (:meth:`configure_matching`), and sets :attr:`protocol`, :attr:`outer` (unless it is 1) and
+    :attr:`inner` (unless it is 0).
 
     All iterations are one epoch of the Trainer. The images are normalised and never clamped.
 
     Attributes:
         synthetic_images: the parameters, normalised, ``(K * images_per_class, C, H, W)`` in the order of the classes.
-        seconds: time spent so far on real images (``"real"``), on synthetic ones (``"synthetic"``), drawing and
-            training the network (``"network"``) and what callbacks add as ``"evaluation"``.
+        seconds: time spent so far on real images (``"real"``), on synthetic images (``"synthetic"``), on drawing and
+            training networks (``"network"``) and in callbacks that evaluate (``"evaluation"``).
         last_loss: the sum of the distances over classes at the last step.
-        step: training steps that are complete.
-        within_step: whether one has begun and is not.
-        protocol: how it searches.
+        step: number of complete training steps.
+        within_step: whether a training step has begun but is not complete.
+        protocol: the protocol of the search.
         outer: steps on each network.
-        inner: epochs for which the network is trained on the synthetic images between two of them.
-        method: what a recipe calls it.
+        inner: epochs for which the network is trained on the synthetic images between two steps.
+        method: the name of the method in a recipe.
 
     Args:
         images_per_class: synthetic images of each class.
-        num_classes: to be checked against the data; by default the data's.
-        network: drawn anew for each iteration; by default the :class:`~leakage.models.ConvNet` that fits the data, with
-            ``network_width`` channels. It takes normalised images. Dropout is off; BatchNorm takes its statistics from
-            real images.
+        num_classes: number of classes, checked against the data; by default that of the data.
+        network: architecture, drawn anew for each iteration; by default the :class:`~leakage.models.ConvNet` that fits
+            the data, with ``network_width`` channels. It takes normalised images. Dropout is off; BatchNorm takes its
+            statistics from real images.
         augmentation: strategy of :class:`~leakage.condensation.SiameseAugmentation`, the same random transform for real
-            and synthetic images of a class (DSA); None for none.
-        seed: of networks, start, order and augmentation, each with its own stream.
-        iterations, batch_size, network_reuse, learning_rate, momentum, decay, initialization: replace the protocol's
-            value, see :class:`~leakage.condensation.CondensationProtocol`.
-        real_images, factor, synthetic_batch_size, pool, pool_passes, network_width: likewise.
+            and synthetic images of a class (DSA); None for no augmentation.
+        seed: seed of networks, initial images, order and augmentation, each with its own stream.
+        iterations, batch_size, network_reuse, learning_rate, momentum, decay, initialization: replace the values of
+            the protocol, see :class:`~leakage.condensation.CondensationProtocol`.
+        real_images, factor, synthetic_batch_size, pool, pool_passes, network_width: replace further values of the
+            protocol.
 
     Raises:
-        ValueError: a number out of its range; in ``fit``, a DataModule that is no
-            :class:`~leakage.datamodules.LabelledImages`, a network that does not fit its images, a ``factor`` that does
-            not divide their size, more images per class than a class has with a start from real ones, a batch larger
-            than a class or a network whose logits are not the output of a linear layer with clustered real images, a
-            checkpoint of another configuration, or a Trainer that has already fitted.
-        FloatingPointError: in ``fit``, a loss or derivative that is not finite; the images are then the last for which
-            both were finite, since the run began or was resumed.
+        ValueError: a number is out of range; in ``fit``, the DataModule is not a
+            :class:`~leakage.datamodules.LabelledImages`, the network does not fit its images, ``factor`` does not
+            divide their size, a class has too few real images to start from, the checkpoint has another configuration,
+            or the Trainer has already fitted. With clustered real images also if a batch is larger than a class, or the
+            logits of the network are not the output of a linear layer.
+        FloatingPointError: in ``fit``, a loss or derivative is not finite. The images are then the last ones for which
+            both were finite since the run began or was resumed.
 
     Example:
         >>> from leakage.condensation import DistributionMatchingCondensation
@@ -131,24 +132,24 @@ class Condensation(LightningModule):
         self.augmentation = None if augmentation is None else SiameseAugmentation(augmentation)
         self.save_hyperparameters(ignore=["network"])
         self.automatic_optimization = False
-        # In a tuple, so that it is no submodule: it stays the user's, and `network` is a copy.
+        # In a tuple, so that it does not become a submodule: the user's network is not changed, `network` is a copy.
         self._given_network = (network,)
         self.network: nn.Module = nn.Identity()
         self.synthetic_images = nn.Parameter(torch.empty(0, 1, 1, 1))
-        self._about_data: dict[str, Any] = {}  # what a synthetic set says of it
+        self._about_data: dict[str, Any] = {}  # what a synthetic set records about its data set
         self._networks: Networks
         self._reset()
 
     @abstractmethod
     def configure_matching(self, data: LabelledImages) -> Matching:
-        """What real and synthetic images shall have in common, seen by :attr:`network`.
+        """Return the statistic of :attr:`network` that is to be matched on real and synthetic images.
 
         Raises:
-            ValueError: a network of which that can't be taken.
+            ValueError: the network does not have this statistic.
         """
 
     def _replaced(self) -> dict[str, Any]:
-        """Values of the protocol that were asked for, None for others."""
+        """Return the values of the protocol that the user has replaced, None for the others."""
         return {field.name: self.hparams[field.name] for field in dataclasses.fields(CondensationProtocol)}
 
     def _reset(self) -> None:
@@ -161,20 +162,20 @@ class Condensation(LightningModule):
 
     @property
     def iteration(self) -> int:
-        """Iterations that are complete."""
+        """Number of complete iterations."""
         return self.step // self.outer
 
     @property
     def images_per_second(self) -> float:
-        """Real images that were matched, by the seconds of the run without evaluations."""
+        """Real images matched per second of the run, without the time of evaluations."""
         spent = sum(seconds for part, seconds in self.seconds.items() if part != "evaluation")
         return self.real_images_seen / spent if spent else 0.0
 
     def synthetic_set(self) -> SyntheticSet:
-        """A copy of the synthetic images as they are now, in the data's scale.
+        """Return a copy of the current synthetic images, in the data's scale.
 
         Raises:
-            RuntimeError: before ``Trainer.fit``.
+            RuntimeError: ``Trainer.fit`` has not begun.
         """
         if not self._about_data:
             raise RuntimeError("Expected `Trainer.fit` to have begun, but got no synthetic images yet.")
@@ -184,16 +185,17 @@ class Condensation(LightningModule):
         return SyntheticSet(images, labels, **self._about_data, recipe=Recipe.of(self), factor=self.protocol.factor)
 
     def synthetic_dataset(self) -> TensorDataset:
-        """Pairs of a decoded image ``(C, H, W)`` in the data's scale (not normalised, not clamped) and its label."""
+        """Return pairs of a decoded image ``(C, H, W)``, in the data's scale and not clamped, and its label."""
         return self.synthetic_set().to_dataset()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``synthetic.safetensors``, ``synthetic.png`` and, decoded and as 8-bit pictures, ``images/<class>/``.
+        """Write ``synthetic.safetensors``, ``synthetic.png`` and the decoded images as 8-bit ``images/<class>/*.png``.
 
         Raises:
-            FileExistsError: ``images`` holds others that this set would not replace; the set and its picture are
-                written.
-            ValueError: images of neither one nor three channels, which no PNG file holds; likewise.
+            FileExistsError: ``images`` holds files that this set would not replace. The set and its picture have been
+                written by then.
+            ValueError: the images have neither one nor three channels, so can't be written as PNG. The set and its
+                picture have been written by then.
             OSError: a file can't be written.
         """
         folder = Path(folder)
@@ -204,7 +206,7 @@ class Condensation(LightningModule):
 
     @contextlib.contextmanager
     def clock(self, part: str) -> Iterator[None]:
-        """Add the time that passes within to :attr:`seconds`."""
+        """Add the time spent in the ``with`` block to a part of :attr:`seconds`."""
         self._wait()
         begun = time.perf_counter()
         try:
@@ -214,27 +216,28 @@ class Condensation(LightningModule):
             self.seconds[part] += time.perf_counter() - begun
 
     def _wait(self) -> None:
-        # A GPU works while Python goes on.
+        # A GPU runs asynchronously.
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def setup(self, stage: str) -> None:
-        """Look at the data, and make synthetic images and a network of its shape."""
+        """Check the data, and make synthetic images and a network that fit them."""
         data = self._datamodule
         if self.trainer.current_epoch and not self.trainer.ckpt_path:
             raise ValueError(
-                "Expected a new Trainer, but got one that has already fitted: it would not train, and the images would "
-                "be lost."
+                "Expected a new Trainer, but got one that has already fitted. It would not train again, and the images "
+                "would be lost."
             )
         check_choice("precision", self.trainer.precision, _PRECISIONS)
         if self.trainer.world_size > 1:
             raise ValueError(
                 "Expected a Trainer with one process (devices=1, num_nodes=1), but got "
-                f"{self.trainer.world_size}: each would condense the whole set. Run one process per seed instead."
+                f"{self.trainer.world_size}, each of which would condense the whole set. Run one process per seed "
+                "instead."
             )
         wanted = self.hparams["num_classes"]
         if wanted is not None and wanted != data.num_classes:
-            raise ValueError(f"Expected `num_classes` to be the {data.num_classes} of {data.name}, but got {wanted}.")
+            raise ValueError(f"Expected `num_classes` to be {data.num_classes}, that of {data.name}, but got {wanted}.")
         asked = self.hparams["batch_size"]
         if None not in (asked, data.batch_size) and asked != data.batch_size:
             raise ValueError(
@@ -255,34 +258,34 @@ class Condensation(LightningModule):
         pool = self.protocol.pool, self.protocol.pool_passes
         self._networks = NetworkPool(*given, *pool) if self.protocol.pool else FreshNetworks(*given)
         if self.trainer.precision == "64-true":
-            self.double()  # Lightning does so only after it has read a checkpoint, which would be rounded
+            self.double()  # Lightning does so only after loading a checkpoint, which would then be rounded
 
     def teardown(self, stage: str) -> None:
-        """Let go of networks that were kept."""
+        """Free the networks."""
         if hasattr(self, "_networks"):
             del self._networks
 
     def configure_optimizers(self) -> torch.optim.SGD:
-        """SGD on the synthetic images."""
+        """Return SGD on the synthetic images."""
         return torch.optim.SGD([self.synthetic_images], lr=self.protocol.learning_rate, momentum=self.protocol.momentum)
 
     def on_fit_start(self) -> None:
-        """Ask for the batches that are left."""
+        """Request the remaining batches from the DataModule."""
         self._datamodule.default_batch_size = self.protocol.batch_size
         self._datamodule.first_batch = self.step
         self._datamodule.batches_per_epoch = self._steps
 
     def on_train_start(self) -> None:
-        """Turn dropout off, and end at once if nothing is left to do."""
+        """Turn dropout off, and stop at once if no steps are left."""
         self.network.eval()
         self.trainer.should_stop |= self.step >= self._steps
 
     def on_train_epoch_start(self) -> None:
-        """Ask for the batches that are left, should there be several epochs."""
+        """Request the remaining batches from the DataModule, in case there are several epochs."""
         self._datamodule.first_batch = self.step
 
     def training_step(self, batch: ClassBatch, batch_idx: int) -> None:
-        """See what to match, move the synthetic images towards it, train the network on these."""
+        """Compute the statistic of the real images, move the synthetic images towards it, then train the network."""
         if batch.step != self.step:
             raise RuntimeError(f"Expected the real images of step {self.step}, but got those of {batch.step}.")
         self.within_step = True
@@ -321,7 +324,7 @@ class Condensation(LightningModule):
         return len(self._about_data["class_names"])
 
     def _move(self, goal: Goal, update: int) -> None:
-        """One step of the synthetic images."""
+        """Update the synthetic images once."""
         images = self.synthetic_images
         decoded = decode(images, self.protocol.factor)
         by_class = decoded.view(self._num_classes, -1, *images.shape[1:])
@@ -345,7 +348,7 @@ class Condensation(LightningModule):
         self.last_loss = float(distances.sum())
 
     def _batch(self, update: int, count: int) -> Tensor | slice:
-        """Which of the ``count`` images of each class an update matches."""
+        """Choose which of the ``count`` images of each class an update matches."""
         size = self.protocol.synthetic_batch_size
         if size is None or size >= count:
             return slice(None)
@@ -359,11 +362,15 @@ class Condensation(LightningModule):
         return f"{self.network} {shapes}"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add how far it is; a ``RuntimeError`` within a training step, as when one has failed."""
+        """Add the progress of the run to a checkpoint.
+
+        Raises:
+            RuntimeError: a training step is not complete, for example because it has failed.
+        """
         if self.within_step:
             raise RuntimeError(
-                "Expected a checkpoint between two training steps, but got one within: a run that goes on from there "
-                "would not end as if it had never stopped. Use the last checkpoint before."
+                "Expected a checkpoint between two training steps, but got one within a step. A run resumed from it "
+                "would end differently from one that never stopped. Use the previous checkpoint."
             )
         checkpoint["leakage"] = {
             "module": type(self).__name__,
@@ -373,20 +380,20 @@ class Condensation(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where the checkpoint was made; without ``decay`` also to another number of ``iterations``."""
+        """Resume from a checkpoint. Without ``decay`` the number of ``iterations`` may have changed."""
         free = set() if self.protocol.decay else {"iterations"}
         options = {name: value for name, value in self.hparams.items() if name not in free}
         check_checkpoint(checkpoint, type(self).__name__, options, self.trainer.precision)
         saved = checkpoint["leakage"]
         if saved["network"] != self._architecture:
             raise ValueError(
-                "Expected the network of the checkpoint, but got another: its architecture differs. Give the "
-                "`network` that the run began with."
+                "Expected the network of the checkpoint, but got one of another architecture. Give the `network` that "
+                "the run began with."
             )
         for name in _KEPT:
             setattr(self, name, copy.copy(saved[name]))
         if self.step < self._steps and "loops" in checkpoint:
-            # It may be of a run that was over with fewer iterations, whose one epoch Lightning takes for done.
+            # The checkpoint may be from a finished run of fewer iterations: Lightning takes its one epoch for complete.
             progress = checkpoint["loops"]["fit_loop"]
             progress["epoch_progress"]["current"].update(processed=0, completed=0)
             progress["epoch_loop.batch_progress"]["is_last_batch"] = False

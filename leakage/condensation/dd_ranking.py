@@ -1,4 +1,4 @@
-"""Synthetic sets in the form that DD-Ranking scores."""
+"""Export of synthetic sets to DD-Ranking."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from leakage.files.whole import whole_file
 if TYPE_CHECKING:
     from leakage.condensation.synthetic_set import SyntheticSet
 
-# The data sets of ours that DD-Ranking has. It normalises both by the same mean and standard deviation.
+# The data sets that DD-Ranking and this library have in common. DD-Ranking normalises both with these statistics.
 _DATASETS = ("cifar10", "cifar100")
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 def export_dd_ranking(synthetic: SyntheticSet, folder: str | os.PathLike[str]) -> None:
-    """Write ``images.pt`` and ``labels.pt``, as DD-Ranking (``ddranking`` 0.2) takes them.
+    """Write a set as ``images.pt`` and ``labels.pt``, in the form that DD-Ranking (``ddranking`` 0.2) reads.
 
-    ``images.pt`` holds float32 ``(M, 3, H, W)``, class by class, normalised as DD-Ranking normalises its test images;
-    ``labels.pt`` int64 ``(M,)``. There they are the arguments ``image_tensor`` and ``hard_labels``::
+    ``images.pt`` holds float32 ``(M, 3, H, W)``, class by class, normalised as DD-Ranking normalises its test images.
+    ``labels.pt`` holds int64 ``(M,)``. DD-Ranking takes them as ``image_tensor`` and ``hard_labels``::
 
         score = LabelRobustScoreHard(dataset="CIFAR10", ipc=10, model_name="ConvNet-3", real_data_path=...)
         images, labels = torch.load("images.pt"), torch.load("labels.pt")
         score.compute_metrics(image_tensor=images, hard_labels=labels, syn_lr=0.01)
 
     Args:
-        synthetic: of CIFAR-10 or CIFAR-100, with the same number of images of each class. Decoded images are written.
-        folder: where to; files of the same name are replaced.
+        synthetic: a set of CIFAR-10 or CIFAR-100, with the same number of images of each class. The decoded images are
+            written.
+        folder: the folder to write to; files of the same name are replaced.
 
     Raises:
-        ValueError: a set of another data set, or with more images of one class than of another.
+        ValueError: the set is of another data set, or its classes differ in their number of images.
         OSError: a file can't be written.
 
     References:
@@ -45,13 +46,14 @@ def export_dd_ranking(synthetic: SyntheticSet, folder: str | os.PathLike[str]) -
     """
     if synthetic.dataset not in _DATASETS:
         raise ValueError(
-            f"Expected a set of one of {list(_DATASETS)}, which DD-Ranking has, but got one of {synthetic.dataset!r}."
+            f"Expected a set of one of {list(_DATASETS)}, which DD-Ranking supports, but got one of "
+            f"{synthetic.dataset!r}."
         )
     synthetic = synthetic.decoded()
     counts = synthetic.images_per_class
     if int(counts.min()) != int(counts.max()):
         raise ValueError(
-            f"Expected as many images of each class, as DD-Ranking does, but got {int(counts.min())} to "
+            f"Expected the same number of images for each class, as DD-Ranking does, but got {int(counts.min())} to "
             f"{int(counts.max())}."
         )
     mean, std = (synthetic.images.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))

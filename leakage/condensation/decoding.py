@@ -1,4 +1,4 @@
-"""Several small images in one: more variety from the same number of stored pixels."""
+"""Several small images stored in one: more variety from the same number of pixels."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def check_factor(factor: int, image_shape: Sequence[int]) -> None:
 
 
 def decode(images: Tensor, factor: int) -> Tensor:
-    r"""The images that stored ones hold: each is cut into ``factor`` x ``factor`` tiles, which are enlarged again.
+    r"""Decode stored images: each is cut into ``factor`` x ``factor`` tiles, which are enlarged to whole images.
 
-    The same storage holds :math:`f^2` times the images, at :math:`1 / f` of the resolution. Linear, and therefore
-    differentiable: a condensation learns the stored pixels through it.
+    The same storage holds :math:`f^2` times as many images, at :math:`1 / f` of the resolution. Decoding is linear and
+    therefore differentiable, so a condensation can learn the stored pixels.
 
     Args:
         images: ``(M, C, H, W)``.
-        factor: f; divides H and W.
+        factor: f, a divisor of H and W.
 
     Returns:
-        ``(M f^2, C, H, W)``, the tiles of each stored image one after another, row by row, bilinearly enlarged.
+        ``(M f^2, C, H, W)``: the tiles of each stored image in turn, row by row, enlarged bilinearly.
 
     Raises:
-        ValueError: a ``factor`` below 1 or one that does not divide the size.
+        ValueError: ``factor`` is below 1 or does not divide the size.
 
     References:
         Kim et al., *Dataset Condensation via Efficient Synthetic-Data Parameterization* (IDC), ICML 2022,
@@ -57,12 +57,12 @@ def decode(images: Tensor, factor: int) -> Tensor:
 
 
 def encode(images: Tensor, factor: int) -> Tensor:
-    """Store images ``(M f^2, C, H, W)`` as ``(M, C, H, W)``: each is reduced by means over squares to one tile.
+    """Store images ``(M f^2, C, H, W)`` as ``(M, C, H, W)``: average pooling reduces each of them to one tile.
 
-    What :func:`decode` then gives are the images at 1 / f of their resolution.
+    :func:`decode` then returns the images at 1 / f of their resolution.
 
     Raises:
-        ValueError: a ``factor`` below 1, one that does not divide the size, or another number of images.
+        ValueError: ``factor`` is below 1 or does not divide the size, or the number of images is not a multiple of f^2.
 
     Example:
         >>> import torch

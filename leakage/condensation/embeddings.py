@@ -1,4 +1,4 @@
-"""What a network makes of images before its last layer, and the means of that, class by class."""
+"""Embeddings of images, the inputs of a network's last linear layer, and their means by class."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from leakage.condensation.matching import REAL_AT_ONCE_ON_CPU, SYNTHETIC_AT_ONCE
 
 
 def embedding_layer(network: nn.Module, image_shape: tuple[int, ...]) -> str:
-    """The name of the last linear layer, whose inputs are the embedding; a ``ValueError`` if there is none."""
+    """Return the name of the last linear layer, whose inputs are the embedding.
+
+    Raises:
+        ValueError: the logits are not the output of a linear layer.
+    """
     name, origin, _ = inspect_model(copy.deepcopy(network).eval(), image_shape, 2)
     if not name:
         raise ValueError(
-            "Expected a `network` whose logits are the output of an nn.Linear layer, whose inputs are the embedding of "
-            f"an image, but got {type(network).__name__} with logits from {origin}."
+            "Expected a `network` whose logits are the output of an nn.Linear layer (its inputs are the embedding of "
+            f"an image), but got {type(network).__name__} with logits from {origin}."
         )
     return name
 
 
 def embed(network: nn.Module, layer: str, images: Tensor) -> Tensor:
-    """The inputs ``(N, D)`` of the layer for images ``(N, C, H, W)``, in the precision of its weights."""
+    """Return the inputs ``(N, D)`` of the layer for images ``(N, C, H, W)``, in the precision of its weights."""
     with recorded(network, [layer]) as found:
         network(images)
     weight = network.get_parameter(f"{layer}.weight")
@@ -35,26 +39,26 @@ def embed(network: nn.Module, layer: str, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embed_real(network: nn.Module, layer: str, images: Tensor, prepare: Transform) -> Tensor:
-    """The same for many images as the data set has them, which ``prepare`` normalises; without derivatives."""
+    """Return the inputs ``(N, D)`` of the layer without a graph, for many images, which ``prepare`` normalises."""
     at_once = REAL_AT_ONCE_ON_CPU if images.device.type == "cpu" else len(images)
     return torch.cat([embed(network, layer, prepare(some)) for some in torch.split(images, at_once)])
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    r"""The mean embedding of each class; the distance is the squared Euclidean one.
+    r"""Matches the mean embedding of each class by its squared Euclidean distance.
 
     .. math:: L_c(x_c) = \left\lVert \frac{1}{M} \sum_{i=1}^M f(x_{c,i}) - f^*_c \right\rVert_2^2, \qquad
         f^*_c = \frac{1}{M_c} \sum_{i=1}^{M_c} f(r_{c,i})
 
     Attributes:
-        layer: whose inputs are the embedding f, see :func:`embedding_layer`.
+        layer: the layer whose inputs are the embedding f, see :func:`embedding_layer`.
     """
 
     layer: str
 
     def targets(self, network: nn.Module, classes: Sequence[Tensor], prepare: Sequence[Transform]) -> dict[str, Tensor]:
-        """The mean embeddings of real images ``(K, D)``, by the name of the layer."""
+        """Return the mean embeddings ``(K, D)`` of real images, by the name of the layer."""
         means = [
             embed_real(network, self.layer, images, transform).mean(0)
             for images, transform in zip(classes, prepare, strict=True)
@@ -64,7 +68,7 @@ class Embeddings:
     def match(
         self, network: nn.Module, targets: dict[str, Tensor], images: Tensor, transforms: Sequence[Transform] | None
     ) -> tuple[Tensor, Tensor]:
-        """Distances of the synthetic images' mean embeddings, and their derivatives."""
+        """Return the distances ``(K,)`` of the synthetic images' mean embeddings, and their derivatives."""
         count = images.shape[1]
         at_once = len(images)
         if images.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""How good a synthetic set is: the test accuracy of new networks that are trained on it alone."""
+"""Evaluation of a synthetic set: the test accuracy of new networks that are trained on it alone."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Evaluation:
-    """Test accuracies of R networks that differ in nothing but their random numbers.
+    """Test accuracies of R networks that differ only in their random numbers.
 
     Attributes:
         accuracies: ``(R,)``, from 0 to 1, in double precision.
-        training_seconds: spent on training all of them.
-        testing_seconds: spent on testing all of them.
+        training_seconds: seconds spent on training all networks.
+        testing_seconds: seconds spent on testing all networks.
 
     Example:
         >>> evaluation = Evaluation(torch.tensor([0.70, 0.71, 0.69]))
@@ -52,7 +52,7 @@ class Evaluation:
 
     @property
     def networks(self) -> int:
-        """R."""
+        """R, the number of networks."""
         return len(self.accuracies)
 
     @property
@@ -62,14 +62,14 @@ class Evaluation:
 
     @property
     def std(self) -> float:
-        """Standard deviation of the sample of networks (divided by R - 1); NaN for one network."""
+        """Sample standard deviation over the networks (divided by R - 1); NaN for one network."""
         return float(self.accuracies.std()) if self.networks > 1 else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the mean, after Student; NaN for one network.
+        """95 % confidence interval of the mean by Student's t-distribution; NaN for one network.
 
-        It is about the networks' random numbers, given this synthetic set and this test set.
+        It covers the randomness of the networks, for this synthetic set and this test set.
         """
         return mean_interval(self.accuracies)
 
@@ -85,7 +85,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, tested: Sequence[NetworkResult]) -> Evaluation:
-        """What came of these networks."""
+        """Collect the results of networks."""
         accuracies = torch.tensor([one.accuracy for one in tested], dtype=torch.float64)
         training, testing = (
             math.fsum(getattr(one, name) for one in tested) for name in ("training_seconds", "testing_seconds")
@@ -109,38 +109,37 @@ def evaluate(
 ) -> Evaluation:
     """Train new networks on a synthetic set alone and test them on the whole real test set.
 
-    The protocol of Dataset Condensation (DC): every network is drawn anew and trained by SGD, with a tenth of the
-    learning rate from half-way on. That of its successor (DSA) is the same but for the ``augmentation``. Network r
-    depends on ``seed`` and r alone: not on how many there are, on how they are grouped, or (up to rounding) on the
-    device. Neither the set, the network nor any global random state is changed.
+    This is the protocol of Dataset Condensation (DC): every network is drawn anew and trained by SGD, with a tenth of
+    the learning rate in the second half. The protocol of its successor (DSA) differs only in the ``augmentation``.
+    Network r depends on ``seed`` and r alone: not on the number of networks, their grouping, or (up to rounding) the
+    device. The set, the network and the global random state do not change.
 
     Args:
-        synthetic: what the networks are trained on, as :meth:`SyntheticSet.decoded`.
-        data: whose test set they are tested on; made ready (``prepare_data``, ``setup``) if it is not yet.
+        synthetic: the set to train on; its decoded images are used (:meth:`SyntheticSet.decoded`).
+        data: the data set whose test images are used; prepared (``prepare_data``, ``setup``) if necessary.
         network: an architecture for the data's images and classes, whose modules with weights have
             ``reset_parameters``, such as those of :mod:`leakage.models` and torchvision; by default
-            :class:`~leakage.models.ConvNet`. Its own weights play no part, and all are trained.
-        networks: R.
-        epochs: as in both papers 300 by default, 1,000 with augmentation.
-        augmentation: transforms the images of each batch. ``"dc"``, the evaluation of DC: shifts, scales and rotations
-            for MNIST, none for other data sets. ``"dsa"``, that of DSA: :meth:`SiameseAugmentation.dsa`. Or one of your
-            own, or None.
-        stacked: all networks at once, as one network with stacked weights, or one after the other. By default
-            whichever is faster: stacked on GPUs, if the network allows it; one after the other on the CPU.
-        device: by default the first GPU of CUDA if there is one, else the CPU.
-        progress: show a bar.
-        cache: a folder that keeps the accuracy of each network as soon as it is known, by all that decides it, and
-            from which those are read that are known.
+            :class:`~leakage.models.ConvNet`. Its current weights are not used, and all weights are trained.
+        networks: R, the number of networks.
+        epochs: epochs of training; by default, as in both papers, 300, or 1,000 with augmentation.
+        augmentation: transforms the images of each batch. ``"dc"`` is the evaluation of DC: shifts, scales and
+            rotations for MNIST, none for other data sets. ``"dsa"`` is that of DSA: :meth:`SiameseAugmentation.dsa`.
+            Or pass your own augmentation, or None.
+        stacked: whether to train all networks at once, as one network with stacked weights, or one after the other. By
+            default the faster way: stacked on GPUs, if the network allows it; one after the other on the CPU.
+        device: by default the first CUDA GPU if there is one, else the CPU.
+        progress: whether to show a progress bar.
+        cache: a folder that keeps the accuracy of each network as soon as it is known. A result is read from there if
+            everything that determines it is unchanged.
         **training: learning rate, momentum, weight decay, batch size, seed and precision, see :class:`TrainingOptions`.
 
     Returns:
         Accuracies from 0 to 1.
 
     Raises:
-        ValueError: a synthetic set that does not fit the data set, a network that does not fit either, an option
-            out of its range, ``stacked=True`` with a network that ``torch.func`` can't stack, or a file of the cache
-            that is broken.
-        FloatingPointError: training that is no longer finite; network and epoch are named.
+        ValueError: the synthetic set or the network does not fit the data set, an option is out of range,
+            ``stacked=True`` with a network that ``torch.func`` can't stack, or a cache file is damaged.
+        FloatingPointError: a loss or weight is no longer finite; the message names the network and the epoch.
         OSError: the cache can't be written.
 
     References:
@@ -181,19 +180,20 @@ def evaluate_full(
     cache: str | os.PathLike[str] | None = None,
     **training: Any,
 ) -> Evaluation:
-    """:func:`evaluate` with the whole real training set: the upper bound for a synthetic set.
+    """Train new networks on the whole real training set and test them: the upper bound for a synthetic set.
 
-    The few epochs of the default come close to it, not all the way. There is no augmentation but one that is given.
+    With the few epochs of the default the result is close to this bound but below it. There is no augmentation by
+    default.
 
     Args:
         data, network, networks, stacked, device, progress, cache: as for :func:`evaluate`.
-        epochs: of the whole training set.
-        **training: all others of :class:`TrainingOptions`.
+        epochs: passes over the whole training set.
+        **training: all other options of :class:`TrainingOptions`.
 
     Raises:
-        ValueError: as :func:`evaluate`.
-        FloatingPointError: as :func:`evaluate`.
-        OSError: as :func:`evaluate`.
+        ValueError: as for :func:`evaluate`.
+        FloatingPointError: as for :func:`evaluate`.
+        OSError: as for :func:`evaluate`.
     """
     options = TrainingOptions(epochs, **training)
     make_ready(data)
@@ -213,7 +213,7 @@ def _test(
     progress: bool,
     cache: str | os.PathLike[str] | None,
 ) -> Evaluation:
-    """Train and test the networks that the cache does not know."""
+    """Train and test the networks that are not in the cache."""
     network = default_network(data) if network is None else network
     training = images, labels, data, network, networks, options, stacked, device, progress
     if cache is None:
@@ -233,13 +233,13 @@ def _read(path: Path) -> list[NetworkResult]:
         if not all(isinstance(value, float) for one in found for value in vars(one).values()):
             raise TypeError("numbers")
     except (TypeError, ValueError) as error:
-        raise ValueError(f"Expected a whole JSON file in the cache, but got '{path}'. Delete it.") from error
+        raise ValueError(f"Expected a complete JSON file in the cache, but got '{path}'. Delete it.") from error
     return found
 
 
 def _digest(images: Tensor, labels: Tensor, data: LabelledImages, network: nn.Module, options: TrainingOptions) -> str:
-    """Of all that decides what comes of network r, on whatever device."""
+    """Hash everything that determines the result of network r, up to the device."""
     first = draw_state(network, derive_seed(options.seed, 0, "evaluation network"))
     tests = [data.test.images, data.test.labels, data.mean, data.std]
-    told = tell([images, labels, *tests, repr(network), first, options])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    content = tell([images, labels, *tests, repr(network), first, options])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Networks as the paper has them: drawn anew, and trained on the synthetic images between two steps."""
+"""The networks of the published protocol: drawn anew, and trained on the synthetic images between steps."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from leakage.seeds import derive_seed
 
 @dataclass(frozen=True)
 class Goal:
-    """What the synthetic images move towards in one step.
+    """The target of the synthetic images in one step.
 
     Attributes:
-        targets: what real images say, ``(K, *shape)`` by name.
-        transforms: what the images of each class went through, or None.
-        real_images: that were looked at for it.
+        targets: the statistics of the real images, ``(K, *shape)`` by name.
+        transforms: the transform of the images of each class, or None.
+        real_images: number of real images used for the targets.
     """
 
     targets: dict[str, Tensor]
@@ -36,17 +36,17 @@ class Goal:
 
 @dataclass
 class Networks:
-    """The networks that images are matched on, one after another, all with the modules of ``network``.
+    """The sequence of networks that images are matched on, all of the architecture of ``network``.
 
     Attributes:
-        network: takes the weights of each.
-        data: real images.
-        matching: what real and synthetic images shall have in common.
-        clusters: that the real images are chosen from, or None for those of the batch.
-        augmentation: for real and synthetic images of a class alike, or None.
-        options: of the condensation, by the names of its arguments.
+        network: the module that is loaded with the weights of each network.
+        data: the data set of the real images.
+        matching: the statistic to match on real and synthetic images.
+        clusters: chooses the real images; None for those of the batch.
+        augmentation: applied to real and synthetic images of a class, or None.
+        options: arguments of the condensation, by name.
         loops: (outer, inner).
-        clock: counts the time of a part of the run.
+        clock: a context manager that adds the time of a part of the run.
     """
 
     network: nn.Module
@@ -59,23 +59,23 @@ class Networks:
     clock: Callable[[str], AbstractContextManager[None]]
 
     def goal(self, batch: ClassBatch) -> Goal:
-        """Put the network of a step into its place, and take what there is to match."""
+        """Load the network of a step, and compute the targets of the real images."""
         raise NotImplementedError
 
     def after(self, step: int, images: Tensor) -> None:
-        """What becomes of the network once the synthetic images have made their step; ``step`` are complete.
+        """Change the network after a step of the synthetic images; ``step`` is the number of complete steps.
 
-        Images are ``(K * M, C, H, W)`` as networks get them, class by class.
+        The images are ``(K * M, C, H, W)``, normalised, class by class.
         """
 
     def generator(self, index: int, stream: str) -> torch.Generator:
-        """Random numbers of one purpose and one index."""
+        """Return the random generator of one purpose and index."""
         return torch.Generator().manual_seed(derive_seed(self.options["seed"], index, stream))
 
     def take(self, index: int, classes: Sequence[Tensor]) -> Goal:
-        """What real images of each class say, under transforms of their own where there is augmentation."""
+        """Compute the targets of the real images, under one random transform per class if there is augmentation."""
         transforms: list[Transform] | None = None
-        if self.augmentation is not None:  # the same for real and synthetic images of a class
+        if self.augmentation is not None:
             generator = self.generator(index, "augmentation")
             transforms = [self.augmentation.draw(generator) for _ in classes]
         with self.clock("real"):
@@ -86,15 +86,15 @@ class Networks:
         return Goal(targets, transforms, sum(map(len, classes)))
 
     def match(self, goal: Goal, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Distances ``(K,)`` of synthetic images ``(K, M, C, H, W)`` to the goal, and their derivatives."""
+        """Return the distances ``(K,)`` of synthetic images ``(K, M, C, H, W)`` to the goal, and their derivatives."""
         return self.matching.match(self.network, goal.targets, images, goal.transforms)
 
     def split(self, batch: ClassBatch) -> tuple[Tensor, ...]:
-        """The images of each class."""
+        """Split a batch into the images of each class."""
         return torch.split(batch.images, torch.bincount(batch.labels, minlength=self.data.num_classes).tolist())
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Real images as the network takes them."""
+        """Normalise real images, in the precision of the network."""
         return self.data.normalise(images).to(next(self.network.parameters()).dtype)
 
     def _prepare(self, transform: Transform) -> Transform:
@@ -102,10 +102,10 @@ class Networks:
 
 
 class FreshNetworks(Networks):
-    """Each network is drawn anew and has ``outer`` steps, between which it is trained on the synthetic images."""
+    """Networks drawn anew, each for ``outer`` steps, and trained on the synthetic images between steps."""
 
     def goal(self, batch: ClassBatch) -> Goal:
-        """Draw the network at the first step of an iteration; what the batch says."""
+        """Draw the network at the first step of an iteration, and compute the targets of the batch."""
         classes = self.split(batch)
         outer, _ = self.loops
         with self.clock("network"):

@@ -1,4 +1,4 @@
-"""Dataset condensation with gradient matching: a few images whose gradient stands for that of a training set."""
+"""Dataset condensation with gradient matching: a few images with the gradients of a training set."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from leakage.objectives import DISTANCES
 class GradientMatchingCondensation(Condensation):
     r"""Condenses a training set into a few synthetic images per class, by matching gradients.
 
-    A network trained on the synthetic images alone shall do on real images what one trained on the whole set does. For
-    networks :math:`\theta` drawn anew again and again, the synthetic images :math:`x_c` of each class c minimise
+    The aim is that a network trained on the synthetic images alone works on real images like one trained on the whole
+    set. Over many randomly drawn networks :math:`\theta`, the synthetic images :math:`x_c` of each class c minimise
 
     .. math:: \sum_c D\left(\nabla_\theta \ell(x_c, c), \; \nabla_\theta \ell(r_c, c)\right)
 
     with :math:`r_c` a batch of real images of the class and D the row-wise cosine distance
     (:class:`~leakage.objectives.RowCosineDistance`).
 
-    One *iteration* is one freshly drawn network. It has ``outer`` training steps; in each, the gradients of a batch of
-    real images per class are taken, then the synthetic images make ``network_reuse`` steps towards them, and the
-    network is trained for ``inner`` epochs on the synthetic images (not after the last step, so with one image per
-    class it never is). With a ``pool`` an iteration is one step, on a network that real images have trained and that is
-    met again and again (:class:`~leakage.condensation.pool.NetworkPool`). All iterations are one epoch of the Trainer.
-    The images are normalised, start from N(0, 1) or from real images, and are never clamped.
+    One *iteration* is one newly drawn network with ``outer`` training steps. Each step computes the gradients of a
+    batch of real images per class, then updates the synthetic images ``network_reuse`` times towards them. Between two
+    steps the network is trained for ``inner`` epochs on the synthetic images (with the paper's loops for one image per
+    class there is only one step, so it is never trained). With a ``pool`` an iteration is one step on a network that
+    was trained on real images and is used repeatedly (:class:`~leakage.condensation.pool.NetworkPool`). All iterations
+    are one epoch of the Trainer. The images are normalised, start from N(0, 1) or from real images, and are never
+    clamped.
 
     Args:
         images_per_class: synthetic images of each class.
-        num_classes: to be checked against the data; by default the data's.
-        protocol: ``"published"``, or ``"fast"``, which with a pool of networks gets further in the same time.
-        loops: (outer, inner); by default the paper's, which it has for 1, 10, 20, 30, 40 and 50 images per class. Not
-            with a pool.
+        num_classes: number of classes, checked against the data; by default that of the data.
+        protocol: ``"published"``, or ``"fast"``, which uses a pool of networks and gets further in the same time.
+        loops: (outer, inner); by default those of the paper, which exist for 1, 10, 20, 30, 40 and 50 images per class.
+            Not allowed with a pool.
         distance: a key of :data:`leakage.objectives.DISTANCES`.
-        network_learning_rate, network_batch_size: for training the network on the synthetic images.
+        network_learning_rate, network_batch_size: used to train the network on the synthetic images.
         options: see :class:`~leakage.condensation.Condensation`.
 
     Raises:
-        ValueError: an unknown choice, or what :class:`~leakage.condensation.Condensation` raises; in ``fit``, a network
-            without weights that the distance looks at, or with BatchNorm in bfloat16.
-        FloatingPointError: as :class:`~leakage.condensation.Condensation`.
+        ValueError: a choice is unknown, or as for :class:`~leakage.condensation.Condensation`; in ``fit``, the network
+            has no trainable weights that the distance compares, or has BatchNorm in bfloat16.
+        FloatingPointError: as for :class:`~leakage.condensation.Condensation`.
 
     References:
         Zhao, Mopuri, Bilen, *Dataset Condensation with Gradient Matching*, ICLR 2021,
@@ -84,17 +85,18 @@ class GradientMatchingCondensation(Condensation):
         self.outer, self.inner = schedule(images_per_class, loops, self.protocol.pool)
 
     def configure_matching(self, data: LabelledImages) -> Gradients:
-        """The gradients of the weights that the distance looks at."""
+        """Match the gradients of the weights that the distance compares."""
         distance = self.hparams["distance"]
         names = matched_parameters(self.network, distance)
         if not names:
             raise ValueError(
-                f"Expected a `network` with trainable weights that distance={distance!r} looks at, but got "
-                f"{type(self.network).__name__} without."
+                f"Expected a `network` with trainable weights that distance={distance!r} compares, but got "
+                f"{type(self.network).__name__} without any."
             )
         if self.trainer.precision == "bf16-mixed" and batch_norms(self.network):
             raise ValueError(
-                "Expected a `network` without BatchNorm with precision='bf16-mixed', but got "
-                f"{type(self.network).__name__} with it, whose gradients `torch.func` can't take then."
+                "Expected a `network` without BatchNorm for precision='bf16-mixed', but got "
+                f"{type(self.network).__name__} with BatchNorm, whose gradients `torch.func` can't compute in this "
+                "precision."
             )
         return Gradients(names, distance, in_turn=self.protocol.pool > 0)

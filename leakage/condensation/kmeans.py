@@ -1,4 +1,4 @@
-"""Real images that stand for the clusters of their class."""
+"""Real images that represent the clusters of their class."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from leakage.seeds import derive_seed
 if TYPE_CHECKING:
     from leakage.datamodules.labelled import LabelledImages
 
-# Rounds of Lloyd's algorithm at most; what moves after them are few images between clusters alike.
+# The most rounds of Lloyd's algorithm; after them only a few images still move, between similar clusters.
 _ROUNDS = 50
-# Images of a class that are clustered for each one that a step wants. With ConvNet-3 on one thread choosing 96 of 384
-# takes 0.9 s for a class, and their gradient then 0.45 s; all 5,000 of CIFAR-10 are 13 times as many.
+# Images of a class that are clustered for each image that a step needs. With ConvNet-3 on one thread, choosing 96 of
+# 384 takes 0.9 s per class, and their gradient 0.45 s; all 5,000 images of a class of CIFAR-10 are 13 times as many.
 _PER_CENTRE = 4
 
 
 def kmeans_images(data: LabelledImages, images_per_class: int, seed: int = 0) -> SyntheticSet:
-    r"""Of each class the real training images nearest to the centres of its clusters.
+    r"""Choose the real training images of each class that are nearest to the centres of its clusters.
 
-    The pixels of a class are clustered by k-means, with one centre :math:`\mu_j` per image wanted,
+    The images of a class are clustered in pixel space by k-means, with one centre :math:`\mu_j` per chosen image,
 
     .. math:: \min_\mu \sum_i \min_j \lVert x_i - \mu_j \rVert^2,
 
-    started by k-means++. Each centre, in their order, takes the nearest image that none before it has taken. With one
-    image per class that is the one nearest to the mean.
+    initialised by k-means++. Each centre in turn takes the nearest image that no earlier one has taken. With one image
+    per class this is the image nearest to the mean.
 
     Args:
-        data: made ready (``prepare_data``, ``setup``) if it is not yet.
-        images_per_class: clusters of each class.
-        seed: of the start.
+        data: the data set; prepared (``prepare_data``, ``setup``) if necessary.
+        images_per_class: number of clusters, and so of images, of each class.
+        seed: seed of k-means++.
 
     Raises:
-        ValueError: more images than a class has.
+        ValueError: a class has fewer than ``images_per_class`` images.
 
     References:
         Arthur and Vassilvitskii, *k-means++: The Advantages of Careful Seeding*, SODA 2007. Condensation starts from
@@ -63,27 +63,27 @@ def kmeans_images(data: LabelledImages, images_per_class: int, seed: int = 0) ->
 
 @dataclass(frozen=True)
 class Clusters:
-    r"""Real images for a step of a condensation, chosen by what the network of the step makes of them (DREAM).
+    r"""Real images for a step of a condensation, chosen by clustering their embeddings (DREAM).
 
-    Random images of a class may be alike, and say more of its middle than of its rim. So of each class some images are
-    drawn, four for each one wanted. Their embeddings :math:`f(x_i)`, the inputs of the network's last linear layer, are
-    clustered by k-means with one centre per image wanted,
+    Random images of a class may be similar, and represent its centre better than its margins. Therefore four times as
+    many images of each class are drawn as are needed. Their embeddings :math:`f(x_i)`, the inputs of the last linear
+    layer of the network of this step, are clustered by k-means with one centre per needed image,
 
     .. math:: \min_\mu \sum_i \min_j \lVert f(x_i) - \mu_j \rVert^2,
 
-    and each centre takes the nearest image that none before it has taken.
+    and each centre takes the nearest image that no earlier one has taken.
 
-    DREAM clusters all images of a class, and its code keeps a choice for ten steps. Here all steps choose anew, so that
-    one that is resumed needs to know of none before; which is why not all images are clustered: on a CPU 5,000 images
-    of a class take longer than a step.
+    DREAM clusters all images of a class, and its code keeps a choice for ten steps. Here every step chooses anew, so
+    that a resumed run does not depend on earlier steps. Clustering all images would take too long for that: on a CPU,
+    5,000 images of a class take longer than a step.
 
     Attributes:
-        data: made ready.
-        layer: see :func:`~leakage.condensation.embeddings.embedding_layer`.
-        size: images of each class.
+        data: the data set, already set up.
+        layer: the layer of the embedding, see :func:`~leakage.condensation.embeddings.embedding_layer`.
+        size: number of images to choose of each class.
 
     Raises:
-        ValueError: a class with fewer images than ``size``.
+        ValueError: a class has fewer than ``size`` images.
 
     References:
         Liu et al., *DREAM: Efficient Dataset Distillation by Representative Matching*, ICCV 2023,
@@ -99,12 +99,13 @@ class Clusters:
         label = int(counts.argmin())
         if self.size > counts[label]:
             raise ValueError(
-                f"Expected `batch_size` of at most {int(counts[label])} with real_images='kmeans', the training images "
-                f"of class {label} ({self.data.class_names[label]}) of {self.data.name!r}, but got {self.size}."
+                f"Expected `batch_size` of at most {int(counts[label])} with real_images='kmeans', the number of "
+                f"training images of class {label} ({self.data.class_names[label]}) of {self.data.name!r}, but got "
+                f"{self.size}."
             )
 
     def choose(self, network: nn.Module, generator: torch.Generator) -> list[Tensor]:
-        """Of each class ``(size, C, H, W)`` as the data set has them, on the network's device."""
+        """Choose images ``(size, C, H, W)`` of each class, not normalised, on the network's device."""
         train, like = self.data.train, next(network.parameters())
         chosen = []
         for label in range(self.data.num_classes):
@@ -117,7 +118,7 @@ class Clusters:
 
 
 def _nearest(points: Tensor, count: int, generator: torch.Generator) -> list[int]:
-    """Which points are nearest to the centres of ``count`` clusters, all of them different."""
+    """Return the indices of the points nearest to the centres of ``count`` clusters, all of them different."""
     distances = _squared_distances(points, _centres(points, count, generator))
     taken = []
     for centre in range(count):
@@ -127,10 +128,10 @@ def _nearest(points: Tensor, count: int, generator: torch.Generator) -> list[int
 
 
 def _centres(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Centres ``(count, D)`` of the clusters of points ``(M, D)``."""
+    """Return the centres ``(count, D)`` of the clusters of points ``(M, D)``."""
     centres = points[torch.randint(len(points), (1,), generator=generator)]
     while len(centres) < count:
-        # In proportion to the squared distance; where all points are alike any will do.
+        # In proportion to the squared distance; if all points are equal, any will do.
         weights = _squared_distances(points, centres).amin(1).double() + 1e-12
         centres = torch.cat([centres, points[torch.multinomial(weights, 1, generator=generator)]])
     nearest = torch.empty(0, dtype=torch.int64)
@@ -140,10 +141,10 @@ def _centres(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
             break
         members = torch.bincount(nearest, minlength=count)[:, None]
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-        centres = torch.where(members > 0, sums / members.clamp(min=1), centres)  # one that lost all stays
+        centres = torch.where(members > 0, sums / members.clamp(min=1), centres)  # empty clusters keep their centre
     return centres
 
 
 def _squared_distances(points: Tensor, centres: Tensor) -> Tensor:
-    """``(M, k)`` for points ``(M, D)`` and centres ``(k, D)``."""
+    """Return the squared distances ``(M, k)`` between points ``(M, D)`` and centres ``(k, D)``."""
     return torch.cdist(points, centres).square()

@@ -1,4 +1,4 @@
-"""Gradients of real and of synthetic images, class by class, and how the synthetic images lower their distance."""
+"""Gradients of real and synthetic images by class, and the derivatives that reduce their distance."""
 
 from __future__ import annotations
 
@@ -13,40 +13,41 @@ from torch.nn import functional as F
 
 from leakage.objectives import DISTANCES
 
-# Real images whose gradient is taken at once on a CPU: what they leave in memory then stays in its cache.
+# Real images whose gradient is computed at once on a CPU, so that their activations stay in its cache.
 REAL_AT_ONCE_ON_CPU = 8
-# The same for synthetic images: small classes together, large ones each alone.
+# Synthetic images at once on a CPU: small classes are computed together, large ones each alone.
 SYNTHETIC_AT_ONCE_ON_CPU = 10
-# From so many images on a class is faster alone, without `torch.func`: by a fifth for ten.
+# A class of at least this many images is faster alone, without `torch.func`: by a fifth for ten images.
 _LARGE_CLASS = 3
 
 Transform = Callable[[Tensor], Tensor]
 
 
 class Matching(Protocol):
-    """What real and synthetic images of a class shall have in common, as a network sees it."""
+    """A statistic of a network that is matched between real and synthetic images of each class."""
 
     def targets(self, network: nn.Module, classes: Sequence[Tensor], prepare: Sequence[Transform]) -> dict[str, Tensor]:
-        """What real images say, ``(K, *shape)`` by name.
+        """Return the statistics of real images, ``(K, *shape)`` by name.
 
-        Images of class c are ``(M_c, C, H, W)`` as the data set has them; ``prepare`` normalises and augments them.
+        Images of class c are ``(M_c, C, H, W)``, not normalised; ``prepare`` normalises and augments them.
         """
 
     def match(
         self, network: nn.Module, targets: dict[str, Tensor], images: Tensor, transforms: Sequence[Transform] | None
     ) -> tuple[Tensor, Tensor]:
-        """The distances ``(K,)`` of synthetic images to the targets, and the derivatives of their sum by the images.
+        """Return the distances ``(K,)`` of synthetic images to the targets, and the derivatives of their sum.
 
-        Images are ``(K, M, C, H, W)``, normalised, M of each class; ``transforms`` augment those of each class.
+        Images are ``(K, M, C, H, W)``, normalised, M of each class; ``transforms`` augment the images of each class.
+        The derivatives are with respect to the images.
         """
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """The mean gradient of each class: :func:`real_gradients` and :func:`match`.
+    """Matches the mean gradient of each class, with :func:`real_gradients` and :func:`match`.
 
     Attributes:
-        names: of the parameters.
+        names: names of the matched parameters.
         distance: a key of :data:`leakage.objectives.DISTANCES`.
         in_turn: see :func:`match`.
     """
@@ -56,18 +57,18 @@ class Gradients:
     in_turn: bool = False
 
     def targets(self, network: nn.Module, classes: Sequence[Tensor], prepare: Sequence[Transform]) -> dict[str, Tensor]:
-        """The gradients of real images."""
+        """Return the gradients of real images, ``(K, *shape)`` by the name of the parameter."""
         return real_gradients(network, self.names, classes, prepare)
 
     def match(
         self, network: nn.Module, targets: dict[str, Tensor], images: Tensor, transforms: Sequence[Transform] | None
     ) -> tuple[Tensor, Tensor]:
-        """Distances of the synthetic images' gradients, and their derivatives."""
+        """Return the distances ``(K,)`` of the synthetic images' gradients, and their derivatives."""
         return match(network, targets, images, distance=self.distance, transforms=transforms, in_turn=self.in_turn)
 
 
 def matched_parameters(network: nn.Module, distance: str) -> list[str]:
-    """Names of the parameters whose gradients the distance looks at: all, or those of at least two dimensions."""
+    """Return the names of the parameters that the distance compares: all, or those of at least two dimensions."""
     trainable = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     return [name for name, parameter in trainable.items() if distance != "row_cosine" or parameter.ndim > 1]
 
@@ -78,12 +79,12 @@ def real_gradients(
     classes: Sequence[Tensor],
     prepare: Sequence[Transform],
 ) -> dict[str, Tensor]:
-    r"""The mean gradient of the cross-entropy over the real images of each class.
+    r"""Compute the mean gradient of the cross-entropy over the real images of each class.
 
     .. math:: g^*_c = \frac{1}{M_c} \sum_{i=1}^{M_c} \nabla_\theta \ell(x_{c,i}, c)
 
-    Images of class c are ``(M_c, C, H, W)`` as the data set has them; ``prepare`` normalises and augments them. The
-    gradients are ``(K, *shape)`` by the name of the parameter.
+    Images of class c are ``(M_c, C, H, W)``, not normalised; ``prepare`` normalises and augments them. The gradients
+    are ``(K, *shape)`` by the name of the parameter.
     """
     parameters = dict(network.named_parameters())
     wanted = [parameters[name] for name in names]
@@ -93,7 +94,7 @@ def real_gradients(
         for chunk in torch.split(images, at_once or len(images)):
             logits = network(transform(chunk))
             loss = F.cross_entropy(logits, torch.full((len(chunk),), label, device=logits.device), reduction="sum")
-            # Zero for weights that are not used, such as those of a head for training.
+            # Zero for unused weights, such as those of an auxiliary head.
             found = torch.autograd.grad(loss / len(images), wanted, materialize_grads=True)
             for total, gradient in zip(gradients, found, strict=True):
                 total[label] += gradient
@@ -109,14 +110,14 @@ def match(
     transforms: Sequence[Transform] | None = None,
     in_turn: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    r"""Distances between the gradients of synthetic and real images, and their derivatives by the images.
+    r"""Compute the distances between the gradients of synthetic and real images, and their derivatives.
 
     .. math:: L_c(x_c) = D\left(\frac{1}{M} \sum_{i=1}^M \nabla_\theta \ell(x_{c,i}, c), \; g^*_c\right)
 
-    Images are ``(K, M, C, H, W)``, normalised, M of each class; ``targets`` are what :func:`real_gradients` gives, and
-    ``transforms`` augment the images of each class. The distances are ``(K,)``, the derivatives of their sum have the
-    shape of the images. ``in_turn`` takes classes one after another where that is faster: on the CPU, unless they are
-    small; the same up to rounding.
+    Images are ``(K, M, C, H, W)``, normalised, M of each class; ``targets`` come from :func:`real_gradients`, and
+    ``transforms`` augment the images of each class. The distances are ``(K,)``; the derivatives of their sum with
+    respect to the images have the shape of the images. ``in_turn`` processes classes one after another where that is
+    faster: on the CPU, unless they are small. The result is the same up to rounding.
     """
     if in_turn and images.device.type == "cpu" and images.shape[1] >= _LARGE_CLASS:
         return _match_in_turn(network, targets, images, distance, transforms)
@@ -138,7 +139,7 @@ def match(
     if transforms is None:
         derivatives, distances = evaluate(images.detach(), labels, targets)
         return distances.detach(), derivatives.detach()
-    # A transform of its own for each class can't be run by `vmap`: differentiated apart.
+    # `vmap` can't run a different transform for each class, so the transforms are differentiated separately.
     leaf = images.detach().requires_grad_()
     augmented = torch.stack([transform(part) for transform, part in zip(transforms, leaf, strict=True)])
     outer, distances = evaluate(augmented.detach(), labels, targets)
@@ -153,7 +154,7 @@ def _match_in_turn(
     distance: str,
     transforms: Sequence[Transform] | None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`match`, class by class."""
+    """Do what :func:`match` does, class by class."""
     parameters = dict(network.named_parameters())
     weights = [parameters[name] for name in targets]
     distances, derivatives = [], []

@@ -1,4 +1,4 @@
-"""The network of a condensation: whether it fits, its statistics, its training between two steps."""
+"""The network of a condensation: its checks, its BatchNorm statistics, and its training between steps."""
 
 from __future__ import annotations
 
@@ -14,33 +14,37 @@ from leakage.condensation.augmentation import SiameseAugmentation
 from leakage.datamodules.labelled import LabelledImages
 from leakage.models import ConvNet, draw_state
 
-# Real images of each class that BatchNorm takes its statistics from.
+# Real images of each class from which BatchNorm takes its statistics.
 _IMAGES_FOR_STATISTICS = 16
 
 
 def default_network(data: LabelledImages, width: int = 128) -> ConvNet:
-    """The network of the paper for a data set, with so many channels; its first weights play no part."""
+    """Return the network of the paper for a data set, with ``width`` channels. Its initial weights are not used."""
     channels, height, across = data.image_shape
     with torch.random.fork_rng(devices=[]):
         return ConvNet(channels, (height, across), data.num_classes, width=width)
 
 
 def fitting_network(given: nn.Module | None, data: LabelledImages, width: int) -> nn.Module:
-    """A copy of ``given`` in single precision, or the default; a ``ValueError`` if it can't be condensed with."""
+    """Return a copy of ``given`` in single precision, or the default network if it is None.
+
+    Raises:
+        ValueError: the network has no trainable weights, does not fit the data, or can't be drawn anew.
+    """
     if given is None:
         return default_network(data, width)
-    network = copy.deepcopy(given).float()  # the Trainer decides about the precision
+    network = copy.deepcopy(given).float()  # the Trainer sets the precision
     if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise ValueError(f"Expected a `network` with trainable weights, but got {type(given).__name__} without.")
+        raise ValueError(f"Expected a `network` with trainable weights, but got {type(given).__name__} without any.")
     check_network(network, data)
-    draw_state(network, 0)  # one that can't be drawn anew shall fail now
+    draw_state(network, 0)  # fail now if it can't be drawn anew
     return network
 
 
 def check_network(model: nn.Module, data: LabelledImages, device: torch.device | str = "cpu") -> None:
-    """Raise a ``ValueError`` unless the network takes the images and has a logit for each class."""
+    """Raise a ``ValueError`` unless the network accepts the images and returns one logit per class."""
     shape = tuple(data.image_shape)
-    expected = f"Expected a `network` for images {shape} and {data.num_classes} classes, as {data.name!r} has, but got"
+    expected = f"Expected a `network` for images {shape} and {data.num_classes} classes of {data.name!r}, but got"
     try:
         with torch.no_grad():
             logits = copy.deepcopy(model).to(device).eval()(torch.zeros(2, *shape, device=device, dtype=torch.float32))
@@ -49,16 +53,16 @@ def check_network(model: nn.Module, data: LabelledImages, device: torch.device |
         raise ValueError(f"{expected} {type(model).__name__}, which fails on them: {line}") from error
     if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, data.num_classes):
         shown = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"{expected} {type(model).__name__}, which makes {shown} of two of them.")
+        raise ValueError(f"{expected} {type(model).__name__}, which returns {shown} for two images.")
 
 
 def batch_norms(network: nn.Module) -> list[_BatchNorm]:
-    """The layers whose mode and statistics matter."""
+    """Return the BatchNorm layers, whose mode and statistics matter."""
     return [module for module in network.modules() if isinstance(module, _BatchNorm)]
 
 
 def take_statistics(network: nn.Module, data: LabelledImages, classes: Sequence[Tensor]) -> None:
-    """Give BatchNorm the statistics of real images of all classes; training the network spoils them.
+    """Set the statistics of BatchNorm to those of real images of all classes; training the network changes them.
 
     The network is in evaluation mode before and after.
     """
@@ -70,7 +74,7 @@ def take_statistics(network: nn.Module, data: LabelledImages, classes: Sequence[
     for module in norms:
         module.reset_running_stats()
         module.train()
-        module.momentum = None  # the average over all batches since the reset, which is this one
+        module.momentum = None  # average over all batches since the reset: only this one
     with torch.no_grad():
         network(images.to(next(network.parameters()).dtype))
     for module, momentum in zip(norms, momenta, strict=True):
@@ -89,9 +93,10 @@ def train_on(
     generator: torch.Generator,
     augmentation: SiameseAugmentation | None = None,
 ) -> None:
-    """Train ``network`` in place by plain SGD on normalised images, with BatchNorm normalising by their batches.
+    """Train ``network`` in place by plain SGD on normalised images, with batch statistics in BatchNorm.
 
-    The network is in evaluation mode before and after. More images than ``batch_size`` are shuffled in each epoch.
+    The network is in evaluation mode before and after. If there are more images than ``batch_size``, they are shuffled
+    in each epoch.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=learning_rate)

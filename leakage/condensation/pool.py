@@ -1,4 +1,4 @@
-"""Networks trained on real images, kept in several states with what they say of real images."""
+"""Networks trained on real images, kept in several states together with their targets."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from leakage.models import draw_state
 from leakage.models.draw import state_of
 from leakage.seeds import derive_seed
 
-# Steps of training after which the state of a network is kept, and how many there are at most for each synthetic image
-# of a class: what few images train gets no further.
+# Training steps after which the state of a network is kept, and the most steps per synthetic image of a class: a
+# network trained on few images does not get further.
 MOMENTS = (0, 2, 5, 10, 20, 40, 80)
 _STEPS_PER_IMAGE = 10
-# Images in a step, and SGD as in the test of synthetic sets.
+# Images in a training step, and the rate and momentum of SGD, as in the evaluation of synthetic sets.
 _BATCH, _RATE, _MOMENTUM = 64, 0.01, 0.9
-# Images at a time on the CPU, for its caches.
+# Images at once on the CPU, for its caches.
 _PIECE = 16
 
-# A state of a network, and what it says of real images.
+# A state of a network, and the targets of real images on it.
 Kept = tuple[dict[str, Tensor], Goal]
 
 
 @dataclass
 class NetworkPool(Networks):
-    r"""Few networks, met again and again: what they say of real images is worked out once.
+    r"""A few networks that are used repeatedly, so that the targets of real images are computed only once.
 
-    What real images say does not depend on the synthetic ones. So ``size`` networks are drawn and trained on real
-    images by SGD. Each is kept in its states :math:`\theta_{n,t}` after t steps of training, t = 0, 2, 5, 10, 20, 40
-    and 80 but not more than ten times the synthetic images of a class, and with each state the targets of a batch of
-    real images of every class, in gradient matching
+    The targets of real images do not depend on the synthetic ones. Therefore ``size`` networks are drawn and trained on
+    real images by SGD. Each network n is kept in its states :math:`\theta_{n,t}` after t training steps, for t = 0, 2,
+    5, 10, 20, 40 and 80 up to ten times the number of synthetic images per class. With each state the targets of a
+    batch of real images of every class are kept; in gradient matching they are
 
     .. math:: g^*_{n,t,c} = \frac{1}{M_c} \sum_{i=1}^{M_c} \nabla_\theta \ell(x_{c,i}, c; \theta_{n,t}).
 
-    One step of a condensation visits one state, and costs no more than the synthetic images. All are
-    visited once in their order, then again in random orders. After ``passes`` visits to each, new networks take the
-    place of all. The networks are never trained on synthetic images.
+    One step of a condensation visits one state, and costs no more than its synthetic images. The states are visited
+    once in order, then repeatedly in random orders. After ``passes`` visits to each state, new networks replace all of
+    them. The networks are never trained on synthetic images.
 
-    A network is trained as far as its states are wanted. It depends on the seed and its number alone, so that a resumed
-    run finds the same. Targets are kept in bfloat16, whose rounding is far below what another batch of real
-    images would change: with gradients (1 + K / 2) times the network in float32 for each state, 430 MB in all for 8
-    ConvNets of 128 channels and 10 classes.
+    A network is trained only up to the states visited so far. It depends on the seed and its number alone, so a resumed
+    run trains the same network. Targets are kept in bfloat16; its rounding error is far smaller than the difference
+    between two batches of real images. With gradients, a state takes (1 + K / 2) times the memory of the network in
+    float32: 430 MB in total for 8 ConvNets of 128 channels and 10 classes.
 
     Attributes:
-        size: networks at a time.
-        passes: visits to each state; None for any number.
+        size: number of networks in the pool.
+        passes: visits to each state before the networks are replaced; None to keep them.
     """
 
     size: int = 8
@@ -61,11 +61,11 @@ class NetworkPool(Networks):
 
     @property
     def moments(self) -> list[int]:
-        """Steps of training after which a network is kept."""
+        """Training steps after which the state of a network is kept."""
         return [moment for moment in MOMENTS if moment <= _STEPS_PER_IMAGE * self.options["images_per_class"]]
 
     def goal(self, batch: ClassBatch) -> Goal:
-        """Put the state of this visit into the network; its targets."""
+        """Load the state of this visit into the network, and return its targets."""
         number, moment = divmod(self.visited(batch.step), len(self.moments))
         for old in [other for other in self._kept if other // self.size < number // self.size]:
             del self._kept[old], self._training[old]
@@ -83,7 +83,7 @@ class NetworkPool(Networks):
         return Goal(targets, goal.transforms, seen)
 
     def visited(self, step: int) -> int:
-        """Number of the state that a step visits, counted network by network."""
+        """Return the number of the state that a step visits, counted network by network."""
         count = self.size * len(self.moments)
         passed, place = divmod(step, count)
         generation, again = divmod(passed, self.passes) if self.passes else (0, passed)
@@ -92,7 +92,7 @@ class NetworkPool(Networks):
         return generation * count + place
 
     def _train(self, number: int) -> Iterator[Kept]:
-        """Train a network; its states and their targets, one after another."""
+        """Train a network, and yield its states and their targets in turn."""
         state = draw_state(self.network, derive_seed(self.options["seed"], number, "network"))
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=_RATE, momentum=_MOMENTUM)
@@ -102,7 +102,7 @@ class NetworkPool(Networks):
             batch = self.data.class_batch(index)
             classes = [images.to(parameters[0].device) for images in self.split(batch)]
             with self.clock("network"):
-                self.network.load_state_dict(state, strict=False)  # others have been in its place
+                self.network.load_state_dict(state, strict=False)  # other states have been loaded since
                 for _ in range(moment - trained):
                     self._step(optimizer, parameters, generator)
                 trained = moment
@@ -112,7 +112,7 @@ class NetworkPool(Networks):
             yield state, replace(goal, targets={name: target.bfloat16() for name, target in goal.targets.items()})
 
     def _step(self, optimizer: torch.optim.SGD, parameters: Sequence[nn.Parameter], generator: torch.Generator) -> None:
-        """One step of SGD on random real images."""
+        """Make one step of SGD on random real images."""
         train, device = self.data.train, parameters[0].device
         chosen = torch.randint(len(train), (_BATCH,), generator=generator)
         norms = batch_norms(self.network)

@@ -1,4 +1,4 @@
-"""How condensation searches: the protocol of the paper, and the fast one."""
+"""Protocols of condensation: the published one, and a fast one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from leakage.errors import check_choice, check_count, check_flag, check_positive
 
-# (outer, inner) loops of the paper by images per class.
+# (outer, inner) loops of the paper (https://arxiv.org/abs/2006.05929) by images per class.
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
-# Synthetic images of a class from which on `fast` matches so many real ones: on MNIST, 10 per class, 256 give 96.7 %
-# after 600 updates (6,000 held-out images); 32 gave 95.5 % after 1,000 (1,200 held-out images).
+# From this many synthetic images per class on, `fast` matches this many real ones. On MNIST with 10 per class, 256 give
+# 96.7 % after 600 updates (6,000 held-out images); 32 gave 95.5 % after 1,000 (1,200 held-out images).
 _SEVERAL, _MANY_REAL_IMAGES = 10, 256
 INITIALIZATIONS = ("noise", "real", "kmeans")
 REAL_IMAGES = ("random", "kmeans")
@@ -19,37 +19,37 @@ REAL_IMAGES = ("random", "kmeans")
 
 @dataclass(frozen=True)
 class CondensationProtocol:
-    """How condensation searches; by default as the paper does.
+    """Settings of the search for synthetic images. The defaults are those of the paper.
 
     Attributes:
-        iterations: freshly drawn networks, one after another; with a ``pool`` visits to a state of one.
-        batch_size: real images of each class that are matched at a time, unless the DataModule has a
-            ``batch_size`` of its own.
-        network_reuse: updates of the images in a row against the same network and the same gradients of the
-            real images. The paper makes one; each further one saves almost all that an update costs.
-        learning_rate: of the synthetic images, which are normalised. That of ``"fast"`` is 0.2 for one image per
-            class and grows with their number, since each has only its share in the mean gradient.
-        momentum: likewise, from 0 to below 1.
-        decay: whether the learning rate falls to zero in equal steps over the run. Each network pulls the images
-            its own way; smaller and smaller steps take the mean over the last ones.
+        iterations: number of newly drawn networks; with a ``pool``, number of visits to states of its networks.
+        batch_size: real images of each class that are matched at once, unless the DataModule has its own
+            ``batch_size``.
+        network_reuse: number of consecutive updates of the images with the same network and the same gradients of the
+            real images. The paper makes one; a further update costs far less than the first.
+        learning_rate: learning rate of the synthetic images, which are normalised. For ``"fast"`` it is 0.2 times the
+            number of images per class, since each image has only its share in the mean gradient.
+        momentum: momentum of the synthetic images, from 0 to below 1.
+        decay: whether the learning rate falls linearly to zero over the run. Each network pulls the images in its own
+            direction; shrinking steps average over the last networks.
         initialization: ``"noise"`` from N(0, 1), ``"real"`` images of the class, or ``"kmeans"``, the real images of
             :func:`~leakage.condensation.kmeans_images`.
-        real_images: that are matched: ``"random"`` ones of each class, or ``"kmeans"``, those nearest to the centres
-            of as many clusters of what the network makes of some, see :class:`~leakage.condensation.kmeans.Clusters`;
-            chosen anew in each step, and with a ``pool`` once for each state.
-        factor: each synthetic image holds ``factor**2`` smaller ones, see :func:`~leakage.condensation.decode`; it
-            divides their size. 1 for images as they are.
-        synthetic_batch_size: synthetic images of each class, as decoded, that are matched at a time; all take part in
-            turn, in random order. None for all at a time.
-        pool: networks that are trained on real images and kept in several states with their gradients, see
+        real_images: the real images that are matched: ``"random"`` ones of each class, or ``"kmeans"``, those nearest
+            to the centres of clusters in the network's embedding, see :class:`~leakage.condensation.kmeans.Clusters`.
+            They are chosen anew in each step, or with a ``pool`` once for each state.
+        factor: each synthetic image holds ``factor**2`` smaller ones, see :func:`~leakage.condensation.decode`; must
+            divide the size of the images. 1 for whole images.
+        synthetic_batch_size: decoded synthetic images of each class that are matched at once; all images take part in
+            turn, in random order. None for all images at once.
+        pool: number of networks that are trained on real images and kept in several states with their gradients, see
             :class:`~leakage.condensation.pool.NetworkPool`. 0 for networks drawn anew.
-        pool_passes: visits to each state, after which new networks take the place of those in the pool. None for
-            never: then the images in time learn what is peculiar to these networks.
-        network_width: channels of the network that images are condensed with, if it is the default one. Half of the
-            128 with which they are tested cost less than half of the time and condense as well.
+        pool_passes: visits to each state before new networks replace those in the pool. With None they are never
+            replaced, and the images eventually overfit to them.
+        network_width: channels of the default network during condensation. Half of the 128 channels of the evaluation
+            take less than half of the time and give equally good images.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of range.
     """
 
     iterations: int = 1000
@@ -82,7 +82,7 @@ class CondensationProtocol:
 
 
 def check_momentum(momentum: float) -> None:
-    """Raise a ``ValueError`` unless it is from 0 to below 1."""
+    """Raise a ``ValueError`` unless the momentum is from 0 to below 1."""
     if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum < 1:
         raise ValueError(f"Expected `momentum` from 0 to below 1, but got {momentum!r}.")
 
@@ -103,10 +103,10 @@ PROTOCOLS = {
 
 
 def condensation_protocol(name: str, images_per_class: int = 1, **replaced: Any) -> CondensationProtocol:
-    """The protocol of that name, with values replaced where they are not None.
+    """Return the protocol of that name, with the values in ``replaced`` that are not None.
 
-    The learning rate of ``"fast"`` is proportional to ``images_per_class``, and for 10 and more it matches 256 real
-    images of each class instead of 32: what few of them say of trained networks is mostly noise.
+    The learning rate of ``"fast"`` is proportional to ``images_per_class``. From 10 images per class on it matches 256
+    real images of each class instead of 32: on trained networks the gradient of few images is mostly noise.
     """
     check_choice("protocol", name, PROTOCOLS)
     named = PROTOCOLS[name]
@@ -118,26 +118,27 @@ def condensation_protocol(name: str, images_per_class: int = 1, **replaced: Any)
 
 
 def replace_given(protocol: CondensationProtocol, **replaced: Any) -> CondensationProtocol:
-    """The protocol with values replaced where they are not None."""
+    """Return the protocol with the values in ``replaced`` that are not None."""
     return dataclasses.replace(protocol, **{key: value for key, value in replaced.items() if value is not None})
 
 
 def schedule(images_per_class: int, loops: tuple[int, int] | list[int] | None, pool: int = 0) -> tuple[int, int]:
-    """Outer steps per network, and epochs it is trained for between two of them: those given, else the paper's.
+    """Return the loops (outer, inner): those given, else the paper's, or (1, 0) with a pool.
 
-    With a pool a visit is one step, after which nothing is trained.
+    Outer is the number of steps per network, inner the number of epochs it is trained for between two steps.
     """
     if pool:
         if loops is not None:
             raise ValueError(
-                f"Expected no `loops` with a pool of networks, which no synthetic images train, but got {loops!r}."
+                "Expected no `loops` with a pool of networks, which are not trained on synthetic images, but got "
+                f"{loops!r}."
             )
         return 1, 0
     if loops is None:
         if images_per_class not in LOOPS:
             raise ValueError(
-                f"Expected `loops` (outer, inner) with images_per_class={images_per_class}, but got None: the paper "
-                f"has them only for {list(LOOPS)}."
+                f"Expected `loops` (outer, inner) with images_per_class={images_per_class}, but got None. The paper "
+                f"gives them only for {list(LOOPS)} images per class."
             )
         return LOOPS[images_per_class]
     if not isinstance(loops, tuple | list) or len(loops) != 2:

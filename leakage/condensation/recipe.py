@@ -1,4 +1,4 @@
-"""How a synthetic set was made and what it scored, as it stands in the header of its file."""
+"""The recipe of a synthetic set: how it was made and what it scored. It is saved in the header of the file."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """What a set scored in an evaluation, and all that is needed to have the same figure again.
+    """The score of a set in an evaluation, with everything that is needed to reproduce it.
 
     Attributes:
         evaluation: ``"dc"`` or ``"dsa"``, the ``augmentation`` of :func:`~leakage.condensation.evaluate`.
-        accuracies: of the networks, in their order, from 0 to 1.
-        network: their architecture, a key of :data:`leakage.models.NETWORKS`.
-        epochs, seed, precision: of their training, see :func:`~leakage.condensation.evaluate`.
+        accuracies: test accuracies of the networks, in order, from 0 to 1.
+        network: architecture of the networks, a key of :data:`leakage.models.NETWORKS`.
+        epochs, seed, precision: options of their training, see :func:`~leakage.condensation.evaluate`.
 
     Raises:
-        ValueError: an unknown name, no accuracies or some outside of [0, 1], or a number out of its range.
+        ValueError: a name is unknown, there are no accuracies, one is outside [0, 1], or a number is out of range.
 
     Example:
         >>> Score("dc", (0.70, 0.71, 0.69), epochs=300).options
@@ -48,12 +48,12 @@ class Score:
         evaluation_options("", epochs=self.epochs, seed=self.seed, precision=self.precision)
         given = self.accuracies
         if not isinstance(given, list | tuple) or not given or not all(map(_is_share, given)):
-            raise ValueError(f"Expected `accuracies` as at least one number from 0 to 1, but got {given!r}.")
+            raise ValueError(f"Expected `accuracies` to be at least one number from 0 to 1, but got {given!r}.")
         object.__setattr__(self, "accuracies", tuple(given))
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of :func:`~leakage.condensation.evaluate`, but for the networks."""
+        """Options of :func:`~leakage.condensation.evaluate` that reproduce the score, except those of the networks."""
         return {
             "augmentation": self.evaluation, "epochs": self.epochs, "seed": self.seed, "precision": self.precision,
         }  # fmt: skip
@@ -63,19 +63,19 @@ class Score:
 class Recipe:
     """How a :class:`~leakage.condensation.SyntheticSet` was made, and what it scored.
 
-    Data set, classes and images per class are those of the set.
+    The data set, the classes and the images per class are in the set itself.
 
     Attributes:
-        method: what it was made by, such as ``"fast"`` or ``"random"``.
-        seed: of all that was drawn.
-        options: further ones of the method, as JSON has them.
-        seconds: spent on making it, without tests.
-        scores: what it scored, each evaluation once.
-        version: of the library that made it.
-        commit: of its code, where it is known.
+        method: name of the method, such as ``"fast"`` or ``"random"``.
+        seed: seed of all random draws.
+        options: further options of the method, with values of JSON types.
+        seconds: time spent on making the set, without evaluations.
+        scores: scores of the set, one for each evaluation.
+        version: version of the library that made it.
+        commit: commit of the code, if known.
 
     Raises:
-        ValueError: values of other types, or options that JSON can't hold.
+        ValueError: a value has another type, or JSON can't represent the options.
 
     Example:
         >>> recipe = Recipe("fast", options={"iterations": 20}, scores=(Score("dc", (0.70, 0.71)),))
@@ -96,36 +96,40 @@ class Recipe:
         words = {"method": self.method, "version": self.version, "commit": self.commit or ""}
         for name, value in words.items():
             if not isinstance(value, str):
-                raise ValueError(f"Expected `{name}` as words, but got {value!r}.")
+                raise ValueError(f"Expected `{name}` to be a string, but got {value!r}.")
         number = isinstance(self.seconds, int | float) and not isinstance(self.seconds, bool)
         if not number or not 0 <= self.seconds < math.inf:
             raise ValueError(f"Expected `seconds` of at least 0, but got {self.seconds!r}.")
         if not isinstance(self.scores, tuple) or not all(isinstance(score, Score) for score in self.scores):
-            raise ValueError(f"Expected `scores` as a tuple of Scores, but got {self.scores!r}.")
+            raise ValueError(f"Expected `scores` to be a tuple of Scores, but got {self.scores!r}.")
         try:
-            options = json.loads(json.dumps(self.options, allow_nan=False))  # lists for tuples, as in a file
+            options = json.loads(json.dumps(self.options, allow_nan=False))  # turns tuples into lists, as a file does
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"Expected `options` that JSON can hold, but got {self.options!r}.") from error
+            raise ValueError(f"Expected `options` that JSON can represent, but got {self.options!r}.") from error
         if not isinstance(options, dict):
-            raise ValueError(f"Expected `options` by their names, but got {self.options!r}.")
+            raise ValueError(f"Expected `options` to be a dictionary, but got {self.options!r}.")
         object.__setattr__(self, "options", options)
 
     def score(self, evaluation: str) -> Score | None:
-        """What the set scored in an evaluation, None if that is not known."""
+        """Return the score of the set in an evaluation, or None if it is not known."""
         return next((score for score in self.scores if score.evaluation == evaluation), None)
 
     def with_score(self, score: Score) -> Recipe:
-        """The same with a score, in place of the one of that evaluation."""
+        """Return a copy of the recipe with this score, which replaces one of the same evaluation."""
         others = (other for other in self.scores if other.evaluation != score.evaluation)
         return dataclasses.replace(self, scores=(*others, score))
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the recipe as a dictionary for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, content: Any) -> Recipe:
-        """What :meth:`to_json` gave; a ``ValueError`` for anything else."""
+        """Return the recipe that :meth:`to_json` has converted.
+
+        Raises:
+            ValueError: the content is not that of a recipe.
+        """
         try:
             scores = tuple(Score(**score) for score in content["scores"])
             return cls(**{**content, "scores": scores})
@@ -134,11 +138,11 @@ class Recipe:
 
     @classmethod
     def of(cls, condensation: Condensation, method: str | None = None) -> Recipe:
-        """How the images of a condensation came about, as far as it has got.
+        """Return the recipe of the current images of a condensation.
 
         Args:
-            condensation: during or after ``Trainer.fit``.
-            method: what to call it; by default what the condensation calls itself.
+            condensation: a condensation during or after ``Trainer.fit``.
+            method: name of the method; by default that of the condensation.
         """
         options = {name: value for name, value in condensation.hparams.items() if name not in ("seed", "num_classes")}
         options |= {**dataclasses.asdict(condensation.protocol), "loops": (condensation.outer, condensation.inner)}

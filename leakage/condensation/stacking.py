@@ -1,4 +1,4 @@
-"""Several networks of one architecture: each an ordinary module, or all stacked in one."""
+"""Networks of one architecture, trained as ordinary modules or stacked into one."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from leakage.models.draw import state_of
 
 
 class SingleNetwork:
-    """One network, an ordinary module, which works on ``piece`` images of a batch at a time."""
+    """One network, an ordinary module, which processes ``piece`` images of a batch at a time."""
 
     def __init__(self, model: nn.Module, state: Mapping[str, Tensor], device: torch.device, piece: int | None) -> None:
         self.model = copy.deepcopy(model).to(device).requires_grad_()
-        self.model.load_state_dict(state, strict=False)  # of tied weights it has only the first
+        self.model.load_state_dict(state, strict=False)  # of tied weights the state has only the first
         self.piece = piece
 
     def __len__(self) -> int:
         return 1
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights and buffers, each ``(1, *shape)``."""
+        """Yield the names and values of weights and buffers, each ``(1, *shape)``."""
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             yield name, tensor.detach()[None]
 
     def parameters(self) -> list[Tensor]:
-        """What an optimizer changes."""
+        """Return the parameters for an optimizer."""
         return list(self.model.parameters())
 
     def backward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Add the gradient of the mean loss of a batch, and give that loss, ``(1,)``."""
+        """Add the gradient of the mean loss of a batch to the parameters, and return the loss ``(1,)``."""
         self.model.train()
         if images.ndim == 5:
             images, labels = images[0], labels[0]
@@ -48,14 +48,14 @@ class SingleNetwork:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """``(1, B, K)`` of images ``(B, C, H, W)``, in evaluation mode."""
+        """Return the logits ``(1, B, K)`` of images ``(B, C, H, W)``, in evaluation mode."""
         self.model.eval()
         logits: Tensor = self.model(images)
         return logits[None]
 
 
 class StackedNetworks:
-    """R networks as one: every weight is a stack ``(R, *shape)``, and one call computes all of them."""
+    """R networks stacked into one: every weight is a stack ``(R, *shape)``, and one call computes all networks."""
 
     def __init__(self, model: nn.Module, states: Sequence[Mapping[str, Tensor]], device: torch.device) -> None:
         self.model = copy.deepcopy(model).to(device)
@@ -68,18 +68,19 @@ class StackedNetworks:
         return len(self.tensors[self.trainable[0]])
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights and buffers, each ``(R, *shape)``."""
+        """Yield the names and values of weights and buffers, each ``(R, *shape)``."""
         for name, tensor in self.tensors.items():
             yield name, tensor.detach()
 
     def parameters(self) -> list[Tensor]:
-        """What an optimizer changes; its steps are elementwise, so that networks keep apart."""
+        """Return the parameters for an optimizer, whose steps must be elementwise so that networks don't mix."""
         return [self.tensors[name] for name in self.trainable]
 
     def backward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Add each network's gradient of its mean loss, and give these losses, ``(R,)``.
+        """Add the gradient of each network's mean loss to the parameters, and return the losses ``(R,)``.
 
-        Images are ``(B, C, H, W)`` for all networks or ``(R, B, C, H, W)``, labels ``(B,)`` or ``(R, B)`` likewise.
+        Images are ``(B, C, H, W)`` with labels ``(B,)``, for all networks, or ``(R, B, C, H, W)`` with labels
+        ``(R, B)``.
         """
         self.model.train()
 
@@ -93,7 +94,7 @@ class StackedNetworks:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """``(R, B, K)`` of images ``(B, C, H, W)``, in evaluation mode."""
+        """Return the logits ``(R, B, K)`` of images ``(B, C, H, W)``, in evaluation mode."""
         self.model.eval()
         call = vmap(lambda tensors, images: functional_call(self.model, tensors, (images,)), in_dims=(0, None))
         logits: Tensor = call(self.tensors, images)
@@ -101,7 +102,7 @@ class StackedNetworks:
 
 
 def stacking_error(model: nn.Module, image_shape: Sequence[int], device: torch.device) -> str | None:
-    """Why ``torch.func`` can't train several of these networks at once, or None if it can."""
+    """Return why ``torch.func`` can't train several of these networks at once, or None if it can."""
     probe = copy.deepcopy(model).to(device).train()
     stack = {name: torch.stack([tensor, tensor]) for name, tensor in state_of(probe).items()}
     images = torch.zeros(2, *image_shape, device=device, dtype=torch.float32)
@@ -114,7 +115,7 @@ def stacking_error(model: nn.Module, image_shape: Sequence[int], device: torch.d
 
 
 def works_image_by_image(model: nn.Module, image_shape: Sequence[int]) -> bool:
-    """Whether a network in training gives each image the same logits whatever the others are, as without BatchNorm."""
+    """Return whether the logits of an image in training are independent of the rest of the batch (no BatchNorm)."""
     probe = copy.deepcopy(model).cpu().train()
     images = torch.randn(4, *image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a condensation begins with."""
+"""Initial images of a condensation."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _REAL = {"real": random_images, "kmeans": kmeans_images}
 def start_images(
     data: LabelledImages, images_per_class: int, initialization: str, seed: int, factor: int = 1
 ) -> Tensor:
-    """Normalised images ``(K * images_per_class, C, H, W)`` to begin with, class by class.
+    """Return the normalised initial images ``(K * images_per_class, C, H, W)``, class by class.
 
-    ``"noise"`` is from N(0, 1), ``"real"`` are random images of the class, ``"kmeans"`` those of
-    :func:`~leakage.condensation.kmeans_images`. With a ``factor`` above 1 each holds several real ones.
+    ``"noise"`` draws from N(0, 1), ``"real"`` takes random images of the class, and ``"kmeans"`` those of
+    :func:`~leakage.condensation.kmeans_images`. With a ``factor`` above 1 each holds ``factor**2`` real images.
     """
     check_factor(factor, data.image_shape)
     start = derive_seed(seed, 0, "start")

@@ -1,4 +1,4 @@
-"""A small set of synthetic images that stands for a whole training set, and its files."""
+"""A small set of synthetic images that replaces a whole training set, and its files."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ if TYPE_CHECKING:
     from leakage.datamodules.labelled import LabelledImages
 
 _FORMAT = "leakage.SyntheticSet"
-# Inches of the figure: one image, a letter of a class's name.
+# Sizes in the figure, in inches: an image, a letter of a class name.
 _CELL, _LETTER = 0.6, 0.085
 
 
 @dataclass
 class SyntheticSet:
-    """The images and labels that a network is trained on in place of a whole data set.
+    """A set of images and labels on which a network is trained in place of a whole data set.
 
     Attributes:
-        images: ``(M, C, H, W)``, float32 in the data's scale: 0 is black and 1 white, but since condensation
-            clamps nothing, values may lie outside.
+        images: ``(M, C, H, W)``, float32 in the data's scale: 0 is black and 1 is white. Condensation does not clamp,
+            so values may be outside this range.
         labels: ``(M,)``, int64 class indices from 0 to K - 1, ascending.
-        mean: of the data set, per channel, of images in [0, 1]; networks get ``(image - mean) / std``.
-        std: likewise, above 0.
-        class_names: K of them, in the order of the labels.
+        mean: mean per channel of the data set in [0, 1]; networks are given ``(image - mean) / std``.
+        std: standard deviation per channel of the data set, above 0.
+        class_names: names of the K classes, in the order of the labels.
         dataset: name of the data set.
-        recipe: how it was made and what it scored, where that is known.
-        factor: each image holds ``factor**2`` smaller ones (:func:`~leakage.condensation.decode`); networks are trained
-            on those of :meth:`decoded`. 1 for images as they are.
+        recipe: how the set was made and what it scored, or None if that is not known.
+        factor: each image holds ``factor**2`` smaller ones (:func:`~leakage.condensation.decode`), and networks are
+            trained on the images of :meth:`decoded`. 1 for whole images.
 
     Raises:
-        ValueError: shapes that don't fit together, another type of numbers, labels outside the range or not
-            ascending, a factor that does not divide the size, NaN or infinite images, or no images.
+        ValueError: shapes do not match, a tensor has another type, labels are outside the range or not ascending, the
+            factor does not divide the size, an image is not finite, or there are no images.
 
     Example:
         >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 0, 1, 1])
@@ -94,7 +94,7 @@ class SyntheticSet:
             )
         if int(labels.min()) < 0 or int(labels.max()) >= len(self.class_names) or bool((labels.diff() < 0).any()):
             raise ValueError(
-                f"Expected `labels` from 0 to {len(self.class_names) - 1}, one for each of `class_names`, in ascending "
+                f"Expected `labels` from 0 to {len(self.class_names) - 1}, the indices of `class_names`, in ascending "
                 f"order, but got {int(labels.min())} to {int(labels.max())}, beginning with {labels[:5].tolist()}. "
                 "Sort images and labels by class."
             )
@@ -110,34 +110,34 @@ class SyntheticSet:
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """K, the number of classes."""
         return len(self.class_names)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)``."""
+        """Shape ``(C, H, W)`` of each image."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
     @property
     def images_per_class(self) -> Tensor:
-        """``(K,)``, how many images each class has."""
+        """Number of images of each class, ``(K,)``."""
         return self.labels.bincount(minlength=self.num_classes)
 
     def decoded(self) -> SyntheticSet:
-        """The set of the images that these hold, ``factor**2`` of each; itself where the factor is 1."""
+        """Return the set of decoded images, ``factor**2`` from each image; the set itself if the factor is 1."""
         if self.factor == 1:
             return self
         labels = self.labels.repeat_interleave(self.factor**2)
         return replace(self, images=decode(self.images, self.factor), labels=labels, factor=1)
 
     def normalised(self) -> Tensor:
-        """The images as networks take them: ``(image - mean) / std``, ``(M, C, H, W)``."""
+        """Return the images ``(M, C, H, W)`` normalised for a network: ``(image - mean) / std``."""
         mean, std = (self.images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (self.images - mean) / std
 
     def to_dataset(self) -> TensorDataset:
-        """Pairs of a decoded image ``(C, H, W)`` in the data's scale, not normalised, and its label."""
+        """Return pairs of a decoded image ``(C, H, W)``, in the data's scale and not normalised, and its label."""
         decoded = self.decoded()
         return TensorDataset(decoded.images, decoded.labels)
 
@@ -145,13 +145,13 @@ class SyntheticSet:
         """Raise a ``ValueError`` unless the set has the image shape, the classes and the statistics of a data set.
 
         Args:
-            data: after its ``setup()``.
+            data: the data set, after its ``setup()``.
         """
         self.check_name(data)
         origin = f" (of {self.dataset!r})" if self.dataset else ""
         for name in ("image_shape", "num_classes", "class_names", "mean", "std"):
             ours, theirs = getattr(self, name), getattr(data, name)
-            # A header may hold fewer digits than the data set computes.
+            # A header may hold fewer digits than the statistics computed from the data set.
             if ours != theirs and not (name in ("mean", "std") and np.allclose(ours, theirs, rtol=0, atol=1e-4)):
                 raise ValueError(
                     f"Expected a synthetic set with the {name} {brief(theirs)} of {data.name!r}, but got "
@@ -159,7 +159,7 @@ class SyntheticSet:
                 )
 
     def check_name(self, data: LabelledImages) -> None:
-        """Raise a ``ValueError`` if the set has a recipe and was made from another data set; ``data`` may be new."""
+        """Raise a ``ValueError`` if the recipe names another data set; ``data`` need not be set up."""
         if self.recipe is not None and self.dataset != data.name:
             raise ValueError(
                 f"Expected the data set that the recipe of the synthetic set names, {self.dataset!r}, but got "
@@ -167,7 +167,7 @@ class SyntheticSet:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all.
+        """Write the set to a safetensors file. A failed write leaves no partial file.
 
         Raises:
             OSError: the file can't be written.
@@ -181,16 +181,15 @@ class SyntheticSet:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SyntheticSet:
-        """Read what :meth:`save`, or another program, wrote; no code of the file is ever run.
+        """Read a set from a file written by :meth:`save` or another program. No code in the file is run.
 
-        The file holds tensors ``images (M, C, H, W)`` (float32) and ``labels (M,)`` (int64); its header the
+        The file holds the tensors ``images (M, C, H, W)`` (float32) and ``labels (M,)`` (int64). Its header has the
         entries ``format`` (``leakage.SyntheticSet``), ``version`` (``1``), and as JSON ``mean``, ``std``,
-        ``class_names``, ``dataset`` and, where it is known, ``recipe`` (:class:`Recipe`) and, where it is not 1,
-        ``factor``.
+        ``class_names``, ``dataset`` and optionally ``recipe`` (:class:`Recipe`) and ``factor`` (1 if missing).
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: a file of another kind, truncated, or with a wrong header or tensors.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is of another kind, is truncated, or has a wrong header or wrong tensors.
         """
         header, tensors = read_safetensors(path, _FORMAT)
         if tensors.keys() != {"images", "labels"}:
@@ -218,13 +217,13 @@ class SyntheticSet:
     def save_images(self, folder: str | os.PathLike[str]) -> None:
         """Write the decoded images as PNG files in torchvision's ``ImageFolder`` layout: ``<class>/<number>.png``.
 
-        Values outside [0, 1] are clipped and the rest rounded, so what is read back trains a network a little
-        differently: :meth:`save` keeps the images exactly. Folders have the names of the classes, with the
-        class's number in front where sorting the names would change the order of the classes.
+        Values are clipped to [0, 1] and rounded to 8 bits, so a network trained on the files differs slightly;
+        :meth:`save` keeps the images exactly. Folders have the names of the classes. If sorting the names would change
+        the order of the classes, they begin with the class's number.
 
         Raises:
-            FileExistsError: the folder holds images that this set would not replace.
-            ValueError: images of neither one nor three channels.
+            FileExistsError: the folder holds files that this set would not replace.
+            ValueError: the images have neither one nor three channels.
             OSError: a file can't be written.
         """
         folder = Path(folder)
@@ -240,7 +239,8 @@ class SyntheticSet:
         stale = sorted(set(folder.glob("*/*")) - set(paths))
         if stale:
             raise FileExistsError(
-                f"Expected an empty folder or one of an earlier set of this size, but got '{folder}' with '{stale[0]}'."
+                "Expected an empty folder or that of an earlier set of this size, but got "
+                f"'{folder}' with '{stale[0]}'."
             )
         for name in names:
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -248,8 +248,8 @@ class SyntheticSet:
             Image.fromarray(to_pixels(image)).save(path)
 
     def _folder_names(self) -> list[str]:
-        """Names of folders, which in sorted order are those of classes 0 to K - 1."""
-        # A class may be called "T-shirt/top".
+        """Return folder names whose sorted order is that of the classes 0 to K - 1."""
+        # Class names such as "T-shirt/top" are not valid folder names.
         names = [re.sub(r"[^\w\-. ]+", "_", name).strip(". ") for name in self.class_names]
         if all(names) and len({name.lower() for name in names}) == len(names) and names == sorted(names):
             return names
@@ -257,14 +257,14 @@ class SyntheticSet:
         return [f"{k:0{digits}d}_{name}" if name else f"{k:0{digits}d}" for k, name in enumerate(names)]
 
     def figure(self, images_per_class: int = 10, title: str = "") -> Figure:
-        """A picture with one row per class and its name before it; values outside [0, 1] are clipped.
+        """Draw one row of images per class, with the name of the class. Values outside [0, 1] are clipped.
 
         Args:
-            images_per_class: at most so many are shown.
-            title: above the images.
+            images_per_class: the most images shown of each class.
+            title: title above the images.
 
         Raises:
-            ValueError: ``images_per_class`` below 1.
+            ValueError: ``images_per_class`` is below 1.
         """
         check_count(images_per_class=images_per_class)
         columns = min(images_per_class, int(self.images_per_class.max()))
@@ -272,7 +272,7 @@ class SyntheticSet:
         height = _CELL * self.num_classes + (0.4 if title else 0.1)
         figure = new_figure(max(width, 0.11 * len(title) + 0.3), height)
         figure.set_layout_engine("constrained")
-        # One picture of all images: axes for each of them take a hundred times as long.
+        # A single picture of all images: separate axes for each image take a hundred times as long.
         axes = figure.subplots()
         grid = self._grid(columns)
         axes.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
@@ -286,7 +286,7 @@ class SyntheticSet:
         return figure
 
     def _grid(self, columns: int) -> NDArray[np.uint8]:
-        """The first images of each class in a row of pixels from 0 to 255, with white between them."""
+        """Arrange the first images of each class in rows, as pixels from 0 to 255, with white gaps."""
         height, width = self.image_shape[1:]
         gap = max(1, height // 16)
         high, wide = height + gap, width + gap
@@ -299,15 +299,15 @@ class SyntheticSet:
 
 
 def random_images(data: LabelledImages, images_per_class: int, seed: int = 0) -> SyntheticSet:
-    """Random real training images, the same number of each class: what a synthetic set has to beat.
+    """Draw random real training images, the same number of each class: the baseline of synthetic sets.
 
     Args:
-        data: made ready (``prepare_data``, ``setup``) if it is not yet.
-        images_per_class: drawn without replacement.
-        seed: decides which.
+        data: the data set; prepared (``prepare_data``, ``setup``) if necessary.
+        images_per_class: images of each class, drawn without replacement.
+        seed: seed of the draw.
 
     Raises:
-        ValueError: more images than a class has.
+        ValueError: a class has fewer than ``images_per_class`` images.
 
     Example:
         >>> from leakage.datamodules import LabelledImages
@@ -324,10 +324,10 @@ def random_images(data: LabelledImages, images_per_class: int, seed: int = 0) ->
 
 
 def real_set(data: LabelledImages, images_per_class: int, choose: Callable[[Tensor, int], Tensor]) -> SyntheticSet:
-    """The training images that ``choose`` takes of each class, given the indices of all and the class.
+    """Return the set of the training images chosen by ``choose``, which takes the indices and label of a class.
 
     Raises:
-        ValueError: more images than a class has.
+        ValueError: a class has fewer than ``images_per_class`` images.
     """
     check_count(images_per_class=images_per_class)
     make_ready(data)
@@ -336,8 +336,8 @@ def real_set(data: LabelledImages, images_per_class: int, choose: Callable[[Tens
         members = (data.train.labels == label).nonzero().flatten()
         if len(members) < images_per_class:
             raise ValueError(
-                f"Expected `images_per_class` of at most {len(members)}, the training images of class {label} "
-                f"({name}) of {data.name!r}, but got {images_per_class}."
+                f"Expected `images_per_class` of at most {len(members)}, the number of training images of class "
+                f"{label} ({name}) of {data.name!r}, but got {images_per_class}."
             )
         chosen.append(choose(members, label))
     indices = torch.cat(chosen)
@@ -352,7 +352,7 @@ def real_set(data: LabelledImages, images_per_class: int, choose: Callable[[Tens
 
 
 def make_ready(data: LabelledImages) -> None:
-    """Prepare and set up the data, unless that is done."""
+    """Prepare and set up the data, unless they already are."""
     if not hasattr(data, "test"):
         data.prepare_data()
         data.setup("fit")

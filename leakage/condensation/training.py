@@ -1,7 +1,7 @@
-"""Training several freshly drawn networks on the same images, and testing them.
+"""Training and testing of several newly drawn networks on the same images.
 
-A loop of our own, not Lightning's: its overhead of milliseconds a step is more than such a step takes, and it knows
-neither of networks that are trained as one (stacked, by ``vmap``) nor of batches in pieces that fit a CPU's cache.
+This has its own training loop, since Lightning's overhead of some milliseconds per step is more than a step takes, and
+since Lightning supports neither networks trained as one (stacked, by ``vmap``) nor batches split to fit a CPU's cache.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ from leakage.seeds import derive_seed
 if TYPE_CHECKING:
     from leakage.datamodules.labelled import LabelledImages
 
-# The papers' evaluations, which differ in the augmentation alone.
+# The evaluations of the papers, which differ only in the augmentation.
 EVALUATIONS = ("dc", "dsa")
 # Epochs without and with augmentation, in both papers.
 _EPOCHS, _EPOCHS_AUGMENTED = 300, 1000
-# Images at a time on the CPU, whose caches hold no more: twice as fast as 256, in training as in testing.
+# Images at once on the CPU, as many as fit its caches: twice as fast as 256, both in training and in testing.
 _PIECE = 16
-# Images times networks at a time in testing on a GPU; each takes a megabyte or two.
+# Images times networks at once when testing on a GPU; each takes one or two megabytes.
 _TESTED_AT_ONCE = 2048
-# Epochs between two looks at the losses: each look waits for the GPU.
-_LOOK_EVERY = 20
-# Training takes about three times as long as testing, per image: for the progress bar.
+# Epochs between two checks of the losses, since each check waits for the GPU.
+_CHECK_EVERY = 20
+# Training takes about three times as long as testing per image; used for the progress bar.
 _TRAINING_WORK = 3
-# Seconds between two updates of the bar; and in a file or a pipe, in which no update replaces the one before.
+# Seconds between updates of the bar; longer in a file or a pipe, where updates do not replace one another.
 _PAUSE, _PAUSE_IN_A_FILE = 0.1, 30.0
 PRECISIONS = ("32-true", "bf16-mixed")
-# What to do about training that diverges.
-_MEND = "Lower `learning_rate`, or look at the images."
+# Advice for training that diverges.
+_ADVICE = "Lower `learning_rate`, or check the images."
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Plain SGD on shuffled batches, its learning rate divided by 10 half-way.
+    """Options of SGD on shuffled batches, with the learning rate divided by 10 halfway.
 
     Attributes:
         epochs: passes over the images.
-        learning_rate: until epoch ``epochs // 2``, a tenth of it from epoch ``epochs // 2 + 1`` on (from 0).
+        learning_rate: learning rate up to epoch ``epochs // 2`` (counted from 0); a tenth of it afterwards.
         momentum: from 0 to below 1.
         weight_decay: at least 0.
-        batch_size: images in a batch; a set with at most as many is one batch.
-        augmentation: what each image of each batch goes through, with a transform of its own, or None.
-        seed: of weights, orders and transforms; those of network r depend on (seed, r) alone.
-        precision: ``"32-true"``, or ``"bf16-mixed"`` for bfloat16 where autocast takes it, in training only: weights
-            and tests stay in single precision.
+        batch_size: images in a batch; a set with at most this many images is a single batch.
+        augmentation: transforms each image of each batch, or None.
+        seed: seed of weights, orders and transforms; those of network r depend on (seed, r) alone.
+        precision: ``"32-true"``, or ``"bf16-mixed"`` for autocast to bfloat16 in training. Weights and tests stay in
+            single precision.
     """
 
     epochs: int
@@ -88,7 +88,11 @@ class TrainingOptions:
 def evaluation_options(
     dataset: str, epochs: int | None = None, augmentation: SiameseAugmentation | str | None = "dc", **training: Any
 ) -> TrainingOptions:
-    """What networks are trained with in an evaluation; a ``ValueError`` for an option out of its range."""
+    """Return the training options of an evaluation.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
     if isinstance(augmentation, str):
         check_choice("augmentation", augmentation, EVALUATIONS)
         if augmentation == "dsa":
@@ -102,12 +106,12 @@ def evaluation_options(
 
 @dataclass(frozen=True)
 class NetworkResult:
-    """What came of one network.
+    """The result of one network.
 
     Attributes:
-        accuracy: on the test set, from 0 to 1.
-        training_seconds: its share, where several were trained at once.
-        testing_seconds: likewise.
+        accuracy: accuracy on the test set, from 0 to 1.
+        training_seconds: seconds of training; an equal share if several networks were trained at once.
+        testing_seconds: seconds of testing; an equal share if several networks were tested at once.
     """
 
     accuracy: float
@@ -131,8 +135,8 @@ def train_and_test(
     """Train newly drawn networks on images, uint8 or in the data's scale, and test them on the test set of ``data``.
 
     Args:
-        known: the first networks, where they were trained before.
-        keep: is called with all networks so far as soon as there are further ones.
+        known: results of the first networks, if they were trained before.
+        keep: called with all results so far whenever there are new ones.
 
     The other arguments are those of :func:`leakage.condensation.evaluate`.
     """
@@ -141,8 +145,8 @@ def train_and_test(
         raise ValueError(f"Expected `stacked` to be True, False or None, but got {stacked!r}.")
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     cuda = [torch.cuda.current_device() if place.index is None else place.index] if place.type == "cuda" else []
-    # Whoever calls, be it in a validation loop, in mixed precision or after a seed: this is a world of its own.
-    # Dropout draws from the global random state, which shall be after this what it was before.
+    # Be independent of the caller, which may be in a validation loop or in mixed precision. Dropout draws from the
+    # global random state, which is restored afterwards.
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -159,7 +163,7 @@ def train_and_test(
 
 @dataclass
 class _Run:
-    """One evaluation: what its groups of networks share."""
+    """One evaluation: the data and options that its groups of networks share."""
 
     model: nn.Module
     images: Tensor
@@ -169,7 +173,7 @@ class _Run:
     device: torch.device
 
     def __post_init__(self) -> None:
-        # Labels are copied, since the loss keeps them, which tensors made under inference mode forbid.
+        # Labels are copied, since the loss saves them for backward, which inference tensors do not allow.
         self.images, self.labels = self.images.detach().to(self.device), self.labels.clone().to(self.device)
         test = self.data.test
         self.test_images, self.test_labels = test.images.to(self.device), test.labels.to(self.device)
@@ -184,7 +188,7 @@ class _Run:
         tested: list[NetworkResult],
         keep: Callable[[list[NetworkResult]], None],
     ) -> list[NetworkResult]:
-        """Train and test all networks that are not tested, so many at once, or fewer if memory is short."""
+        """Train and test the remaining networks, ``at_once`` at a time, or fewer if memory runs out."""
         while len(tested) < networks:
             numbers = range(len(tested), min(len(tested) + at_once, networks))
             bar.n = bar.total * len(tested) / networks
@@ -195,7 +199,7 @@ class _Run:
             except torch.OutOfMemoryError:
                 if len(numbers) == 1:
                     raise
-            torch.cuda.empty_cache()  # not where the error is at hand, whose frames hold the tensors
+            torch.cuda.empty_cache()  # outside the except block: the frames of the error keep the tensors alive
             at_once = math.ceil(len(numbers) / 2)
         return tested
 
@@ -247,13 +251,13 @@ def train(
     options: TrainingOptions,
     tick: Callable[[int], None],
 ) -> None:
-    """Train the networks of these ``numbers`` on the same images, each in an order and with transforms of its own.
+    """Train the networks of these ``numbers`` on the same images, each with its own order and transforms.
 
-    ``fetch`` gives normalised images ``(*shape, C, H, W)`` at indices of any shape. ``tick`` is called after each batch
-    with the number of images times networks.
+    ``fetch`` returns normalised images ``(*shape, C, H, W)`` for indices of any shape. ``tick`` is called after each
+    batch with the number of images times networks.
 
     Raises:
-        FloatingPointError: a loss or a weight that is not finite.
+        FloatingPointError: a loss or a weight is not finite.
     """
     optimizer = torch.optim.SGD(
         networks.parameters(), lr=options.learning_rate, momentum=options.momentum, weight_decay=options.weight_decay
@@ -271,19 +275,19 @@ def train(
                 group["lr"] *= 0.1
         of_epoch = torch.zeros(len(networks), device=labels.device, dtype=torch.float32)
         for batch in _batches(len(labels), options.batch_size, orders, labels.device):
-            # Where the batch is the whole set its order is nothing to the loss, and all networks share the images.
+            # If the batch is the whole set, its order does not affect the loss, and all networks share the images.
             images, their = (everything, labels) if everything is not None else (fetch(batch), labels[batch])
             if options.augmentation is not None:
                 images, their = _augment(images, their, options.augmentation, transforms)
             optimizer.zero_grad()
-            # Within another context of autocast its cache would outlive the step, and with it the weights of before.
+            # No cache: within an outer autocast context it would outlive the step and hold outdated weights.
             mixed = options.precision == "bf16-mixed"
             with torch.autocast(labels.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):
                 of_epoch += networks.backward(images, their)
             optimizer.step()
             tick(batch.numel())
         losses.append(of_epoch)
-        if len(losses) == _LOOK_EVERY or epoch + 1 == options.epochs:
+        if len(losses) == _CHECK_EVERY or epoch + 1 == options.epochs:
             _check_losses(torch.stack(losses), numbers, epoch + 1 - len(losses), options.epochs)
             losses.clear()
     for name, tensor in networks.state():
@@ -291,12 +295,12 @@ def train(
         if not all(finite):
             raise FloatingPointError(
                 f"Expected finite weights after training, but got NaN or inf in {name!r} of network "
-                f"{numbers[finite.index(False)]} after epoch {options.epochs} of {options.epochs}. {_MEND}"
+                f"{numbers[finite.index(False)]} after epoch {options.epochs} of {options.epochs}. {_ADVICE}"
             )
 
 
 def _batches(count: int, size: int, orders: list[torch.Generator], device: torch.device) -> Iterator[Tensor]:
-    """Indices ``(R, B)`` of one epoch."""
+    """Yield the indices ``(R, B)`` of each batch of one epoch."""
     if count <= size:
         yield torch.arange(count, device=device).expand(len(orders), count)
         return
@@ -307,7 +311,7 @@ def _batches(count: int, size: int, orders: list[torch.Generator], device: torch
 def _augment(
     images: Tensor, labels: Tensor, augmentation: SiameseAugmentation, generators: list[torch.Generator]
 ) -> tuple[Tensor, Tensor]:
-    """Images ``(R, B, C, H, W)`` and labels ``(R, B)``, each network's with transforms of its own."""
+    """Augment a batch separately for each network: images ``(R, B, C, H, W)`` and labels ``(R, B)``."""
     shared = images.ndim == 4
     moved = [
         augmentation.draw(generator, num_images=labels.shape[-1])(images if shared else images[index])
@@ -317,13 +321,13 @@ def _augment(
 
 
 def _check_losses(losses: Tensor, numbers: Sequence[int], first: int, epochs: int) -> None:
-    """Raise a ``FloatingPointError`` unless the losses ``(E, R)``, of epochs from ``first`` on, are finite."""
+    """Raise a ``FloatingPointError`` unless the losses ``(E, R)`` of the epochs from ``first`` on are finite."""
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
         epoch, index = bad[0].tolist()
         raise FloatingPointError(
             f"Expected finite losses in training, but got {losses[epoch, index].item()} for network "
-            f"{numbers[index]} in epoch {first + epoch + 1} of {epochs}. {_MEND}"
+            f"{numbers[index]} in epoch {first + epoch + 1} of {epochs}. {_ADVICE}"
         )
 
 
@@ -335,14 +339,14 @@ def _choose_stacked(
     error = stacking_error(model, data.image_shape, device)
     if stacked and error is not None:
         raise ValueError(
-            f"Expected a `network` that torch.func can stack for stacked=True, but got {type(model).__name__}, with "
+            f"Expected a `network` that torch.func can stack for stacked=True, but got {type(model).__name__}, for "
             f"which it fails: {error} Use stacked=False or None."
         )
     return error is None
 
 
 def _bar(total: int, progress: bool) -> Any:
-    # Here: it takes a second to import.
+    # Imported here because it takes a second.
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
     pause = _PAUSE if sys.stderr.isatty() else _PAUSE_IN_A_FILE

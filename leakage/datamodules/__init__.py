@@ -1,4 +1,4 @@
-"""Data as Lightning DataModules: victims of any data set, whole sets in memory, gradients that were shared."""
+"""Lightning DataModules: victims from any data set, labelled data sets in memory, and gradients shared by clients."""
 
 from leakage.datamodules.base import GroundTruth, VictimDataModule
 from leakage.datamodules.benchmarks import data_folder

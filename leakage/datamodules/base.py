@@ -1,4 +1,4 @@
-"""What DataModules have in common: their configuration; and victims, the truth apart from them."""
+"""Base classes of the DataModules: a configuration for checkpoints, and victims kept apart from their ground truth."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from leakage.files.tensors import brief
 
 @dataclass
 class GroundTruth:
-    """What only the auditor knows of B victims.
+    """What only the auditor knows about B victims.
 
     Attributes:
         ids: ``(B,)``, the victims' numbers.
@@ -39,15 +39,15 @@ class GroundTruth:
 
     @staticmethod
     def cat(parts: Sequence[GroundTruth]) -> GroundTruth:
-        """Victims of several parts after one another."""
+        """Concatenate the victims of several parts."""
         return GroundTruth(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
 class ConfiguredDataModule(LightningDataModule, ABC):
-    """A DataModule that tells a checkpoint what it gives, and refuses to go on from one of other data.
+    """A DataModule that saves its configuration in checkpoints and rejects checkpoints of other data.
 
     Attributes:
-        holds: what the data are called in the refusal.
+        holds: what the error message calls the data.
     """
 
     holds: ClassVar[str] = "data"
@@ -55,17 +55,17 @@ class ConfiguredDataModule(LightningDataModule, ABC):
     @cached_property
     @abstractmethod
     def configuration(self) -> dict[str, Any]:
-        """All that decides what the batches hold, as plain numbers and words."""
+        """Everything that determines the contents of the batches, as plain numbers and strings."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The configuration, for a checkpoint."""
+        """Return the configuration, for a checkpoint."""
         return dict(self.configuration)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare a checkpoint's configuration with this one.
+        """Check that a checkpoint has the configuration of this DataModule.
 
         Raises:
-            ValueError: they differ; the message names each entry that does.
+            ValueError: the configurations differ; the message names every entry that does.
         """
         here = self.configuration
         if not isinstance(state_dict, Mapping):
@@ -73,7 +73,7 @@ class ConfiguredDataModule(LightningDataModule, ABC):
         differing = [
             f"{brief(name)} {brief(repr(state_dict.get(name)))} in the checkpoint and {here.get(name)!r} here"
             for name in {**here, **state_dict}
-            # by their words, since tensors have no single answer
+            # Compare the reprs, since comparing tensors does not give a single bool.
             if repr(state_dict.get(name)) != repr(here.get(name))
         ]
         if differing:
@@ -81,32 +81,31 @@ class ConfiguredDataModule(LightningDataModule, ABC):
 
 
 class VictimDataModule(ConfiguredDataModule):
-    """Victims for an attack: what they shared for training, their images for validation.
+    """Victims for an attack: their shared gradients for training, their images for validation.
 
-    Training gives the :class:`~leakage.SharedGradient` of the victims that are :attr:`wanted`, once, and
-    ``()`` as long as none are, without end: the attack goes on with the victims it has, asks for
-    further ones when it has room and stops the training itself. So one epoch is all victims.
-    Validation gives :class:`GroundTruth` of the victims :attr:`audited`, where it is known. The two never share
-    a batch.
+    A training batch holds the :class:`~leakage.SharedGradient` of the victims in :attr:`wanted`, once. While none are
+    wanted the batches are ``()``, without end: the attack works on the victims it has, asks for more when it has room,
+    and stops the training itself. One epoch therefore covers all victims. A validation batch holds the
+    :class:`GroundTruth` of the victims in :attr:`audited`, if it is known. The two never share a batch.
 
-    A subclass sets :attr:`victim` and :attr:`victims` in ``setup``, :attr:`reveal_labels` and :attr:`own_weights` where
-    they hold, and supplies :meth:`share`.
+    A subclass sets :attr:`victim` and :attr:`victims` in ``setup``, sets :attr:`reveal_labels` and :attr:`own_weights`
+    where they are true, and implements :meth:`share`.
 
     Attributes:
         victim: the clients' model and protocol, after ``setup``.
         victims: the number of victims.
-        reveal_labels: whether what is shared tells the labels.
-        own_weights: whether each victim has a network of its own, after ``setup``.
-        wanted: the victims of the next training batch by their places from 0 on, None for none.
-        audited: the victims that validation shows, None for all; several processes have different ones.
+        reveal_labels: whether the labels are shared along with the gradients.
+        own_weights: whether each victim has its own network, after ``setup``.
+        wanted: positions (from 0) of the victims in the next training batch; None for no victims.
+        audited: positions of the victims in validation; None for all. It differs between processes.
 
     Args:
-        lanes: victims that are attacked at once at most, in each process; ``"auto"`` finds how many pay and fit into
-            the memory (:func:`leakage.inversion.memory.choose_lanes`). What becomes of a victim does not depend on it,
-            but for rounding.
+        lanes: the most victims that each process attacks at once; ``"auto"`` chooses as many as are worthwhile and fit
+            into memory (:func:`leakage.inversion.memory.choose_lanes`). The result for a victim does not depend on it,
+            except for rounding.
 
     Raises:
-        ValueError: ``lanes`` that are no whole number of at least 1 and not ``"auto"``.
+        ValueError: ``lanes`` is neither ``"auto"`` nor a whole number of at least 1.
     """
 
     holds = "victims"
@@ -127,25 +126,26 @@ class VictimDataModule(ConfiguredDataModule):
 
     @property
     def low_rank(self) -> bool:
-        """Whether attacks may take the gradient of the last layer in fewer numbers, after ``setup``."""
+        """Whether attacks may represent the gradient of the last layer by fewer numbers, after ``setup``."""
         return has_low_rank(self.victim)
 
     @abstractmethod
     def share(self, victims: Sequence[int]) -> SharedGradient:
-        """What the victims at these places shared, in this order."""
+        """Return what the victims at these positions shared, in this order."""
 
     def train_dataloader(self) -> DataLoader[SharedGradient | tuple[()]]:
-        """The victims that are wanted, once each time; else ``()``, without end."""
-        # The default would make a list of the empty tuple, and a loader without a generator advances the global one.
+        """Load the victims in :attr:`wanted` once each time they are set; otherwise ``()``, without end."""
+        # The default collation turns the empty tuple into a list, and a loader without a generator advances the global
+        # one.
         return DataLoader(_Wanted(self), batch_size=None, collate_fn=lambda batch: batch, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader[GroundTruth] | list[Any]:
-        """The ground truth of the victims that are audited, in order; an empty list where it is not known."""
+        """Load the ground truth of the audited victims in order; an empty list if it is not known."""
         return []
 
     @cached_property
     def configuration(self) -> dict[str, Any]:
-        """All that decides which victims there are and what they share, as plain numbers and words."""
+        """Everything that determines the victims and what they share, as plain numbers and strings."""
         self.setup("fit")
         return {"data": type(self).__name__, "victims": self.victims, "network": self.victim.fingerprint()}
 

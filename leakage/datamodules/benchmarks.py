@@ -1,4 +1,4 @@
-"""The data sets that torchvision downloads, and the sample of one that is bundled."""
+"""The data sets that torchvision downloads, and the bundled sample."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHEET = Path(__file__).with_name("fashion_mnist_sample.png")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set of torchvision, with the mean and standard deviation per channel that papers normalise by."""
+    """A torchvision data set, with the mean and standard deviation per channel that papers normalise with."""
 
     kind: Callable[..., Any]
     mean: tuple[float, ...]
@@ -38,15 +38,15 @@ BENCHMARKS = {
 
 
 def data_folder(root: str | os.PathLike[str] | None) -> Path:
-    """``root``, else the environment variable ``LEAKAGE_DATA``, else ``~/.cache/leakage``."""
+    """Return ``root``, else the environment variable ``LEAKAGE_DATA``, else ``~/.cache/leakage``."""
     return Path(root or os.environ.get("LEAKAGE_DATA") or "~/.cache/leakage").expanduser()
 
 
 def open_split(kind: Callable[..., Any], root: Path, split: str, **options: Any) -> Any:
-    """The ``"train"`` or ``"test"`` split of a data set of torchvision, of this class, in this folder.
+    """Open the ``"train"`` or ``"test"`` split of a torchvision data set of class ``kind`` in the folder ``root``.
 
     Raises:
-        FileNotFoundError: it is not there, is damaged, or could not be downloaded.
+        FileNotFoundError: the data set is missing, damaged, or could not be downloaded.
     """
     which = {"split": split} if kind is datasets.SVHN else {"train": split == "train"}
     try:
@@ -54,13 +54,13 @@ def open_split(kind: Callable[..., Any], root: Path, split: str, **options: Any)
     except Exception as error:  # torchvision raises many kinds, down to AssertionError for a damaged file
         raise FileNotFoundError(
             f"Expected the {split} split of {kind.__name__} in '{root}', but got: {error}. "
-            "Say where the data set lies with `root` or the environment variable LEAKAGE_DATA, or let "
-            "`download=True` fetch it where there is a network (the bundled sample needs neither)."
+            "Give the folder of the data set with `root` or the environment variable LEAKAGE_DATA, or download it "
+            "with `download=True`, which needs a network connection (the bundled sample needs neither)."
         ) from error
 
 
 def fetch_split(kind: Callable[..., Any], root: Path, split: str) -> None:
-    """Download a data set of torchvision unless it is there; arguments and errors as for :func:`open_split`."""
+    """Download a torchvision data set unless it is present; arguments and errors are those of :func:`open_split`."""
     with suppress(FileNotFoundError):
         open_split(kind, root, split)
         return
@@ -68,7 +68,7 @@ def fetch_split(kind: Callable[..., Any], root: Path, split: str) -> None:
 
 
 def images_in_memory(opened: Any) -> Tensor:
-    """All images, uint8 ``(M, C, H, W)``: MNIST holds (M, H, W), CIFAR (M, H, W, C), SVHN (M, C, H, W)."""
+    """Return all images as uint8 ``(M, C, H, W)``: MNIST has (M, H, W), CIFAR (M, H, W, C), SVHN (M, C, H, W)."""
     images = torch.as_tensor(opened.data)
     if images.dim() == 3:
         return images[:, None]
@@ -76,7 +76,7 @@ def images_in_memory(opened: Any) -> Tensor:
 
 
 def read_sheet() -> Tensor:
-    """The bundled images class by class, uint8 ``(10, 100, 1, 28, 28)``."""
+    """Read the bundled images, class by class, as uint8 ``(10, 100, 1, 28, 28)``."""
     with Image.open(_SHEET) as sheet:
         images: Tensor = pil_to_tensor(sheet)
     return images.unfold(1, 28, 28).unfold(2, 28, 28).reshape(10, 100, 1, 28, 28)

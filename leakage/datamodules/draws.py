@@ -1,4 +1,4 @@
-"""Which images of a labelled data set each victim holds."""
+"""Draws the images of a labelled data set that each victim holds."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ def draw_victims(
 ) -> Tensor:
     r"""Draw the images that each victim holds from a labelled data set.
 
-    A victim holds no image twice, two victims may hold the same. Victim i's images depend on
-    ``seed``, i and the other arguments, not on the number of victims. They come in random order.
+    No victim holds an image twice, but two victims may hold the same image. The images of victim i depend
+    on ``seed``, i and the other arguments, not on the number of victims. They come in random order.
 
     ================ ========================================================================
     ``distribution`` a victim's images
     ================ ========================================================================
-    ``uniform``      any of the data set, whose class frequencies they so have on average
-    ``single-class`` all of one class, any of those with at least N images
-    ``distinct``     each of another class, drawn among those there are
-    ``dirichlet:A``  class proportions :math:`p \sim \mathrm{Dirichlet}(A, \dots, A)` of its own,
-                     then labels by p: a few classes for A = 0.1, nearly all alike for A = 100
+    ``uniform``      any images of the data set: on average they have its class frequencies
+    ``single-class`` all of one class, chosen among those with at least N images
+    ``distinct``     each of a different class
+    ``dirichlet:A``  its own class proportions :math:`p \sim \mathrm{Dirichlet}(A, \dots, A)`, then
+                     labels drawn from p: a few classes for A = 0.1, nearly equal shares for A = 100
     ================ ========================================================================
 
-    The Dirichlet is over the classes that occur. In Hsu et al. its parameters are :math:`\alpha` times a
-    class's prior, so that of K classes with equal priors :math:`\alpha = K A`. Where a class has fewer
-    images than its labels ask for, the rest of them are drawn again from the other classes, in proportion
-    to p.
+    The Dirichlet distribution is over the classes that occur. In Hsu et al. its parameters are :math:`\alpha` times
+    the prior of each class, so :math:`\alpha = K A` for K classes with equal priors. If a class has fewer images than
+    were drawn from it, the missing ones are drawn again from the other classes, in proportion to p.
 
     Args:
         labels: ``(M,)``, the class indices of the data set.
         victims: V.
-        num_images: N, of each victim.
-        distribution: see above, A a positive number such as in ``"dirichlet:0.1"``.
-        seed: decides all draws.
+        num_images: N, the number of images of each victim.
+        distribution: see above. A is a positive number, as in ``"dirichlet:0.1"``.
+        seed: determines all draws.
 
     Returns:
         ``(V, N)`` int64, indices of images, from 0 to M - 1.
 
     Raises:
-        ValueError: no labels, or not whole numbers of shape ``(M,)``; fewer images than N, for
-            ``single-class`` in every class; fewer classes than N for ``distinct``; another distribution; bad counts.
+        ValueError: the labels are empty or not whole numbers of shape ``(M,)``; there are fewer than N images
+            (``single-class``: in every class), or fewer than N classes (``distinct``); the distribution is unknown; or
+            a count is out of range.
 
     References:
         Hsu et al., *Measuring the Effects of Non-Identical Data Distribution for Federated Visual
@@ -71,7 +71,7 @@ def draw_victims(
         raise ValueError(f"Expected `labels` as whole numbers, but got {labels.dtype}.")
     if num_images > len(labels):
         raise ValueError(
-            f"Expected at most {len(labels)} images for each victim, all of the data set, but got {num_images}."
+            f"Expected at most {len(labels)} images for each victim, the size of the data set, but got {num_images}."
         )
     classes = labels.cpu().numpy()
     members = [np.flatnonzero(classes == label) for label in np.unique(classes)]
@@ -79,14 +79,14 @@ def draw_victims(
         most = max(map(len, members))
         if num_images > most:
             raise ValueError(
-                f"Expected at most {most} images for each victim, those of the largest class, as 'single-class' takes "
-                f"all of them from one, but got {num_images}."
+                f"Expected at most {most} images for each victim, the size of the largest class, since "
+                f"'single-class' takes them all from one class, but got {num_images}."
             )
         members = [images for images in members if len(images) >= num_images]
     if distribution == "distinct" and num_images > len(members):
         raise ValueError(
-            f"Expected at most {len(members)} images for each victim, one of each class, as 'distinct' takes no two of "
-            f"one class, but got {num_images}."
+            f"Expected at most {len(members)} images for each victim, the number of classes, since 'distinct' takes at "
+            f"most one image of each class, but got {num_images}."
         )
 
     drawn = np.empty((victims, num_images), dtype=np.int64)
@@ -106,14 +106,14 @@ def draw_victims(
 def _dirichlet(
     members: list[np.ndarray], num_images: int, concentration: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Images ``(N,)`` by class proportions from a Dirichlet; ``members`` are the images of each class."""
+    """Draw images ``(N,)`` with class proportions from a Dirichlet; ``members`` are the images of each class."""
     sizes = np.array([len(images) for images in members])
     counts = np.zeros_like(sizes)
     proportions = rng.dirichlet(np.full(len(members), concentration))
     while missing := num_images - counts.sum():
         proportions = np.where(counts < sizes, proportions, 0.0)
         if not proportions.sum():
-            # The rest was too small for a float: proportions among a Dirichlet's other classes are Dirichlet too.
+            # The remaining proportions underflowed to zero: draw them from a Dirichlet over the remaining classes.
             proportions[counts < sizes] = rng.dirichlet(np.full((counts < sizes).sum(), concentration))
         counts += rng.multinomial(missing, proportions / proportions.sum())
         counts = np.minimum(counts, sizes)
@@ -122,14 +122,18 @@ def _dirichlet(
 
 
 def check_distribution(name: str, distribution: str) -> float | None:
-    """A of ``dirichlet:A``, None for the other distributions; a ``ValueError`` that says ``name`` if it is none."""
+    """Return A of ``dirichlet:A``, or None for the other distributions.
+
+    Raises:
+        ValueError: the distribution is unknown; the message calls it ``name``.
+    """
     if not isinstance(distribution, str) or not distribution.startswith(_DIRICHLET):
         check_choice(name, distribution, _CHOICES)
         return None
     concentration = 0.0
     with contextlib.suppress(ValueError):
         concentration = float(distribution.removeprefix(_DIRICHLET))
-    # Far beyond any use numbers overflow; NaN is refused too.
+    # Larger numbers, far beyond any use, would overflow. This rejects NaN too.
     if not 0 < concentration <= 1e100:
         raise ValueError(
             f"Expected `{name}` as 'dirichlet:A' with a positive number A up to 1e100, but got {distribution!r}."

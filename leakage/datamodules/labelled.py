@@ -1,4 +1,4 @@
-"""Labelled data sets in memory: batches of every class for training, the test images in order."""
+"""Labelled data sets in memory: training batches with images of every class, and test images in order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from leakage.seeds import derive_seed
 
 # Test images in one batch.
 _TEST_BATCH = 1000
-# Training images, evenly spread, by which a checkpoint recognises a data set.
+# Training images, evenly spaced, whose hash identifies a data set in a checkpoint.
 _RECOGNISED_BY = 100
 
 
@@ -35,7 +35,7 @@ class ClassBatch:
     Attributes:
         images: ``(M, C, H, W)``, uint8, 0 to 255.
         labels: ``(M,)``, int64, ascending; every class occurs.
-        step: which batch of the run this is, from 0.
+        step: the number of the batch in the run, from 0.
     """
 
     images: Tensor
@@ -44,48 +44,48 @@ class ClassBatch:
 
 
 class LabelledImages(ConfiguredDataModule):
-    r"""A labelled data set in memory, seen by what trains on all of its classes at once.
+    r"""A labelled data set in memory, for training on all of its classes at once.
 
-    Training gives :class:`ClassBatch`\ es, ``batch_size`` real images *of each class*. Which images
-    batch t of seed s holds depends on s and t alone, so that a run resumed at t goes on as if it had
-    never stopped; within a class no image comes twice in a batch. Images are decoded at ``setup``, stay uint8 in
-    memory (floats are rounded to it), and are normalised when they are used, on the device where they are.
+    Training batches are of the type :class:`ClassBatch`, with ``batch_size`` real images *of each class*. Batch t of
+    seed s depends on s and t alone, so a run resumed at t continues as if it had never stopped. No image occurs twice
+    in a batch. Images are decoded at ``setup``, kept in memory as uint8 (floats are rounded), and normalised when they
+    are used, on their device.
 
-    Data sets of torchvision, and folders with ``train/`` and ``test/`` inside, have test images. Of others
-    :math:`\min(\max(\mathrm{round}(\text{test\_share} \cdot n_c), 1), n_c - 1)` of the :math:`n_c` images of class c
-    are held out as test images, the same whatever the seed; of the bundled sample the last 20 of each class.
+    Torchvision data sets and folders with ``train/`` and ``test/`` inside have their own test images. From other data
+    sets :math:`\min(\max(\mathrm{round}(\text{test\_share} \cdot n_c), 1), n_c - 1)` of the :math:`n_c` images of
+    class c are held out as test images, independent of the seed; from the bundled sample the last 20 of each class.
 
     Attributes:
         train: the training images, after ``setup``.
         test: the test images, after ``setup``.
         class_names: the names of the classes, in the order of their indices, after ``setup``.
-        mean: per channel, of images in [0, 1], after ``setup``: the published one of a data set of torchvision, else
+        mean: mean per channel of images in [0, 1], after ``setup``: the published one for a torchvision data set, else
             that of the training images.
-        std: as ``mean``.
-        name: what the data set is called.
-        default_batch_size: used where ``batch_size`` is None; what trains sets it.
-        batches_per_epoch: batches of one epoch; what trains sets it.
-        first_batch: the batch at which the next epoch starts; what trains sets it.
+        std: standard deviation per channel, from the same source as ``mean``.
+        name: the name of the data set.
+        default_batch_size: used if ``batch_size`` is None; set by the module that trains.
+        batches_per_epoch: batches of one epoch; set by the module that trains.
+        first_batch: the batch at which the next epoch starts; set by the module that trains.
 
     Args:
-        dataset: as for :class:`~leakage.datamodules.Victims`, but for ``"lfw"``, most of whose persons have a single
-            image; or a pair of such, training and test images.
-        batch_size: real images of each class in a batch; a class with fewer gives all it has. By default what
-            trains decides: 256 in dataset condensation's published protocol.
-        seed: decides which images each batch holds.
-        test_share: share of the images of each class that are held out, above 0 and below 1; by default 0.2. Only
-            where nothing else says which are test images.
-        benchmark: the data set of torchvision that a folder holds. It goes by that name, and images are normalised by
-            the published mean and standard deviation.
+        dataset: as for :class:`~leakage.datamodules.Victims`, except ``"lfw"``, where most persons have a single
+            image; or a pair of data sets, for training and test images.
+        batch_size: real images of each class in a batch; a class with fewer images contributes all of them. By default
+            the module that trains decides: 256 in the published protocol of dataset condensation.
+        seed: determines which images each batch holds.
+        test_share: share of the images of each class that are held out as test images, above 0 and below 1; by default
+            0.2. Only for a data set without its own test images.
+        benchmark: the torchvision data set that a folder holds. Its name is used, and images are normalised with its
+            published mean and standard deviation.
         root, download, image_size, channels, num_classes: as for :class:`~leakage.datamodules.Victims`.
-        num_workers: processes that decode images; 0 decodes in this one, faster for small images.
+        num_workers: processes that decode images; 0 decodes in this one, which is faster for small images.
 
     Raises:
-        ValueError: at construction, options out of range or that the data set does not take; at ``setup``, an image
-            that can't be used (the message names it), images of different sizes, training and test images of
-            different classes, fewer than two classes, a class without training images or with too few to hold one
-            out, labels outside the range, or training images that are all of one colour.
-        FileNotFoundError: as :class:`~leakage.datamodules.Victims`.
+        ValueError: at construction, an option is out of range or not accepted by the data set; at ``setup``, an image
+            can't be used (the message names it), images differ in size, training and test images have different
+            classes, there are fewer than two classes, a class has no training images or too few to hold one out,
+            labels are outside the range, or the training images have the same value in every pixel of a channel.
+        FileNotFoundError: as for :class:`~leakage.datamodules.Victims`.
 
     References:
         Zhao et al., *Dataset Condensation with Gradient Matching*, ICLR 2021,
@@ -129,7 +129,7 @@ class LabelledImages(ConfiguredDataModule):
         if isinstance(dataset, str) and dataset == "lfw":
             raise ValueError(
                 f"Expected `dataset` to be one of {list(LABELLED_DATASETS)}, a folder of images or a Dataset, but got "
-                "'lfw', most of whose persons have no image to learn from besides one to test with."
+                "'lfw', where most persons have only one image, too few for training and test."
             )
         pair = list(dataset) if isinstance(dataset, tuple | list) else [dataset]
         if len(pair) not in (1, 2):
@@ -142,14 +142,14 @@ class LabelledImages(ConfiguredDataModule):
             check_choice("benchmark", benchmark, BENCHMARKS)
             if first.kind != "folder":
                 raise ValueError(
-                    f"Expected no `benchmark` with {self.name!r}, which is no folder, but got {benchmark!r}."
+                    f"Expected no `benchmark` with {self.name!r}, which is not a folder, but got {benchmark!r}."
                 )
             self.name, self._statistics = benchmark, (BENCHMARKS[benchmark].mean, BENCHMARKS[benchmark].std)
         self.test_share = test_share
         if len(pair) == 2 or first.parts or first.kind == "sample":
             if test_share is not None:
                 raise ValueError(
-                    f"Expected no `test_share` with {self.name!r}, whose test images are known, but got {test_share!r}."
+                    f"Expected no `test_share` with {self.name!r}, which has test images, but got {test_share!r}."
                 )
         elif test_share is None:
             self.test_share = 0.2
@@ -163,12 +163,12 @@ class LabelledImages(ConfiguredDataModule):
         self.first_batch = 0
 
     def prepare_data(self) -> None:
-        """Download what is not there yet."""
+        """Download the data set unless it is present."""
         for source in self.sources:
             source.fetch("train", "test")
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the images; later calls do nothing."""
+        """Load the images. Later calls do nothing."""
         if hasattr(self, "train"):
             return
         train, test, class_names = self._load()
@@ -194,11 +194,11 @@ class LabelledImages(ConfiguredDataModule):
         self.train, self.test = train, test
 
     def _load(self) -> tuple[LabelledTensors, LabelledTensors, tuple[str, ...]]:
-        """The training images, the test images and the names of the classes."""
+        """Load the training images, the test images and the names of the classes."""
         first = self.sources[0]
         train = first.open("train")
         if len(self.sources) == 1 and not first.parts:
-            if self.test_share is None:  # the bundled sample, 100 images of each class after one another
+            if self.test_share is None:  # the bundled sample: 100 images of each class, class by class
                 held_out = torch.arange(len(train.labels)) % 100 >= 80
             else:
                 held_out = self._held_out(train.labels, train.class_names, self.test_share)
@@ -209,21 +209,21 @@ class LabelledImages(ConfiguredDataModule):
         if train.named and test.named and train.class_names != test.class_names:
             mine, others = set(train.class_names), set(test.class_names)
             raise ValueError(
-                f"Expected test images of the classes of '{self._where}', but got {sorted(others - mine)} besides, and "
-                f"none of {sorted(mine - others)}."
+                f"Expected test images of the classes of '{self._where}', but got further classes "
+                f"{sorted(others - mine)}, and no images of {sorted(mine - others)}."
             )
-        # Labels alone need not show the last classes.
+        # The labels of one part may lack the last classes.
         class_names = max((train, test), key=lambda part: part.num_classes).class_names
         return in_memory(train, self.num_workers), in_memory(test, self.num_workers), class_names
 
     @property
     def _where(self) -> str:
-        """The data set as errors tell it: a folder with its path."""
+        """The data set as error messages name it: a folder by its path."""
         first = self.sources[0]
         return str(first.folder) if first.kind == "folder" else self.name
 
     def _held_out(self, labels: Tensor, class_names: tuple[str, ...], share: float) -> Tensor:
-        """``(M,)``, whether an image is held out."""
+        """Choose the images to hold out: a bool ``(M,)`` for each image."""
         held_out = torch.zeros(len(labels), dtype=torch.bool)
         for label, (name, members) in enumerate(zip(class_names, _by_class(labels, len(class_names)), strict=True)):
             if len(members) < 2:
@@ -237,16 +237,16 @@ class LabelledImages(ConfiguredDataModule):
         return held_out
 
     def hold_out(self, share: float) -> LabelledImages:
-        """The same data set without its test images: training images held out from training stand in their place.
+        """Return the same data set with some training images held out, in place of its test images.
 
-        For whatever is chosen or watched by accuracy. Which images are held out depends on the share alone, by the
-        formula of ``test_share``. Mean and standard deviation stay as they are.
+        Use it to choose or monitor anything by accuracy without the test images. The images held out depend on the
+        share alone, by the formula of ``test_share``. Mean and standard deviation do not change.
 
         Args:
-            share: of the training images of each class, above 0 and below 1.
+            share: share of the training images of each class to hold out, above 0 and below 1.
 
         Raises:
-            ValueError: a share outside of its range, or a class with a single image.
+            ValueError: the share is outside its range, or a class has a single image.
 
         Example:
             >>> data = LabelledImages("sample")
@@ -259,7 +259,7 @@ class LabelledImages(ConfiguredDataModule):
         self.setup("fit")
         held_out = self._held_out(self.train.labels, self.class_names, share)
         other = copy.copy(self)
-        other.__dict__.pop("configuration", None)  # that of the whole
+        other.__dict__.pop("configuration", None)  # cached for the whole data set
         other.train, other.test = (
             LabelledTensors(self.train.images[which], self.train.labels[which], self.train.classes)
             for which in (~held_out, held_out)
@@ -279,13 +279,13 @@ class LabelledImages(ConfiguredDataModule):
         return channels, height, width
 
     def class_batch(self, step: int) -> ClassBatch:
-        """Batch ``step`` of the run: for each class ``batch_size`` of its training images, drawn without replacement.
+        """Draw batch ``step`` of the run: ``batch_size`` training images of each class, without replacement.
 
         Args:
-            step: from 0.
+            step: the number of the batch, from 0.
 
         Raises:
-            ValueError: a ``step`` that is no whole number of at least 0.
+            ValueError: ``step`` is not a whole number of at least 0.
         """
         check_count(0, step=step)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, step, "class batch"))
@@ -293,16 +293,16 @@ class LabelledImages(ConfiguredDataModule):
         return ClassBatch(images=self.train.images[drawn], labels=self.train.labels[drawn], step=step)
 
     def normalise(self, images: Tensor) -> Tensor:
-        r"""What networks are given: :math:`(x - \mu_c) / \sigma_c` for each channel c.
+        r"""Normalise images for a network: :math:`(x - \mu_c) / \sigma_c` for each channel c.
 
         Args:
-            images: ``(..., C, H, W)``, uint8 from 0 to 255, or floats where 0 is black and 1 white.
+            images: ``(..., C, H, W)``, uint8 from 0 to 255, or floats from 0 (black) to 1 (white).
 
         Returns:
             float32 of the same shape, on the same device.
 
         Raises:
-            ValueError: another number of channels.
+            ValueError: the images have another number of channels.
         """
         if images.dim() < 3 or images.shape[-3] != len(self.mean):
             raise ValueError(
@@ -312,17 +312,17 @@ class LabelledImages(ConfiguredDataModule):
         return (in_unit_range(images) - mean) / std
 
     def train_dataloader(self) -> DataLoader[ClassBatch]:
-        """The batches from ``first_batch`` up to the next multiple of ``batches_per_epoch``."""
-        # Nothing is drawn, but a loader without a generator of its own advances the global one.
+        """Load the batches from ``first_batch`` up to the next multiple of ``batches_per_epoch``."""
+        # Nothing is drawn, but a loader without its own generator advances the global one.
         return DataLoader(_ClassBatches(self), batch_size=None, generator=torch.Generator())
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """All test images in order: float32 in [0, 1], not normalised, and their labels."""
+        """Load all test images in order, float32 in [0, 1] and not normalised, with their labels."""
         return DataLoader(_TestBatches(self.test), batch_size=None, generator=torch.Generator())
 
     @cached_property
     def configuration(self) -> dict[str, Any]:
-        """As in the base class, with a hash of some images."""
+        """What determines the batches, with a hash of some images and all labels."""
         self.setup("fit")
         some = self.train.images[:: math.ceil(len(self.train) / _RECOGNISED_BY)]
         return {
@@ -362,13 +362,13 @@ class LabelledImages(ConfiguredDataModule):
 
 
 def _by_class(labels: Tensor, num_classes: int) -> list[Tensor]:
-    """The numbers of the images of each class."""
+    """Return the indices of the images of each class."""
     return [(labels == label).nonzero().flatten() for label in range(num_classes)]
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 ``(M, C, H, W)``, as pixels in [0, 1]."""
-    # Counting values is exact, and needs no copy of the images as floats.
+    """Return mean and standard deviation per channel of uint8 images ``(M, C, H, W)``, for pixels scaled to [0, 1]."""
+    # Counting values is exact, and needs no float copy of the images.
     counts = torch.stack([images[:, channel].flatten().bincount(minlength=256) for channel in range(images.shape[1])])
     share = counts.double() / counts.sum(dim=1, keepdim=True)
     values = torch.arange(256, dtype=torch.float64) / 255

@@ -1,4 +1,4 @@
-"""All images of a data set, decoded into memory."""
+"""Decodes all images of a data set into memory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from leakage.datamodules.sources import LabelledTensors, OpenSource
 
 # Seconds of decoding after which a bar is shown.
 _PATIENCE = 3.0
-# Seconds between two updates of the bar in a file or a pipe, in which no update replaces the one before.
+# Seconds between updates of the bar in a file or a pipe, where updates do not replace one another.
 _PAUSE_IN_A_FILE = 30.0
 # Images that a worker decodes before it hands them over.
 _DECODED_AT_ONCE = 64
 
 
 def in_memory(images: OpenSource, num_workers: int = 0) -> LabelledTensors:
-    """All images, decoded, by ``num_workers`` processes or by this one; a bar is shown where that lasts.
+    """Decode all images, in ``num_workers`` processes or in this one. If it takes long, a progress bar is shown.
 
     Raises:
-        ValueError: an image that can't be used, images of different sizes, or more than fit into memory.
+        ValueError: an image can't be used, images differ in size, or they do not fit into memory.
     """
     if isinstance(images.dataset, LabelledTensors):
         return LabelledTensors(images.dataset.images.contiguous(), images.dataset.labels)
@@ -35,7 +35,7 @@ def in_memory(images: OpenSource, num_workers: int = 0) -> LabelledTensors:
         batch_size=_DECODED_AT_ONCE if num_workers else 1,
         num_workers=num_workers,
         collate_fn=partial(_decoded, images),
-        generator=torch.Generator(),  # else the loader advances the global one
+        generator=torch.Generator(),  # without one the loader advances the global generator
     )
     found, labels = torch.empty(0), torch.empty(len(images), dtype=torch.int64)
     pause = 0.1 if sys.stderr.isatty() else _PAUSE_IN_A_FILE
@@ -56,12 +56,12 @@ def _room_for(images: OpenSource, image: Tensor) -> Tensor:
         return torch.empty(len(images), *image.shape, dtype=torch.uint8)
     except RuntimeError as error:
         raise ValueError(
-            f"Expected images of {images.name!r} that fit into memory together, but got {len(images)} of "
+            f"Expected images of {images.name!r} that fit into memory, but got {len(images)} of shape "
             f"{tuple(image.shape)}. Set `image_size`."
         ) from error
 
 
 def _decoded(images: OpenSource, indices: list[int]) -> list[tuple[Tensor, int]]:
-    """Images as uint8, of sizes that may differ, so that a message can name the file."""
+    """Decode images to uint8. They are not stacked, since a message about their sizes has to name the file."""
     items = [images.item(index) for index in indices]
     return [(image if image.dtype == torch.uint8 else (image * 255).round().byte(), label) for image, label in items]

@@ -1,4 +1,4 @@
-"""Gradients that real clients shared."""
+"""Victims of which only the shared gradients are known."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from leakage.clients.victim import Victim
 from leakage.datamodules.base import VictimDataModule
 from leakage.pieces import digest
 
-# A shared gradient, or a file of one, or a pattern of several files.
+# A shared gradient, the path of its file, or a pattern for several files.
 AnyShared: TypeAlias = SharedGradient | str | os.PathLike[str]
 _KINDS = (SharedGradient, str, os.PathLike)
 
 
 class SharedGradients(VictimDataModule):
-    """Victims of whom only the shared gradients are known: there is no ground truth, so no validation.
+    """Victims of which only the shared gradients are known: without ground truth, there is no validation.
 
-    The gradients are of one protocol; their victims follow one another in the order of ``shared``, and of the names
-    that match a pattern. The victims keep their ids, or are numbered from 0 on where ids clash.
+    All gradients have the same protocol. The victims are in the order of ``shared``, and within a pattern in the order
+    of the file names. They keep their ids; if ids clash, all victims are numbered from 0.
 
     Args:
-        shared: a :class:`~leakage.SharedGradient`, the path of a file of :meth:`leakage.SharedGradient.save`, a
-            pattern such as ``"round-*.safetensors"``, or a list of these.
-        victim: the client that the gradients are of, or its network alone, for which the protocol of the gradients
-            tells the rest. Its weights are those that come with the gradients.
+        shared: a :class:`~leakage.SharedGradient`, the path of a file written by :meth:`leakage.SharedGradient.save`,
+            a pattern such as ``"round-*.safetensors"``, or a list of these.
+        victim: the client whose gradients these are, or only its network; the rest is then taken from the protocol of
+            the gradients. The weights are those saved with the gradients.
         lanes: victims that are attacked at once, see :class:`VictimDataModule`.
 
     Raises:
-        ValueError: nothing shared, something else, or a ``victim`` that is neither; at ``setup``, a file that is
-            truncated or of another kind, or gradients that do not fit the victim or one another.
-        FileNotFoundError: at ``setup``, no such file, or none that matches a pattern.
+        ValueError: ``shared`` is empty or of another type, or ``victim`` is neither a client nor a network; at
+            ``setup``, a file is truncated or of another kind, or the gradients do not fit the victim or one another.
+        FileNotFoundError: at ``setup``, a file does not exist, or no file matches a pattern.
 
     Example:
         >>> from leakage import LeNet, Victim
@@ -72,12 +72,12 @@ class SharedGradients(VictimDataModule):
                     f"Expected `shared` as a SharedGradient, a path, or a list of these, but got {type(part).__name__}."
                 )
         self.shared = parts
-        # A network is given as it is, so that the command line can put it into evaluation mode.
+        # The user's own network, so that the command line can put it into evaluation mode.
         self.model = victim if isinstance(victim, nn.Module) else None
         self._given = victim
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the files and check all gradients against the victim; later calls do nothing."""
+        """Read the files and check all gradients against the victim. Later calls do nothing."""
         if hasattr(self, "victim"):
             return
         parts = self._read()
@@ -97,15 +97,15 @@ class SharedGradients(VictimDataModule):
 
     @cached_property
     def low_rank(self) -> bool:
-        """As in the base class, where it is true of what the clients have shared."""
+        """Whether the gradients of the last layer that were shared can be represented by fewer numbers."""
         return is_of_low_rank(self._shared, self.victim)
 
     def share(self, victims: Sequence[int]) -> SharedGradient:
-        """What the victims at these places shared."""
+        """Return what the victims at these positions shared, in this order."""
         return self._shared.select(torch.tensor(victims))
 
     def _read(self) -> dict[str, SharedGradient]:
-        """All that was shared, by what to call it; each file once."""
+        """Read everything that was shared, each file once. The keys are names for error messages."""
         parts: dict[str, SharedGradient] = {}
         for number, part in enumerate(self.shared):
             if isinstance(part, SharedGradient):
@@ -122,15 +122,15 @@ class SharedGradients(VictimDataModule):
 
     @cached_property
     def configuration(self) -> dict[str, Any]:
-        """As in the base class, with a hash of gradients and weights."""
+        """The configuration of the base class, and hashes of the gradients and weights."""
         configuration = super().configuration
         hashes = {"gradients": digest(self._shared.gradients), "weights": digest(self._shared.state)}
         return configuration | hashes
 
 
 def _join(parts: list[SharedGradient]) -> SharedGradient:
-    told = [part.labels is not None for part in parts]
-    if any(told) and not all(told):
+    labelled = [part.labels is not None for part in parts]
+    if any(labelled) and not all(labelled):
         raise ValueError("Expected labels with all shared gradients or with none, but got them with some.")
     if any(part.own_weights for part in parts) or len({digest(part.state) for part in parts}) > 1:
         parts = [_with_own_weights(part) for part in parts]
@@ -141,7 +141,7 @@ def _join(parts: list[SharedGradient]) -> SharedGradient:
 
 
 def _with_own_weights(part: SharedGradient) -> SharedGradient:
-    """The same with a victims' dimension on the weights, as gradients of several rounds need it."""
+    """Add a victims' dimension to the weights, which gradients of several rounds need."""
     if part.own_weights:
         return part
     state = {name: tensor.expand(len(part), *tensor.shape) for name, tensor in part.state.items()}

@@ -1,4 +1,4 @@
-"""Where labelled images come from: a data set of a paper by its name, a folder, or any map-style Dataset."""
+"""Sources of labelled images: a named data set, a folder, or any map-style Dataset."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from leakage.errors import check_count, check_image_size
 AnySource: TypeAlias = str | os.PathLike[str] | Dataset[Any]
 
 DATASETS = (*BENCHMARKS, "lfw", "sample")
-"""Names that :class:`~leakage.datamodules.Victims` knows."""
+"""Names of the data sets that :class:`~leakage.datamodules.Victims` accepts."""
 LABELLED_DATASETS = (*BENCHMARKS, "sample")
-"""Those with images to learn from and images to test with: most persons of LFW have a single one."""
+"""Names of the data sets with training and test images in every class: most persons of LFW have a single image."""
 _FACES_SIZE = (32, 32)
 
 
@@ -46,7 +46,7 @@ class LabelledTensors(Dataset[tuple[Tensor, int]]):
     Attributes:
         images: ``(M, C, H, W)``, uint8, 0 to 255.
         labels: ``(M,)``, int64, class indices from 0.
-        classes: their names, where they have any.
+        classes: the names of the classes, or None.
 
     Example:
         >>> images = LabelledTensors(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([1, 0]))
@@ -66,21 +66,21 @@ class LabelledTensors(Dataset[tuple[Tensor, int]]):
 
 
 class Source:
-    """A data set with the options to open it, which are checked at once; it is not yet read.
+    """A data set and the options to open it. The options are checked at construction, the data are read later.
 
     Args:
         dataset: one of :data:`DATASETS`, the path of a folder in ImageFolder layout, or a map-style Dataset.
         root, download, image_size, channels, num_classes: as for :class:`~leakage.datamodules.Victims`.
 
     Attributes:
-        kind: ``"benchmark"`` for a data set of torchvision, ``"lfw"``, ``"sample"``, ``"folder"`` or ``"own"``.
-        name: what to call it: its name, that of the folder, or that of the Dataset's class.
-        parts: whether there are training and test images, told apart by whoever published them.
-        statistics: mean and standard deviation per channel that papers normalise by, where there are any.
+        kind: ``"benchmark"`` for a torchvision data set, ``"lfw"``, ``"sample"``, ``"folder"`` or ``"own"``.
+        name: the name of the data set, of the folder, or of the Dataset's class.
+        parts: whether the data set comes with separate training and test images.
+        statistics: mean and standard deviation per channel that papers normalise with, or None.
 
     Raises:
-        FileNotFoundError: a ``dataset`` that is neither a name nor a folder.
-        ValueError: what is no data set, or an option that the data set does not take.
+        FileNotFoundError: ``dataset`` is a string or path, but neither a known name nor a folder.
+        ValueError: ``dataset`` is not a data set, or does not take one of the options.
 
     Example:
         >>> images = Source("sample").open()
@@ -128,8 +128,8 @@ class Source:
             ("num_classes", num_classes, ("own",)),
         ):
             if value is not None and self.kind not in users:
-                mend = " Give it a transform." if self.kind == "own" and option != "root" else ""
-                raise ValueError(f"Expected no `{option}` with {self.name!r}, but got {value}.{mend}")
+                advice = " Give the Dataset a transform." if self.kind == "own" and option != "root" else ""
+                raise ValueError(f"Expected no `{option}` with {self.name!r}, but got {value}.{advice}")
         if channels not in (None, 1, 3):
             raise ValueError(f"Expected `channels` to be 1 or 3, but got {channels!r}.")
         if num_classes is not None:
@@ -143,21 +143,22 @@ class Source:
         self.statistics = (self.benchmark.mean, self.benchmark.std) if self.benchmark else None
 
     def fetch(self, *splits: str) -> None:
-        """Download these parts, ``"train"`` and ``"test"``, of a data set of torchvision unless they are there.
+        """Download these splits, ``"train"`` or ``"test"``, of a torchvision data set unless they are present.
 
         Raises:
-            FileNotFoundError: they could not be downloaded.
+            FileNotFoundError: a split could not be downloaded.
         """
         if self.benchmark and self.download:
             for split in splits:
                 fetch_split(self.benchmark.kind, data_folder(self.root), split)
 
     def open(self, split: str = "train") -> OpenSource:
-        """The images of one of the :attr:`parts`; all images where there are none.
+        """Open the images of a split, or all images if the data set has no :attr:`parts`.
 
         Raises:
-            FileNotFoundError: no such data set, or a folder without class folders or images.
-            ValueError: links in circles, fewer than two classes, or a Dataset whose ``num_classes`` must be told.
+            FileNotFoundError: the data set does not exist, or is a folder without class folders or images.
+            ValueError: links lead to the same folder twice, there are fewer than two classes, or ``num_classes`` is
+                needed but was not given.
         """
         if self.benchmark:
             opened = open_split(self.benchmark.kind, data_folder(self.root), split)
@@ -178,13 +179,13 @@ class Source:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """By what a checkpoint recognises it, wherever it lies."""
+        """What a checkpoint recognises the data set by, in whatever folder it is."""
         name = "ImageFolder" if self.kind == "folder" else self.name
         return {"dataset": name, "image_size": self.image_size, "channels": self.channels}
 
 
 class OpenSource(Dataset[tuple[Tensor, int]]):
-    """Items ``(image, label)``, each decoded and checked when it is asked for: float32 ``(C, H, W)`` in [0, 1]."""
+    """Items ``(image, label)``, decoded and checked on access. Images are float32 ``(C, H, W)`` in [0, 1]."""
 
     def __init__(self, dataset: Any, name: str, num_classes: int | None = None) -> None:
         self.dataset, self.name = dataset, name
@@ -193,7 +194,7 @@ class OpenSource(Dataset[tuple[Tensor, int]]):
         self.named = names is not None
         if num_classes is None and names is None and (known is None or not len(known)):
             raise ValueError(
-                f"Expected `num_classes` for {name!r}, which has neither `classes` nor whole numbers as `targets` or "
+                f"Expected `num_classes` for {name!r}, which has neither `classes` nor whole numbers in `targets` or "
                 "`labels`, but got None."
             )
         if num_classes is None:
@@ -215,13 +216,13 @@ class OpenSource(Dataset[tuple[Tensor, int]]):
 
     @cached_property
     def labels(self) -> Tensor:
-        """``(M,)``, int64; of a Dataset that does not hold them in ``targets`` or ``labels``, item by item."""
+        """The labels ``(M,)``, int64. If they are not in ``targets`` or ``labels``, every item is read for them."""
         if self._known_labels is not None:
             return self._known_labels
         return torch.tensor([self.item(index)[1] for index in range(len(self))])
 
     def item(self, index: int) -> tuple[Tensor, int]:
-        """The image as it is held, uint8 or float32, and its label."""
+        """Return the image in its own type, uint8 or float32, and its label."""
         item = self.dataset[index]
         if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 2:
             raise ValueError(f"Expected items (image, label) of {self.name!r}, but got {type(item).__name__}.")
@@ -244,8 +245,8 @@ class OpenSource(Dataset[tuple[Tensor, int]]):
             if not bool(((image >= 0) & (image <= 1)).all()):
                 raise ValueError(
                     f"Expected floats in [0, 1], 0 for black and 1 for white, but got {image.min().item():.4g} to "
-                    f"{image.max().item():.4g} in {self.place(index)}. Networks that were trained on normalised images "
-                    "are wrapped: `nn.Sequential(torchvision.transforms.Normalize(mean, std), model)`."
+                    f"{image.max().item():.4g} in {self.place(index)}. Wrap a network that was trained on normalised "
+                    "images: `nn.Sequential(torchvision.transforms.Normalize(mean, std), model)`."
                 )
         try:
             number = operator.index(label)
@@ -258,22 +259,22 @@ class OpenSource(Dataset[tuple[Tensor, int]]):
         return image, number
 
     def place(self, index: int) -> str:
-        """What to call an image: its file, or its number."""
+        """Return a name of an image for error messages: its file, or its number."""
         if isinstance(self.dataset, datasets.ImageFolder):
             return f"'{self.dataset.samples[index][0]}'"
         return f"image {index} of {self.name!r}"
 
     def check_size(self, image: Tensor, image_shape: Sequence[int], index: int) -> None:
-        """Raise a ``ValueError`` naming the image unless it has ``image_shape``, that of the first."""
+        """Raise a ``ValueError`` that names the image unless it has the ``image_shape`` of the first one."""
         if tuple(image.shape) != tuple(image_shape):
             raise ValueError(
                 f"Expected images of one size, but got {tuple(image_shape)} and {tuple(image.shape)} in "
-                f"{self.place(index)}. Set `image_size`, or for a Dataset of your own its transform."
+                f"{self.place(index)}. Set `image_size`, or for your own Dataset its transform."
             )
 
 
 def in_unit_range(images: Tensor) -> Tensor:
-    """Images of any shape, uint8 from 0 to 255 or floats, as float32 from 0 for black to 1 for white."""
+    """Convert images of any shape to float32 from 0 (black) to 1 (white): uint8 is divided by 255, floats are not."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
@@ -285,14 +286,14 @@ def _classes_of(dataset: Any) -> tuple[str, ...] | None:
 
 
 def _labels_of(dataset: Any) -> Tensor | None:
-    """The labels ``(M,)`` that a data set holds apart from its images, None if it holds none that items surely have."""
+    """Return the labels ``(M,)`` that a data set holds apart from its items, or None if they may differ from those."""
     if isinstance(dataset, Subset):
         whole = _labels_of(dataset.dataset)
         return None if whole is None else whole[torch.as_tensor(np.asarray(dataset.indices, dtype=np.int64))]
     held = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if isinstance(dataset, TensorDataset):
         held = dataset.tensors[-1]
-    if getattr(dataset, "target_transform", None) is not None:  # which makes others of them
+    if getattr(dataset, "target_transform", None) is not None:  # the items have other labels
         return None
     try:
         labels = torch.as_tensor(held)

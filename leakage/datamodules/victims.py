@@ -1,4 +1,4 @@
-"""Victims made from a data set of labelled images."""
+"""Victims that hold images of a labelled data set."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from leakage.models import LeNet
 from leakage.pieces import digest
 from leakage.seeds import derive_seed
 
-# Those entries of a protocol that say what the clients do, and not what of.
+# The entries of a protocol that describe the clients' training, not their images or network.
 _OF_THE_CLIENT = (
     "num_images",
     "loss",
@@ -40,78 +40,78 @@ _OF_THE_CLIENT = (
 _DECODED_AT_ONCE = 64
 # Victims whose reconstructions are scored at a time.
 _SCORED_AT_ONCE = 256
-# Images at most, evenly spread over the victims, by which a checkpoint recognises a data set.
+# The most images, evenly spaced over the victims, whose hash identifies a data set in a checkpoint.
 _RECOGNISED_BY = 8
 
 
 class Victims(VictimDataModule):
-    r"""Clients that each hold a few images of a data set, no image twice.
+    r"""Clients that each hold a few images of a data set, none of them twice.
 
-    With :math:`\pi_s` a permutation of the data set drawn from the seed alone, victim i holds the
-    images :math:`\pi_s(iN), \ldots, \pi_s(iN + N - 1)`: the same whatever the number of victims,
-    the lanes, the workers or the processes. With ``labels`` the images are those of
-    :func:`~leakage.datamodules.draw_victims` instead, of which two victims may hold the same. The
-    global random state is left as it was.
+    Let :math:`\pi_s` be a permutation of the data set that depends on the seed alone. Victim i holds the images
+    :math:`\pi_s(iN), \ldots, \pi_s(iN + N - 1)`, independent of the number of victims, lanes, workers and processes.
+    With ``labels`` the images are drawn by :func:`~leakage.datamodules.draw_victims` instead, and two victims may hold
+    the same image. The global random state does not change.
 
     ====================== =================================================================================
     ``dataset``            images
     ====================== =================================================================================
     ``"mnist"``            handwritten digits, 60,000 and 10,000 of (1, 28, 28), 10 classes (LeCun et al. 1998)
-    ``"fashion_mnist"``    clothes, of the same numbers (Xiao et al. 2017, https://arxiv.org/abs/1708.07747)
+    ``"fashion_mnist"``    clothes, same numbers and shape (Xiao et al. 2017, https://arxiv.org/abs/1708.07747)
     ``"cifar10"``          photographs, 50,000 and 10,000 of (3, 32, 32), 10 classes (Krizhevsky 2009)
-    ``"cifar100"``         the same with 100 classes
+    ``"cifar100"``         photographs, same numbers and shape, 100 classes (Krizhevsky 2009)
     ``"svhn"``             house numbers, 73,257 and 26,032 of (3, 32, 32), 10 classes (Netzer et al. 2011)
     ``"lfw"``              faces, 13,233 photographs of 5,749 persons, scaled to (3, 32, 32) (Huang et al. 2007);
-                           networks have 4.4 million parameters each, and nothing is downloaded
+                           not downloaded; each network has 4.4 million parameters
     ``"sample"``           the bundled sample: 1,000 of FashionMNIST's test images, 100 of each class
-    the path of a folder   ``<folder>/<class>/<image>``, or two of them as ``train/`` and ``test/`` inside; classes
-                           are numbered in the order of their names
-    a map-style Dataset    items (image, label): a PIL image, a uint8 tensor or floats in [0, 1], ``(C, H, W)``, not
-                           normalised, the same whenever it is asked for; and a class index
+    the path of a folder   ``<folder>/<class>/<image>``, or ``<folder>/train/<class>/<image>`` and the same in
+                           ``test/``; classes are numbered in the order of their names
+    a map-style Dataset    items (image, label): a PIL image, or a tensor ``(C, H, W)`` of uint8 or floats in [0, 1],
+                           not normalised and equal on every access; and a class index
     ====================== =================================================================================
 
-    The images of all victims are decoded once at ``setup``, so that none of them can fail during the attack.
+    The images of all victims are decoded once at ``setup``, so that a broken image fails before the attack.
 
     Attributes:
-        name: what the data set is called.
+        name: the name of the data set.
 
     Args:
-        dataset: a name or a folder as above, or a Dataset of (image, label).
+        dataset: a name, a folder or a Dataset, as in the table above.
         victims: number of victims.
-        images: N, the images behind one gradient.
-        seed: decides images, networks and the noise of defenses.
-        labels: how the victims' labels are spread: None as above, or ``"uniform"``, ``"single-class"``,
-            ``"distinct"`` or ``"dirichlet:A"`` as for :func:`~leakage.datamodules.draw_victims`.
+        images: N, the number of images behind one gradient.
+        seed: determines the images, the networks and the noise of defenses.
+        labels: the distribution of each victim's labels: None for the permutation above, or ``"uniform"``,
+            ``"single-class"``, ``"distinct"`` or ``"dirichlet:A"``, see :func:`~leakage.datamodules.draw_victims`.
         lanes: victims that are attacked at once, see :class:`VictimDataModule`.
-        model: the clients' network, images in [0, 1] to logits; by default a
+        model: the clients' network, from images in [0, 1] to logits; by default a
             :class:`~leakage.LeNet` that fits images and classes.
-        weights: ``"own"`` gives every victim a freshly drawn network, ``"shared"`` all of them
-            the weights of ``model``. By default own without a ``model``, else shared.
+        weights: ``"own"`` draws a new network for every victim; ``"shared"`` gives all of them the weights of
+            ``model``. The default is ``"own"`` without a ``model``, else ``"shared"``.
         loss: the clients' training loss, a key of :data:`leakage.clients.losses.LOSSES`.
-        reduction: over the images of a step, ``"mean"`` or ``"sum"``.
+        reduction: reduction of the loss over the images of a step, ``"mean"`` or ``"sum"``.
         local_steps, learning_rate, local_batch_size, momentum, weight_decay, shuffle: the clients' local training, see
             :class:`~leakage.Victim`.
-        reveal_learning_rate: tell the attacker the learning rate; else it is searched for together with the images.
-        reveal_labels: tell the attacker the labels.
+        reveal_learning_rate: whether the attacker knows the learning rate; if not, it is searched for together with
+            the images.
+        reveal_labels: whether the attacker knows the labels.
         defenses: what clients do to their gradients before they share them, see :class:`~leakage.Victim`.
-        split: ``"train"`` or ``"test"``, where the data set has both.
-        root: where a named data set lies; by default the environment variable ``LEAKAGE_DATA``, else
+        split: ``"train"`` or ``"test"``, for data sets that have both.
+        root: the folder of a named data set; by default the environment variable ``LEAKAGE_DATA``, else
             ``~/.cache/leakage``.
-        download: fetch a data set of torchvision if it is not there.
-        image_size: height and width to scale and crop a folder's images to, one number for square images. By default
-            they stay as they are, and must all be of one size, of at most 2**24 pixels. No image may have
-            more than Pillow's limit for safety, 89 million.
-        channels: of a folder's images, 3 for RGB (the default) or 1 for grey, converted where needed.
-        num_classes: of a Dataset, by default the number of its ``classes``, else what its ``targets`` or ``labels``
-            ask for.
+        download: whether to download a torchvision data set if it is missing.
+        image_size: height and width to scale and crop a folder's images to; one number for square images. By default
+            images are not scaled; they must all have the same size, of at most 2**24 pixels. No image may exceed
+            Pillow's safety limit of 89 million pixels.
+        channels: channels of a folder's images, 3 for RGB (the default) or 1 for grey; images are converted if needed.
+        num_classes: number of classes of a Dataset; by default the number of its ``classes``, else one more than the
+            largest of its ``targets`` or ``labels``.
         num_workers: processes that decode images.
 
     Raises:
-        ValueError: at construction, an unknown choice, a count out of range or an option that the data set does not
-            take; at ``setup``, more images wanted than there are, an image that can't be used (the message names it),
-            images of different sizes, fewer than two classes, or a model that does not fit images and classes.
-        FileNotFoundError: at construction, no such data set; at ``prepare_data`` or ``setup``, one that is not there
-            and can't be downloaded, or a folder without class folders or images.
+        ValueError: at construction, a choice is unknown, a count is out of range, or the data set does not take an
+            option; at ``setup``, the data set has too few images, an image can't be used (the message names it),
+            images differ in size, there are fewer than two classes, or the model does not fit images and classes.
+        FileNotFoundError: at construction, the data set does not exist; at ``prepare_data`` or ``setup``, it is
+            missing and can't be downloaded, or is a folder without class folders or images.
 
     Example:
         >>> data = Victims("sample", victims=3)
@@ -120,7 +120,7 @@ class Victims(VictimDataModule):
         >>> len(shared), shared.labels
         (3, None)
 
-        A data set of one's own:
+        Your own data set:
 
         >>> from torch.utils.data import TensorDataset
         >>> noise = TensorDataset(torch.rand(40, 3, 16, 16), torch.arange(40) % 4)
@@ -173,14 +173,14 @@ class Victims(VictimDataModule):
         if weights is None:
             weights = "own" if model is None else "shared"
         check_choice("weights", weights, ("own", "shared"))
-        # What can be said of the protocol before there is a model or an image.
+        # Check what can be checked of the protocol before there is a model or an image.
         if isinstance(learning_rate, str):
             raise ValueError(
-                f"Expected `learning_rate` as the number that the clients take, but got {learning_rate!r}. Pass "
-                "reveal_learning_rate=False with it to keep it from the attacker."
+                f"Expected `learning_rate` as the number that the clients use, but got {learning_rate!r}. To hide it "
+                "from the attacker, pass the number and reveal_learning_rate=False."
             )
-        told = told_rate(learning_rate, reveal=reveal_learning_rate)
-        steps = (local_steps, told, local_batch_size, momentum, weight_decay, shuffle)
+        known_rate = told_rate(learning_rate, reveal=reveal_learning_rate)
+        steps = (local_steps, known_rate, local_batch_size, momentum, weight_decay, shuffle)
         protocol = Protocol((1, 1, 1), 2, images, loss, reduction, *steps)
         check_choice("split", split, ("train", "test"))
         self.source = Source(
@@ -188,7 +188,8 @@ class Victims(VictimDataModule):
         )
         if split == "test" and not self.source.parts:
             raise ValueError(
-                f"Expected `split` 'train' with {self.source.name!r}, which has no test images apart, but got 'test'."
+                f"Expected `split` 'train' with {self.source.name!r}, which has no separate test images, but got "
+                "'test'."
             )
         self.name = self.source.name
         self.victims = victims
@@ -205,11 +206,11 @@ class Victims(VictimDataModule):
         self.num_workers = num_workers
 
     def prepare_data(self) -> None:
-        """Download what is not there yet."""
+        """Download the data set unless it is present."""
         self.source.fetch(self.split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Draw the victims' images and build their network; later calls do nothing."""
+        """Draw the victims' images and build their network. Later calls do nothing."""
         if hasattr(self, "victim"):
             return
         source = self.source.open(self.split)
@@ -228,14 +229,14 @@ class Victims(VictimDataModule):
                 f"but got {victim.protocol.num_classes}."
             )
         if self.own_weights:
-            victim.fresh_states([self.seed])  # a module that can't be drawn anew shall fail now
+            victim.fresh_states([self.seed])  # fail now if the weights of a module can't be redrawn
         for index in sorted(set(order.flatten().tolist())):
             source.check_size(source[index][0], victim.protocol.image_shape, index)
         self._images = _VictimImages(source, order)
         self.victim = victim
 
     def _draw(self, source: OpenSource) -> Tensor:
-        """``(V, N)``, indices of the images that victims hold."""
+        """Draw the indices ``(V, N)`` of the images that victims hold."""
         if self.labels is not None:
             counts = {"victims": self.victims, "num_images": self.images}
             return draw_victims(source.labels, distribution=self.labels, seed=self.seed, **counts)
@@ -249,7 +250,7 @@ class Victims(VictimDataModule):
         return order[:wanted].view(self.victims, self.images)
 
     def share(self, victims: Sequence[int]) -> SharedGradient:
-        """The gradients of the victims at these places, in the precision of their network."""
+        """Return the gradients of the victims at these positions, in the precision of their network."""
         truth = GroundTruth.cat(list(self._load(victims, _DECODED_AT_ONCE)))
         states = None
         if self.own_weights:
@@ -264,7 +265,7 @@ class Victims(VictimDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[GroundTruth] | list[Any]:
-        """The ground truth of the victims that are audited, in order."""
+        """Load the ground truth of the audited victims, in order."""
         return self._load(range(self.victims) if self.audited is None else self.audited, _SCORED_AT_ONCE)
 
     def _load(self, victims: Sequence[int], batch_size: int) -> DataLoader[GroundTruth]:
@@ -274,12 +275,12 @@ class Victims(VictimDataModule):
             sampler=_Just(victims),
             num_workers=self.num_workers,
             collate_fn=GroundTruth.cat,
-            generator=torch.Generator(),  # else the loader advances the global one
+            generator=torch.Generator(),  # without one the loader advances the global generator
         )
 
     @cached_property
     def configuration(self) -> dict[str, Any]:
-        """As in the base class, with what the victims' images, networks and losses depend on."""
+        """The configuration of the base class, and what the victims' images, networks and losses depend on."""
         self.setup("fit")
         held = self._images.order.flatten()
         some = held[:: math.ceil(len(held) / _RECOGNISED_BY)].tolist()
@@ -299,7 +300,7 @@ class Victims(VictimDataModule):
 
 
 class _Just(DistributedSampler[GroundTruth]):
-    """The victims that are asked for; of this type, so that Lightning does not deal them out to the processes again."""
+    """Samples the given victims; a DistributedSampler, so that Lightning does not split them over processes again."""
 
     def __init__(self, victims: Sequence[int]) -> None:
         self.victims = victims
@@ -311,11 +312,11 @@ class _Just(DistributedSampler[GroundTruth]):
         return len(self.victims)
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing: the order is always the same."""
+        """Do nothing: the order is always the same."""
 
 
 class _VictimImages(Dataset[GroundTruth]):
-    """The ground truth victim by victim; all that a worker runs."""
+    """The ground truth of each victim: the only code that a worker process runs."""
 
     def __init__(self, source: OpenSource, order: Tensor) -> None:
         self.source = source

@@ -309,7 +309,7 @@ def test_what_draw_and_its_function_refuse(generator):
     with pytest.raises(ValueError, match=r"Expected `images` of shape \(\.\.\., C, H, W\), but got \(8, 8\)"):
         single(torch.zeros(8, 8))
     for shape in [(3, 1, 8, 8), (1, 8, 8), (4, 3, 1, 8, 8)]:
-        with pytest.raises(ValueError, match=r"shape \(\.\.\., 4, C, H, W\), for as many images as were drawn"):
+        with pytest.raises(ValueError, match=r"shape \(\.\.\., 4, C, H, W\), since 4 transforms were drawn"):
             each(torch.zeros(shape))
 
 

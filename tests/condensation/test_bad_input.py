@@ -62,20 +62,20 @@ def test_real_images_to_start_from_must_be_there(kit: Any) -> None:
 
 def test_the_number_of_classes_must_be_the_datas(kit: Any) -> None:
     assert kit.condense(num_classes=3, iterations=1).iteration == 1
-    with pytest.raises(ValueError, match="Expected `num_classes` to be the 3 of stripes, but got 10"):
+    with pytest.raises(ValueError, match="Expected `num_classes` to be 3, that of stripes, but got 10"):
         kit.condense(num_classes=10, iterations=1)
 
 
 NETWORKS = [
     pytest.param({"image_size": 16}, "ConvNet, which fails on them: ", id="size"),
     pytest.param({"channels": 3}, "ConvNet, which fails on them: .*channels", id="channels"),
-    pytest.param({"num_classes": 10}, r"ConvNet, which makes \(2, 10\) of two", id="classes"),
+    pytest.param({"num_classes": 10}, r"ConvNet, which returns \(2, 10\) for two", id="classes"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), NETWORKS)
 def test_the_network_must_fit_the_images(kit: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=rf"for images \(1, 8, 8\) and 3 classes, as 'stripes' has, but got {message}"):
+    with pytest.raises(ValueError, match=rf"for images \(1, 8, 8\) and 3 classes of 'stripes', but got {message}"):
         kit.condense(network=kit.network(**options), iterations=1)
 
 
@@ -112,9 +112,9 @@ def test_the_network_must_have_weights_that_can_be_matched_and_drawn(kit: Any) -
         kit.condense(network=frozen, iterations=1)
     for parameter in frozen.parameters():
         parameter.requires_grad_(parameter.ndim == 1)
-    with pytest.raises(ValueError, match="with trainable weights that distance='row_cosine' looks at, but got ConvNet"):
+    with pytest.raises(ValueError, match="with trainable weights that distance='row_cosine' compares, but got ConvNet"):
         kit.condense(network=frozen, iterations=1)
-    with pytest.raises(ValueError, match="but got Pair, which makes tuple of two"):
+    with pytest.raises(ValueError, match="but got Pair, which returns tuple for two"):
         kit.condense(network=Pair(), iterations=1)
     with pytest.raises(ValueError, match=r"Expected every module with weights to have `reset_parameters\(\)`.*Own"):
         kit.condense(network=Own(), iterations=1)
@@ -217,7 +217,7 @@ def test_one_batch_size(kit: Any) -> None:
 
 
 def test_half_precision_takes_no_batch_norm(kit: Any) -> None:
-    with pytest.raises(ValueError, match="a `network` without BatchNorm with precision='bf16-mixed', but got ConvNet"):
+    with pytest.raises(ValueError, match="a `network` without BatchNorm for precision='bf16-mixed', but got ConvNet"):
         kit.trainer(precision="bf16-mixed").fit(
             GradientMatchingCondensation(network=kit.network(norm="batch"), iterations=1), datamodule=kit.data()
         )

@@ -335,10 +335,10 @@ def test_names_the_network_that_diverges() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ConvNet(3, 8, 3, width=8), r"and 3 classes, as 'stripes' has, but got ConvNet, which fails"),
+        (lambda: ConvNet(3, 8, 3, width=8), r"and 3 classes of 'stripes', but got ConvNet, which fails"),
         (lambda: MLP(1, 9, 3), r"for images \(1, 8, 8\) and .* but got MLP, which fails on them"),
-        (lambda: ConvNet(1, 8, 10, width=8), r"but got ConvNet, which makes \(2, 10\) of two of them"),
-        (lambda: nn.Conv2d(1, 3, 1), r"but got Conv2d, which makes \(2, 3, 8, 8\)"),
+        (lambda: ConvNet(1, 8, 10, width=8), r"but got ConvNet, which returns \(2, 10\) for two images"),
+        (lambda: nn.Conv2d(1, 3, 1), r"but got Conv2d, which returns \(2, 3, 8, 8\)"),
         (lambda: nn.LSTM(8, 3), "but got LSTM, which"),
     ],
 )  # fmt: skip
@@ -412,7 +412,7 @@ def test_random_images(data: Stripes) -> None:
     )
     assert torch.equal(random_images(data, 4).images, chosen.images)
     assert not torch.equal(random_images(data, 4, seed=1).images, chosen.images)
-    with pytest.raises(ValueError, match=r"at most 6, the training images of class 0 \(top\) of 'stripes', but got 7"):
+    with pytest.raises(ValueError, match=r"at most 6, the number of .* class 0 \(top\) of 'stripes', but got 7"):
         random_images(data, 7)
     with pytest.raises(ValueError, match="Expected `images_per_class` to be a whole number of at least 1, but got 0"):
         random_images(data, 0)
@@ -497,7 +497,9 @@ def test_full_is_cached_by_configuration(
         assert len(asked) == count, changes
     for broken in ("{", "3", '["accuracy"]', '[{"accuracy": 0.5}]', '[{"accuracy": 0.5', path.read_text()[:-9]):
         path.write_text(broken)
-        with pytest.raises(ValueError, match=r"Expected a whole JSON file in the cache, but got '.*json'. Delete it"):
+        with pytest.raises(
+            ValueError, match=r"Expected a complete JSON file in the cache, but got '.*json'. Delete it"
+        ):
             evaluate_full(data, network=small(), **options)
     path.unlink()
     path.parent.rmdir()

@@ -73,7 +73,7 @@ def test_what_a_condensation_says_of_itself(kit: SimpleNamespace, tmp_path: Path
     [
         ({"evaluation": "idc"}, r"Expected `evaluation` to be one of \['dc', 'dsa'\], but got 'idc'"),
         ({"network": "swin"}, "Expected `network` to be one of .*but got 'swin'"),
-        ({"accuracies": ()}, r"Expected `accuracies` as at least one number from 0 to 1, but got \(\)"),
+        ({"accuracies": ()}, r"Expected `accuracies` to be at least one number from 0 to 1, but got \(\)"),
         ({"accuracies": (0.5, 70.1)}, r"from 0 to 1, but got \(0.5, 70.1\)"),
         ({"accuracies": (float("nan"),)}, "from 0 to 1, but got"),
         ({"accuracies": 0.5}, "from 0 to 1, but got 0.5"),
@@ -90,16 +90,16 @@ def test_scores_out_of_range(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": None}, "Expected `method` as words, but got None"),
-        ({"version": 1}, "Expected `version` as words, but got 1"),
-        ({"commit": 1}, "Expected `commit` as words, but got 1"),
+        ({"method": None}, "Expected `method` to be a string, but got None"),
+        ({"version": 1}, "Expected `version` to be a string, but got 1"),
+        ({"commit": 1}, "Expected `commit` to be a string, but got 1"),
         ({"seed": -1}, "Expected `seed` to be a whole number of at least 0"),
         ({"seconds": -1.0}, "Expected `seconds` of at least 0, but got -1.0"),
         ({"seconds": float("inf")}, "Expected `seconds` of at least 0, but got inf"),
-        ({"options": [1]}, r"Expected `options` by their names, but got \[1\]"),
-        ({"options": {"a": {1}}}, "Expected `options` that JSON can hold, but got"),
-        ({"options": {"a": float("nan")}}, "Expected `options` that JSON can hold, but got"),
-        ({"scores": [SCORE]}, "Expected `scores` as a tuple of Scores"),
+        ({"options": [1]}, r"Expected `options` to be a dictionary, but got \[1\]"),
+        ({"options": {"a": {1}}}, "Expected `options` that JSON can represent, but got"),
+        ({"options": {"a": float("nan")}}, "Expected `options` that JSON can represent, but got"),
+        ({"scores": [SCORE]}, "Expected `scores` to be a tuple of Scores"),
     ],
 )
 def test_recipes_out_of_range(changes: dict[str, Any], message: str) -> None:

@@ -192,7 +192,7 @@ def test_refuses_a_checkpoint_of_another_configuration(
 def test_refuses_a_checkpoint_of_another_network(kit: Any, checkpoint: str) -> None:
     for other in (kit.network(width=8), kit.network(activation="sigmoid"), kit.network(norm="none")):
         with pytest.raises(
-            ValueError, match="Expected the network of the checkpoint, but got another: its architecture"
+            ValueError, match="Expected the network of the checkpoint, but got one of another architecture"
         ):
             kit.condense(2, loops=(2, 1), iterations=2, network=other, ckpt_path=checkpoint)
 
@@ -215,7 +215,7 @@ def test_refuses_a_checkpoint_of_a_network_of_another_width(kit: Any, tmp_path: 
     run = kit.condense(1, loops=(1, 1), iterations=1, network=Bare(4))
     path = tmp_path / "bare.ckpt"
     run.trainer.save_checkpoint(path)
-    with pytest.raises(ValueError, match="Expected the network of the checkpoint, but got another: its architecture"):
+    with pytest.raises(ValueError, match="Expected the network of the checkpoint, but got one of another architecture"):
         kit.condense(1, loops=(1, 1), iterations=1, network=Bare(5), ckpt_path=str(path))
 
 

@@ -92,7 +92,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
         ({"images": torch.full((6, 3, 4, 5), torch.nan)}, r"got NaN or inf in classes \[0, 1, 2\]"),
         ({"labels": torch.tensor([0, 1])}, r"Expected `labels` of shape \(6,\) as int64, but got \(2,\)"),
         ({"labels": torch.zeros(6)}, r"as int64, but got \(6,\), torch.float32"),
-        ({"labels": torch.tensor([0, 0, 1, 1, 2, 3])}, "from 0 to 2, one for each of `class_names`, .* but got 0 to 3"),
+        ({"labels": torch.tensor([0, 0, 1, 1, 2, 3])}, "from 0 to 2, the indices of `class_names`, .* but got 0 to 3"),
         ({"labels": torch.tensor([-1, 0, 1, 1, 2, 2])}, "but got -1 to 2"),
         ({"labels": torch.tensor([0, 1, 2, 0, 1, 2])}, "ascending order, but got .*with .0, 1, 2, 0, 1.*Sort images"),
         ({"mean": (0.5,)}, r"Expected `mean` with a finite number for each of 3 channels, but got \(0.5,\)"),
@@ -183,7 +183,7 @@ def test_images_are_an_image_folder(tmp_path: Path) -> None:
     smaller = make(images=synthetic.images[::2], labels=synthetic.labels[::2])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
     with pytest.raises(
-        FileExistsError, match=r"Expected an empty folder or one of an earlier set of this size.*1.png'"
+        FileExistsError, match=r"Expected an empty folder or that of an earlier set of this size.*1.png'"
     ):
         smaller.save_images(tmp_path / "images")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before

@@ -100,7 +100,7 @@ def test_all_images_in_memory(tmp_path, data_set, write, no_network, no_checksum
 def test_no_data_set_and_no_network(tmp_path, data_set, kind, no_network):
     message = (
         rf"Expected the train split of \w+ in '{tmp_path}', but got: (.|\n)*no network in tests(.|\n)*"
-        r"Say where the data set lies with `root` or the environment variable LEAKAGE_DATA, or let `download"
+        r"Give the folder of the data set with `root` or the environment variable LEAKAGE_DATA, or download"
     )
     with pytest.raises(FileNotFoundError, match=message):
         kind(data_set, root=tmp_path).prepare_data()

@@ -249,7 +249,7 @@ def test_classes_that_are_called_train_and_test(tmp_path):
 
 
 def test_a_folder_without_parts_has_no_test_images(folder):
-    with pytest.raises(ValueError, match="Expected `split` 'train' with 'photos', which has no test images apart, but"):
+    with pytest.raises(ValueError, match="`split` 'train' with 'photos', which has no separate test images, but"):
         Victims(folder, split="test")
 
 

@@ -88,7 +88,7 @@ def test_the_number_of_classes(images, attributes, options, classes):
 )
 def test_a_number_of_classes_that_must_be_told(images, attributes):
     own = Own([(image, 1) for image in images], **attributes)
-    message = "Expected `num_classes` for 'Own', which has neither `classes` nor whole numbers as `targets` or `labels`"
+    message = "Expected `num_classes` for 'Own', which has neither `classes` nor whole numbers in `targets` or `labels`"
     with pytest.raises(ValueError, match=message):
         Source(own).open()
     assert Source(own, num_classes=2).open().labels.tolist() == [1] * 6, "read item by item"
@@ -218,7 +218,11 @@ def test_images_of_several_sizes():
         ("cifar10", {"channels": 1}, r"^Expected no `channels` with 'cifar10', but got 1\.$"),
         ("svhn", {"num_classes": 10}, r"^Expected no `num_classes` with 'svhn', but got 10\.$"),
         (Own([]), {"root": "."}, r"^Expected no `root` with 'Own', but got \.\.$"),
-        (Own([]), {"image_size": 9}, r"^Expected no `image_size` with 'Own', but got 9\. Give it a transform\.$"),
+        (
+            Own([]),
+            {"image_size": 9},
+            r"^Expected no `image_size` with 'Own', but got 9\. Give the Dataset a transform\.$",
+        ),
         (Own([]), {"num_classes": 1}, "^Expected `num_classes` to be a whole number of at least 2, but got 1"),
         (Stream(), {}, "^Expected `dataset` to be one of .*, or a Dataset with `__len__` and .*, but got Stream"),
         (None, {}, "^Expected `dataset` to be one of .*, or a Dataset with `__len__` and .*, but got NoneType"),
@@ -244,7 +248,7 @@ def test_a_list_of_items_is_no_data_set():
 def test_no_test_images():
     for dataset in ("sample", "lfw", Own([])):
         with pytest.raises(
-            ValueError, match=r"Expected `split` 'train' with '.*', which has no test images apart, but"
+            ValueError, match=r"Expected `split` 'train' with '.*', which has no separate test images, but"
         ):
             Victims(dataset, split="test")
 

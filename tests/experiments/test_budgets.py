@@ -60,8 +60,8 @@ def test_all_fits_into_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     # Timing took 5 + 40 + 10 + 20 s; then 5 s come before, 30 s more in the first iteration, and 4 tests.
     iterations = int((0.95 * (1200 - 75 - 5 - 80) - 30) / 10)
     assert schedule == Schedule(20, iterations, (24, 48, 71), True)
-    assert f"{iterations} iterations, 1 of 40 s and then of 10 s, and 4 tests of 20 s on held-out images" in words
-    assert "Expected are 18 minutes a set, and 10 for its tests afterwards; 75 s went into finding out" in words
+    assert f"{iterations} iterations, 1 of 40 s and the rest of 10 s, and 4 tests of 20 s on held-out images" in words
+    assert "Expected time: 18 minutes per set, and 10 for its tests afterwards. Timing took 75 s" in words
 
 
 def test_networks_that_are_kept_are_made_in_the_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_no_tests_where_nothing_is_held_out(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        (0.5, "Expected a `budget` of at least 1.9 minutes, for one network and what comes before, but got 0.5"),
+        (0.5, "Expected a `budget` of at least 1.9 minutes, for the preparation and one network, but got 0.5"),
         (1.7, "Expected a `budget` of at least 1.9 minutes"),
         (0, "Expected `budget` to be positive and finite, but got 0"),
         (float("inf"), "Expected `budget` to be positive and finite, but got inf"),
@@ -127,7 +127,7 @@ def test_a_real_run() -> None:
     schedule, words = fit_schedule(make, data, 5, watch, None, 30, TRAINER)
     assert schedule.iterations is not None
     assert schedule.iterations > 1
-    assert "minutes a set" in words
+    assert "minutes per set" in words
 
 
 def test_read_again(tmp_path: Path) -> None:
@@ -140,5 +140,5 @@ def test_read_again(tmp_path: Path) -> None:
             read_schedule(tmp_path, budget)
     for broken in ("{", "[]", '{"budget": 5.0}', '{"budget": 5.0, "iterations": 7, "moments": ["x"]}'):
         path.write_text(broken)
-        with pytest.raises(ValueError, match=r"Expected '.*budget.json' to be whole, but got another file"):
+        with pytest.raises(ValueError, match=r"Expected '.*budget.json' to hold a schedule, but got another file"):
             read_schedule(tmp_path, 5.0)

@@ -259,7 +259,7 @@ def test_a_budget_is_one_schedule_for_all_sets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"iterations": None, "moments": None, "sets": 2}
-    with pytest.raises(ValueError, match=r"Expected a `budget` of at least .* minutes, for one network"):
+    with pytest.raises(ValueError, match=r"`budget` of at least .* minutes, for the preparation and one network"):
         run(tmp_path / "short", ["fast"], **options, budget=1e-6)
     asked: list[Any] = []
 

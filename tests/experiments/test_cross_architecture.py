@@ -213,7 +213,7 @@ def test_lenet_with_relu(cross: ModuleType, shape: tuple[int, int, int], count: 
         assert sum(parameter.numel() for parameter in network.parameters()) == count
     first = draw_state(network, 0)
     assert not torch.equal(first["0.weight"], draw_state(network, 1)["0.weight"]), "it can be drawn anew"
-    with pytest.raises(ValueError, match=r"Expected images of at least 16 pixels a side .* but got \(15, 20\)"):
+    with pytest.raises(ValueError, match=r"Expected images of at least 16 pixels per side .* but got \(15, 20\)"):
         cross.lenet_relu(1, (15, 20), 10)
 
 

@@ -384,7 +384,7 @@ def test_a_sketch_keeps_the_singular_values_roughly(why: ModuleType, monkeypatch
         (["--network", "convnet", "--init", "torch"], "Expected `--init papers` without a LeNet in `--network`"),
         (["--methods", "rgap", "--restarts", "1"], "Expected `--restarts` with one of ['gauss_newton', 'idlg'], but"),
         (["--max-steps", "0"], "Expected `max_evaluations` to be a whole number of at least 1, but got 0"),
-        (["--labels", "equal", "--images", "81"], "images for each victim, those of the largest class"),
+        (["--labels", "equal", "--images", "81"], "images for each victim, the size of the largest class"),
         (["--output", "file/x"], "Expected `output` to be a folder that can be written"),
     ],
 )

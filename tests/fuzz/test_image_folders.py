@@ -52,7 +52,7 @@ def test_a_link_to_a_folder_that_is_nowhere_else_is_followed(photos: Path) -> No
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
 def test_a_pipe(photos: Path) -> None:
     os.mkfifo(photos / "cat" / "x.png")
-    refused(photos, r"Expected an 8-bit image in '.*x.png', but got: no such file, or none of bytes")
+    refused(photos, r"Expected an 8-bit image in '.*x.png', but got: no such file, or not a regular file")
 
 
 def test_postscript_is_handed_to_no_program(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_more_images_than_memory(photos: Path, monkeypatch: pytest.MonkeyPatch) 
         return empty(*sizes, **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(ValueError, match=r"that fit into memory together, but got 6 of \(3, 8, 8\). Set `image_size`"):
+    with pytest.raises(ValueError, match=r"that fit into memory, but got 6 of shape \(3, 8, 8\). Set `image_size`"):
         LabelledImages(photos).setup("fit")
 
 

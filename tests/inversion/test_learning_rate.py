@@ -236,7 +236,7 @@ def test_the_update_is_that_of_torchs_sgd(kit: Any, options: dict[str, Any]) -> 
         ({"reveal_learning_rate": "no"}, "`reveal_learning_rate` to be True or False, but got 'no'"),
         (
             {"learning_rate": "unknown"},
-            "`learning_rate` as the number that the clients take, but got 'unknown'. Pass rev",
+            "`learning_rate` as the number that the clients use, but got 'unknown'. To hide it",
         ),
     ],
 )
