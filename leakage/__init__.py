@@ -20,7 +20,7 @@ _HOMES = {"LeNet": "models", "Protocol": "clients", "SharedGradient": "clients",
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when they are asked for: torch alone takes seconds, and `leakage --help` needs none of it.
+    # Imported on first use: torch alone takes seconds to import, and `leakage --help` does not need it.
     if name in _HOMES:
         return getattr(import_module(f"leakage.{_HOMES[name]}"), name)
     if not name.startswith("_") and find_spec(f"leakage.{name}"):

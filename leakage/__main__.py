@@ -1,4 +1,4 @@
-"""The process of the command line: ``python -m leakage``, and what the script ``leakage`` starts."""
+"""Entry point of the command line: ``python -m leakage`` and the script ``leakage``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several attacks on the same victims, side by side: figures of each, and files that show all."""
+"""Compare several attacks on the same victims: the figures of each, and files that show them side by side."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from leakage.plots import as_power, plot_fidelity, plot_gallery, save_figure
 from leakage.solvers.solver import UNINFORMATIVE
 
 FILES = ("summary.json", "victims.csv", "gallery.png", "fidelity.png")
-# As the papers write the methods, in pictures and tables; others go by the name they are given.
+# The names of the methods as their papers write them, for pictures and tables. Other methods keep the given name.
 WRITTEN = {"dlg": "DLG", "idlg": "iDLG", "rgap": "R-GAP", "gauss_newton": "Gauss-Newton"}
 _GALLERY_ROWS = 8
-# Scores of a victim that are averaged.
+# The scores of a victim that are averaged, and how.
 _ESTIMATES: dict[str, type[MeanOverVictims | ShareOverVictims]] = {
     "label_accuracy": ShareOverVictims,
     "success": ShareOverVictims,
@@ -41,26 +41,26 @@ _ESTIMATES: dict[str, type[MeanOverVictims | ShareOverVictims]] = {
 
 @dataclass
 class Row:
-    """One attack's figures over all victims, a line of ``summary.json``.
+    """The figures of one attack over all victims: an entry of ``summary.json``.
 
     Attributes:
-        method: the attack.
-        dataset: where the images come from.
+        method: name of the attack.
+        dataset: name of the data set.
         protocol: ``"robust"`` or ``"published"``.
         victims: number of victims.
-        uninformative: how many of them shared a gradient that says nothing, so that no search was made. They are among
-            the victims of all other figures.
+        uninformative: number of victims whose gradient carries no information, so that no search was run. All other
+            figures include them.
         label_accuracy: share of images whose label was recovered, 0 to 1.
         label_accuracy_ci: its 95 % Wilson interval.
         success_rate: share of images with an MSE under ``success_threshold``, 0 to 1.
         success_rate_ci: its 95 % Wilson interval.
-        success_threshold: of the attack.
-        mse_median: median over victims.
-        psnr_mean: mean over victims, dB.
-        ssim_mean: mean over victims.
+        success_threshold: the attack's threshold of the MSE.
+        mse_median: median MSE over victims.
+        psnr_mean: mean PSNR over victims, in dB.
+        ssim_mean: mean SSIM over victims.
         evaluations_per_victim: mean number of evaluations of the objective and its gradient.
-        seconds: time spent in training, over all sessions of a resumed run.
-        published_label_accuracy: the paper's figure, 0 to 1, where there is one.
+        seconds: training time, summed over all sessions of a resumed run.
+        published_label_accuracy: the figure reported in the paper, 0 to 1, if there is one.
     """
 
     method: str
@@ -83,12 +83,12 @@ class Row:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """One image of a victim: the truth, and what each method made of it.
+    """One image of a victim: the truth and the reconstruction by each method.
 
     Attributes:
-        victim: its id.
-        images: the truth and a reconstruction by each method, ``(C, H, W)``.
-        captions: the label of the truth, PSNR and label of each reconstruction.
+        victim: id of the victim.
+        images: the truth, then the reconstruction by each method, each ``(C, H, W)``.
+        captions: the label of the truth, then the PSNR and label of each reconstruction.
     """
 
     victim: int
@@ -108,18 +108,18 @@ def run_attack(
     ckpt_path: str | None = None,
     **trainer: Any,
 ) -> Row | None:
-    """Run one attack, with its table, its gallery and a progress bar; its figures, in the first process alone.
+    """Run one attack with a victim table, a gallery and a progress bar.
 
     Args:
-        name: of the attack.
-        attack: a fresh one.
+        name: name of the attack.
+        attack: an attack that has not been run yet.
         victims: a DataModule with ground truth.
-        folder: of the attack's own files; those of an earlier run there are replaced.
-        dataset: what to call the data.
-        published: the paper's label accuracy, 0 to 1.
-        callbacks: further ones.
-        ckpt_path: a checkpoint to go on from.
-        **trainer: further options of the Trainer.
+        folder: where the files of this attack go. Files of an earlier run there are replaced.
+        dataset: name of the data set in the results.
+        published: the label accuracy reported in the paper, 0 to 1.
+        callbacks: additional callbacks.
+        ckpt_path: a checkpoint to resume from.
+        **trainer: additional arguments of the Trainer.
     """
     timer = Timer()
     callbacks = [timer, VictimTable(folder), Gallery(folder), *callbacks]
@@ -136,7 +136,7 @@ def run_attack(
         return None
     scores = list(attack.scores.values())
 
-    # A call is of this process alone: the first has the scores of all.
+    # Calling a metric uses the data of this process only, and the first process has all scores.
     estimates = {}
     for kind, metric in _ESTIMATES.items():
         estimates[kind] = metric()(torch.tensor([getattr(victim, kind) for victim in scores]))
@@ -152,7 +152,7 @@ def run_attack(
         success_rate=success.value,
         success_rate_ci=(success.low, success.high),
         success_threshold=attack.hparams["success_threshold"],
-        # What is not a number (an image that diverged) is the worst there is.
+        # NaN (an image that diverged) counts as the worst possible error.
         mse_median=statistics.median(math.inf if math.isnan(victim.mse) else victim.mse for victim in scores),
         psnr_mean=estimates["psnr"].value,
         ssim_mean=estimates["ssim"].value,
@@ -163,15 +163,15 @@ def run_attack(
 
 
 def write_overview(folder: Path, rows: Sequence[Row], victims: VictimDataModule) -> None:
-    """Write what shows all methods at once, from the rows and the files of each in its folder within ``folder``.
+    """Write the files that compare all methods, from ``rows`` and the files that each method left in ``folder``.
 
-    These are ``summary.json`` (the rows; what is not a finite number is null), ``victims.csv`` (one row per victim and
-    method), ``gallery.png`` (truth and every method's reconstruction) and ``fidelity.png`` (share of victims under an
-    MSE threshold, over the threshold).
+    These are ``summary.json`` (the rows, with null for numbers that are not finite), ``victims.csv`` (one row per
+    victim and method), ``gallery.png`` (the truth and the reconstruction by each method) and ``fidelity.png`` (the
+    share of victims whose MSE is below a threshold, against the threshold).
 
     Raises:
-        ValueError: files that are damaged, or not of all victims.
-        OSError: a file that can't be written.
+        ValueError: a file is damaged or does not cover all victims.
+        OSError: a file can't be written.
     """
     tables = {row.method: _read_table(folder / row.method / "victims.csv", victims.victims) for row in rows}
     columns = list(tables[rows[0].method][0])
@@ -196,10 +196,10 @@ def write_overview(folder: Path, rows: Sequence[Row], victims: VictimDataModule)
 
 
 def plot_errors(folder: Path, rows: Sequence[Row], title: str = "") -> Figure:
-    """Share of victims under a threshold of the MSE, over the threshold, a curve for each method.
+    """Plot the share of victims whose MSE is below a threshold against the threshold, one curve per method.
 
     Raises:
-        ValueError: the table of a method in ``folder`` is damaged, or not of all victims.
+        ValueError: the table of a method in ``folder`` is damaged or does not cover all victims.
     """
     tables = {row.method: _read_table(folder / row.method / "victims.csv", row.victims) for row in rows}
     curves = {WRITTEN.get(name, name): [float(line["mse"]) for line in table] for name, table in tables.items()}
@@ -207,10 +207,10 @@ def plot_errors(folder: Path, rows: Sequence[Row], title: str = "") -> Figure:
 
 
 def read_reconstructions(folder: Path, victims: Sequence[int]) -> Reconstruction:
-    """What a method made of some victims, in this order, from the files of :class:`~leakage.callbacks.VictimTable`.
+    """Read the reconstructions of ``victims``, in this order, from a method's :class:`~leakage.callbacks.VictimTable`.
 
     Raises:
-        ValueError: they are not all there.
+        ValueError: a reconstruction is missing.
     """
     parts = [Reconstruction.load(path) for path in sorted((folder / "reconstructions").glob("part_*.safetensors"))]
     found = Reconstruction.cat(parts)
@@ -224,9 +224,9 @@ def read_reconstructions(folder: Path, victims: Sequence[int]) -> Reconstruction
 
 
 def format_table(rows: list[Row]) -> str:
-    """The rows as a table for the terminal, label accuracy and success with their 95 % intervals.
+    """Format the rows as a table for the terminal; label accuracy and success come with 95 % intervals.
 
-    Below it stands how many victims were uninformative, if there were any.
+    If there were uninformative victims, a line below the table counts them.
     """
     success = " / ".join(dict.fromkeys(f"MSE < {as_power(row.success_threshold)}" for row in rows))
     header = ["", "victims", "label accuracy", "published", success, "median MSE", "PSNR", "evaluations", "time"]
@@ -249,12 +249,12 @@ def format_table(rows: list[Row]) -> str:
         column = header.index("published")
         lines = [[*line[:column], *line[column + 1 :]] for line in lines]
     silent = [f"{WRITTEN.get(row.method, row.method)} {row.uninformative}" for row in rows if row.uninformative]
-    note = f"\nVictims whose gradient says nothing, and that were not searched for: {', '.join(silent)}"
+    note = f"\nVictims with an uninformative gradient, which were not searched for: {', '.join(silent)}"
     return align(lines) + (note if silent else "")
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal: every column as wide as its widest cell."""
+    """Format lines of cells as a table for the terminal, with aligned columns."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -262,7 +262,7 @@ def align(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _read_table(path: Path, victims: int) -> list[dict[str, str]]:
-    """The rows that :class:`~leakage.callbacks.VictimTable` has written of all victims, in their order."""
+    """Read the table that :class:`~leakage.callbacks.VictimTable` wrote, with the rows sorted by victim."""
     damaged = f"Expected '{path}' to be the whole table of {victims} victims, but got"
     if not path.is_file():
         raise ValueError(f"{damaged} no such file. Remove '{path.parent}' to run this method again.")
@@ -272,14 +272,14 @@ def _read_table(path: Path, victims: int) -> list[dict[str, str]]:
         numbers = [(int(row["victim"]), float(row["mse"])) for row in rows]
     except (KeyError, TypeError, ValueError):
         numbers = []
-    # A line cut short lacks values.
+    # A truncated line has missing values.
     if sorted(victim for victim, _ in numbers) != list(range(victims)) or any(None in row.values() for row in rows):
         raise ValueError(f"{damaged} another file. Remove '{path.parent}' to run this method again.")
     return sorted(rows, key=lambda row: int(row["victim"]))
 
 
 def first_victims(folder: Path, names: Sequence[str], victims: VictimDataModule) -> list[SideBySide]:
-    """The true images of the first victims, and what each method made of them, from the files in ``folder``."""
+    """Return the first victims' true images with each method's reconstruction, from the files in ``folder``."""
     parts: list[GroundTruth] = []
     for batch in victims.val_dataloader():
         parts.append(batch)
@@ -287,13 +287,13 @@ def first_victims(folder: Path, names: Sequence[str], victims: VictimDataModule)
             break
     truth = GroundTruth.cat(parts)
     truth = GroundTruth(truth.ids[:_GALLERY_ROWS], truth.images[:_GALLERY_ROWS], truth.labels[:_GALLERY_ROWS])
-    # By column, from the left.
+    # One list per column, from left to right.
     images = [[*truth.images.flatten(0, 1)]]
     captions = [[f"label {label}" for label in truth.labels.flatten().tolist()]]
     for name in names:
         found = read_reconstructions(folder / name, truth.ids.tolist())
         scores = score(found.images.to(truth.images), found.labels, truth.images, truth.labels)
-        # Each image beside the true one that it was paired with for its scores.
+        # Each reconstruction goes next to the true image that it was matched with for scoring.
         victim = torch.arange(len(found))[:, None]
         images.append([*found.images[victim, scores.order].flatten(0, 1)])
         labels = found.labels[victim, scores.order].flatten().tolist()

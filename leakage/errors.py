@@ -1,4 +1,4 @@
-"""One form of error for bad input: ``Expected `x` ..., but got ...``."""
+"""Checks of arguments that raise errors of one form: ``Expected `x` ..., but got ...``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_positive(**values: float) -> None:
 
 
 def check_limit(**values: float) -> None:
-    """Raise a ``ValueError`` naming the first of ``values`` that is not a number above zero; it may be infinite."""
+    """Raise a ``ValueError`` naming the first of ``values`` that is not a number above zero (infinity is allowed)."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise ValueError(f"Expected `{name}` to be positive, but got {value!r}.")
@@ -53,7 +53,7 @@ def check_count(at_least: int = 1, /, **values: int) -> None:
 
 
 def check_pair(**values: object) -> tuple[float, float]:
-    """The numbers of a pair; a ``ValueError`` naming it if it is something else than two numbers."""
+    """Return a pair of numbers as floats; raise a ``ValueError`` naming the argument if it is not one."""
     ((name, value),) = values.items()
     pair = tuple(value) if isinstance(value, tuple | list) else ()
     if len(pair) != 2 or any(isinstance(number, bool) or not isinstance(number, int | float) for number in pair):
@@ -69,7 +69,7 @@ def check_flag(**values: bool) -> None:
 
 
 def check_image_size(image_size: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
-    """Height and width of ``image_size``, one number for square images; a ``ValueError`` if it is neither."""
+    """Return ``image_size`` as (height, width), where one number means square; raise a ``ValueError`` otherwise."""
     sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
     if len(sides) != 2:
         raise ValueError(f"Expected `image_size` as one number or as height and width, but got {image_size!r}.")
@@ -86,5 +86,5 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def show_shape(*sizes: int | str) -> str:
-    """A shape with letters for what is free, as in ``(V, 1, 28, 28)``."""
+    """Format a shape that may have letters for free sizes, such as ``(V, 1, 28, 28)``."""
     return f"({', '.join(str(size) for size in sizes)}{',' if len(sizes) == 1 else ''})"

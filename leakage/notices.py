@@ -1,14 +1,13 @@
-"""Messages of other libraries that would stand between a user and a result: two advertisements, two warnings.
+"""Filters for distracting messages of other libraries: two advertisements and two warnings.
 
-Importing attacks or condensation leaves these out, and no others::
+Importing attacks or condensation suppresses these messages, and no others::
 
     💡 Tip: For seamless cloud logging and experiment tracking, try installing ...
     💡 Tip: For seamless cloud uploads and versioning, try installing ...
     Starting from v1.9.0, `tensorboardX` has been removed as a dependency ... pip install ...
     `isinstance(treespec, LeafSpec)` is deprecated, use ...
 
-The last is Lightning's to mend, and nothing that its users can change. All else that Lightning says and warns of is
-shown as it would be without this library.
+The last one can only be fixed in Lightning. All other messages and warnings of Lightning are shown as usual.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 
 
 def leave_out() -> None:
-    """Leave out the messages above from now on; calling it again changes nothing."""
+    """Suppress the messages listed above from now on; further calls change nothing."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message)

@@ -1,4 +1,4 @@
-"""What attacks are made of: objects that tell what they were made with."""
+"""The parts of an attack: objects whose ``repr`` says how they were made."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What is kept of each victim beside its gradient: a name to a tensor that begins with the victims' dimension.
+# What is kept per victim besides its gradient: names of tensors whose first dimension is that of the victims.
 State = dict[str, Tensor]
 
 
 class Piece:
-    """A part of an attack, chosen once and never changed: a distance, a prior, a solver, a way to write images.
+    """A part of an attack, chosen once and never changed: a distance, a prior, a solver, a parametrisation of images.
 
-    It keeps each argument of its constructor as an attribute of the same name. So its ``repr`` says what it was made
-    with, by which checkpoints and loggers know it again; tensors, modules and other large things are told by a hash.
+    It keeps each argument of its constructor as an attribute of the same name. Its ``repr`` therefore shows these
+    arguments, and checkpoints and loggers use it to identify the piece. Tensors, modules and other large values appear
+    as a hash.
 
     Example:
         >>> class Brightness(Piece):
@@ -30,25 +31,25 @@ class Piece:
     """
 
     def __repr__(self) -> str:
-        told = ", ".join(f"{name}={tell(value)}" for name, value in self._arguments().items())
-        return f"{type(self).__name__}({told})"
+        arguments = ", ".join(f"{name}={tell(value)}" for name, value in self._arguments().items())
+        return f"{type(self).__name__}({arguments})"
 
     def _arguments(self) -> dict[str, Any]:
-        # A module without a constructor of its own has that of all modules, which takes nothing.
+        # A module without a constructor of its own inherits that of `nn.Module`, which takes no arguments.
         own = type(self).__init__ is not nn.Module.__init__
         names = list(inspect.signature(type(self)).parameters) if own else []
         if missing := [name for name in names if not hasattr(self, name)]:
             raise ValueError(
                 f"Expected {type(self).__name__} to keep the arguments of its constructor as attributes of the same "
-                f"names, by which it is told apart from others, but got none for {missing}. Keep them."
+                f"names, which identify it, but got no attribute for {missing}. Assign them in the constructor."
             )
         return {name: getattr(self, name) for name in names}
 
     def prepare(self, like: Tensor) -> None:
-        """Take the networks that it holds, itself or in a piece, to where the search takes place, in its precision.
+        """Move the networks of this piece and of the pieces in it to the device and precision of the search.
 
         Args:
-            like: a tensor that is there.
+            like: a tensor on that device and in that precision.
         """
         for value in (self, *vars(self).values()):
             if isinstance(value, nn.Module):
@@ -58,7 +59,7 @@ class Piece:
 
 
 def tell(value: Any) -> str:
-    """A value in words that are the same in every process: plain ones as they are, tensors by a hash.
+    """Describe a value in a way that is the same in every process: plain values by ``repr``, tensors by a hash.
 
     Example:
         >>> tell((0, 1.5)), tell(None), tell(torch.zeros(2)) == tell(torch.zeros(2)) != tell(torch.ones(2))
@@ -78,13 +79,13 @@ def tell(value: Any) -> str:
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return f"{type(value).__name__}({tell(fields)})"
     words = repr(value)
-    if words == object.__repr__(value):  # which has an address
+    if words == object.__repr__(value):  # the default repr, which holds an address
         return f"{type(value).__name__}({tell(vars(value)) if hasattr(value, '__dict__') else ''})"
     return words
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A short hash of tensors, to recognise them.
+    """Compute a short hash of tensors, to identify them.
 
     Example:
         >>> digest({"a": torch.zeros(2)}) == digest({"a": torch.zeros(2)}) != digest({"a": torch.ones(2)})

@@ -1,4 +1,4 @@
-"""Pictures of an audit, drawn off screen: no window, no global state of matplotlib."""
+"""Pictures of results, drawn off screen: no window, no global state of matplotlib."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from leakage.metrics import SUCCESS_THRESHOLD, wilson_interval
 
 INK = "#222222"
 PALE = "#767676"
-# Told apart also by readers who do not see red and green as different (Okabe and Ito).
+# Colours that colour-blind readers can distinguish (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # Inches.
 _CELL, _GAP, _CAPTION, _LINE = 1.15, 0.08, 0.30, 0.30
-# From this ratio of the largest to the smallest positive value on, an axis is logarithmic.
+# An axis is logarithmic from this ratio of the largest to the smallest positive value.
 _LOGARITHMIC = 20
 _ROW_LABEL_PER_LETTER, _ROW_LABEL_LEAST = 0.085, 0.3
 
@@ -39,18 +39,18 @@ def plot_gallery(
     captions: Sequence[Sequence[str]] | None = None,
     title: str = "",
 ) -> Figure:
-    """Images in a grid, each pixel as it is (nearest neighbour), values outside [0, 1] clipped.
+    """Plot images in a grid, without interpolation (nearest neighbour); values outside [0, 1] are clipped.
 
     Args:
-        images: one sequence per row of ``(C, H, W)`` images in [0, 1], or None for an empty place.
+        images: one sequence per row of ``(C, H, W)`` images in [0, 1], or None for an empty cell.
             One channel is shown in grey, three as RGB, any other number as the grey of their mean.
         columns: a heading per column.
         rows: a label per row.
-        captions: a short line under each image, the same layout as ``images``.
+        captions: a short line under each image, laid out as ``images``.
         title: above everything.
 
     Raises:
-        ValueError: no images, or rows, headings or captions of another number.
+        ValueError: there are no images, or the numbers of rows, headings or captions do not match.
 
     Example:
         >>> image = torch.rand(1, 28, 28)
@@ -72,7 +72,7 @@ def plot_gallery(
     left = _ROW_LABEL_LEAST + _ROW_LABEL_PER_LETTER * max(len(line) for label in rows for line in label.split("\n"))
     top = _LINE * (1 + max(heading.count("\n") for heading in columns)) + (0.45 if title else 0.1)
     width = left + len(columns) * (_CELL + _GAP) + 0.15
-    # A long title must not be cut by a narrow grid.
+    # A narrow grid must not cut off a long title.
     width = max(width, 0.11 * len(title) + 0.3)
     height = top + len(images) * (_CELL + _GAP + caption_height) + 0.1
     figure = new_figure(width, height)
@@ -99,18 +99,18 @@ def plot_gallery(
 
 
 def plot_fidelity(curves: Mapping[str, Tensor], *, title: str = "") -> Figure:
-    """Share of victims whose error lies under a threshold, over the threshold, as the iDLG paper plots it.
+    """Plot the share of victims whose error is below a threshold against the threshold, as in the iDLG paper.
 
     The band around each curve is the 95 % Wilson interval of the share. A victim whose error is
-    not a number (its attack diverged) lies under no threshold. The one that counts as success, 1e-3, is marked by a
-    line; the legend tells the share there.
+    not a number (its attack diverged) is below no threshold. A line marks the threshold that counts as success, 1e-3;
+    the legend gives the share there.
 
     Args:
         curves: name to the mean squared error of each victim, ``(V,)``, at least 0.
         title: above the axes.
 
     Raises:
-        ValueError: no curves, or one without victims or of another shape.
+        ValueError: there are no curves, or a curve has no victims or the wrong shape.
 
     References:
         Zhao et al., *iDLG*, 2020, figure 3, https://arxiv.org/abs/2001.02610.
@@ -157,20 +157,20 @@ def plot_accuracy(
     xlabel: str = "iterations",
     title: str = "",
 ) -> Figure:
-    """Test accuracy over the course of condensations, each with the band of its confidence interval.
+    """Plot test accuracy over the course of condensations, each with the band of its confidence interval.
 
-    The axis below is linear up to the first positive value and logarithmic from there, if the values
-    are so far apart that most would lie on top of one another.
+    The x axis is linear up to the first positive value and logarithmic from there if the values
+    are so far apart that most would overlap on a linear axis.
 
     Args:
-        curves: name to ``(P, 4)``, a row for each evaluation: where on the axis below (at least 0), mean
-            accuracy, and the ends of its 95 % interval, from 0 to 1. Ends that are NaN have no band.
+        curves: name to ``(P, 4)``, a row for each evaluation: position on the x axis (at least 0), mean
+            accuracy, and the ends of its 95 % interval, from 0 to 1. Where the ends are NaN there is no band.
         lines: name to an accuracy from 0 to 1, drawn as a horizontal line.
-        xlabel: what the first column is.
+        xlabel: label of the x axis.
         title: above the axes.
 
     Raises:
-        ValueError: no curves, one of another shape or without a row, or accuracies outside of [0, 1].
+        ValueError: there are no curves, a curve has no rows or the wrong shape, or an accuracy is outside [0, 1].
 
     Example:
         >>> curve = torch.tensor([[0, 0.10, 0.08, 0.12], [10, 0.62, 0.61, 0.63], [100, 0.695, 0.69, 0.70]])
@@ -207,7 +207,7 @@ def plot_accuracy(
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(0, max(last, first) * 1.02)
-    # Hardly any difference shall not look like a great one.
+    # A tiny difference must not look large.
     bottom, top = axes.get_ylim()
     axes.set_ylim(min(bottom, (bottom + top) / 2 - 0.02), max(top, (bottom + top) / 2 + 0.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
@@ -216,10 +216,10 @@ def plot_accuracy(
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a picture whole or not at all; the kind of file is that of the path's ending, such as ``.png``.
+    """Write a picture atomically; the ending of the path, such as ``.png``, decides the format.
 
     Raises:
-        ValueError: an ending that matplotlib doesn't write.
+        ValueError: matplotlib does not support this ending.
         OSError: the file can't be written.
     """
     path = Path(path)
@@ -232,7 +232,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
-    """The picture as ``(height, width, 3)`` values from 0 to 255."""
+    """Render the figure as an array ``(height, width, 3)`` of values from 0 to 255."""
     file = io.BytesIO()
     figure.savefig(file, format="rgba", dpi=100)
     width, height = figure.canvas.get_width_height()
@@ -240,13 +240,13 @@ def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
 
 
 def to_pixels(image: Tensor) -> NDArray[np.uint8]:
-    """One image ``(C, H, W)`` in [0, 1] as values from 0 to 255: ``(H, W)`` in grey, ``(H, W, 3)`` in colour.
+    """Convert an image ``(C, H, W)`` in [0, 1] to values from 0 to 255: ``(H, W)`` in grey, ``(H, W, 3)`` in colour.
 
-    What lies outside [0, 1] is clipped, what is not a number black; of channels that are neither one
-    nor three the mean is taken.
+    Values outside [0, 1] are clipped, and NaN becomes black. For numbers of channels other than one
+    and three, the mean of the channels is taken.
 
     Raises:
-        ValueError: another number of dimensions.
+        ValueError: the image does not have three dimensions.
 
     Example:
         >>> to_pixels(torch.ones(3, 2, 2)).shape, to_pixels(torch.ones(1, 2, 2)).max()
@@ -261,14 +261,14 @@ def to_pixels(image: Tensor) -> NDArray[np.uint8]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, drawn off screen."""
+    """Create an empty figure of the given size in inches, drawn off screen."""
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _curve_axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    """An empty figure for curves, and its axes."""
+    """Create an empty figure for curves; returns the figure and its axes."""
     figure = new_figure(6.4, 4.2)
     axes = figure.add_axes((0.13, 0.14, 0.83, 0.74 if title else 0.82))
     axes.set_xlabel(xlabel, color=INK)
@@ -283,13 +283,13 @@ def _curve_axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def as_power(threshold: float) -> str:
-    """As 1e-3 or 2.5e-4."""
+    """Format a threshold as a power of ten, such as 1e-3 or 2.5e-4."""
     mantissa, exponent = f"{threshold:e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def _thresholds(curves: Mapping[str, Tensor]) -> NDArray[np.float64]:
-    """Thresholds from the best victims, or two decades below that of success, up to 1."""
+    """Return thresholds from the smallest error, or from two decades below the success threshold, up to 1."""
     best = min((float(errors[errors > 0].min()) for errors in curves.values() if bool((errors > 0).any())), default=1.0)
     lowest = min(math.log10(SUCCESS_THRESHOLD) - 2, max(math.log10(best) - 1, -12)) if math.isfinite(best) else -6.0
     return np.logspace(math.floor(lowest), 0, 400)

@@ -1,4 +1,4 @@
-"""Single precision as it is meant: 24 bits, not the 11 of TF32."""
+"""Full single precision: 24 significant bits instead of the 11 of TF32."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterator
 
 import torch
 
-# torch 2.9 brought a setting for each of these, beside the old flags.
+# torch 2.9 added a setting for each of these, next to the old flags.
 _OPERATIONS = [(backend, operation) for backend in ("cuda", "mkldnn") for operation in ("conv", "rnn", "matmul")]
 _BY_OPERATION = hasattr(torch._C, "_get_fp32_precision_getter")
 
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Convolutions and matrix products of float32 without TF32 (or bfloat16); the user's settings come back after it.
+    """Run float32 convolutions and matrix products without TF32 or bfloat16; the user's settings are restored after.
 
-    On GPUs that have it, cuDNN's convolutions use TF32 by default, whose relative error of 1e-3 hides what an attack
-    matches to 1e-8. It may be entered again within itself, costs some 30 microseconds, and is a decorator too.
+    On GPUs that support it, cuDNN's convolutions use TF32 by default. Its relative error of 1e-3 hides what an attack
+    matches to 1e-8. The context manager can be nested, costs about 30 microseconds, and also works as a decorator.
 
     Example:
         >>> with full_precision():
@@ -31,8 +31,8 @@ def full_precision() -> Iterator[None]:
         if _BY_OPERATION:
             for operation in _OPERATIONS:
                 restoring.callback(_set, *operation, _own(*operation))
-        # The flags as well, so that none contradicts a setting: reading it would then be an error, as it is from the
-        # start where the user has changed a setting, but no flag.
+        # Set the flags as well: if a flag contradicts a setting, reading it raises an error. Such a contradiction can
+        # also exist from the start, if the user has changed a setting but no flag.
         with contextlib.suppress(RuntimeError):
             restoring.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
             torch.backends.cudnn.allow_tf32 = False
@@ -55,7 +55,7 @@ def _set(backend: str, operation: str, precision: str) -> None:
 
 
 def _own(backend: str, operation: str) -> str:
-    """What is set for an operation, ``"none"`` where it follows the setting above it, which torch gives for both."""
+    """Return an operation's own setting, ``"none"`` where it inherits; torch reports the inherited value for both."""
     value = _get(backend, operation)
     if backend == "generic":
         return value

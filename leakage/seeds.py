@@ -1,4 +1,4 @@
-"""Seeds that are derived from one seed, so that every purpose has a stream of its own."""
+"""Seeds derived from one seed, so that every purpose has its own random stream."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# SplitMix64, whose numbers are signed here: the odd step between its states, and the factors that mix one.
+# Constants of SplitMix64 as signed numbers: the odd increment of its state, and the factors of its mixing function.
 _STEP, _FACTORS = -0x61C8864680B583EB, (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 _HALF = 2**32
 
 
 def derive_seed(seed: int, index: int, stream: str) -> int:
-    """A seed of its own for one purpose and one index, such as a victim's number or an iteration.
+    """Derive a separate seed for one purpose and one index, such as a victim's number or an iteration.
 
     Example:
         >>> derive_seed(0, 7, "weights") == derive_seed(0, 7, "weights") != derive_seed(0, 7, "start")
@@ -26,19 +26,19 @@ def derive_seed(seed: int, index: int, stream: str) -> int:
 
 
 def hashed_normal(seeds: Tensor, steps: Tensor, size: int) -> Tensor:
-    r"""Normally distributed numbers that depend on their row's seed and step, and on their place in it, alone.
+    r"""Compute normally distributed numbers from the seed and step of each row and the position in it.
 
-    Nothing is drawn, so that no generator's state need be kept, and a row is the same whatever rows are beside it.
-    Number i of seed s at step t is made by the method of Box and Muller,
+    No generator is used, so there is no random state to keep, and a row does not depend on the other rows.
+    Number i of seed s at step t comes from 64 bits by the Box-Muller method,
 
     .. math:: \sqrt{-2 \ln u} \, \cos 2 \pi v, \qquad (u, v) \text{ the halves of } h(h(s + c t) + c i)
 
-    from 64 bits, with h the mixing function of SplitMix64 and c its step.
+    with h the mixing function of SplitMix64 and c its increment.
 
     Args:
         seeds: ``(V,)``, int64.
         steps: ``(V,)``, int64.
-        size: numbers of each row.
+        size: numbers per row.
 
     Returns:
         ``(V, size)``, float64.
@@ -59,13 +59,13 @@ def hashed_normal(seeds: Tensor, steps: Tensor, size: int) -> Tensor:
 
 
 def _mixed(numbers: Tensor) -> Tensor:
-    """A hash of each, int64."""
+    """Hash each number; int64."""
     for shift, factor in zip((30, 27), _FACTORS, strict=True):
         numbers = (numbers ^ _shifted(numbers, shift)) * factor
     return numbers ^ _shifted(numbers, 31)
 
 
 def _shifted(numbers: Tensor, places: int) -> Tensor:
-    """To the right, as if they had no sign."""
+    """Shift to the right as if the numbers were unsigned."""
     shifted: Tensor = (numbers >> places) & (2 ** (64 - places) - 1)
     return shifted

@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, read without running code."""
+"""Files: written atomically, and read without running code."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: how they are written, read and how often, and whether one fits."""
+"""Checkpoints of a run: writing, reading, and checking that a checkpoint fits the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from leakage.files.whole import beside, whole_file
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The folder of the first logger's run (``save_dir/name/version``), or ``default_root_dir`` without a logger."""
+    """Return the folder of the first logger's run (``save_dir/name/version``), else ``default_root_dir``."""
     for logger in trainer.loggers[:1]:
         if logger.save_dir is not None:
             version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
@@ -28,36 +28,36 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def part_of(path: str | os.PathLike[str], process: int) -> Path:
-    """The file of one process' part of a checkpoint: the path itself of the first, ``last.ckpt.1`` of the second."""
+    """Return the file of a process's part of a checkpoint: ``path`` for the first, ``last.ckpt.1`` for the second."""
     return Path(path) if process == 0 else beside(path, f".{process}")
 
 
 def parts_of(path: str | os.PathLike[str]) -> list[Path]:
-    """The files of all processes but the first."""
+    """Return the checkpoint files of all processes except the first."""
     begin = beside(path, ".")
     found = begin.parent.glob(f"{glob.escape(begin.name)}*")
     return sorted(part for part in found if part.name[len(begin.name) :].isdigit())
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, and reads no code from one; a plugin of Lightning's Trainer.
+    """Lightning plugin that writes checkpoints atomically and never runs code when reading one.
 
-    The disk needs room for two checkpoints, since one is replaced only when the next is whole.
+    The disk needs room for two checkpoints, since one is replaced only when the next is complete.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Write beside the earlier checkpoint, then replace it.
+        """Write a new file, then replace the earlier checkpoint with it.
 
         Raises:
-            OSError: the file can't be written; an earlier one is left as it was.
+            OSError: the file can't be written. An earlier checkpoint is left unchanged.
         """
-        # Not by Lightning's way, which holds a second copy in memory and a third in the folder for temporary files.
+        # Lightning's own method holds a second copy in memory and a third in the folder for temporary files.
         with whole_file(path) as partial, partial.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch has words of its own for a disk that is full
+            except RuntimeError as error:  # raised by torch when the disk is full
                 raise OSError(str(error)) from error
             file.flush()
             os.fsync(file.fileno())
@@ -68,11 +68,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, location: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint, always as with ``weights_only``: it holds tensors and plain values.
+        """Read a checkpoint, always with ``weights_only``: it holds tensors and plain values.
 
         Raises:
-            OSError: there is no such file, or it may not be read.
-            ValueError: a file of another kind, empty or truncated.
+            OSError: the file does not exist or can't be read.
+            ValueError: the file is empty, truncated or of another kind.
         """
         wanted = f"Expected a whole checkpoint of leakage at '{path}', but got"
         if not Path(path).is_file():
@@ -81,7 +81,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         except PermissionError as error:
             raise OSError(f"{wanted}: {error}") from error
-        # What a broken file raises depends on where it is broken, and torch's words advise to run its code.
+        # The type of error depends on where the file is broken, and torch's message suggests running its code.
         except Exception as error:
             raise ValueError(f"{wanted} a file that is truncated or of another kind.") from error
         if not isinstance(checkpoint, dict) or "leakage" not in checkpoint:
@@ -90,7 +90,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def check_checkpoint(checkpoint: Mapping[str, Any], module: str, options: Mapping[str, Any], precision: object) -> None:
-    """Raise a ``ValueError`` unless the checkpoint is of this module, with these options, in this precision."""
+    """Raise a ``ValueError`` unless the checkpoint was made by this module with these options and this precision."""
     saved, stored = checkpoint.get("leakage", {}), checkpoint.get("hyper_parameters", {})
     if saved.get("module") != module:
         raise ValueError(f"Expected a checkpoint of {module}, but got one of {saved.get('module', 'another module')}.")
@@ -106,9 +106,9 @@ def check_checkpoint(checkpoint: Mapping[str, Any], module: str, options: Mappin
 
 @contextlib.contextmanager
 def restoring(what: str) -> Iterator[None]:
-    """Turn every error within into a ``ValueError`` that tells which part of a checkpoint does not hold what it should.
+    """Turn every error in the block into a ``ValueError`` that names the part of the checkpoint that is wrong.
 
-    A checkpoint is read by code that takes its entries, their types and shapes for granted.
+    The code in the block may assume that all entries exist and have the right types and shapes.
 
     Example:
         >>> with restoring("the lanes"):
@@ -127,7 +127,7 @@ def restoring(what: str) -> Iterator[None]:
 
 
 def check_like(what: str, found: Any, like: Mapping[str, Tensor]) -> None:
-    """Raise a ``ValueError`` unless a checkpoint's tensors have the names, types and shapes of others.
+    """Raise a ``ValueError`` unless the tensors of a checkpoint have the names, types and shapes of ``like``.
 
     Example:
         >>> check_like("the lanes", {"loss": torch.zeros(3)}, {"loss": torch.zeros(2)})

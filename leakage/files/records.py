@@ -1,4 +1,4 @@
-"""Dataclasses as JSON: every field by its name, nothing dropped, and read back strictly."""
+"""Dataclasses as JSON: every field is written under its name, and reading is strict."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from leakage.files.tensors import brief
 
 Record = TypeVar("Record")
 
-# What JSON has no number for is a string, as in Protocol Buffers; Python's `float` and JavaScript's `Number` read it.
+# JSON has no such numbers, so they are strings, as in Protocol Buffers. Python's `float` and JavaScript's `Number`
+# read them.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _WORDS: dict[Any, str] = {
     float: "a number",
     int: "a whole number",
-    str: "a text",
+    str: "a string",
     bool: "true or false",
     list: "a list",
     dict: "an object",
@@ -26,7 +27,7 @@ _WORDS: dict[Any, str] = {
 
 
 def to_json(value: Any) -> Any:
-    """The same in lists, dictionaries, texts and numbers; ``"NaN"``, ``"Infinity"`` and ``"-Infinity"`` are texts.
+    """Convert a value to JSON types; numbers that are not finite become strings, such as ``"NaN"`` or ``"-Infinity"``.
 
     Example:
         >>> to_json({"psnr": float("inf"), "victims": (1, 2)})
@@ -44,15 +45,15 @@ def to_json(value: Any) -> Any:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """What JSON holds, strictly: Python's own reader also takes a bare ``NaN`` and ``Infinity``.
+    """Parse JSON strictly: unlike Python's parser, refuse a bare ``NaN`` or ``Infinity``.
 
     Raises:
-        ValueError: it is no JSON, or nested too deeply.
+        ValueError: the content is not JSON, or nested too deeply.
 
     Example:
         >>> parse_json('{"psnr": NaN}')
         Traceback (most recent call last):
-        ValueError: NaN is no JSON
+        ValueError: NaN is not valid JSON
     """
     try:
         return json.loads(content, parse_constant=_refuse)
@@ -61,15 +62,15 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def from_json(kind: type[Record], content: Any, where: str = "") -> Record:
-    """The dataclass that :func:`to_json` was given.
+    """Build a dataclass from the JSON that :func:`to_json` made of it.
 
     Args:
-        kind: the dataclass; its fields may be numbers, texts, flags, lists, dictionaries and dataclasses.
-        content: what JSON holds.
-        where: the path to it, for messages.
+        kind: the dataclass. Its fields may be numbers, strings, flags, lists, dictionaries and dataclasses.
+        content: the parsed JSON.
+        where: the path to ``content`` in the JSON, for error messages.
 
     Raises:
-        ValueError: a field that is missing, unknown, or of another type; with the path to it.
+        ValueError: a field is missing, unknown, or of the wrong type. The message gives the path to it.
 
     Example:
         >>> from leakage.audit.report import Figure
@@ -96,12 +97,12 @@ def from_json(kind: type[Record], content: Any, where: str = "") -> Record:
 
 
 def _refuse(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _read(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):  # of one type and None
+    if origin in (Union, types.UnionType):  # an optional type
         return None if value is None else _read(next(one for one in arguments if one is not type(None)), value, where)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, value, where)

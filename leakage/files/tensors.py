@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: written whole or not at all, read without running code."""
+"""Tensors in safetensors files: written atomically, and read without running code."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor
 from leakage.files.whole import whole_file
 
 _VERSION = "1"
-# Characters of what a file holds that a message repeats.
+# The number of characters of a file's content that an error message quotes.
 _QUOTED = 300
 
 
 def write_safetensors(
     path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file whole or not at all, with its ``kind`` as the ``format`` in the header.
+    """Write a safetensors file atomically, with ``kind`` as the ``format`` in its header.
 
     Raises:
         OSError: the file can't be written.
@@ -36,11 +36,11 @@ def write_safetensors(
 
 
 def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The header and the tensors of a file that :func:`write_safetensors` wrote.
+    """Read the header and the tensors of a file that :func:`write_safetensors` wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file of another kind, or truncated.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated or of another kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,10 +49,10 @@ def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str,
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    # A header that is well formed may still claim what torch has no type or no room for.
+    # A well-formed header may still claim a type that torch lacks, or a size that does not fit in memory.
     except Exception as error:
         raise ValueError(
-            f"Expected a whole safetensors file, but got '{path}' which is truncated or of another kind "
+            f"Expected a whole safetensors file, but got '{path}', which is truncated or of another kind "
             f"(pickles, such as .pt and .pth, are refused): {brief(error)}"
         ) from error
     if header.get("format") != kind or header.get("version") != _VERSION:
@@ -64,10 +64,10 @@ def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str,
 
 
 def header_value(header: Mapping[str, str], name: str) -> Any:
-    """An entry of a header that holds JSON.
+    """Parse an entry of a header that holds JSON.
 
     Raises:
-        ValueError: it is missing, or no JSON, or nested too deeply.
+        ValueError: the entry is missing, not JSON, or nested too deeply.
     """
     if name not in header:
         raise ValueError(f"{name!r} missing")
@@ -78,7 +78,7 @@ def header_value(header: Mapping[str, str], name: str) -> Any:
 
 
 def brief(words: object) -> str:
-    """The beginning of a text that repeats what a file holds, which may be of any length.
+    """Cut a text that quotes a file, and may be of any length, to the beginning that an error message shows.
 
     Example:
         >>> len(brief("long " * 1000)), brief("short")

@@ -1,4 +1,4 @@
-"""Text, JSON and CSV files, written whole or not at all."""
+"""Text, JSON and CSV files, written atomically."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from leakage.files.whole import whole_file
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file whole or not at all.
+    """Write a text file atomically.
 
     Raises:
-        OSError: it can't be written.
+        OSError: the file can't be written.
     """
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write a JSON file as :func:`write_text` does, null for what is not finite."""
+    """Write a JSON file atomically, with null for numbers that are not finite."""
     write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def write_csv(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table as :func:`write_text` does, with eight digits of what is not whole."""
+    """Write a CSV file atomically, with eight significant digits for floats."""
     with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
@@ -37,7 +37,7 @@ def write_csv(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterab
 
 
 def _finite(content: Any) -> Any:
-    """The same with None for numbers that JSON does not know: infinity and what is not a number."""
+    """Replace infinity and NaN, which JSON does not support, by None."""
     if isinstance(content, dict):
         return {name: _finite(value) for name, value in content.items()}
     if isinstance(content, list | tuple):

@@ -1,4 +1,4 @@
-"""The one way to write a file: whole or not at all."""
+"""Atomic writes: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Where to write a file that takes its place at once when it is whole; until then an earlier one stays.
+    """Yield a temporary path to write to; the file replaces ``path`` only when it is complete.
 
-    Its folder is made.
+    Until then an earlier file stays in place. The folder is created.
 
     Raises:
-        OSError: the file can't be written; nothing is left of it.
+        OSError: the file can't be written. No partial file is left behind.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -24,7 +24,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         ...     _ = partial.write_text("all of it")
     """
     path = Path(path)
-    partial = beside(path, f".{os.getpid()}.partial")  # no other process writes to this one
+    partial = beside(path, f".{os.getpid()}.partial")  # unique to this process
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -32,12 +32,12 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"Expected to write '{path}', but got: {error}") from error
     finally:
-        with contextlib.suppress(OSError):  # it is gone once it has replaced the earlier one
+        with contextlib.suppress(OSError):  # it no longer exists after a successful write
             partial.unlink()
 
 
 def remove_partials(folder: str | os.PathLike[str], *files: str) -> None:
-    """Remove what processes that were killed while they wrote some files of a folder, given as patterns, have left."""
+    """Remove the partial files that killed processes left in a folder; ``files`` are patterns of the final names."""
     for pattern in files:
         for partial in Path(folder).glob(f"{pattern}.*.partial"):
             with contextlib.suppress(OSError):
@@ -45,19 +45,20 @@ def remove_partials(folder: str | os.PathLike[str], *files: str) -> None:
 
 
 def beside(path: str | os.PathLike[str], ending: str) -> Path:
-    """The path of a file that belongs to another one.
+    """Return the path of a file that belongs to another one: its path with ``ending`` appended.
 
-    Lightning takes all digits behind ``ckpt_`` in the names of a folder for versions of SLURM's ``hpc_ckpt_1.ckpt``.
+    ``ckpt_`` in the name is replaced, because Lightning takes any digits after it in the folder for a version of
+    SLURM's ``hpc_ckpt_1.ckpt``.
     """
     path = Path(path)
     return path.with_name(path.name.replace("ckpt_", "part_") + ending)
 
 
 def check_output(folder: str | os.PathLike[str]) -> None:
-    """Make a folder and try to write there.
+    """Create a folder and check that it can be written to.
 
     Raises:
-        OSError: it can't be.
+        OSError: the folder can't be created or written to.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,10 @@ DERIVED = ("verdict", "exit_code", "summary")
             r"Expected `decision` to be one of .*, but got 'safe'. It is in `thresholds\[1\]`",
         ),
         (lambda c: c["preflight"][0].update(kind="maybe"), r"Expected `kind` to be one of .*, but got 'maybe'"),
-        (lambda c: c["declared"]["asserted"].update(a=None), r"Expected `declared.asserted.a` as a text, but got None"),
+        (
+            lambda c: c["declared"]["asserted"].update(a=None),
+            r"Expected `declared.asserted.a` as a string, but got None",
+        ),
     ],
 )
 def test_other_fields_and_types_are_refused_by_the_loader_and_by_the_schema(change, message, tmp_path):
@@ -100,7 +103,7 @@ def test_a_verdict_that_its_thresholds_do_not_give_is_refused(tmp_path):
         (b'{"version": 1, "lea', "as whole JSON, but got: Unterminated string"),
         (b"\xff\xfe{", "as whole JSON, but got: "),
         (b"[" * 100_000, "as whole JSON, but got: nested too deeply"),
-        (b'{"version": NaN}', "as whole JSON, but got: NaN is no JSON"),
+        (b'{"version": NaN}', "as whole JSON, but got: NaN is not valid JSON"),
         (b"[]", r"Expected `the record` as an object, but got \[\]"),
         (b'{"version": 2}', "Expected version 1 of `audit.json` in .*, but got 2"),
         (b'{"version": true}', "Expected version 1 of `audit.json` in .*, but got True"),

@@ -281,7 +281,7 @@ def test_victims_whose_gradient_says_nothing_are_counted(tmp_path: Path) -> None
     assert [row.uninformative for row in rows] == [len(silent)] * 2
     assert [row["uninformative"] for row in json.loads((tmp_path / "summary.json").read_text())] == [len(silent)] * 2
     assert run(tmp_path, methods=methods, victims=victims, resume=True) == rows
-    told = f"Victims whose gradient says nothing, and that were not searched for: iDLG {len(silent)}, own {len(silent)}"
+    told = f"Victims with an uninformative gradient, which were not searched for: iDLG {len(silent)}, own {len(silent)}"
     assert format_table(rows).splitlines()[-1] == told
 
 
