@@ -254,7 +254,7 @@ def disk_full(whole: Job, iterations: int) -> Verdict:
         verdict.expect(ending.completed == iterations, f"ended after {ending.completed} of {iterations} iterations")
         for words in (
             "last.ckpt', but got",
-            "The run goes on and tries again later",
+            "The run continues and will try again later",
             "Expected VictimTable to write all",
         ):
             verdict.expect(words in ending.said, f"did not say {words!r}: {ending.said[-1500:]}")

@@ -1,4 +1,4 @@
-"""What a user sees of a run: progress, pictures, tables."""
+"""Callbacks that show and record a run: progress bars, pictures, tables and checkpoints."""
 
 from leakage.callbacks.condensation import CondensationCallback
 from leakage.callbacks.condensation_evaluation import AccuracyRow, SyntheticEvaluation, read_accuracies

@@ -1,4 +1,4 @@
-"""How good the synthetic images are, tested while they come about."""
+"""A callback that tests the synthetic images during a condensation."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from leakage.errors import check_count
 from leakage.files.text import write_csv
 from leakage.plots import plot_accuracy, save_figure
 
-# Columns that make a curve: iteration, mean and the ends of its interval.
+# The columns of the curve: iteration, mean, and the ends of its interval.
 _CURVE = ("iteration", "accuracy_mean", "accuracy_low", "accuracy_high")
 
 
 @dataclass(frozen=True)
 class AccuracyRow:
-    """One evaluation during a run.
+    """The result of one evaluation during a run.
 
     Attributes:
-        iteration: iterations completed by then.
-        step: training steps done by then, of which an iteration has one or several.
-        accuracies: of each network, from 0 to 1.
-        seconds: spent on the condensation by then, evaluations left out.
-        evaluation_seconds: spent on evaluations by then, this one included.
+        iteration: number of completed iterations.
+        step: number of completed training steps; an iteration has one or several.
+        accuracies: accuracy of each network, from 0 to 1.
+        seconds: time spent on the condensation so far, without evaluations.
+        evaluation_seconds: time spent on evaluations so far, including this one.
     """
 
     iteration: int
@@ -60,7 +60,7 @@ class AccuracyRow:
         return self.evaluation.mean
 
     def columns(self) -> dict[str, float]:
-        """What ``accuracy.csv`` holds of it, by column."""
+        """Return the row of ``accuracy.csv``, by column."""
         found = self.evaluation
         low, high = found.interval
         return {
@@ -77,42 +77,44 @@ class AccuracyRow:
 
 
 class SyntheticEvaluation(CondensationCallback):
-    """Trains new networks on a copy of the synthetic images at chosen iterations and at the end, and tests them.
+    """Train new networks on a copy of the synthetic images at chosen iterations and at the end, and test them.
 
-    The test is :func:`leakage.condensation.evaluate`, on the whole test set. It takes its time, which counts
-    as ``condensation.seconds["evaluation"]``, and changes nothing about the run: without this callback
-    the images come out bit for bit the same. A run that is interrupted or breaks off is not tested at its end.
+    Each test is :func:`leakage.condensation.evaluate` on the whole test set. Its time counts
+    as ``condensation.seconds["evaluation"]``. It does not affect the run: without this callback
+    the images are the same bit for bit. A run that is interrupted or fails is not tested at its end.
 
-    Files in ``output``, written anew after each test: ``accuracy.csv`` with a row for each (``iteration``; ``step``,
-    training steps done; ``accuracy_mean``, ``accuracy_std`` and the ends ``accuracy_low`` and ``accuracy_high`` of the
-    mean's 95 % interval, from 0 to 1; ``networks``; ``seconds`` of condensing and ``evaluation_seconds``, both since
-    the beginning), and ``accuracy.png``, the curve over iterations. The loggers get ``eval/accuracy``,
-    ``eval/accuracy_low``, ``eval/accuracy_high``, ``eval/accuracy_std``, ``eval/networks`` and
-    ``time/evaluation``, with training steps done as step.
+    It rewrites these files in ``output`` after each test:
 
-    The rows are part of checkpoints: a resumed run neither repeats nor loses one, and ends with the same
-    accuracies. Training of a network that is no longer finite gives a warning and no row, and at the end of the
-    run :attr:`last` raises.
+    - ``accuracy.csv`` with a row for each test: ``iteration``; ``step``, the number of completed training steps;
+      ``accuracy_mean``, ``accuracy_std``, and ``accuracy_low`` and ``accuracy_high``, the ends of the 95 % interval of
+      the mean, from 0 to 1; ``networks``; ``seconds`` of condensing and ``evaluation_seconds``, both since the start;
+    - ``accuracy.png``, the curve over iterations.
+
+    The loggers get ``eval/accuracy``, ``eval/accuracy_low``, ``eval/accuracy_high``, ``eval/accuracy_std``,
+    ``eval/networks`` and ``time/evaluation``, with the number of completed training steps as the step.
+
+    Checkpoints contain the rows: a resumed run neither repeats nor loses a row, and ends with the same
+    accuracies. If the training of a network diverges, there is a warning and no row; if that happens in the last
+    test, :attr:`last` raises at the end of the run.
 
     Attributes:
-        rows: one per test, in their order.
-        evaluating: a test is going on.
+        rows: the result of each test, in order.
+        evaluating: whether a test is in progress.
 
     Args:
-        at: numbers of completed iterations; 0 is the start. The end is always one.
+        at: numbers of completed iterations at which to test; 0 is the start. The end of the run is always included.
         output: the folder, see :class:`~leakage.callbacks.ResultsCallback`.
-        networks: how many are trained for one test.
-        epochs: that each is trained for, see :func:`~leakage.condensation.evaluate`.
-        network: their architecture; by default the one that the run condenses with.
-        augmentation: of the synthetic images in their training, see :func:`~leakage.condensation.evaluate`.
-        seed: of all that is drawn, the same for each test.
-        precision: of their training.
-        stacked: train all networks at once; by default where that is faster.
+        networks: number of networks trained for one test.
+        epochs: number of training epochs of each network, see :func:`~leakage.condensation.evaluate`.
+        network: architecture of these networks; by default that of the condensation.
+        augmentation: augmentation of the synthetic images in training, see :func:`~leakage.condensation.evaluate`.
+        seed: seed of all random numbers, the same for each test.
+        precision: precision of the training.
+        stacked: whether to train all networks at once; by default where that is faster.
 
     Raises:
-        ValueError: an option out of its range; in ``fit``, a module that is no
-            :class:`~leakage.condensation.Condensation`, or at its start a network that does not
-            fit the data.
+        ValueError: an option is out of range; in ``fit``, the module is not a
+            :class:`~leakage.condensation.Condensation`, or the network does not fit the data.
         OSError: the folder can't be written, or files are missing at the end.
     """
 
@@ -133,7 +135,7 @@ class SyntheticEvaluation(CondensationCallback):
     ) -> None:
         super().__init__(output, at, "at")
         check_count(networks=networks)
-        # What is out of its range is refused now, not at the first test.
+        # Refuse options out of range now, not at the first test.
         training: dict[str, Any] = {"augmentation": augmentation, "seed": seed, "precision": precision}
         evaluation_options("", epochs, **training)
         if network is not None and not isinstance(network, nn.Module):
@@ -148,12 +150,12 @@ class SyntheticEvaluation(CondensationCallback):
 
     @property
     def last(self) -> Evaluation:
-        """The latest test; after a ``fit`` that came to its end, that of the final images.
+        """The result of the latest test; after a complete ``fit``, that of the final images.
 
         Raises:
-            FloatingPointError: that test failed, as the training of a network was no longer finite. Earlier tests
-                are in :attr:`rows`.
-            RuntimeError: there was none.
+            FloatingPointError: the test failed because the training of a network diverged. The results of earlier
+                tests are in :attr:`rows`.
+            RuntimeError: there has been no test yet.
         """
         if self._failure:
             raise FloatingPointError(self._failure)
@@ -162,30 +164,30 @@ class SyntheticEvaluation(CondensationCallback):
         return self.rows[-1].evaluation
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows, as plain numbers."""
+        """Return the rows as plain numbers."""
         return {"rows": [asdict(row) for row in self.rows]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was made."""
+        """Restore the rows from a checkpoint."""
         self.rows = [AccuracyRow(**row) for row in state_dict["rows"]]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse other modules and a network that does not fit, find the folder and try to write there."""
+        """Check the module, that the network fits the data, and that the output folder can be written to."""
         super().setup(trainer, pl_module, stage)
-        # The rows of a checkpoint are read after this.
+        # The rows of a checkpoint are loaded after this.
         self.rows, self._failed_at, self._failure, self.evaluating = [], -1, "", False
-        # Otherwise the module, which is set up next, tells what is wrong with the data.
+        # With other data, the module, which is set up next, raises the error.
         data = getattr(trainer, "datamodule", None)
         if self.network is not None and isinstance(data, LabelledImages):
             check_network(self.network, data)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write what could not be written before."""
+        """Try again to write files that could not be written before."""
         if self._begun and self._failures:
             self._write_all(as_condensation(self, pl_module))
 
     def look(self, trainer: Trainer, condensation: Condensation, *, last: bool) -> None:
-        """Test the images as they are now, unless they have been."""
+        """Test the current images, unless they have been tested already."""
         tested = [self._failed_at, *(row.step for row in self.rows[-1:])]
         if condensation.step not in tested:
             self.evaluating = True
@@ -255,14 +257,14 @@ class SyntheticEvaluation(CondensationCallback):
 
 
 def read_accuracies(path: str | os.PathLike[str]) -> Tensor:
-    """The curve in an ``accuracy.csv``, as :func:`~leakage.plots.plot_accuracy` takes it.
+    """Read the curve in an ``accuracy.csv`` for :func:`~leakage.plots.plot_accuracy`.
 
     Returns:
         ``(P, 4)``: iteration, mean accuracy, and the ends of its interval, from 0 to 1.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file of another kind.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is of another kind.
     """
     with Path(path).open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))

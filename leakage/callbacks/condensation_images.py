@@ -1,4 +1,4 @@
-"""Pictures of how synthetic images come about, and the images themselves, on disk while a run goes on."""
+"""A callback that writes the synthetic images and pictures of them while a run goes on."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ from leakage.plots import figure_pixels, save_figure
 
 
 class SyntheticImages(CondensationCallback):
-    """Writes the synthetic images at chosen iterations and when the run ends, however it ends.
+    """Write the synthetic images at chosen iterations and when the run ends, for whatever reason it ends.
 
     Files in ``output``:
 
-    - ``synthetic.safetensors``, the :class:`~leakage.condensation.SyntheticSet` as the module holds it at
-      that time, and ``synthetic.png``, a row of images per class;
+    - ``synthetic.safetensors``, the current :class:`~leakage.condensation.SyntheticSet` of the module, and
+      ``synthetic.png``, with a row of images per class;
     - ``synthetic/iteration_000050.png`` and so on, the same picture after that many iterations.
 
-    After an error or an interrupt they hold the last good images; :meth:`SyntheticSet.save_images
-    <leakage.condensation.SyntheticSet.save_images>` writes them one by one as PNG files. The loggers that take pictures
-    get each one with the key ``synthetic`` and training steps done as step, and W&B at the end the set as an artifact
+    After an error or an interrupt, the files hold the last good images.
+    :meth:`SyntheticSet.save_images <leakage.condensation.SyntheticSet.save_images>` writes the images one by one as PNG
+    files. Loggers that accept pictures get each picture under the key ``synthetic``, with the number of completed
+    training steps as the step. At the end, W&B gets the set as an artifact
     ``synthetic-<data set>-<images per class>``.
 
-    A run that starts from the beginning replaces the files of an earlier one in the same folder, after a warning.
+    A run that is not resumed replaces the files of an earlier run in the same folder, after a warning.
 
     Args:
         output: the folder, see :class:`~leakage.callbacks.ResultsCallback`.
-        moments: numbers of completed iterations; 0 is the start. The end is always one.
+        moments: numbers of completed iterations at which to write; 0 is the start. The end of the run is always
+            included.
 
     Raises:
-        ValueError: moments that are not whole numbers of at least 0; in ``fit``, a module that is no
+        ValueError: ``moments`` are not whole numbers of at least 0; in ``fit``, the module is not a
             :class:`~leakage.condensation.Condensation`.
         OSError: the folder can't be written, or files are missing at the end.
     """
@@ -53,25 +55,25 @@ class SyntheticImages(CondensationCallback):
         super().__init__(output, moments, "moments")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse other modules, find the folder and try to write there."""
+        """Check that the module is a condensation, find the output folder and check that it can be written to."""
         super().setup(trainer, pl_module, stage)
-        # What was looked at last, and what of it could not be written so far.
+        # The state that was seen last, and the parts of it that are not written yet.
         self._latest: SyntheticSet | None = None
         self._pending: dict[Path, Callable[[Path], Any]] = {}
         self._logged: SyntheticSet | None = None  # as an artifact
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write what there is."""
-        # Before the start of training the images may not be those of the checkpoint.
+        """Write the current images."""
+        # Before training starts, the images may not be those of the checkpoint.
         if not self._begun:
             return
         try:
             self.look(trainer, as_condensation(self, pl_module), last=True)
         except ValueError as error:
-            rank_zero_warn(f"The images of the run that broke off were not written: {error}")
+            rank_zero_warn(f"The images of the interrupted run were not written: {error}")
 
     def look(self, trainer: Trainer, condensation: Condensation, *, last: bool) -> None:
-        """Write and log the images as they are now."""
+        """Write and log the current images."""
         now = condensation.synthetic_set()
         self._remove_earlier()
         if self._latest is None or not now.images.equal(self._latest.images):

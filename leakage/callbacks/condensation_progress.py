@@ -1,4 +1,4 @@
-"""One bar over the iterations of a condensation, and where its time went."""
+"""The progress bar of a condensation, and a summary of where its time went."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from leakage.callbacks.condensation_evaluation import SyntheticEvaluation
 from leakage.callbacks.progress import RunProgressBar
 from leakage.condensation.condensation import Condensation
 
-# What the parts of `condensation.seconds` are called in the last line.
+# The names of the parts of `condensation.seconds` in the last line.
 _PARTS = {
     "real": "real images",
     "synthetic": "synthetic images",
@@ -21,33 +21,33 @@ _PARTS = {
 
 
 class CondensationProgressBar(RunProgressBar):
-    """Iterations done of all, the matching loss, real images per second and the last accuracy.
+    """Progress bar with the iterations done, the matching loss, real images per second and the last accuracy.
 
-    ``step`` counts within an iteration, where it has several; ``accuracy`` is there if a
-    :class:`~leakage.callbacks.SyntheticEvaluation` has run. When the run is over, however it ended, a
-    line under the bar tells what the time was spent on, before a resume included.
+    ``step`` counts the steps within an iteration that has several. ``accuracy`` is shown if a
+    :class:`~leakage.callbacks.SyntheticEvaluation` has run. When the run is over, for whatever reason, a
+    line under the bar shows what the time was spent on, including the time before a resume.
 
     Args:
         refresh_rate: training steps between two updates, which are also at least 0.1 s apart; 0 turns
-            the bar and the line off. In a file or a pipe they are at least 30 s apart.
-        process_position: lines to leave free above the bar.
-        name: what stands before the bar, by default ``Iterations``.
+            off the bar and the line. In a file or a pipe, updates are at least 30 s apart.
+        process_position: number of lines to leave free above the bar.
+        name: text in front of the bar, by default ``Iterations``.
 
     Raises:
-        ValueError: in ``fit``, a module that is no :class:`~leakage.condensation.Condensation`.
+        ValueError: in ``fit``, the module is not a :class:`~leakage.condensation.Condensation`.
     """
 
     unit = "iterations"
 
     def count(self, pl_module: LightningModule) -> tuple[int, int]:
-        """Iterations done, and all of them."""
+        """Return the number of iterations done and the total."""
         condensation = as_condensation(self, pl_module)
         return condensation.iteration, condensation.protocol.iterations
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """What is told behind the bar."""
+        """Return the figures shown after the bar."""
         condensation = as_condensation(self, pl_module)
         metrics: dict[str, int | str | float | dict[str, float]] = {}
         within = condensation.step % condensation.outer
@@ -65,16 +65,16 @@ class CondensationProgressBar(RunProgressBar):
         return metrics
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse other modules."""
+        """Check that the module is a condensation."""
         as_condensation(self, pl_module)
         super().setup(trainer, pl_module, stage)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell what the time was spent on."""
+        """Print what the time was spent on."""
         self._tell_time(as_condensation(self, pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Tell it too, if there was a run."""
+        """Print what the time was spent on, if training had begun."""
         if self._train_progress_bar is not None and isinstance(pl_module, Condensation):
             self.train_progress_bar.close()
             self._tell_time(pl_module)

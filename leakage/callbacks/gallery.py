@@ -1,4 +1,4 @@
-"""A picture of how reconstructions come about."""
+"""A callback that draws how reconstructions develop."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
     from leakage.inversion.gradient_inversion import GradientInversion
     from leakage.inversion.reconstruction import Reconstruction
 
-# Beyond this a picture can no longer be read on a screen.
+# A taller picture would be unreadable on a screen.
 _MOST_ROWS = 24
 
 
 class Gallery(VictimResultsCallback):
-    """Draws the truth, the reconstruction at several moments and the final one of the first victims.
+    """Draw the truth, the reconstruction at several moments and the final reconstruction of the first victims.
 
-    Writes ``gallery.png`` to ``output`` and gives the picture to the loggers that take pictures, with
-    the key ``gallery``, at a validation if one of its victims was finished since the last, and when the
-    run ends, however it ends. Under the final image stand its PSNR (dB, images in [0, 1]) and the
-    recovered label. Without ground truth the truth and the PSNR are left out. A victim of several
-    images takes a row for each, paired one-to-one with the truth as for its scores, and there are at
+    The callback writes ``gallery.png`` to ``output`` and sends the picture under the key ``gallery`` to the loggers
+    that accept pictures: at a validation if one of its victims has finished since the last one, and when the
+    run ends, for whatever reason. Below the final image are its PSNR (dB, for images in [0, 1]) and the
+    recovered label. Without ground truth, the truth and the PSNR are left out. A victim with several
+    images gets a row for each, matched one-to-one with the truth as for its scores. There are at
     most 24 rows.
 
-    The pictures at the moments are the victim's best iterate so far by the attack's own objective.
-    They are looked at only between training steps; where a step has gone past the moment, the
-    iteration that is shown stands under the image, and a moment that was skipped stays empty.
+    The images at the moments are the victim's best iterate so far by the attack's own objective.
+    Snapshots are only taken between training steps. If a step has gone past the moment, the
+    caption gives the iteration that is shown; a moment that was skipped leaves an empty cell.
 
     Args:
         output: the folder, see :class:`~leakage.callbacks.ResultsCallback`.
-        victims: how many, from the first on.
-        moments: numbers of the victim's own iterations.
+        victims: number of victims, counted from the first.
+        moments: iterations of the victim at which to take a snapshot.
 
     Raises:
-        ValueError: a number of victims below 1, or moments that are not whole numbers of at least 0.
+        ValueError: ``victims`` is below 1, or ``moments`` are not whole numbers of at least 0.
         OSError: the folder can't be written, or the picture is missing at the end.
     """
 
@@ -68,20 +68,20 @@ class Gallery(VictimResultsCallback):
         # Victim to moment to the iteration and the images (N, C, H, W) shown there.
         self._snapshots: dict[int, dict[int, tuple[int, Tensor]]] = {}
         self._truth: dict[int, tuple[Tensor, Tensor]] = {}
-        # The optimizer's pass before which no victim can reach its next moment.
+        # The earliest pass of the optimizer at which a victim can reach its next moment.
         self._next_look: float = 0
         self._drawn: object = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The snapshots, so that the picture is whole after a resume."""
+        """Return the snapshots, so that the picture is complete after a resume."""
         return {"snapshots": self._snapshots}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was made."""
+        """Restore the snapshots from a checkpoint."""
         self._snapshots = state_dict["snapshots"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run from the beginning shows its own victims only."""
+        """Forget earlier snapshots unless the run is resumed."""
         self._drawn, self._next_look = None, 0
         if trainer.ckpt_path is None:
             self._snapshots, self._truth = {}, {}
@@ -91,7 +91,7 @@ class Gallery(VictimResultsCallback):
     ) -> None:
         """Take the snapshots that are due."""
         attack = cast("GradientInversion", pl_module)
-        # A batch that holds something has brought victims not seen before.
+        # A batch that is not empty contains victims not seen before.
         wanted = len(batch) > 0 and len(self._snapshots) < self.victims
         if trainer.is_global_zero and (wanted or attack.iteration >= self._next_look):
             self._look(attack)
@@ -110,7 +110,7 @@ class Gallery(VictimResultsCallback):
             if passed and all(moment < passed[-1] for moment in self._snapshots[victim]):
                 self._snapshots[victim][passed[-1]] = (iterations, current.images[index].detach().cpu().clone())
             if len(passed) < len(self.moments):
-                # A pass takes a victim at most one iteration on.
+                # One pass advances a victim by at most one iteration.
                 ahead = attack.iteration + self.moments[len(passed)] - iterations
                 self._next_look = min(self._next_look, ahead)
 
@@ -120,11 +120,11 @@ class Gallery(VictimResultsCallback):
                 self._truth[victim] = (batch.images[index].detach().cpu(), batch.labels[index].detach().cpu())
 
     def _results(self, attack: GradientInversion, *, unfinished: bool) -> dict[int, Reconstruction]:
-        """What is shown of each victim, in the order they were first seen."""
+        """Return the result to show for each victim, in the order in which they were first seen."""
         results: dict[int, Reconstruction] = {}
         for part in (attack.finished, attack.current()) if unfinished else (attack.finished,):
             for index, victim in enumerate(part.ids.tolist()):
-                # A victim can be done within one step, and is then never seen running.
+                # A victim that finishes within one step is never seen running.
                 if victim not in self._snapshots and len(self._snapshots) < self.victims:
                     self._snapshots[victim] = {}
                 if victim in self._snapshots and victim not in results:
@@ -161,10 +161,10 @@ class Gallery(VictimResultsCallback):
     def _rows_of(
         self, victim: int, result: Reconstruction, moments: list[int], *, has_truth: bool
     ) -> list[list[tuple[Tensor | None, str]]]:
-        """A row for each of a victim's images: what is shown, each with its caption."""
+        """Return a row for each image of a victim: the images to show, each with its caption."""
         images, labels = result.images.detach().cpu(), result.labels.cpu()
         truth = self._truth.get(victim)
-        # Without truth, in the order of the reconstruction.
+        # Without truth, keep the order of the reconstruction.
         order = list(range(images.shape[1]))
         if truth is not None:
             scores = score(images, labels, truth[0][None].to(images.dtype), truth[1][None])

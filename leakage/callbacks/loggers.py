@@ -1,4 +1,4 @@
-"""Pictures and tables for the loggers that take them, and W&B when its server is out of reach."""
+"""Send pictures, tables and files to the loggers that accept them; a W&B logger that works without its server."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
-# Letters in the name of an artifact.
+# The maximum length of the name of an artifact.
 _LONGEST_NAME = 128
 
 
 class OfflineSafeWandbLogger(WandbLogger):
-    """A ``WandbLogger`` that goes on offline where the plain one ends the run.
+    """A ``WandbLogger`` that continues offline where the standard one ends the run.
 
-    Without an account on a machine without a terminal, and when the server can't be reached, the
-    plain logger raises at the start of ``fit``, in the second case after a minute and a half; when
-    the server goes away later, the process waits for it at its end without limit. This one then
-    writes the run to ``save_dir`` (``wandb sync`` uploads it) and gives up after a limit. Where W&B
-    is off line by choice (``offline=True``, ``WANDB_MODE=offline``) the two are the same.
+    The standard logger raises at the start of ``fit`` if there is neither an account nor a terminal,
+    and, after a minute and a half, if the server can't be reached. If the server becomes unreachable
+    later, the process waits for it at the end without limit. This logger
+    writes the run to ``save_dir`` instead (``wandb sync`` uploads it) and stops waiting after a time limit. If W&B
+    is offline by choice (``offline=True``, ``WANDB_MODE=offline``), the two loggers behave the same.
 
     Args:
         start_timeout: seconds to wait for the server at the start; W&B's own default is 90.
-        finish_timeout: seconds to wait for uploads at the end; what is not uploaded stays on disk.
-        **kwargs: those of ``WandbLogger``.
+        finish_timeout: seconds to wait for uploads at the end. Data that is not uploaded stays on disk.
+        **kwargs: arguments of ``WandbLogger``.
 
     Raises:
         ModuleNotFoundError: ``wandb`` is not installed.
@@ -46,7 +46,7 @@ class OfflineSafeWandbLogger(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The W&B run, made on first use."""
+        """The W&B run, created on first use."""
         import wandb
 
         try:
@@ -63,10 +63,10 @@ class OfflineSafeWandbLogger(WandbLogger):
 def log_image(
     trainer: Trainer, key: str, pixels: NDArray[np.uint8], *, caption: str = "", step: int | None = None
 ) -> None:
-    """Give a picture ``(height, width, 3)``, 0 to 255, to every logger that takes pictures.
+    """Send a picture ``(height, width, 3)`` of values from 0 to 255 to every logger that accepts pictures.
 
-    By default at the trainer's ``global_step``, which counts the steps of optimizers; the curves of a module's
-    ``self.log`` are over training steps, of which each may hold several of those.
+    The default step is the trainer's ``global_step``, which counts optimizer steps. The curves of a module's
+    ``self.log`` are over training steps, each of which may contain several optimizer steps.
     """
     step = trainer.global_step if step is None else step
     for logger in trainer.loggers:
@@ -77,7 +77,7 @@ def log_image(
 
 
 def log_table(trainer: Trainer, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Give a table to W&B, the only logger that takes one; arrays in it are shown as pictures."""
+    """Send a table to W&B, the only logger that accepts one; arrays in it are shown as pictures."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             import wandb
@@ -89,9 +89,9 @@ def log_table(trainer: Trainer, key: str, columns: Sequence[str], rows: Sequence
 def log_artifact(
     trainer: Trainer, name: str, paths: Sequence[Path], *, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Give files, each under its own name, to W&B, the only logger that takes them.
+    """Send files, each under its own name, to W&B, the only logger that accepts them.
 
-    They are a version of one artifact of type ``dataset``; what W&B does not allow in a name becomes ``_``.
+    They form a version of one artifact of type ``dataset``. Characters that W&B does not allow in a name become ``_``.
     """
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):

@@ -1,4 +1,4 @@
-"""Leakage as a curve of somebody's own training."""
+"""A callback that measures leakage during any training."""
 
 from __future__ import annotations
 
@@ -32,64 +32,65 @@ from leakage.inversion.reconstruction import Reconstruction
 from leakage.metrics import ReconstructionMetrics, ShareOverVictims, baseline_guesses, identified, score
 from leakage.plots import figure_pixels, plot_gallery
 
-# The share of the budget that the default attack plans for: the rest is for labels, scores and what it misjudges.
+# The share of the budget that the default attack plans to use. The rest is for labels, scores and estimation errors.
 _PLANNED = 0.8
-# Steps of the default attack by which the first look finds how long one takes, and the fewest and most of a search.
+# Number of steps by which the first look measures the time of one step of the default attack, and the minimum and
+# maximum number of steps of a search.
 _TRIED, _FEWEST, _MOST = 10, 20, 4800
-# Images of the batch that no victim holds, to tell a reconstruction from, and victims in the picture.
+# Number of images of the batch that belong to no victim, for identification, and number of victims in the picture.
 _OTHERS, _SHOWN = 256, 4
 
 
 class LeakageMonitor(Callback):
-    r"""What a client that shared its gradient now would give away, every n steps of your own ``Trainer.fit``.
+    r"""Measure what a client would leak if it shared its gradient now, every n steps of your own ``Trainer.fit``.
 
-    It takes some images of the batch at hand (or images set aside), computes what clients that hold them would share at
-    the present weights, attacks that within a budget of time, and logs to whatever loggers there are:
+    The callback takes some images of the current batch (or images set aside), computes what clients with these images
+    would share at the current weights, attacks that within a time budget, and logs to all loggers:
 
     ============================================== ===============================================================
-    key                                            what
+    key                                            meaning
     ============================================== ===============================================================
-    ``leakage/label_accuracy``                     share of the labels read off
+    ``leakage/label_accuracy``                     share of the labels recovered
     ``leakage/success_rate``                       share of the images with an MSE below the attack's threshold
     ``leakage/psnr`` (dB), ``/mse``, ``/ssim``     means over the victims
     ``leakage/identified``                         share of the images nearer to their reconstruction than any other
                                                    of the batch
-    ``leakage/psnr_grey``, ``/psnr_nearest``       what guesses without the gradient score: grey, and the nearest
+    ``leakage/psnr_grey``, ``/psnr_nearest``       PSNR of guesses without the gradient: grey, and the nearest
                                                    other image of the batch
     ``..._low``, ``..._high``                      95 % interval of each of the first six
-    ``leakage/victims``, ``/iterations``           behind these figures; iterations are the mean of the attack's
-    ``leakage/seconds``                            that it took
+    ``leakage/victims``, ``/iterations``           number of victims, and mean number of the attack's iterations
+    ``leakage/seconds``                            time that the look took
     ``leakage/gallery``                            truth, reconstruction, nearest other image (W&B, TensorBoard)
     ============================================== ===============================================================
 
-    A low figure says "not reconstructed by this attack in this time". The default attack finds images on any network,
-    but not to float precision: for smooth ones pass :class:`~leakage.attacks.GaussNewtonAttack`.
+    A low figure means "not reconstructed by this attack in this time". The default attack works on any network,
+    but does not reach float precision: for smooth networks pass :class:`~leakage.attacks.GaussNewtonAttack`.
 
-    **The training is the same with and without it**, bit for bit: a copy of the module is attacked, in evaluation mode
-    (dropout off, BatchNorm at its running statistics, as an attacker would like it best), and random states, modes,
-    gradients and switches are as before. What fails in it is a warning, and the training goes on. Of several processes
-    the first looks, and the others wait.
+    **The training is the same with and without this callback**, bit for bit. It attacks a copy of the module in
+    evaluation mode (dropout off, BatchNorm at its running statistics, the best case for an attacker) and restores
+    random states, modes, gradients and switches. An error in the callback becomes a warning, and the training
+    continues. With several processes, the first one looks and the others wait.
 
     Attributes:
-        history: what was logged, a dict for each look, with its ``step``.
-        notes: what was changed in the copy, and how images were scaled.
+        history: the logged figures, a dict for each look, with its ``step``.
+        notes: what was changed in the copy, and how the images were scaled.
 
     Args:
-        every_n_steps: steps of the trainer (``global_step``) between two looks; the first is before training.
-        victims: clients at a look; fewer if the batch has fewer images.
-        images: N, the images behind one gradient.
-        budget: seconds for a look.
+        every_n_steps: steps of the trainer (``global_step``) between two looks. The first look is before training.
+        victims: number of clients per look; fewer if the batch has fewer images.
+        images: N, the number of images behind one gradient.
+        budget: time limit of a look, in seconds.
         attack: by default :class:`~leakage.attacks.InvertingGradientsAttack` with as many steps as fit.
-        data: images set aside, ``(images, labels)`` or a Dataset of such pairs, as the batches have them.
+        data: images set aside, as ``(images, labels)`` or a Dataset of such pairs, in the format of the batches.
         network: name of the part of the module that gives logits; by default the module itself.
-        mean, std: by which the batches are normalised, for each channel. Without them images outside [0, 1] are scaled
-            by the least and the largest value of each channel so far.
-        **client: what else a client is, see :class:`~leakage.Victim`: ``loss``, ``local_steps``, ``learning_rate``,
-            ``defenses``, and so on.
+        mean, std: mean and standard deviation by which the batches are normalised, for each channel. Without them,
+            images outside [0, 1] are scaled by the smallest and the largest value of each channel so far.
+        **client: further settings of the clients, see :class:`~leakage.Victim`: ``loss``, ``local_steps``,
+            ``learning_rate``, ``defenses``, and so on.
 
     Raises:
-        ValueError: at construction, a number out of its range, something that is no attack, mean without std, or what
-            no client can be.
+        ValueError: at construction, a number is out of range, ``attack`` is not an attack, only one of ``mean`` and
+            ``std`` is given, or the settings of the clients are invalid.
 
     Example:
         >>> from lightning import Trainer
@@ -132,15 +133,15 @@ class LeakageMonitor(Callback):
         self._ends: tuple[Tensor, Tensor] | None = None  # of the images' values so far
 
     def state_dict(self) -> dict[str, Any]:
-        """When the next look is due."""
+        """Return the step at which the next look is due."""
         return {"next": self._next}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was made."""
+        """Restore the state from a checkpoint."""
         self._next = state_dict["next"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look, if it is time to."""
+        """Look if it is time to."""
         if trainer.global_step < self._next:
             return
         self._next = (trainer.global_step // self.every_n_steps + 1) * self.every_n_steps
@@ -182,7 +183,7 @@ class LeakageMonitor(Callback):
         )
 
     def _pairs(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images and labels of a batch, or of what is set aside."""
+        """Return images and labels of the batch, or those set aside."""
         if isinstance(batch, Dataset):
             batch = [batch[place] for place in range(self.victims * self.images + _OTHERS) if place < len(batch)]  # type: ignore[arg-type]
             batch = tuple(torch.stack([torch.as_tensor(pair[part]) for pair in batch]) for part in (0, 1))
@@ -198,7 +199,7 @@ class LeakageMonitor(Callback):
         return images.float(), labels.long()
 
     def _copy(self, module: nn.Module, images: Tensor, device: torch.device) -> tuple[nn.Module, Tensor]:
-        """The network for images in [0, 1], in evaluation mode, and these images."""
+        """Return a copy of the network for images in [0, 1], in evaluation mode, and these images."""
         network = module.get_submodule(self.network)
         network = copy.deepcopy(getattr(network, "_orig_mod", network)).to(device, torch.float32)
         if any(isinstance(part, _DropoutNd) and part.training and part.p > 0 for part in network.modules()):
@@ -214,9 +215,9 @@ class LeakageMonitor(Callback):
             self._ends = low, high
             if bool((low >= 0).all() and (high <= 1).all()):
                 return network.eval(), images
-            self._note("images are scaled to [0, 1] by the least and the largest value of each channel")
+            self._note("images are scaled to [0, 1] by the smallest and the largest value of each channel")
             shift, scale = (end.to(images).view(-1, 1, 1) for end in (low, (high - low).clamp(min=1e-6)))
-        # Of torchvision's, which attacks know how to go through: x * scale + shift.
+        # A module of torchvision that attacks can differentiate through: x * scale + shift.
         normalise = Normalize((-shift / scale).flatten().tolist(), (1 / scale).flatten().tolist())
         return nn.Sequential(normalise, network).eval(), ((images - shift) / scale).clamp(0, 1)
 
@@ -246,7 +247,7 @@ class LeakageMonitor(Callback):
         scores = score(found.images.to(truth), found.labels.to(labels), truth, labels)
         metrics, share = ReconstructionMetrics(), ShareOverVictims()
         for part in (*metrics.modules(), share):
-            if isinstance(part, Metric):  # of this process alone, whatever others there are
+            if isinstance(part, Metric):  # no synchronisation with other processes
                 part.distributed_available_fn = lambda: False
         metrics.update(scores.per_victim(threshold=threshold))
         figures = {name: float(value) for name, value in metrics.compute().items()}
@@ -266,7 +267,7 @@ class LeakageMonitor(Callback):
     def _picture(
         self, trainer: Trainer, found: Reconstruction, truth: Tensor, labels: Tensor, others: Tensor
     ) -> Any | None:
-        """For the loggers that take pictures, if there are any."""
+        """Draw a picture for the loggers that accept pictures; None if there are none."""
         if not any(isinstance(logger, WandbLogger | TensorBoardLogger) for logger in trainer.loggers):
             return None
         images = found.images.to(truth)
@@ -285,7 +286,7 @@ class LeakageMonitor(Callback):
 
 
 class _Clock(Callback):
-    """How long a step of an attack takes, and what comes before and after them."""
+    """Measure how long a step of an attack takes, and the time before and after the steps."""
 
     def __init__(self) -> None:
         self.start, self.times = time.perf_counter(), list[float]()
@@ -299,7 +300,7 @@ class _Clock(Callback):
         self.end = time.perf_counter()
 
     def steps_in(self, seconds: float) -> int:
-        """How many steps fit into so many seconds."""
+        """Return how many steps fit into this time."""
         if len(self.times) < 2:
             return 0
         pace = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
@@ -310,14 +311,14 @@ class _Clock(Callback):
 def _run(
     attack: GradientInversion, shared: SharedGradients, device: torch.device, seconds: float, clock: _Clock
 ) -> Reconstruction:
-    """What an attack finds in so many seconds, of all victims that it has begun with."""
+    """Run an attack for a limited time and return the reconstructions of all victims that it has begun with."""
     trainer = Trainer(
         max_epochs=1,
         max_time=timedelta(seconds=max(seconds, 0.1)),
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=[device.index or 0] if device.type == "cuda" else 1,
         callbacks=[clock],
-        plugins=[LightningEnvironment()],  # whatever started the training: this is one process
+        plugins=[LightningEnvironment()],  # a single process, however the training was started
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

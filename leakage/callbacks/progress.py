@@ -1,4 +1,4 @@
-"""One bar over a whole run: the victims of an attack, or whatever else a run counts."""
+"""Progress bars over a whole run, for attacks and other runs of a single epoch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm, TQDMProgres
 if TYPE_CHECKING:
     from leakage.inversion.gradient_inversion import GradientInversion
 
-# Of `get_metrics` in Lightning.
+# The return type of Lightning's `get_metrics`.
 _Metrics = dict[str, int | str | float | dict[str, float]]
-# Seconds between two updates: a training step takes a few milliseconds, a line on the screen one.
+# Seconds between two updates: a training step takes a few milliseconds, and writing a line to the screen one.
 _PAUSE = 0.1
-# The same where the bar goes to a file or a pipe, in which no update replaces the one before.
+# Seconds between two updates in a file or a pipe, where no update replaces the one before.
 _PAUSE_IN_A_FILE = 30.0
 
 
 class RunProgressBar(TQDMProgressBar):
-    """One bar over a run of a single epoch, which counts what the module counts rather than batches.
+    """Base class of progress bars over a run of a single epoch, which count other things than batches.
 
-    A subclass says what is counted, and in ``get_metrics`` what is told behind the bar; its arguments are those of
+    A subclass implements what is counted and, in ``get_metrics``, the figures after the bar. The arguments are those of
     :class:`AttackProgressBar`.
     """
 
@@ -38,15 +38,15 @@ class RunProgressBar(TQDMProgressBar):
 
     @abstractmethod
     def count(self, pl_module: LightningModule) -> tuple[int, int]:
-        """How many are done, also before this run was resumed, and of how many."""
+        """Return how many are done, including those before a resume, and the total."""
 
     @property
     def train_description(self) -> str:
-        """What stands before the bar."""
+        """The text in front of the bar."""
         return self.name or self.unit.capitalize()
 
     def init_train_tqdm(self) -> Tqdm:
-        """The bar over the run, which starts where the run stands: after a resume that is not zero."""
+        """Create the bar, which starts at the current count: after a resume, that is not zero."""
         done, total = self.count(self.trainer.lightning_module)
         return Tqdm(
             desc=self.train_description,
@@ -62,24 +62,24 @@ class RunProgressBar(TQDMProgressBar):
         )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the bar as it is: all that it counts belongs to one epoch."""
+        """Keep the bar unchanged: the whole run is one epoch."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Tell how far it is, every ``refresh_rate`` steps."""
+        """Update the bar every ``refresh_rate`` steps."""
         due = self.is_enabled and (batch_idx + 1) % self.refresh_rate == 0
-        # The bar goes where Lightning's do, to standard output.
+        # Like Lightning's bars, this one goes to standard output.
         pause = _PAUSE if sys.stdout.isatty() else _PAUSE_IN_A_FILE
         if due and time.monotonic() - self._told >= pause:
             self.tell(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell how far it is, with the scores of the validation just before."""
+        """Update the bar with the scores of the latest validation."""
         self.tell(trainer, pl_module)
 
     def tell(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell now how far it is, if there is a bar."""
+        """Update the bar now, if there is one."""
         bar = self._train_progress_bar
         if bar is None or bar.disable:
             return
@@ -90,26 +90,26 @@ class RunProgressBar(TQDMProgressBar):
 
 
 class AttackProgressBar(RunProgressBar):
-    """Victims done of all victims, the success so far, the optimizer's passes and the victims still running.
+    """Progress bar with victims done, success so far, passes of the optimizer and victims still running.
 
-    ``success`` is the mean success of the finished victims that validation has scored. As long as there
-    are none (before the first validation, or without ground truth) the bar tells instead how many
-    finished victims ``converged`` by the attack's own objective.
+    ``success`` is the mean success of the finished victims that validation has scored. If there
+    are none (before the first validation, or without ground truth), the bar shows how many
+    finished victims have ``converged`` by the attack's own objective instead.
 
     The bar stays on the screen when the run is over. The bars of validation epochs during ``fit`` are
-    off, since they would only flicker.
+    turned off, since they would only flicker.
 
     Args:
         refresh_rate: training steps between two updates, which are also at least 0.1 s apart; 0 turns
-            the bar off. In a file or a pipe they are at least 30 s apart.
-        process_position: lines to leave free above the bar.
-        name: what stands before the bar, by default what it counts.
+            off the bar. In a file or a pipe, updates are at least 30 s apart.
+        process_position: number of lines to leave free above the bar.
+        name: text in front of the bar, by default what it counts.
     """
 
     unit = "victims"
 
     def count(self, pl_module: LightningModule) -> tuple[int, int]:
-        """Victims done, and all of them."""
+        """Return the number of victims done and the total."""
         attack = cast("GradientInversion", pl_module)
         return attack.num_done, attack.expected_victims
 
@@ -118,11 +118,11 @@ class AttackProgressBar(RunProgressBar):
         return Tqdm(disable=True)
 
     def init_validation_tqdm(self) -> Tqdm:
-        """Off during ``fit``, the usual one in ``trainer.validate``."""
+        """Create the validation bar: off during ``fit``, the usual one in ``trainer.validate``."""
         return Tqdm(disable=True) if self.trainer.state.fn == "fit" else super().init_validation_tqdm()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> _Metrics:
-        """What is told behind the bar."""
+        """Return the figures shown after the bar."""
         attack = cast("GradientInversion", pl_module)
         success = [score.success for score in attack.scores.values() if score.final]
         metrics: _Metrics = {}
@@ -135,7 +135,7 @@ class AttackProgressBar(RunProgressBar):
         return metrics
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell the new scores."""
+        """Update the bar with the new scores."""
         self.val_progress_bar.close()
         self.reset_dataloader_idx_tracker()
         if trainer.state.fn == "fit" and not trainer.sanity_checking:

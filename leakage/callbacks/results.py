@@ -1,4 +1,4 @@
-"""What callbacks that write results have in common: where to, and what happens when the disk refuses."""
+"""Base classes of callbacks that write results: the output folder, and how errors of the disk are handled."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 
 class ResultsCallback(Callback):
-    """A callback that writes files to a folder, from the process of rank zero alone.
+    """Base class of callbacks that write files to a folder, from the process of rank zero only.
 
-    The folder is tried at ``setup``, before anything is computed. A write that fails later, on a
-    full disk say, does not end the run: it warns, the results stay in memory, every later write
-    tries again, and if files are still missing at the end, ``fit`` raises after everything else
+    The callback checks at ``setup``, before any computation, that it can write to the folder. If a write fails later,
+    for example because the disk is full, the run does not end: there is a warning, the results stay in memory, and
+    every later write tries again. If files are still missing at the end, ``fit`` raises after everything else
     is done, so that a script notices. The attack and its results can still be used then.
 
     Args:
-        output: the folder. By default that of the first logger's run (``save_dir/name/version``,
+        output: the folder. By default, that of the first logger's run (``save_dir/name/version``,
             beside Lightning's checkpoints), or the trainer's ``default_root_dir`` without a logger.
 
     Raises:
-        OSError: at ``setup`` if the folder can't be written, at the end of ``fit`` if files are missing.
+        OSError: at ``setup``, the folder can't be written to; at the end of ``fit``, files are missing.
     """
 
-    # What it writes, as patterns within the folder.
+    # The files that the callback writes, as patterns within the folder.
     files: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, output: str | os.PathLike[str] | None = None) -> None:
@@ -46,17 +46,17 @@ class ResultsCallback(Callback):
 
     @property
     def folder(self) -> Path:
-        """Where the files go, known after ``setup``.
+        """The folder for the files, available after ``setup``.
 
         Raises:
-            RuntimeError: before ``setup``.
+            RuntimeError: ``setup`` has not been called yet.
         """
         if self._folder is None:
             raise RuntimeError("Expected `folder` to be asked for after `setup`, but got no trainer yet.")
         return self._folder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder, try to write there, and remove what a run that was killed left half written."""
+        """Find the folder, check that it can be written to, and remove partial files that a killed run left behind."""
         if stage != "fit" or not trainer.is_global_zero:
             return
         self._folder = Path(self.output) if self.output is not None else run_folder(trainer)
@@ -68,10 +68,10 @@ class ResultsCallback(Callback):
         remove_partials(self._folder, *self.files)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell what could not be written.
+        """Try again to write missing files, and report those that can't be written.
 
         Raises:
-            OSError: there is something.
+            OSError: files are still missing.
         """
         if self._failures:
             missing = "; ".join(str(error) for error in self._failures.values())
@@ -81,19 +81,19 @@ class ResultsCallback(Callback):
             )
 
     def _write(self, path: Path, write: Callable[[Path], Any]) -> bool:
-        """Call ``write(path)`` and tell whether it succeeded; remember and warn where it did not."""
+        """Call ``write(path)`` and return whether it succeeded; on failure, warn and remember the error."""
         try:
             write(path)
         except OSError as error:
             self._failures[path] = error
-            rank_zero_warn(f"{error}. The run goes on and tries again later.")
+            rank_zero_warn(f"{error}. The run continues and will try again later.")
             return False
         self._failures.pop(path, None)
         return True
 
 
 class VictimResultsCallback(ResultsCallback):
-    """Writes what came of the victims of an attack at each validation and when the run ends, however it ends."""
+    """Base class of callbacks that write the results of victims at each validation and whenever the run ends."""
 
     def on_validation_batch_end(
         self,
@@ -104,38 +104,38 @@ class VictimResultsCallback(ResultsCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Note the truth."""
+        """Keep the truth of the batch."""
         if trainer.is_global_zero and isinstance(batch, GroundTruth):
             self._note(batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what is done."""
+        """Write the results of finished victims."""
         if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._write_results(trainer, cast("GradientInversion", pl_module), over=False)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write everything, what could not be written before and what is not finished included."""
+        """Write everything, including unfinished victims and files that could not be written before."""
         if trainer.is_global_zero:
             self._write_results(trainer, cast("GradientInversion", pl_module), over=True)
         super().on_fit_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write what there is."""
-        # An exception before `setup` leaves neither a folder nor results.
+        """Write the results so far."""
+        # Before `setup` there is neither a folder nor a result.
         if self._folder is not None and trainer.is_global_zero:
             self._write_results(trainer, cast("GradientInversion", pl_module), over=True)
 
     @abstractmethod
     def _note(self, batch: GroundTruth) -> None:
-        """Keep the truth of the victims that are wanted."""
+        """Keep the truth of the wanted victims."""
 
     @abstractmethod
     def _write_results(self, trainer: Trainer, attack: GradientInversion, *, over: bool) -> None:
-        """Write what is done and, if the run is ``over``, what is not finished; in the first process."""
+        """Write finished victims and, if the run is ``over``, unfinished ones; called in the first process only."""
 
     def _look_up_truth(self, trainer: Trainer, is_enough: Callable[[], bool] = lambda: False) -> None:
-        """Note the truth of victims, all or until it is enough, where no validation has shown it yet."""
-        # The loaders of several processes show each its own victims.
+        """Read the truth of victims that no validation has shown yet, of all of them or until ``is_enough()``."""
+        # With several processes, each loader yields only the victims of its process.
         several = trainer.world_size > 1 and isinstance(getattr(trainer, "datamodule", None), VictimDataModule)
         try:
             loaders = trainer.datamodule.val_dataloader() if several else trainer.val_dataloaders  # type: ignore[attr-defined]
@@ -146,4 +146,4 @@ class VictimResultsCallback(ResultsCallback):
                 if is_enough():
                     return
         except (OSError, RuntimeError, ValueError) as error:
-            rank_zero_warn(f"The truth is left out of {self.files[0]} since it could not be read: {error}")
+            rank_zero_warn(f"The truth is missing from {self.files[0]} because it could not be read: {error}")

@@ -1,4 +1,4 @@
-"""One row per victim, and the reconstructions themselves, on disk while the run goes on."""
+"""A callback that writes a row per victim and the reconstructions while a run goes on."""
 
 from __future__ import annotations
 
@@ -28,42 +28,42 @@ COLUMNS = (
     "loss", "iterations", "evaluations", "restarts", "status", "learning_rate",
 )  # fmt: skip
 
-# Files are written when so many further victims are done, and this share of those that were: as `victims.csv` is
-# written anew each time, what is written in all stays in proportion to the victims.
+# Files are written when this many more victims are done, and this share of those done before: `victims.csv` is
+# rewritten each time, so this keeps the total amount of writing proportional to the number of victims.
 _PER_FILE, _GROWTH = 256, 8
-# Pictures take about 1 kB each in W&B's table; its viewer gets slow with thousands.
+# Each picture takes about 1 kB in W&B's table, whose viewer is slow with thousands of them.
 _ROWS_WITH_IMAGES = 100
 
 
 class VictimTable(VictimResultsCallback):
-    """Writes what came of each victim, while the run goes on and when it ends, however it ends.
+    """Write the result of each victim while the run goes on and when it ends, for whatever reason it ends.
 
     Files in ``output``:
 
-    - ``victims.csv``, one row per finished victim, in the order they finished: ``victim`` (its
-      number), ``labels_true`` and ``labels_recovered`` (in ascending order, with spaces between those
-      of one victim), ``label_accuracy`` (0 to 1), ``mse``, ``psnr`` (dB), ``ssim`` (means over the
+    - ``victims.csv``, one row per finished victim, in the order in which they finished: ``victim`` (its
+      number), ``labels_true`` and ``labels_recovered`` (in ascending order, separated by spaces),
+      ``label_accuracy`` (0 to 1), ``mse``, ``psnr`` (dB), ``ssim`` (means over the
       victim's images), ``success`` (share of its images under the threshold), ``loss`` (the attack's
       own objective), ``iterations``, ``evaluations``, ``restarts``, ``status`` and ``learning_rate`` (that
-      of its local steps as the attack found it, empty where it is told). Without ground
-      truth the columns that need it are empty. A victim's status is ``converged`` (its objective is
-      below the solver's tolerance), ``stalled`` (it falls no further), ``diverged`` (it is not finite),
-      ``exhausted`` (the solver's evaluations are spent) or ``uninformative`` (the gradient says
-      nothing, all zeros for instance: it was not searched for).
+      of the client's local steps as the attack found it; empty if the attacker knows it). Without ground
+      truth, the columns that need it are empty. The status of a victim is ``converged`` (its objective is
+      below the solver's tolerance), ``stalled`` (its objective falls no further), ``diverged`` (its objective is
+      not finite), ``exhausted`` (the solver's evaluations are used up) or ``uninformative`` (the gradient
+      carries no information, for example because it is all zeros, so no search was run).
     - ``reconstructions/part_0000.safetensors`` and so on, each a :class:`~leakage.inversion.Reconstruction` of at
-      least 256 victims but for the last, in the same order.
+      least 256 victims except the last, in the same order.
 
-    After an interrupt, or where the Trainer's limits ended the run, ``victims.csv`` ends with the victims
+    After an interrupt, or if the Trainer's limits ended the run, ``victims.csv`` ends with the victims
     that were still running (status ``running``), and ``reconstructions/unfinished.safetensors`` holds their
     best iterates so far.
 
-    They are written whenever 256 further victims are done, and an eighth more than at the last time; after every
-    validation (which brings the scores) and when the run ends. W&B gets the same rows as a table with the key
-    ``victims`` at the end, the first 100 of them with the true and the reconstructed images. Of several processes the
-    first one writes: at the end what all have found, after an interrupt its own, the rest being in the checkpoint.
+    The files are written whenever the number of finished victims has grown by 256 and by an eighth; after every
+    validation (which computes the scores); and when the run ends. At the end, W&B gets the rows as a table under the
+    key ``victims``, the first 100 of them with the true and the reconstructed images. With several processes, the
+    first one writes: at the end the results of all, after an interrupt only its own (the rest is in the checkpoint).
 
-    Each file is written whole or not at all: a run that is killed and resumed neither repeats nor loses a row. A run
-    that starts from the beginning replaces the files of an earlier one in the same folder, after a warning.
+    Each file is written atomically: a run that is killed and resumed neither repeats nor loses a row. A run
+    that is not resumed replaces the files of an earlier run in the same folder, after a warning.
 
     Args:
         output: the folder, see :class:`~leakage.callbacks.ResultsCallback`.
@@ -76,10 +76,10 @@ class VictimTable(VictimResultsCallback):
 
     def __init__(self, output: str | os.PathLike[str] | None = None) -> None:
         super().__init__(output)
-        # Victims in the files that are complete, and the number of these files.
+        # The victims in complete files, and the number of these files.
         self._saved: set[int] = set()
         self._files = 0
-        # Victims that were done when a file was last completed, or could not be.
+        # The number of victims done when a file was last completed, or could not be written.
         self._tried = 0
         self._earlier: list[Path] = []
         self._labels: dict[int, list[int]] = {}
@@ -87,24 +87,24 @@ class VictimTable(VictimResultsCallback):
         self._logged = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Which victims are in complete files, so that the next file gets all the others."""
+        """Return which victims are in complete files, so that the next file gets all others."""
         return {"saved": sorted(self._saved), "files": self._files}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was made."""
+        """Restore the state from a checkpoint."""
         self._saved, self._files = set(state_dict["saved"]), state_dict["files"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of results that this run will replace."""
+        """Warn about earlier results that this run will replace."""
         self._logged = 0
         if not trainer.is_global_zero:
             return
         if trainer.ckpt_path is None:
             self._labels, self._truth = {}, {}
         if trainer.ckpt_path is None or not self._are_there():
-            self._saved, self._files = set(), 0  # the attack holds all that are done
+            self._saved, self._files = set(), 0  # the attack holds all finished victims
         self._tried = len(self._saved)
-        # What a later moment than that of the checkpoint has written would be there twice.
+        # Files written after the checkpoint was made would otherwise be duplicated.
         kept = {self._part(file) for file in range(self._files)}
         self._earlier = sorted({*self.folder.glob("reconstructions/part_*.safetensors")} - kept)
         if self._earlier and trainer.ckpt_path is None:
@@ -114,25 +114,25 @@ class VictimTable(VictimResultsCallback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Write what is done, if that fills a file."""
+        """Write the finished victims if they fill a file."""
         attack = cast("GradientInversion", pl_module)
         if trainer.is_global_zero and attack.num_done - self._tried >= max(_PER_FILE, self._tried // _GROWTH):
             self._tried = attack.num_done
             self._save(trainer, attack, complete=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write everything, what could not be written before included, and log the table."""
+        """Write everything, including files that could not be written before, and log the table."""
         if trainer.is_global_zero:
             self._write(self._unfinished, lambda path: path.unlink(missing_ok=True))
         super().on_fit_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Score, write and log the victims that are done."""
+        """Score, write and log the finished victims."""
         if self._folder is not None:
             try:
                 cast("GradientInversion", pl_module).score_finished()
             except (OSError, RuntimeError, ValueError) as error:
-                rank_zero_warn(f"What was done when the run broke off could not be scored: {error}")
+                rank_zero_warn(f"The victims done before the run was interrupted could not be scored: {error}")
         super().on_exception(trainer, pl_module, exception)
 
     def _write_results(self, trainer: Trainer, attack: GradientInversion, *, over: bool) -> None:
@@ -149,12 +149,12 @@ class VictimTable(VictimResultsCallback):
                 self._truth[victim] = images.detach().cpu()
 
     def _know_truth_of(self, trainer: Trainer, victims: Reconstruction) -> None:
-        # All of it at once: the next victims would want it from the beginning again.
+        # Read all at once: for the next victims the loader would start from the beginning again.
         if not self._labels.keys() >= {*victims.ids.tolist()}:
             self._look_up_truth(trainer)
 
     def _save(self, trainer: Trainer, attack: GradientInversion, *, complete: bool = False) -> None:
-        """Write the victims that are done; ``complete`` says that the next go to the next file."""
+        """Write the finished victims; with ``complete``, later victims go to the next file."""
         if not attack.num_done:
             return
         finished = attack.finished
@@ -162,19 +162,19 @@ class VictimTable(VictimResultsCallback):
         new = [index for index, victim in enumerate(finished.ids.tolist()) if victim not in self._saved]
         part = self._part(self._files)
         for path in self._earlier:
-            if not new or path != part:  # that one is there until the next is whole
+            if not new or path != part:  # the current part stays until its replacement is written
                 self._write(path, lambda path: path.unlink(missing_ok=True))
         self._earlier = []
         if new:
             written = self._write(part, finished.select(tensor(new)).save)
-            # What could not be written goes to the same file the next time.
+            # After a failed write, the victims go to the same file next time.
             if written and complete:
                 self._saved.update(finished.ids.tolist())
                 self._files += 1
         self._write(self.folder / "victims.csv", lambda path: write_csv(path, COLUMNS, self._rows(attack, finished)))
 
     def _save_unfinished(self, trainer: Trainer, attack: GradientInversion) -> None:
-        """Write the best iterates so far of the victims that were still running."""
+        """Write the best iterates so far of the victims that are still running."""
         running = attack.current()
         running = running.select(running.iterations > 0)
         if not len(running):
@@ -188,7 +188,7 @@ class VictimTable(VictimResultsCallback):
         return self.folder / "reconstructions" / f"part_{file:04d}.safetensors"
 
     def _are_there(self) -> bool:
-        """Whether the complete files hold the victims that the checkpoint says, and are whole."""
+        """Return whether the complete files are intact and hold the victims that the checkpoint lists."""
         try:
             ids = [Reconstruction.load(self._part(file)).ids.tolist() for file in range(self._files)]
         except (OSError, ValueError):
@@ -230,5 +230,5 @@ def _show(labels: list[int] | None) -> str | None:
 
 
 def _strip(images: Tensor) -> NDArray[np.uint8]:
-    """A victim's images ``(N, C, H, W)`` beside one another."""
+    """Place a victim's images ``(N, C, H, W)`` side by side."""
     return np.concatenate([to_pixels(image) for image in images], axis=1)

@@ -1,4 +1,4 @@
-"""Checkpoints by the clock, and when a signal ends the run."""
+"""A callback that writes checkpoints at intervals of time and when a signal ends the run."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from leakage.files.whole import remove_partials
 
 
 class TimedCheckpoint(Checkpoint):
-    """Writes ``last.ckpt`` when some time has passed, when the run ends, and when it has to end.
+    """Write ``last.ckpt`` at intervals of time, at the end of the run, and when a signal asks the process to end.
 
-    It writes after a training step: the first one when the time is over; the last one, also where the Trainer's limits
-    end the run; and the next one after a signal has asked the process to end, SIGTERM as a scheduler sends it some
-    seconds before it kills, or SIGINT (Ctrl-C). Then the run ends, by a ``SystemExit`` with the code 143 or by a
-    ``KeyboardInterrupt``, and goes on from this very step when it is resumed. A second Ctrl-C does not wait for the end
-    of the step; then the last checkpoint stands. A signal after the last step ends the program when the results are
-    written. Lightning's checkpoint and requeue in a SLURM job wait for the end of the step, too. A signal for which the
-    program has a handler of its own is left to that. In one process it also writes when an error ends the run between
-    two steps, as one of a logger does.
+    The checkpoint is written after a training step: the first step after each interval; the last step, also if the
+    Trainer's limits end the run; and the next step after a signal to end the process. Such a signal is SIGTERM, which a
+    scheduler sends some seconds before it kills a job, or SIGINT (Ctrl-C). The run then ends with a ``SystemExit`` of
+    code 143 or with a ``KeyboardInterrupt``; resuming continues from this very step. A second Ctrl-C does not wait for
+    the end of the step, and the previous checkpoint remains. A signal after the last step ends the program once the
+    results are written. Lightning's checkpoint and requeue in a SLURM job also wait for the end of the step. If the
+    program has its own handler for a signal, that handler is used. In a single process, the callback also writes if
+    an error ends the run between two steps, for example an error of a logger.
 
-    A checkpoint that can't be written, on a full disk say, does not end the run: it warns, and tries again when as much
-    time has passed. The earlier one is left as it was, where the Trainer has the plugin
-    :class:`~leakage.files.checkpoints.WholeCheckpointIO`.
+    If a checkpoint can't be written, for example because the disk is full, the run does not end: there is a warning,
+    and the callback tries again after the next interval. The earlier checkpoint is left unchanged if the Trainer has
+    the plugin :class:`~leakage.files.checkpoints.WholeCheckpointIO`.
 
-    For modules that step their optimizer themselves, Lightning's ``ModelCheckpoint`` heeds no ``train_time_interval``.
+    Lightning's ``ModelCheckpoint`` ignores ``train_time_interval`` for modules that step their optimizer themselves.
 
     Args:
-        folder: where to, by default ``checkpoints`` in that of the first logger's run, or in the trainer's
-            ``default_root_dir`` without a logger.
-        seconds: between two checkpoints.
+        folder: folder of the checkpoint. By default ``checkpoints`` in that of the first logger's run, or in the
+            trainer's ``default_root_dir`` without a logger.
+        seconds: time between two checkpoints, in seconds.
 
     Raises:
-        ValueError: ``seconds`` that are not positive.
+        ValueError: ``seconds`` is not positive.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, seconds: float = 60.0) -> None:
@@ -61,12 +61,12 @@ class TimedCheckpoint(Checkpoint):
         self._handlers: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look which signals the program leaves to us; Lightning sets handlers of its own after this."""
+        """Find the signals for which the program has no handler of its own; Lightning sets its handlers after this."""
         defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
         self._signals = [number for number, default in defaults.items() if signal.getsignal(number) is default]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock, heed signals, and remove what a run that was killed while it wrote has left."""
+        """Start the clock, install signal handlers, and remove partial files that a killed run left behind."""
         self._last, self._between_steps, self._signal = time.monotonic(), False, 0
         if trainer.is_global_zero:
             remove_partials(self._path(trainer).parent, "last.ckpt")
@@ -75,19 +75,19 @@ class TimedCheckpoint(Checkpoint):
             self._handlers = {number: signal.signal(number, self._heed) for number in {*self._signals, *self._requeue}}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Within a step there is nothing to write."""
+        """Note that a step is in progress, so that no checkpoint is written."""
         self._between_steps = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write, if it is time; end the run, if a signal has asked for it."""
+        """Write a checkpoint if one is due, and end the run if a signal asked for it."""
         self._between_steps = True
         last = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
         due = last or time.monotonic() - self._last >= self.seconds
         wanted = max(due / 2, float(self._signal))
         if trainer.world_size > 1:
-            # They end together, at the same step: the highest number is that of a signal, if there is one.
+            # All processes end at the same step: the maximum is the number of a signal, if one of them got a signal.
             own = torch.tensor(wanted, device=trainer.strategy.root_device)
             wanted = float(trainer.strategy.reduce(own, reduce_op="max"))
         if wanted:
@@ -101,7 +101,7 @@ class TimedCheckpoint(Checkpoint):
             self._handlers[signal.Signals(int(wanted))](int(wanted), None)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All is done, and other callbacks have written theirs; what comes after it heeds signals that came late."""
+        """Restore the signal handlers and act on a late signal, now that all results are written."""
         self._leave()
         if self._signal == signal.SIGTERM:
             raise SIGTERMException(128 + signal.SIGTERM)
@@ -109,12 +109,12 @@ class TimedCheckpoint(Checkpoint):
             raise KeyboardInterrupt
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write what the last step has left, if the error is not one of a step."""
+        """Write the state after the last step, unless the error was raised within a step."""
         if self._between_steps and trainer.world_size == 1:
             try:
                 self._write(trainer)
-            except Exception as error:  # the other one is the one to tell
-                warnings.warn(f"No checkpoint was written when the run broke off: {error}", stacklevel=1)
+            except Exception as error:  # the original error is the one to raise
+                warnings.warn(f"No checkpoint was written when the run was interrupted: {error}", stacklevel=1)
         self._leave()
 
     def _path(self, trainer: Trainer) -> Path:
@@ -125,8 +125,8 @@ class TimedCheckpoint(Checkpoint):
         try:
             trainer.save_checkpoint(path)
         except OSError as error:
-            warnings.warn(f"{error}. The run goes on, and tries again later.", stacklevel=1)
-            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait
+            warnings.warn(f"{error}. The run continues and will try again later.", stacklevel=1)
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # the other processes wait there
         self._last, self._between_steps = time.monotonic(), False
 
     def _heed(self, number: int, frame: FrameType | None) -> None:
@@ -138,12 +138,12 @@ class TimedCheckpoint(Checkpoint):
     def _leave(self) -> None:
         self._between_steps = False
         for number, handler in self._handlers.items():
-            if signal.getsignal(number) == self._heed:  # after an interrupt, Lightning's is there
+            if signal.getsignal(number) == self._heed:  # after an interrupt, the handler is Lightning's
                 signal.signal(number, handler)
         self._handlers = {}
 
 
 def _is_lightning_s(number: signal.Signals) -> bool:
-    """Whether Lightning handles a signal; apart from SIGTERM that is the one by which SLURM announces a requeue."""
-    module: str | None = getattr(signal.getsignal(number), "__module__", None)  # of a function, or of an object's class
+    """Return whether Lightning handles a signal; apart from SIGTERM, that is SLURM's notice of a requeue."""
+    module: str | None = getattr(signal.getsignal(number), "__module__", None)  # of a function or a class
     return module is not None and module.split(".")[0] in ("lightning", "pytorch_lightning")

@@ -1,4 +1,4 @@
-"""Work in the middle of somebody's training that leaves its random and global state as they were."""
+"""Run code in the middle of a training without changing its random and global state."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning")
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Within, anything may draw random numbers and set PyTorch's switches; afterwards all is as before.
+    """Restore random states and PyTorch's global settings after the block, whatever the block does with them.
 
-    Restored are the random states of Python, NumPy and PyTorch on all devices, determinism, cuDNN's and matrix
-    products' precision, the modes of autograd, and signal handlers. Lightning's messages and warnings are kept quiet.
+    Restored are the random states of Python, NumPy and PyTorch on all devices, determinism, cuDNN's settings, the
+    precision of matrix products, the modes of autograd, and signal handlers. Messages of Lightning and all warnings are
+    suppressed.
 
     Example:
         >>> state = torch.get_rng_state()
@@ -50,7 +51,7 @@ def undisturbed() -> Iterator[None]:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         for number, handler in handlers.items():
-            # Handlers are of the main thread, and those that were not set from Python can't be set again.
+            # Handlers can only be set in the main thread, and one that was not set from Python can't be set again.
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
         torch.set_grad_enabled(gradients)
