@@ -1,4 +1,4 @@
-"""The command line: ``leakage demo``, ``leakage audit``, ``leakage fit`` and ``leakage evaluate``, a file for each."""
+"""The command line: ``leakage demo``, ``audit``, ``fit`` and ``evaluate``, one file for each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 
 def quiet() -> None:
-    """Silence Lightning's hints, which are about training and not about attacks."""
+    """Silence Lightning's hints, which are about training, not about attacks."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")

@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule, LightningModule
 
-# A class goes by its name alone once it is imported.
+# Once its module is imported, a class can be given by its name alone.
 from leakage import datamodules, defenses  # noqa: F401
 from leakage.audit import ATTACKS, THREAT_MODELS, Client
 from leakage.audit import audit as run_audit
@@ -36,7 +36,7 @@ _EXAMPLE = {
     "budget": "40s",
     "fail_above": '{"success_rate": 0.05}',
 }
-# Of a configuration, with what refuses a value that is out of range.
+# The options of a configuration, each with the check of its value.
 _CHECKS: dict[str, Callable[[Any], object] | None] = {
     "model": None,
     "checkpoint": None,
@@ -64,7 +64,7 @@ _CLIENT = [field.name for field in fields(Client)]
 
 
 def audit(arguments: Sequence[str]) -> None:
-    """Attack clients that train as your module does, and say what their updates give away."""
+    """Attack clients that train as your module does, and report what their updates give away."""
     quiet()
     try:
         given = _normalised(arguments)
@@ -100,7 +100,7 @@ def _refuse(reason: str) -> NoReturn:
 
 
 def _normalised(arguments: Sequence[str]) -> list[str]:
-    """With ``_`` in options, ``--fail_above a=1 b=2`` as one value, and what ``--example`` stands for."""
+    """Normalise arguments: ``_`` in options, one value for ``--fail_above a=1 b=2``, and ``--example`` written out."""
     given: list[str] = []
     limits: list[str] | None = None
     for argument in arguments:
@@ -134,7 +134,7 @@ def _normalised(arguments: Sequence[str]) -> list[str]:
 
 
 def _limits(words: Sequence[str]) -> str:
-    """Limits as JSON; a ``ValueError`` for what is none."""
+    """Convert words of the form ``metric=limit`` to JSON; raise a ``ValueError`` for any other word."""
     if len(words) == 1 and words[0].lstrip().startswith("{"):
         return words[0]
     limits = {}
@@ -153,36 +153,41 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="leakage audit",
         description=f"{audit.__doc__} Exit code: 0 within the limits (or none set), 1 exceeded, 2 an error or a failed "
-        "self-check, 3 inconclusive. An audit that was stopped goes on with the same command.",
+        "self-check, 3 inconclusive. Run the same command again to continue an audit that was stopped.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file of these options")
     parser.add_argument("--example", action="store_true", help="audit a LeNet on bundled images, in about a minute")
     parser.add_subclass_arguments(LightningModule, "model", required=False, help="your LightningModule")
-    parser.add_argument("--checkpoint", type=str | None, help="its weights, a checkpoint of Lightning's Trainer")
+    parser.add_argument("--checkpoint", type=str | None, help="checkpoint of Lightning's Trainer with the weights")
     parser.add_subclass_arguments(
         LightningDataModule, "data", required=False, help="your DataModule (default: the module's train_dataloader)"
     )
     parser.add_class_arguments(Client, "client", help="a client")
-    parser.add_argument("--clients", type=list[Client] | None, help="several clients, in a file: rows of one audit")
+    parser.add_argument("--clients", type=list[Client] | None, help="several clients in one audit, given in a file")
     add = parser.add_argument
-    add("--budget", type=str | float, default="10m", help="for all attacks (default: %(default)s)")
-    add("--fail_above", type=dict[str, float] | None, help="limits, as success_rate=0.05 identified=0.2")
-    add("--victims", type=int, default=100, help="of each client at most (default: %(default)s)")
-    add("--attacks", type=list[str] | None, help=f"only these (default: all that fit): {', '.join(ATTACKS)}")
+    add("--budget", type=str | float, default="10m", help="time for all attacks (default: %(default)s)")
+    add("--fail_above", type=dict[str, float] | None, help="limits, such as success_rate=0.05 identified=0.2")
+    add("--victims", type=int, default=100, help="maximum number per client (default: %(default)s)")
+    add("--attacks", type=list[str] | None, help=f"attacks to run (default: all that apply): {', '.join(ATTACKS)}")
     add("--threat_model", type=str, default="D", help="letter A to H of Carletti et al. 2025 (default: %(default)s)")
-    add("--update", type=str | None, help="a file with what a real client sent: audit this one")
-    add("--before", type=str | None, help="a file with the weights that it was given (default: the model's)")
-    add("--asserted", type=dict[str, str] | None, help="what else holds of the clients, by topic, in words")
-    add("--success_threshold", type=float, default=1e-3, help="MSE of a rebuilt image (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
-    add("--accelerator", type=str, default="cpu", help="of the attacks (default: %(default)s)")
+    add("--update", type=str | None, help="a file with the update of a real client, to be audited")
+    add("--before", type=str | None, help="a file with the weights before this update (default: the model's)")
+    add("--asserted", type=dict[str, str] | None, help="further statements about the clients, by topic, in words")
+    add(
+        "--success_threshold",
+        type=float,
+        default=1e-3,
+        help="MSE of a rebuilt image (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="seed of all random numbers (default: %(default)s)")
+    add("--accelerator", type=str, default="cpu", help="device of the attacks (default: %(default)s)")
     add("--output", type=str, default="audit", help="folder of the report (default: %(default)s)")
     return parser
 
 
 def _parse(given: Sequence[str]) -> dict[str, Any]:
-    """The arguments of :func:`leakage.audit.audit`, but for those that are of the command line."""
+    """Parse the arguments of :func:`leakage.audit.audit` from those of the command line."""
     parser = _parser()
     unknown = [
         word
@@ -198,15 +203,15 @@ def _parse(given: Sequence[str]) -> dict[str, Any]:
     try:
         config = parser.parse_args(list(given))
     except argparse.ArgumentError as error:
-        raise ValueError(own_words(error) or _told(str(error), given)) from error
+        raise ValueError(own_words(error) or _explain_in(str(error), given)) from error
     if config.get("model") is None:
         raise ValueError("Expected `--model` with the import path of your LightningModule, but got none.")
     try:
-        # As it is called since jsonargparse 4.49.
+        # `instantiate` is the name since jsonargparse 4.49.
         made = getattr(parser, "instantiate", parser.instantiate_classes)(config)
-    except Exception as error:  # of a user's constructor
+    except Exception as error:  # raised by a user's constructor
         raise ValueError(
-            own_words(error) or f"Expected `model`, `data` and clients that can be made, but got {_short(error)}"
+            own_words(error) or f"Expected `model`, `data` and clients that can be created, but got {_short(error)}"
         ) from error
     if made.clients and made.client != Client():
         raise ValueError("Expected either one client (`client`) or several (`clients`), but got both.")
@@ -226,8 +231,8 @@ def _top(word: str) -> str:
     return re.split(r"[.=]", word.removeprefix("--"))[0].removesuffix("+")
 
 
-def _told(message: str, given: Sequence[str]) -> str:
-    """An error of jsonargparse in one line, with that of the file where it is."""
+def _explain_in(message: str, given: Sequence[str]) -> str:
+    """Turn an error of jsonargparse into one line, with the line of the configuration file that it concerns."""
     reason = explain(message)
     for name, kind, example in _NAMED:
         if reason.startswith(f"Expected `--{name}` to be"):
@@ -238,16 +243,16 @@ def _told(message: str, given: Sequence[str]) -> str:
             )
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
     place = _place(key[1].partition(".")[0], given) if key else ""
-    return f"{reason}{place}" if reason.startswith("Expected") else f"Expected other options, but got: {reason}{place}"
+    return f"{reason}{place}" if reason.startswith("Expected") else f"Expected valid options, but got: {reason}{place}"
 
 
 def _why_not(path: str, kind: str) -> str:
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module or path), name)
-    except Exception as error:  # of a user's module
+    except Exception as error:  # raised by a user's module
         return f": {_short(error)}".rstrip(".")
-    return "" if isinstance(found, type) else f", which is no {kind}"
+    return "" if isinstance(found, type) else f", which is not a {kind}"
 
 
 def _short(error: Exception) -> str:
@@ -264,17 +269,17 @@ def _place(key: str, given: Sequence[str]) -> str:
 
 
 def _load(module: LightningModule, path: Path) -> None:
-    """Weights of a checkpoint; no code of it is run."""
+    """Load the weights of a checkpoint; code in the file is never run."""
     wanted = f"Expected `checkpoint` with the weights of {type(module).__name__}, but got '{path}'"
     if not path.is_file():
         raise ValueError(f"{wanted}: no such file.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a broken file raises depends on where it is broken
-        raise ValueError(f"{wanted}: it is truncated, of another kind, or holds code.") from error
+    except Exception as error:  # the type of error depends on where the file is broken
+        raise ValueError(f"{wanted}: it is truncated, of another kind, or contains code.") from error
     weights = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping):
-        raise ValueError(f"{wanted}: it holds no weights.")
+        raise ValueError(f"{wanted}: it contains no weights.")
     try:
         module.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
@@ -289,12 +294,12 @@ def _configs(given: Sequence[str]) -> list[Path]:
     named += [word.removeprefix("--config=") for word in given if word.startswith("--config=")]
     paths = [Path(name) for name in named]
     if missing := [path for path in paths if not path.is_file()]:
-        raise ValueError(f"Expected `--config` to be a YAML file, but got '{missing[0]}', which is none.")
+        raise ValueError(f"Expected `--config` to be a YAML file, but got '{missing[0]}', which is not a file.")
     return paths
 
 
 def _check_file(path: Path) -> None:
-    """Raise a ``ValueError`` that tells the line of what is unknown or out of its range."""
+    """Raise a ``ValueError`` that names the line of an option that is unknown or out of range."""
     check_config(path)
     node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
@@ -329,7 +334,7 @@ def _check_client(node: yaml.MappingNode, path: Path) -> None:
                 )
         if name.value != "defenses":
             values[name.value] = _plain(value)
-    # Where one alone is out of range its own line is told, else that of the client.
+    # An option that is out of range by itself is reported with its own line, any other error with the client's line.
     for name, _ in node.value:
         if name.value in ("images", "epochs", "reveal_labels", "reveal_learning_rate", "name") and name.value in values:
             with _Line(path, name):
@@ -339,7 +344,7 @@ def _check_client(node: yaml.MappingNode, path: Path) -> None:
 
 
 class _Line:
-    """Adds the line of a node to an error within."""
+    """Context manager that adds the line of a node to the message of an error."""
 
     def __init__(self, path: Path, node: yaml.Node) -> None:
         self.place = f"It is in line {node.start_mark.line + 1} of '{path}'."

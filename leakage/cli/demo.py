@@ -1,4 +1,4 @@
-"""``leakage demo``: three attacks side by side on the bundled sample."""
+"""``leakage demo``: three attacks on the bundled sample, side by side."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from leakage.files.whole import check_output
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """DLG, iDLG and Gauss-Newton side by side on the bundled sample of FashionMNIST test images."""
+    """Compare DLG, iDLG and Gauss-Newton on the bundled sample of FashionMNIST test images."""
     parser = argparse.ArgumentParser(
         prog="leakage demo",
-        description=f"{demo.__doc__} Files of an earlier demo in the same folder are replaced.",
+        description=f"{demo.__doc__} It replaces the files of an earlier demo in the same folder.",
     )
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for results (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo"), help="folder of the results (default: %(default)s)"
+    )
     parser.add_argument("--victims", type=int, default=64, help="number of victims, 1 to 1000 (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: %(default)s)")
     given = parser.parse_args(arguments)
     started = time.monotonic()
     quiet()
@@ -52,7 +54,7 @@ def demo(arguments: Sequence[str]) -> None:
         write_overview(given.output, rows, victims)
         write_page(given.output, rows, victims, FILES)
     except (KeyboardInterrupt, SystemExit):
-        # Each attack has its folder, with what was done when the interrupt came.
+        # The folder of each attack holds the results up to the interrupt.
         begun = [str(given.output / name) for name in compared if (given.output / name / "victims.csv").is_file()]
         print(f"\nPartial results: {', '.join(begun) or 'none yet'}", file=sys.stderr)
         raise
@@ -61,5 +63,5 @@ def demo(arguments: Sequence[str]) -> None:
     print(f"\n{format_table(rows)}\n")
     for name in FILES:
         print(given.output / name)
-    print(f"{given.output / PAGE}: all of this on one page, and what to do next")
+    print(f"{given.output / PAGE}: all results on one page, and what to do next")
     print(f"{time.monotonic() - started:.0f} s")

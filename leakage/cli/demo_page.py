@@ -1,4 +1,4 @@
-"""``index.html`` of ``leakage demo``: its pictures and figures on one page, and what to do next."""
+"""``index.html`` of ``leakage demo``: pictures and figures on one page, and what to do next."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from leakage.files.text import write_text
 from leakage.plots import INK, PALE, as_power
 
 PAGE = "index.html"
-# Stands for the colour of the page until the picture is part of it.
+# A placeholder for the page's background colour in the picture.
 _GROUND = "#fdfcfb"
 
 
 def write_page(folder: Path, rows: Sequence[Row], victims: VictimDataModule, files: Sequence[str]) -> None:
-    """Write the page, which needs no other file and no network.
+    """Write the page, which is a single file and needs no network.
 
     Args:
-        folder: of the demo, with its files.
+        folder: the folder of the demo, with its files.
         rows: the figures of each attack.
-        victims: who was attacked.
-        files: further files in ``folder``, to be named on the page.
+        victims: the attacked victims.
+        files: other files in ``folder`` to link to.
 
     Raises:
-        OSError: it can't be written.
+        OSError: the page can't be written.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here: `leakage demo --help` needs none of it
+    # Imported here, since `leakage demo --help` does not need it.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
@@ -59,7 +60,7 @@ def _written(name: str) -> str:
 
 
 def _picture(image: Tensor) -> str:
-    """A data URI of an image (C, H, W), values outside [0, 1] clipped, one channel in grey."""
+    """Return a data URI of an image (C, H, W); values outside [0, 1] are clipped, and one channel is grey."""
     pixels = (image.detach().cpu().clamp(0, 1).nan_to_num() * 255).round().byte()
     file = io.BytesIO()
     Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
@@ -67,7 +68,7 @@ def _picture(image: Tensor) -> str:
 
 
 def _as_svg(figure: Figure) -> str:
-    """The figure in the colours of the page around it, light or dark."""
+    """Return the figure as SVG in the colours of the page around it, light or dark."""
     for axes in figure.axes:
         axes.patch.set_visible(False)
         axes.tick_params(colors=INK, which="both")

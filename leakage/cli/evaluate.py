@@ -1,4 +1,4 @@
-"""``leakage evaluate``: what a saved synthetic set is worth."""
+"""``leakage evaluate``: the test accuracy of networks trained on a saved synthetic set."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from leakage.datamodules import DATASETS, LABELLED_DATASETS, LabelledImages
 from leakage.datamodules.benchmarks import BENCHMARKS
 from leakage.models import NETWORKS
 
-# Of an evaluation that the set has no record of.
+# The options of an evaluation that the set has no record of.
 _DEFAULTS = {"network": "convnet", "networks": 10, "epochs": None, "seed": 0, "precision": "32-true"}
 
 
 def evaluate(arguments: Sequence[str]) -> None:
     """Train new networks on a saved synthetic set and test them on the real test images of its data set.
 
-    Where the set has a record of what it scored, that is done again and compared with it.
+    If the set has a record of its score, the evaluation is repeated with the recorded options and compared.
     """
     parser = _parser()
     given = parser.parse_args(arguments)
@@ -61,42 +61,42 @@ def _run(name: str, given: argparse.Namespace, synthetic: SyntheticSet, data: La
 
 
 def _compare(accuracies: Tensor, score: Score) -> str:
-    """The accuracies of networks that are trained in the same way, beside the recorded ones."""
+    """Compare the accuracies of networks trained in the same way with the recorded ones, in words."""
     pairs = list(zip(accuracies.tolist(), score.accuracies, strict=False))
     furthest = max(abs(one - other) for one, other in pairs)
     count = f"{len(pairs)} network{'s' * (len(pairs) > 1)}"
-    return f"the same for {count}" if furthest == 0 else f"{count} up to {100 * furthest:.2f} % from it"
+    return f"the same for {count}" if furthest == 0 else f"{count} differ by up to {100 * furthest:.2f} %"
 
 
 def _data(given: argparse.Namespace, synthetic: SyntheticSet) -> LabelledImages:
     if not (given.dataset or synthetic.dataset):
         raise ValueError("Expected `--dataset` for a set that does not name its data set, but got none.")
     dataset = given.dataset or synthetic.dataset
-    # A folder may hold what has a name of its own.
+    # A folder may contain a benchmark that the set knows by name.
     benchmark = synthetic.dataset if synthetic.dataset in BENCHMARKS and dataset not in DATASETS else None
     return LabelledImages(dataset, root=given.root, image_size=given.image_size, benchmark=benchmark)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="leakage evaluate", description=evaluate.__doc__)
-    parser.add_argument("file", type=Path, help="a synthetic.safetensors")
+    parser.add_argument("file", type=Path, help="a synthetic.safetensors file")
     parser.add_argument(
         "--dataset",
         help=f"one of {', '.join(LABELLED_DATASETS)}, or a folder of images in ImageFolder layout (default: the set's)",
     )
-    parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
     parser.add_argument(
         "--evaluation",
         nargs="+",
         choices=EVALUATIONS,
         default=["dc"],
-        help="that of Dataset Condensation (dc) or that with siamese augmentation (dsa) (default: dc)",
+        help="that of Dataset Condensation (dc), or with siamese augmentation (dsa) (default: dc)",
     )
     recorded = "default: as recorded, else {}".format
     parser.add_argument("--network", choices=tuple(NETWORKS), help=recorded("convnet"))
-    parser.add_argument("--networks", type=int, help=f"how many are trained ({recorded(10)})")
-    parser.add_argument("--epochs", type=int, help=f"of each ({recorded('300, or 1,000 with augmentation')})")
-    parser.add_argument("--precision", choices=PRECISIONS, help=f"of their training ({recorded('32-true')})")
-    parser.add_argument("--seed", type=int, help=f"of the networks ({recorded(0)})")
+    parser.add_argument("--networks", type=int, help=f"number of networks to train ({recorded(10)})")
+    parser.add_argument("--epochs", type=int, help=f"training epochs ({recorded('300, or 1,000 with augmentation')})")
+    parser.add_argument("--precision", choices=PRECISIONS, help=f"precision of the training ({recorded('32-true')})")
+    parser.add_argument("--seed", type=int, help=f"seed of the networks ({recorded(0)})")
     return parser

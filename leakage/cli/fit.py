@@ -1,4 +1,4 @@
-"""``leakage fit``: any attack on any victims, or any condensation, on LightningCLI."""
+"""``leakage fit``: run any attack on any victims, or any condensation, with LightningCLI."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import nn
 
-# A class goes by its name alone once it is imported.
+# Once its module is imported, a class can be given by its name alone.
 from leakage import attacks, datamodules, models  # noqa: F401
 from leakage.callbacks.results import ResultsCallback
 from leakage.cli import quiet
@@ -26,17 +26,17 @@ from leakage.cli.refusals import explain, one_line, own_words
 from leakage.condensation import Condensation
 from leakage.files.checkpoints import WholeCheckpointIO
 
-# Of a configuration: those that are written by hand have fewer than a hundred.
+# Limit of the values in a configuration; hand-written ones have fewer than a hundred.
 _MOST_VALUES = 10_000
 
-# What `leakage fit` runs with unless `trainer.callbacks` says otherwise.
+# The callbacks of `leakage fit` unless `trainer.callbacks` says otherwise.
 _CALLBACKS: list[dict[str, Any]] = [
     {"class_path": "leakage.callbacks.AttackProgressBar"},
     {"class_path": "leakage.callbacks.VictimTable"},
     {"class_path": "leakage.callbacks.Gallery"},
     {"class_path": "leakage.callbacks.TimedCheckpoint"},
 ]
-# The same where the model is a condensation.
+# The callbacks if the model is a condensation.
 _CONDENSATION_CALLBACKS = [
     {"class_path": "leakage.callbacks.CondensationProgressBar"},
     {"class_path": "leakage.callbacks.SyntheticImages"},
@@ -44,7 +44,7 @@ _CONDENSATION_CALLBACKS = [
 ]
 _TRAINER = {
     "max_epochs": 1,
-    # Optimizer's passes between two points of the curves `val/*`; nothing where there is no ground truth.
+    # Number of training steps between two points of the `val/*` curves, which need ground truth.
     "val_check_interval": 50,
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
@@ -53,32 +53,32 @@ _TRAINER = {
 
 
 class LeakageCLI(LightningCLI):
-    """LightningCLI with the one thing to do with an attack or a condensation: ``fit``."""
+    """A LightningCLI with a single subcommand, ``fit``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Only ``fit``: there is no separate validation, test or prediction."""
+        """Return ``fit`` only: there is no separate validation, test or prediction."""
         return {"fit": LightningCLI.subcommands()["fit"]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give the callbacks as defaults, so that a configuration can replace them."""
+        """Set the callbacks as defaults, so that a configuration can replace them."""
         parser.set_defaults({"trainer.callbacks": _CALLBACKS})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuse a seed that numpy does not take."""
+        """Parse the arguments and refuse a seed that NumPy does not accept."""
         super().parse_arguments(parser, args)
         seed = self.config[self.config.subcommand].seed_everything
         if isinstance(seed, int) and not 0 <= seed < 2**32:
             raise ValueError(f"Expected `seed_everything` from 0 to {2**32 - 1}, but got {seed}.")
 
     def before_instantiate_classes(self) -> None:
-        """Replace the callbacks that are there by default with those of a condensation, where the model is one."""
+        """If the model is a condensation, replace the default callbacks with those of a condensation."""
         config = self.config[self.config.subcommand]
         module, _, name = config.model.class_path.rpartition(".")
         model = getattr(importlib.import_module(module), name)
         if not isinstance(model, type) or not issubclass(model, Condensation):
             return
-        # Its steps take long, and there may be only a few.
+        # The steps of a condensation are long, and there may be only a few.
         config.trainer.log_every_n_steps = config.trainer.log_every_n_steps or 1
         default = [entry["class_path"] for entry in _CALLBACKS]
         given = config.trainer.callbacks or []
@@ -90,10 +90,10 @@ class LeakageCLI(LightningCLI):
             config.trainer.callbacks = [*fitting, *given[len(default) :]]
 
     def instantiate_classes(self) -> None:
-        """Put the clients' network into evaluation mode, which a configuration has no other way to ask for.
+        """Create the objects and put the clients' network into evaluation mode, for which there is no option.
 
         Raises:
-            MisconfigurationException: arguments that a class refuses; nothing has been run.
+            MisconfigurationException: a class refuses its arguments. Nothing has been run.
         """
         try:
             super().instantiate_classes()
@@ -104,13 +104,14 @@ class LeakageCLI(LightningCLI):
             model.eval()
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning's own would take class and options from the file, which may be anybody's; told apart later on.
+        # Lightning's own method would take class and options from the file, which is not trusted. They are compared
+        # later.
         path = self.config[self.config.subcommand].ckpt_path
         if path is not None:
             WholeCheckpointIO().load_checkpoint(path)
 
     def after_fit(self) -> None:
-        """Tell where the results are."""
+        """Print where the results are."""
         if not self.trainer.is_global_zero:
             return
         callbacks = getattr(self.trainer, "callbacks", [])
@@ -136,7 +137,7 @@ def fit(arguments: Sequence[str]) -> None:
             seed_everything_default=False,
             save_config_kwargs={"overwrite": True},
             trainer_defaults=_TRAINER,
-            # Its own way to tell an error is to print the hundreds of options before it.
+            # By default, it prints hundreds of options before the error.
             parser_kwargs={"prog": "leakage", "exit_on_error": False, "fit": {"exit_on_error": False}},
             auto_configure_optimizers=False,
             args=["fit", *arguments],
@@ -148,7 +149,7 @@ def fit(arguments: Sequence[str]) -> None:
     except (OSError, MisconfigurationException) as error:
         _refuse(one_line(str(error)))
     except ValueError as error:
-        # The library's own words for bad input; all else keeps its traceback.
+        # Only errors of this library about bad input become one line; all others keep their traceback.
         reason = own_words(error)
         if reason is None:
             raise
@@ -167,15 +168,15 @@ def _configs(arguments: Sequence[str]) -> list[Path]:
 
 
 def check_config(path: Path) -> None:
-    """Raise a ``ValueError`` unless a configuration is YAML of a size and depth that the parser can cope with.
+    """Raise a ``ValueError`` unless a configuration is YAML of a size and depth that the parser can handle.
 
-    Anchors let a few lines stand for billions of values, or for one within itself.
+    With anchors, a few lines can stand for billions of values, or contain themselves.
     """
     sizes: dict[int, float] = {}
 
     def unfolded(node: yaml.Node) -> float:
         if id(node) not in sizes:
-            sizes[id(node)] = math.inf  # what it is as long as it is found within itself
+            sizes[id(node)] = math.inf  # the size of a node that contains itself
             parts = itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
             sizes[id(node)] = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(map(unfolded, parts))
         return sizes[id(node)]
@@ -188,7 +189,7 @@ def check_config(path: Path) -> None:
         raise ValueError(f"Expected YAML in '{path}', but got: {reason}") from error
     if size > _MOST_VALUES:
         raise ValueError(
-            f"Expected at most {_MOST_VALUES} values in '{path}', but got {size:.0f}, most by its anchors."
+            f"Expected at most {_MOST_VALUES} values in '{path}', but got {size:.0f}, most of them from anchors."
         )
     if not isinstance(node, yaml.MappingNode):
         raise ValueError(f"Expected options and their values in '{path}', but got none.")

@@ -1,4 +1,4 @@
-"""What ``leakage fit --help`` tells: the classes that there are, or the options of one of them."""
+"""The text of ``leakage fit --help``: the available classes, or the options of one of them."""
 
 from __future__ import annotations
 
@@ -22,28 +22,31 @@ _USAGE = """usage: leakage fit --model CLASS --data CLASS [OPTION VALUE] ...
 Run an attack on victims, or condense a data set, with Lightning's Trainer.
 """
 _OPTIONS = """options:
-  --model CLASS            one of the above, or an import path of your own
+  --model CLASS            one of the above, or the import path of your own class
   --model.OPTION VALUE     an option of that class
   --data CLASS, --data.OPTION VALUE, --trainer.OPTION VALUE
-                           likewise; the trainer is always Lightning's Trainer
-  --config FILE            all of this from YAML; options after it override it
-  --ckpt_path FILE         go on from a checkpoint
-  --seed_everything SEED   Lightning's; attacks and data have a `seed` as well
-  --print_config           print the configuration, and run nothing
+                           the same for data and trainer; the trainer is always Lightning's
+  --config FILE            read these options from YAML; options after it override it
+  --ckpt_path FILE         resume from a checkpoint
+  --seed_everything SEED   Lightning's global seed; attacks and data also have a `seed`
+  --print_config           print the configuration and exit
 
 The options of one class:
   leakage fit --model IDLGAttack --help
   leakage fit --data Victims --help
   leakage fit --trainer.help
 """
-# A line of the list of options begins its text here, as argparse has it.
+# The column of the help texts in argparse's list of options.
 _INDENT = 24
-# At most, in a wider terminal.
+# The maximum width of a line.
 _WIDTH = 100
 
 
 def help_asked_for(arguments: Sequence[str]) -> str | None:
-    """The help that the arguments ask for, as none at all do; None where they ask for none, or for an unknown class."""
+    """Return the help that the arguments ask for (no arguments ask for help, too), or None.
+
+    The result is also None for the help of an unknown class.
+    """
     if "--trainer.help" in arguments:
         return _options_of(Trainer, "trainer")
     if arguments and not any(argument in _HELP for argument in arguments):
@@ -60,7 +63,7 @@ def help_asked_for(arguments: Sequence[str]) -> str | None:
 
 
 def _value(option: str, arguments: Sequence[str]) -> str | None:
-    """What an option is given as, in either way to write it."""
+    """Return the value of an option, written with a space or ``=``."""
     for at, argument in enumerate(arguments):
         if argument.startswith(f"{option}="):
             return argument.partition("=")[2]
@@ -101,19 +104,19 @@ def _line(kind: type, width: int) -> str:
 
 
 def _options_of(kind: type, key: str) -> str:
-    """The options of a class, from its signature and docstring."""
+    """Format the options of a class, from its signature and docstring."""
     parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     parser.add_class_arguments(kind, key, fail_untyped=False, sub_configs=True)
-    # jsonargparse lists every class that is imported, of torch too, and has no way to ask for fewer.
+    # jsonargparse lists every imported class, including those of torch, and can't be asked for fewer.
     text = re.sub(r",?\s+known\s+subclasses:([^)]*)\)", _known_here, parser.format_help())
-    # Above is the title of the only group, and that all of them can be given as a file.
+    # Drop what is above: the title of the only group, and a note that all options can be given as a file.
     _, _, options = text.partition("configuration file.\n")
     summary = _summary(kind)
     return f"{kind.__name__}{summary and ': '}{summary}\n\n{_plain(options)}"
 
 
 def _known_here(listed: re.Match[str]) -> str:
-    """The classes of this library that a user is meant to name, in place of all that there are."""
+    """List the classes of this library that users can name, instead of all subclasses."""
     paths = "".join(listed[1].split()).split(",")
     public: list[type] = [imported(path) for path in paths if re.fullmatch(r"leakage\.\w+\.\w+", path)]
     if "torch.nn.Module" in paths:
@@ -136,5 +139,5 @@ def _columns() -> int:
 
 
 def _plain(text: str) -> str:
-    """The same without the marks of docstrings."""
+    """Remove the markup of docstrings."""
     return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")

@@ -1,4 +1,4 @@
-"""What ``leakage fit`` refuses, in one line: jsonargparse lists all that it has tried, but no option that there is."""
+"""Errors of ``leakage fit`` in one line; jsonargparse lists all that it has tried, but not the valid options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from leakage.models import NETWORKS
 
-# In the words of all versions of jsonargparse that the library runs with.
+# Patterns for the messages of all supported versions of jsonargparse.
 _PROBLEM = r"Problem with given class_path '([\w.]+)':\s+(?:Validation failed: )?"
 _UNKNOWN_OPTION = re.compile(_PROBLEM + r"(?:Option|Key) '([\w.]+)' is not")
 _UNKNOWN_TRAINER_OPTION = re.compile(r"(?:does not accept (?:option|nested key) '|arguments: --)trainer\.(\w+)")
@@ -26,21 +26,21 @@ _MISSING_KEYS = re.compile(r"^the following arguments are required: ((?:fit\.\w+
 _MISSING_OPTION = re.compile(
     _PROBLEM + r"(?:Key \"([\w.]+)\" is required|the following arguments are required: (.*)$)", re.MULTILINE
 )
-# The innermost comes last, and what is wrong with it follows.
+# The innermost key comes last, followed by what is wrong with it.
 _BAD_VALUE = re.compile(rf"""(?:{_PROBLEM}|^)Parser key "([\w.]+)":""", re.MULTILINE)
 _GIVEN = re.compile(r"(?:Given value: |Got value: )(.*)$", re.MULTILINE)
 _NO_SUCH_CLASS = re.compile(_PROBLEM + r"(?:module|No module)|dot import path string: (.*)$", re.MULTILINE)
 _ANOTHER_CLASS = re.compile(
     "not correspond to a subclass|Not a valid subclass|not implement protocol|Expected an instantiatable class"
 )
-# What may stand in a configuration.
+# The keys of a configuration.
 _KEYS = ("ckpt_path", "data", "model", "seed_everything", "trainer")
-# Types whose values are written as they are.
+# Types whose values need no quotes.
 _PLAIN = ("builtins", "collections", "datetime", "numbers", "os", "pathlib", "types", "typing")
 
 
 def explain(message: str) -> str:
-    """An error of jsonargparse in one line, with the options or the classes that there are."""
+    """Turn an error of jsonargparse into one line that lists the valid options or classes."""
     if unknown := _UNKNOWN_OPTION.search(message):
         return _expected_option(imported(unknown[1]), unknown[2])
     if unknown := _UNKNOWN_TRAINER_OPTION.search(message):
@@ -59,22 +59,22 @@ def explain(message: str) -> str:
 
 
 def own_words(error: Exception) -> str | None:
-    """The message of an error of this library, also where jsonargparse quotes it in a list of what it tried."""
+    """Return the message of an error of this library, also if jsonargparse quotes it in a list of its attempts."""
     if str(error).startswith("Expected "):
         return one_line(str(error))
     lines = [line.strip() for line in str(error).splitlines()]
-    # jsonargparse too has lines that begin with "- Expected", but none that go on "but got".
+    # jsonargparse also has lines that begin with "- Expected", but none that continue with "but got".
     quoted = [line for line in lines if line.startswith("- Expected ") and ", but got " in line]
     return quoted[0].removeprefix("- ") if quoted else None
 
 
 def one_line(message: str) -> str:
-    """The same words without breaks."""
+    """Join the lines of a message."""
     return " ".join(message.split())
 
 
 def is_abstract(kind: object) -> bool:
-    """Whether a class has methods that its subclasses are to write; `inspect.isabstract` sees only ABCMeta's."""
+    """Return whether a class has abstract methods; `inspect.isabstract` only works for classes of ABCMeta."""
     return any(getattr(getattr(kind, name, None), "__isabstractmethod__", False) for name in dir(kind))
 
 
@@ -85,7 +85,7 @@ def _expected_option(owner: type, option: str) -> str:
 
 
 def _expected_value(class_path: str | None, key: str, reason: str, given: str) -> str:
-    """What an option takes, a class or a value of a type; ``class_path`` is whose it is, the Trainer's without one."""
+    """Say what an option takes, a class or a value of a type; without ``class_path``, it is the Trainer's."""
     name = key.rpartition(".")[2]
     owner = imported(class_path) if class_path else Trainer
     option = f"`{name}` of {owner.__name__}" if class_path else f"`--{key}`"
@@ -106,18 +106,18 @@ def _expected_value(class_path: str | None, key: str, reason: str, given: str) -
             f"but got {got!r}."
         )
     if not written:
-        return f"Expected another value of {option}, but got {given!r}: {one_line(reason).rstrip('.')}."
+        return f"Expected a valid value of {option}, but got {given!r}: {one_line(reason).rstrip('.')}."
     return f"Expected {option} as {written}, but got {given!r}."
 
 
 def _constructor(owner: type, name: str) -> typing.Any:
-    """What takes an option: the constructor of a class, or of one further up that it hands the option on to."""
+    """Return the constructor that takes an option: that of the class, or of a base class that it is passed on to."""
     constructors = (vars(kind)["__init__"] for kind in owner.__mro__ if "__init__" in vars(kind))
     return next((one for one in constructors if name in inspect.signature(one).parameters), None)
 
 
 def _written(owner: type, name: str) -> str:
-    """The type of an option as it stands in the code; nothing where there is none."""
+    """Return the type of an option as written in the code; empty without one."""
     constructor = _constructor(owner, name)
     annotation = inspect.signature(constructor).parameters[name].annotation if constructor else inspect.Parameter.empty
     if annotation is inspect.Parameter.empty:
@@ -126,10 +126,10 @@ def _written(owner: type, name: str) -> str:
 
 
 def _classes(owner: type, name: str) -> tuple[type, ...]:
-    """The classes whose subclasses an option takes."""
+    """Return the classes whose subclasses an option takes."""
     try:
         hint = typing.get_type_hints(_constructor(owner, name)).get(name)
-    except (NameError, TypeError):  # a name that only type checkers import
+    except (NameError, TypeError):  # a name imported for type checking only
         return ()
     found, left = [], [hint]
     while left:
@@ -141,7 +141,7 @@ def _classes(owner: type, name: str) -> tuple[type, ...]:
 
 
 def known(bases: tuple[type, ...]) -> list[type]:
-    """The library's own subclasses that a user is meant to name: what its rooms hold."""
+    """Return the public subclasses in this library."""
     if bases == (nn.Module,):
         return [*NETWORKS.values()]
     rooms = [room for name, room in list(sys.modules.items()) if re.fullmatch(r"leakage\.\w+", name)]
@@ -158,14 +158,14 @@ def known(bases: tuple[type, ...]) -> list[type]:
 
 
 def imported(class_path: str) -> type:
-    """The class that an import path names."""
+    """Return the class at an import path."""
     module, _, name = class_path.rpartition(".")
     kind: type = getattr(importlib.import_module(module), name)
     return kind
 
 
 def listed(names: Iterable[str], given: str) -> str:
-    """Names in their order, with a hint at one that is like what was given."""
+    """List names in their order, with a hint if one is similar to ``given``."""
     names = sorted(set(names))
     close = difflib.get_close_matches(given, names, 1)
     return ", ".join(names) + (f" (did you mean `{close[0]}`?)" if close else "")

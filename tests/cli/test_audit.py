@@ -98,7 +98,7 @@ def test_weights_are_those_of_a_checkpoint(capsys: pytest.CaptureFixture[str]) -
         ("", "Expected `--model` with the import path of your LightningModule, but got none."),
         ("--modle x", "(did you mean `model`?), but got `--modle`."),
         ("--model no_such.Module", "No module named 'no_such'."),
-        ("--model json.loads", "but got 'json.loads', which is no LightningModule."),
+        ("--model json.loads", "but got 'json.loads', which is not a LightningModule."),
         ("--model leakage.audit.example.ExampleModule", "Expected `data`, or a module with a `train_dataloader`"),
         ("--model leakage.audit.example.ExampleModule --model.rate 3", "Expected an option of ExampleModule"),
         ("--example --data leakage.models.LeNet", "Expected `--data` as the import path of your LightningDataModule"),
@@ -110,7 +110,7 @@ def test_weights_are_those_of_a_checkpoint(capsys: pytest.CaptureFixture[str]) -
         ("--example --budget 0m", "Expected `budget` as seconds above 0"),
         ("--example --checkpoint none.ckpt", "but got 'none.ckpt': no such file."),
         ("--example --update none.safetensors", "none.safetensors"),
-        ("--config none.yaml", "Expected `--config` to be a YAML file, but got 'none.yaml', which is none."),
+        ("--config none.yaml", "Expected `--config` to be a YAML file, but got 'none.yaml', which is not a file."),
     ],
 )
 def test_refuses_arguments_in_one_line(capsys: pytest.CaptureFixture[str], arguments: str, said: str) -> None:

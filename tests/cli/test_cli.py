@@ -114,7 +114,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for row in rows:
         assert row["success_rate"] == 1.0, row["method"]
         assert row["mse_median"] < 1e-3
-    assert f"{Path('out') / PAGE}: all of this on one page" in said.out
+    assert f"{Path('out') / PAGE}: all results on one page" in said.out
     check_page((tmp_path / "out" / PAGE).read_text(encoding="utf-8"))
     # No terminal here: no flood of the bar's updates, and no warnings.
     assert len(said.out) < 5000

@@ -149,7 +149,7 @@ def test_evaluate_tells_how_far_it_is_from_the_record(capsys: pytest.CaptureFixt
     accuracies = (score.accuracies[0], score.accuracies[1] + 0.02)
     replace(synthetic, recipe=synthetic.recipe.with_score(replace(score, accuracies=accuracies))).save(recorded)
     main(["evaluate", recorded, "--evaluation", "dsa"])
-    assert capsys.readouterr().out.splitlines()[1].endswith(", 2 networks up to 2.00 % from it")
+    assert capsys.readouterr().out.splitlines()[1].endswith(", 2 networks differ by up to 2.00 %")
 
 
 def test_evaluate_takes_a_folder_that_holds_the_data_set(
