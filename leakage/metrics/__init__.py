@@ -1,4 +1,4 @@
-"""Scores of reconstructions, per image, matched one-to-one, and of labels; over victims with confidence intervals."""
+"""Scores of reconstructions (matched one-to-one) and of labels, per image and over victims with intervals."""
 
 from leakage.metrics.baselines import baseline_guesses, below_baseline, identified
 from leakage.metrics.estimates import (

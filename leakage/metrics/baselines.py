@@ -1,4 +1,4 @@
-"""Guesses that look at no gradient, and whether a reconstruction tells its own image from others."""
+"""Guesses that do not use the gradient, and a test whether a reconstruction identifies its image."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from leakage.precision import full_precision
 @torch.no_grad()
 @full_precision()
 def baseline_guesses(images: Tensor, public: Tensor | None = None) -> dict[str, Tensor]:
-    r"""What somebody would guess who sees no gradient; a reconstruction that scores less has found nothing.
+    r"""Make guesses that do not use the gradient; a reconstruction that scores no better has found nothing.
 
     =============== ============================================================================================
     name            guess for a private image x
     =============== ============================================================================================
     ``grey``        0.5 everywhere
-    ``mean_colour`` the mean of each channel of x itself: all that is right is the colour, which nobody told
+    ``mean_colour`` the mean of each channel of x: only the colour is right, and an attacker does not know it
     ``mean_image``  the mean of the public images
-    ``nearest``     the public image with the least MSE to x: the best that could be picked, knowing x
+    ``nearest``     the public image with the smallest MSE to x: the best choice if x were known
     =============== ============================================================================================
 
-    ``mean_colour`` and ``nearest`` know the truth; they say how much of a score needs no detail, or none of this image.
-    Each guess is scored by :func:`~leakage.metrics.score`, as a reconstruction is.
+    ``mean_colour`` and ``nearest`` use the truth. They show how much of a score needs no detail, or none of this image.
+    Score each guess with :func:`~leakage.metrics.score`, like a reconstruction.
 
     Args:
         images: ``(V, N, C, H, W)``, the private images, in [0, 1].
-        public: ``(M, C, H, W)``, in [0, 1], images of the same kind that are none of these; without them there is no
+        public: ``(M, C, H, W)``, in [0, 1], images of the same kind without the private ones. If None, there is no
             ``mean_image`` and no ``nearest``.
 
     Returns:
-        By name, each ``(V, N, C, H, W)``.
+        The guesses by name, each ``(V, N, C, H, W)``.
 
     Raises:
-        ValueError: shapes that don't fit, or whole numbers instead of floats.
+        ValueError: the shapes do not match, or the images are not floating-point.
 
     References:
         Geiping et al., *Inverting Gradients*, NeurIPS 2020, https://arxiv.org/abs/2003.14053, for the scale: a grey
@@ -64,24 +64,24 @@ def baseline_guesses(images: Tensor, public: Tensor | None = None) -> dict[str, 
 @torch.no_grad()
 @full_precision()
 def identified(reconstructed: Tensor, images: Tensor, others: Tensor, features: nn.Module | None = None) -> Tensor:
-    r"""Whether a reconstruction is closer to its own private image than to any of M others: could it be told apart?
+    r"""Return whether each reconstruction is closer to its own private image than to any of M other images.
 
     .. math:: \lVert \phi(\hat x) - \phi(x) \rVert < \min_m \lVert \phi(\hat x) - \phi(o_m) \rVert
 
-    with the pixels, or the features :math:`\phi` of a network. A guess that knows nothing is right once in M + 1 times.
+    where :math:`\phi` are the pixels, or the features of a network. A random guess succeeds once in M + 1 times.
 
     Args:
         reconstructed: ``(V, N, C, H, W)``, any values, in the order of ``images`` (:func:`~leakage.metrics.match`).
         images: ``(V, N, C, H, W)``, the private images.
-        others: ``(M, C, H, W)``, images of the same kind; none of them may be a private one.
-        features: images ``(B, C, H, W)`` to ``(B, ...)``; None for the pixels themselves. Run as it is given: call
-            ``eval()`` before.
+        others: ``(M, C, H, W)``, images of the same kind, none of which may be a private image.
+        features: a module from images ``(B, C, H, W)`` to ``(B, ...)``, or None for the pixels. Its mode is not
+            changed: call ``eval()`` first.
 
     Returns:
-        ``(V, N)`` bool; False where the reconstruction is no number.
+        ``(V, N)`` bool; False if the reconstruction contains NaN.
 
     Raises:
-        ValueError: shapes that don't fit, whole numbers instead of floats, or no others.
+        ValueError: the shapes do not match, the images are not floating-point, or ``others`` is empty.
 
     Example:
         >>> images, others = torch.rand(2, 1, 3, 8, 8), torch.rand(100, 3, 8, 8)
@@ -104,7 +104,7 @@ def identified(reconstructed: Tensor, images: Tensor, others: Tensor, features: 
 
 
 def below_baseline(psnr: float, baselines: Mapping[str, float]) -> list[str]:
-    """Names of the baselines with at least this PSNR: where there are any, the attack has shown nothing.
+    """Return the names of the baselines with at least this PSNR; if there are any, the attack has shown nothing.
 
     Example:
         >>> below_baseline(12.5, {"grey": 11.7, "mean_colour": 12.7})
@@ -114,8 +114,8 @@ def below_baseline(psnr: float, baselines: Mapping[str, float]) -> list[str]:
 
 
 def _distances(images: Tensor, others: Tensor) -> Tensor:
-    """Sums of squared differences ``(B, M)``; infinite where one is no number."""
-    # The matrix product form of the distance would lose small ones, which are those that matter.
+    """Compute the sums of squared differences ``(B, M)``; infinite where one is NaN."""
+    # The matrix product form of the distance is inexact for small distances, and those are the ones that matter.
     apart = torch.cdist(images.flatten(1), others.flatten(1).to(images), compute_mode="donot_use_mm_for_euclid_dist")
     return apart.square().nan_to_num(nan=torch.inf)
 

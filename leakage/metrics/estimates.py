@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-# Both sides of a 95 % interval leave 2.5 % outside.
+# The quantiles of a two-sided 95 % interval leave 2.5 % on each side.
 _QUANTILE = 0.975
 
 
@@ -27,23 +27,23 @@ class Estimate(NamedTuple):
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    r"""The 95 % confidence interval of a share of n victims, after Wilson.
+    r"""Compute Wilson's 95 % confidence interval of a share of n victims.
 
     .. math::
         \frac{1}{1 + z^2 / n} \left( p + \frac{z^2}{2 n}
         \pm z \sqrt{\frac{p (1 - p)}{n} + \frac{z^2}{4 n^2}} \right), \quad z = 1.96
 
-    It keeps within [0, 1] and doesn't shrink to a point at 0 % and 100 %.
+    The interval stays within [0, 1] and does not shrink to a point at 0 % and 100 %.
 
     Args:
         share: p, from 0 to 1.
-        n: the number of victims.
+        n: number of victims.
 
     Returns:
-        The ends, both from 0 to 1; (NaN, NaN) if n is 0.
+        The ends of the interval, both from 0 to 1; (NaN, NaN) if n is 0.
 
     Raises:
-        ValueError: ``share`` outside [0, 1] or negative ``n``.
+        ValueError: ``share`` is outside [0, 1], or ``n`` is negative.
 
     References:
         Wilson, *Probable Inference, the Law of Succession, and Statistical Inference*, 1927,
@@ -63,26 +63,26 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
     centre = share + z2 / (2 * n)
     spread = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
     low, high = ((centre + sign * spread) / (1 + z2 / n) for sign in (-1, 1))
-    # Rounding must not put the share itself outside.
+    # Rounding must not move an end past the share itself.
     return max(0.0, min(low, share)), min(1.0, max(high, share))
 
 
 def mean_interval(values: Tensor) -> tuple[float, float]:
-    r"""The 95 % confidence interval of the mean of V independent values, after Student.
+    r"""Compute Student's 95 % confidence interval of the mean of V independent values.
 
     .. math:: \bar x \pm t_{0.975,\, V - 1} \; s / \sqrt{V}
 
-    with :math:`s` the sample's standard deviation. It is exact for normal values and symmetric
-    whatever the values, so that of an MSE, which is far from normal, can reach below 0.
+    with :math:`s` the standard deviation of the sample. It is exact for normal values. It is always
+    symmetric, so the interval of an MSE, whose distribution is far from normal, can extend below 0.
 
     Args:
-        values: ``(V,)``, in any units, which are the interval's too.
+        values: ``(V,)``, in any unit; the interval has the same unit.
 
     Returns:
-        The ends; (NaN, NaN) for fewer than two values, or if one is infinite.
+        The ends of the interval; (NaN, NaN) for fewer than two values, or if one is infinite.
 
     Raises:
-        ValueError: another shape, or NaN among the values.
+        ValueError: ``values`` has another shape or contains NaN.
 
     References:
         Student, *The Probable Error of a Mean*, 1908, https://doi.org/10.1093/biomet/6.1.1.
@@ -101,7 +101,7 @@ def mean_interval(values: Tensor) -> tuple[float, float]:
 
 
 class _OverVictims(Metric):
-    """Keeps one value per victim: the estimate is the same in whatever batches and processes they came."""
+    """Metric that keeps one value per victim, so the estimate does not depend on batches and processes."""
 
     is_differentiable = False
     higher_is_better = None
@@ -118,9 +118,9 @@ class _OverVictims(Metric):
         self.values.append(values.detach().to(self.device, self.dtype))
 
     def compute(self) -> Estimate:
-        """The estimate over all victims so far, of every process."""
-        # Synchronised over processes the state is one tensor, else a list, empty before any update. In double precision
-        # on the CPU, since some devices have none.
+        """Return the estimate over all victims so far, of all processes."""
+        # After synchronisation over processes, the state is one tensor; else it is a list, empty before any update.
+        # The mean is computed on the CPU in double precision, which some devices lack.
         values = (dim_zero_cat(self.values) if len(self.values) else torch.empty(0)).cpu().double()
         return Estimate(values.mean().item(), *self._interval(values), victims=len(values))
 
@@ -131,16 +131,16 @@ class _OverVictims(Metric):
 class MeanOverVictims(_OverVictims):
     """The mean of a score over victims, with Student's 95 % confidence interval (:func:`mean_interval`).
 
-    ``update`` takes the scores ``(V,)`` of V further victims, each victim once; ``compute`` gives an
-    :class:`Estimate` in the score's units. Without victims its value is NaN, with fewer than two its
-    interval; an infinite score makes the mean infinite and the interval NaN. Values are kept in the
-    metric's precision (``set_dtype``), single by default, and averaged in double.
+    ``update`` takes the scores ``(V,)`` of V further victims; pass each victim once. ``compute`` returns an
+    :class:`Estimate` in the unit of the score. Without victims its value is NaN; with fewer than two victims
+    its interval is NaN. An infinite score makes the mean infinite and the interval NaN. Values are kept in the
+    metric's precision (``set_dtype``), single by default, and averaged in double precision.
 
     Args:
         kwargs: see :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: at ``update``, another shape or NaN.
+        ValueError: at ``update``, the scores have another shape or contain NaN.
 
     Example:
         >>> metric = MeanOverVictims()
@@ -157,17 +157,17 @@ class MeanOverVictims(_OverVictims):
 class ShareOverVictims(_OverVictims):
     """A share over victims, such as the success rate, with Wilson's 95 % interval (:func:`wilson_interval`).
 
-    ``update`` takes the shares ``(V,)`` in [0, 1] of V further victims, each victim once: 0 or 1 where
-    a victim has one image. With several images the interval still counts victims, not images. That
-    is conservative: the images of a victim share their fate (one gradient, one network), and at
-    worst all of them. ``compute`` gives an :class:`Estimate`; without victims it is NaN. Values are
-    kept in the metric's precision (``set_dtype``), single by default, and averaged in double.
+    ``update`` takes the shares ``(V,)`` in [0, 1] of V further victims; pass each victim once. For victims with one
+    image, shares are 0 or 1. With several images, the interval still counts victims, not images. That
+    is conservative: the images of a victim have one gradient and one network in common, and in the worst case
+    all of them succeed or fail together. ``compute`` returns an :class:`Estimate`; without victims it is NaN. Values
+    are kept in the metric's precision (``set_dtype``), single by default, and averaged in double precision.
 
     Args:
         kwargs: see :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: at ``update``, another shape, NaN, or a value outside [0, 1].
+        ValueError: at ``update``, the shares have another shape, contain NaN, or are outside [0, 1].
 
     Example:
         >>> metric = ShareOverVictims()
@@ -190,7 +190,7 @@ class ShareOverVictims(_OverVictims):
 
 
 class ScoresOverVictims(WrapperMetric):
-    """An estimate for each of several scores of victims, which are attributes of the same name of a ``kind``."""
+    """Metric with an estimate for each score of victims; the scores are attributes of objects of class ``kind``."""
 
     kind: ClassVar[type]
 
@@ -211,11 +211,11 @@ class ScoresOverVictims(WrapperMetric):
             metric.update(torch.tensor([getattr(one, name) for one in scores]))
 
     def compute(self) -> dict[str, Any]:
-        """The estimates over all victims so far, by the scores' names."""
+        """Return the estimates over all victims so far, by the names of the scores."""
         return {name: metric.compute() for name, metric in self._metrics()}
 
     def reset(self) -> None:
-        """Forget all victims."""
+        """Remove all victims."""
         for _, metric in self._metrics():
             metric.reset()
 

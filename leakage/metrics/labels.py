@@ -1,4 +1,4 @@
-"""What inferred labels are worth: scores of every victim, of a guess that looks at no gradient, and over victims."""
+"""Scores of inferred labels, for each victim and over victims, and of a guess that does not use the gradient."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class LabelScore:
     """The scores of one victim's inferred labels, each from 0 to 1.
 
     Attributes:
-        irec: share of the images whose label is found.
-        leacc: share of the classes whose presence is right.
+        irec: share of the images whose label is recovered.
+        leacc: share of the classes whose presence or absence is right.
         lnacc: share of the classes whose count is right.
-        exact: 1 if the counts of all classes are right, else 0 (of a trivial guess its chance).
+        exact: 1 if the counts of all classes are right, else 0. For a trivial guess, the probability of that.
     """
 
     irec: float
@@ -39,28 +39,28 @@ def score_labels(counts: Tensor, labels: Tensor, *, present: Tensor | None = Non
     r"""Score the inferred counts of V victims against their N private labels.
 
     With :math:`\hat n_k` the inferred and :math:`n_k` the true number of images of class k, and
-    :math:`\hat e_k` whether the rule holds class k to be present:
+    :math:`\hat e_k` whether the rule considers class k present:
 
     .. math::
         \mathrm{IRec} = \frac{1}{N} \sum_k \min(\hat n_k, n_k), \quad
         \mathrm{LeAcc} = \frac{1}{K} \sum_k [\hat e_k = [n_k > 0]], \quad
         \mathrm{LnAcc} = \frac{1}{K} \sum_k [\hat n_k = n_k]
 
-    Absent classes count as right in the last two: with 24 images of 100 classes, whoever names no
-    class at all has about .79 in both. Hold them against :func:`trivial_score`.
+    Absent classes count as right in the last two scores: with 24 images of 100 classes, a guess without any
+    class has about .79 in both. Compare them with :func:`trivial_score`.
 
     Args:
-        counts: ``(V, K)``, whole numbers of at least 0, each row sums to N.
+        counts: ``(V, K)``, whole numbers of at least 0; each row sums to N.
         labels: ``(V, N)``, the true class indices from 0 to K - 1, in any order.
-        present: ``(V, K)`` bool, where the rule holds the class to be present; by default where
+        present: ``(V, K)`` bool, whether the rule considers the class present; by default, whether
             ``counts`` is above 0.
 
     Returns:
         The scores of each victim, in the victims' order.
 
     Raises:
-        ValueError: shapes that differ, other than whole numbers, labels outside 0 to K - 1, counts
-            that are negative or don't sum to N.
+        ValueError: the shapes do not match, values are not whole numbers, labels are outside 0 to K - 1, or
+            counts are negative or do not sum to N.
 
     References:
         Ma et al., *Instance-wise Batch Label Restoration via Gradients in Federated Learning*, ICLR
@@ -83,7 +83,7 @@ def score_labels(counts: Tensor, labels: Tensor, *, present: Tensor | None = Non
         victim = int(wrong.nonzero()[0])
         raise ValueError(
             f"Expected `counts` of at least 0 that sum to the {num_images} images of a victim, but got a sum of "
-            f"{int(counts[victim].sum())} with a least count of {int(counts[victim].min())} for victim {victim}."
+            f"{int(counts[victim].sum())} with a smallest count of {int(counts[victim].min())} for victim {victim}."
         )
     if present is None:
         present = counts > 0
@@ -103,23 +103,23 @@ def score_labels(counts: Tensor, labels: Tensor, *, present: Tensor | None = Non
 
 @torch.no_grad()
 def trivial_score(labels: Tensor, num_classes: int) -> list[LabelScore]:
-    r"""Scores of the best guesses of whoever looks at no gradient: what a rule must beat.
+    r"""Score the best guesses that do not use the gradient: what a rule must beat.
 
-    The guesser knows N, K and that labels are uniform. Each score has a best guess of its own, the
+    The guesser knows N, K and that labels are uniform. Each score has its own best guess, the
     same for every victim:
 
-    - IRec, and all counts at once: counts as even as possible, :math:`\lfloor N / K \rfloor` for every
-      class and one more for the :math:`N \bmod K` classes that are left over. Under uniform labels it
-      doesn't matter which these are. The score is the expected one over all choices of them, so that
-      it doesn't hang on how the classes are numbered. For ``exact`` that is the chance of the right
-      choice, no longer just 0 or 1.
-    - LeAcc: all classes are present or all are absent, whichever is likelier by
-      :math:`1 - (1 - 1/K)^N`, the chance of a class to be present (present if it is one half).
-    - LnAcc: for every class the likeliest count, :math:`\lfloor N / K \rfloor`, a mode of
-      Binomial(N, 1/K). These need not sum to N.
+    - IRec and ``exact``: counts as even as possible, :math:`\lfloor N / K \rfloor` for every
+      class and one more for :math:`N \bmod K` of the classes. For uniform labels, any choice of these
+      classes is equally good. The score is the expectation over all choices, so
+      it does not depend on how the classes are numbered. For ``exact``, that is the probability of the right
+      choice instead of 0 or 1.
+    - LeAcc: all classes are present or all are absent, whichever is more likely by
+      :math:`1 - (1 - 1/K)^N`, the probability that a class is present (present if it is one half).
+    - LnAcc: for every class the most likely count, :math:`\lfloor N / K \rfloor`, a mode of
+      Binomial(N, 1/K). These counts need not sum to N.
 
-    On labels that are not uniform, such as those of a single class, it is the same guess, which knows
-    nothing of that.
+    For labels that are not uniform, such as those of a single class, the guess is the same, since the guesser does
+    not know that.
 
     Args:
         labels: ``(V, N)``, the true class indices from 0 to K - 1, in any order.
@@ -129,7 +129,7 @@ def trivial_score(labels: Tensor, num_classes: int) -> list[LabelScore]:
         The scores of each victim, in the victims' order.
 
     Raises:
-        ValueError: ``num_classes`` below 1, labels outside 0 to K - 1 or of another shape.
+        ValueError: ``num_classes`` is below 1, or the labels are outside 0 to K - 1 or have another shape.
 
     Example:
         >>> trivial_score(torch.arange(24)[None], num_classes=100)[0].leacc
@@ -139,7 +139,7 @@ def trivial_score(labels: Tensor, num_classes: int) -> list[LabelScore]:
     true = _true_counts(labels, num_classes)
     num_images = labels.shape[1]
     each, left_over = divmod(num_images, num_classes)
-    # Of the classes with more than `each` images, the share that also gets one more in the guess.
+    # Among the classes with more than `each` images, the share that the guess also gives one more.
     found = true.clamp(max=each).sum(1) + (true > each).double().sum(1) * left_over / num_classes
     even = ((true == each) | (true == each + 1)).all(1)
     guess_present = (1 - 1 / num_classes) ** num_images <= 0.5
@@ -152,7 +152,7 @@ def trivial_score(labels: Tensor, num_classes: int) -> list[LabelScore]:
 
 
 class _ClusteredShareOverVictims(ShareOverVictims):
-    """As its base, with as many shares as the victims' spread says that they are worth: see LabelMetrics."""
+    """Share over victims with an interval for the effective sample size, see :class:`LabelMetrics`."""
 
     def _interval(self, values: Tensor) -> tuple[float, float]:
         victims, worth = len(values), len(values)
@@ -166,27 +166,27 @@ class _ClusteredShareOverVictims(ShareOverVictims):
 class LabelMetrics(ScoresOverVictims):
     r"""The means of all label scores over victims, each with its 95 % confidence interval.
 
-    ``update`` takes the :class:`LabelScore` of further victims, each victim once; ``compute`` gives,
+    ``update`` takes the :class:`LabelScore` of further victims; pass each victim once. ``compute`` returns,
     over all victims of all processes, an :class:`~leakage.metrics.Estimate` for each of ``irec``, ``leacc``, ``lnacc``
     and ``exact``, from 0 to 1.
 
-    A victim's score is the mean of many yes or no, which hang together as much as they do. Wilson's
-    interval for V victims takes them to hang together wholly, and is five times too wide at an IRec of
-    .95; Student's misses the mean too often where most victims have 1, and shrinks to a point where
-    all have. So here it is Wilson's of the *effective sample size*
+    The score of a victim is the mean of many yes-or-no outcomes, which may be correlated. Wilson's
+    interval for V victims assumes that they are fully correlated, and is five times too wide at an IRec of
+    .95. Student's interval misses the mean too often if most victims have 1, and shrinks to a point if
+    all have. The interval here is Wilson's for the *effective sample size*
 
     .. math::
         n = \max\left(V, \; \frac{V \bar x (1 - \bar x)}{s^2} \, \frac{z^2}{t^2}\right), \quad
         z = 1.96, \; t = t_{0.975,\, V - 1}
 
-    with :math:`s` the standard deviation over victims: as wide as Student's where that can be trusted,
-    within [0, 1], and for scores of 0 or 1 Wilson's itself. Where all victims score the same, n is V:
-    nothing is known of the spread. In simulations of 20 to 1,000 victims and means of .3 to .998 it
-    covered the mean in .94 to .98 of the cases for independent images, and in at least .87 whatever hung
-    together (20 victims with most images right or most wrong: Student's .83).
+    with :math:`s` the standard deviation over victims. It is as wide as Student's where that can be trusted,
+    stays within [0, 1], and equals Wilson's for scores of 0 or 1. If all victims score the same, n is V, since
+    nothing is known about the spread. In simulations of 20 to 1,000 victims and means of .3 to .998, it
+    covered the mean in .94 to .98 of the cases for independent images, and in at least .87 for any
+    correlation (20 victims with most images right or most wrong: Student's .83).
 
     Raises:
-        TypeError: at ``update``, anything but LabelScores.
+        TypeError: at ``update``, a score is not a LabelScore.
 
     References:
         Franco et al., *Comparative Study of Confidence Intervals for Proportions in Complex Sample
@@ -206,7 +206,7 @@ class LabelMetrics(ScoresOverVictims):
 
 
 def _true_counts(labels: Tensor, num_classes: int) -> Tensor:
-    """Images per class ``(V, K)`` of labels ``(V, N)``."""
+    """Count the images per class, ``(V, K)``, from labels ``(V, N)``."""
     if labels.ndim != 2 or labels.shape[1] == 0:
         raise ValueError(f"Expected `labels` of shape (V, N) with N at least 1, but got {tuple(labels.shape)}.")
     _check_whole("labels", labels)

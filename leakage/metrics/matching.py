@@ -1,4 +1,4 @@
-"""Which reconstruction belongs to which private image of a victim's batch."""
+"""One-to-one matching of reconstructions and the private images of a victim."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-# The largest MSE that still counts for the pairing.
+# The limit of the MSE in the matching.
 _WORST = 10.0
 
 
 @torch.no_grad()
 def match(reconstructed: Tensor, images: Tensor) -> Tensor:
-    r"""Pair every private image of a victim with one reconstruction of its own, at the least total MSE.
+    r"""Match every private image of a victim with one reconstruction, at the smallest total MSE.
 
-    A gradient doesn't tell the order of the images in its batch, so before any score
+    A gradient does not reveal the order of the images in its batch. So every score first finds
 
     .. math:: \pi_v = \arg\min_\pi \sum_n \min(\mathrm{MSE}(\hat x_{v, \pi(n)}, x_{v, n}), 10)
 
-    over all permutations (the Hungarian method). The pairing is made once, on the MSE alone, and every
-    score is taken on it; no reconstruction is used twice.
+    over all permutations (the Hungarian method). The matching is computed once, from the MSE alone, and used for every
+    score. No reconstruction is used twice.
 
-    An MSE of 10 is the worst cost, and that of NaN and infinity. Normal noise has about 1.3, so only a
-    reconstruction that has diverged reaches it, and gets the image that the others leave over; without
-    the limit it would outweigh the others and take the private image of a good one.
+    The MSE is limited to 10, which is also the cost of NaN and infinity. Normal noise has about 1.3, so only a
+    reconstruction that has diverged reaches the limit, and it gets the image that the others leave. Without
+    the limit, it would dominate the sum and take the private image of a good reconstruction.
 
     Args:
         reconstructed: ``(V, N, C, H, W)``, any values.
         images: ``(V, N, C, H, W)``, the private images.
 
     Returns:
-        ``(V, N)`` int64 on the device of ``images``: the index of the reconstruction that is paired
-        with image n. With N = 1 there is nothing to pair and nothing is computed.
+        ``(V, N)`` int64 on the device of ``images``: the index of the reconstruction that is matched
+        with image n. If N = 1, nothing is computed.
 
     Raises:
-        ValueError: shapes that differ or are not (V, N, C, H, W), or whole numbers instead of floats.
+        ValueError: the shapes differ or are not (V, N, C, H, W), or the images are not floating-point.
 
     References:
         Kuhn, *The Hungarian method for the assignment problem*, 1955,
@@ -56,22 +56,22 @@ def match(reconstructed: Tensor, images: Tensor) -> Tensor:
 
 
 def _costs(reconstructed: Tensor, images: Tensor) -> Tensor:
-    """``(V, image, reconstruction)`` limited MSE, without (V, N, N, pixels) in memory."""
+    """Compute the limited MSE ``(V, image, reconstruction)`` without (V, N, N, pixels) in memory."""
     dtype = score_dtype(reconstructed, images)
     truth, found = images.flatten(2).to(dtype), reconstructed.flatten(2).to(dtype)
-    # The matrix product form of the distance loses the small errors, which are those that matter.
+    # The matrix product form of the distance is inexact for small errors, and those are the ones that matter.
     distance = torch.cdist(truth, found, compute_mode="donot_use_mm_for_euclid_dist")
     mse = distance.square() / truth.shape[-1]
     return mse.nan_to_num(nan=_WORST, posinf=_WORST).clamp(max=_WORST)
 
 
 def score_dtype(reconstructed: Tensor, images: Tensor) -> torch.dtype:
-    """At least single precision: the squared errors of good reconstructions vanish in half."""
+    """Return the type for scores, at least single precision: small squared errors vanish in half precision."""
     return torch.promote_types(torch.promote_types(reconstructed.dtype, images.dtype), torch.float32)
 
 
 def check_images(reconstructed: Tensor, images: Tensor) -> None:
-    """Raise a ``ValueError`` unless both are floats of one shape ``(V, N, C, H, W)``."""
+    """Raise a ``ValueError`` unless both are floating-point and have the same shape ``(V, N, C, H, W)``."""
     for name, tensor in (("images", images), ("reconstructed", reconstructed)):
         if not tensor.is_floating_point():
             raise ValueError(f"Expected `{name}` as floating-point numbers, but got {tensor.dtype}.")
@@ -79,6 +79,6 @@ def check_images(reconstructed: Tensor, images: Tensor) -> None:
             raise ValueError(f"Expected `{name}` of shape (V, N, C, H, W), but got {tuple(tensor.shape)}.")
     if reconstructed.shape != images.shape:
         raise ValueError(
-            f"Expected `reconstructed` of the shape of `images` {tuple(images.shape)}, "
+            f"Expected `reconstructed` of the same shape as `images`, {tuple(images.shape)}, "
             f"but got {tuple(reconstructed.shape)}."
         )

@@ -1,4 +1,4 @@
-"""How different images look to a network that was fitted to people's judgement: LPIPS."""
+"""LPIPS: the perceptual distance of images, by a network fitted to human judgement."""
 
 from __future__ import annotations
 
@@ -16,41 +16,42 @@ from leakage.errors import check_choice
 from leakage.metrics.matching import check_images
 from leakage.precision import full_precision
 
-# Names of the networks, and of their weights in torchvision.
+# The networks, with the names of their weights in torchvision.
 _NETWORKS = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}
-# AlexNet takes no image with a side of fewer than 31 pixels, and the others few.
+# AlexNet accepts no sides below 31 pixels, and the other networks only few.
 _SMALLEST = 32
 
 
 @torch.no_grad()
 @full_precision()
 def perceptual_distance(reconstructed: Tensor, images: Tensor, *, network: str = "alex") -> Tensor:
-    r"""LPIPS: how different each reconstruction looks from its private image; 0 for equal ones, about 0.7 for noise.
+    r"""Compute LPIPS, the perceptual distance of each reconstruction from its image: 0 if equal, about 0.7 for noise.
 
     .. math:: \sum_l \operatorname{mean}_{h, w} \lVert w_l \odot (\hat y_l - y_l)_{hw} \rVert^2
 
-    with the features :math:`y_l` of layer l of a network trained on ImageNet, of unit length over the channels, and
-    weights :math:`w_l` fitted to what people called alike. It is not a distance of pixels: PSNR prefers a blurred
-    image, LPIPS a sharp one.
+    with the features :math:`y_l` of layer l of a network trained on ImageNet, normalised to unit length over the
+    channels, and weights :math:`w_l` fitted to human judgement of similarity. It does not compare pixels: PSNR prefers
+    a blurred image, LPIPS a sharp one.
 
-    Both images are clamped to [0, 1], and those of one channel repeated to three. Where the smaller side has fewer than
-    32 pixels, images are enlarged to 32 (bilinear), as AlexNet takes no smaller ones; others stay as they are. The
-    network was fitted to 64 pixels: compare only values of one image size and one network.
+    Both images are clamped to [0, 1], and a single channel is repeated to three. If the smaller side has fewer than
+    32 pixels, images are enlarged to 32 (bilinear), since AlexNet accepts no smaller ones. The
+    network was fitted to 64 pixels: only compare values of the same image size and network.
 
-    torchvision downloads the network at the first call (AlexNet 244 MB, VGG 553 MB, SqueezeNet 5 MB); torchmetrics
-    brings the fitted weights.
+    torchvision downloads the network on first use (AlexNet 244 MB, VGG 553 MB, SqueezeNet 5 MB); torchmetrics
+    includes the fitted weights.
 
     Args:
         reconstructed: ``(V, N, C, H, W)``, any values, in the order of ``images`` (:func:`~leakage.metrics.match`).
         images: ``(V, N, C, H, W)``, the private images, C = 1 or 3.
-        network: ``"alex"``, the authors' choice for evaluation, ``"vgg"`` or ``"squeeze"``.
+        network: ``"alex"`` (the authors' choice for evaluation), ``"vgg"`` or ``"squeeze"``.
 
     Returns:
-        ``(V, N)`` in single precision, at least 0; infinite where a reconstruction is not finite.
+        ``(V, N)`` in single precision, at least 0; infinite if a reconstruction is not finite.
 
     Raises:
-        ValueError: an unknown network, shapes that don't fit, whole numbers instead of floats, or C other than 1 and 3.
-        FileNotFoundError: the network's weights are not there and can't be downloaded, or can't be read.
+        ValueError: the network is unknown, the shapes do not match, the images are not floating-point, or C is
+            neither 1 nor 3.
+        FileNotFoundError: the weights of the network are missing and can't be downloaded, or can't be read.
 
     References:
         Zhang et al., *The Unreasonable Effectiveness of Deep Features as a Perceptual Metric*, CVPR 2018,
@@ -74,22 +75,22 @@ def perceptual_distance(reconstructed: Tensor, images: Tensor, *, network: str =
     if min(sides) < _SMALLEST:
         size = [round(side * _SMALLEST / min(sides)) for side in sides]
         found, truth = (F.interpolate(tensor, size, mode="bilinear").clamp(0, 1) for tensor in (found, truth))
-    # One at a time: torchmetrics takes the mean over those it gets together.
+    # One image at a time, since torchmetrics averages over a batch.
     distances = [metric(found[place : place + 1], truth[place : place + 1]) for place in range(len(found))]
     values = torch.stack(distances) if distances else found.new_zeros(0)
     return values.where(finite, torch.inf).view(images.shape[:2])
 
 
 def _load(network: str) -> Any:
-    """The metric; a ``FileNotFoundError`` that says what file belongs where if its weights can't be had."""
+    """Load the metric; raise a ``FileNotFoundError`` that says where to put which file if the weights are missing."""
     try:
-        with torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded
+        with torch.random.fork_rng(devices=[]):  # weights are initialised before they are loaded
             return LearnedPerceptualImagePatchSimilarity(cast(Literal["alex"], network), normalize=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         url = getattr(torchvision.models, _NETWORKS[network]).DEFAULT.url
         path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
         raise FileNotFoundError(
-            f"Expected the weights of network={network!r} in '{path}', or a network to download them by, but got: "
-            f"{error}. Bring the file {url} there from another machine; the folder follows the environment variable "
+            f"Expected the weights of network={network!r} in '{path}', or internet access to download them, but got: "
+            f"{error}. Copy the file {url} there from another machine; the folder depends on the environment variable "
             "TORCH_HOME."
         ) from error

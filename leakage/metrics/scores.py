@@ -1,4 +1,4 @@
-"""What a reconstruction is worth: scores of every image, of every victim, and over victims."""
+"""Scores of reconstructions: of every image, of every victim, and over victims."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from leakage.metrics.estimates import MeanOverVictims, ScoresOverVictims, ShareO
 from leakage.metrics.matching import check_images, match, score_dtype
 from leakage.precision import full_precision
 
-#: PSNR is kept within plus and minus this many dB, so that means stay finite: 150 dB is an MSE of
-#: 1e-15, the rounding of single precision.
+#: PSNR is limited to plus and minus this many dB, so that means stay finite: 150 dB is an MSE of
+#: 1e-15, about the rounding error of single precision.
 PSNR_LIMIT = 150.0
 
-#: A reconstruction with a smaller MSE is a success.
+#: A reconstruction with a smaller MSE counts as a success.
 SUCCESS_THRESHOLD = 1e-3
 
-# The window of SSIM reaches this many pixels to each side, at this standard deviation.
+# Radius of the window of SSIM in pixels, and its standard deviation.
 _SSIM_RADIUS, _SSIM_SIGMA = 5, 1.5
 
-# SSIM holds ten copies of its input; 2^14 numbers at a time stay in the cache of a CPU core, which
-# measured eight times faster than all of 1,000 MNIST images at once.
+# SSIM holds ten copies of its input. 2^14 numbers at a time stay in the cache of a CPU core, which
+# was eight times faster than 1,000 MNIST images at once.
 _NUMBERS_AT_ONCE = 2**14
 
 
@@ -34,7 +34,7 @@ class VictimScore:
 
     Attributes:
         mse: mean over the victim's N images, at least 0.
-        psnr: mean over the images of each one's PSNR, in dB.
+        psnr: mean over the images of the PSNR of each, in dB.
         ssim: mean over the images, in [-1, 1].
         label_accuracy: share of the images whose label is right.
         success: share of the images whose MSE is below the threshold.
@@ -51,10 +51,10 @@ class VictimScore:
 
 @dataclass
 class Scores:
-    """Scores of each of V victims' N images, made by :func:`score`.
+    """Scores of the N images of each of V victims, computed by :func:`score`.
 
     Attributes:
-        order: ``(V, N)`` int64, the index of the reconstruction that is paired with image n.
+        order: ``(V, N)`` int64, the index of the reconstruction that is matched with image n.
         mse: ``(V, N)``, at least 0.
         psnr: ``(V, N)``, dB, from -150 to 150.
         ssim: ``(V, N)``, in [-1, 1].
@@ -71,10 +71,10 @@ class Scores:
         return len(self.order)
 
     def per_victim(self, *, threshold: float = SUCCESS_THRESHOLD, final: bool = True) -> list[VictimScore]:
-        """Means over each victim's images, in the victims' order.
+        """Average over the images of each victim; the order of the victims is kept.
 
         Args:
-            threshold: a reconstruction succeeds if its MSE is below it.
+            threshold: a reconstruction is a success if its MSE is below this.
             final: whether the attack is done with these victims.
 
         Raises:
@@ -103,24 +103,24 @@ class Scores:
 @torch.no_grad()
 @full_precision()
 def score(reconstructed_images: Tensor, reconstructed_labels: Tensor, images: Tensor, labels: Tensor) -> Scores:
-    r"""Score reconstructions against the private images, matched one-to-one first (:func:`match`).
+    r"""Score reconstructions against the private images, after matching them one-to-one (:func:`match`).
 
     .. math::
         \mathrm{MSE} = \tfrac{1}{CHW} \lVert \hat x - x \rVert^2, \qquad
         \mathrm{PSNR} = -10 \log_{10} \mathrm{MSE} \; \mathrm{dB}
 
-    each for one image, for a data range of 1. The reconstruction is taken as it is: values outside
-    [0, 1] are not clamped and count as errors. PSNR is kept within -150 and 150 dB, which makes that
-    of identical images 150 dB instead of infinite.
+    for each image, with a data range of 1. Reconstructions are not clamped: values outside
+    [0, 1] count as errors. PSNR is limited to -150 to 150 dB, so identical images have
+    150 dB instead of infinity.
 
-    SSIM is that of Wang et al. for a data range of 1: a Gaussian window of 11 pixels and standard
-    deviation 1.5, the border reflected, the mean over pixels and channels, in single precision
-    whatever the images'. Where the smaller side has fewer than 11 pixels the window has the largest
-    odd size that fits, its standard deviation in proportion; with 1 or 2 pixels that is a single
-    pixel, which compares brightness alone.
+    SSIM follows Wang et al. for a data range of 1: a Gaussian window of 11 pixels with standard
+    deviation 1.5, reflected borders, and the mean over pixels and channels. It is always computed in single precision.
+    If the smaller side has fewer than 11 pixels, the window has the largest
+    odd size that fits, and its standard deviation is scaled in proportion. With 1 or 2 pixels, the window is a single
+    pixel, which only compares brightness.
 
-    A reconstruction whose MSE is not a finite number gets the worst of each: MSE inf, PSNR -150 dB,
-    SSIM -1. Tensors are brought to the device of ``images``.
+    A reconstruction whose MSE is not finite gets the worst value of each score: MSE inf, PSNR -150 dB,
+    SSIM -1. Tensors are moved to the device of ``images``.
 
     Args:
         reconstructed_images: ``(V, N, C, H, W)``, any values.
@@ -132,7 +132,7 @@ def score(reconstructed_images: Tensor, reconstructed_labels: Tensor, images: Te
         The scores of each image, in the order of ``images``.
 
     Raises:
-        ValueError: shapes that differ, private images outside [0, 1], labels that are not whole numbers.
+        ValueError: shapes differ, private images are outside [0, 1], or labels are not whole numbers.
 
     References:
         Wang et al., *Image Quality Assessment: From Error Visibility to Structural Similarity*, 2004,
@@ -146,7 +146,7 @@ def score(reconstructed_images: Tensor, reconstructed_labels: Tensor, images: Te
     """
     check_images(reconstructed_images, images)
     _check_labels(reconstructed_labels, labels, tuple(images.shape[:2]))
-    # Compared this way round, NaN is refused too.
+    # This form of the comparison also refuses NaN.
     if images.numel() and not bool(((images >= 0) & (images <= 1)).all()):
         low, high = images.min().item(), images.max().item()
         raise ValueError(f"Expected `images` with values in [0, 1], but got {low:g} to {high:g}.")
@@ -172,9 +172,9 @@ def score(reconstructed_images: Tensor, reconstructed_labels: Tensor, images: Te
 class ReconstructionMetrics(ScoresOverVictims):
     """The means of all scores over victims, each with its 95 % confidence interval, ready for ``log_dict``.
 
-    ``update`` takes the :class:`VictimScore` of further victims, each victim once; ``compute`` gives,
-    over all victims of all processes, for each metric the keys ``name``, ``name_low`` and
-    ``name_high``, and once ``victims``:
+    ``update`` takes the :class:`VictimScore` of further victims; pass each victim once. ``compute`` returns,
+    over all victims of all processes, the keys ``name``, ``name_low`` and
+    ``name_high`` for each metric, and ``victims``:
 
     ================== ================ ===================== ==========
     name               values           unit                  interval
@@ -187,10 +187,10 @@ class ReconstructionMetrics(ScoresOverVictims):
     ================== ================ ===================== ==========
 
     Args:
-        prefix: goes before each key, such as ``"val/"``.
+        prefix: text in front of each key, such as ``"val/"``.
 
     Raises:
-        TypeError: at ``update``, anything but VictimScores.
+        TypeError: at ``update``, a score is not a VictimScore.
 
     Example:
         >>> metrics = ReconstructionMetrics(prefix="val/")
@@ -216,7 +216,7 @@ class ReconstructionMetrics(ScoresOverVictims):
         self.prefix = prefix
 
     def compute(self) -> dict[str, float]:
-        """The estimates over all victims so far, as a flat dictionary."""
+        """Return the estimates over all victims so far, as a flat dictionary."""
         logged: dict[str, float] = {}
         for score, estimate in super().compute().items():
             name = "success_rate" if score == "success" else score
@@ -230,10 +230,10 @@ class ReconstructionMetrics(ScoresOverVictims):
 
 
 def _ssim(found: Tensor, truth: Tensor) -> Tensor:
-    """SSIM of each of ``(B, C, H, W)`` images, ``(B,)``."""
+    """Compute the SSIM ``(B,)`` of images ``(B, C, H, W)``."""
     radius = min(_SSIM_RADIUS, (min(truth.shape[-2:]) - 1) // 2)
-    # torchmetrics derives the window from sigma: int(3.5 * sigma + 0.5) pixels to each side. A radius
-    # of 0 needs a positive sigma all the same.
+    # torchmetrics derives the window from sigma: int(3.5 * sigma + 0.5) pixels to each side. Sigma must be positive
+    # even for a radius of 0.
     sigma = _SSIM_SIGMA * radius / _SSIM_RADIUS or 0.1
     scores = torch.empty(len(truth), device=truth.device)
     size = max(1, _NUMBERS_AT_ONCE // truth[:1].numel()) if len(truth) else 1

@@ -93,5 +93,5 @@ def test_refuses_others_that_do_not_fit(others: Tensor, message: str) -> None:
         baseline_guesses(images, others)
     with pytest.raises(ValueError, match=f"Expected `others` .*{message}"):
         identified(images, images, others)
-    with pytest.raises(ValueError, match="Expected `reconstructed` of the shape of `images`"):
+    with pytest.raises(ValueError, match="Expected `reconstructed` of the same shape as `images`"):
         identified(random(2, 2, 3, 4, 4), images, random(5, 3, 4, 4))

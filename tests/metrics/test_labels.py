@@ -162,8 +162,12 @@ def test_trivial_scores_equal_the_formula(num_images: int, num_classes: int, lea
         ([[1, 1]], [[0.0, 1.0]], r"Expected `labels` as whole numbers, but got torch\.float32\."),
         ([[1.0, 1.0]], [[0, 1]], r"Expected `counts` as whole numbers, but got torch\.float32\."),
         ([[True, True]], [[0, 1]], r"Expected `counts` as whole numbers, but got torch\.bool\."),
-        ([[1, 1], [1, 0]], [[0, 1]] * 2, r"sum to the 2 images .* got a sum of 1 with a least count of 0 for victim 1"),
-        ([[3, -1]], [[0, 1]], r"at least 0 that sum to .* got a sum of 2 with a least count of -1 for victim 0\."),
+        (
+            [[1, 1], [1, 0]],
+            [[0, 1]] * 2,
+            r"sum to the 2 images .* got a sum of 1 with a smallest count of 0 for victim 1",
+        ),
+        ([[3, -1]], [[0, 1]], r"at least 0 that sum to .* got a sum of 2 with a smallest count of -1 for victim 0\."),
     ],
 )
 def test_bad_counts_and_labels_are_refused(counts: list, labels: list, message: str) -> None:

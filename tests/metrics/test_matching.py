@@ -104,7 +104,7 @@ def test_match_takes_images_that_require_gradients() -> None:
         (
             (4, 2, 1, 8, 8),
             (1, 2, 1, 8, 8),
-            r"Expected `reconstructed` of the shape of `images` \(1, 2, 1, 8, 8\), ",
+            r"Expected `reconstructed` of the same shape as `images`, \(1, 2, 1, 8, 8\), ",
         ),
         ((2, 1, 1, 8, 8), (2, 3, 1, 8, 8), r"but got \(2, 1, 1, 8, 8\)\."),
         (

@@ -105,7 +105,7 @@ def test_no_network_to_download_by(hub: Path, network: str, file: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"Expected the weights of network='{network}' in '{hub / file}', or a network")
     assert "no route to host" in message
-    assert f"Bring the file https://download.pytorch.org/models/{file} there" in message
+    assert f"Copy the file https://download.pytorch.org/models/{file} there" in message
     assert "TORCH_HOME" in message
 
 
@@ -130,7 +130,7 @@ def test_every_network_takes_the_smallest_images(network: str) -> None:
     ("shapes", "network", "message"),
     [
         (((1, 1, 3, 32, 32), (1, 1, 3, 32, 32)), "resnet", r"`network` to be one of \['alex', 'squeeze', 'vgg'\], but"),
-        (((1, 1, 3, 32, 32), (1, 2, 3, 32, 32)), "alex", "`reconstructed` of the shape of `images`"),
+        (((1, 1, 3, 32, 32), (1, 2, 3, 32, 32)), "alex", "`reconstructed` of the same shape as `images`"),
         (((1, 2, 32, 32), (1, 2, 32, 32)), "alex", r"`images` of shape \(V, N, C, H, W\)"),
         (((1, 1, 2, 32, 32), (1, 1, 2, 32, 32)), "alex", "`images` of 1 or 3 channels, but got 2"),
     ],

@@ -200,7 +200,9 @@ def test_the_threshold_must_be_positive(threshold: float) -> None:
 @pytest.mark.parametrize("victims", [4, 2])
 def test_images_are_never_broadcast(victims: int) -> None:
     images = torch.rand(1, 1, 1, 8, 8)
-    with pytest.raises(ValueError, match=rf"of the shape of `images` \(1, 1, 1, 8, 8\), but got \({victims}, 1, "):
+    with pytest.raises(
+        ValueError, match=rf"of the same shape as `images`, \(1, 1, 1, 8, 8\), but got \({victims}, 1, "
+    ):
         score(torch.rand(victims, 1, 1, 8, 8), torch.zeros(victims, 1).long(), images, labels_of(images))
 
 
