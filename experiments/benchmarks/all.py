@@ -1,12 +1,13 @@
-"""Every benchmark, one after another, within ten minutes: figures, pictures and a page with all of them.
+"""Run every benchmark, one after another, within ten minutes, and write figures, pictures and a page of them.
 
     python experiments/benchmarks/all.py --output benchmarks
     python experiments/benchmarks/all.py --output benchmarks --minutes 30 --only throughput parts
 
-Sizes are chosen by `--minutes`; on a machine with a GPU, what can use it does. Each benchmark is a process of its own,
-which is ended when it takes more than the time that is left; what no time is left for is skipped. `--output` is a
-folder: `index.md` has tables and pictures, the machine, and what was skipped or failed and why; each benchmark has its
-JSON file, its picture and what it printed (`.log`). When one fails the others go on; the exit code is 1 at the end.
+`--minutes` decides the sizes. On a machine with a GPU, the benchmarks that support it use it. Each benchmark is a
+separate process, which is ended if it takes more than the remaining time; benchmarks without time left are skipped.
+`--output` is a folder: `index.md` has tables and pictures, the machine, and what was skipped or failed and why. Each
+benchmark has its JSON file, its picture and its output (`.log`). If one fails, the others continue, and the exit code
+is 1 at the end.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from leakage.errors import check_choice, check_positive
 from leakage.files.whole import check_output
 
 HERE = Path(__file__).resolve().parent
-# Seconds that a benchmark needs at least; with less time left it is not begun.
+# A benchmark is not started if fewer seconds are left.
 LEAST = 15.0
 
 
 @dataclass
 class Job:
-    """A benchmark: its script, options, and what is to be told of its result, `a.b.c` into the JSON file."""
+    """A benchmark: its script, its options, and the results to show, as paths such as `a.b.c` in its JSON file."""
 
     name: str
     script: str
@@ -47,7 +48,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What came of a job: "done", "failed" or "skipped", why, and how long it took."""
+    """The outcome of a job: "done", "failed" or "skipped", the reason, and how long it took."""
 
     status: str
     reason: str
@@ -56,7 +57,7 @@ class Outcome:
 
 
 def jobs(minutes: float, device: torch.device) -> list[Job]:
-    """All of them, with sizes that fit, the quickest first."""
+    """Return all jobs with suitable sizes, the quickest first."""
     gpu = device.type == "cuda"
     scale = minutes / 10
 
@@ -65,28 +66,28 @@ def jobs(minutes: float, device: torch.device) -> list[Job]:
 
     turns = str(3 if minutes >= 20 else 2 if minutes >= 5 else 1)
     on = ["--device", device.type]
-    # Those of torch, which obey OMP_NUM_THREADS, where a benchmark does not find its own.
+    # torch's number of threads, which respects OMP_NUM_THREADS, for benchmarks that do not choose their own.
     accelerator = ["--accelerator", device.type, "--threads", str(torch.get_num_threads())]
     return [
-        Job("start", "start.py", ["--repeats", turns], "From the start to the first evaluation"),
+        Job("start", "start.py", ["--repeats", turns], "Time to the first evaluation"),
         Job(
             "attack_speed_idlg",
             "attack_speed.py",
             ["--method", "idlg", "--victims", count(200, 8), "--plain-victims", count(6, 2)],
-            "iDLG against the plain published loop",
+            "iDLG and the plain published loop",
         ),
         Job(
             "attack_speed_dlg",
             "attack_speed.py",
             ["--method", "dlg", "--victims", count(100, 8), "--plain-victims", count(4, 2)],
-            "DLG against the plain published loop",
+            "DLG and the plain published loop",
         ),
         *(
             Job(
                 f"inversion_speed_{network}",
                 "inversion_speed.py",
                 [*on, "--network", network, "--lanes", count(16, 4), "--plain-victims", "2", "--repeats", turns],
-                f"Inverting Gradients against a plain loop, {written}",
+                f"Inverting Gradients and a plain loop, {written}",
             )
             for network, written in (("convnet64", "ConvNet-64"), ("resnet20", "ResNet-20"))
         ),
@@ -100,22 +101,22 @@ def jobs(minutes: float, device: torch.device) -> list[Job]:
             "processes",
             "processes.py",
             ["--victims", count(100, 8), "--repeats", turns],
-            "Several processes against one",
+            "Several processes and one process",
         ),
         Job(
             "evaluation_speed",
             "evaluation_speed.py",
             [*on, "--networks", "4", "--epochs", count(20, 2), "--repeats", turns, "--test-images", "200"],
-            "Networks evaluated at once against one after another",
+            "Networks evaluated at once and one after another",
         ),
         Job(
             "condensation_speed",
             "condensation_speed.py",
             [*accelerator, "--iterations", "1", "--batch-size", "64", "--width", count(64, 16)],
-            "Condensation against a plain loop",
+            "Condensation and a plain loop",
         ),
-        # Last, as it fits into what time is left.
-        Job("throughput", "throughput.py", on, "Over lanes: time per victim and evaluation, memory"),
+        # Last, since it adapts to the remaining time.
+        Job("throughput", "throughput.py", on, "Time per victim and evaluation, and memory, by lanes"),
     ]
 
 
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="all.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder; files of an earlier run are replaced")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for all at most (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time limit for all (default: %(default)s)")
     names = [job.name for job in jobs(10, torch.device("cpu"))]
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"some of {', '.join(names)} (default: all)")
     given = parser.parse_args(arguments)
@@ -142,19 +143,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{given.output / 'index.md'}")
     failed = [name for name, outcome in outcomes.items() if outcome.status == "failed"]
     if failed:
-        sys.exit(f"all.py: error: Expected all benchmarks to succeed, but got failures of {', '.join(failed)}.")
+        sys.exit(f"all.py: error: Expected all benchmarks to succeed, but got failures in {',  '.join(failed)}.")
 
 
 def run_all(chosen: list[Job], given: argparse.Namespace) -> dict[str, Outcome]:
-    """One after another, within the time."""
+    """Run the chosen jobs one after another within the time limit."""
     end = time.monotonic() + 60 * given.minutes
     outcomes: dict[str, Outcome] = {}
     for index, job in enumerate(chosen):
         left = end - time.monotonic()
-        # One that hangs leaves time for the others: at most twice its equal share.
+        # Each gets at most twice its equal share, so that one that hangs leaves time for the others.
         most = min(left, 2 * left / (len(chosen) - index))
         print(f"{index + 1} of {len(chosen)}, {job.name}: {max(left, 0):.0f} s left", flush=True)
-        # Nothing of an earlier run may be taken for one of this.
+        # Remove the files of an earlier run, so that they are not mistaken for results of this one.
         for ending in (".json", ".png", ".log"):
             (given.output / (job.name + ending)).unlink(missing_ok=True)
         if most < LEAST:
@@ -166,16 +167,16 @@ def run_all(chosen: list[Job], given: argparse.Namespace) -> dict[str, Outcome]:
 
 
 def run(job: Job, folder: Path, seconds: float) -> Outcome:
-    """One benchmark as a process of its own, which is ended after so many seconds."""
+    """Run a benchmark in a separate process, which is ended after this time."""
     output, log = folder / f"{job.name}.json", folder / f"{job.name}.log"
     command = [sys.executable, str(HERE / job.script), "--output", str(output), *job.options]
     if job.script == "throughput.py":
-        # Its start and the last measurement that it begins may take longer than it thinks.
+        # The benchmark's start and its last measurement may take longer than it expects.
         command += ["--total-seconds", f"{0.8 * seconds:.0f}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     began = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
-        # A session of its own, so that the processes that it has started end with it.
+        # A new session, so that the processes started by the benchmark end with it.
         process = subprocess.Popen(
             command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -191,12 +192,12 @@ def run(job: Job, folder: Path, seconds: float) -> Outcome:
     result = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else None
     if code or result is None:
         said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        return Outcome("failed", f"exit code {code}: {said[-1] if said else 'no word'}", spent, result)
+        return Outcome("failed", f"exit code {code}: {said[-1] if said else 'no output'}", spent, result)
     return Outcome("done", "", spent, result)
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
-    """End a process and those that it has started."""
+    """End a process and all processes that it has started."""
     with contextlib.suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -205,13 +206,13 @@ def _end(process: subprocess.Popen[Any]) -> None:
 def write_index(
     folder: Path, chosen: list[Job], outcomes: dict[str, Outcome], machine: dict[str, Any], minutes: float
 ) -> None:
-    """The page."""
+    """Write the page."""
     lines = [
         "# Benchmarks",
         "",
         f"Machine: {show_machine(machine)}, {machine['system']}, Python {machine['python']}. At most {minutes:g} "
-        "minutes in all. Figures compare within one run; those of different machines, or of one that does other work "
-        "beside, do not compare.",
+        "minutes in total. Figures are comparable within one run, but not between machines, or if a machine also does "
+        "other work.",
         "",
         "| benchmark | | seconds | |",
         "|---|---|---|---|",
@@ -245,7 +246,7 @@ def write_index(
 
 
 def tables(result: dict[str, Any]) -> Iterator[str]:
-    """The figures of a result: a table for lists of rows, lines for what stands alone; the machine is told above."""
+    """Yield the figures of a result: a table for lists of rows, lines for single values; the machine is left out."""
     methods = {name: dict(_flat(found)) for name, found in result.get("methods", {}).items()}
     if methods:
         yield from (f"| figure | {' | '.join(methods)} |", "|---" * (len(methods) + 1) + "|")
@@ -283,7 +284,7 @@ def tables(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and values of what may be dictionaries within dictionaries; of long lists only the length."""
+    """Yield names and values of nested dictionaries; of long lists, only the length."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}: {key}" if name else key.replace("_", " "))
@@ -300,6 +301,6 @@ def _cell(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    # So that what is running ends with this process.
+    # So that a running benchmark ends with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     main()

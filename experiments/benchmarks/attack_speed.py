@@ -1,4 +1,4 @@
-"""Seconds per victim: an attack of this library against a plain loop of the published protocol, on the same victims.
+"""Compare the seconds per victim of an attack of this library and a plain loop, on the same victims.
 
     python experiments/benchmarks/attack_speed.py --output speed.json
     python experiments/benchmarks/attack_speed.py --method dlg --output speed_dlg.json
@@ -6,15 +6,15 @@
     python experiments/benchmarks/attack_speed.py --method gauss_newton --threshold 1e-6 --output speed_exact.json
     python experiments/benchmarks/attack_speed.py --dataset cifar10 --num-classes 1000 --victims 48 --output many.json
 
-The plain side is one victim at a time, ordinary autograd and `torch.optim.LBFGS` without line search, from N(0, 1),
-at most 300 calls of 20 iterations, stopped when the gradient distance, looked at every 10 calls, is below 1e-6. It
-reads the label from the gradient (iDLG); against `--method dlg` it searches for it too (DLG). Ours is `IDLGAttack`, or
-the attack that `--method` names, with its defaults in `Trainer.fit`. Each victim has one image and a freshly drawn
-LeNet; the plain side takes the first `--plain-victims` of ours. Without `--dataset` the images are MNIST's, or those of
-the bundled sample where MNIST is not found.
+The plain loop follows the published protocol: one victim at a time, ordinary autograd and `torch.optim.LBFGS` without
+line search, from N(0, 1), at most 300 calls of 20 iterations, stopped if the gradient distance, checked every 10
+calls, is below 1e-6. It reads the label from the gradient (iDLG); with `--method dlg` it also searches for the label
+(DLG). The other side is `IDLGAttack`, or the attack in `--method`, with its defaults in `Trainer.fit`. Each victim has
+one image and a new random LeNet; the plain loop takes the first `--plain-victims` of the victims. Without `--dataset`
+the images are from MNIST, or from the bundled sample if MNIST is not found.
 
-Each side runs with the number of threads, 1 or all cores, that a probe before finds faster for it. The clock of ours
-runs over all of `Trainer.fit`, capturing gradients and scoring included; that of the plain side over the search alone.
+Each side runs with one thread or with all cores, whichever was faster for it in a test before. The time of the library
+is that of the whole `Trainer.fit`, including shared gradients and scores; that of the plain loop is the search only.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ PROBE_VICTIMS, PROBE_PLAIN_VICTIMS = 64, 2
 
 @dataclass
 class Outcome:
-    """What one side did: ids ``(V,)``, images ``(V, 1, C, H, W)`` and labels ``(V, 1)`` found, and at what cost."""
+    """The result of one side: ids ``(V,)``, images ``(V, 1, C, H, W)`` and labels ``(V, 1)`` found, and the cost."""
 
     seconds: float
     ids: Tensor
@@ -77,9 +77,9 @@ class Outcome:
 def attack_plainly(
     model: nn.Module, gradients: dict[str, Tensor], start: Tensor, logits: Tensor | None = None
 ) -> tuple[Tensor, int, int]:
-    """The published search for one victim: the image ``(1, C, H, W)``, the label and the number of evaluations.
+    """Run the published search for one victim; returns the image ``(1, C, H, W)``, the label and the evaluations.
 
-    The label is searched for from the ``logits`` ``(1, K)`` (DLG), or read from the gradient without them (iDLG).
+    With ``logits`` ``(1, K)``, the label is searched for (DLG); without, it is read from the gradient (iDLG).
     """
     parameters = dict(model.named_parameters())
     weights, targets = [parameters[name] for name in gradients], list(gradients.values())
@@ -98,7 +98,7 @@ def attack_plainly(
         distance = torch.stack(
             [(gradient - target).square().sum() for gradient, target in zip(found, targets, strict=True)]
         ).sum()
-        # `backward` would also work out the gradient of the weights, which nobody needs.
+        # `backward` would also compute the gradient of the weights, which is not needed.
         for unknown, gradient in zip(unknowns, torch.autograd.grad(distance, unknowns), strict=True):
             unknown.grad = gradient
         return distance.detach()
@@ -109,13 +109,13 @@ def attack_plainly(
             distance = float(closure())
             if distance < TOLERANCE:
                 break
-        if not math.isfinite(distance):  # it does not come back from there
+        if not math.isfinite(distance):  # the search cannot recover
             break
     return image.detach(), int(searched[0].argmax() if searched else inferred), evaluations
 
 
 def run_plainly(victims: Victims, count: int, seed: int, method: str = "idlg") -> Outcome:
-    """The first ``count`` victims, one after another; ``method`` is that of our side."""
+    """Attack the first ``count`` victims one after another; ``method`` is that of the library's side."""
     shared: SharedGradient = victims.share(range(count))
     model = copy.deepcopy(victims.victim.model).requires_grad_()
     images, labels, evaluations, seconds = [], [], [], 0.0
@@ -135,7 +135,7 @@ def run_plainly(victims: Victims, count: int, seed: int, method: str = "idlg") -
 
 
 def run_ours(victims: Victims, seed: int, precision: Any = "32-true", method: str = "idlg") -> Outcome:
-    """All victims, through ``Trainer.fit``."""
+    """Attack all victims with ``Trainer.fit``."""
     attack = METHODS[method](seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -158,7 +158,7 @@ def run_ours(victims: Victims, seed: int, precision: Any = "32-true", method: st
 
 
 def best_threads(name: str, run: Callable[[], Outcome]) -> int:
-    """1 or all cores, whichever takes less time."""
+    """Return 1 or the number of cores, whichever is faster."""
     seconds = {}
     for threads in sorted({1, cores()}):
         torch.set_num_threads(threads)
@@ -168,7 +168,7 @@ def best_threads(name: str, run: Callable[[], Outcome]) -> int:
 
 
 def rate(outcome: Outcome, victims: Victims, threshold: float = THRESHOLD) -> dict[str, Any]:
-    """Share of images under the threshold and of labels found, with 95 % intervals."""
+    """Return the shares of images below the threshold and of labels found, with 95 % intervals."""
     truth = GroundTruth.cat(list(victims.val_dataloader()))
     ids = outcome.ids
     scores = score(outcome.images, outcome.labels, truth.images[ids], truth.labels[ids])
@@ -187,13 +187,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="attack_speed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; the picture lies beside it")
-    parser.add_argument("--method", choices=tuple(METHODS), default="idlg", help="of our side (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; the picture is written next to it")
+    parser.add_argument("--method", choices=tuple(METHODS), default="idlg", help="the attack (default: %(default)s)")
     parser.add_argument(
         "--threshold",
         type=float,
         default=THRESHOLD,
-        help="an image whose MSE is below counts as reconstructed (default: %(default)s)",
+        help="an image with a lower MSE counts as reconstructed (default: %(default)s)",
     )
     parser.add_argument(
         "--dataset", help=f"one of {', '.join(DATASETS)}, or a folder of images in ImageFolder layout (default: mnist)"
@@ -201,14 +201,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--num-classes", type=int, help="logits of the network, at least the data set's classes (default: as many)"
     )
-    parser.add_argument("--victims", type=int, default=500, help="of our side (default: %(default)s)")
-    parser.add_argument("--plain-victims", type=int, default=20, help="of the plain side (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
-    parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--victims", type=int, default=500, help="for the library (default: %(default)s)")
+    parser.add_argument("--plain-victims", type=int, default=20, help="for the plain loop (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
+    parser.add_argument("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
-    parser.add_argument("--lanes", type=int, help="victims attacked at once (default: as many as pay)")
+    parser.add_argument("--lanes", type=int, help="victims attacked at once (default: automatic)")
     parser.add_argument(
-        "--precision", choices=("32-true", "64-true"), default="32-true", help="of our side (default: %(default)s)"
+        "--precision", choices=("32-true", "64-true"), default="32-true", help="of the library (default: %(default)s)"
     )
     given = parser.parse_args(arguments)
     quiet()
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_positive(threshold=given.threshold)
         if given.plain_victims > given.victims:
             raise ValueError(
-                f"Expected `--plain-victims` to be at most the {given.victims} victims of our side, but got "
+                f"Expected `--plain-victims` to be at most {given.victims}, the number of victims, but got "
                 f"{given.plain_victims}."
             )
         check_file(given.output)
@@ -233,14 +233,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure(given: argparse.Namespace, dataset: str, victims: Victims, probe: Victims) -> None:
-    machine = describe_machine() | {"threads": None}  # of each side its own
-    print(f"{dataset}: probing threads", flush=True)
+    machine = describe_machine() | {"threads": None}  # each side has its own
+    print(f"{dataset}: finding the best number of threads", flush=True)
     probed = min(PROBE_PLAIN_VICTIMS, given.plain_victims)
     threads = {
         "leakage": best_threads("leakage", lambda: run_ours(probe, given.seed, given.precision, given.method)),
         "plain": best_threads("plain", lambda: run_plainly(probe, probed, given.seed, given.method)),
     }
-    print(f"{given.victims} victims with leakage, then {given.plain_victims} of them plainly", flush=True)
+    print(f"{given.victims} victims with leakage, then {given.plain_victims} of them with the plain loop", flush=True)
     torch.set_num_threads(threads["leakage"])
     outcomes = {"leakage": run_ours(victims, given.seed, given.precision, given.method)}
     torch.set_num_threads(threads["plain"])
@@ -278,12 +278,12 @@ def _measure(given: argparse.Namespace, dataset: str, victims: Victims, probe: V
         f"{side}, {given.method}": {"seconds per victim": seconds[name]}
         for name, side in (("plain", "plain loop"), ("leakage", "leakage"))
     }
-    figure = plot_parts(bars, xlabel="seconds", title=f"{machine['cpu']}: {dataset}, {ratio:.1f} times less")
+    figure = plot_parts(bars, xlabel="seconds", title=f"{machine['cpu']}: {dataset}, {ratio:.1f} times faster")
     write_result(given.output, result, figure)
 
 
 def _victims(given: argparse.Namespace, count: int) -> tuple[str, Victims]:
-    """The victims, ready to share their gradients, and what to call their data set."""
+    """Return the victims, ready to share their gradients, and the name of their data set."""
     options: dict[str, Any] = {"victims": count, "seed": given.seed}
     if given.lanes is not None:
         options["lanes"] = given.lanes
@@ -297,7 +297,7 @@ def _victims(given: argparse.Namespace, count: int) -> tuple[str, Victims]:
 
 
 def _found(given: argparse.Namespace, options: dict[str, Any]) -> tuple[str, Victims]:
-    """Those of the data set that is asked for, else of MNIST or the bundled sample."""
+    """Return the victims of the given data set, by default of MNIST or else of the bundled sample."""
     if given.dataset is not None:
         victims = Victims(given.dataset, root=given.root, image_size=given.image_size, **options)
         victims.prepare_data()
@@ -307,7 +307,7 @@ def _found(given: argparse.Namespace, options: dict[str, Any]) -> tuple[str, Vic
     try:
         mnist.setup("fit")
     except FileNotFoundError:
-        print("MNIST is not found (see --root), so this is the bundled sample of FashionMNIST.", flush=True)
+        print("MNIST was not found (see --root), so the bundled sample of FashionMNIST is used.", flush=True)
     else:
         return "mnist", mnist
     sample = Victims("sample", **options)

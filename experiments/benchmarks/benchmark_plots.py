@@ -1,4 +1,4 @@
-"""Pictures of benchmarks: over the number of lanes, and how a whole is made up of its parts."""
+"""Pictures of benchmarks: curves over the number of lanes, and bars made up of parts."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ from leakage.plots import COLOURS, INK, new_figure
 sys.path.append(str(Path(__file__).parents[1] / "second_order"))
 from reach_plots import draw_legend, finish_axes, legend_columns, marker_of
 
-# Inches of a panel, of a line of the legend, of the title.
+# Inches: size of a panel, height of a line of the legend and of the title.
 _WIDTH, _HEIGHT, _LINE, _TITLE = 4.6, 3.4, 0.24, 0.4
-# Inches: of a bar, of what is below all bars, of the axes of bars, of a letter of a bar's name.
+# Inches: height of a bar and of the space below all bars, width of the axes and of a letter of a bar's name.
 _BAR, _BELOW, _LENGTH, _LETTER = 0.42, 0.8, 5.2, 0.085
-# A part of less than this share of the longest bar has no number in it.
+# Parts below this share of the longest bar show no number.
 _TOLD = 0.09
-# Ticks of lanes at most.
+# Maximum number of ticks on the axis of lanes.
 _TICKS = 8
-# Where colours come again, lines have another style.
+# Line styles, which distinguish curves of the same colour.
 _STYLES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
-# Of parts, light enough for a number inside.
+# Colours of parts, light enough for a number inside.
 _LIGHT = ("#8DBBDD", "#F2B48C", "#8FD3BC", "#E5C3D8", "#F4D58A", "#B9DFF4", "#C9C9C9", "#D8C7A8", "#A9B9A9")
 
 
 def plot_over_lanes(
     panels: Mapping[str, Mapping[str, Mapping[int, float]]], *, xlabel: str = "lanes", title: str = ""
 ) -> Figure:
-    """Curves over the number of lanes, both axes logarithmic, each panel on a scale of its own.
+    """Plot curves over the number of lanes, with both axes logarithmic and a separate scale for each panel.
 
     Args:
-        panels: what each panel shows, such as ``"ms per victim"``, to its curves: a name, which has a colour and a
-            marker of its own in all panels, to values, at least one, by lanes; both positive.
-        xlabel: what the lanes are.
-        title: above all.
+        panels: heading of each panel, such as ``"ms per victim"``, to its curves. A curve is a name, which has the
+            same colour and marker in all panels, to at least one value by number of lanes; both are positive.
+        xlabel: label of the axis of lanes.
+        title: title of the figure.
 
     Raises:
-        ValueError: no panels, one without curves, a curve without values, or a number that is not positive and finite.
+        ValueError: there are no panels, a panel has no curves, a curve has no values, or a number is not positive and
+            finite.
 
     Example:
         >>> figure = plot_over_lanes({"ms": {"LeNet": {1: 4.0, 16: 0.5}}, "MiB": {"LeNet": {1: 2.0, 16: 20.0}}})
@@ -83,7 +84,7 @@ def plot_over_lanes(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         low, high = axes.get_ylim()
-        if high < 10 * low:  # there might be no power of ten to tell
+        if high < 10 * low:  # there may be no power of ten for a tick
             axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(xlabel, color=INK)
@@ -93,16 +94,16 @@ def plot_over_lanes(
 
 
 def plot_parts(bars: Mapping[str, Mapping[str, float]], *, xlabel: str, title: str = "") -> Figure:
-    """A horizontal bar for each whole, made up of its parts one after another; large parts tell their value.
+    """Plot a horizontal bar for each whole, made up of its parts; large parts show their value.
 
     Args:
-        bars: name of each whole to its parts: a name, which has a colour of its own in all bars, to a value of at
+        bars: name of each whole to its parts. A part is a name, which has the same colour in all bars, to a value of at
             least 0.
         xlabel: what the values are, such as ``"seconds"``.
-        title: above all.
+        title: title of the figure.
 
     Raises:
-        ValueError: no bars, one without parts, a value below 0 or not finite, or nothing but zeros.
+        ValueError: there are no bars, a bar has no parts, a value is negative or not finite, or all values are zero.
 
     Example:
         >>> figure = plot_parts({"idlg": {"objective": 3.0, "L-BFGS": 1.0}}, xlabel="seconds")

@@ -1,17 +1,17 @@
-"""Seconds per iteration: condensation by this library against a plain eager loop of the same algorithm.
+"""Compare the seconds per iteration of a condensation by this library and a plain eager loop.
 
     python experiments/benchmarks/condensation_speed.py --output condensation_speed.json
     python experiments/benchmarks/condensation_speed.py --iterations 5 --threads 1 --output one_thread.json
 
-The plain side is ordinary autograd: torch's own layers, the real images of a class as one batch, a double backward per
-class, `torch.optim.SGD`. Ours is `GradientMatchingCondensation` with its published protocol in `Trainer.fit`, from one
-batch to the next. Both get the same networks, real images and start, so the synthetic images must agree; if they don't,
-the script ends with exit code 1. Without `--dataset` the images are FashionMNIST's, or those of the bundled sample
-where FashionMNIST is not found.
+The plain side implements the same algorithm with ordinary autograd: torch's own layers, the real images of a class as
+one batch, a double backward per class, `torch.optim.SGD`. The other side is `GradientMatchingCondensation` with its
+published protocol in `Trainer.fit`, from one batch to the next. Both get the same networks, real images and start, so
+the synthetic images must agree; otherwise the script ends with exit code 1. Without `--dataset` the images are from
+FashionMNIST, or from the bundled sample if FashionMNIST is not found.
 
-Each side is a process of its own with the same number of threads. They take turns, one iteration each, so that whatever
-else the machine does disturbs both alike; times are medians over the iterations after one of warm-up. Memory is the
-peak of each process and what it was before the first iteration; on a GPU, the peak of what torch allocated there.
+Each side is a separate process with the same number of threads. They take turns, one iteration each, so that other
+work on the machine affects both equally. Times are medians over the iterations after one warm-up iteration. Memory is
+the peak of each process and its value before the first iteration; on a GPU, the peak of what torch allocated there.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ PARTS = ("real", "synthetic", "network")
 # The published protocol.
 LEARNING_RATE, MOMENTUM, NETWORK_LEARNING_RATE, NETWORK_BATCH_SIZE = 0.1, 0.5, 0.01, 256
 WARM_UP = 1
-# Of the images, root mean square. Steps agree to 1e-6, until a unit within rounding of zero is switched on by one side
-# alone: such a step differs by 1e-3, as plain float32 does from float64. A loop of another algorithm is off by 0.1.
+# Root mean square difference of the images. Steps agree to 1e-6 until a unit within rounding of zero is active on one
+# side only: such a step differs by 1e-3, as plain float32 does from float64. Another algorithm would differ by 0.1.
 TOLERANCE = 1e-3
 
 Turn = Callable[[Mapping[str, float]], None]
 
 
 def plain_network(channels: int, height: int, breadth: int, num_classes: int, width: int) -> nn.Module:
-    """The paper's ConvNet of torch's own layers, with the names of the library's."""
+    """Build the paper's ConvNet from torch's own layers, with the parameter names of the library's."""
     padding = (3 if height == 28 else 1, 3 if breadth == 28 else 1)
     left = [(32 if side == 28 else side) // 8 for side in (height, breadth)]
     layers: list[nn.Module] = []
@@ -72,7 +72,7 @@ def plain_network(channels: int, height: int, breadth: int, num_classes: int, wi
 
 
 def distance(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """The row-wise cosine distance, layer by layer."""
+    """Compute the row-wise cosine distance, layer by layer."""
     total = torch.zeros((), device=targets[0].device)
     for found, wanted in zip(gradients, targets, strict=True):
         found, wanted = found.flatten(1), wanted.flatten(1)
@@ -81,7 +81,7 @@ def distance(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
 
 
 def run_plainly(data: LabelledImages, options: argparse.Namespace, turn: Turn) -> Tensor:
-    """The images ``(M, C, H, W)``, normalised, that the plain loop ends with; each iteration waits for its ``turn``."""
+    """Run the plain loop; returns the normalised images ``(M, C, H, W)``. Each iteration waits for its ``turn``."""
     device, count, seed = torch.device(options.accelerator), options.images_per_class, options.seed
     outer, inner = schedule(count, None)
     classes = range(data.num_classes)
@@ -140,13 +140,13 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, epochs: int, order
 
 
 class TakeTurns(Callback):
-    """Has each iteration wait for its turn; whatever Lightning does between two of them counts as the first's."""
+    """Make each iteration wait for its turn; Lightning's work between two iterations counts for the first."""
 
     def __init__(self, turn: Turn) -> None:
         self.turn = turn
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """End the turn before and wait for the next, where an iteration begins."""
+        """End the previous turn and wait for the next, if an iteration begins."""
         if batch_idx % pl_module.outer == 0:
             self.turn(pl_module.seconds)
 
@@ -156,7 +156,7 @@ class TakeTurns(Callback):
 
 
 def run_ours(data: LabelledImages, options: argparse.Namespace, turn: Turn) -> Tensor:
-    """The images ``(M, C, H, W)``, normalised, that the library ends with; each iteration waits for its ``turn``."""
+    """Run the library; returns the normalised images ``(M, C, H, W)``. Each iteration waits for its ``turn``."""
     network = ConvNet(data.image_shape[0], data.image_shape[1:], data.num_classes, width=options.width)
     condensation = GradientMatchingCondensation(
         options.images_per_class, network=network, iterations=WARM_UP + options.iterations, seed=options.seed
@@ -184,11 +184,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet()
     if given.side is not None:
         options = argparse.Namespace(**json.loads(given.side))
-        # What is answered is for the parent alone: all else that is printed goes to the terminal.
+        # Only the answers go to the parent; all other output goes to the terminal.
         answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         torch.set_num_threads(options.threads)
-        # Else a GPU rounds to ten bits in convolutions, and nothing could be compared.
+        # Otherwise a GPU rounds to ten bits in convolutions, and the sides can't be compared.
         torch.backends.cudnn.allow_tf32 = False
         _be_a_side(options, sys.stdin, answers)
         return
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise IsADirectoryError(f"Expected `--output` to be a file, but got the folder '{given.output}'.")
         check_output(given.output.parent)
         if given.accelerator == "cuda" and not torch.cuda.is_available():
-            raise ValueError("Expected `--accelerator` cpu where torch finds no GPU, but got cuda.")
+            raise ValueError("Expected `--accelerator` to be cpu, since torch finds no GPU, but got cuda.")
         given.dataset = _find_data(given)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _measure(given: argparse.Namespace) -> None:
     total = WARM_UP + given.iterations
     print(
-        f"{given.dataset}, {given.images_per_class} per class, {given.threads} threads: {WARM_UP} iteration of warm-up "
+        f"{given.dataset}, {given.images_per_class} per class, {given.threads} threads: {WARM_UP} warm-up iteration "
         f"and {given.iterations} more, taking turns",
         flush=True,
     )
@@ -279,18 +279,18 @@ def _show(result: dict[str, Any], output: Path) -> None:
         memory = "-" if peak is None else f"{peak:.0f} MiB"
         print(f"{name:8} {result['seconds_per_iteration'][name]:>13.3f} {columns} {memory:>10}")
     apart, changed = result["relative_difference"], result["relative_difference_of_change"]
-    print(f"\n{result['ratio']:.2f} times faster; the images differ by {apart:.1e}, by {changed:.1e} of their change")
+    print(f"\n{result['ratio']:.2f} times faster; the images differ by {apart:.1e}, {changed:.1e} of their change")
     print(output)
 
 
 class Side:
-    """One side in a process of its own, which does an iteration whenever it is told to."""
+    """One side in a separate process, which does one iteration at a time on demand."""
 
     def __init__(self, name: str, given: argparse.Namespace, folder: Path) -> None:
         self.name, self.file = name, folder / f"{name}.safetensors"
         options = json.dumps({**vars(given), "side": name, "output": self.file}, default=str)
         command = [sys.executable, str(Path(__file__).resolve()), "--output", str(self.file), "--side", options]
-        # The packages of this process, wherever they are.
+        # Use the packages of this process, wherever they are.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -308,14 +308,14 @@ class Side:
         self.process.wait()
 
     def iterate(self) -> dict[str, Any]:
-        """Have it do one iteration, and hear how long that took."""
+        """Run one iteration; returns how long it took."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write("\n")  # type: ignore[union-attr]
             self.process.stdin.flush()  # type: ignore[union-attr]
         return self.hear()
 
     def hear(self) -> dict[str, Any]:
-        """What it says next; the script ends if it has nothing more to say."""
+        """Read the next message of the process; the script ends if there is none."""
         line = self.process.stdout.readline()  # type: ignore[union-attr]
         if not line:
             sys.exit(f"condensation_speed.py: error: the {self.name} side ended with exit code {self.process.wait()}.")
@@ -324,7 +324,7 @@ class Side:
 
 
 def _be_a_side(options: argparse.Namespace, commands: IO[str], answers: IO[str]) -> None:
-    """Do an iteration for each line of ``commands``; write the images at the end."""
+    """Run an iteration for each line of ``commands``, and write the images at the end."""
 
     def say(**message: Any) -> None:
         print(json.dumps(message), file=answers, flush=True)
@@ -339,11 +339,11 @@ def _be_a_side(options: argparse.Namespace, commands: IO[str], answers: IO[str])
         if begun:
             say(seconds=time.perf_counter() - begun[-1], **{part: seconds[part] for part in PARTS})
         else:
-            # Only now, when all is set up, so that neither side sets up while the other has its turn.
+            # Only now, so that neither side sets up during the other's turn.
             say(memory=_memory(device, "VmRSS"))
         if len(begun) < WARM_UP + options.iterations:
             if not commands.readline():
-                raise EOFError("Expected to be told to go on, but the parent process is no more.")
+                raise EOFError("Expected a command from the parent process, but got none: it has ended.")
             begun.append(time.perf_counter())
 
     images = (run_plainly if options.side == "plain" else run_ours)(data, options, turn)
@@ -352,24 +352,24 @@ def _be_a_side(options: argparse.Namespace, commands: IO[str], answers: IO[str])
 
 
 def _wait(device: torch.device) -> None:
-    # A GPU works while Python goes on.
+    # A GPU works asynchronously.
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def _memory(device: torch.device, entry: str) -> float | None:
-    """MiB of this process: of its torch on a GPU at most, else VmRSS now or VmHWM at most; None where Linux is not."""
+    """Return MiB of this process: on a GPU torch's peak, else VmRSS (now) or VmHWM (peak); None outside Linux."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
-    # Not `resource`: its maximum begins with that of the parent.
+    # Not `resource`: its maximum starts with that of the parent.
     lines = status.read_text().splitlines() if status.is_file() else []
     found = [int(line.split()[1]) / 2**10 for line in lines if line.startswith(f"{entry}:")]
     return found[0] if found else None
 
 
 def start(data: LabelledImages, options: argparse.Namespace) -> Tensor:
-    """What the library starts from, ``(M, C, H, W)``, normalised."""
+    """Return the images from which the library starts, ``(M, C, H, W)``, normalised."""
     generator = torch.Generator().manual_seed(derive_seed(options.seed, 0, "start"))
     return torch.randn(data.num_classes * options.images_per_class, *data.image_shape, generator=generator)
 
@@ -380,12 +380,12 @@ def _data(given: argparse.Namespace) -> LabelledImages:
 
 
 def _find_data(given: argparse.Namespace) -> str:
-    """Name or folder of the data set, which is there."""
+    """Return the name or folder of a data set that exists."""
     if given.dataset is None:
         try:
             LabelledImages("fashion_mnist", root=given.root, download=False).setup("fit")
         except FileNotFoundError:
-            print("FashionMNIST is not found (see --root), so this is the bundled sample of it.", flush=True)
+            print("FashionMNIST was not found (see --root), so its bundled sample is used.", flush=True)
             given.root = None
             return "sample"
         return "fashion_mnist"
@@ -406,24 +406,24 @@ def _parser() -> argparse.ArgumentParser:
         help=f"one of {', '.join(LABELLED_DATASETS)}, or a folder of images in ImageFolder layout "
         "(default: fashion_mnist)",
     )
-    parser.add_argument("--images-per-class", type=int, default=1, help="synthetic ones (default: %(default)s)")
+    parser.add_argument("--images-per-class", type=int, default=1, help="synthetic images (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=256, help="real images per class (default: %(default)s)")
-    parser.add_argument("--iterations", type=int, default=3, help="that are timed (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=cores, help="of each side (default: all cores, %(default)s)")
+    parser.add_argument("--iterations", type=int, default=3, help="number of timed iterations (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=cores, help="per side (default: all cores, %(default)s)")
     parser.add_argument(
         "--precision",
         choices=("32-true", "bf16-mixed"),
         default="32-true",
-        help="of our side; with bf16-mixed the difference is told, and not judged (default: %(default)s)",
+        help="of the library; with bf16-mixed, differences are reported but not judged (default: %(default)s)",
     )
     parser.add_argument(
         "--accelerator", choices=("cpu", "cuda"), default="cpu", help="for both sides (default: %(default)s)"
     )
     parser.add_argument("--width", type=int, default=128, help="channels of the ConvNet (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of networks, start and batches (default: %(default)s)")
-    parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
+    parser.add_argument("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
-    parser.add_argument("--side", help=argparse.SUPPRESS)  # which side to be, with all options: for the script itself
+    parser.add_argument("--side", help=argparse.SUPPRESS)  # the side to run, with all options: for the script itself
     return parser
 
 

@@ -1,11 +1,12 @@
-"""Evaluating R networks at once, stacked with `torch.func`, against one after the other: seconds in one run.
+"""Compare the time of evaluating R networks at once, stacked with `torch.func`, and one after another.
 
     python experiments/benchmarks/evaluation_speed.py --output evaluation.json
     python experiments/benchmarks/evaluation_speed.py --dataset fashion_mnist --images-per-class 10 --output F.json
 
 Both sides are `leakage.condensation.evaluation.evaluate` on the same random real images, with the same networks,
-threads and device; only `stacked` differs. They take turns, `--repeats` times after a short warm-up, and the fastest
-turn of each counts, training and testing apart. The accuracies of both are in the file too: they agree to rounding.
+threads and device; only `stacked` differs. They take turns, `--repeats` times after a short warm-up. The fastest
+turn of each counts, with separate times for training and testing. The file also has the accuracies of both, which
+agree to rounding.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="sample",
         help=f"one of {', '.join(LABELLED_DATASETS)}, or a folder in ImageFolder layout (default: %(default)s)",
     )
-    parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
     parser.add_argument("--network", choices=sorted(NETWORKS), default="convnet", help="(default: %(default)s)")
     parser.add_argument("--networks", type=int, default=10, help="R (default: %(default)s)")
-    parser.add_argument("--images-per-class", type=int, default=1, help="to train on (default: %(default)s)")
+    parser.add_argument("--images-per-class", type=int, default=1, help="for training (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=30, help="of training (default: %(default)s)")
-    parser.add_argument("--test-images", type=int, default=500, help="at most (default: %(default)s)")
+    parser.add_argument("--test-images", type=int, default=500, help="maximum number (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda (default: the GPU if there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="of images and networks (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
     given = parser.parse_args(arguments)
     quiet()
     try:

@@ -1,15 +1,15 @@
-"""Seconds per victim and iteration of Inverting Gradients: many victims at once against a plain loop, in one run.
+"""Compare the seconds per victim and iteration of Inverting Gradients on many victims at once and in a plain loop.
 
     python experiments/benchmarks/inversion_speed.py --network resnet20 --lanes 16 --output resnet20.json
     python experiments/benchmarks/inversion_speed.py --network convnet64 --weights own --threads 1 --output F.json
 
-The plain side is one victim at a time, as one would write it: autograd that differentiates twice, cosine distance and
-total variation, `torch.optim.Adam` on signs with the published decays, images kept in [0, 1]. Ours is
-`InvertingGradientsAttack` in `Trainer.fit` on as many victims as lanes, once as it is and once without joint passes
-(`vmap`), as it is for networks that have none. All sides have the same victims, starts, steps and threads; before
-anything is timed, objectives and gradients at the starts are compared. The sides take turns, `--repeats` times. The
-time of a step of ours is from its start to that of the next, so that solver, Lightning and Python are in it. Ratios are
-medians over the turns; those of CPU time tell more where other work runs on the machine.
+The plain side attacks one victim at a time in a straightforward way: autograd that differentiates twice, cosine
+distance and total variation, `torch.optim.Adam` on signs with the published decays, images kept in [0, 1]. The other
+side is `InvertingGradientsAttack` in `Trainer.fit` on as many victims as lanes, once unchanged and once without joint
+passes (`vmap`), as for networks that do not support them. All sides have the same victims, starts, steps and threads.
+Before the timing, objectives and gradients at the starts are compared. The sides take turns, `--repeats` times. The
+time of a step of the library is from its start to that of the next, so it includes the solver, Lightning and Python.
+Ratios are medians over the turns; those of CPU time are more reliable if other work runs on the machine.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ from table_networks import NETWORKS
 LR, TOTAL_VARIATION = 0.1, 1e-2
 MILESTONES = (3 / 8, 5 / 8, 7 / 8)
 SIZE = 32
-# Steps of ours before those that are timed.
+# Number of steps of the library before the timed ones.
 WARM_UP = 2
-# Relative, of objectives and gradients at the start, in single precision.
+# Largest relative difference of objectives and gradients at the start, in single precision.
 AGREEMENT = 1e-3
 
 
 class Plain:
-    """The search for one victim after the other."""
+    """The plain search, one victim after another."""
 
     def __init__(self, model: nn.Module, shared: SharedGradient, steps: int) -> None:
         self.model, self.shared, self.steps = copy.deepcopy(model).requires_grad_(), shared, steps
@@ -73,7 +73,7 @@ class Plain:
         self.weights = [parameters[name] for name in shared.gradients]
 
     def load(self, victim: int) -> None:
-        """Take its network, gradient and labels."""
+        """Load the network, gradient and labels of a victim."""
         state = self.shared.state
         own = {name: tensor[victim] for name, tensor in state.items()} if self.shared.own_weights else state
         self.model.load_state_dict(own)
@@ -82,7 +82,7 @@ class Plain:
         self.labels = self.shared.labels[victim]
 
     def evaluate(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The objective at images ``(N, C, H, W)`` that require gradients, and its gradient."""
+        """Return the objective at images ``(N, C, H, W)`` that require gradients, and its gradient."""
         found = torch.autograd.grad(F.cross_entropy(self.model(images), self.labels), self.weights, create_graph=True)
         product = torch.stack([(a * b).sum() for a, b in zip(found, self.targets, strict=True)]).sum()
         norms = [torch.stack([part.square().sum() for part in side]).sum().sqrt() for side in (found, self.targets)]
@@ -92,7 +92,7 @@ class Plain:
         return objective.detach(), gradient
 
     def search(self, victim: int, start: Tensor, until: int | None = None) -> Tensor:
-        """The images after all steps, or so many of them."""
+        """Return the images after all steps, or after ``until`` steps."""
         self.load(victim)
         images = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([images], lr=LR)
@@ -108,25 +108,25 @@ class Plain:
 
 
 class Clock(Callback):
-    """Notes when steps begin: on the clock of the wall, and that of the CPU."""
+    """Record when steps begin, in wall-clock time and in CPU time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.moments: list[tuple[float, float]] = []
 
     def now(self) -> tuple[float, float]:
-        """This moment; a GPU has done then what it was given."""
+        """Return the current time, after all work of a GPU is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter(), time.process_time()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """One more."""
+        """Record the start of a step."""
         self.moments.append(self.now())
 
 
 def make_victims(given: argparse.Namespace) -> RandomVictims:
-    """As many as lanes, ready to share."""
+    """Return as many victims as lanes, ready to share their gradients."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(given.seed)
         network = NETWORKS[given.network](3, (SIZE, SIZE), CLASSES)
@@ -150,7 +150,7 @@ def make_attack(given: argparse.Namespace, steps: int) -> InvertingGradientsAtta
 
 
 def starts(given: argparse.Namespace) -> Tensor:
-    """Where all sides begin, ``(V, N, C, H, W)``."""
+    """Return the starts of all sides, ``(V, N, C, H, W)``."""
     seeds = [derive_seed(given.seed, victim, "start/images/0") for victim in range(given.lanes)]
     shape = given.images, 3, SIZE, SIZE
     drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -160,7 +160,7 @@ def starts(given: argparse.Namespace) -> Tensor:
 def compare(
     given: argparse.Namespace, victims: RandomVictims, shared: SharedGradient, plain: Plain
 ) -> dict[str, float]:
-    """The largest relative differences of objectives and gradients at the starts of all victims."""
+    """Return the largest relative differences of objectives and gradients at the starts of all victims."""
     attack, images = make_attack(given, given.iterations), starts(given)
     victim = copy.deepcopy(victims.victim)
     victim.model.to(given.device)
@@ -180,11 +180,11 @@ def compare(
 
 
 def run_ours(given: argparse.Namespace, joint: bool) -> tuple[float, float]:
-    """Seconds of the wall and of the CPU per victim and iteration."""
+    """Run the library; returns wall-clock and CPU seconds per victim and iteration."""
     clock = Clock(given.device)
     apart = mock.patch.object(evaluator, "has_joint_pass", return_value=False)
     with contextlib.nullcontext() if joint else apart:
-        # One more, as a step lasts until the next begins.
+        # One more step, since a step lasts until the next begins.
         attack, victims = make_attack(given, WARM_UP + given.iterations + 1), make_victims(given)
         make_trainer(given.device, clock, limit_val_batches=0).fit(attack, datamodule=victims)
     pairs = zip(clock.moments[WARM_UP:-1], clock.moments[WARM_UP + 1 :], strict=True)
@@ -194,7 +194,7 @@ def run_ours(given: argparse.Namespace, joint: bool) -> tuple[float, float]:
 
 
 def run_plainly(given: argparse.Namespace, plain: Plain) -> tuple[float, float]:
-    """The same for the first victims, one after the other."""
+    """Run the plain loop on the first victims; returns wall-clock and CPU seconds per victim and iteration."""
     clock, images = Clock(given.device), starts(given)
     before = clock.now()
     for victim in range(given.plain_victims):
@@ -205,21 +205,21 @@ def run_plainly(given: argparse.Namespace, plain: Plain) -> tuple[float, float]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Of the options."""
+    """Create the parser of the options."""
     parser = argparse.ArgumentParser(
         prog="inversion_speed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; the picture lies beside it")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; the picture is written next to it")
     parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet20", help="(default: %(default)s)")
     parser.add_argument("--weights", choices=("shared", "own"), default="shared", help="(default: %(default)s)")
     parser.add_argument("--lanes", type=int, default=16, help="victims at once (default: %(default)s)")
-    parser.add_argument("--plain-victims", type=int, default=2, help="of the plain side (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=1, help="of a victim (default: %(default)s)")
-    parser.add_argument("--iterations", type=int, default=10, help="that are timed (default: %(default)s)")
+    parser.add_argument("--plain-victims", type=int, default=2, help="for the plain loop (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=1, help="per victim (default: %(default)s)")
+    parser.add_argument("--iterations", type=int, default=10, help="timed iterations (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda (default: the GPU if there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="of victims and starts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
     return parser
 
 
@@ -262,8 +262,8 @@ def _measure(given: argparse.Namespace) -> None:
     for turn in range(given.repeats):
         for name, run in sides.items():
             found[name].append(run())
-        told = ", ".join(f"{name} {1e3 * turns[-1][0]:.2f} ms" for name, turns in found.items())
-        print(f"  turn {turn + 1} of {given.repeats}: {told} per victim and iteration", flush=True)
+        times = ", ".join(f"{name} {1e3 * turns[-1][0]:.2f} ms" for name, turns in found.items())
+        print(f"  turn {turn + 1} of {given.repeats}: {times} per victim and iteration", flush=True)
     seconds, cpu_seconds = (
         {name: statistics.median(turn[clock] for turn in turns) for name, turns in found.items()} for clock in (0, 1)
     )
@@ -290,7 +290,7 @@ def _measure(given: argparse.Namespace) -> None:
         "seed": given.seed,
         "machine": machine,
     }
-    print(f"\n{ratio['leakage']:.1f} times less than the plain loop, {cpu_ratio['leakage']:.1f} in CPU time")
+    print(f"\n{ratio['leakage']:.1f} times faster than the plain loop, {cpu_ratio['leakage']:.1f} times in CPU time")
     title = f"{machine['gpu'] or machine['cpu']}: {given.network}, {given.lanes} lanes"
     bars = {name: {"per victim and iteration": 1e3 * value} for name, value in seconds.items()}
     write_result(given.output, result, plot_parts(bars, xlabel="milliseconds", title=title))

@@ -1,19 +1,19 @@
-"""Where the time of a whole run goes, and how far the objective is from the arithmetic limit of this machine.
+"""Measure where the time of a run goes, and how far the objective is from the arithmetic limit of the machine.
 
     python experiments/benchmarks/parts.py --output parts.json
     python experiments/benchmarks/parts.py --methods idlg --victims 1000 --device cuda --output parts_gpu.json
 
-Each attack runs on the same victims with its defaults in `Trainer.fit`, several times in turn: as it is, and with its
-functions wrapped from outside, which tells the parts; a part is what its functions take without those of other parts.
-The ratio of the two times is in the file, so that one sees what the wrapping costs (on a GPU it waits at the
-boundaries of the parts, else their times would be those of other parts). A lane is idle in an evaluation in which its
-victim has finished already and no other has come yet.
+Each attack runs on the same victims with its defaults in `Trainer.fit`, several times in turn: unchanged, and with its
+functions wrapped from outside to measure the parts. A part is the time of its functions without that of other parts
+called within them. The file has the ratio of the two times, which shows the cost of the wrapping (on a GPU it waits at
+the boundaries of the parts; otherwise time would be assigned to the wrong part). A lane is idle in an evaluation if
+its victim has finished and no other has entered yet.
 
-The limit is the arithmetic of one evaluation at the rate at which this machine multiplies float32 matrices, the
-fastest of several sizes, single and batched, on as many threads. The arithmetic is counted by torch's
-`FlopCounterMode`, once for plain autograd that differentiates twice, one victim at a time, once for what the library
-runs; activations, pooling and other small things count as nothing. A ratio of 1 would be a machine that does nothing
-but multiply matrices.
+The limit is the arithmetic of one evaluation at the rate at which this machine multiplies float32 matrices: the
+fastest of several sizes, single and batched, with the same number of threads. torch's `FlopCounterMode` counts the
+operations, once for plain autograd that differentiates twice, one victim at a time, and once for the library.
+Activations, pooling and other small operations count as zero. A ratio of 1 would be a machine that only multiplies
+matrices.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ PARTS = (
     "admission and leaving",
     "scoring",
 )
-# Of a matrix product, single and batched: batch, rows = columns.
+# The sizes of a matrix product, single and batched: batch, rows = columns.
 SIZES = ((1, 512), (1, 1024), (1, 2048), (64, 64), (64, 128), (16, 256))
 SIZES_ON_A_GPU = ((1, 2048), (1, 4096), (1, 8192), (1024, 128), (256, 256), (64, 1024))
-# Seconds for each size, and runs of each at least.
+# Seconds for each size, and minimum number of runs of each.
 SECONDS, RUNS = 0.25, 3
 
 
 class Parts:
-    """A stopwatch for each part, of which only the innermost runs."""
+    """A stopwatch for each part; only that of the innermost part runs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -80,7 +80,7 @@ class Parts:
         self._since = 0.0
 
     def _turn(self) -> None:
-        """Book the time until now to the part that runs."""
+        """Add the time until now to the running part."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -89,7 +89,7 @@ class Parts:
         self._since = now
 
     def time(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, whose time counts for the part."""
+        """Wrap a function so that its time counts for the part."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             self._turn()
@@ -104,7 +104,7 @@ class Parts:
 
 
 def run_once(method: str, victims: Victims, given: argparse.Namespace, parts: Parts | None) -> dict[str, Any]:
-    """One attack from beginning to end; with ``parts`` its functions are wrapped."""
+    """Run one attack; with ``parts``, its functions are wrapped."""
     attack: GradientInversion = METHODS[method](seed=given.seed)
     lanes: list[int] = []
     fit = make_trainer(given.device).fit
@@ -155,7 +155,7 @@ def run_once(method: str, victims: Victims, given: argparse.Namespace, parts: Pa
 
 
 def measure(method: str, victims: Victims, given: argparse.Namespace) -> dict[str, Any]:
-    """Runs with and without wrapping in turn; the parts are those of the run of median time."""
+    """Run an attack with and without wrapping in turn; the parts are those of the run with the median time."""
     plain, wrapped = [], []
     for turn in range(given.repeats):
         plain.append(run_once(method, victims, given, None))
@@ -163,7 +163,7 @@ def measure(method: str, victims: Victims, given: argparse.Namespace) -> dict[st
         wrapped.append(run_once(method, victims, given, parts) | {"parts": dict(parts.seconds)})
         print(
             f"  {method}, turn {turn + 1} of {given.repeats}: {plain[-1]['seconds']:.2f} s, "
-            f"{wrapped[-1]['seconds']:.2f} s with the parts told apart",
+            f"{wrapped[-1]['seconds']:.2f} s with the parts measured",
             flush=True,
         )
     middle = sorted(wrapped, key=lambda run: run["seconds"])[(len(wrapped) - 1) // 2]
@@ -185,7 +185,7 @@ def measure(method: str, victims: Victims, given: argparse.Namespace) -> dict[st
 
 
 def multiplication_rate(device: torch.device) -> dict[str, float]:
-    """Floating-point operations per second of float32 matrix products, by size; the fastest run of each counts."""
+    """Measure float32 matrix products in operations per second, by size; the fastest run of each counts."""
     rates = {}
     for batch, size in SIZES_ON_A_GPU if device.type == "cuda" else SIZES:
         left, right = (torch.full((batch, size, size), 0.5, device=device) for _ in range(2))
@@ -196,7 +196,7 @@ def multiplication_rate(device: torch.device) -> dict[str, float]:
             torch.bmm(left, right, out=out)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if runs:  # the first one makes itself ready
+            if runs:  # the first run is a warm-up
                 fastest = min(fastest, time.perf_counter() - started)
             runs += 1
         rates[f"{batch}x{size}x{size}"] = 2 * batch * size**3 / fastest
@@ -204,7 +204,7 @@ def multiplication_rate(device: torch.device) -> dict[str, float]:
 
 
 def count_operations(victims: Victims, given: argparse.Namespace) -> dict[str, int]:
-    """Floating-point operations of one evaluation for one victim, by plain autograd and by the library."""
+    """Count the floating-point operations of one evaluation for one victim, by plain autograd and by the library."""
     shared = victims.share([0])
     protocol = victims.victim.protocol
     model = copy.deepcopy(victims.victim.model).requires_grad_()
@@ -229,7 +229,7 @@ def count_operations(victims: Victims, given: argparse.Namespace) -> dict[str, i
         attack.trainer.should_stop = True
         return result
 
-    # One lane, as torch's counts of grouped convolutions, which serve many victims, are too high.
+    # One lane, since torch's counts of grouped convolutions, which serve many victims, are too high.
     with mock.patch.object(Lanes, "evaluate", counted), mock.patch.object(victims, "lanes", 1):
         make_trainer(torch.device("cpu"), limit_val_batches=0).fit(attack, datamodule=victims)
     return {"plain autograd": plain.get_total_flops(), "library": counts[-1]}
@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="parts.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; the picture lies beside it")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; the picture is written next to it")
     parser.add_argument(
         "--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="(default: %(default)s)"
     )
@@ -248,21 +248,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="sample",
         help=f"one of {', '.join(DATASETS)}, or a folder in ImageFolder layout (default: %(default)s)",
     )
-    parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
     parser.add_argument("--victims", type=int, default=200, help="with one image each (default: %(default)s)")
     parser.add_argument("--lanes", type=int, help="victims attacked at once (default: 64, on a GPU 1024)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda (default: the GPU if there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
     given = parser.parse_args(arguments)
     quiet()
     try:
         check_count(victims=given.victims, repeats=given.repeats, threads=given.threads)
         check_count(0, seed=given.seed)
         given.device = find_device(given.device)
-        # Not "auto": it might find other numbers for the runs that are compared.
+        # Not "auto", which might choose different numbers for the runs that are compared.
         options = {"lanes": (1024 if given.device.type == "cuda" else 64) if given.lanes is None else given.lanes}
         check_file(given.output)
         victims = Victims(
@@ -287,7 +287,7 @@ def _measure(given: argparse.Namespace, dataset: str, victims: Victims) -> None:
     operations = count_operations(victims, given)
     before = multiplication_rate(given.device)
     methods = {method: measure(method, victims, given) for method in given.methods}
-    # Twice, as other work on the machine may have slowed the one or the other.
+    # Twice, since other work on the machine may have slowed down one of them.
     rates = {size: max(rate, before[size]) for size, rate in multiplication_rate(given.device).items()}
     fastest = max(rates.values())
     limit = {kind: count / fastest for kind, count in operations.items()}
@@ -330,10 +330,10 @@ def _show(result: dict[str, Any]) -> None:
     print(f"{'wrapped / plain':24}" + "".join(f"{found['wrapping_ratio']:>10.2f}" for found in methods.values()))
     for kind, seconds in result["limit_seconds_per_evaluation"].items():
         operations = result["operations_per_evaluation"][kind]
-        print(f"\n{kind}: {operations / 1e6:.2f} million operations, at best {1e6 * seconds:.1f} us; times the limit:")
+        print(f"\n{kind}: {operations / 1e6:.2f} million operations, at best {1e6 * seconds:.1f} us; ratio to it:")
         for method, found in methods.items():
-            told = [f"{what} {found['ratio_to_limit'][f'{what}, {kind}']:.1f}" for what in ("objective", "whole run")]
-            print(f"  {method}: {', '.join(told)}")
+            ratios = [f"{what} {found['ratio_to_limit'][f'{what}, {kind}']:.1f}" for what in ("objective", "whole run")]
+            print(f"  {method}: {', '.join(ratios)}")
 
 
 if __name__ == "__main__":

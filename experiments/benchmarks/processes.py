@@ -1,15 +1,16 @@
-"""Seconds per victim of several processes with one thread each, against one process with as many threads, and with one.
+"""Compare the seconds per victim of several processes with one thread each and of one process.
 
     python experiments/benchmarks/processes.py --output processes.json
     python experiments/benchmarks/processes.py --processes 4 --victims 400 --output four.json
 
-Each run is a child process of its own, started anew; `VictimParallel` starts the others. All attack the same victims
-with the same seeds, on the CPU, and take turns. The clock runs in the first process from the beginning of the first
-training step to the end of the last, in which all processes have done all victims; what is before (Python, imports,
-starting processes, sharing the first gradients) is the start-up and told separately. Medians over the turns.
+The single process runs with one thread, and with as many threads as there are processes. Each run is a new child
+process; `VictimParallel` starts the others. All attack the same victims with the same seeds on the CPU, and take
+turns. The time is measured in the first process, from the start of the first training step to the end of the last,
+after which all processes have finished all victims. The time before that (Python, imports, starting processes, sharing
+the first gradients) is the start-up and is reported separately. The figures are medians over the turns.
 
-The results must be the same however many processes there are: labels and successes equal, images of victims that both
-have reconstructed within an MSE of 1e-3 of each other. If they are not, the script ends with exit code 1.
+The results must not depend on the number of processes: labels and successes must be equal, and images that both
+have reconstructed must be within an MSE of 1e-3 of each other. If not, the script ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from leakage.datamodules import DATASETS, Victims
 from leakage.errors import check_count
 from leakage.inversion.strategy import VictimParallel
 
-# Two images nearer than this are the same one.
+# Two images with a smaller MSE count as equal.
 AGREE = 1e-3
 
 
@@ -51,20 +52,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="processes.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; the picture lies beside it")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; the picture is written next to it")
     parser.add_argument("--processes", type=int, default=2, help="with one thread each (default: %(default)s)")
     parser.add_argument("--victims", type=int, default=200, help="with one image each (default: %(default)s)")
-    parser.add_argument("--lanes", type=int, default=64, help="in each process at most (default: %(default)s)")
+    parser.add_argument("--lanes", type=int, default=64, help="maximum per process (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side (default: %(default)s)")
     parser.add_argument(
         "--dataset",
         default="sample",
         help=f"one of {', '.join(DATASETS)}, or a folder in ImageFolder layout (default: %(default)s)",
     )
-    parser.add_argument("--root", type=Path, help="where the data sets lie (default: $LEAKAGE_DATA, ~/.cache/leakage)")
+    parser.add_argument("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     parser.add_argument("--image-size", type=int, help="scale and crop a folder's images to this height and width")
-    parser.add_argument("--seed", type=int, default=0, help="of victims, networks and starts (default: %(default)s)")
-    parser.add_argument("--side", help=argparse.SUPPRESS)  # which one to be, with all options: for the script itself
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
+    parser.add_argument("--side", help=argparse.SUPPRESS)  # the side to run, with all options: for the script itself
     given = parser.parse_args(arguments)
     quiet()
     if given.side is not None:
@@ -104,7 +105,7 @@ def _measure(given: argparse.Namespace, dataset: str) -> None:
     machine = describe_machine() | {"threads": None}
     print(f"{machine['cpu']}, {machine['cores']} cores: {given.victims} victims of {dataset}", flush=True)
     if count > cores():
-        print(f"{count} processes are more than the {cores()} cores, so this is no measure of them.", flush=True)
+        print(f"{count} processes are more than the {cores()} cores, so the comparison is not meaningful.", flush=True)
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     outcomes: dict[str, dict[str, torch.Tensor]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -148,13 +149,13 @@ def _measure(given: argparse.Namespace, dataset: str) -> None:
     differing = [name for name, found in same.items() if not found["same"]]
     if differing:
         sys.exit(
-            f"processes.py: error: Expected the results of '{one}' from {differing}, but got others: "
+            f"processes.py: error: Expected the results of '{one}' from {differing}, but got other results: "
             f"{ {name: same[name] for name in differing} }."
         )
 
 
 def compare_outcomes(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Whether labels and successes are equal and images agree, where both have reconstructed them."""
+    """Compare whether labels and successes are equal, and whether images that both reconstructed agree."""
     both = (expected["success"] & found["success"]).nonzero().squeeze(1)
     apart = (expected["images"] - found["images"]).square().flatten(1).mean(1)[both]
     greatest = float(apart.max()) if len(apart) else 0.0
@@ -170,12 +171,12 @@ def compare_outcomes(expected: dict[str, torch.Tensor], found: dict[str, torch.T
 def _run(
     given: argparse.Namespace, processes: int, threads: int, folder: Path
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """One side: seconds of its start-up and its steps, and what it found."""
+    """Run one side; returns the seconds of its start-up and its steps, and its results."""
     file = folder / "outcome.pt"
     file.unlink(missing_ok=True)
     side = {**vars(given), "side": None, "output": str(file), "processes": processes, "threads": threads}
     side["began"] = time.time()
-    # Its own processes find this script by its path, and the package where this process has it from.
+    # The processes that it starts find this script by its path, and the package in the same place as this process.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, str(Path(__file__).resolve()), "--output", str(file)]
     done = subprocess.run(
@@ -188,17 +189,17 @@ def _run(
 
 
 class Clock(Callback):
-    """Notes when the first training step began and the last one ended."""
+    """Record when the first training step began and the last one ended."""
 
     def __init__(self) -> None:
         self.first = self.last = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """The first one."""
+        """Record the start of the first step."""
         self.first = self.first or time.time()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """The last one so far."""
+        """Record the end of the latest step."""
         self.last = time.time()
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, random victims, a Trainer that writes nothing, and the files of a result."""
+"""Shared code of the benchmarks: the machine, random victims, a Trainer without output, and the result files."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CLASSES = 10
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """That many threads of torch, and as many as before afterwards."""
+    """Set the number of threads of torch within the block, and restore it afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -42,7 +42,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name, by default the GPU if there is one; a ``ValueError`` if it does not work."""
+    """Return the named device, by default the GPU if there is one; raise a ``ValueError`` if it does not work."""
     found = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(found)
@@ -54,7 +54,7 @@ def find_device(name: str | None) -> torch.device:
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What the figures depend on; no names of hosts or users."""
+    """Describe the machine that the figures depend on, without names of hosts or users."""
     device = torch.device(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
@@ -72,13 +72,13 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def show_machine(machine: dict[str, Any]) -> str:
-    """The same in a line."""
+    """Format the description of a machine as one line."""
     gpu = f"{machine['gpu']}, " if machine["gpu"] else ""
     return f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}"
 
 
 def check_file(output: Path) -> None:
-    """Raise an ``OSError`` unless a result and its picture can be written there, a ``ValueError`` if it is no JSON."""
+    """Raise an ``OSError`` if a result can't be written there, and a ``ValueError`` if the path is not a JSON file."""
     if output.is_dir():
         raise IsADirectoryError(f"Expected `--output` to be a file, but got the folder '{output}'.")
     if output.suffix != ".json":
@@ -87,14 +87,14 @@ def check_file(output: Path) -> None:
 
 
 def write_result(output: Path, result: dict[str, Any], figure: Figure) -> None:
-    """The JSON file and the picture beside it."""
+    """Write the JSON file, and the picture next to it."""
     save_figure(figure, output.with_suffix(".png"))
     write_json(output, result)
     print(f"\n{output}\n{output.with_suffix('.png')}", flush=True)
 
 
 def make_trainer(device: torch.device, *callbacks: Callback, **options: Any) -> Trainer:
-    """One that runs an attack and does nothing beside."""
+    """Create a Trainer that runs an attack without other output."""
     return Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=options.pop("devices", 1),
@@ -111,14 +111,14 @@ def make_trainer(device: torch.device, *callbacks: Callback, **options: Any) -> 
 
 
 def make_network(name: str, image_size: int) -> nn.Module:
-    """A network of the papers, drawn from seed 0; images of 28 by 28 are grey, all others have three channels."""
+    """Create a network of the papers from seed 0; images of 28 by 28 are grey, all others have three channels."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return NETWORKS[name](1 if image_size == 28 else 3, image_size, CLASSES).eval()
 
 
 class RandomVictims(Victims):
-    """Victims with uniformly random images and revealed labels, for what does not depend on the images; not scored."""
+    """Victims with random images and revealed labels, for measurements independent of the images; not scored."""
 
     def __init__(self, *, victims: int, images: int, image_size: int, seed: int = 0, **options: Any) -> None:
         generator = torch.Generator().manual_seed(seed)

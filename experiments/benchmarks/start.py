@@ -1,12 +1,12 @@
-"""The fixed cost: seconds from the start of `leakage`, and of `leakage demo` to the end of its first evaluation.
+"""Measure the fixed cost: seconds to the first screen of `leakage`, and to the demo's first evaluation.
 
     python experiments/benchmarks/start.py --output start.json
 
-Every figure is of a new process, from just before it is started to a moment that it tells: the last line of the first
-screen, the end of importing torch, `leakage` or the command line, or, for the demo, the end of the first evaluation of
-its first attack, after which the process ends itself. That moment is had by wrapping `Lanes.evaluate` in that process;
-nothing else is changed. All take turns; the medians count. The first turn is told apart, as the files may not be in
-memory then.
+Every figure is from a new process, from just before its start to a moment that the process reports: the last line of
+the first screen; the end of importing torch, `leakage` or the command line; or, for the demo, the end of the first
+evaluation of its first attack, after which the process exits. That moment is found by wrapping `Lanes.evaluate` in
+that process; nothing else is changed. All processes take turns, and the medians count. The first turn is reported
+separately, since the files may not be in memory yet.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ main(["demo", "--output", sys.argv[1], "--victims", sys.argv[2]])
 """
 FIRST = "leakage demo, first evaluation"
 SCREEN = "leakage, the first screen"
-# From `import torch` on each does what the one before does, and more.
+# From `import torch` on, each does the work of the one before, and more.
 MOMENTS = {
     "Python": TELL,
     SCREEN: f"from leakage.cli.main import main\nmain([])\n{TELL}",
@@ -60,9 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="start.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; the picture lies beside it")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; the picture is written next to it")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each figure (default: %(default)s)")
-    parser.add_argument("--victims", type=int, default=64, help="of the demo, as by default (default: %(default)s)")
+    parser.add_argument("--victims", type=int, default=64, help="of the demo (default: %(default)s)")
     given = parser.parse_args(arguments)
     try:
         check_count(repeats=given.repeats, victims=given.victims)
@@ -97,16 +97,16 @@ def _measure(given: argparse.Namespace) -> None:
 
 
 def seconds_until(code: str, victims: int) -> float:
-    """From the start of a process with that code to the moment that it tells."""
+    """Return the seconds from the start of a process with this code to the moment that it reports."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", code, folder, str(victims)]
         began = time.time()
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    told = done.stdout.rpartition(MARK)[2].split()  # a progress bar may stand in the same line
+    reported = done.stdout.rpartition(MARK)[2].split()  # a progress bar may be in the same line
     if done.returncode or MARK not in done.stdout:
         sys.exit(f"start.py: error: a process ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return float(told[0]) - began
+    return float(reported[0]) - began
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Time per victim and evaluation, and peak memory, over the number of victims that are attacked at once (lanes).
+"""Measure the time per victim and evaluation, and the peak memory, by the number of lanes (victims at once).
 
     python experiments/benchmarks/throughput.py --output throughput.json
     python experiments/benchmarks/throughput.py --cells lenet/own/28/1 resnet18/shared/32/1 --lanes 1 16 --output F.json
 
-A cell is NETWORK/WEIGHTS/SIZE/IMAGES: the victims' network, own (one for each victim) or shared weights, height and
-width of the images (28: grey, else three channels), and images per victim. By default the cells change one thing at a
-time. What runs is `IDLGAttack` with the robust search in `Trainer.fit`, on as many random victims as lanes, for a few
-evaluations: the time of a step is from the start of one training step to that of the next, the median after two of
-warm-up, so that L-BFGS, Lightning and Python are in it. The objective's share of it is measured in the same steps.
+A cell is NETWORK/WEIGHTS/SIZE/IMAGES: the victims' network, own weights (for each victim) or shared weights, height
+and width of the images (28: grey, else three channels), and images per victim. By default the cells change one thing
+at a time. Each cell runs `IDLGAttack` with the robust search in `Trainer.fit`, on as many random victims as lanes, for
+a few evaluations. The time of a step is from the start of one training step to that of the next, the median after two
+warm-up steps, so it includes L-BFGS, Lightning and Python. The objective's share of it is measured in the same steps.
 
 Peak memory is that of the tensors: on a GPU `torch.cuda.max_memory_allocated` of the same run; on a CPU the bytes of
-all tensors alive at once (`leakage.inversion.memory.peak_memory`), counted in a run of its own, as counting takes time.
-That is exact and the same each time; what libraries take for themselves is not in it, and the history of L-BFGS, which
-grows with the evaluations, is only begun: what a full one takes is in the file as well. Lanes that the limits of time
-and memory do not leave room for are listed as skipped. Ratios compare lanes within one run.
+all tensors alive at once (`leakage.inversion.memory.peak_memory`), counted in a separate run, since counting takes
+time. This is exact and reproducible, but does not include memory that libraries allocate themselves. The L-BFGS
+history, which grows with the evaluations, is only partly filled; the file also has the size of a full one. Lanes for
+which there is not enough time or memory are listed as skipped. Ratios compare lanes within one run.
 """
 
 from __future__ import annotations
@@ -66,17 +66,17 @@ CELLS = (
     "convnet/own/32/1",
 )
 LANES = tuple(2**power for power in range(11))
-# Steps before those that are timed, and evaluations of a run that is only looked at for its memory.
+# Number of steps before the timed ones, and of evaluations in a run for memory only.
 WARM_UP, MEMORY_EVALUATIONS = 2, 4
-# Of the memory that is free.
+# The share of the free memory that may be used.
 SHARE_OF_MEMORY = 0.6
-# Losses don't get there.
+# A tolerance that no loss reaches.
 TOLERANCE = 1e-30
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured over lanes."""
+    """A setting that is measured for several numbers of lanes."""
 
     network: str
     weights: str
@@ -85,7 +85,7 @@ class Cell:
 
     @classmethod
     def parse(cls, text: str) -> Cell:
-        """Of NETWORK/WEIGHTS/SIZE/IMAGES; a ``ValueError`` if it is not that."""
+        """Parse NETWORK/WEIGHTS/SIZE/IMAGES; raise a ``ValueError`` for any other text."""
         parts = text.split("/")
         if len(parts) != 4 or not (parts[2].isdecimal() and parts[3].isdecimal()):
             raise ValueError(
@@ -95,7 +95,7 @@ class Cell:
         check_choice("network", cell.network, NETWORKS)
         check_choice("weights", cell.weights, ("own", "shared"))
         check_count(size=cell.image_size, images=cell.images)
-        make_network(cell.network, cell.image_size)  # some take no small images
+        make_network(cell.network, cell.image_size)  # some networks refuse small images
         return cell
 
     def __str__(self) -> str:
@@ -103,13 +103,13 @@ class Cell:
 
 
 class Clock:
-    """Moments on the clock of the device: a GPU works on while Python goes on, and is not made to wait."""
+    """Times by the clock of the device: a GPU works asynchronously and is not made to wait."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def now(self) -> Any:
-        """This moment."""
+        """Return the current time of the device."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -117,7 +117,7 @@ class Clock:
         return event
 
     def seconds(self, begin: Any, end: Any) -> float:
-        """From one moment to the other."""
+        """Return the seconds between two times."""
         if self.device.type != "cuda":
             return float(end - begin)
         end.synchronize()
@@ -125,23 +125,23 @@ class Clock:
 
 
 class Steps(Callback):
-    """Notes when training steps begin."""
+    """Record when training steps begin."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.moments: list[Any] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """One more."""
+        """Record the start of a step."""
         self.moments.append(self.clock.now())
 
 
 class UnmeasuredError(Exception):
-    """Why there is no figure: ``"memory"`` or ``"search"``, and in more words."""
+    """The reason why there is no figure: ``"memory"`` or ``"search"``, and an explanation."""
 
 
 def attack(cell: Cell, lanes: int, evaluations: int, device: torch.device, seed: int) -> dict[str, Any]:
-    """Attack as many victims as lanes: seconds of the steps after the warm-up and of the objective in them."""
+    """Attack as many victims as lanes; returns the seconds of the timed steps, and of the objective in them."""
     victims = RandomVictims(
         victims=lanes,
         lanes=lanes,
@@ -164,7 +164,7 @@ def attack(cell: Cell, lanes: int, evaluations: int, device: torch.device, seed:
         return result
 
     with warnings.catch_warnings(), mock.patch.object(Lanes, "evaluate", timed):
-        # "the attack goes on with fewer lanes": it is looked at below
+        # a warning that the attack continues with fewer lanes, which is checked below
         warnings.filterwarnings("ignore", message=".*lanes do not fit into memory")
         make_trainer(device, steps, limit_val_batches=0).fit(module, datamodule=victims)
     if module.most_lanes < lanes:
@@ -185,13 +185,13 @@ def attack(cell: Cell, lanes: int, evaluations: int, device: torch.device, seed:
 
 
 def _history_bytes(cell: Cell, size: int) -> int:
-    """Of one victim when it is full: pairs (s, y), and the products of all of them."""
+    """Return the bytes of one victim's full history: pairs (s, y), and the products of all of them."""
     unknowns = cell.images * (1 if cell.image_size == 28 else 3) * cell.image_size**2
     return 4 * (2 * size * unknowns + size * size)
 
 
 def measure(cell: Cell, lanes: int, given: argparse.Namespace) -> dict[str, Any]:
-    """Time and memory with that many lanes."""
+    """Measure time and memory with this number of lanes."""
     device: torch.device = given.device
     outcome: dict[str, Any] = {}
 
@@ -218,12 +218,12 @@ def measure(cell: Cell, lanes: int, given: argparse.Namespace) -> dict[str, Any]
 
 
 def over_lanes(cell: Cell, given: argparse.Namespace, end: float) -> dict[str, Any]:
-    """All lanes of a cell, as far as time and memory go.
+    """Measure all numbers of lanes of a cell, as far as time and memory allow.
 
     Args:
         cell: the cell.
         given: the options.
-        end: when the time for all cells leaves no more for this one, by `time.monotonic`.
+        end: the time by `time.monotonic` at which this cell must end.
     """
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
@@ -263,7 +263,7 @@ def over_lanes(cell: Cell, given: argparse.Namespace, end: float) -> dict[str, A
 
 
 def line(rows: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """Least squares: peak bytes = fixed + slope * lanes, and how much of the variance that explains; None of one."""
+    """Fit peak bytes = fixed + slope * lanes by least squares; also returns R²; None for a single row."""
     if len(rows) < 2:
         return None
     lanes = torch.tensor([row["lanes"] for row in rows], dtype=torch.float64)
@@ -283,17 +283,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="throughput.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; the picture lies beside it")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; the picture is written next to it")
     parser.add_argument(
         "--cells", nargs="+", default=CELLS, metavar="CELL", help=f"what to measure (default: {' '.join(CELLS)})"
     )
     parser.add_argument("--lanes", nargs="+", type=int, default=LANES, help="ascending (default: 1 2 4 ... 1024)")
-    parser.add_argument("--evaluations", type=int, default=8, help="of each run, at least 4 (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="for each cell at most (default: %(default)s)")
-    parser.add_argument("--total-seconds", type=float, default=300.0, help="for all cells (default: %(default)s)")
+    parser.add_argument("--evaluations", type=int, default=8, help="per run, at least 4 (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="limit per cell (default: %(default)s)")
+    parser.add_argument("--total-seconds", type=float, default=300.0, help="limit for all cells (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda (default: the GPU if there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="of victims and starts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
     given = parser.parse_args(arguments)
     quiet()
     try:
@@ -321,7 +321,7 @@ def _measure(given: argparse.Namespace) -> None:
     cells = []
     for index, cell in enumerate(given.cells):
         print(f"{index + 1} of {len(given.cells)}", flush=True)
-        # What the cells before have left is shared out among the rest.
+        # Time that earlier cells did not use is shared by the remaining ones.
         end = time.monotonic() + (given.total_seconds - (time.monotonic() - began)) / (len(given.cells) - index)
         cells.append(over_lanes(cell, given, end))
     skipped = [entry for cell in cells for entry in cell.pop("skipped")]

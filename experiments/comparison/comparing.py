@@ -1,4 +1,4 @@
-"""Several attacks on the same victims: run, scored, tabulated and drawn side by side."""
+"""Compare several attacks on the same victims: run them, score them, and show the results side by side."""
 
 from __future__ import annotations
 
@@ -37,38 +37,38 @@ def compare(
     logger: Logger | bool = False,
     **trainer: Any,
 ) -> list[Row]:
-    """Run attacks on the same victims, one after another, and write what came of them.
+    """Run attacks on the same victims, one after another, and write the results.
 
-    Files in ``output``: ``summary.json`` (a list of :class:`Row`; what is not a finite number is null),
-    ``victims.csv`` (one row per victim and method), ``gallery.png`` (truth and every method's
-    reconstruction), ``fidelity.png`` (share of victims under an MSE threshold, over the threshold), and
+    Files in ``output``: ``summary.json`` (a list of :class:`Row`, with null for numbers that are not finite),
+    ``victims.csv`` (one row per victim and method), ``gallery.png`` (the truth and the reconstruction by each
+    method), ``fidelity.png`` (the share of victims whose MSE is below a threshold, against the threshold), and
     a folder per method with its configuration, its last checkpoint while it runs, and the files of
     :class:`~leakage.callbacks.VictimTable` and :class:`~leakage.callbacks.Gallery`.
 
-    Without ``resume`` the files of an earlier comparison in ``output`` are replaced. With it, methods that
-    are finished are taken from there, an unfinished one goes on from its last checkpoint, and the rest
-    begins: the results are those of a comparison that was never stopped.
+    Without ``resume``, the files of an earlier comparison in ``output`` are replaced. With ``resume``, the results of
+    finished methods are kept, an unfinished method resumes from its last checkpoint, and the rest
+    are run: the results are those of a comparison that was never stopped.
 
     Args:
         attacks: name to attack; the name is the method's folder and its ``method`` in the files.
-        victims: a DataModule with ground truth; or one for every attack, under its name, of the same victims, who
-            may tell some attacks more (their labels) than others.
+        victims: a DataModule with ground truth; or one for every attack, by name. They must have the same victims, but
+            may reveal more (such as labels) to some attacks.
         output: the folder.
-        dataset: what to call the data in the summary.
-        published: the papers' label accuracy by name of the attack, 0 to 1.
-        resume: go on with what is in ``output``; where there is nothing, begin.
-        checkpoint_seconds: between two checkpoints; what a run that is killed loses at most.
-        logger: as for the Trainer.
-        **trainer: further options of the Trainer.
+        dataset: name of the data set in the summary.
+        published: the label accuracy in the papers, 0 to 1, by name of the attack.
+        resume: continue from the results in ``output``, if there are any.
+        checkpoint_seconds: time between two checkpoints: the most that a killed run loses.
+        logger: logger of the Trainer.
+        **trainer: additional arguments of the Trainer.
 
     Returns:
         One row per attack.
 
     Raises:
-        ValueError: before anything is run, no attacks, victims without ground truth or not those of every
-            attack, options that the Trainer refuses, or with ``resume`` results that are damaged or of another
-            configuration; and what the DataModule raises.
-        OSError: before anything is run, a folder that can't be written; later, a file that can't be.
+        ValueError: before anything is run, if there are no attacks, the victims have no ground truth or differ between
+            attacks, the Trainer refuses its arguments, or, with ``resume``, results are damaged or from another
+            configuration. Errors of the DataModule are passed on.
+        OSError: before anything is run, if the folder can't be written to; later, if a file can't be written.
     """
     if not attacks:
         raise ValueError("Expected `attacks` to name at least one attack, but got none.")
@@ -94,7 +94,7 @@ def compare(
         )
     first, *others = {id(datamodule): datamodule for datamodule in data.values()}.values()
     for other in others:
-        # The first one tells: a DataModule draws its victims from one seed.
+        # Comparing the first victim is enough, since a DataModule draws all victims from one seed.
         here, there = (next(iter(datamodule.val_dataloader())) for datamodule in (first, other))
         if not torch.equal(here.images[0], there.images[0]) or not torch.equal(here.labels[0], there.labels[0]):
             raise ValueError(
@@ -108,7 +108,7 @@ def compare(
         }
         for name, attack in attacks.items()
     }
-    # What was run before is compared with what is asked for, for all methods before the first is run.
+    # Earlier results of all methods are checked against the configuration before the first method is run.
     finished: dict[str, Row] = {}
     for name, configuration in configurations.items():
         row = _read_row(folder / name, configuration) if resume else None
@@ -136,7 +136,7 @@ def compare(
                 callbacks=[TimedCheckpoint(record.parent, checkpoint_seconds)],
                 ckpt_path=str(checkpoint) if checkpoint.is_file() else None,
                 logger=logger,
-                # A strategy belongs to one Trainer.
+                # A strategy can only be used by one Trainer.
                 **(trainer_defaults() | copy.deepcopy(trainer)),
             )
             if row is not None:
@@ -155,7 +155,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _read_row(folder: Path, configuration: dict[str, Any]) -> Row | None:
-    """The row of a finished run, None if the run is not finished or was never begun."""
+    """Read the row of a finished run; None if the run is unfinished or was never started."""
     row = read_record(folder, configuration, Row)
     if row is None:
         return None

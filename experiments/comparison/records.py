@@ -1,4 +1,4 @@
-"""Records of runs that were stopped or finished, by which a script with `--resume` goes on."""
+"""Records of finished and stopped runs, from which a script with `--resume` continues."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from leakage.files.checkpoints import WholeCheckpointIO
 
 
 def holds_results(folder: Path) -> bool:
-    """Whether a comparison, finished or not, was written to a folder."""
+    """Return whether a folder contains a comparison, finished or not."""
     return (folder / "summary.json").exists() or any(folder.glob("*/run.json")) or any(folder.glob("*/seed_*/run.json"))
 
 
 def code_version() -> str | None:
-    """The commit of this code, with ``-dirty`` where it was changed since; None where that can't be told."""
+    """Return the commit of this code, with ``-dirty`` if it has changes; None if it is unknown."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()
@@ -30,7 +30,7 @@ def code_version() -> str | None:
 
 
 def trainer_defaults() -> dict[str, Any]:
-    """What a run is made with unless it is said otherwise."""
+    """Return the default arguments of the Trainer."""
     return {
         "max_epochs": 1,
         "num_sanity_val_steps": 0,
@@ -40,40 +40,40 @@ def trainer_defaults() -> dict[str, Any]:
 
 
 def check_trainer(trainer: dict[str, Any]) -> None:
-    """Let the Trainer look at its options before any result of an earlier run is touched.
+    """Check the arguments of the Trainer before any result of an earlier run is changed.
 
     Raises:
-        ValueError: it refuses them.
+        ValueError: the Trainer refuses them.
     """
     try:
         Trainer(logger=False, **(trainer_defaults() | copy.deepcopy(trainer)))
     except (MisconfigurationException, TypeError, ValueError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in trainer.items())
-        raise ValueError(f"Expected options that the Trainer takes, but got {given}: {error}") from error
+        raise ValueError(f"Expected options that the Trainer accepts, but got {given}: {error}") from error
 
 
 def read_record(folder: Path, configuration: dict[str, Any], kind: type) -> dict[str, Any] | None:
-    """The row in a run's ``run.json``, None if the run is not finished or was never begun.
+    """Read the row in a run's ``run.json``; None if the run is unfinished or was never started.
 
     Args:
-        folder: of the run.
-        configuration: of the run that is asked for.
-        kind: dataclass of the row.
+        folder: folder of the run.
+        configuration: the requested configuration.
+        kind: the dataclass of the row.
 
     Raises:
-        ValueError: a record that is damaged or of another configuration.
+        ValueError: the record is damaged or of another configuration.
     """
     record = folder / "run.json"
     if not record.is_file():
         return None
     damaged = (
-        f"Expected '{record}' to be the whole record of a run, but got {{}}. Remove '{folder}' to run this method "
+        f"Expected '{record}' to be the complete record of a run, but got {{}}. Remove '{folder}' to run this method "
         "again, or choose another `output`."
     )
     try:
         saved = json.loads(record.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(damaged.format(f"no JSON ({error})")) from error
+        raise ValueError(damaged.format(f"invalid JSON ({error})")) from error
     if not isinstance(saved, dict) or not isinstance(saved.get("configuration"), dict) or "row" not in saved:
         raise ValueError(damaged.format("another file"))
     differing = _differing(saved["configuration"], json.loads(json.dumps(configuration)))
@@ -86,7 +86,7 @@ def read_record(folder: Path, configuration: dict[str, Any], kind: type) -> dict
     if row is None:
         return None
     if not isinstance(row, dict) or row.keys() != {field.name for field in fields(kind)}:
-        raise ValueError(damaged.format("a row of other columns"))
+        raise ValueError(damaged.format("a row with other columns"))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
 
 

@@ -1,9 +1,9 @@
-"""Fuzzing of all that comes from others: files of gradients and images, configurations, folders of images.
+"""Fuzz all inputs from untrusted sources: files of gradients and images, configurations, image folders.
 
     python experiments/robustness/fuzz.py --examples 1000 --seed 0 --output fuzz.json
 
-Every input is read or refused in the library's words, in time, within little memory, and none of its code is run.
-Counted are the inputs that were tried. `config` is slower than the rest and gets a fifth of them.
+Every input must be read or refused with an error of the library, in limited time and memory, without running its
+code. The counts are of the inputs tried. `config` is slower than the other kinds and gets a fifth of the inputs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fuzz_configs  # these lie beside this script
+import fuzz_configs  # these are beside this script
 import fuzz_image_folders
 import fuzz_tensor_files
 import torch
@@ -34,24 +34,24 @@ from leakage.cli import quiet
 from leakage.errors import check_count
 from leakage.files.whole import check_output
 
-# Seconds between two lines of progress.
+# Seconds between two progress messages.
 _PAUSE = 5.0
-# Failures of a kind whose inputs are kept.
+# The number of failing inputs kept for each kind.
 _KEPT = 20
 _SHARE = {"config": 5}
 
 
 @dataclass
 class Tally:
-    """What became of the inputs of a kind.
+    """Counts of the outcomes of one kind of input.
 
     Attributes:
-        inputs: tried.
-        loaded: read.
-        refused: by the kind of message.
-        failures: by what was wrong.
-        examples: an input for each of the first of these.
-        seconds: taken.
+        inputs: number of inputs tried.
+        loaded: number of inputs read.
+        refused: number of refusals by kind of message.
+        failures: number of failures by description.
+        examples: an input for each of the first failures.
+        seconds: time taken.
     """
 
     inputs: int = 0
@@ -63,7 +63,7 @@ class Tally:
 
 
 def properties(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], Outcome]]]:
-    """By kind its inputs, and what is checked of each."""
+    """Return, for each kind, the strategy of its inputs and the check of each input."""
     marker = folder / "marker"
     kinds: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], Outcome]]] = {
         kind: (
@@ -84,7 +84,7 @@ def properties(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable
 def tally(
     kind: str, inputs: st.SearchStrategy[Any], check: Callable[[Any], Outcome], examples: int, seed: int
 ) -> Tally:
-    """Try so many inputs, however many of them fail."""
+    """Try this many inputs, however many of them fail."""
     found, started = Tally(), time.monotonic()
     told = started
 
@@ -125,8 +125,8 @@ def tally(
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=1000, help="inputs of each kind (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs (default: %(default)s)")
-    parser.add_argument("--kinds", nargs="+", help="of inputs (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs (default: %(default)s)")
+    parser.add_argument("--kinds", nargs="+", help="kinds of inputs (default: all)")
     parser.add_argument("--output", type=Path, help="a JSON file for the counts")
     options = parser.parse_args(arguments)
     quiet()

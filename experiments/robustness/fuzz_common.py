@@ -1,4 +1,4 @@
-"""What all kinds of fuzzing share: one attempt to read an input, judged; mutations of bytes; odd values."""
+"""Shared code of all kinds of fuzzing: an attempt to read an input with its verdict, mutated bytes, odd values."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-# An input must be read or refused in so many seconds, and with so much more memory at its peak.
+# An input must be read or refused within this many seconds and bytes of additional memory.
 DEADLINE = 10.0
 MEMORY = 600 * 2**20
-# Characters by which messages are told apart.
+# The number of characters that distinguish messages.
 _KIND = 90
 
 
 class BrokenError(AssertionError):
-    """An input that was neither read nor refused as it should be."""
+    """An input was neither read nor refused properly."""
 
 
 class TooSlowError(BaseException):
-    """Raised by the alarm; no ``except Exception`` of the library swallows it."""
+    """Raised by the alarm; ``except Exception`` in the library does not catch it."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an input.
+    """The outcome of an input.
 
     Attributes:
         refusal: the kind of message, "" if the input was read.
@@ -43,15 +43,15 @@ class Outcome:
 
 
 def attempt(read: Callable[[], Any], *, named: str = "", marker: Path | None = None) -> Outcome:
-    """Read an input.
+    """Read an input and check how that ends.
 
     Args:
-        read: reads it.
-        named: what the message of a refusal must contain, such as the name of the file.
-        marker: a file that the code within the input would make.
+        read: a function that reads the input.
+        named: text that the message of a refusal must contain, such as the name of the file.
+        marker: a file that code in the input would create.
 
     Raises:
-        BrokenError: the input was refused in other words than the library's, took too long or too much memory, or its
+        BrokenError: the input was refused with an error that is not the library's, took too much time or memory, or its
             code was run.
     """
 
@@ -66,11 +66,11 @@ def attempt(read: Callable[[], Any], *, named: str = "", marker: Path | None = N
             warnings.simplefilter("ignore")
             outcome = Outcome("", read())
     except TooSlowError as error:
-        raise BrokenError(f"Expected an end within {DEADLINE} s, but got none.") from error
+        raise BrokenError(f"Expected reading to end within {DEADLINE} s, but it did not.") from error
     except (ValueError, OSError) as error:
         message = str(error)
         if not message.startswith("Expected ") or "but got" not in message or named not in message:
-            raise BrokenError(f"Expected words of the library that name {named!r}, but got {error!r}.") from error
+            raise BrokenError(f"Expected a message of the library that names {named!r}, but got {error!r}.") from error
         if len(message) > 3000:
             raise BrokenError(f"Expected a short message, but got {len(message)} characters.") from error
         outcome = Outcome(f"{type(error).__name__}: {kind_of(message)}")
@@ -84,12 +84,12 @@ def attempt(read: Callable[[], Any], *, named: str = "", marker: Path | None = N
         raise BrokenError(f"Expected less than {MEMORY >> 20} MiB more, but got {grown >> 20} MiB.")
     if marker is not None and marker.exists():
         marker.unlink()
-        raise BrokenError("Expected that no code of the input is run, but got the file that it makes.")
+        raise BrokenError("Expected that no code in the input is run, but got the file that it creates.")
     return outcome
 
 
 def _peak(*, anew: bool = False) -> int:
-    """Bytes of memory at the peak, of this process since it was last counted anew (Linux; elsewhere 0)."""
+    """Return this process's peak memory in bytes, since the last reset by ``anew`` (0 outside Linux)."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0
@@ -100,14 +100,14 @@ def _peak(*, anew: bool = False) -> int:
 
 
 def kind_of(message: str) -> str:
-    """The words of a message, without the names and numbers that differ from input to input."""
+    """Return a message without the names and numbers that differ between inputs."""
     words = re.sub(r"'[^']*'|\"[^\"]*\"|\([^()]*\)|\[[^\[\]]*\]", "_", message)
     return re.sub(r"-?\d[\d.e+-]*", "#", words)[:_KIND].strip()
 
 
 # Strategies.
 
-# What may stand in the place of any value of JSON.
+# Replacements for any value in JSON.
 ODD_VALUES = st.one_of(
     st.none(),
     st.booleans(),
@@ -121,7 +121,7 @@ ODD_VALUES = st.one_of(
 
 
 def mutated_bytes(whole: bytes) -> st.SearchStrategy[bytes]:
-    """``whole`` with a few edits: cut off, bits flipped, bytes inserted, removed or repeated."""
+    """Return ``whole`` with a few edits: cut off, bits flipped, bytes inserted, removed or repeated."""
     place = st.integers(0, max(len(whole) - 1, 0)) | st.integers(0, min(len(whole) - 1, 200))
     edit = st.one_of(
         st.tuples(st.just("cut"), place, st.none()),

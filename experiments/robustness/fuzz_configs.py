@@ -1,4 +1,4 @@
-"""Configurations of ``leakage fit``: mutated YAML, other values and classes, tags that ask for code."""
+"""Fuzzed configurations of ``leakage fit``: mutated YAML, other values and classes, tags that run code."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _places(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 def inputs(marker: Path) -> st.SearchStrategy[bytes]:
-    """Mutations of a sound configuration."""
+    """Return mutations of a valid configuration."""
     touch = f"touch {marker}"
     tags = [
         f"!!python/object/apply:os.system ['{touch}']",
@@ -174,7 +174,7 @@ def _tagged(edit: tuple[tuple[str, ...], str]) -> bytes:
 
 
 def check(data: bytes, folder: Path, marker: Path) -> Outcome:
-    """Run the command line on this configuration: it ends well, or with code 2 and one line that says why."""
+    """Run the command line on this configuration: it must succeed, or exit with code 2 and one line of explanation."""
     path = folder / "config.yaml"
     path.write_bytes(data)
     said = io.StringIO()
@@ -194,7 +194,7 @@ def check(data: bytes, folder: Path, marker: Path) -> Outcome:
     except SystemExit as end:
         code = end.code
     except TooSlowError as error:
-        raise BrokenError(f"Expected an end within {3 * DEADLINE} s, but got none.") from error
+        raise BrokenError(f"Expected the run to end within {3 * DEADLINE} s, but it did not.") from error
     except BaseException as error:
         raise BrokenError(f"Expected one line, but got a traceback: {error!r:.300}") from error
     finally:
@@ -203,7 +203,7 @@ def check(data: bytes, folder: Path, marker: Path) -> Outcome:
         signal.signal(signal.SIGALRM, earlier)
     if marker.exists():
         marker.unlink()
-        raise BrokenError("Expected that no code of the input is run, but got the file that it makes.")
+        raise BrokenError("Expected that no code in the input is run, but got the file that it creates.")
     if "antigravity" in set(sys.modules) - modules:
         raise BrokenError("Expected that no module is imported by a tag, but got 'antigravity'.")
     if code == 0:

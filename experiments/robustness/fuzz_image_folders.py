@@ -1,4 +1,4 @@
-"""Image folders: broken, misnamed, huge and odd images, links in circles, names of any bytes."""
+"""Fuzzed image folders: broken, misnamed, huge and odd images, circular links, names of any bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 from leakage.datamodules import LabelledImages, Victims
 
-# Where a file goes below the folder, what it is, and its bytes or where it links to.
+# The path of a file below the folder, its type, and its bytes or the target of the link.
 _Entry = tuple[bytes, str, Any]
 _FORMATS = ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "EPS", "ICO", "TGA", "PCX", "PDF"]
 _MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F"]
@@ -43,7 +43,7 @@ _SIZES = [(8, 8), (8, 8), (8, 8), (1, 1), (1, 3000), (3000, 1), (9, 8), (40, 20)
 
 @lru_cache(maxsize=200)
 def picture(kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (8, 8), frames: int = 1) -> bytes:
-    """An image file; b"" where the format can't hold the mode."""
+    """Create an image file; b"" if the format does not support the mode."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
     try:
@@ -57,7 +57,7 @@ def picture(kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (8, 8)
 
 
 def huge_png(width: int, height: int, rows: int = 1) -> bytes:
-    """A PNG of 1 bit that claims to be of this size, and holds so many rows of zeros."""
+    """Create a 1-bit PNG whose header claims this size, with ``rows`` rows of zeros."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -87,7 +87,7 @@ def _contents(marker: Path) -> st.SearchStrategy[bytes]:
 
 
 def inputs(marker: Path) -> st.SearchStrategy[tuple[list[_Entry], dict[str, Any]]]:
-    """Entries beside the sound images of a folder, and the options to read it with."""
+    """Return entries to add to the valid images of a folder, and options to read it with."""
     stems = st.sampled_from(_NAMES) | st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=4)
     folders = st.sampled_from([b"cat/", b"cat/", b"dog/", b"dog/sub/", b"", b"empty/", b"bird/"])
     files = st.tuples(
@@ -132,12 +132,12 @@ def _lay_out(folder: Path, entries: list[_Entry]) -> None:
             else:
                 with open(path, "xb") as file:  # noqa: PTH123
                     file.write(what)
-        except OSError:  # such as two entries of one name
+        except OSError:  # such as two entries with the same name
             continue
 
 
 def check(entries: list[_Entry], options: dict[str, Any], folder: Path, marker: Path) -> Outcome:
-    """Read a folder with these entries, as labelled images and as victims."""
+    """Read a folder with these entries as labelled images and as victims."""
     root = folder / "photos"
     shutil.rmtree(root, ignore_errors=True)
     _lay_out(root, entries)
@@ -158,5 +158,5 @@ def check(entries: list[_Entry], options: dict[str, Any], folder: Path, marker: 
         if found > 6 + len(entries):
             raise BrokenError(f"Expected each image once, but got {found} of {6 + len(entries)} files.")
     elif not entries:
-        raise BrokenError(f"Expected a sound folder to be read, but got {outcome.refusal}.")
+        raise BrokenError(f"Expected a valid folder to be read, but got {outcome.refusal}.")
     return outcome

@@ -1,4 +1,4 @@
-"""SharedGradient, Reconstruction and SyntheticSet files: mutated bytes, headers and tensors."""
+"""Fuzzed SharedGradient, Reconstruction and SyntheticSet files: mutated bytes, headers and tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ try:
     save({"x": torch.zeros(1, dtype=torch.complex64)})
     COMPLEX = True
     _CASTS.append(torch.complex64)
-except KeyError:  # old versions of safetensors write no complex numbers
+except KeyError:  # old versions of safetensors can't write complex numbers
     COMPLEX = False
 _SIZES = [[], [0], [1], [2], [-1], [2, 0], [2**40], [2**62, 2**62], [0, 2**62, 2**62], ["2"], [1.5], [None], "2", 2]
 _SIZES += [[1] * 70, [2, 3], [3, 2], [6]]
@@ -68,7 +68,7 @@ SOUND = {"shared": _shared, "reconstruction": _reconstruction, "synthetic": _syn
 
 @lru_cache
 def whole_file(kind: str) -> bytes:
-    """The bytes of a sound file, the same in every process (safetensors' header has no order)."""
+    """Return the bytes of a valid file, the same in every process (safetensors' header has no fixed order)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sound.safetensors"
         SOUND[kind]().save(path)
@@ -78,20 +78,20 @@ def whole_file(kind: str) -> bytes:
 
 
 def taken_apart(whole: bytes) -> tuple[_Header, bytes]:
-    """The header and the tensors' bytes of a sound file."""
+    """Split a valid file into its header and the bytes of the tensors."""
     (length,) = struct.unpack("<Q", whole[:8])
     return json.loads(whole[8 : 8 + length]), whole[8 + length :]
 
 
 def put_together(header: str, data: bytes) -> bytes:
-    """A file of a header and tensors' bytes."""
+    """Join a header and the bytes of tensors to a file."""
     encoded = header.encode("utf-8", "surrogatepass")
     return struct.pack("<Q", len(encoded)) + encoded + data
 
 
 @st.composite
 def broken_headers(draw: st.DrawFn, whole: bytes) -> bytes:
-    """Another dtype, shape or place of a tensor; entries of other types, missing, unknown, twice, deeply nested."""
+    """Change the dtype, shape or place of a tensor, or the type, presence or nesting of entries in the header."""
     header, data = taken_apart(whole)
     for _ in range(draw(st.integers(1, 3))):
         names = [name for name in header if name != "__metadata__" and isinstance(header[name], dict)]
@@ -126,7 +126,7 @@ def broken_headers(draw: st.DrawFn, whole: bytes) -> bytes:
 
 @st.composite
 def broken_protocols(draw: st.DrawFn, whole: bytes) -> bytes:
-    """One field of the JSON within the header changed, removed, added, or written twice."""
+    """Change, remove, add or duplicate one field of the JSON in the header."""
     header, data = taken_apart(whole)
     metadata = header["__metadata__"]
     entry = draw(st.sampled_from([name for name in metadata if name not in ("format", "version")] or ["format"]))
@@ -156,7 +156,7 @@ def broken_protocols(draw: st.DrawFn, whole: bytes) -> bytes:
 
 @st.composite
 def broken_tensors(draw: st.DrawFn, whole: bytes) -> bytes:
-    """A file that is well formed, of other tensors: dtype, shape, values, names."""
+    """Write a well-formed file with other tensors: dtype, shape, values, names."""
     header, _ = taken_apart(whole)
     tensors = load(whole)
     for _ in range(draw(st.integers(1, 2))):
@@ -206,12 +206,12 @@ class _Payload:
 
 
 def with_code(marker: Path) -> bytes:
-    """A pickle that makes a file when it is read."""
+    """Create a pickle that creates a file when it is read."""
     return pickle.dumps(_Payload(str(marker)))
 
 
 def inputs(kind: str, marker: Path) -> st.SearchStrategy[bytes]:
-    """All mutations of a file of this kind."""
+    """Return all mutations of a file of this kind."""
     whole = whole_file(kind)
     code = with_code(marker)
     header, data = taken_apart(whole)
@@ -228,7 +228,7 @@ def inputs(kind: str, marker: Path) -> st.SearchStrategy[bytes]:
 
 
 def check(kind: str, data: bytes, folder: Path, marker: Path) -> Outcome:
-    """Read ``data``; what is read is sound, and the same after it is written and read again."""
+    """Read ``data``; the result must be valid, and the same after it is written and read again."""
     path = folder / "input.safetensors"
     path.write_bytes(data)
     read: Callable[[Path], Any] = type(SOUND[kind]()).load
@@ -237,16 +237,16 @@ def check(kind: str, data: bytes, folder: Path, marker: Path) -> Outcome:
         again = folder / "again.safetensors"
         outcome.value.save(again)
         if not same(outcome.value, read(again)):
-            raise BrokenError("Expected the same after writing and reading, but got another.")
+            raise BrokenError("Expected the same content after writing and reading, but got other content.")
         if data == whole_file(kind) and not same(outcome.value, SOUND[kind]()):
-            raise BrokenError("Expected what was written, but got something else.")
+            raise BrokenError("Expected the content that was written, but got other content.")
     elif data == whole_file(kind):
-        raise BrokenError(f"Expected a sound file to be read, but got {outcome.refusal}.")
+        raise BrokenError(f"Expected a valid file to be read, but got {outcome.refusal}.")
     return outcome
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether attributes are equal, tensors to the bit."""
+    """Return whether all attributes are equal, tensors bit for bit."""
     if isinstance(one, Tensor):
         return (
             isinstance(other, Tensor)

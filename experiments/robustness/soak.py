@@ -1,15 +1,15 @@
-"""Nothing lost: runs that are killed, out of disk, out of reach or told to end, and resumed, against one that was not.
+"""Test that nothing is lost: compare runs that are killed or fail, and are resumed, with an undisturbed run.
 
     python experiments/robustness/soak.py --victims 200 --kills 20 --output results/soak
 
-iDLG attacks the victims in a process that is killed with SIGKILL at random moments: between any two iterations, while
-it starts, while it writes a checkpoint, and when a file is written but has not yet replaced the earlier one. Each time
-it is resumed. In the end every victim must be there once, and all results equal those of the run that was left alone,
-bit for bit. Then the scenarios, on fewer victims: a full disk (a tmpfs where it may be mounted, a limit on the length
-of files elsewhere), W&B out of reach, loggers that raise, SIGTERM as a scheduler sends it, once and twice, SIGINT, and
-SIGTERM to `leakage fit` and to two processes that share the victims out.
+iDLG attacks the victims in a process that is killed with SIGKILL at random moments: between two iterations, during
+start-up, while a checkpoint is written, and when a file is written but has not replaced the earlier one. It is resumed
+each time. At the end, every victim must be present once, and all results must equal those of the undisturbed run
+bit for bit. Then the scenarios run on fewer victims: a full disk (a tmpfs if it can be mounted, otherwise a limit on
+the length of files), an unreachable W&B server, loggers that raise, SIGTERM as a scheduler sends it, once and twice,
+SIGINT, and SIGTERM to `leakage fit` and to two processes that share the victims.
 
-Verdicts and figures are written to `soak.json` after each. The exit code is 0 if all is well.
+Verdicts and figures are written to `soak.json` after each scenario. The exit code is 0 if all scenarios succeed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from soak_child import Job, run  # these lie beside this script
+from soak_child import Job, run  # these are beside this script
 from soak_scenarios import SCENARIOS, Verdict, killed
 
 from leakage.datamodules import Victims, data_folder
@@ -33,28 +33,28 @@ from leakage.files.whole import check_output
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="an empty folder for the runs and soak.json")
-    parser.add_argument("--victims", type=int, default=200, help="that are killed (default: %(default)s)")
-    parser.add_argument("--kills", type=int, default=20, help="of their run (default: %(default)s)")
+    parser.add_argument("--victims", type=int, default=200, help="in the killed run (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default: %(default)s)")
     parser.add_argument("--lanes", type=int, default=16, help="victims at once (default: %(default)s)")
     parser.add_argument(
         "--scenario-victims",
         type=int,
         default=12,
-        help="of each scenario, in half as many lanes (default: %(default)s)",
+        help="victims per scenario, in half as many lanes (default: %(default)s)",
     )
-    parser.add_argument("--scenarios", nargs="*", help=f"among {', '.join(SCENARIOS)} (default: all)")
-    parser.add_argument("--dataset", help="mnist and so on (default: mnist if it is found, else the bundled sample)")
-    parser.add_argument("--root", type=Path, help="where the data set lies (default: $LEAKAGE_DATA)")
-    parser.add_argument("--seed", type=int, default=0, help="of victims and moments (default: %(default)s)")
+    parser.add_argument("--scenarios", nargs="*", help=f"some of {', '.join(SCENARIOS)} (default: all)")
+    parser.add_argument("--dataset", help="such as mnist (default: mnist if it is found, else the bundled sample)")
+    parser.add_argument("--root", type=Path, help="folder of the data set (default: $LEAKAGE_DATA)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
     parser.add_argument(
-        "--checkpoint-seconds", type=float, default=0.2, help="between two checkpoints (default: %(default)s)"
+        "--checkpoint-seconds", type=float, default=0.2, help="time between checkpoints (default: %(default)s)"
     )
-    parser.add_argument("--max-evaluations", type=int, help="of the attack, for each start (default: the attack's own)")
+    parser.add_argument("--max-evaluations", type=int, help="of the attack, per start (default: the attack's)")
     return parser
 
 
 def find_dataset(given: argparse.Namespace) -> str:
-    """The data set that is asked for, ready to use; otherwise MNIST if it lies where it is looked for."""
+    """Return the given data set, ready to use; by default MNIST if it is found, else the bundled sample."""
     name = given.dataset
     if name is None:
         name = "mnist" if (data_folder(given.root) / "MNIST" / "raw").is_dir() else "sample"
@@ -65,7 +65,7 @@ def find_dataset(given: argparse.Namespace) -> str:
 
 
 def soak(given: argparse.Namespace, dataset: str) -> list[Verdict]:
-    """Run all, and write each verdict as soon as it is there."""
+    """Run all scenarios, and write each verdict immediately."""
     job = Job(
         output=given.output / "whole",
         dataset=dataset,
@@ -100,7 +100,7 @@ def soak(given: argparse.Namespace, dataset: str) -> list[Verdict]:
             ending = run(small)
             bar.update()
             if ending.code:
-                raise RuntimeError(f"Expected the run in '{small.output}' to end well, but got: {ending.said[-2000:]}")
+                raise RuntimeError(f"Expected the run in '{small.output}' to succeed, but got: {ending.said[-2000:]}")
             for name in names:
                 bar.set_description_str(name.replace("_", " "))
                 note(SCENARIOS[name](small, ending.completed))

@@ -1,4 +1,4 @@
-"""A comparison in a process of its own, the troubles that may befall it there, and what came of it."""
+"""Run a comparison in a separate process, cause failures in it, and record how it ended."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from leakage.inversion.strategy import VictimParallel
 sys.path.append(str(Path(__file__).parents[1] / "comparison"))
 from comparing import compare
 
-# Iterations between two validations, at which results so far are written.
+# Iterations between two validations, when the results so far are written.
 VALIDATED_EVERY = 50
-# Seconds after which a run counts as hanging, and between two looks at it.
+# Seconds after which a run counts as hanging, and between two checks.
 _PATIENCE, _LOOK = 1800.0, 0.0005
-# Bytes of a file that a "disk" still takes which is full.
+# Maximum bytes of a file on a "full disk" without a file system of its own.
 _FULL = 16_384
 
-# Set up in the process; what it returns are further arguments of `compare`.
+# A function that sets up a failure in the process; it returns additional arguments of `compare`.
 Trouble = Callable[["Job", "Progress"], dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is run: iDLG on the same victims, whatever befalls it.
+    """The comparison to run: iDLG on the same victims in every scenario.
 
     Attributes:
         output: the folder of the comparison.
         dataset: one of :data:`leakage.datamodules.DATASETS`, or a folder of images.
-        root: where the named data set lies.
-        victims: their number.
-        lanes: victims at once; fixed, as the rounding depends on them.
-        seed: of victims, networks and starts.
-        checkpoint_seconds: between two checkpoints.
-        max_evaluations: of the attack, for each start.
+        root: folder of the named data set.
+        victims: number of victims.
+        lanes: number of victims at once; fixed, since rounding depends on it.
+        seed: seed of victims, networks and starts.
+        checkpoint_seconds: time between two checkpoints.
+        max_evaluations: limit of evaluations of the attack, for each start.
     """
 
     output: Path
@@ -65,10 +65,10 @@ class Job:
 
 
 class Progress:
-    """What a child lets its parent see: the first iteration of this process, and those that are completed."""
+    """Progress that the parent can see: the first iteration of this process, and the completed iterations."""
 
     def __init__(self) -> None:
-        # Without locks: one that a killed process held would never be free again.
+        # Without locks, since a lock held by a killed process would never be released.
         self.first = multiprocessing.RawValue("q", -1)
         self.completed = multiprocessing.RawValue("q", -1)
 
@@ -78,11 +78,11 @@ class Ending:
     """How a child ended.
 
     Attributes:
-        code: its exit code; minus the number of the signal that killed it.
-        first: iterations that were completed when it began, -1 if it did not get that far.
-        completed: when it ended.
-        seconds: from the first signal to the end, where there was one.
-        said: what it wrote to the terminal.
+        code: exit code; minus the number of the signal that killed the process.
+        first: number of completed iterations when it began, -1 if it did not get that far.
+        completed: number of completed iterations when it ended.
+        seconds: time from the first signal to the end, if there was a signal.
+        said: its output on the terminal.
     """
 
     code: int
@@ -101,20 +101,20 @@ def run(
     after: float = 0.0,
     pause: float = 0.0,
 ) -> Ending:
-    """Begin or resume the comparison in a process of its own, and wait for its end.
+    """Start or resume the comparison in a separate process, and wait for its end.
 
     Args:
         job: the comparison.
-        trouble: set up in the process before it begins.
-        signals: sent to it, if it lives that long.
-        at: completed iterations when the first is sent; None: while it starts.
-        after: seconds from then on, or from the start, but not after its first step.
+        trouble: a failure that is set up in the process before it begins.
+        signals: signals to send, if the process lives that long.
+        at: number of completed iterations at the first signal; None for during start-up.
+        after: delay of the first signal in seconds; without ``at``, from the start, but not after the first step.
         pause: seconds between two signals.
     """
     progress = Progress()
     sys.stdout.flush()
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as log:  # not on a disk that is full
+    with tempfile.TemporaryFile() as log:  # not on the full disk
         process = multiprocessing.get_context("fork").Process(target=_child, args=(job, progress, trouble, log))
         process.start()
         seconds = None
@@ -143,7 +143,7 @@ def run(
 def _child(job: Job, progress: Progress, trouble: Trouble | None, log: IO[bytes]) -> None:
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
-    # As in a terminal, also where the parent runs in the background.
+    # Handle Ctrl-C as in a terminal, even if the parent runs in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     step = IDLGAttack.training_step
@@ -159,7 +159,7 @@ def _child(job: Job, progress: Progress, trouble: Trouble | None, log: IO[bytes]
 
 
 def attack(job: Job, options: dict[str, Any]) -> None:
-    """What a user would write; ``options`` are further arguments of ``compare``."""
+    """Run the attack as a user would; ``options`` are additional arguments of ``compare``."""
     torch.set_num_threads(1)
     quiet()
     victims = Victims(job.dataset, root=job.root, victims=job.victims, lanes=job.lanes, seed=job.seed)
@@ -177,7 +177,7 @@ def attack(job: Job, options: dict[str, Any]) -> None:
     )
 
 
-# Troubles. Each is set up in the child, and comes when so many iterations are completed.
+# Failures. Each is set up in the child and occurs after a number of completed iterations.
 
 
 def each_step(act: Callable[[IDLGAttack], None]) -> None:
@@ -192,7 +192,7 @@ def each_step(act: Callable[[IDLGAttack], None]) -> None:
 
 
 def killed_while_writing(at: int, share: float) -> Trouble:
-    """SIGKILL when a share of the bytes of a checkpoint is written."""
+    """Send SIGKILL when this share of a checkpoint's bytes is written."""
 
     def trouble(job: Job, progress: Progress) -> None:
         save = torch.save
@@ -213,7 +213,7 @@ def killed_while_writing(at: int, share: float) -> Trouble:
 
 
 def killed_before_replacing(at: int, name: str) -> Trouble:
-    """SIGKILL when a file is whole but has not yet the name it shall have; ``name`` is how that begins."""
+    """Send SIGKILL when a file is complete but not yet renamed; its final name begins with ``name``."""
 
     def trouble(job: Job, progress: Progress) -> None:
         replace = Path.replace
@@ -229,7 +229,7 @@ def killed_before_replacing(at: int, name: str) -> Trouble:
 
 
 def signalled_while_writing(number: int) -> Trouble:
-    """A signal to itself while a checkpoint is written."""
+    """Send a signal while a checkpoint is written."""
 
     def trouble(job: Job, progress: Progress) -> None:
         save = torch.save
@@ -244,7 +244,7 @@ def signalled_while_writing(number: int) -> Trouble:
 
 
 def full_disk(at: int, filler: Path | None) -> Trouble:
-    """No more room on the disk: a file takes what is left, or, where there is none, files may not be long."""
+    """Fill the disk with a file, or, without one, limit the length of files."""
 
     def trouble(job: Job, progress: Progress) -> None:
         def fill(attack: IDLGAttack) -> None:
@@ -263,7 +263,7 @@ def full_disk(at: int, filler: Path | None) -> Trouble:
 
 
 class RaisingLogger(Logger):
-    """Fails in one of its methods, from some call on."""
+    """A logger that fails in one of its methods from a certain call on."""
 
     def __init__(self, method: str, calls: int) -> None:
         super().__init__()
@@ -277,39 +277,39 @@ class RaisingLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Of the run."""
+        """Return the name of the run."""
         return "raising"
 
     @property
     def version(self) -> int:
-        """Of the run."""
+        """Return the version of the run."""
         return 0
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Fail, if it is this one."""
+        """Fail if this is the chosen method."""
         self._call("log_metrics")
 
     def log_hyperparams(self, params: Any, *given: Any, **options: Any) -> None:
-        """Fail, if it is this one."""
+        """Fail if this is the chosen method."""
         self._call("log_hyperparams")
 
     def finalize(self, status: str) -> None:
-        """Fail, if it is this one."""
+        """Fail if this is the chosen method."""
         self._call("finalize")
 
 
 def raising_logger(method: str, calls: int = 0) -> Trouble:
-    """A logger that fails in a method, after so many calls that succeed."""
+    """Add a logger that fails in a method after this many successful calls."""
     return lambda job, progress: {"logger": RaisingLogger(method, calls), "log_every_n_steps": 1}
 
 
 def unreachable_wandb(seconds: float) -> Trouble:
-    """W&B online, with a server that no one reaches."""
+    """Use W&B online with an unreachable server."""
 
     def trouble(job: Job, progress: Progress) -> Any:
         from leakage.callbacks import OfflineSafeWandbLogger
 
-        # A port at which nothing listens.
+        # Nothing listens at this port.
         os.environ |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
         folder = job.output.parent / f"{job.output.name}_wandb"
         folder.mkdir()
@@ -322,7 +322,7 @@ def unreachable_wandb(seconds: float) -> Trouble:
 
 
 def main() -> None:
-    """Two processes, which the Trainer starts by running this file again; the job comes as JSON."""
+    """Run two processes, which the Trainer starts by running this file again; the job is given as JSON."""
     given = json.loads(sys.argv[1])
     paths = {name: Path(given[name]) if given[name] is not None else None for name in ("output", "root")}
     attack(Job(**(given | paths)), {"devices": 2, "strategy": VictimParallel()})

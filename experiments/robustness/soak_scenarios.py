@@ -1,4 +1,4 @@
-"""What befalls the runs, and whether anything was lost."""
+"""The scenarios of the soak test, and the checks that nothing was lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from soak_child import (
 from leakage.files.checkpoints import WholeCheckpointIO
 from leakage.inversion.reconstruction import Reconstruction
 
-# How runs are killed: each way once, and then drawn with these weights.
+# How runs are killed: first each way once, then at random with these weights.
 _KINDS = {"iteration": 10, "start": 2, "checkpoint half written": 2, "file not yet replaced": 2}
 _REPLACED = ("last.ckpt", "part_", "victims.csv")
 # Seconds between a scheduler's SIGTERM and its SIGKILL.
@@ -46,12 +46,12 @@ _NEVER = 1e6
 
 @dataclass
 class Verdict:
-    """What came of a scenario.
+    """The outcome of a scenario.
 
     Attributes:
-        scenario: its name.
-        problems: what was lost, and what else was not as it should be.
-        figures: counts, by name.
+        scenario: name of the scenario.
+        problems: what was lost or wrong.
+        figures: counts by name.
     """
 
     scenario: str
@@ -60,7 +60,7 @@ class Verdict:
     passed: bool = True
 
     def expect(self, holds: bool, problem: str) -> None:
-        """Note a problem, unless something holds."""
+        """Record a problem unless a condition holds."""
         if not holds:
             self.problems.append(problem)
             self.passed = False
@@ -72,11 +72,11 @@ class Verdict:
 
 
 def lost(whole: Path, other: Path, victims: int) -> tuple[list[str], dict[str, int]]:
-    """How the results of a run differ from those of one that was left alone, and counts of victims."""
+    """Return how the results of a run differ from those of the undisturbed run, and counts of victims."""
     problems = []
     for name in ("victims.csv", "idlg/victims.csv", "gallery.png", "fidelity.png", "idlg/gallery.png"):
         if not (other / name).is_file() or (whole / name).read_bytes() != (other / name).read_bytes():
-            problems.append(f"{name} is not that of the run that was left alone")
+            problems.append(f"{name} differs from that of the undisturbed run")
     rows = [_summary(folder / "summary.json") for folder in (whole, other)]
     if rows[0] != rows[1]:
         problems.append(f"summary.json has {rows[1]}, not {rows[0]}")
@@ -89,7 +89,7 @@ def lost(whole: Path, other: Path, victims: int) -> tuple[list[str], dict[str, i
         "different": 0,
     }
     if results[0] is None or results[1] is None or counts["missing"] or counts["repeated"] or len(times) != victims:
-        return [*problems, f"not every victim is there once: {counts}"], counts
+        return [*problems, f"not every victim is present once: {counts}"], counts
     first, second = (found.select(found.ids.argsort()) for found in results if found is not None)
     differs = torch.zeros(victims, dtype=torch.bool)
     for name, tensor in vars(first).items():
@@ -132,19 +132,19 @@ def _compare(verdict: Verdict, whole: Job, job: Job) -> None:
 
 
 def _saved_at(job: Job) -> int:
-    """The iteration of the checkpoint, 0 without one."""
+    """Return the iteration of the checkpoint, 0 without one."""
     path = job.output / "idlg" / "last.ckpt"
     saved: int = WholeCheckpointIO().load_checkpoint(path)["leakage"]["iteration"] if path.is_file() else 0
     return saved
 
 
 def _expect_resumed(verdict: Verdict, ending: Ending, saved: int) -> None:
-    """It went on from its checkpoint, unless it ended before its first step or had none left."""
-    verdict.expect(ending.first in (saved, -1), f"went on from {ending.first}, where the checkpoint is of {saved}")
+    """Check that the run resumed from its checkpoint, unless it ended before its first step or had none left."""
+    verdict.expect(ending.first in (saved, -1), f"resumed from {ending.first}, but the checkpoint is of {saved}")
 
 
 def _resume(verdict: Verdict, whole: Job, job: Job) -> Ending:
-    """Go on without any trouble to the end, and compare."""
+    """Resume without failures to the end, and compare the results."""
     saved = _saved_at(job)
     ending = run(replace(job, checkpoint_seconds=whole.checkpoint_seconds))
     _expect_resumed(verdict, ending, saved)
@@ -155,12 +155,12 @@ def _resume(verdict: Verdict, whole: Job, job: Job) -> Ending:
 
 
 def killed(whole: Job, kills: int, tell: Callable[[], Any]) -> Verdict:
-    """A run that is left alone, and one that is killed so many times and resumed each time."""
+    """Compare an undisturbed run with one that is killed this many times and resumed each time."""
     verdict = Verdict("killed")
     alone = run(whole)
     tell()
     if alone.code:
-        raise RuntimeError(f"Expected the run in '{whole.output}' to end well, but got: {alone.said[-2000:]}")
+        raise RuntimeError(f"Expected the run in '{whole.output}' to succeed, but got: {alone.said[-2000:]}")
     job = replace(whole, output=whole.output.with_name("killed"))
     chance = random.Random(whole.seed)
     kinds = [*_KINDS][:kills]
@@ -177,7 +177,7 @@ def killed(whole: Job, kills: int, tell: Callable[[], Any]) -> Verdict:
         elif kind == "checkpoint half written":
             ending = run(job, killed_while_writing(at, chance.random()))
         else:
-            # Results are written at every validation; after the last one only when all is done.
+            # Results are written at every validation, and after the last one only at the end of the run.
             name = chance.choice(_REPLACED) if at + VALIDATED_EVERY < alone.completed else _REPLACED[0]
             ending = run(job, killed_before_replacing(at, name))
         verdict.expect(
@@ -200,7 +200,7 @@ def killed(whole: Job, kills: int, tell: Callable[[], Any]) -> Verdict:
 
 
 def told_to_end(number: int, code: int, signals: int = 1) -> Callable[[Job, int], Verdict]:
-    """A signal once or more; the only checkpoint is the one that is made for it."""
+    """Create a scenario that sends a signal once or more; the only checkpoint is made because of the signal."""
     name = signal.Signals(number).name.lower() + ("" if signals == 1 else f"_{signals}_times")
 
     def scenario(whole: Job, iterations: int) -> Verdict:
@@ -214,23 +214,23 @@ def told_to_end(number: int, code: int, signals: int = 1) -> Callable[[Job, int]
         verdict.expect((ending.seconds or 0.0) < _GRACE, f"took {ending.seconds} s to end")
         _expect_results_so_far(verdict, job)
         resumed = _resume(verdict, whole, job)
-        verdict.expect(resumed.first == ending.completed, f"went on from {resumed.first}, not from {ending.completed}")
+        verdict.expect(resumed.first == ending.completed, f"resumed from {resumed.first}, not from {ending.completed}")
         return verdict
 
     return scenario
 
 
 def _expect_results_so_far(verdict: Verdict, job: Job) -> None:
-    """The table has rows, each victim at most once."""
+    """Check that the table has rows, with each victim at most once."""
     table = job.output / "idlg" / "victims.csv"
     rows = table.read_text(encoding="utf-8").splitlines()[1:] if table.is_file() else []
     verdict.figures["rows so far"] = len(rows)
     verdict.expect(bool(rows), "no results so far were written")
-    verdict.expect(len({row.split(",")[0] for row in rows}) == len(rows), "a victim is there twice")
+    verdict.expect(len({row.split(",")[0] for row in rows}) == len(rows), "a victim is present twice")
 
 
 def killed_before_it_replaces(whole: Job, iterations: int) -> Verdict:
-    """Each kind of file is whole beside the earlier one when the process is killed."""
+    """Kill the process when each kind of file is complete but has not replaced the earlier one."""
     verdict = Verdict("killed_before_it_replaces")
     for name in _REPLACED:
         job = replace(whole, output=whole.output.with_name(f"replaced_{name.split('.')[0]}"))
@@ -243,7 +243,7 @@ def killed_before_it_replaces(whole: Job, iterations: int) -> Verdict:
 
 
 def disk_full(whole: Job, iterations: int) -> Verdict:
-    """The disk fills halfway, after the first checkpoints; the run goes to its end and tells what is missing."""
+    """Fill the disk halfway, after the first checkpoints; the run must complete and report what is missing."""
     verdict = Verdict("disk_full")
     with _small_disk(whole.output.with_name("disk")) as (folder, filler):
         verdict.figures["disk"] = "limit on the length of files" if filler is None else "tmpfs"
@@ -264,13 +264,13 @@ def disk_full(whole: Job, iterations: int) -> Verdict:
         if filler is not None:
             filler.unlink()
         resumed = _resume(verdict, whole, job)
-        verdict.expect(resumed.first == saved, f"went on from {resumed.first}, not from {saved}")
+        verdict.expect(resumed.first == saved, f"resumed from {resumed.first}, not from {saved}")
     return verdict
 
 
 @contextlib.contextmanager
 def _small_disk(folder: Path) -> Iterator[tuple[Path, Path | None]]:
-    """A folder on a disk of its own, and a file on it that may fill it; None for the file where that is not allowed."""
+    """Yield a folder on a small disk and a file that may fill it, None if mounting is not allowed."""
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", "size=64m", "leakage-soak", str(folder)]
     with tempfile.TemporaryFile() as said:
@@ -286,7 +286,7 @@ def _small_disk(folder: Path) -> Iterator[tuple[Path, Path | None]]:
 
 
 def logger_raises(whole: Job, iterations: int) -> Verdict:
-    """A logger fails at the start, in the middle, at the end, and at the start of a resumed run."""
+    """Let a logger fail at the start, in the middle, at the end, and at the start of a resumed run."""
     verdict = Verdict("logger_raises")
     for method, calls in (("log_hyperparams", 0), ("log_metrics", iterations // 2), ("finalize", 0)):
         job = replace(whole, output=whole.output.with_name(f"logger_{method}"), checkpoint_seconds=_NEVER)
@@ -295,20 +295,20 @@ def logger_raises(whole: Job, iterations: int) -> Verdict:
         verdict.expect(ending.code == 1, f"{method}: ended with {ending.code}: {ending.said[-500:]}")
         if method != "log_hyperparams":
             _expect_results_so_far(verdict, job)
-            again = run(job, raising_logger("log_hyperparams"))  # which must not spoil the checkpoint
+            again = run(job, raising_logger("log_hyperparams"))  # this must not damage the checkpoint
             verdict.expect(again.code == 1, f"{method}: the second time ended with {again.code}")
         resumed = _resume(verdict, whole, job)
         verdict.figures[f"{method}: resumed at"] = verdict.figures.pop("resumed at")
         expected = 0 if method == "log_hyperparams" else ending.completed
         verdict.expect(
             resumed.first == expected or expected == iterations,
-            f"{method}: went on from {resumed.first}, not {expected}",
+            f"{method}: resumed from {resumed.first}, not {expected}",
         )
     return verdict
 
 
 def wandb_out_of_reach(whole: Job, iterations: int) -> Verdict:
-    """W&B's server does not answer: the run is logged offline."""
+    """Make W&B's server unreachable: the run must be logged offline."""
     verdict = Verdict("wandb_out_of_reach")
     if importlib.util.find_spec("wandb") is None:
         verdict.figures["skipped"] = "wandb is not installed"
@@ -317,14 +317,14 @@ def wandb_out_of_reach(whole: Job, iterations: int) -> Verdict:
     ending = run(job, unreachable_wandb(_WANDB_SECONDS))
     verdict.figures["exit code"] = ending.code
     verdict.expect(ending.code == 0, f"ended with {ending.code}: {ending.said[-1000:]}")
-    verdict.expect("W&B can't be used online" in ending.said, f"did not tell: {ending.said[-1000:]}")
+    verdict.expect("W&B can't be used online" in ending.said, f"did not warn: {ending.said[-1000:]}")
     verdict.expect(any(whole.output.parent.glob("wandb_wandb/wandb/offline-run-*")), "was not logged offline")
     _compare(verdict, whole, job)
     return verdict
 
 
 def command_line(whole: Job, iterations: int) -> Verdict:
-    """SIGTERM to `leakage fit`, which goes on with `--ckpt_path`."""
+    """Send SIGTERM to `leakage fit`, and resume with `--ckpt_path`."""
     verdict = Verdict("command_line")
     folder = whole.output.with_name("command_line")
     options = ["--model", "IDLGAttack", "--model.seed", whole.seed]
@@ -344,7 +344,7 @@ def command_line(whole: Job, iterations: int) -> Verdict:
 
 
 def two_processes(whole: Job, iterations: int) -> Verdict:
-    """SIGTERM to the first of two processes; both make their part of the checkpoint."""
+    """Send SIGTERM to the first of two processes; both must write their part of the checkpoint."""
     verdict = Verdict("two_processes")
     alone, job = (replace(whole, output=whole.output.with_name(f"two_{name}")) for name in ("whole", "ended"))
     job = replace(job, checkpoint_seconds=_NEVER)
@@ -353,15 +353,15 @@ def two_processes(whole: Job, iterations: int) -> Verdict:
         for one in (alone, job)
     ]
     first = subprocess.run(commands[0], capture_output=True, text=True, check=False, timeout=600)
-    verdict.expect(first.returncode == 0, f"left alone it ended with {first.returncode}: {first.stderr[-500:]}")
+    verdict.expect(first.returncode == 0, f"undisturbed, it ended with {first.returncode}: {first.stderr[-500:]}")
     _end_and_resume(verdict, commands[1], job.output / "idlg" / "victims.csv", [])
     _compare(verdict, alone, job)
     return verdict
 
 
 def _end_and_resume(verdict: Verdict, command: list[str], table: Path, resume: list[str]) -> None:
-    """Run a command, send it SIGTERM when the table comes, which is in the middle of the run, and run it again."""
-    # One thread, as the run left alone has: with more, sums are rounded otherwise.
+    """Run a command, send it SIGTERM when the table appears (in the middle of the run), and run it again."""
+    # One thread, like the undisturbed run: with more threads, sums are rounded differently.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
