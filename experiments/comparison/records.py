@@ -67,7 +67,7 @@ def read_record(folder: Path, configuration: dict[str, Any], kind: type) -> dict
     if not record.is_file():
         return None
     damaged = (
-        f"Expected '{record}' to be the complete record of a run, but got {{}}. Remove '{folder}' to run this method "
+        f"Expected '{record}' to be the whole record of a run, but got {{}}. Remove '{folder}' to run this method "
         "again, or choose another `output`."
     )
     try:

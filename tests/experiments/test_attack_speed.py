@@ -183,7 +183,7 @@ def test_the_plain_search_finds_what_is_near(speed: ModuleType, near: Near, meth
     [
         (["--victims", "0"], "Expected `victims` to be a whole number of at least 1, but got 0"),
         (["--plain-victims", "0"], "Expected `plain_victims` to be a whole number of at least 1, but got 0"),
-        (["--victims", "5"], "Expected `--plain-victims` to be at most the 5 victims of our side, but got 20"),
+        (["--victims", "5"], "Expected `--plain-victims` to be at most 5, the number of victims, but got 20"),
         (["--dataset", "nothing"], "Expected `dataset` to be one of ['mnist', 'fashion_mnist'"),
         (["--dataset", "sample", "--image-size", "9"], "Expected no `image_size` with 'sample', but got 9"),
         (["--dataset", "sample", "--num-classes", "9"], "Expected `model` to have a logit for each of the 10 classes"),

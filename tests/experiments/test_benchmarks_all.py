@@ -65,7 +65,7 @@ def test_goes_on_and_tells(
     output = tmp_path / "out"
     output.mkdir()
     (output / "bad.json").write_text("{}")  # of an earlier run
-    with pytest.raises(SystemExit, match="Expected all benchmarks to succeed, but got failures of bad"):
+    with pytest.raises(SystemExit, match="Expected all benchmarks to succeed, but got failures in bad"):
         everything.main(["--output", str(output)])
     assert "2 of 3, good: " in capsys.readouterr().out
     page = (output / "index.md").read_text()

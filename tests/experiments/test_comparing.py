@@ -165,7 +165,7 @@ def test_resume_refuses_another_configuration(done: Path) -> None:
         (
             "idlg/run.json",
             '{"configuration": {',
-            r"Expected '.*run.json' to be the whole record of a run, but got no JSON",
+            r"Expected '.*run.json' to be the whole record of a run, but got invalid JSON",
         ),
         ("idlg/run.json", "[]", r"Expected '.*run.json' to be the whole record of a run, but got another file"),
         (
@@ -193,13 +193,13 @@ def test_resume_refuses_a_row_of_other_columns(done: Path, tmp_path: Path) -> No
     content = json.loads(record.read_text())
     del content["row"]["victims"]
     record.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"Expected '.*run.json' .* but got a row of other columns. Remove"):
+    with pytest.raises(ValueError, match=r"Expected '.*run.json' .* but got a row with other columns. Remove"):
         run(tmp_path / "copy", resume=True)
 
 
 def test_refuses_options_of_the_trainer_before_it_touches_results(done: Path) -> None:
     before = {name: (done / name).read_bytes() for name in FILES}
-    with pytest.raises(ValueError, match=r"Expected options that the Trainer takes, but got .*max_steps=-5"):
+    with pytest.raises(ValueError, match=r"Expected options that the Trainer accepts, but got .*max_steps=-5"):
         run(done, max_steps=-5)
     assert {name: (done / name).read_bytes() for name in FILES} == before
 

@@ -271,4 +271,4 @@ def test_refuses_a_gpu_that_is_not_there(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         speed.main([*TINY, "--accelerator", "cuda", "--output", str(tmp_path / "a.json")])
-    assert "Expected `--accelerator` cpu where torch finds no GPU, but got cuda" in capsys.readouterr().err
+    assert "Expected `--accelerator` to be cpu, since torch finds no GPU, but got cuda" in capsys.readouterr().err

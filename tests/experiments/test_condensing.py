@@ -331,7 +331,7 @@ def test_other_batches_of_the_same_images() -> None:
         (["dc"], {"images_per_class": 7}, r"Expected `loops` \(outer, inner\) with images_per_class=7"),
         (["random"], {"images_per_class": 81}, "Expected `images_per_class` of at most 80"),
         (["kmeans"], {"images_per_class": 81}, "Expected `images_per_class` of at most 80"),
-        (["dc"], {"accelerator": "abacus"}, "Expected options that the Trainer takes, but got accelerator='abacus'"),
+        (["dc"], {"accelerator": "abacus"}, "Expected options that the Trainer accepts, but got accelerator='abacus'"),
     ],
 )  # fmt: skip
 def test_refuses(tmp_path: Path, methods: list[str], options: dict[str, Any], message: str) -> None:

@@ -103,11 +103,11 @@ def test_a_lost_a_repeated_and_another_victim_are_noticed(soak: ModuleType, done
     whole.select(torch.arange(4)).save(path)
     said, counts = problems(soak, done, copy)
     assert (counts["missing"], counts["repeated"]) == (1, 0)
-    assert "not every victim is there once" in said
+    assert "not every victim is present once" in said
     Reconstruction.cat([whole, whole.select(torch.tensor([2]))]).save(path)
     said, counts = problems(soak, done, copy)
     assert (counts["missing"], counts["repeated"]) == (0, 1)
-    assert "not every victim is there once" in said
+    assert "not every victim is present once" in said
     for name in ("images", "loss", "evaluations", "labels"):
         other = Reconstruction(**{key: tensor.clone() for key, tensor in vars(whole).items() if tensor is not None})
         tensor = getattr(other, name)
@@ -128,7 +128,7 @@ def test_other_files_and_debris_are_noticed(soak: ModuleType, done: Path, copy: 
     rows[0]["mse_median"] *= 2
     (copy / "summary.json").write_text(json.dumps(rows))
     said, _ = problems(soak, done, copy)
-    assert "idlg/victims.csv is not that of the run that was left alone; fidelity.png is not" in said
+    assert "idlg/victims.csv differs from that of the undisturbed run; fidelity.png differs" in said
     assert "summary.json has" in said
     assert "files were left behind: ['idlg/last.ckpt.3.partial']" in said
 
@@ -137,8 +137,8 @@ def test_a_problem_is_told_and_fails(soak: ModuleType) -> None:
     found = sys.modules["soak_scenarios"].Verdict("sigterm", figures={"rows": 3})
     found.expect(True, "nothing")
     assert str(found) == "sigterm: ok (rows 3)"
-    found.expect(False, "a victim is there twice")
-    assert str(found) == "sigterm: FAILED (rows 3)\n    a victim is there twice"
+    found.expect(False, "a victim is present twice")
+    assert str(found) == "sigterm: FAILED (rows 3)\n    a victim is present twice"
     assert not found.passed
 
 
@@ -153,7 +153,7 @@ def test_a_run_that_begins_anew_is_noticed(
     job = child.Job(Path(), "sample", None, 1, 1, 0, 1.0)
     found = scenarios.Verdict("killed")
     scenarios._resume(found, job, job)
-    assert found.problems == [f"went on from {first}, where the checkpoint is of 5"] * problems
+    assert found.problems == [f"resumed from {first}, but the checkpoint is of 5"] * problems
 
 
 def test_without_the_right_to_mount_the_length_of_files_is_limited(

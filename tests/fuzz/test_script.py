@@ -42,7 +42,7 @@ def test_an_attempt_fails_where_it_should(fuzz: SimpleNamespace, monkeypatch: py
 
     with pytest.raises(fuzz.common.BrokenError, match="Expected a ValueError or an OSError, but got KeyError"):
         fuzz.common.attempt(raises(KeyError("x")))
-    with pytest.raises(fuzz.common.BrokenError, match="Expected words of the library"):
+    with pytest.raises(fuzz.common.BrokenError, match="Expected a message of the library"):
         fuzz.common.attempt(raises(ValueError("invalid literal")))
     with pytest.raises(fuzz.common.BrokenError, match=r"that name 'this\.file'"):
         fuzz.common.attempt(raises(ValueError("Expected a file, but got none")), named="this.file")
@@ -60,8 +60,8 @@ def test_an_attempt_ends_in_time(fuzz: SimpleNamespace, monkeypatch: pytest.Monk
             pass
 
     monkeypatch.setattr(fuzz.common, "DEADLINE", 0.05)
-    with pytest.raises(fuzz.common.BrokenError, match=r"Expected an end within 0\.05 s"):
+    with pytest.raises(fuzz.common.BrokenError, match=r"Expected reading to end within 0\.05 s"):
         fuzz.common.attempt(endless)
     (tmp_path / "marker").touch()
-    with pytest.raises(fuzz.common.BrokenError, match="no code of the input is run"):
+    with pytest.raises(fuzz.common.BrokenError, match="no code in the input is run"):
         fuzz.common.attempt(lambda: None, marker=tmp_path / "marker")

@@ -103,7 +103,7 @@ def test_no_network_to_download_by(hub: Path, network: str, file: str) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         perceptual_distance(images, images, network=network)
     message = str(caught.value)
-    assert message.startswith(f"Expected the weights of network='{network}' in '{hub / file}', or a network")
+    assert message.startswith(f"Expected the weights of network='{network}' in '{hub / file}', or internet access")
     assert "no route to host" in message
     assert f"Copy the file https://download.pytorch.org/models/{file} there" in message
     assert "TORCH_HOME" in message
