@@ -86,7 +86,7 @@ def tally(
 ) -> Tally:
     """Try this many inputs, however many of them fail."""
     found, started = Tally(), time.monotonic()
-    told = started
+    last_message = started
 
     @seeded(seed)
     @settings(
@@ -99,7 +99,7 @@ def tally(
     )
     @given(inputs)
     def run(data: Any) -> None:
-        nonlocal told
+        nonlocal last_message
         found.inputs += 1
         try:
             outcome = check(data)
@@ -113,8 +113,8 @@ def tally(
                 found.refused[outcome.refusal] += 1
             else:
                 found.loaded += 1
-        if time.monotonic() - told > _PAUSE:
-            told = time.monotonic()
+        if time.monotonic() - last_message > _PAUSE:
+            last_message = time.monotonic()
             print(f"{kind}: {found.inputs} of {examples} inputs", file=sys.stderr, flush=True)
 
     run()

@@ -118,9 +118,9 @@ class LeakageMonitor(Callback):
             raise ValueError(f"Expected `attack` to be a leakage.attacks.GradientInversion, but got {attack!r}.")
         if (mean is None) != (std is None):
             raise ValueError(f"Expected `mean` and `std` together, but got mean={mean!r} and std={std!r}.")
-        told = {name: value for name, value in client.items() if name not in ("defenses", "reveal_learning_rate")}
+        settings = {name: value for name, value in client.items() if name not in ("defenses", "reveal_learning_rate")}
         try:
-            Protocol((1, 1, 1), 2, images, **told)
+            Protocol((1, 1, 1), 2, images, **settings)
         except TypeError as error:
             raise ValueError(f"Expected settings of a leakage.Victim, but got: {error}") from error
         self.every_n_steps, self.victims, self.images, self.budget = every_n_steps, victims, images, budget
@@ -253,8 +253,8 @@ class LeakageMonitor(Callback):
         figures = {name: float(value) for name, value in metrics.compute().items()}
         order = scores.order[..., None, None, None].expand_as(truth)
         if len(others):
-            told = identified(found.images.to(truth).gather(1, order), truth, others)
-            share.update(told.float().mean(1).cpu())
+            correct = identified(found.images.to(truth).gather(1, order), truth, others)
+            share.update(correct.float().mean(1).cpu())
             estimate = share.compute()
             figures |= {"identified": estimate.value, "identified_low": estimate.low, "identified_high": estimate.high}
         guesses = baseline_guesses(truth, others if len(others) else None)

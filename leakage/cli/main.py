@@ -15,7 +15,7 @@ _SCREEN = """leakage {version}: what a shared gradient gives away
 
   leakage demo           three attacks on bundled images, in under a minute
   leakage audit          does the training of your own module leak?
-    leakage fit            run any attack on any victims, or condense a data set
+  leakage fit            run any attack on any victims, or condense a data set
   leakage evaluate FILE  test accuracy of networks trained on a synthetic set
 
 Start with `leakage demo`. Then, for example:
@@ -29,7 +29,7 @@ Choices and options:
 
   leakage fit --help                       attacks, condensations and data
   leakage fit --model IDLGAttack --help    the options of one of them
-    leakage demo --help                      the options of another command
+  leakage demo --help                      the options of another command
 """
 # Each subcommand is a function in the module of the same name in this folder.
 _SUBCOMMANDS = ("demo", "audit", "fit", "evaluate")

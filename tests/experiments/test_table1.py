@@ -105,7 +105,7 @@ def test_precision(
 def test_refuses_an_unknown_accelerator(table1: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--dataset", "sample", "--victims", "1", "--output", str(tmp_path), "--accelerator", "nonsense"]
     said = refused(table1, capsys, *arguments)
-    assert said.startswith("table1.py: error: Expected options that the Trainer accepts, but got accelerator=")
+    assert "error: Expected options that the Trainer accepts, but got accelerator='nonsense'" in said
     assert not any(tmp_path.iterdir())
 
 
