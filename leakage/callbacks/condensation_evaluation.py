@@ -160,7 +160,7 @@ class SyntheticEvaluation(CondensationCallback):
         if self._failure:
             raise FloatingPointError(self._failure)
         if not self.rows:
-            raise RuntimeError("Expected a run with a test to be over, but got no test yet.")
+            raise RuntimeError("Expected at least one completed test, but got none yet.")
         return self.rows[-1].evaluation
 
     def state_dict(self) -> dict[str, Any]:

@@ -158,7 +158,7 @@ class LeakageMonitor(Callback):
                 log_image(trainer, "leakage/gallery", picture, step=step)
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
-            rank_zero_warn(f"LeakageMonitor has no figures at step {step}, and the training goes on: {what}")
+            rank_zero_warn(f"LeakageMonitor has no figures at step {step}; the training continues: {what}")
 
     def _look(self, trainer: Trainer, module: LightningModule, batch: Any) -> tuple[dict[str, float], Any]:
         begin = time.perf_counter()
@@ -176,7 +176,9 @@ class LeakageMonitor(Callback):
         shared = SharedGradients(victim.share(truth, own, seed=trainer.global_step), victim.as_told())
         found = self._attack(shared, device, begin)
         if not len(found):
-            raise ValueError(f"Expected a victim attacked in `budget` = {self.budget:g} seconds, but got none.")
+            raise ValueError(
+                f"Expected to attack at least one victim within `budget` = {self.budget:g} seconds, but got none."
+            )
         places = found.ids.tolist()
         return self._score(found, truth[places], own[places], others, begin), self._picture(
             trainer, found, truth[places], own[places], others
@@ -203,9 +205,9 @@ class LeakageMonitor(Callback):
         network = module.get_submodule(self.network)
         network = copy.deepcopy(getattr(network, "_orig_mod", network)).to(device, torch.float32)
         if any(isinstance(part, _DropoutNd) and part.training and part.p > 0 for part in network.modules()):
-            self._note("its copy is attacked without dropout")
+            self._note("dropout is off in the attacked copy")
         if any(isinstance(part, _BatchNorm) and part.training for part in network.modules()):
-            self._note("in its copy BatchNorm normalises by its running statistics, not by the client's batch")
+            self._note("in the attacked copy, BatchNorm uses its running statistics instead of the client's batch")
         if self.scale is not None:
             shift, scale = (end.to(images).view(-1, 1, 1) for end in self.scale)
         else:
@@ -224,7 +226,7 @@ class LeakageMonitor(Callback):
     def _note(self, words: str) -> None:
         if words not in self.notes:
             self.notes.append(words)
-            rank_zero_info(f"LeakageMonitor: the module is left as it is; {words}.")
+            rank_zero_info(f"LeakageMonitor: the module itself is unchanged; {words}.")
 
     def _attack(self, shared: SharedGradients, device: torch.device, begin: float) -> Reconstruction:
         def left() -> float:

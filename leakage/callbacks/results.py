@@ -52,7 +52,7 @@ class ResultsCallback(Callback):
             RuntimeError: ``setup`` has not been called yet.
         """
         if self._folder is None:
-            raise RuntimeError("Expected `folder` to be asked for after `setup`, but got no trainer yet.")
+            raise RuntimeError("Expected `folder` to be used after `setup`, but got no trainer yet.")
         return self._folder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

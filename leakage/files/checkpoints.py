@@ -101,7 +101,7 @@ def check_checkpoint(checkpoint: Mapping[str, Any], module: str, options: Mappin
     if saved.get("precision") != precision:
         raise ValueError(f"Expected the checkpoint's precision {saved.get('precision')!r}, but got {precision!r}.")
     if "optimizer_states" not in checkpoint:
-        raise ValueError("Expected a checkpoint to go on from, but got one of weights only.")
+        raise ValueError("Expected a checkpoint to resume from, but got one with weights only.")
 
 
 @contextlib.contextmanager

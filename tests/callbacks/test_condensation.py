@@ -59,7 +59,7 @@ def test_a_network_for_other_images_is_refused(tmp_path: Path) -> None:
 
 
 def test_there_is_no_last_test_before_the_first() -> None:
-    with pytest.raises(RuntimeError, match="Expected a run with a test to be over, but got no test yet"):
+    with pytest.raises(RuntimeError, match="Expected at least one completed test, but got none yet"):
         _ = SyntheticEvaluation().last
 
 

@@ -118,8 +118,8 @@ def test_what_it_logs_and_says(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("csv/*/metrics.csv")
     assert "leakage/identified_low" in file.read_text()
     assert monitor.notes == [
-        "its copy is attacked without dropout",
-        "in its copy BatchNorm normalises by its running statistics, not by the client's batch",
+        "dropout is off in the attacked copy",
+        "in the attacked copy, BatchNorm uses its running statistics instead of the client's batch",
     ]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

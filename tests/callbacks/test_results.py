@@ -100,7 +100,7 @@ def test_output_is_the_trainers_folder_without_a_logger(run) -> None:
 
 
 def test_the_folder_is_not_known_before_setup() -> None:
-    with pytest.raises(RuntimeError, match="Expected `folder` to be asked for after `setup`"):
+    with pytest.raises(RuntimeError, match="Expected `folder` to be used after `setup`"):
         _ = ResultsCallback().folder
 
 

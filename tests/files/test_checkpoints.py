@@ -142,7 +142,7 @@ def test_another_module_configuration_or_precision(change: dict[str, Any], messa
 
 def test_weights_only() -> None:
     held = {name: part for name, part in SOUND.items() if name != "optimizer_states"}
-    with pytest.raises(ValueError, match="Expected a checkpoint to go on from, but got one of weights only"):
+    with pytest.raises(ValueError, match="Expected a checkpoint to resume from, but got one with weights only"):
         check_checkpoint(held, "A", {}, "32-true")
 
 
