@@ -176,9 +176,7 @@ class LeakageMonitor(Callback):
         shared = SharedGradients(victim.share(truth, own, seed=trainer.global_step), victim.as_told())
         found = self._attack(shared, device, begin)
         if not len(found):
-            raise ValueError(
-                f"Expected to attack at least one victim within `budget` = {self.budget:g} seconds, but got none."
-            )
+            raise ValueError(f"Expected to attack a victim in `budget` = {self.budget:g} seconds, but got none.")
         places = found.ids.tolist()
         return self._score(found, truth[places], own[places], others, begin), self._picture(
             trainer, found, truth[places], own[places], others

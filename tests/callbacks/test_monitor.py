@@ -173,7 +173,7 @@ class Broken(Classifier):
 def test_a_failure_is_a_warning_and_training_goes_on() -> None:
     without, _ = fit(kind=Broken, steps=2)
     monitor = LeakageMonitor(every_n_steps=1, attack=QUICK)
-    with pytest.warns(UserWarning, match="no figures at step 0, and the training goes on: ValueError: .*no evaluation"):
+    with pytest.warns(UserWarning, match="no figures at step 0; the training continues: ValueError: .*no evaluation"):
         module, trainer = fit(monitor, kind=Broken, steps=2)
     assert not monitor.history
     assert trainer.global_step == 2

@@ -253,7 +253,7 @@ def test_the_time_between_two_attempts_on_a_full_disk(tmp_path: Path, monkeypatc
         raise OSError("full")
 
     monkeypatch.setattr(Trainer, "save_checkpoint", fail)
-    with pytest.warns(UserWarning, match=r"full\. The run goes on"):
+    with pytest.warns(UserWarning, match=r"full\. The run continues"):
         fit(tmp_path)
     assert tried == [tmp_path / "last.ckpt"], "at the end only"
 
