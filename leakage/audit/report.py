@@ -12,7 +12,7 @@ from typing import Any
 from leakage.audit.writers import junit_xml, model_card_section, render_page, sarif_log, words
 from leakage.errors import check_choice, check_positive
 from leakage.files.records import from_json, parse_json, to_json
-from leakage.files.tensors import brief
+from leakage.files.tensors import shorten
 from leakage.files.text import write_text
 
 #: Of the layout of ``audit.json``; files of other versions are refused.
@@ -310,10 +310,12 @@ class AuditReport:
         try:
             content = parse_json(path.read_bytes())
         except ValueError as error:
-            raise ValueError(f"Expected '{path}' as whole JSON, but got: {brief(error)}.") from None
+            raise ValueError(f"Expected '{path}' as whole JSON, but got: {shorten(error)}.") from None
         version = content.get("version") if isinstance(content, dict) else None
         if isinstance(content, dict) and (version != VERSION or isinstance(version, bool)):
-            raise ValueError(f"Expected version {VERSION} of `audit.json` in '{path}', but got {brief(repr(version))}.")
+            raise ValueError(
+                f"Expected version {VERSION} of `audit.json` in '{path}', but got {shorten(repr(version))}."
+            )
         derived = {}
         if isinstance(content, dict):
             derived = {name: content.pop(name, None) for name in ("verdict", "exit_code", "summary")}
@@ -325,7 +327,7 @@ class AuditReport:
             if derived[name] != getattr(report, name):
                 raise ValueError(
                     f"Expected `{name}` {getattr(report, name)!r} in '{path}', as its checks and thresholds have it, "
-                    f"but got {brief(repr(derived[name]))}."
+                    f"but got {shorten(repr(derived[name]))}."
                 )
         return report
 
@@ -356,5 +358,5 @@ def read_victims(folder: str | os.PathLike[str]) -> list[VictimRow]:
         try:
             rows.append(from_json(VictimRow, parse_json(line)))
         except ValueError as error:
-            raise ValueError(f"Expected a victim in line {number} of '{path}', but got: {brief(error)}") from None
+            raise ValueError(f"Expected a victim in line {number} of '{path}', but got: {shorten(error)}") from None
     return rows

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from leakage.clients.losses import LOSSES
 from leakage.errors import check_choice, check_count, check_flag, check_not_negative, check_positive
-from leakage.files.tensors import brief
+from leakage.files.tensors import shorten
 
 # Largest number of values of all images behind one gradient: with more, not even one search would fit into memory.
 _MOST_VALUES = 2**30
@@ -171,5 +171,5 @@ def _plain(defenses: object) -> tuple[dict[str, Any], ...]:
             pass
     raise ValueError(
         "Expected `defenses` as descriptions such as [{'name': 'GaussianNoise', 'std': 0.1}], made of strings, finite "
-        f"numbers, lists and dicts, of at most {_LONGEST_DEFENSES} characters, but got {brief(repr(defenses))}."
+        f"numbers, lists and dicts, of at most {_LONGEST_DEFENSES} characters, but got {shorten(repr(defenses))}."
     )

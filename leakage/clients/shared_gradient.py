@@ -14,7 +14,7 @@ from torch import Tensor
 
 from leakage.clients.protocol import Protocol
 from leakage.errors import show_shape
-from leakage.files.tensors import brief, header_value, read_safetensors, write_safetensors
+from leakage.files.tensors import header_value, read_safetensors, shorten, write_safetensors
 
 _FORMAT = "leakage.SharedGradient"
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -217,13 +217,13 @@ class SharedGradient:
             if not isinstance(own_weights, bool):
                 raise ValueError(f"Expected `own_weights` to be true or false, but got {own_weights!r}.")
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"Expected a protocol in the header of '{path}', but got: {brief(error)}") from error
+            raise ValueError(f"Expected a protocol in the header of '{path}', but got: {shorten(error)}") from error
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
         if "ids" not in tensors:
-            raise ValueError(f"Expected a tensor 'ids' in '{path}', but got {brief(sorted(tensors)[:5])}.")
+            raise ValueError(f"Expected a tensor 'ids' in '{path}', but got {shorten(sorted(tensors)[:5])}.")
         shared = cls(
             gradients=under("gradients/"),
             state=under("state/"),
@@ -235,7 +235,7 @@ class SharedGradient:
         try:
             shared.check()
         except ValueError as error:
-            raise ValueError(f"Expected a valid shared gradient in '{path}', but got: {brief(error)}") from error
+            raise ValueError(f"Expected a valid shared gradient in '{path}', but got: {shorten(error)}") from error
         return shared
 
 

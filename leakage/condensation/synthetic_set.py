@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 from leakage.condensation.decoding import check_factor, decode
 from leakage.condensation.recipe import Recipe
 from leakage.errors import check_count
-from leakage.files.tensors import brief, header_value, read_safetensors, write_safetensors
+from leakage.files.tensors import header_value, read_safetensors, shorten, write_safetensors
 from leakage.plots import new_figure, to_pixels
 from leakage.seeds import derive_seed
 
@@ -154,8 +154,8 @@ class SyntheticSet:
             # A header may hold fewer digits than the statistics computed from the data set.
             if ours != theirs and not (name in ("mean", "std") and np.allclose(ours, theirs, rtol=0, atol=1e-4)):
                 raise ValueError(
-                    f"Expected a synthetic set with the {name} {brief(theirs)} of {data.name!r}, but got "
-                    f"{brief(ours)}{origin}. Give the data set, and the share of its images, that it was made from."
+                    f"Expected a synthetic set with the {name} {shorten(theirs)} of {data.name!r}, but got "
+                    f"{shorten(ours)}{origin}. Give the data set, and the share of its images, that it was made from."
                 )
 
     def check_name(self, data: LabelledImages) -> None:
@@ -194,7 +194,7 @@ class SyntheticSet:
         header, tensors = read_safetensors(path, _FORMAT)
         if tensors.keys() != {"images", "labels"}:
             raise ValueError(
-                f"Expected tensors 'images' and 'labels' in '{path}', but got {brief(sorted(tensors)[:5])}."
+                f"Expected tensors 'images' and 'labels' in '{path}', but got {shorten(sorted(tensors)[:5])}."
             )
         try:
             mean, std = ([float(value) for value in header_value(header, name)] for name in ("mean", "std"))
@@ -204,7 +204,7 @@ class SyntheticSet:
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"Expected 'mean', 'std', 'class_names' and 'dataset' in the header of '{path}', but got: "
-                f"{brief(error)}"
+                f"{shorten(error)}"
             ) from error
         try:
             recipe = Recipe.from_json(header_value(header, "recipe")) if "recipe" in header else None
@@ -212,7 +212,7 @@ class SyntheticSet:
             about = tuple(mean), tuple(std), tuple(names), dataset, recipe, factor
             return cls(tensors["images"], tensors["labels"], *about)
         except ValueError as error:
-            raise ValueError(f"Expected a synthetic set in '{path}', but got: {brief(error)}") from error
+            raise ValueError(f"Expected a synthetic set in '{path}', but got: {shorten(error)}") from error
 
     def save_images(self, folder: str | os.PathLike[str]) -> None:
         """Write the decoded images as PNG files in torchvision's ``ImageFolder`` layout: ``<class>/<number>.png``.

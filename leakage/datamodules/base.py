@@ -17,7 +17,7 @@ from leakage.clients.low_rank import has_low_rank
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_count
-from leakage.files.tensors import brief
+from leakage.files.tensors import shorten
 
 
 @dataclass
@@ -69,9 +69,9 @@ class ConfiguredDataModule(LightningDataModule, ABC):
         """
         here = self.configuration
         if not isinstance(state_dict, Mapping):
-            raise ValueError(f"Expected a checkpoint of the same {self.holds}, but got {brief(repr(state_dict))}.")
+            raise ValueError(f"Expected a checkpoint of the same {self.holds}, but got {shorten(repr(state_dict))}.")
         differing = [
-            f"{brief(name)} {brief(repr(state_dict.get(name)))} in the checkpoint and {here.get(name)!r} here"
+            f"{shorten(name)} {shorten(repr(state_dict.get(name)))} in the checkpoint and {here.get(name)!r} here"
             for name in {**here, **state_dict}
             # Compare the reprs, since comparing tensors does not give a single bool.
             if repr(state_dict.get(name)) != repr(here.get(name))

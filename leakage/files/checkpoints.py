@@ -14,7 +14,7 @@ from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from leakage.files.tensors import brief
+from leakage.files.tensors import shorten
 from leakage.files.whole import beside, whole_file
 
 
@@ -96,7 +96,7 @@ def check_checkpoint(checkpoint: Mapping[str, Any], module: str, options: Mappin
         raise ValueError(f"Expected a checkpoint of {module}, but got one of {saved.get('module', 'another module')}.")
     differing = [name for name, value in options.items() if stored.get(name) != value]
     if differing:
-        listed = ", ".join(f"{name}={brief(repr(stored.get(name)))} (now {options[name]!r})" for name in differing)
+        listed = ", ".join(f"{name}={shorten(repr(stored.get(name)))} (now {options[name]!r})" for name in differing)
         raise ValueError(f"Expected the configuration of the checkpoint, but got another: it has {listed}.")
     if saved.get("precision") != precision:
         raise ValueError(f"Expected the checkpoint's precision {saved.get('precision')!r}, but got {precision!r}.")
@@ -122,7 +122,7 @@ def restoring(what: str) -> Iterator[None]:
         if isinstance(error, OSError) or (isinstance(error, ValueError) and str(error).startswith("Expected ")):
             raise
         raise ValueError(
-            f"Expected {what} of a checkpoint as leakage writes it, but got {type(error).__name__}: {brief(error)}."
+            f"Expected {what} of a checkpoint as leakage writes it, but got {type(error).__name__}: {shorten(error)}."
         ) from error
 
 
@@ -135,11 +135,11 @@ def check_like(what: str, found: Any, like: Mapping[str, Tensor]) -> None:
         ValueError: Expected the lanes of a checkpoint with 'loss' (2,) torch.float32, but got (3,) torch.float32.
     """
     if not isinstance(found, Mapping) or found.keys() != like.keys():
-        names = brief(sorted(map(str, found))) if isinstance(found, Mapping) else type(found).__name__
+        names = shorten(sorted(map(str, found))) if isinstance(found, Mapping) else type(found).__name__
         raise ValueError(f"Expected {what} of a checkpoint with {sorted(like)}, but got {names}.")
     for name, tensor in like.items():
         other = found[name]
         expected = f"{tuple(tensor.shape)} {tensor.dtype}"
-        got = f"{brief(tuple(other.shape))} {other.dtype}" if isinstance(other, Tensor) else type(other).__name__
+        got = f"{shorten(tuple(other.shape))} {other.dtype}" if isinstance(other, Tensor) else type(other).__name__
         if got != expected:
             raise ValueError(f"Expected {what} of a checkpoint with {name!r} {expected}, but got {got}.")

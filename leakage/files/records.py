@@ -9,7 +9,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from leakage.files.tensors import brief
+from leakage.files.tensors import shorten
 
 Record = TypeVar("Record")
 
@@ -80,12 +80,12 @@ def from_json(kind: type[Record], content: Any, where: str = "") -> Record:
     """
     name = where or "the record"
     if not isinstance(content, Mapping):
-        raise ValueError(f"Expected `{name}` as an object, but got {brief(repr(content))}.")
+        raise ValueError(f"Expected `{name}` as an object, but got {shorten(repr(content))}.")
     fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     missing = [field for field in fields if field not in content]
     unknown = [field for field in content if field not in fields]
     if missing or unknown:
-        got = [f"without {missing}"] * bool(missing) + [f"with {brief(unknown)}"] * bool(unknown)
+        got = [f"without {missing}"] * bool(missing) + [f"with {shorten(unknown)}"] * bool(unknown)
         raise ValueError(f"Expected `{name}` with the fields {fields}, but got one {' and '.join(got)}.")
     hints = get_type_hints(kind)
     prefix = f"{where}." if where else ""
@@ -113,7 +113,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         return _NOT_FINITE[value]
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"Expected `{where}` as {_WORDS[kind]}, but got {brief(repr(value))}.")
+        raise ValueError(f"Expected `{where}` as {_WORDS[kind]}, but got {shorten(repr(value))}.")
     if kind is list:
         return [_read(arguments[0], one, f"{where}[{i}]") for i, one in enumerate(value)]
     if kind is dict:

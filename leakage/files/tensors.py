@@ -53,12 +53,12 @@ def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str,
     except Exception as error:
         raise ValueError(
             f"Expected a whole safetensors file, but got '{path}', which is truncated or of another kind "
-            f"(pickles, such as .pt and .pth, are refused): {brief(error)}"
+            f"(pickles, such as .pt and .pth, are refused): {shorten(error)}"
         ) from error
     if header.get("format") != kind or header.get("version") != _VERSION:
         raise ValueError(
             f"Expected format {kind!r} of version {_VERSION} in the header of '{path}', but got "
-            f"{brief(repr(header.get('format')))} of version {brief(repr(header.get('version')))}."
+            f"{shorten(repr(header.get('format')))} of version {shorten(repr(header.get('version')))}."
         )
     return header, tensors
 
@@ -77,11 +77,11 @@ def header_value(header: Mapping[str, str], name: str) -> Any:
         raise ValueError(f"{name!r} nested too deeply") from error
 
 
-def brief(words: object) -> str:
+def shorten(words: object) -> str:
     """Cut a text that quotes a file, and may be of any length, to the beginning that an error message shows.
 
     Example:
-        >>> len(brief("long " * 1000)), brief("short")
+        >>> len(shorten("long " * 1000)), shorten("short")
         (303, 'short')
     """
     text = str(words)

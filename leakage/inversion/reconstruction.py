@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leakage.files.tensors import brief, read_safetensors, write_safetensors
+from leakage.files.tensors import read_safetensors, shorten, write_safetensors
 
 _FORMAT = "leakage.Reconstruction"
 
@@ -89,5 +89,5 @@ class Reconstruction:
         _, tensors = read_safetensors(path, _FORMAT)
         names = {field.name for field in dataclasses.fields(cls)} - {"learning_rate"}
         if tensors.keys() - {"learning_rate"} != names:
-            raise ValueError(f"Expected tensors {sorted(names)} in '{path}', but got {brief(sorted(tensors))}.")
+            raise ValueError(f"Expected tensors {sorted(names)} in '{path}', but got {shorten(sorted(tensors))}.")
         return cls(**tensors)

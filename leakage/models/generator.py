@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from leakage.errors import check_count, check_image_size
-from leakage.files.tensors import brief, header_value, read_safetensors, write_safetensors
+from leakage.files.tensors import header_value, read_safetensors, shorten, write_safetensors
 
 _FORMAT = "leakage.Generator"
 _OPTIONS = ("channels", "image_size", "code_size", "width")
@@ -102,7 +102,7 @@ class Generator(nn.Module):
                 generator = cls(**{name: header_value(header, name) for name in _OPTIONS})
             generator.load_state_dict(weights, assign=True)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"Expected a generator in '{path}', but got: {brief(error)}") from error
+            raise ValueError(f"Expected a generator in '{path}', but got: {shorten(error)}") from error
         return generator.eval()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leakage.files.checkpoints import check_like, restoring
-from leakage.files.tensors import brief
+from leakage.files.tensors import shorten
 from leakage.pieces import State
 from leakage.solvers.solver import RUNNING, Evaluated, Problem, Solver, running
 
@@ -209,7 +209,7 @@ class PerVictimOptimizer(Optimizer):
             lanes = {name: tensor.to(self._params[0].device) for name, tensor in state_dict["state"][0].items()}
             if lanes.keys() != self.lanes.keys():
                 raise ValueError(
-                    f"Expected the solver of a checkpoint with {sorted(self.lanes)}, but got {brief(sorted(lanes))}."
+                    f"Expected the solver of a checkpoint with {sorted(self.lanes)}, but got {shorten(sorted(lanes))}."
                 )
             first = {name: tensor[:0] for name, tensor in lanes.items()}
             check_like("the solver", first, self.solver.match(self._fresh(0), first))

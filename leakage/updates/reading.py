@@ -15,7 +15,7 @@ from leakage.clients.protocol import UNKNOWN
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_choice, check_positive
-from leakage.files.tensors import brief
+from leakage.files.tensors import shorten
 from leakage.updates.weights import HOLDS, AnyWeights, Arrays, open_weights
 
 
@@ -235,8 +235,8 @@ def _by_name(tensors: dict[str, Tensor], victim: Victim, what: str) -> dict[str,
                 return dict(zip(renamed, tensors.values(), strict=True))
     unknown = sorted(tensors.keys() - known)
     raise ValueError(
-        f"Expected `{what}` with the names of the model, such as {brief(sorted(known)[:4])}, but got unknown "
-        f"{brief(unknown[:8])}."
+        f"Expected `{what}` with the names of the model, such as {shorten(sorted(known)[:4])}, but got unknown "
+        f"{shorten(unknown[:8])}."
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from leakage.files.tensors import brief
+from leakage.files.tensors import shorten
 
 #: What arrays can hold: the weights themselves, the weights after training minus those before, or a gradient.
 HOLDS = ("weights", "difference", "gradient")
@@ -89,7 +89,7 @@ def _record(given: Any, what: str) -> Any:
         try:
             given = [np.load(io.BytesIO(one), allow_pickle=False) for one in given.tensors]
         except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"Expected `{what}` as whole NumPy arrays, but got: {brief(error)}") from error
+            raise ValueError(f"Expected `{what}` as whole NumPy arrays, but got: {shorten(error)}") from error
     return given
 
 
@@ -134,16 +134,17 @@ def _tensor(array: Any, what: str, name: object) -> Tensor:
         try:
             array = array.numpy()  # Flower's Array, whose own reader takes no pickles either
         except (ValueError, TypeError, EOFError) as error:
-            raise ValueError(f"Expected `{what}` with an array {name!r}, but got: {brief(error)}") from error
+            raise ValueError(f"Expected `{what}` with an array {name!r}, but got: {shorten(error)}") from error
     if isinstance(array, np.ndarray | np.generic):
         if array.dtype.kind not in "fiub":
-            raise ValueError(f"Expected `{what}` with real numbers in {brief(repr(name))}, but got {array.dtype}.")
+            raise ValueError(f"Expected `{what}` with real numbers in {shorten(repr(name))}, but got {array.dtype}.")
         array = torch.from_numpy(np.array(array, order="C", dtype=array.dtype.newbyteorder("=")))
     if not isinstance(array, Tensor):
-        raise ValueError(f"Expected `{what}` with an array {brief(repr(name))}, but got {type(array).__name__}.")
+        raise ValueError(f"Expected `{what}` with an array {shorten(repr(name))}, but got {type(array).__name__}.")
     if array.is_complex() or array.is_quantized or array.layout != torch.strided:
         raise ValueError(
-            f"Expected `{what}` with plain real numbers in {brief(repr(name))}, but got {array.dtype}, {array.layout}."
+            f"Expected `{what}` with plain real numbers in {shorten(repr(name))}, "
+            f"but got {array.dtype}, {array.layout}."
         )
     return array.detach().cpu()
 
@@ -168,6 +169,6 @@ def _file(path: Path, what: str) -> Any:
     except Exception as error:
         raise ValueError(
             f"Expected a whole file of weights, but got '{path}' which is truncated, of another kind, or holds code, "
-            f"which is never run: {brief(error)}"
+            f"which is never run: {shorten(error)}"
         ) from error
     return loaded
