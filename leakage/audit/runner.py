@@ -280,7 +280,7 @@ def _solves(measured: Measured, victims: int) -> bool:
 
 
 def _line(measured: Measured) -> str:
-    """Summarize an attack in one line for the terminal."""
+    """Summarise an attack in one line for the terminal."""
     words = []
     for name, figure in measured.metrics.items():
         if name == "psnr":

@@ -117,7 +117,7 @@ def test_hostile_names_are_shown_as_text(page, html):
 
 def test_the_three_blocks_are_not_mixed(page):
     assert page.words("measured").startswith("Measured What these attacks found at this budget")
-    assert page.words("declared").startswith("Declared What you told the audit")
+    assert page.words("declared").startswith("Declared What you declared")
     assert page.words("combined").startswith("Combined What follows from both")
     assert "at most 5" in page.words("combined")
     assert "at most 5" not in page.words("measured") + page.words("declared")

@@ -193,7 +193,7 @@ def over(threshold: Threshold) -> str:
 
 
 def summary(report: AuditReport) -> str:
-    """Summarize the audit in a sentence or two."""
+    """Summarise the audit in a sentence or two."""
     thresholds, verdict = report.thresholds, report.verdict
     if verdict == "failed check":
         check = next(check for check in report.checks if not check.passed)
