@@ -144,7 +144,7 @@ def prepare_layers(module: LightningModule) -> list[Problem]:
     )
     mixing = [name for name, layer in named.items() if isinstance(layer, _BatchNorm) and layer.training]
     report(
-        *("replace", mixing, "BatchNorm in training mode, which normalises by the client's own batch"),
+        *("replace", mixing, "BatchNorm in training mode: it normalises by the client's own batch"),
         "If clients train with running statistics, call `eval()` on these layers and audit again.",
         "The verdict is for training mode. With running statistics, images are easier to rebuild.",
     )
@@ -159,7 +159,7 @@ def prepare_layers(module: LightningModule) -> list[Problem]:
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     kind = "never" if len(frozen) == len(parameters) else "replace"
     report(
-        *(kind, frozen, "frozen parameters, whose gradient clients do not share"),
+        *(kind, frozen, "frozen parameters: clients do not share their gradient"),
         "If clients train them, set `requires_grad`.",
         "The verdict is only for updates without these parameters.",
     )

@@ -212,7 +212,7 @@ def changed(arrays: list[Any], place: int, array: Any) -> list[Any]:
         (lambda a: SimpleNamespace(data={}, data_kind="METRICS"), "of a kind among .*, but got 'METRICS'"),
         (
             lambda a: SimpleNamespace(data={}, data_kind="WEIGHTS", meta={"PROCESSED_ALGORITHM": "HE"}),
-            "Expected `update` as plain arrays, but got some processed by 'HE'",
+            "Expected `update` as plain arrays, but got arrays processed by 'HE'",
         ),
         (lambda a: SimpleNamespace(array_records={}), r"with one record of arrays, but got \[\]"),
         (lambda a: {"0.weight": torch.eye(3).to_sparse()}, "with plain real numbers in '0.weight'"),
