@@ -99,6 +99,7 @@ MADE = {
 }
 # Code that is not run: a piece of it, and why.
 NOT_RUN: list[tuple[str, str, str]] = [
+    ("docs/tutorials/processes.md", "devices=2", "it starts this script again in a second process"),
     ("docs/updates.md", "from flwr", "Flower is an extra"),
 ]
 # Commands that are not of this project.

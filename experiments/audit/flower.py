@@ -1,10 +1,10 @@
-"""Four clients of Flower train by FedAvg, their updates are captured as they leave, tested and attacked.
+"""Train four Flower clients with FedAvg, and capture, test and attack their updates.
 
     pip install "leakage[flower]" "flwr[simulation]"
     python experiments/audit/flower.py --output results/flower
 
-Each client holds some images of FashionMNIST and makes one step of SGD on them in each round. What the mod has written
-is read, checked and attacked, and so is what the library's own client shares of the same images at the same weights.
+In each round, each client takes one step of SGD on its images of FashionMNIST. The script reads, checks and attacks the
+updates that the mod has written, and also what the library's own client shares for the same images at the same weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CLIENTS = 4
 
 
 def held(partition: int, round_number: int, count: int) -> tuple[Tensor, Tensor]:
-    """The images and labels of one client in one round."""
+    """Return the images and labels of one client in one round."""
     source = Source("sample").open("train")
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
     first = ((round_number - 1) * CLIENTS + partition) * count
@@ -42,13 +42,13 @@ def held(partition: int, round_number: int, count: int) -> tuple[Tensor, Tensor]
 
 
 def network() -> LeNet:
-    """Of all clients."""
+    """Return the initial network, which all clients share."""
     torch.manual_seed(0)
     return LeNet()
 
 
 def simulate(captured: Path, rounds: int, count: int, rate: float) -> None:
-    """Run Flower, and let the mod write each update."""
+    """Run Flower's simulation while the mod writes each update."""
     from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
@@ -79,7 +79,7 @@ def simulate(captured: Path, rounds: int, count: int, rate: float) -> None:
 
 
 def audit(shared: list[SharedGradient], victim: Victim, truth: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Labels read off, and images found by the second-order attack."""
+    """Read off the labels, run the second-order attack, and return the scores."""
     images, labels = (torch.stack(part) for part in zip(*truth, strict=True))
     read = torch.cat([infer_labels(one, victim).labels for one in shared])
     right = sum(score_of(found, true) for found, true in zip(read.tolist(), labels.tolist(), strict=True))
@@ -94,14 +94,14 @@ def audit(shared: list[SharedGradient], victim: Victim, truth: list[tuple[Tensor
 
 
 def score_of(found: list[int], true: list[int]) -> int:
-    """How many labels of a client are right, in whatever order."""
+    """Count how many labels of a client are right, in any order."""
     return sum(min(found.count(label), true.count(label)) for label in set(true))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=1, help="behind one update")
+    parser.add_argument("--images", type=int, default=1, help="number of images behind one update")
     parser.add_argument("--learning-rate", type=float, default=0.1)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Does this training leak? :func:`audit` answers for clients that train as a LightningModule does."""
+"""Audit training for gradient leakage: :func:`audit` attacks clients that train the way a LightningModule does."""
 
 from leakage.audit.auditing import THREAT_MODELS, audit
 from leakage.audit.bounds import (

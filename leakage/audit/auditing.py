@@ -1,4 +1,4 @@
-"""The audit: does this training leak?"""
+"""The audit: attack simulated clients and judge what their updates give away."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from leakage.pieces import digest
 from leakage.updates import read_update
 from leakage.updates.weights import AnyWeights, open_weights
 
-#: What an attacker has and may do, after Carletti et al., *SoK: Gradient Inversion Attacks in Federated Learning*,
+#: What an attacker knows and may do, after Carletti et al., *SoK: Gradient Inversion Attacks in Federated Learning*,
 #: USENIX Security 2025.
 THREAT_MODELS = {
     "A": "eavesdropper: sees updates",
@@ -53,9 +53,9 @@ THREAT_MODELS = {
     "G": "data-enhanced manipulator: as F, and has images of the same kind",
     "H": "active client manipulator: as G, and chooses which clients take part",
 }
-# Images that the auditor keeps for himself.
+# The number of images that the auditor keeps.
 _PUBLIC = 1000
-# Weights of a network below which labels are read with all of these; else with a few.
+# Networks with at most this many weights read labels with all images of the auditor; larger ones, with a few.
 _SMALL, _FEW = 1_000_000, 200
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -80,44 +80,44 @@ def audit(
     command: str = "",
     tell: Callable[[str], object] | None = None,
 ) -> AuditReport:
-    """Attack clients that train as this module does on data like these, and say what their updates give away.
+    """Attack clients that train as the module does on the given data, and report what their updates give away.
 
-    First everything is looked at that could be in the way of an attack; then a client is simulated on images of the
-    auditor's own, and must do what the module's ``training_step`` does. Then attacks are planned, and run on victims
-    that hold images of the data: what needs no search first. A problem that leaves nothing to attack, or a self-check
-    that fails, ends the audit with what was found: it never counts as "nothing leaked".
+    The audit first looks for everything that could hinder an attack. It then simulates a client on the auditor's own
+    images and checks that it does what the module's ``training_step`` does. Then it plans the attacks and runs them on
+    victims that hold images of the data, starting with the attacks that need no search. If a problem leaves nothing to
+    attack, or a self-check fails, the audit ends and reports that. This never counts as "nothing leaked".
 
-    An audit that was killed goes on with the same call. A figure says what *these* attacks found within *this* budget:
-    a lower limit of what can be had.
+    To resume an audit that was killed, repeat the call. Each figure says what *these* attacks found within *this*
+    budget. It is a lower limit of what an attacker can find.
 
     Args:
-        module: the user's; it is copied and never changed. Clients start from its weights, in its modes.
-        data: a LightningDataModule, DataLoader or Dataset of images and classes; by default the module's own
+        module: the module to audit. It is copied and never changed. Clients start from its weights and modes.
+        data: a LightningDataModule, DataLoader or Dataset of images and classes. By default, the module's own
             ``train_dataloader``.
-        client: one, or a list of them.
-        budget: for all attacks, in seconds or as ``"90s"``, ``"10m"`` or ``"2h"``.
-        fail_above: limits of ``label_accuracy``, ``success_rate``, ``identified`` (shares), ``psnr`` (dB) or ``ssim``.
-        victims: of each client, at most.
-        attacks: names of :data:`leakage.audit.ATTACKS`, where only these shall be run.
-        threat_model: a letter of :data:`leakage.audit.THREAT_MODELS`. From D on attackers have images of the same kind.
-        update: what a client of a real system sent, in any form of :func:`leakage.updates.read_update`: it is audited
-            in place of simulated clients. It must be consistent with what is declared; nobody knows its images, so
-            labels and images that attacks find are shown, and nothing is scored.
-        before: the weights that this client was given; by default those of ``module``.
-        asserted: anything else that holds of the clients, in words, by topic.
+        client: a client or a list of clients.
+        budget: the time for all attacks, in seconds or as ``"90s"``, ``"10m"`` or ``"2h"``.
+        fail_above: limits for ``label_accuracy``, ``success_rate``, ``identified`` (shares), ``psnr`` (dB) or ``ssim``.
+        victims: the largest number of victims for each client.
+        attacks: names from :data:`leakage.audit.ATTACKS`, to run only these attacks.
+        threat_model: a letter of :data:`leakage.audit.THREAT_MODELS`. From D on, attackers have similar images.
+        update: what a client of a real system sent, in any form that :func:`leakage.updates.read_update` takes. It is
+            audited in place of simulated clients and must be consistent with what is declared. Its images are unknown,
+            so the report shows the labels and images that attacks find, but no scores.
+        before: the weights that this client received. By default, those of ``module``.
+        asserted: further statements about the clients, as a text for each topic.
         success_threshold: an image counts as reconstructed if its MSE is below this.
-        seed: of everything that is drawn.
-        accelerator: where attacks are computed, as for Lightning's Trainer.
-        output: the folder for the report, its pictures and what is needed to go on.
-        command: how to run this again, for the report.
-        tell: is given what happens, a line each.
+        seed: the seed of all random draws.
+        accelerator: the accelerator for the attacks, as in Lightning's Trainer.
+        output: the folder for the report, its pictures and the files needed to resume.
+        command: the command that repeats the audit, for the report.
+        tell: a function that is called with each line of progress.
 
     Returns:
-        The report, which has also been written to ``output``.
+        The report, which is also written to ``output``.
 
     Raises:
-        ValueError: an argument out of its range, what is no module, data that can't be used, or an ``output`` that
-            holds another audit. Nothing has been written then.
+        ValueError: an argument is out of range, ``module`` is not a LightningModule, the data can't be used, or
+            ``output`` holds another audit. In these cases nothing is written.
         OSError: the folder can't be written.
 
     Example:
@@ -147,10 +147,10 @@ def audit(
 
 
 def seconds_of(budget: str | float) -> float:
-    """A budget in seconds.
+    """Convert a budget to seconds.
 
     Raises:
-        ValueError: none, or in another form.
+        ValueError: the budget is not positive, or has another form.
 
     Example:
         >>> seconds_of("10m"), seconds_of("1.5h"), seconds_of(90)
@@ -180,7 +180,7 @@ class _Audit:
     before: AnyWeights | None = None
 
     def __post_init__(self) -> None:
-        self._told: list[dict[str, Any]] = []
+        self._configurations: list[dict[str, Any]] = []
         check_count(victims=self.victims)
         check_count(0, seed=self.seed)
         check_positive(success_threshold=self.success_threshold)
@@ -193,7 +193,7 @@ class _Audit:
             raise ValueError("Expected `attacks` to name at least one attack, but got none.")
 
     def run(self, module: LightningModule, data: Data | None, *, asserted: dict[str, str], command: str) -> AuditReport:
-        """All of it."""
+        """Run the whole audit, write its files and return the report."""
         report = AuditReport(
             version=VERSION,
             leakage=leakage.__version__,
@@ -247,10 +247,10 @@ class _Audit:
         report.save(self.folder)
         return report
 
-    # What comes before the attacks.
+    # Before the attacks.
 
     def _of_threat_model(self) -> list[Problem]:
-        """Attackers who do more than look on are not tried."""
+        """Return the problem that no attack here does more than observe, if the declared attacker does."""
         if self.threat_model in "ABCD":
             return []
         knows, changes = "knows statistics of the client's data", "changes the model that it sends"
@@ -258,13 +258,13 @@ class _Audit:
         return [
             Problem(
                 *("not yet", "threat_model", f"an attacker who {does}"),
-                "Inspect what clients are sent before they train on it.",
-                "The verdict is for attackers who only look on (threat model D): the declared one may find more.",
+                "Inspect the models that clients receive before they train on them.",
+                "The verdict is for attackers who only observe (threat model D). The declared one may find more.",
             )
         ]
 
     def _make_ready(self, module: LightningModule, data: Data | None, report: AuditReport) -> list[Row]:
-        """A row for each client, or a failed check for what is in the way."""
+        """Return a row for each client; add a failed check to the report for a client that can't be attacked."""
         rows: list[Row] = []
         subjects: dict[int, Subject | None] = {}
         for client in self.clients:
@@ -291,7 +291,7 @@ class _Audit:
     def _row(self, client: Client, subject: Subject, report: AuditReport) -> Row | None:
         number = min(self.victims, len(subject.images) // client.images)
         if number < self.victims:
-            self.tell(f"  {number} victims of {client.name}: the data hold no more")
+            self.tell(f"  {client.name}: only {number} victims, as the data have no more images")
         self._check_victims(client, number, report)
         victims = Victims(
             TensorDataset(subject.images, subject.labels),
@@ -308,9 +308,9 @@ class _Audit:
         )
         try:
             victims.setup("fit")
-        except ValueError as error:  # such clients can't be
+        except ValueError as error:  # no such client can exist
             report.preflight.append(
-                Problem("never", client.name, str(error), "Declare a client that can train so.", NO_VERDICT)
+                Problem("never", client.name, str(error), "Declare a client that can train like this.", NO_VERDICT)
             )
             report.checks.append(Check(client.name, "preflight", False, None, str(error)))
             return None
@@ -324,11 +324,11 @@ class _Audit:
             surrogate=surrogate,
             chosen=self.attacks,
         )
-        # Large networks take long to look at many images.
+        # Large networks take long on many images.
         small = sum(parameter.numel() for parameter in subject.network.parameters()) <= _SMALL
         some = slice(None if small else _FEW)
         own = Auxiliary(subject.own_images[some], subject.own_labels[some]) if surrogate else None
-        self._told.append(victims.configuration)
+        self._configurations.append(victims.configuration)
         return Row(
             client=client,
             subject=subject,
@@ -341,21 +341,21 @@ class _Audit:
         )
 
     def _check_victims(self, client: Client, number: int, report: AuditReport) -> None:
-        """Tell where there are too few victims for any figure to be within a limit."""
+        """Add a problem to the report if there are too few victims for any figure to be within a limit."""
         limits = [limit for name, limit in self.limits.items() if name in SHARES]
         needed = max(map(victims_needed, limits), default=0)
         if needed > number and self.update is None:
-            fix = f"Audit with at least {needed} victims: an interval around none found then ends at the limit."
+            fix = f"Audit at least {needed} victims. If nothing is found, the interval then ends at the limit."
             report.preflight.append(
                 Problem(
                     *("replace", f"victims of {client.name}", f"{number} victims can't show that a limit is kept"),
-                    fix if needed < math.inf else "Set limits above 0: no interval ends there.",
-                    "It can be exceeded or inconclusive, but not within.",
+                    fix if needed < math.inf else "Set limits above 0, as no interval ends at 0.",
+                    "The limit can be exceeded or inconclusive, but not kept.",
                 )
             )
 
     def _take_update(self, row: Row) -> list[Check]:
-        """Put what a client sent in the place of what simulated ones do, if it can be of such a client."""
+        """Check a captured update. If all checks pass, it replaces the simulated clients of the row."""
         client, victim = row.client, row.victim
         holds, rate = open_weights(self.update, "update").holds, client.learning_rate
         before = row.subject.renamed(self.before, "before")
@@ -363,12 +363,12 @@ class _Audit:
         checks = check_update(before, update, victim, holds=holds, learning_rate=rate, client=client.name)
         if all(check.passed for check in checks):
             shared = read_update(before, update, victim, holds=holds, learning_rate=rate)
-            self._told.append({"update": digest(shared.gradients), "before": digest(shared.state)})
+            self._configurations.append({"update": digest(shared.gradients), "before": digest(shared.state)})
             row.capture, row.truth, row.number = (lambda places: shared), None, 1
         return checks
 
     def _trained(self, module: LightningModule, data: Data | None, epochs: int) -> LightningModule:
-        """A copy that the module's own training took further."""
+        """Return a copy of the module that was trained further by its own optimizer."""
         if not epochs or not isinstance(module, LightningModule):
             return module
         self.tell(f"  training a copy for {epochs} epochs")
@@ -393,19 +393,19 @@ class _Audit:
     def _prior(self, subject: Subject | None) -> str:
         if subject is None or self.threat_model < "D":
             return "none"
-        return f"{len(subject.own_images)} images of the same data, none of a victim's"
+        return f"{len(subject.own_images)} images of the same data, none of which a victim holds"
 
     def _key(self, rows: list[Row]) -> str:
-        """By what this audit is known again; not by its limits, which may be set anew."""
-        told = [
+        """Return a digest that identifies the audit. Limits are not part of it, as they may change."""
+        parts = [
             *(self.seed, self.success_threshold, self.threat_model, self.budget, self.attacks),
             *(json.dumps(row.client.describe(), sort_keys=True) for row in rows),
-            *(json.dumps(configuration, sort_keys=True, default=str) for configuration in self._told),
+            *(json.dumps(configuration, sort_keys=True, default=str) for configuration in self._configurations),
         ]
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _guessed(self, row: Row) -> Figure | None:
-        """Success of the nearest of the auditor's images."""
+        """Return the success rate of guessing the nearest of the auditor's images; None without ground truth."""
         if row.truth is None:
             return None
         truth = row.truth(range(row.number))

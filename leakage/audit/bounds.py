@@ -1,30 +1,32 @@
 r"""Bounds on what any attacker can achieve against a declared mechanism. They look at no gradient and run no attack.
 
 **The game.** One image z, the *target*, is drawn from a prior. The attacker knows the prior, the network, the mechanism
-and all other images, sees what the mechanism releases, and names an image. It is a success if that image is near enough
+and all other images. It sees what the mechanism releases, and names an image. It succeeds if that image is close enough
 to z, by a measure and a threshold that were declared beforehand. ``prior``, :math:`\kappa`, is the highest probability
-of success of a guess that does not look at the release: 1/K for K equally likely images that are to be told apart.
+of success of a guess that does not look at the release: 1/K for K equally likely images.
 
 **The proof.** Let the mechanism release :math:`\mu` without the target and :math:`\nu_z` with it. Under :math:`\mu` the
-release says nothing of z: any attacker only guesses, with success :math:`\kappa` at most. Let f be the trade-off
-function between the two: an event of probability a under :math:`\mu` has a probability of 1 - f(a) at most under
-:math:`\nu_z`, for every z. Then, as 1 - f is concave, no attacker's success exceeds :math:`1 - f(\kappa)`.
+release says nothing about z: any attacker can only guess, with a success of at most :math:`\kappa`. Let f be the
+trade-off function between the two: an event with probability a under :math:`\mu` has a probability of at most 1 - f(a)
+under :math:`\nu_z`, for every z. As 1 - f is concave, no attacker's success exceeds :math:`1 - f(\kappa)`.
 
-**Adjacency.** So reconstruction compares a release with the target to one *without* it, and never the releases of two
-possible targets. If the gradient of each image is clipped to the norm C and noise of standard deviation
-:math:`\sigma C` is added to their sum, the noiseless two are at most C apart: :math:`1 / \sigma` in units of the noise.
-Those of two targets may be 2 C apart; that does not matter, as both are within C of the release without a target.
+**Adjacency.** Reconstruction therefore compares a release with the target to one *without* it, and never the releases
+of two possible targets. If the gradient of each image is clipped to the norm C, and noise of standard deviation
+:math:`\sigma C` is added to their sum, the two sums without noise differ by at most C, which is :math:`1 / \sigma` in
+units of the noise. The sums for two targets may differ by 2 C. This does not matter, as both are within C of the sum
+without a target.
 
 **What must hold** for a bound to mean anything:
 
-- The other images say nothing of the target, or :math:`\kappa` is that of a guess by someone who knows them: two
-  pictures of one person in a batch are not independent.
-- :math:`\kappa` is that of the *best* guess, by someone who knows the label too if attackers may. If it was measured,
-  the upper end of its interval belongs here.
-- The mechanism ran as declared: every gradient clipped by itself, fresh noise, and nothing else released.
+- The other images say nothing about the target, or :math:`\kappa` is the success of a guess that knows them. For
+  example, two pictures of one person in a batch are not independent.
+- :math:`\kappa` is the success of the *best* guess, which also knows the label if attackers may know it. If it was
+  measured, use the upper end of its interval.
+- The mechanism ran as declared: every gradient was clipped separately, the noise was fresh, and nothing else was
+  released.
 
-A bound is for one image of a client. The expected share of its images that are rebuilt keeps below it as well; the
-probability that at least one of N is rebuilt is at most N times as large.
+A bound holds for one image of a client. It also holds for the expected share of the client's images that are rebuilt.
+The probability that at least one of N images is rebuilt is at most N times as large.
 
 References:
     Balle, Cherubin and Hayes, *Reconstructing Training Data with Informed Adversaries*, IEEE S&P 2022,
@@ -45,49 +47,49 @@ from scipy.stats import binom
 
 from leakage.errors import check_choice, check_count, check_kept, check_not_negative, check_positive
 
-# How far apart two neighbouring data sets are, in units of the clipping norm C.
+# The distance of the sums of neighbouring data sets, in units of the clipping norm C.
 _DISTANCES = {"add-remove": 1.0, "replace-one": 2.0}
 
-# The distribution of the privacy loss: probability and loss by which it may be off, and points of its grid.
+# The distribution of the privacy loss: its errors of probability and loss, and the points of its grid.
 _PROBABILITY_ERROR = 1e-9
 _LOSS_ERROR = 1e-3
 _POINTS = 2**21
 
-# Numbers of steps that took the target in, of which each is looked at by itself; more of them are grouped.
+# The most numbers of steps with the target that are looked at one by one; more are grouped.
 _GROUPS = 4096
 
 
 def gaussian_success_bound(
     prior: float, noise_multiplier: float, steps: int = 1, adjacency: str = "add-remove"
 ) -> float:
-    r"""The highest success of any attacker on T noisy sums of clipped gradients, with the target in each.
+    r"""Bound the success of any attacker on T noisy sums of clipped gradients, with the target in each sum.
 
     .. math:: \Phi\Bigl(\Phi^{-1}(\kappa) + \frac{\sqrt T}{\sigma} \cdot \frac{\Delta}{C}\Bigr)
 
-    with :math:`\Phi` the distribution function of the standard normal distribution and :math:`\Delta` the distance
-    between the noiseless sums of neighbouring data sets.
+    where :math:`\Phi` is the distribution function of the standard normal distribution, and :math:`\Delta` is the
+    distance between the sums of neighbouring data sets, without noise.
 
     The mechanism is :class:`leakage.defenses.DPSGD` on full batches: the gradient of each image is clipped to the norm
     C, and noise of standard deviation :math:`\sigma C` is added to their sum. The weights may depend on earlier
-    releases, and the sum may be divided by a public number. Training in shuffled epochs takes each image once in each:
-    there T is the number of epochs. Where images are drawn at random for each step, the bound is lower:
+    releases, and the sum may be divided by a public number. Training in shuffled epochs takes each image once per
+    epoch, so T is the number of epochs. If images are drawn at random for each step, the bound is lower; see
     :func:`subsampled_success_bound`.
 
     Args:
         prior: :math:`\kappa`, the success of the best guess without the releases, from 0 to 1.
         noise_multiplier: :math:`\sigma`, positive.
         steps: T, the number of releases with the target.
-        adjacency: ``"add-remove"`` compares releases with and without the target, :math:`\Delta = C`. Reconstruction
-            needs no more, and it cannot be lowered: whoever is to tell apart two equally likely images whose gradients
-            are opposite and of norm C meets the bound exactly. ``"replace-one"`` compares with another image in the
-            target's place, :math:`\Delta = 2 C`. It holds as well and is larger; it is for mechanisms of which only
-            that distance is known.
+        adjacency: ``"add-remove"`` compares releases with and without the target, :math:`\Delta = C`. This is all that
+            reconstruction needs. The bound cannot be lowered: with two equally likely images whose gradients are
+            opposite and have norm C, an attacker reaches it exactly. ``"replace-one"`` compares with another image in
+            place of the target, :math:`\Delta = 2 C`. This bound also holds, but is larger. It is for mechanisms
+            where only that distance is known.
 
     Returns:
         A probability, from ``prior`` to 1.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     References:
         Hayes, Mahloujifar and Balle, *Bounding Training Data Reconstruction in DP-SGD*, NeurIPS 2023,
@@ -106,21 +108,21 @@ def gaussian_success_bound(
     check_choice("adjacency", adjacency, _DISTANCES)
     if prior in (0, 1):
         return float(prior)
-    # Rounding must not put it below the guess.
+    # Rounding must not take it below the guess.
     return max(prior, float(ndtr(ndtri(prior) + _DISTANCES[adjacency] * math.sqrt(steps) / noise_multiplier)))
 
 
 def approximate_success_bound(prior: float, epsilon: float, delta: float) -> float:
-    r"""The highest success of any attacker on a mechanism of which only its :math:`(\varepsilon, \delta)` is known.
+    r"""Bound the success of any attacker on a mechanism if only its :math:`(\varepsilon, \delta)` is known.
 
     .. math:: \min\bigl(1,\; \kappa e^\varepsilon + \delta,\; 1 - e^{-\varepsilon} (1 - \kappa - \delta)\bigr)
 
-    The second term bounds the probability of success, the third that of failure; the third is the smaller one for large
-    :math:`\kappa`. If more is known of the mechanism, the other bounds are lower.
+    The second term bounds the probability of success, and the third that of failure. For large :math:`\kappa` the third
+    is smaller. If more is known about the mechanism, the other bounds are lower.
 
-    The mechanism is any that is :math:`(\varepsilon, \delta)` differentially private for the target, all its releases
-    taken together. Either adjacency will do if :math:`(\varepsilon, \delta)` was told for it: a release without the
-    target and one with a fixed image in its place say nothing of the target, either of them.
+    The mechanism may be any whose releases together are :math:`(\varepsilon, \delta)` differentially private for the
+    target. Either adjacency will do if :math:`(\varepsilon, \delta)` holds for it: neither a release without the target
+    nor one with a fixed image in its place says anything about the target.
 
     Args:
         prior: :math:`\kappa`, the success of the best guess without the release, from 0 to 1.
@@ -131,7 +133,7 @@ def approximate_success_bound(prior: float, epsilon: float, delta: float) -> flo
         A probability, from ``prior`` to 1.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     References:
         Balle, Cherubin and Hayes, *Reconstructing Training Data with Informed Adversaries*, IEEE S&P 2022,
@@ -144,48 +146,48 @@ def approximate_success_bound(prior: float, epsilon: float, delta: float) -> flo
     """
     _check_probability(prior=prior, delta=delta)
     check_not_negative(epsilon=epsilon)
-    # e^epsilon itself may be beyond all numbers.
+    # e^epsilon may overflow.
     success = math.exp(min(0.0, math.log(prior) + epsilon)) if prior > 0 else 0.0
     failure = 1 - prior - delta
-    # Rounding must not put it below the guess.
+    # Rounding must not take it below the guess.
     return max(prior, min(1.0, success + delta, 1 - failure * math.exp(-epsilon)))
 
 
 def subsampled_success_bound(prior: float, noise_multiplier: float, sample_rate: float, steps: int) -> float:
-    r"""The highest success of any attacker on T steps of DP-SGD, with the target in each with probability q.
+    r"""Bound the success of any attacker on T steps of DP-SGD that contain the target with probability q each.
 
-    It is the smaller one of two bounds. The first hides in which steps the target was:
+    It is the smaller of two bounds. The first is for attackers who do not know which steps contained the target:
 
     .. math:: \inf_{\varepsilon \in \mathbb R} \; \kappa e^\varepsilon + \delta(\varepsilon), \qquad
         \delta(\varepsilon) = \sup_E \, \nu(E) - e^\varepsilon \mu(E)
 
     where :math:`\mu = N(0, \sigma^2)^T` are steps without the target and :math:`\nu = \bigl((1 - q)\, N(0, \sigma^2) +
-    q\, N(1, \sigma^2)\bigr)^T` steps with it. No :math:`\delta` is to be chosen. The functions of Opacus' PRV
-    accountant compute it from the distribution of the privacy loss :math:`\log \nu / \mu`, and their errors are added.
-    The second is for attackers who are told in which steps the target was,
+    q\, N(1, \sigma^2)\bigr)^T` steps with it. No :math:`\delta` has to be chosen. The functions of Opacus' PRV
+    accountant compute the bound from the distribution of the privacy loss :math:`\log \nu / \mu`, and their errors are
+    added. The second bound is for attackers who know which steps contained the target,
 
     .. math:: \sum_{k=0}^T \binom{T}{k} q^k (1 - q)^{T - k} \; \Phi\bigl(\Phi^{-1}(\kappa) + \sqrt k / \sigma\bigr)
 
-    and is exact for one step and for q = 1; these need no Opacus. It is the smaller one where there is little noise.
+    and is exact for one step and for q = 1, where Opacus is not needed. It is the smaller one if there is little noise.
 
-    The mechanism is :class:`leakage.defenses.DPSGD` on images that are drawn for each step independently of one another
-    and of other steps, and it is not told which. (Shuffled epochs and batches of a fixed size are other mechanisms; for
-    epochs see :func:`gaussian_success_bound`.) The gradient of each image is clipped to the norm C, noise of standard
-    deviation :math:`\sigma C` is added to their sum, and it is divided by a public number if at all, such as the
-    expected number of images. Adjacency is add-remove, as reconstruction needs no other.
+    The mechanism is :class:`leakage.defenses.DPSGD` on images that are drawn for each step independently of each other
+    and of other steps, and which images were drawn is not released. (Shuffled epochs and batches of a fixed size are
+    other mechanisms; for epochs see :func:`gaussian_success_bound`.) The gradient of each image is clipped to the norm
+    C, and noise of standard deviation :math:`\sigma C` is added to their sum. The sum may be divided by a public
+    number, such as the expected number of images. Adjacency is add-remove, as reconstruction needs no other.
 
     Args:
         prior: :math:`\kappa`, the success of the best guess without the releases, from 0 to 1.
         noise_multiplier: :math:`\sigma`, positive.
-        sample_rate: q, the probability with which an image is in a step, above 0 and at most 1.
-        steps: T, of training.
+        sample_rate: q, the probability that an image is in a step, above 0 and at most 1.
+        steps: T, the number of training steps.
 
     Returns:
-        A probability, from ``prior`` to 1, and never below the exact one. With Opacus it is above the exact one by a
-        thousandth of itself, by some hundredths for a million steps and more; below 1e-9 it tells no differences.
+        A probability, from ``prior`` to 1, and never below the exact bound. With Opacus it exceeds the exact bound by
+        about 0.1 %, and by a few percent for a million steps and more. It can't resolve values below 1e-9.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
         ImportError: Opacus is not installed.
 
     References:
@@ -205,33 +207,33 @@ def subsampled_success_bound(prior: float, noise_multiplier: float, sample_rate:
         return float(prior)
     if sample_rate == 1:
         return gaussian_success_bound(prior, noise_multiplier, steps)
-    told = _told_which_steps(prior, noise_multiplier, sample_rate, steps)
+    known = _told_which_steps(prior, noise_multiplier, sample_rate, steps)
     if steps == 1:
-        return told
-    return min(told, _by_privacy_loss(prior, noise_multiplier, sample_rate, steps))
+        return known
+    return min(known, _by_privacy_loss(prior, noise_multiplier, sample_rate, steps))
 
 
 def gaussian_renyi_epsilon(
     noise_multiplier: float, steps: int = 1, order: float = 2.0, adjacency: str = "replace-one"
 ) -> float:
-    r""":math:`\varepsilon_\alpha`, the Rényi privacy of T noisy sums of clipped gradients, with the target in each.
+    r"""Return the Rényi privacy of T noisy sums of clipped gradients, with the target in each sum.
 
     .. math:: \varepsilon_\alpha = \frac{\alpha \, T}{2 \, \sigma^2} \Bigl(\frac{\Delta}{C}\Bigr)^2
 
-    The mechanism is that of :func:`gaussian_success_bound`, whose letters these are.
+    The mechanism and the symbols are those of :func:`gaussian_success_bound`.
 
     Args:
         noise_multiplier: :math:`\sigma`, positive.
         steps: T, the number of releases with the target.
         order: :math:`\alpha`, above 1.
-        adjacency: ``"replace-one"``, :math:`\Delta = 2 C`, as :func:`mse_bound` needs it, or ``"add-remove"``,
-            :math:`\Delta = C`, as accountants of DP-SGD have it.
+        adjacency: ``"replace-one"``, :math:`\Delta = 2 C`, which :func:`mse_bound` needs, or ``"add-remove"``,
+            :math:`\Delta = C`, which accountants of DP-SGD use.
 
     Returns:
         :math:`\varepsilon_\alpha`, positive.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     References:
         Mironov, *Rényi Differential Privacy*, CSF 2017, https://arxiv.org/abs/1702.07476.
@@ -249,33 +251,33 @@ def gaussian_renyi_epsilon(
 
 
 def mse_bound(renyi_epsilon: float, pixel_range: float = 1.0) -> float:
-    r"""The lowest mean squared error of any *unbiased* attacker.
+    r"""Return the lowest mean squared error that any *unbiased* attacker can reach.
 
     .. math:: \mathrm{MSE} \ge \frac{r^2 / 4}{e^{\varepsilon_2} - 1}
 
-    An attacker is unbiased if the image found, averaged over the noise, is the true one, whichever that is. Attackers
-    with a prior are not, as they prefer some images. For them this is **no** bound: a grey image has an MSE of r²/4 at
-    most, whatever the noise. Use the bounds on success for them.
+    An attacker is unbiased if, for every true image, the image that it finds is the true one on average over the noise.
+    Attackers with a prior are not unbiased, as they prefer some images. For them this is **not** a bound: a grey image
+    has an MSE of at most r²/4, whatever the noise. Use the bounds on success for them.
 
-    The MSE is the mean over pixels, expected over the noise; the bound holds for every true image. It takes pixels that
-    may have any value of an interval of length r, whatever the others have. Then there is an image that differs in one
-    pixel alone, by r/2 at least, and the inequality of Hammersley, Chapman and Robbins for the two gives the bound of
-    that pixel.
+    The MSE is the mean over pixels, expected over the noise. The bound holds for every true image. It assumes that each
+    pixel may have any value of an interval of length r, whatever the values of the others. Then another image differs
+    in only one pixel, by at least r/2, and the inequality of Hammersley, Chapman and Robbins for the two images gives
+    the bound for that pixel.
 
-    As it compares two images, :math:`\varepsilon_2` is that of replace-one adjacency. For one sum of clipped gradients
-    it is :math:`(2 C)^2 / (\sigma C)^2 = 4 / \sigma^2`, four times what accountants of DP-SGD tell:
-    :func:`gaussian_renyi_epsilon`.
+    As the proof compares two images, :math:`\varepsilon_2` is for replace-one adjacency. For one sum of clipped
+    gradients it is :math:`(2 C)^2 / (\sigma C)^2 = 4 / \sigma^2`, four times the value that accountants of DP-SGD
+    report. :func:`gaussian_renyi_epsilon` computes it.
 
     Args:
         renyi_epsilon: :math:`\varepsilon_2`, the Rényi privacy of order 2 of all releases together, positive.
-        pixel_range: r, positive, 1 for pixels in [0, 1]; where it differs between pixels, the root of the mean of r².
+        pixel_range: r, positive; 1 for pixels in [0, 1]. If it differs between pixels, the root of the mean of r².
 
     Returns:
-        An MSE in squared units of the pixels, at least 0; it may exceed r², which means that unbiased attackers leave
-        the range.
+        An MSE in squared units of the pixels, at least 0. It may exceed r², which means that unbiased attackers leave
+        the range of the pixels.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     References:
         Guo, Karrer, Chaudhuri and van der Maaten, *Bounding Training Data Reconstruction in Private (Deep) Learning*,
@@ -286,17 +288,17 @@ def mse_bound(renyi_epsilon: float, pixel_range: float = 1.0) -> float:
         0.88
     """
     check_positive(renyi_epsilon=renyi_epsilon, pixel_range=pixel_range)
-    # 1 / (e^x - 1), where e^x may be beyond all numbers.
+    # 1 / (e^x - 1), written so that e^x does not overflow.
     return pixel_range**2 / 4 * math.exp(-renyi_epsilon) / -math.expm1(-renyi_epsilon)
 
 
 def _told_which_steps(prior: float, noise_multiplier: float, sample_rate: float, steps: int) -> float:
-    """The bound for attackers who know in which steps the target was: a mean over how many there were."""
+    """Bound for attackers who know which steps contained the target: the mean over the number of these steps."""
     if steps <= _GROUPS:
         numbers = np.arange(steps + 1)
         share, left = binom.pmf(numbers, steps, sample_rate), 0.0
     else:
-        # Groups count as their largest number; what is left out, and what rounding may lose, as success.
+        # A group counts as its largest number. What is left out, or may be lost by rounding, counts as success.
         first, last = (int(end(1e-15, steps, sample_rate)) for end in (binom.ppf, binom.isf))
         numbers = np.unique(np.linspace(first, last, min(last - first + 1, _GROUPS)).round())
         below = binom.cdf(numbers, steps, sample_rate)
@@ -306,16 +308,16 @@ def _told_which_steps(prior: float, noise_multiplier: float, sample_rate: float,
 
 
 def _by_privacy_loss(prior: float, noise_multiplier: float, sample_rate: float, steps: int) -> float:
-    """The bound by the distribution of the privacy loss, with its errors; 1 where that would be too coarse."""
+    """Bound from the distribution of the privacy loss, with its errors added; 1 if the grid would be too coarse."""
     try:
         from opacus.accountants.analysis import prv
     except ImportError as error:
         raise ImportError(
-            "Expected Opacus, whose accountant the bound of several steps of DP-SGD comes from. Install it by "
+            "Expected Opacus, whose accountant computes the bound for several steps of DP-SGD. Install it with "
             "`pip install leakage[dp]`."
         ) from error
     loss = prv.PoissonSubsampledGaussianPRV(sample_rate, noise_multiplier)
-    # Warnings: of orders that only make the grid wider, and of logarithms of 0 outside the distribution.
+    # Ignored warnings: about orders that only widen the grid, and logarithms of 0 outside the distribution.
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         largest = prv.compute_safe_domain_size(
@@ -324,7 +326,7 @@ def _by_privacy_loss(prior: float, noise_multiplier: float, sample_rate: float, 
             eps_error=_LOSS_ERROR,
             delta_error=_PROBABILITY_ERROR,
         )
-        # The grid's width for an error of 1, as the accountant has it.
+        # The step of the grid for an error of 1, as in the accountant.
         width = 1 / math.sqrt(steps * math.log(12 / _PROBABILITY_ERROR) / 2)
         loss_error = max(_LOSS_ERROR, 2 * largest / width / _POINTS)
         if not loss_error < 1:
@@ -332,7 +334,7 @@ def _by_privacy_loss(prior: float, noise_multiplier: float, sample_rate: float, 
         grid = prv.Domain.create_aligned(-largest, largest, loss_error * width)
         one = prv.discretize(prv.TruncatedPrivacyRandomVariable(loss, grid.t_min, grid.t_max), grid)
         total = prv.compose_heterogeneous([one], [steps])
-        # From the largest loss down: its probability or more, and delta = E max(0, 1 - e^(epsilon - loss)), which has a
+        # From the largest loss down: the probability of at least it, and delta = E max(0, 1 - e^(epsilon - loss)), by a
         # recursion without differences: delta(t) = e^-w delta(t + w) + (1 - e^-w) P(loss > t).
         losses, above = total.domain.ts[::-1], np.cumsum(total.pmf[::-1].clip(min=0))
         decay = math.exp(-total.domain.dt)

@@ -1,4 +1,4 @@
-"""What an engineer says of a federated client: how many images it holds, and what it does before it shares."""
+"""The description of a federated client: how many images it holds and what it does before it shares an update."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from leakage.errors import check_count, check_flag, check_positive
 
 @dataclass(frozen=True)
 class Client:
-    """A client of federated learning, as an audit is told of it: one row of the audit.
+    """A declared client of federated learning: one row of the audit.
 
-    Network and loss are those of the audited module.
+    The network and the loss are those of the audited module.
 
     Attributes:
-        images: N, the images behind one update.
-        local_steps: steps of SGD before the client shares its update; with one it shares a gradient.
-        learning_rate: of these steps. By default that of the module's own optimizer, where it is plain SGD. Of a single
-            step it cancels out, but for a captured update.
-        local_batch_size: images of one step, by default all.
-        momentum: of several steps, from 0 to below 1.
-        weight_decay: of several steps, at least 0.
+        images: N, the number of images behind one update.
+        local_steps: the number of SGD steps before the client shares its update. With one step it shares a gradient.
+        learning_rate: the learning rate of these steps. By default, that of the module's own optimizer if it is plain
+            SGD. For a single step it cancels out, except for a captured update.
+        local_batch_size: the number of images in one step; all by default.
+        momentum: the momentum of several steps, at least 0 and below 1.
+        weight_decay: the weight decay of several steps, at least 0.
         shuffle: whether the client takes its images in a new order in each pass.
-        reveal_learning_rate: whether the attacker is told the rate.
-        reveal_labels: whether the attacker is told the labels; else they are read off the update.
-        defenses: what the client does to its update, objects of :mod:`leakage.defenses`, in their order.
-        epochs: further training of a copy of the module by the module's own optimizer, before the attacks.
-        name: in tables and files; by default its options in words.
+        reveal_learning_rate: whether the attacker knows the learning rate.
+        reveal_labels: whether the attacker knows the labels. If not, attacks read them off the update.
+        defenses: objects of :mod:`leakage.defenses` that the client applies to its update, in this order.
+        epochs: the number of epochs that a copy of the module is trained for, by its own optimizer, before the attacks.
+        name: the name in tables and files. By default, the options in words.
 
     Raises:
-        ValueError: a value out of its range, or options that don't go together.
+        ValueError: a value is out of range, or options exclude each other.
 
     Example:
         >>> Client(images=8, local_steps=5, learning_rate=0.01).name
@@ -62,7 +62,7 @@ class Client:
         check_defenses(list(self.defenses) if isinstance(self.defenses, tuple) else self.defenses)
         if not isinstance(self.name, str):
             raise ValueError(f"Expected `name` as text, but got {self.name!r}.")
-        # All that a protocol says of such options, before there is a network or an image.
+        # Check the options as a protocol does, although there is no network or image yet.
         several = self.local_steps > 1
         Protocol(
             (1, 1, 1),
@@ -88,36 +88,40 @@ class Client:
         if self.epochs:
             words.append(f"after {self.epochs} epoch{'s' * (self.epochs > 1)}")
         if self.reveal_labels:
-            words.append("labels told")
+            words.append("labels known")
         return ", ".join(words)
 
     @property
     def training(self) -> dict[str, Any]:
-        """Those of its options that :class:`leakage.Victim` and :class:`leakage.datamodules.Victims` take too."""
+        """The options that :class:`leakage.Victim` and :class:`leakage.datamodules.Victims` also take."""
         names = ("local_steps", "local_batch_size", "momentum", "weight_decay", "shuffle", "reveal_learning_rate")
         cancels = self.local_steps == 1 and self.reveal_learning_rate
         rate = None if cancels else self.learning_rate
         return {"learning_rate": rate, **{name: getattr(self, name) for name in (*names, "defenses")}}
 
     def describe(self) -> dict[str, Any]:
-        """All of it as plain values, defenses as the attacker is told of them."""
-        told = [defense.describe() for defense in self.defenses]
-        return {**{name: value for name, value in vars(self).items() if name != "defenses"}, "defenses": told}
+        """Return all options as plain values, with each defense as the attacker knows it."""
+        defenses = [defense.describe() for defense in self.defenses]
+        return {**{name: value for name, value in vars(self).items() if name != "defenses"}, "defenses": defenses}
 
 
 def check_clients(client: Client | Sequence[Client]) -> tuple[Client, ...]:
-    """One client or several as a tuple; a ``ValueError`` unless there is one, and all have names of their own."""
+    """Return one or more clients as a tuple.
+
+    Raises:
+        ValueError: there is no client, or two clients have the same name.
+    """
     clients = (client,) if isinstance(client, Client) else tuple(client) if isinstance(client, list | tuple) else ()
     if not clients or not all(isinstance(one, Client) for one in clients):
         raise ValueError(f"Expected `client` as a Client or a list of them, but got {client!r}.")
     names = [slug(one.name) for one in clients]
     if twice := sorted({one.name for one in clients if names.count(slug(one.name)) > 1}):
-        raise ValueError(f"Expected clients of different names, but got {twice} more than once. Give them a `name`.")
+        raise ValueError(f"Expected clients with different names, but got {twice} more than once. Give each a `name`.")
     return clients
 
 
 def slug(name: str) -> str:
-    """A name as part of a file's.
+    """Turn a name into a part of a file name.
 
     Example:
         >>> slug("8 images, 5 local steps")

@@ -1,4 +1,4 @@
-"""Whether a captured update can be what its client is said to have done, and if not, what would explain it."""
+"""Consistency checks of a captured update: does it fit the declared client, and if not, what would explain it?"""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from leakage.precision import full_precision
 from leakage.updates.reading import Update, as_read
 from leakage.updates.weights import AnyWeights
 
-# Relative rounding of a gradient that is computed in the weights' precision, in units of it.
+# Relative rounding of a gradient, in units of the precision of the weights.
 _ROUNDING = 64.0
-# What may be left of a bias' gradient outside of the space of its weights' columns: directions that rounding hides may
-# be a good part of it, but those of another layer are nearly all outside.
+# The largest share of a bias' gradient outside of the column space of the weights' gradient. Rounding may hide many
+# directions, but the gradient of another layer is nearly all outside.
 _OUTSIDE = 0.5
-# Directions beside those that are expected of a gradient, by which a higher rank is seen.
+# Directions beyond the expected rank, to notice a higher rank.
 _SPARE = 8
 
 
@@ -41,40 +41,44 @@ def check_update(
     learning_rate: float | None = None,
     client: str = "client",
 ) -> list[Check]:
-    r"""Test a captured update before any attack: does it fit the client that is declared?
+    r"""Test whether a captured update fits the declared client, before any attack.
 
-    An attack on an update of another sign, learning rate, model or order of arrays finds nothing, and says nothing
-    about what leaks. Each check is something that holds for every client of this model and protocol, whatever its
-    images:
+    An attack on an update with another sign, learning rate, model or order of arrays finds nothing, and this says
+    nothing about what leaks. Each check tests a property that holds for every client of this model and protocol,
+    whatever its images:
 
     ===================== =============================================================================================
-    check                 holds
+    check                 property
     ===================== =============================================================================================
-    ``arrays``            names, shapes, types and order are the model's, all numbers finite
-    ``trained``           what is trained has moved, what is frozen has not
-    ``BatchNorm``         its statistics have moved in training mode, by one count for each local step, and else not
-    ``bias sum``          with cross-entropy the gradient of the last bias sums to zero
-    ``classes``           its entries are below zero for at most N classes
-    ``rank``              the gradient of a linear layer is of rank N T at most, with N images a step and T steps
+    ``arrays``            names, shapes, types and order are those of the model, and all numbers are finite
+    ``trained``           trained parameters have changed, and frozen ones have not
+    ``BatchNorm``         statistics have changed in training mode, with one count per local step, and only then
+    ``bias sum``          with cross-entropy, the gradient of the last bias sums to zero
+    ``classes``           the gradient of the last bias is negative for at most N classes
+    ``rank``              the gradient of a linear layer has a rank of at most N T, with N images per step and T steps
     ``biases``            :math:`g_b = \Delta^\top 1` lies in the space of the columns of :math:`g_W = \Delta^\top X`,
-                          and a row of :math:`g_W` is zero only where :math:`g_b` is
-    ``last layer``        labels and features that the last layer's gradient tells make this gradient, in its length
-    ``features``          the features that it tells are not negative behind a ReLU or a sigmoid
+                          and a row of :math:`g_W` is zero only where :math:`g_b` is zero
+    ``last layer``        labels and features read off the last layer's gradient reproduce it, including its length
+    ``features``          these features are not negative after a ReLU or a sigmoid
     ===================== =============================================================================================
 
-    Where ``classes`` or ``last layer`` fail, what people get wrong is tried (sign, before and after exchanged, learning
-    rate, sum for mean, number of images and steps), and named where it would explain the update. Checks that can't be
-    made (declared defenses, another loss, too many images) pass, and their finding begins with "Not tested".
+    If ``classes`` or ``last layer`` fails, common mistakes are tried (sign, exchanged before and after, learning rate,
+    sum instead of mean, number of images and steps). The finding names a mistake that would explain the update. A check
+    that can't be made (declared defenses, another loss, too many images) passes, and its finding begins with
+    "Not tested".
 
-    Exchanged layers of the same shape far from the last one are not noticed here: the objective of an attack then stays
-    high.
+    The checks do not notice if two layers of the same shape, far from the last one, are exchanged. The objective of an
+    attack then stays high.
 
     Args:
         before, update, victim, holds, learning_rate: see :func:`leakage.updates.read_update`.
-        client: what to call it.
+        client: the name of the client in the checks.
+
+    Returns:
+        The checks, in the order of the table.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: a file does not exist.
 
     Example:
         >>> import copy
@@ -99,18 +103,21 @@ def check_update(
     if read.after:
         try:
             exchanged = as_read(update, before, victim, holds="weights", learning_rate=learning_rate).shared
-        except ValueError:  # what was sent lacks what is frozen
+        except ValueError:  # the update lacks frozen parameters
             exchanged = None
     return list(_checks(read, victim, client, exchanged, learning_rate))
 
 
 def check_shared(shared: SharedGradient, victim: Victim, *, client: str = "client") -> list[Check]:
-    """:func:`check_update` of gradients that were shared as such; those of several victims one after the other.
+    """Run the checks of :func:`check_update` on shared gradients, one victim after the other.
 
     Args:
-        shared: of V victims, called ``client``, or ``client 0`` and so on by their ids if there are several.
+        shared: the gradients of V victims.
         victim: their model and protocol.
-        client: see above.
+        client: the name of the client in the checks. With several victims, their ids are appended: ``client 0``, ...
+
+    Returns:
+        The checks of all victims.
     """
     try:
         victim.check(shared)
@@ -131,18 +138,19 @@ def check_shared(shared: SharedGradient, victim: Victim, *, client: str = "clien
 def _checks(
     read: Update, victim: Victim, client: str, exchanged: SharedGradient | None, rate: float | None
 ) -> Iterator[Check]:
-    yield Check(client, "arrays", passed=True, residual=None, finding=f"{len(read.shared.gradients)} arrays fit.")
+    finding = f"{len(read.shared.gradients)} arrays fit the model."
+    yield Check(client, "arrays", passed=True, residual=None, finding=finding)
 
-    def told(name: str, found: tuple[bool, float | None, str] | str | None) -> Iterator[Check]:
+    def report(name: str, found: tuple[bool, float | None, str] | str | None) -> Iterator[Check]:
         if isinstance(found, str):
             yield Check(client, name, passed=True, residual=None, finding=f"Not tested: {found}.")
         elif found is not None:
             yield Check(client, name, *found)
 
-    yield from told("trained", _trained(read, victim))
-    yield from told("BatchNorm", _batch_norm(read, victim))
+    yield from report("trained", _trained(read, victim))
+    yield from report("BatchNorm", _batch_norm(read, victim))
     if not any(bool(tensor.any()) for tensor in read.shared.gradients.values()):
-        return  # `trained` has told
+        return  # `trained` has failed
     test = LastLayerTest(read, victim, exchanged, rate)
     why_not = _why_not(victim)
     for name, find in {
@@ -153,7 +161,7 @@ def _checks(
         "last layer": test.last_layer,
         "features": test.features,
     }.items():
-        yield from told(name, why_not or find())
+        yield from report(name, why_not or find())
 
 
 def _why_not(victim: Victim) -> str | None:
@@ -164,25 +172,25 @@ def _why_not(victim: Victim) -> str | None:
 def _trained(read: Update, victim: Victim) -> tuple[bool, float | None, str]:
     gradients = read.shared.gradients
     if not any(bool(tensor.any()) for tensor in gradients.values()):
-        return failed("Nothing has moved: before and after are the same.")
+        return failed("Nothing has changed: before and after are the same.")
     still = [name for name, tensor in gradients.items() if tensor[0].ndim > 1 and not bool(tensor.any())]
     own = _of_noise(read, victim) if still else {}
     still = [name for name in still if bool(own[name].any())]
     if still:
         return failed(
-            f"{_some(still)} did not move. If the client froze them, freeze them in the model: "
+            f"{_some(still)} did not change. If the client froze them, freeze them in the model: "
             "`requires_grad_(False)`.",
         )
     parameters = dict(victim.model.named_parameters())
     frozen = parameters.keys() - {*victim.trainable}
     moved = sorted(name for name in frozen & read.after.keys() if _differ(read, name))
     if moved:
-        return failed(f"{_some(moved)} moved, though frozen in the model: `requires_grad_(True)`.")
-    return True, None, "All that is trained has moved."
+        return failed(f"{_some(moved)} changed, though they are frozen in the model: call `requires_grad_(True)`.")
+    return True, None, "All trained parameters have changed."
 
 
 def _of_noise(read: Update, victim: Victim) -> dict[str, Tensor]:
-    """What our own client shares of noise: zero where no image has a gradient, as in half of a new adapter."""
+    """Gradients for images of noise: zero where no image has a gradient, as in half of a new adapter."""
     protocol, state = victim.protocol, read.shared.state
     images = natural_noise(protocol.num_images, protocol.image_shape, 0).to(state[victim.trainable[0]])
     targets = F.one_hot(torch.arange(len(images)) % protocol.num_classes, protocol.num_classes).to(images)
@@ -200,21 +208,21 @@ def _batch_norm(read: Update, victim: Victim) -> tuple[bool, float | None, str] 
         own_batch = f"{name}.running_mean" not in victim.state
         if moved and not own_batch:
             return failed(
-                f"The statistics of {name!r} moved: the client normalised by its own batch. Give the model in "
+                f"The statistics of {name!r} changed: the client normalised by its own batch. Put the model in "
                 "training mode: `model.train()`.",
             )
         if own_batch and not moved:
             return failed(
-                f"The statistics of {name!r} did not move: the client normalised by them. Give the model in "
+                f"The statistics of {name!r} did not change: the client normalised by them. Put the model in "
                 "evaluation mode: `model.eval()`.",
             )
         counter = f"{name}.num_batches_tracked"
         if moved and counter in read.before.keys() & read.after.keys():
             counted = int(read.after[counter]) - int(read.before[counter])
             if counted != steps:
-                words = f"{name!r} has counted {counted} batches, not the {steps} local steps that are declared."
+                words = f"{name!r} counted {counted} batches, but the declared number of local steps is {steps}."
                 return failed(words, left=float(counted))
-    return True, None, "Statistics moved as declared."
+    return True, None, "Statistics changed as declared."
 
 
 def _differ(read: Update, name: str) -> bool:
@@ -222,13 +230,13 @@ def _differ(read: Update, name: str) -> bool:
 
 
 def _rows(victim: Victim) -> int:
-    """Rows of inputs that are behind the gradient of a linear layer."""
+    """Return the number of input rows behind the gradient of a linear layer."""
     protocol = victim.protocol
     return (protocol.local_batch_size or protocol.num_images) * protocol.local_steps
 
 
 def _linear_layers(victim: Victim) -> list[str]:
-    """Linear layers that see each image once, whose weights share a gradient."""
+    """Return the trained linear layers that see each image exactly once."""
     layers = [
         name
         for name, module in victim.model.named_modules()
@@ -252,7 +260,7 @@ def _linear_layers(victim: Victim) -> list[str]:
 
 
 def _space(read: Update, name: str, rows: int) -> tuple[Tensor, float]:
-    """Columns that span the gradient of a layer's weights, of more directions than it should have; and its rounding."""
+    """Return columns that span the gradient of a layer's weights, more than its expected rank, and their rounding."""
     gradient, rounding = read.shared.gradients[name][0].double(), read.rounding[name][0].double()
     if gradient.shape[1] > rows + _SPARE:
         directions = torch.randn(gradient.shape[1], rows + _SPARE, generator=torch.Generator().manual_seed(0)).double()
@@ -265,7 +273,7 @@ def _space(read: Update, name: str, rows: int) -> tuple[Tensor, float]:
 def _ranks(read: Update, victim: Victim) -> tuple[bool, float | None, str] | str:
     rows, found = _rows(victim), []
     if victim.protocol.weight_decay:
-        return "weight decay is in every gradient"
+        return "weight decay adds to every gradient"
     for layer in _linear_layers(victim):
         name = f"{layer}.weight"
         if min(read.shared.gradients[name].shape[1:]) <= rows:
@@ -275,25 +283,25 @@ def _ranks(read: Update, victim: Victim) -> tuple[bool, float | None, str] | str
         rank = int((strengths > unsure).sum())
         left = float(strengths[rows] / strengths[0].clamp(min=torch.finfo(strengths.dtype).tiny))
         if rank > rows:
-            of = f"{rows} images" if victim.protocol.local_steps == 1 else f"{rows} images of all steps"
+            of = f"{rows} images" if victim.protocol.local_steps == 1 else f"{rows} images in all steps"
             more = f"{rank} or more" if rank == min(columns.shape) else f"{rank}"
             return failed(
-                f"The gradient of {name!r} is of rank {more}, not at most {rows}: more than the declared {of} are "
-                "behind it, or it is another layer's or noisy.",
+                f"The gradient of {name!r} has rank {more}, but at most {rows} is expected: more than the declared "
+                f"{of} are behind it, it belongs to another layer, or it is noisy.",
                 left=left,
             )
         found.append((rank, left, name))
     if not found:
-        return f"no linear layer is wider than the {rows} images of all steps"
+        return f"no linear layer is wider than the {rows} images in all steps"
     rank, left, name = max(found)
-    fewer = "" if rank == rows else " (alike or certain images, or fewer than declared)"
-    return True, max(one[1] for one in found), f"{name!r} is of rank {rank}{fewer}, at most {rows} is expected."
+    fewer = "" if rank == rows else " (images are alike, or predicted with certainty, or fewer than declared)"
+    return True, max(one[1] for one in found), f"{name!r} has rank {rank}{fewer}; at most {rows} is expected."
 
 
 def _biases(read: Update, victim: Victim) -> tuple[bool, float | None, str] | str:
     rows, gradients, worst, tested = _rows(victim), read.shared.gradients, 0.0, 0
     if victim.protocol.weight_decay:
-        return "weight decay is in every gradient"
+        return "weight decay adds to every gradient"
     linear = set(_linear_layers(victim))
     for layer, module in victim.model.named_modules():
         names = f"{layer}.weight", f"{layer}.bias"
@@ -308,8 +316,8 @@ def _biases(read: Update, victim: Victim) -> tuple[bool, float | None, str] | st
         empty = ((weight.flatten(1) == 0).all(1) & (bias.abs() > large)).nonzero().flatten().tolist()
         if empty:
             return failed(
-                f"Rows {_some(empty)} of the gradient of {names[0]!r} are zero, those of {names[1]!r} are not: "
-                "one of them is another layer's.",
+                f"Rows {_some(empty)} of the gradient of {names[0]!r} are zero, but those of {names[1]!r} are not: "
+                "one of the two belongs to another layer.",
             )
         if layer not in linear or len(bias) <= rows:
             continue
@@ -324,8 +332,8 @@ def _biases(read: Update, victim: Victim) -> tuple[bool, float | None, str] | st
         worst = max(worst, left)
         if left > _OUTSIDE + doubt:
             return failed(
-                f"The gradient of {names[1]!r} is not of the images that are behind {names[0]!r}: one of them "
-                "is another layer's, or noisy.",
+                f"The gradient of {names[1]!r} does not come from the images behind {names[0]!r}: one of the two "
+                "belongs to another layer, or is noisy.",
                 left=left,
             )
     return (True, worst, f"Weights and biases of {tested} layers agree.") if tested else "no layer has both"

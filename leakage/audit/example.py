@@ -1,4 +1,4 @@
-"""What ``leakage audit --example`` audits: a LeNet on the bundled sample."""
+"""The module and data that ``leakage audit --example`` audits: a LeNet on the bundled sample."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from leakage.models import LeNet
 
 
 class ExampleModule(LightningModule):
-    """A LeNet of the papers, untrained: it classifies images of 28x28 pixels, by cross-entropy and SGD.
+    """An untrained LeNet, as in the papers, that classifies images of 28x28 pixels with cross-entropy and SGD.
 
     Args:
-        learning_rate: of SGD.
+        learning_rate: the learning rate of SGD.
 
     Example:
         >>> ExampleModule()(torch.zeros(2, 1, 28, 28)).shape
@@ -33,27 +33,27 @@ class ExampleModule(LightningModule):
             self.network = LeNet()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, 10)``."""
+        """Return the logits ``(N, 10)``."""
         logits: Tensor = self.network(images)
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy."""
+        """Return the cross-entropy of a batch."""
         images, labels = batch
         return F.cross_entropy(self(images), labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD."""
+        """Return SGD over all parameters."""
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
 
 
 class ExampleData(LightningDataModule):
-    """The bundled sample: 1,000 of FashionMNIST's test images."""
+    """The bundled sample: 1,000 test images of FashionMNIST."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Read them."""
+        """Read the images."""
         self.images = Source("sample").open()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """In a new order each time."""
+        """Return a loader that shuffles the images in each epoch."""
         return DataLoader(self.images, batch_size=32, shuffle=True)

@@ -1,4 +1,4 @@
-"""What the gradient of the last layer says of itself: it holds labels and features, which must make it again."""
+"""Checks of the last layer's gradient: the labels and features that it holds must reproduce it."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from leakage.labels.last_layer import LastLayer, has_non_negative_features, last
 from leakage.labels.length import restore_length
 from leakage.updates.reading import Update
 
-#: Of a check: whether it passed, how far off it is, and what was found; words alone why it can't be made; None if it
-#: does not apply.
+#: The result of a check: whether it passed, its residual and its finding; a text if the check can't be made, with the
+#: reason; None if it does not apply.
 Found: TypeAlias = tuple[bool, float | None, str] | str | None
 
 
 def failed(finding: str, left: float | None = None) -> tuple[bool, float | None, str]:
-    """A check that did not pass, and how far off it is."""
+    """Return the result of a failed check, with its residual."""
     return False, left, finding
 
 
 SIGN = "The update has the opposite sign: after - before was given for before - after."
-# What may be left of a single image's gradient, beside what rounding explains: of one step, and of several.
+# The share of a single image's gradient that may stay unexplained, besides rounding: for one step and for several.
 _LEFT, _LEFT_OF_STEPS = 1e-3, 0.1
-# How many times longer or shorter than it should be a gradient of several images may look, and how near it has to be to
-# what a mistake would make of it to name that.
+# The factor by which a gradient of several images may look too long or too short, and how close it has to be to the
+# length that a mistake would cause for that mistake to be named.
 _LONGER, _NEAR = 3.0, 1.7
-# Images of noise that show how predictions vary, by how much at most they may, and how far steps may move logits.
+# Images of noise to see how predictions vary, the most they may vary, and the most that steps may move the logits.
 _IMAGES, _UNDECIDED, _MOVED = 64, 0.07, 2.0
-# Relative rounding of a gradient that says nothing any more.
+# The relative rounding from which on a gradient says nothing.
 _COARSE = 0.1
-# What may be left of the sum of the bias' gradient, and of negative features.
+# The largest sum of the bias' gradient and the most negative features (for one step and for several), relative.
 _SUM, _NEGATIVE, _NEGATIVE_OF_STEPS = 1e-3, 0.02, 0.3
-# By which a gradient is shortened, for its length to be found anew.
+# The factor by which a gradient is shortened before its length is restored.
 _SHORTENED = 1e-6
-# How many times more the logits move than the last layer alone moves them.
+# Factors by which the logits may move further than the last layer alone moves them.
 _LEARNING = torch.logspace(0, 1.5, 31, dtype=torch.float64)
 _TINY = 1e-300
 
@@ -55,10 +55,10 @@ class Fit:
     """How well a label and a feature explain a gradient.
 
     Attributes:
-        left: what is left of it, relative.
-        length: how many times as long as it should be it is.
-        left_at_length: what is left if it may be of that length.
-        tolerance: of what is left.
+        left: the relative residual.
+        length: the ratio of the gradient's length to the expected one.
+        left_at_length: the relative residual if the gradient may have that length.
+        tolerance: the largest residual that counts as explained.
     """
 
     left: float
@@ -73,13 +73,13 @@ class Fit:
 
 
 class LastLayerTest:
-    """Checks of one update by its last layer.
+    """Check one update by its last layer.
 
     Args:
         read: the update.
         victim: its model and protocol.
-        exchanged: what it would be with before and after exchanged, where both are known.
-        rate: the learning rate of a single step, where it is known.
+        exchanged: the update with before and after exchanged, if both are known.
+        rate: the learning rate of a single step, if it is known.
     """
 
     def __init__(self, read: Update, victim: Victim, exchanged: SharedGradient | None, rate: float | None) -> None:
@@ -89,7 +89,7 @@ class LastLayerTest:
 
     @cached_property
     def why_not(self) -> str | None:
-        """Why there is nothing to test."""
+        """The reason why there is nothing to test; None if there is."""
         protocol = self.victim.protocol
         if protocol.loss != "cross_entropy":
             return f"the loss is {protocol.loss!r}, not 'cross_entropy'"
@@ -101,73 +101,73 @@ class LastLayerTest:
 
     @property
     def layer(self) -> LastLayer:
-        """The last layer's gradients, freed of momentum and weight decay."""
+        """The last layer's gradients, without momentum and weight decay."""
         return last_layer(self.read.shared, self.victim, non_negative=False)
 
     @cached_property
     def rounding(self) -> float:
-        """Of the last layer's gradients, relative."""
+        """The relative rounding of the last layer's gradients."""
         gradients = self.read.shared.gradients
         return max(_size(self.read.rounding[name]) / _size(gradients[name]) for name in self.names)
 
     def bias_sum(self) -> Found:
-        """Softmax less one-hot sums to zero."""
+        """Check that the gradient of the last bias, softmax minus one-hot, sums to zero."""
         if self.why_not:
             return self.why_not
         bias = self.layer.push.double()
         size = float(bias.abs().sum()) + _TINY
         left = abs(float(bias.sum())) / size
         doubt = 4 * _size(self.read.rounding[self.names[1]]) / size
-        decay = 0.1 if self.victim.protocol.weight_decay else 0.0  # its part is known to first order alone
+        decay = 0.1 if self.victim.protocol.weight_decay else 0.0  # its part is known only to first order
         if left > _SUM + doubt + decay:
             return failed(
-                f"The gradient of {self.names[1]!r} sums to {left:.1%} of its size, not to zero: the loss is not "
-                "cross-entropy of these logits, or another array has taken its place.",
+                f"The gradient of {self.names[1]!r} sums to {left:.1%} of its size instead of zero: the loss is not "
+                "the cross-entropy of these logits, or another array has taken its place.",
                 left=left,
             )
         return True, left, f"The gradient of {self.names[1]!r} sums to zero."
 
     def classes(self) -> Found:
-        """Only classes that are there have negative entries in the bias' gradient."""
+        """Check that the gradient of the last bias has at most one negative entry per image."""
         if self.why_not:
             return self.why_not
         count, classes = self.victim.protocol.num_images, self.victim.protocol.num_classes
         if count >= classes:
-            return f"{count} images can be of all {classes} classes"
+            return f"{count} images may cover all {classes} classes"
         push = self.layer.push[0].double()
         unsure = 1e-4 * push.abs().amax() + 4 * self.read.rounding[self.names[1]].double().amax()
         below, above = int((push < -unsure).sum()), int((push > unsure).sum())
-        found = f"Classes with a negative gradient: {below}, of images: {count}."
+        found = f"Classes with a negative gradient: {below}; images: {count}."
         if below <= count:
             return True, None, found
         return failed(f"{found} " + (SIGN if above <= count else "More images are behind the update."))
 
     def last_layer(self) -> Found:
-        """Labels and features make the gradient again; else what would."""
+        """Check that labels and features reproduce the gradient; if not, look for what would."""
         if self.why_not:
             return self.why_not
         if self.rounding > _COARSE:
             return f"the weights are rounded to {self.rounding:.0%} of the update"
         protocol = self.victim.protocol
         if protocol.learning_rate == UNKNOWN:
-            return "a learning rate that is not told leaves the length open"
+            return "the learning rate is unknown, which leaves the length open"
         if protocol.num_images == protocol.local_steps == 1:
             return self._of_one()
-        # Softmax less one-hot is of length sqrt(2) at most, whatever the images.
+        # The length of softmax minus one-hot is at most sqrt(2), whatever the images.
         length = _size(self.layer.push)
         if length > math.sqrt(2) * (1.01 + 4 * self.rounding) and not protocol.weight_decay:
             return failed(self._too_long(length), left=length)
         if not self._undecided:
-            return "the network's predictions vary, so labels do not tell how long the update should be"
+            return "the network's predictions vary, so labels do not determine how long the update should be"
         if protocol.local_steps > 1 and protocol.num_images > 1:
-            return "several steps on several images tell no length"
+            return "several steps on several images do not determine a length"
         if protocol.local_steps > 1 and self._moved > _MOVED:
-            return f"the steps move the logits far, by {self._moved:.2g}, so the last layer does not tell of them all"
+            return f"the steps move the logits too far for this test, by {self._moved:.2g}"
         return self._of_one() if protocol.num_images == 1 else self._of_several()
 
     @cached_property
     def _noise(self) -> KnownFeatures:
-        """Images of noise as the last layer sees them."""
+        """Features and predictions of images of noise."""
         layer = self.layer
         return known_features(layer, Auxiliary(natural_noise(_IMAGES, layer.protocol.image_shape, 0)), 0)
 
@@ -179,13 +179,13 @@ class LastLayerTest:
 
     @property
     def _moved(self) -> float:
-        """How far all steps move the logits, by the last layer alone."""
+        """How far all steps together move the logits through the last layer."""
         protocol, layer = self.victim.protocol, self.layer
         feature = self._noise.features[0].double().square().sum(1).mean()
         return protocol.known_rate * protocol.local_steps * _size(layer.push) * float(1 + feature)
 
     def features(self) -> Found:
-        """The features of a single image are never negative behind a ReLU or a sigmoid."""
+        """Check that a single image's features are not negative after a ReLU or a sigmoid."""
         if self.why_not:
             return self.why_not
         protocol = self.victim.protocol
@@ -193,20 +193,20 @@ class LastLayerTest:
             return None
         features = _mean_feature(self.layer)
         left = max(float(-features.min() / (features.abs().max() + _TINY)), 0.0)
-        # Those of several steps are weighted, and weights may be of either sign.
+        # The features of several steps are weighted, and the weights may have either sign.
         if left > (_NEGATIVE if protocol.local_steps == 1 else _NEGATIVE_OF_STEPS) + 10 * self.rounding:
             return failed(
-                "The features behind the last layer are negative, which no ReLU or sigmoid gives: another array "
-                "has taken the place of its gradient.",
+                "The inputs of the last layer are negative, which is impossible after a ReLU or a sigmoid: another "
+                "array has taken the place of its gradient.",
                 left=left,
             )
         return True, left, "The features are not negative."
 
     def _of_one(self) -> Found:
-        """A single image's feature is known, and so its prediction, and what the declared steps make of it."""
+        """Test whether a single image's feature and label, with the declared steps, explain the update."""
         fit = self._fit(self.read.shared)
         if fit.holds:
-            return True, fit.left, f"Its own label and feature explain it, but for {fit.left:.1e}."
+            return True, fit.left, f"The image's label and feature explain the update up to {fit.left:.1e}."
         candidates = [(self._fit(shared), words) for words, shared in self._mistakes()]
         held = [(other.left, words) for other, words in candidates if other.holds]
         if held:
@@ -214,27 +214,26 @@ class LastLayerTest:
         if fit.left_at_length <= fit.tolerance:
             return failed(self._of_length(fit.length), left=fit.left)
         return failed(
-            f"Its own label and feature leave {fit.left:.1%} of it unexplained: `before` is not where it was taken "
-            "(another round or model), the arrays are in another order, or the protocol is another (images, "
-            "steps, loss).",
+            f"The image's label and feature leave {fit.left:.1%} of the update unexplained: `before` is from another "
+            "round or model, the arrays are in another order, or the protocol is another (images, steps, loss).",
             left=fit.left,
         )
 
     def _fit(self, shared: SharedGradient) -> Fit:
-        r"""How well the steps of a single image explain what it shared in the last layer.
+        r"""Measure how well the steps of a single image explain the gradient of the last layer.
 
-        Its feature h is the rows of the weights' gradient over the entries of the bias', its label y the most negative
-        of these. From the logits :math:`z_0 = W h + b` on the steps are
+        The feature h is the ratio of the rows of the weights' gradient to the entries of the bias' gradient. The
+        label y is at the most negative of these entries. Starting from the logits :math:`z_0 = W h + b`, the steps are
 
         .. math:: \delta_t = \mathrm{softmax}(z_t) - y, \qquad v_t = \mu v_{t-1} + \delta_t, \qquad
             z_{t+1} = z_t - \eta \kappa \, v_t
 
-        That the layers before it learn too makes :math:`\kappa` larger than the :math:`\lVert h \rVert^2 + 1` of the
-        last layer alone: the one that fits best is taken. A single step is exact.
+        The layers before the last one learn too, so :math:`\kappa` is larger than the value
+        :math:`\lVert h \rVert^2 + 1` of the last layer alone. The one that fits best is taken. A single step is exact.
         """
         protocol, layer = shared.protocol, last_layer(shared, self.victim, non_negative=False)
         steps = protocol.local_steps
-        # With the weight decay of several steps taken off, but with their momentum.
+        # Without the weight decay of several steps, but with their momentum.
         push = layer.push[0].double() if protocol.weight_decay else shared.gradients[self.names[1]][0].double()
         feature = _mean_feature(layer)
         start = layer.weight[0].double() @ feature + layer.bias[0].double()
@@ -257,7 +256,7 @@ class LastLayerTest:
         return Fit(float(left.amin()), float(lengths[best]), float(left_at_lengths[best]), tolerance)
 
     def _mistakes(self) -> Iterator[tuple[str, SharedGradient]]:
-        """What people get wrong with a single image: in words, and what was shared without the mistake."""
+        """Yield common mistakes with a single image: a description, and what was shared without the mistake."""
         shared, protocol, rate = self.read.shared, self.victim.protocol, self.rate
         if self.exchanged is not None:
             yield "The update is explained if `before` and `update` are exchanged.", self.exchanged
@@ -267,27 +266,27 @@ class LastLayerTest:
         if not rate:
             return
         for power in (-3, -2, -1, 1, 2, 3):
-            told: dict[str, Any] = {} if protocol.local_steps == 1 else {"learning_rate": rate * 10.0**power}
+            options: dict[str, Any] = {} if protocol.local_steps == 1 else {"learning_rate": rate * 10.0**power}
             words = f"The update is explained by a learning rate that is {10.0**power:g} times the declared one."
-            yield words, _times(shared, 10.0**-power, **told)
+            yield words, _times(shared, 10.0**-power, **options)
         for steps in (1, *range(2, 11), 20, 50, 100):
-            told = {"local_steps": steps, "learning_rate": rate} if steps > 1 else _ONE_STEP
+            options = {"local_steps": steps, "learning_rate": rate} if steps > 1 else _ONE_STEP
             words = f"The update is explained by local steps: {steps}, not {protocol.local_steps}."
             if steps != protocol.local_steps:
-                yield words, _times(shared, protocol.local_steps / steps, **told)
+                yield words, _times(shared, protocol.local_steps / steps, **options)
         for momentum in {0.0, 0.9} - {protocol.momentum} if protocol.local_steps > 1 else ():
             words = f"The update is explained by momentum: {momentum:g}, not {protocol.momentum:g}."
             yield words, _times(shared, 1.0, momentum=momentum)
 
     def _of_several(self) -> Found:
-        """Whole numbers of labels tell how long a gradient is, as they do where clients shorten it."""
+        """Test the length of the gradient of several images by the fact that label counts are whole numbers."""
         length = self._length()
         if 1 / _LONGER <= length <= _LONGER:
             return True, None, f"It is {length:.2g} times as long as whole numbers of labels make it; 1 is expected."
         return failed(self._nearest(length), left=length)
 
     def _length(self) -> float:
-        """How many times as long as it should be the gradient is, by the labels."""
+        """Return the ratio of the gradient's length to the one that whole numbers of labels give."""
         layer = self.layer
         shortened = dataclasses.replace(
             layer, weight_gradient=layer.rows * _SHORTENED, bias_gradient=layer.push * _SHORTENED
@@ -296,25 +295,23 @@ class LastLayerTest:
         return _size(layer.push) / _size(restored.push)
 
     def _too_long(self, length: float) -> str:
-        words = (
-            f"The gradient of {self.names[1]!r} is of length {length:.3g}, but no images make it longer than sqrt(2)."
-        )
+        words = f"The gradient of {self.names[1]!r} has length {length:.3g}, but no images make it longer than sqrt(2)."
         if self.victim.protocol.num_images > 1 and self._undecided:
             return f"{words} {self._nearest(self._length())}"
         if self.victim.protocol.num_images == 1 and self._undecided:
             found = self._of_one()
             assert isinstance(found, tuple)
             return f"{words} {found[2]}"
-        return f"{words} The learning rate or the steps are more than declared, or the loss is a sum, not a mean."
+        return f"{words} The learning rate or the number of steps is larger than declared, or the loss is a sum."
 
     def _nearest(self, length: float) -> str:
-        """The mistake that makes about this length."""
+        """Describe the mistake that would cause about this length, if there is one."""
         near = [(abs(math.log(length / abs(other))), words) for words, other in self._lengths()]
         apart, words = min(near, default=(math.inf, ""))
         return words if apart < math.log(_NEAR) else self._of_length(length)
 
     def _lengths(self) -> Iterator[tuple[str, float]]:
-        """Mistakes that make an update longer or shorter, whatever its steps, and how many times."""
+        """Yield mistakes that change the length of an update, whatever its steps, and their factors."""
         protocol, rate = self.victim.protocol, self.rate
         count, steps = protocol.local_batch_size or protocol.num_images, protocol.local_steps
         if count > 1:
@@ -333,8 +330,8 @@ class LastLayerTest:
             yield words, 10.0**power
 
     def _of_length(self, length: float) -> str:
-        sign = " and of the opposite sign" if length < 0 else ""
-        words = f"The update is {abs(length):.3g} times as long as this client's{sign}"
+        sign = " and has the opposite sign" if length < 0 else ""
+        words = f"The update is {abs(length):.3g} times as long as that of the declared client{sign}"
         if self.rate:
             declared = self.rate * self.victim.protocol.local_steps
             words += (
@@ -346,14 +343,14 @@ class LastLayerTest:
 _ONE_STEP: dict[str, Any] = {"local_steps": 1, "learning_rate": None, "momentum": 0.0, "weight_decay": 0.0}
 
 
-def _times(shared: SharedGradient, factor: float, **told: Any) -> SharedGradient:
-    """So many times as long, and of another protocol."""
+def _times(shared: SharedGradient, factor: float, **options: Any) -> SharedGradient:
+    """Scale a shared gradient and change options of its protocol."""
     gradients = {name: factor * gradient for name, gradient in shared.gradients.items()}
-    return dataclasses.replace(shared, gradients=gradients, protocol=dataclasses.replace(shared.protocol, **told))
+    return dataclasses.replace(shared, gradients=gradients, protocol=dataclasses.replace(shared.protocol, **options))
 
 
 def _mean_feature(layer: LastLayer) -> Tensor:
-    """``(D,)``, in double precision: of a single image, its own."""
+    """Return the mean feature ``(D,)`` in double precision; for a single image, its feature."""
     push, rows = layer.push[0].double(), layer.rows[0].double()
     return rows.mT @ push / (push.square().sum() + _TINY)
 

@@ -1,4 +1,4 @@
-"""What an attack found, beside the truth and beside guesses that look at no gradient; with pictures."""
+"""Scores of an attack against the truth and against guesses that look at no gradient, with pictures."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from leakage.metrics import (
     score_labels,
 )
 
-#: What thresholds may be set on; more is worse.
+#: The metrics that limits can be set for. Higher is worse.
 METRICS = ("label_accuracy", "success_rate", "identified", "psnr", "ssim")
 _BASELINES = ("grey", "mean_colour", "nearest")
-# Images whose pictures are kept, of each kind.
+# The number of images whose pictures are kept: this many worst and this many typical ones.
 _SHOWN = 8
 
 
 def measure_labels(client: Client, truth: GroundTruth | None, counts: Tensor, seconds: float) -> Measured:
-    """What reading labels alone found."""
+    """Score the labels that were read off the last layer."""
     metrics = {}
     if truth is not None:
         share = torch.tensor([one.irec for one in score_labels(counts, truth.labels)], dtype=torch.float64)
@@ -64,9 +64,12 @@ def measure(
     success_threshold: float,
     folder: Path,
 ) -> tuple[Measured, list[VictimRow]]:
-    """Score what an attack found against the truth, beside guesses without a gradient, and keep pictures.
+    """Score what an attack found against the truth and against guesses without a gradient, and keep pictures.
 
-    Where nobody knows the truth there is nothing to score: rows have NaN, and pictures of what was found.
+    Without ground truth there is nothing to score: the rows hold NaN and pictures of what was found.
+
+    Returns:
+        The figures of the attack, and one row per image.
     """
     found = outcome.found
     if truth is None:
@@ -101,7 +104,7 @@ def _scored(
     scores = score(found.images, found.labels, truth.images, truth.labels)
     victim = torch.arange(len(truth))[:, None]
     images, labels = found.images[victim, scores.order], found.labels[victim, scores.order]
-    told = identified_of_class(images, truth, subject)
+    known = identified_of_class(images, truth, subject)
     guesses = baseline_guesses(truth.images, subject.own_images)
     guessed = torch.stack(
         [score(guesses[kind], truth.labels, truth.images, truth.labels).psnr for kind in _BASELINES]
@@ -110,7 +113,7 @@ def _scored(
     metrics = {
         "label_accuracy": _figure(ShareOverVictims, scores.label_correct.double().mean(1)),
         "success_rate": _figure(ShareOverVictims, success.double().mean(1)),
-        "identified": _figure(ShareOverVictims, told.double().mean(1)),
+        "identified": _figure(ShareOverVictims, known.double().mean(1)),
         "psnr": _figure(MeanOverVictims, scores.psnr.double().mean(1)),
         "ssim": _figure(MeanOverVictims, scores.ssim.double().mean(1)),
     }
@@ -135,7 +138,7 @@ def _scored(
                 mse=float(scores.mse[place]),
                 ssim=float(scores.ssim[place]),
                 success=bool(success[place]),
-                identified=bool(told[place]),
+                identified=bool(known[place]),
                 baseline=float(guessed.amax(0)[place]),
                 **(dict.fromkeys(("truth", "reconstruction", "guess"), "") | paths),
             )
@@ -173,18 +176,18 @@ def _rows_without_truth(name: str, client: Client, found: Reconstruction, folder
 
 
 def identified_of_class(images: Tensor, truth: GroundTruth, subject: Subject) -> Tensor:
-    """``(V, N)``, whether each image is told from the auditor's images of its class; from all, where there are none."""
-    told = torch.zeros(truth.labels.shape, dtype=torch.bool)
+    """Whether each image ``(V, N)`` is identified among the auditor's images of its class, or of all if none."""
+    known = torch.zeros(truth.labels.shape, dtype=torch.bool)
     for label in sorted({*truth.labels.flatten().tolist()}):
         others = subject.own_images[subject.own_labels == label]
         here = truth.labels == label
         pair = images[here][:, None], truth.images[here][:, None]
-        told[here] = identified(*pair, others if len(others) else subject.own_images)[:, 0]
-    return told
+        known[here] = identified(*pair, others if len(others) else subject.own_images)[:, 0]
+    return known
 
 
 def fewest_others(subject: Subject) -> int:
-    """The images that the rarest class of the auditor's has, so that a guess identifies no more than 1 in that + 1."""
+    """Number of the auditor's images of the rarest class: a guess identifies at most 1 in this number plus 1."""
     counts = subject.own_labels.bincount()
     return int(counts[counts > 0].min())
 
@@ -194,7 +197,7 @@ def _figure(kind: type[MeanOverVictims | ShareOverVictims], values: Tensor) -> F
 
 
 def _shown(scores: Scores) -> set[tuple[int, int]]:
-    """Places of the images that leak most, and of those nearest to the median."""
+    """Indices of the images that leak most, and of those with a PSNR near the median."""
     flat = scores.psnr.flatten()
     most = flat.argsort(descending=True)[:_SHOWN]
     typical = (flat - flat.median()).abs().argsort()[: 2 * _SHOWN]
@@ -204,7 +207,7 @@ def _shown(scores: Scores) -> set[tuple[int, int]]:
 
 
 def _draw(image: Tensor, folder: Path, name: str) -> str:
-    """Keep a picture; its path within the folder."""
+    """Write a picture and return its path within the folder."""
     path = f"images/{name}.png"
     with whole_file(folder / path) as partial:
         to_pil_image(image.float().nan_to_num(0.5, 1.0, 0.0).clamp(0, 1)).save(partial, format="PNG")

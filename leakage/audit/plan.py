@@ -1,4 +1,4 @@
-"""Which attacks an audit runs, and on how many victims, so that its budget is kept."""
+"""The plan of an audit: which attacks run, and how they share the budget."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from leakage.errors import check_choice
 from leakage.labels import Auxiliary
 from leakage.objectives import GaussianPrior
 
-#: The attacks of an audit, in the order in which they are run: what needs no search first.
+#: The attacks of an audit, in the order in which they run: those without a search come first.
 ATTACKS = ("labels", "rgap", "gauss_newton", "inverting_gradients", "grad_inversion", "dlg")
-# Steps of searches by Adam: those of the papers, and the fewest that are worth a run.
+# Steps of a search with Adam: the number in the papers, and the fewest that are worth a run.
 _MOST_STEPS, _FEWEST_STEPS = 4800, 300
-# Below so many weights, Inverting Gradients searches by least squares.
+# Networks with at most this many weights: Inverting Gradients searches by least squares.
 _SMALL = 300_000
-# A normal distribution is fitted to images with no more values than this.
+# The most values an image may have for a normal distribution to be fitted.
 _MOST_PIXELS = 3072
-# Images of a class that its own mean and covariance need.
+# The images a class needs to get its own mean and covariance.
 _OF_A_CLASS = 8
-# Evaluations that Gauss-Newton is expected to take.
+# Evaluations that Gauss-Newton is expected to need.
 _NEWTON = 20
-# Restarts of Gauss-Newton: the default's three are for single hard victims.
+# Restarts of Gauss-Newton. Its default of three is meant for single hard victims.
 _RESTARTS = 1
-# Victims that shorter searches are chosen for.
+# A search gets shorter until this many victims fit into its share of the budget.
 _WORTHWHILE = 8
 
 
@@ -49,10 +49,11 @@ class Candidate:
 
     Attributes:
         name: a member of :data:`ATTACKS`.
-        make: a fresh attack, of so many steps where it can be made with fewer; None for labels alone.
-        evaluations: of one victim, about, unless it is made with fewer.
-        shortens: whether it can be.
-        passes: of the network, forth and back, in an evaluation, about: tells whether there is time for a trial.
+        make: a function that returns a fresh attack, with a given number of steps if ``shortens``; None for ``labels``.
+        evaluations: the approximate number of evaluations for one victim, unless the attack is shortened.
+        shortens: whether the attack can be made with fewer steps.
+        passes: the approximate number of forward and backward passes in one evaluation. It decides whether there is
+            time for a trial.
     """
 
     name: str
@@ -72,16 +73,16 @@ def candidates(
     surrogate: bool = True,
     chosen: Sequence[str] | None = None,
 ) -> list[Candidate]:
-    """The attacks for a client, in the order in which they are run; labels are read once and handed on.
+    """Return the attacks for a client, in the order in which they run. Labels are read once and passed on.
 
     Args:
-        subject: what is audited.
-        client: as declared.
-        victim: the same, as it is simulated.
-        seed: of their starts.
+        subject: the audited network and data.
+        client: the declared client.
+        victim: the simulated client.
+        seed: the seed of the attacks' starts.
         success_threshold: an image counts as reconstructed if its MSE is below this.
-        surrogate: whether attackers have images of the same kind: the auditor's own.
-        chosen: names of :data:`ATTACKS`, where only these are wanted.
+        surrogate: whether attackers have images of the same kind, which are the auditor's own.
+        chosen: names from :data:`ATTACKS`, to return only these attacks.
     """
     for name in chosen or ():
         check_choice("attacks", name, ATTACKS)
@@ -89,7 +90,7 @@ def candidates(
     common: dict[str, Any] = {"seed": seed, "success_threshold": success_threshold}
     readable = client.reveal_labels or _readable(victim, auxiliary, seed)
     found = [Candidate("labels", None)] if readable and not client.reveal_labels else []
-    # Of several images, Gauss-Newton begins there.
+    # For several images, Gauss-Newton starts from R-GAP's solution.
     if readable and not victim.defenses and client.local_steps == client.images == 1:
         found.append(Candidate("rgap", partial(RGAPAttack, **common)))
     newton: dict[str, Any] = {"underdetermined": True, "restarts": _RESTARTS}
@@ -130,7 +131,7 @@ def _readable(victim: Victim, auxiliary: Auxiliary | None, seed: int) -> bool:
 
 
 def _prior(subject: Subject) -> GaussianPrior | None:
-    """What images look like, for networks that share too little; None where there are too few images for their size."""
+    """Return a prior fitted to the auditor's images; None if there are too few of them or they are too large."""
     images, labels = subject.own_images, subject.own_labels
     if images[0].numel() > _MOST_PIXELS or len(images) < 2 * _OF_A_CLASS:
         return None
@@ -141,13 +142,13 @@ def _prior(subject: Subject) -> GaussianPrior | None:
 
 @dataclass
 class Share:
-    """What an attack is given of the budget.
+    """An attack's share of the budget.
 
     Attributes:
-        seconds: of the budget.
-        steps: of a search that was shortened, else 0.
-        seconds_of_one: that a victim is expected to take.
-        expected_seconds: of all victims, or of as many as the seconds are enough for.
+        seconds: the time that the attack may take.
+        steps: the number of steps if the search was shortened, else 0.
+        seconds_of_one: the expected time for one victim.
+        expected_seconds: the expected time for all victims, or for as many as fit into ``seconds``.
     """
 
     seconds: float
@@ -157,14 +158,14 @@ class Share:
 
 
 def share_out(budget: float, needs: Sequence[tuple[Candidate, float]], victims: Sequence[int]) -> list[Share]:
-    """Share a budget out among attacks: all that they ask for where that is little, the same for each of the rest.
+    """Divide the budget among attacks: short ones get all the time they need, the others get equal shares.
 
-    A search that can do with fewer steps is given fewer where it would not come to the end with eight victims.
+    A search that can be shortened gets fewer steps if it could not finish eight victims in its share.
 
     Args:
-        budget: seconds.
-        needs: each attack with its seconds for one evaluation of one victim.
-        victims: of each attack at most.
+        budget: the budget in seconds.
+        needs: each attack with the seconds of one evaluation for one victim.
+        victims: the largest number of victims of each attack.
 
     Example:
         >>> needs = [(Candidate("rgap", None), 0.1), (Candidate("gauss_newton", None, 60), 0.1)]

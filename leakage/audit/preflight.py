@@ -1,4 +1,4 @@
-"""Before an audit: what of a module can't be attacked, all of it at once, and the rest made ready."""
+"""Preflight of an audit: find everything in a module that hinders attacks, and prepare the rest."""
 
 from __future__ import annotations
 
@@ -31,36 +31,40 @@ from leakage.audit.subject import (
 )
 from leakage.clients.victim import Victim
 
-# How near two ways to compute the same must be, relative, in single precision.
+# The largest relative difference between two ways to compute the same value in single precision.
 _SAME = 1e-4
-# Rounding may put images this far out of [0, 1].
+# Rounding may move images out of [0, 1] by this much.
 _OUTSIDE = 1e-3
-#: Of a problem that leaves nothing to attack.
+#: What a problem that leaves nothing to attack means for the verdict.
 NO_VERDICT = "Nothing was attacked: there is no verdict."
 
 
 def preflight(
     module: LightningModule, data: Data | None, clients: Sequence[Client], *, victims: int, public: int, seed: int
 ) -> tuple[Subject | None, list[Problem]]:
-    """What is audited, made ready, and every problem; no subject where one of them is in the way.
+    """Prepare a module and data for an audit, and list every problem.
 
-    The module is copied and never changed; dropout, in-place operations and half precision are replaced in the copy.
+    The module is copied and never changed. Dropout, in-place operations and half precision are replaced in the copy.
 
     Args:
-        module: the user's.
-        data: the user's; None for the module's own ``train_dataloader``.
-        clients: whose images there must be.
-        victims: number of each client's victims.
-        public: images that the auditor keeps for himself.
-        seed: of the order of the images.
+        module: the user's module.
+        data: the user's data; None for the module's own ``train_dataloader``.
+        clients: the clients that need images.
+        victims: the number of victims of each client.
+        public: the number of images that the auditor keeps.
+        seed: the seed of the order of the images.
+
+    Returns:
+        The prepared subject, or None if a problem leaves nothing to attack; and the problems.
 
     Raises:
-        ValueError: what is no module, data without images or labels, or fewer images than one client holds.
+        ValueError: ``module`` is not a LightningModule, the data have no images or labels, or they have fewer images
+            than one client holds.
     """
     if not isinstance(module, LightningModule):
         raise ValueError(f"Expected `model` to be a LightningModule, but got {type(module).__name__}.")
     copied = copy_of(module)
-    problems = mend_layers(copied)
+    problems = prepare_layers(copied)
     wanted = victims * max(client.images for client in clients) + public
     batches = collect(copied, data, wanted, seed)
     first = find_images(batches[0])
@@ -71,11 +75,11 @@ def preflight(
         )
     if first.labels.is_floating_point() or first.labels.numel() != len(first.images):
         shape = tuple(first.labels.shape)
-        fix = "Audit with data of one class for each image."
+        fix = "Audit with data that have one class for each image."
         problems.append(Problem("not yet", "data", f"labels of {first.labels.dtype} {shape}", fix, NO_VERDICT))
         return None, problems
     if not copied.automatic_optimization:
-        fix = "Audit a module whose `training_step` returns one loss, for the same network."
+        fix = "Audit the same network in a module whose `training_step` returns one loss."
         problems.append(Problem("not yet", "training_step", "manual optimization", fix, NO_VERDICT))
         return None, problems
     try:
@@ -83,7 +87,7 @@ def preflight(
             loss, calls, layers = observe(copied, first.rebuild(first.images, first.labels))
     except Exception as error:
         said = f"it fails outside of `Trainer.fit`: {type(error).__name__}: {error}"
-        fix = "Let it need nothing but the batch and the module."
+        fix = "Change it so that it needs nothing but the batch and the module."
         problems.append(Problem("not yet", "training_step", said, fix, NO_VERDICT))
         return None, problems
     call = _loss_call(loss, calls, problems)
@@ -118,11 +122,11 @@ def preflight(
 _LOSSES_BY_NAME = {function.__name__: name for function, name in _LOSSES.items()}
 
 
-def mend_layers(module: LightningModule) -> list[Problem]:
-    """What of a copy's layers is in the way of attacks, replaced where it can be."""
+def prepare_layers(module: LightningModule) -> list[Problem]:
+    """Replace what hinders attacks in the layers of a copied module, where possible, and list the problems."""
     problems = []
 
-    def tell(kind: str, where: list[str], problem: str, fix: str, means: str) -> None:
+    def report(kind: str, where: list[str], problem: str, fix: str, means: str) -> None:
         if where:
             shown = ", ".join(where[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
             problems.append(Problem(kind, shown, problem, fix, means))
@@ -134,43 +138,43 @@ def mend_layers(module: LightningModule) -> list[Problem]:
         layer.training = False
         if isinstance(layer, nn.MultiheadAttention):
             layer.dropout, layer.training = 0.0, True
-    tell(
-        *("replace", random, "dropout in training mode", "Nothing to do: audited without dropout."),
-        "Real clients draw a mask that no attacker knows: what they share gives away no more than what was audited.",
+    report(
+        *("replace", random, "dropout in training mode", "Nothing to do: the audit runs without dropout."),
+        "Real clients draw a mask that no attacker knows. What they share gives away no more than what was audited.",
     )
     mixing = [name for name, layer in named.items() if isinstance(layer, _BatchNorm) and layer.training]
-    tell(
+    report(
         *("replace", mixing, "BatchNorm in training mode: it normalises by the client's own batch"),
         "If clients train with running statistics, call `eval()` on these layers and audit again.",
-        "The verdict is for training mode; with running statistics, images are easier to rebuild.",
+        "The verdict is for training mode. With running statistics, images are easier to rebuild.",
     )
     in_place = [name for name, layer in named.items() if getattr(layer, "inplace", False) is True]
     for name in in_place:
         cast(Any, named[name]).inplace = False
-    tell(
-        *("replace", in_place, "operations in place", "Nothing to do: audited out of place, with the same results."),
+    report(
+        *("replace", in_place, "in-place operations", "Nothing to do: the audit replaces them, with the same results."),
         "Nothing.",
     )
     parameters = dict(module.named_parameters(remove_duplicate=False))
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     kind = "never" if len(frozen) == len(parameters) else "replace"
-    tell(
-        *(kind, frozen, "frozen parameters: clients share no gradient of them"),
+    report(
+        *(kind, frozen, "frozen parameters: clients do not share their gradient"),
         "If clients train them, set `requires_grad`.",
-        "The verdict is for updates without these parameters only.",
+        "The verdict is only for updates without these parameters.",
     )
     seen: dict[int, str] = {}
     shared = [name for name, parameter in parameters.items() if seen.setdefault(id(parameter), name) != name]
-    tell(
+    report(
         *("not yet", shared, "parameters that several layers share", "Nothing to do, or audit with copies of them."),
-        "Closed forms don't apply; the other attacks do.",
+        "Closed-form attacks do not apply; the others do.",
     )
     half = [name for name, parameter in parameters.items() if parameter.dtype in (torch.float16, torch.bfloat16)]
     if half:
         module.float()
-    tell(
-        *("replace", half, "half precision", "To audit what rounding hides, add the defense HalfPrecision."),
-        "Audited in single precision, of which an update gives away at least as much.",
+    report(
+        *("replace", half, "half precision", "To include the effect of rounding, add the defense HalfPrecision."),
+        "The audit runs in single precision, where an update gives away at least as much.",
     )
     return problems
 
@@ -187,7 +191,7 @@ def _is_random(layer: nn.Module) -> bool:
 
 
 def _loss_call(loss: Tensor, calls: list[Loss], problems: list[Problem]) -> Loss | None:
-    """The call that the loss is the value of, if attacks know such a loss."""
+    """Find the call that computed the loss; None, with a problem, if attacks do not know such a loss."""
 
     def refuse(problem: str, fix: str) -> None:
         problems.append(Problem("not yet", "training_step", problem, fix, NO_VERDICT))
@@ -197,9 +201,9 @@ def _loss_call(loss: Tensor, calls: list[Loss], problems: list[Problem]) -> Loss
             Problem("never", "training_step", "a loss without gradient", "Let the loss depend on weights.", NO_VERDICT)
         )
         return None
-    known = "Attacks know cross-entropy and the mean squared error, each of logits (N, K) and classes (N,)."
+    known = "Use cross-entropy or the mean squared error of logits (N, K) and classes (N,): attacks know no other loss."
     if not calls:
-        refuse("a loss that is no function of torch.nn.functional", known)
+        refuse("a loss that is not a function of torch.nn.functional", known)
         return None
     same = [call for call in calls if call.value.numel() == 1 and _near(call.value.squeeze(), loss)]
     if not same:
@@ -211,13 +215,13 @@ def _loss_call(loss: Tensor, calls: list[Loss], problems: list[Problem]) -> Loss
         refuse(f"the loss {call.name}", known)
         return None
     if call.options.get("weight") is not None:
-        refuse("a loss with weights of classes", "Audit without them: the same images behind other step lengths.")
+        refuse("a loss with class weights", "Audit without class weights: they only change the length of the steps.")
         return None
     if call.options.get("label_smoothing"):
         refuse(f"label smoothing of {call.options['label_smoothing']}", "Audit with label_smoothing=0.")
         return None
     if call.given.ndim != 2:
-        refuse(f"a loss of outputs {tuple(call.given.shape)} in place of logits (N, K)", known)
+        refuse(f"a loss of outputs {tuple(call.given.shape)} instead of logits (N, K)", known)
         return None
     return call
 
@@ -227,7 +231,7 @@ def _near(one: Tensor, other: Tensor) -> bool:
 
 
 def _network(module: LightningModule, batch: Batch, call: Loss, layers: list[tuple[str, Tensor, Any]]) -> nn.Module:
-    """The innermost part that takes the images and gives the logits with all weights that are trained."""
+    """Find the innermost module that maps the images to the logits and holds all trained weights."""
     modules = dict(module.named_modules())
     trained = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
     found: nn.Module | None = None
@@ -235,7 +239,7 @@ def _network(module: LightningModule, batch: Batch, call: Loss, layers: list[tup
         takes_images = taken.shape == batch.images.shape and torch.equal(taken, batch.images)
         holds_all = trained <= {id(parameter) for parameter in modules[name].parameters()}
         gives = isinstance(given, Tensor) and given.shape == call.given.shape and torch.equal(given, call.given)
-        # Inner layers have ended before the outer ones have.
+        # Inner layers are recorded before outer ones.
         if gives and takes_images and holds_all and found is None:
             found = modules[name]
     if found is not None:
@@ -246,7 +250,7 @@ def _network(module: LightningModule, batch: Batch, call: Loss, layers: list[tup
 def _unit_range(
     batches: list[Any], data: Data | None, problems: list[Problem]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """All images in [0, 1] and their labels, and what maps them back, if anything does."""
+    """Return all images in [0, 1], their labels, and scale and offset that map the images back (None if not needed)."""
     parts = [part for part in map(find_images, batches) if part is not None]
     shape = parts[0].images.shape[1:]
     other = next((tuple(part.images.shape[1:]) for part in parts if part.images.shape[1:] != shape), None)
@@ -279,9 +283,9 @@ def _unit_range(
         Problem(
             "replace",
             "data",
-            f"images from {low.min():.3g} to {high.max():.3g}, and no Normalize that tells their scale",
-            "Nothing to do, or give the data set a torchvision Normalize.",
-            "Each channel is mapped to [0, 1] by its range; PSNR and the success threshold are relative to that.",
+            f"images from {low.min():.3g} to {high.max():.3g}, and no Normalize from which to get their scale",
+            "Nothing to do, or use a torchvision Normalize in the data set.",
+            "Each channel is mapped to [0, 1] by its range. PSNR and the success threshold refer to that range.",
         )
     )
     return ((images - low.view(-1, 1, 1)) / span.view(-1, 1, 1)).clamp(0, 1), labels, span, low
@@ -292,7 +296,7 @@ def _restored(images: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 
 def _normalisations(data: Data | None) -> list[tuple[Tensor, Tensor]]:
-    """Mean and standard deviation of every Normalize that a user's data hold, wherever."""
+    """Find the mean and standard deviation of every Normalize anywhere in the user's data."""
     found, left, seen = [], [(data, 0)], set[int]()
     while left:
         one, depth = left.pop()
@@ -313,18 +317,18 @@ def _normalisations(data: Data | None) -> list[tuple[Tensor, Tensor]]:
 
 
 def _own_images(available: int, public: int, images: int) -> int:
-    """How many of the images the auditor keeps: no more than a third where there are few."""
+    """Return the number of images that the auditor keeps: at most a third of all."""
     own = min(public, available // 3)
     if available - own < images or not own:
         raise ValueError(
-            f"Expected at least {max(images + 1, 3 * images // 2 + 1)} images in the data, for one client of {images} "
-            f"and the auditor, but got {available}."
+            f"Expected at least {max(images + 1, 3 * images // 2 + 1)} images in the data, for one client with "
+            f"{images} and for the auditor, but got {available}."
         )
     return own
 
 
 def _attackable(subject: Subject, problems: list[Problem]) -> bool:
-    """Whether a client can be simulated."""
+    """Whether a client can be simulated; if not, or with limits, a problem is added."""
     try:
         victim = Victim(
             subject.network,
@@ -334,15 +338,15 @@ def _attackable(subject: Subject, problems: list[Problem]) -> bool:
             reduction=subject.reduction,
         )
     except (ValueError, RuntimeError) as error:
-        fix = "Replace the part that the message names by one that is a function of images and weights alone."
+        fix = "Replace the part named in the message by a function of only images and weights."
         problems.append(Problem("not yet", type(subject.network).__name__, str(error), fix, NO_VERDICT))
         return False
     if victim.classifier is None or not any(name.startswith(victim.classifier) for name in victim.trainable):
         problems.append(
             Problem(
-                *("not yet", victim.logits_from, "logits that no trained linear layer gives"),
+                *("not yet", victim.logits_from, "logits that do not come from a trained linear layer"),
                 "Nothing to do.",
-                "Labels are not read off but searched for, and found less often; audit with reveal_labels too.",
+                "Labels are searched for instead of read off, and found less often. Audit with reveal_labels as well.",
             )
         )
     return True

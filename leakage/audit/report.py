@@ -1,4 +1,4 @@
-"""What an audit found, as plain dataclasses: JSON out and in, and the files that people and machines read."""
+"""The report of an audit: plain dataclasses that are saved as JSON and as files for people and machines."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from leakage.files.records import from_json, parse_json, to_json
 from leakage.files.tensors import shorten
 from leakage.files.text import write_text
 
-#: Of the layout of ``audit.json``; files of other versions are refused.
+#: The version of the layout of ``audit.json``. Files of other versions are refused.
 VERSION = 1
 
-#: What each verdict tells the shell.
+#: The exit code of each verdict.
 EXIT_CODES = {"within": 0, "no thresholds": 0, "exceeded": 1, "failed check": 2, "inconclusive": 3}
 
 PROBLEM_KINDS = ("never", "not yet", "replace")
@@ -29,7 +29,7 @@ DECISIONS = ("within", "exceeded", "inconclusive")
 class Figure:
     """A score over victims with its 95 % confidence interval, from :class:`leakage.metrics.Estimate`.
 
-    NaN where there is none: the ends for a single victim, all three for none.
+    For a single victim, the ends of the interval are NaN; without victims, the value is NaN too.
     """
 
     value: float
@@ -40,12 +40,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Problem:
-    """What preflight found before anything ran.
+    """A problem that the preflight found before any attack ran.
 
     Attributes:
-        kind: ``"never"`` (no attack can), ``"not yet"`` (none of ours can), ``"replace"`` (one can after the fix).
-        where: the layer or the setting.
-        problem: what it is.
+        kind: ``"never"`` (no attack is possible), ``"not yet"`` (none of this library's attacks is possible), or
+            ``"replace"`` (attacks are possible after the fix).
+        where: the layer or setting.
+        problem: what the problem is.
         fix: what to do about it.
         means: what it means for the verdict.
     """
@@ -62,14 +63,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Check:
-    """A self-check of one client, or of a captured update: whether attacker and client compute the same.
+    """A check that attacker and client compute the same, for a simulated client or a captured update.
 
     Attributes:
-        client: its name.
-        name: what was checked.
-        passed: whether it held.
-        residual: how far off, relative; ``None`` where nothing is measured.
-        finding: in words.
+        client: the name of the client.
+        name: the name of the check.
+        passed: whether the check passed.
+        residual: the relative error; ``None`` if nothing is measured.
+        finding: the finding in words.
     """
 
     client: str
@@ -81,7 +82,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Planned:
-    """An attack of the plan; ``reason`` says why it was not run, ``""`` if it was."""
+    """An attack of the plan; ``reason`` says why it did not run, and is ``""`` if it ran."""
 
     client: str
     attack: str
@@ -95,21 +96,21 @@ class VictimRow:
     """One image of one victim, a line of ``victims.jsonl``.
 
     Attributes:
-        client: its name.
-        attack: the attack's name.
-        victim: the victim's index.
+        client: the name of the client.
+        attack: the name of the attack.
+        victim: the index of the victim.
         image: the index among the victim's images.
         label: the true class.
-        label_found: the class that the attack named.
-        psnr: dB.
-        mse: mean squared error for pixels in [0, 1].
-        ssim: from -1 to 1.
+        label_found: the class that the attack found.
+        psnr: the PSNR in dB.
+        mse: the mean squared error for pixels in [0, 1].
+        ssim: the structural similarity, from -1 to 1.
         success: whether the MSE is below the audit's threshold.
         identified: whether the reconstruction is nearer to its own image than to any other.
-        baseline: PSNR of the best guess that looks at no gradient, dB.
-        truth: path of a PNG beside the report, relative, ``""`` where none was kept.
-        reconstruction: the same for what the attack found.
-        guess: the same for the best guess that looks at no gradient.
+        baseline: the PSNR in dB of the best guess that looks at no gradient.
+        truth: the path of a PNG of the true image, relative to the report; ``""`` if none was kept.
+        reconstruction: the path of a PNG of the image that the attack found, in the same form.
+        guess: the path of a PNG of the best guess that looks at no gradient, in the same form.
     """
 
     client: str
@@ -134,16 +135,16 @@ class Measured:
     """What one attack found on the victims of one client.
 
     Attributes:
-        client: its name.
-        attack: the attack's name.
-        adaptive: whether it knew of the client's defenses and allowed for them.
-        images: N, the images behind one update.
-        victims: how many were attacked.
-        iterations: mean over victims.
-        seconds: of the whole run.
-        metrics: ``"label_accuracy"``, ``"success_rate"``, ``"identified"``, ``"psnr"`` (dB), ``"ssim"``.
-        baselines: PSNR of guesses that look at no gradient (dB): ``"grey"``, ``"mean_colour"``, ``"nearest"``.
-        worst: up to 8 images, the most leaked first.
+        client: the name of the client.
+        attack: the name of the attack.
+        adaptive: whether the attack knew and simulated the client's defenses.
+        images: N, the number of images behind one update.
+        victims: the number of victims that were attacked.
+        iterations: the mean number of iterations over victims.
+        seconds: the seconds of the whole run.
+        metrics: ``"label_accuracy"``, ``"success_rate"``, ``"identified"``, ``"psnr"`` (dB) and ``"ssim"``, by name.
+        baselines: the PSNR in dB of guesses that look at no gradient: ``"grey"``, ``"mean_colour"``, ``"nearest"``.
+        worst: up to 8 images, starting with the one that leaked most.
     """
 
     client: str
@@ -160,14 +161,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Declared:
-    """What the user asserts; never mixed with what was measured.
+    """The user's statements, which are kept apart from what was measured.
 
     Attributes:
-        threat_model: letter A to H of Carletti et al., *SoK: Gradient Inversion Attacks in Federated Learning*, with
-            its words.
-        prior: what the attacker knows of the images beforehand.
-        clients: one object each, with ``name``, ``images``, ``local_steps``, ``learning_rate``, ``defenses``, ...
-        asserted: anything else, in the user's words.
+        threat_model: a letter from A to H of Carletti et al., *SoK: Gradient Inversion Attacks in Federated Learning*,
+            with its description.
+        prior: what the attacker knows about the images beforehand.
+        clients: one object per client, with ``name``, ``images``, ``local_steps``, ``learning_rate``, ``defenses``, ...
+        asserted: further statements, in the user's words.
     """
 
     threat_model: str
@@ -178,7 +179,7 @@ class Declared:
 
 @dataclass(frozen=True)
 class Threshold:
-    """A limit of the user's own, and how a measured figure stands to it; there are no limits of ours."""
+    """A limit that the user set, and the decision for a measured figure. The library sets no limits."""
 
     metric: str
     limit: float
@@ -193,7 +194,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Bound:
-    """What no attacker can exceed against a declared mechanism, and the source of the theorem."""
+    """A value that no attacker can exceed against a declared mechanism, and the source of the theorem."""
 
     client: str
     mechanism: str
@@ -204,24 +205,24 @@ class Bound:
 
 @dataclass
 class AuditReport:
-    """An audit: what was measured, what was declared, and the verdict against the user's own thresholds.
+    """The result of an audit: what was measured, what was declared, and the verdict on the user's thresholds.
 
     Attributes:
         version: :data:`VERSION`.
-        leakage: version of the library.
-        created: ISO 8601, UTC.
-        seed: everything random comes from it.
-        model: the audited module.
-        data: where the victims' images are from.
-        success_threshold: an image is reconstructed if its MSE is below it.
-        budget_seconds: what the attacks were given.
-        command: runs the audit again.
-        declared: what the user asserts.
-        preflight: what was found before anything ran.
-        checks: whether attacker and client compute the same.
-        plan: every attack that was considered.
-        measured: what the attacks found.
-        bounds: what no attacker can exceed, for declared mechanisms.
+        leakage: the version of the library.
+        created: the time in ISO 8601, UTC.
+        seed: the seed of all random draws.
+        model: the name of the audited module.
+        data: the source of the victims' images.
+        success_threshold: an image counts as reconstructed if its MSE is below this.
+        budget_seconds: the time that the attacks could take, in seconds.
+        command: the command that repeats the audit.
+        declared: the user's statements.
+        preflight: the problems found before any attack ran.
+        checks: the checks that attacker and client compute the same.
+        plan: all attacks that were considered.
+        measured: the figures of the attacks.
+        bounds: the bounds for declared mechanisms.
         thresholds: the user's limits, each with its decision.
 
     Example:
@@ -258,7 +259,7 @@ class AuditReport:
 
     @property
     def verdict(self) -> str:
-        """A key of :data:`EXIT_CODES`; the worst of all checks and thresholds."""
+        """The worst outcome of all checks and thresholds, a key of :data:`EXIT_CODES`."""
         if not all(check.passed for check in self.checks):
             return "failed check"
         decisions = {threshold.decision for threshold in self.thresholds}
@@ -266,23 +267,23 @@ class AuditReport:
 
     @property
     def exit_code(self) -> int:
-        """What ``leakage audit`` ends with: 0 within, 1 exceeded, 2 failed check, 3 inconclusive."""
+        """The exit code of ``leakage audit``: 0 within, 1 exceeded, 2 failed check, 3 inconclusive."""
         return EXIT_CODES[self.verdict]
 
     @property
     def summary(self) -> str:
-        """What the audit found, in a sentence or two."""
+        """The result of the audit in a sentence or two."""
         return words.summary(self)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``audit.json``, ``report.html``, ``junit.xml``, ``audit.sarif`` and ``model_card.md`` to a folder.
 
-        The folder is made. The page takes victims from its ``victims.jsonl`` and pictures from its ``images/``. All of
-        them are ready before the first is written.
+        The folder is created. The page shows the victims of its ``victims.jsonl`` and the pictures in its ``images/``.
+        All files are complete before the first is written.
 
         Raises:
-            OSError: one can't be written.
-            ValueError: ``victims.jsonl`` can't be read, or a picture's path leads out of the folder.
+            OSError: a file can't be written.
+            ValueError: ``victims.jsonl`` can't be read, or the path of a picture leads out of the folder.
         """
         folder = Path(folder)
         derived = {"verdict": self.verdict, "exit_code": self.exit_code, "summary": self.summary}
@@ -298,11 +299,11 @@ class AuditReport:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> AuditReport:
-        """Read ``audit.json`` of a folder.
+        """Read ``audit.json`` from a folder.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is no JSON, of another version, or has other fields or types.
+            FileNotFoundError: the folder has no such file.
+            ValueError: the file is not JSON, has another version, or has other fields or types.
         """
         path = Path(folder, "audit.json")
         if not path.is_file():
@@ -326,8 +327,8 @@ class AuditReport:
         for name in ("verdict", "exit_code"):
             if derived[name] != getattr(report, name):
                 raise ValueError(
-                    f"Expected `{name}` {getattr(report, name)!r} in '{path}', as its checks and thresholds have it, "
-                    f"but got {shorten(repr(derived[name]))}."
+                    f"Expected `{name}` {getattr(report, name)!r} in '{path}', which follows from its checks and "
+                    f"thresholds, but got {shorten(repr(derived[name]))}."
                 )
         return report
 
@@ -337,20 +338,20 @@ def _json(content: Any) -> str:
 
 
 def write_victims(folder: str | os.PathLike[str], rows: Iterable[VictimRow]) -> None:
-    """Write ``victims.jsonl``, one image a line.
+    """Write ``victims.jsonl``, with one image per line.
 
     Raises:
-        OSError: it can't be written.
+        OSError: the file can't be written.
     """
     lines = (json.dumps(to_json(row), allow_nan=False) + "\n" for row in rows)
     write_text(Path(folder, "victims.jsonl"), "".join(lines))
 
 
 def read_victims(folder: str | os.PathLike[str]) -> list[VictimRow]:
-    """Read ``victims.jsonl`` of a folder; none if there is no such file.
+    """Read ``victims.jsonl`` from a folder; return an empty list if there is no such file.
 
     Raises:
-        ValueError: a line that is no JSON or has other fields or types; with its number.
+        ValueError: a line is not JSON, or has other fields or types. The message has its number.
     """
     path = Path(folder, "victims.jsonl")
     rows = []

@@ -1,4 +1,4 @@
-"""One attack on the victims of one client: timed, run within its budget, and kept on disk."""
+"""One attack on the victims of one client: time it, run it within its budget, and keep its result on disk."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from leakage.files.text import write_json, write_text
 from leakage.inversion.reconstruction import Reconstruction
 from leakage.labels import LabelReader
 
-# Evaluations of a trial that tells how long an attack takes; the first also prepares.
+# Evaluations of the trial that measures how long an attack takes. The first one also includes the set-up.
 _TRIED = 2
-# Victims of the first group, and of later ones at most.
+# The number of victims in the first group, and the largest number in a later one.
 _FIRST_GROUP, _MOST_IN_GROUP = 4, 64
 
 
 @dataclass
 class Outcome:
-    """What an attack found, in how many seconds, and whether it came to its end with these victims."""
+    """The result of an attack: what it found, the seconds it took, and whether it finished all its victims."""
 
     found: Reconstruction
     seconds: float
@@ -43,14 +43,14 @@ class Outcome:
 
 @dataclass
 class Record:
-    """An attack that is done, as it is kept on disk.
+    """An attack that is done, as kept on disk.
 
     Attributes:
-        key: of the audit.
-        planned: what became of the plan.
-        measured: what it found, None if it was not run.
-        rows: of every image.
-        reached: whether the budget did.
+        key: the digest that identifies the audit.
+        planned: the entry of the plan, with its outcome.
+        measured: the attack's figures; None if it did not run.
+        rows: one row per image.
+        reached: whether the budget was enough for the attack.
     """
 
     key: str
@@ -61,22 +61,22 @@ class Record:
 
 
 class _Clock(Callback):
-    """When each training step ended."""
+    """Record when each training step ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first begins."""
+        """Record the start of the first step."""
         self.ends.append(time.monotonic())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
-        """One more."""
+        """Record the end of a step."""
         self.ends.append(time.monotonic())
 
     @property
     def step(self) -> float:
-        """Seconds of one; the first also prepares."""
+        """Mean seconds of a step, without the first, which includes the set-up."""
         steps = [after - before for before, after in itertools.pairwise(self.ends)]
         later = steps[1:] or steps or [0.0]
         return sum(later) / len(later)
@@ -92,7 +92,7 @@ def fit(
     steps: int = -1,
     callbacks: tuple[Callback, ...] = (),
 ) -> Outcome:
-    """Run an attack on what clients shared until it ends or its time is over; it sees nothing else."""
+    """Run an attack on shared gradients, and on nothing else, until it ends or its time is up."""
     trainer = Trainer(
         max_epochs=1,
         max_steps=steps,
@@ -106,7 +106,7 @@ def fit(
         callbacks=[*callbacks],
     )
     began = time.monotonic()
-    lanes: int | str = len(shared) if len(shared) <= _FIRST_GROUP else "auto"  # which takes time to find
+    lanes: int | str = len(shared) if len(shared) <= _FIRST_GROUP else "auto"  # "auto" takes time
     trainer.fit(attack, datamodule=SharedGradients(shared, victim, lanes=lanes))
     done = len(attack.finished)
     found = Reconstruction.cat([attack.finished, attack.current()]).map(lambda tensor: tensor.detach().cpu())
@@ -114,10 +114,10 @@ def fit(
 
 
 def seconds_of_one(attack: GradientInversion, shared: SharedGradient, victim: Victim, *, accelerator: str) -> float:
-    """Seconds of one evaluation of one victim, by a short trial.
+    """Measure the seconds of one evaluation for one victim in a short trial.
 
     Raises:
-        ValueError: an attack that can't be run on such victims.
+        ValueError: the attack can't run on these victims.
     """
     clock = _Clock()
     fit(attack, shared, victim, accelerator=accelerator, steps=_TRIED, callbacks=(clock,))
@@ -135,20 +135,20 @@ def fit_all(
     expected: float,
     folder: Path,
 ) -> Outcome:
-    """Run an attack on as many victims as the time allows, some after others, each group to its end.
+    """Run an attack on as many victims as the time allows, group by group.
 
-    How many there are is told by the clock alone, so that no victim is left out for what was found of it. Each group
-    is kept on disk as soon as it is done.
+    Only the clock decides how many victims are attacked, so no victim is left out because of what was found. Each group
+    is written to disk as soon as it is done.
 
     Args:
-        make: a fresh attack.
-        share: what victims at some places shared.
+        make: a function that returns a fresh attack.
+        share: a function that returns what the victims with some indices shared.
         victim: the client.
-        victims: how many there are.
-        accelerator: as for the Trainer.
-        seconds: of all of it.
-        expected: seconds of one victim.
-        folder: for the groups.
+        victims: the number of victims.
+        accelerator: the accelerator, as in the Trainer.
+        seconds: the time for all victims.
+        expected: the expected seconds for one victim.
+        folder: the folder for the groups.
     """
     parts: list[Reconstruction] = []
     done, spent, size, complete = 0, 0.0, _FIRST_GROUP, True
@@ -182,34 +182,34 @@ def fit_all(
 
 
 def read_labels(reader: LabelReader, shared: SharedGradient, victim: Victim) -> tuple[Tensor, float]:
-    """Counts ``(V, K)`` of the labels of victims, and the seconds that it took."""
+    """Read the labels of victims: their counts ``(V, K)`` and the seconds that it took."""
     began = time.monotonic()
     counts = reader(shared, victim.as_told()).counts
     return counts, time.monotonic() - began
 
 
 def save_record(folder: Path, record: Record) -> None:
-    """Write it, so that an audit that is killed goes on behind it."""
+    """Write a record, from which an audit that was killed resumes."""
     path = _record_path(folder, record.planned.client, record.planned.attack)
     write_text(path, json.dumps(to_json(record), allow_nan=False) + "\n")
 
 
 def load_record(folder: Path, client: str, attack: str, key: str) -> Record | None:
-    """One that is there, of the same attack on the same victims; None if there is none.
+    """Load the record of an attack on a client; None if there is no file.
 
     Raises:
-        ValueError: a file that is damaged, or of another audit.
+        ValueError: the file is damaged or belongs to another audit.
     """
     path = _record_path(folder, client, attack)
     if not path.is_file():
         return None
-    mend = f"Remove '{folder}', or choose another folder."
+    remedy = f"Remove '{folder}', or choose another folder."
     try:
         record = from_json(Record, json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"Expected '{path}' as an audit writes it, but got: {error} {mend}") from None
+        raise ValueError(f"Expected '{path}' as an audit writes it, but got: {error} {remedy}") from None
     if record.key != key:
-        raise ValueError(f"Expected `output` without another audit, but got '{path}' of one. {mend}")
+        raise ValueError(f"Expected `output` without another audit, but got '{path}' of one. {remedy}")
     return record
 
 

@@ -1,4 +1,4 @@
-"""The attacks of an audit on all of its clients: timed, planned, and run within the budget."""
+"""The attacks of an audit on all clients: time them, plan them, and run them within the budget."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from leakage.datamodules.base import GroundTruth
 from leakage.files.text import write_text
 from leakage.labels import LabelReader
 
-# Victims whose updates are captured at once.
+# The number of victims whose updates are computed at once.
 _CAPTURED_AT_ONCE = 32
-# Of the budget, what a single evaluation of a trial may be expected to take.
+# There is a trial only if one evaluation is expected to take at most this share of the budget.
 _TRIAL_SHARE = 0.05
 
 
 @dataclass
 class Row:
-    """A client of an audit, made ready.
+    """A client of an audit, ready to be attacked.
 
     Attributes:
-        client: as declared.
-        subject: what is audited.
-        victim: the client, as it is simulated.
-        number: how many victims there are.
-        capture: what the victims at some places share.
-        truth: what they hold, None where nobody knows.
-        candidates: attacks, in the order in which they are run.
-        reader: reads their labels.
+        client: the declared client.
+        subject: the audited network and data.
+        victim: the simulated client.
+        number: the number of victims.
+        capture: a function that returns what the victims with some indices share.
+        truth: a function that returns what these victims hold; None if nobody knows.
+        candidates: the attacks, in the order in which they run.
+        reader: the reader of labels.
     """
 
     client: Client
@@ -65,12 +65,12 @@ class Row:
 
     @property
     def reads_labels(self) -> bool:
-        """Whether they are read off what was shared."""
+        """Whether labels are read off the shared gradients."""
         return any(candidate.name == "labels" for candidate in self.candidates)
 
     @cached_property
     def counts(self) -> tuple[Tensor, float]:
-        """``(V, K)``, the labels of all victims as an attacker reads them, and the seconds that it took."""
+        """The label counts ``(V, K)`` that an attacker reads for all victims, and the seconds that it took."""
         parts, seconds = [], 0.0
         for start in range(0, self.number, _CAPTURED_AT_ONCE):
             shared = self.capture(range(start, min(start + _CAPTURED_AT_ONCE, self.number)))
@@ -81,14 +81,14 @@ class Row:
 
     @cached_property
     def seconds_of_a_pass(self) -> float:
-        """Of the network and back, with the images of one victim."""
+        """Seconds of one forward and backward pass with the images of one victim."""
         self.capture([0])
         began = time.monotonic()
         self.capture([0])
         return (time.monotonic() - began) / self.client.local_steps
 
     def share(self, places: Sequence[int], *, reads: bool) -> SharedGradient:
-        """What attacks are given of the victims at these places: what they shared, with the labels that were read."""
+        """Return what these victims shared, for attacks; with the labels that were read, if ``reads``."""
         shared = self.capture(places)
         if not reads or shared.labels is not None:
             return shared
@@ -100,16 +100,16 @@ class Row:
 
 @dataclass
 class Runner:
-    """Plans and runs the attacks; a plan and attacks that are on disk are taken from there.
+    """Plan and run the attacks. A plan or an attack that is already on disk is read from there.
 
     Attributes:
         rows: the clients.
-        budget: seconds of all of it.
-        folder: of the audit.
-        key: by which its files are known again.
-        accelerator: as for the Trainer.
+        budget: the seconds for all attacks.
+        folder: the folder of the audit.
+        key: the digest that identifies the audit in its files.
+        accelerator: the accelerator, as in the Trainer.
         success_threshold: an image counts as reconstructed if its MSE is below this.
-        tell: is given what happens, a line each.
+        tell: a function that is called with each line of progress.
     """
 
     rows: list[Row]
@@ -123,7 +123,7 @@ class Runner:
     refused: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def run(self) -> list[Record]:
-        """Plan, tell the plan, and run it: one record for each client and attack."""
+        """Make the plan, print it and run it. Return one record for each client and attack."""
         spent = self._make_plan()
         self.tell(f"Plan, for {self.budget:.0f} s")
         for row in self.rows:
@@ -145,7 +145,7 @@ class Runner:
                 record = self._run_one(row, candidate, max(left - later, 0.0), solved)
                 save_record(self.folder, record)
             if record.measured is not None:
-                left -= record.measured.seconds if candidate.make is not None else 0.0  # labels are read for the plan
+                left -= record.measured.seconds if candidate.make is not None else 0.0  # read while planning
                 self.tell(f"  {_line(record.measured)}")
                 if _solves(record.measured, row.number):
                     solved.add(row.client.name)
@@ -160,7 +160,7 @@ class Runner:
 
     @property
     def plan_path(self) -> Path:
-        """Where it is kept."""
+        """The path of the plan."""
         return self.folder / "runs" / "plan.json"
 
     def check_folder(self) -> None:
@@ -179,7 +179,7 @@ class Runner:
         return plan if isinstance(plan, dict) else {}
 
     def _make_plan(self) -> float:
-        """Time attacks and share the budget out; seconds that this took of it."""
+        """Time the attacks and divide the budget among them. Return the seconds that this took."""
         if self.plan_path.is_file():
             saved = self._saved()
             for client, attack, share, reason in saved["plan"]:
@@ -196,7 +196,7 @@ class Runner:
                 try:
                     needs.append((row, candidate, self._seconds(row, candidate)))
                 except (ValueError, RuntimeError, MemoryError) as error:
-                    self.refused[row.client.name, candidate.name] = f"It can't be run here: {error}"
+                    self.refused[row.client.name, candidate.name] = f"It can't run here: {error}"
         spent = time.monotonic() - began
         pairs = [(candidate, seconds) for _, candidate, seconds in needs]
         shares = share_out(max(self.budget - spent, 0.0), pairs, [row.number for row, _, _ in needs])
@@ -210,15 +210,15 @@ class Runner:
         return spent
 
     def _seconds(self, row: Row, candidate: Candidate) -> float:
-        """Of one evaluation of one victim."""
+        """Return the seconds of one evaluation for one victim."""
         if candidate.make is None:
-            return row.counts[1] / row.number  # other attacks need the labels: they are read at once
+            return row.counts[1] / row.number  # read all labels now, as other attacks need them
         shared = row.share([0], reads=row.reads_labels)
         if (seconds := candidate.passes * row.seconds_of_a_pass) > _TRIAL_SHARE * self.budget:
-            return seconds  # which says enough
+            return seconds  # a good enough estimate
         return seconds_of_one(candidate.make(), shared, row.victim, accelerator=self.accelerator)
 
-    # An attack.
+    # One attack.
 
     def _run_one(self, row: Row, candidate: Candidate, seconds: float, solved: set[str]) -> Record:
         client, name = row.client.name, candidate.name
@@ -227,7 +227,7 @@ class Runner:
         share = self.plan[client, name]
         planned = Planned(client, name, share.expected_seconds, False, "")
         if client in solved:
-            reason = "Not needed: an attack before it has reconstructed every image."
+            reason = "Not needed: an earlier attack reconstructed every image."
             return Record(self.key, replace(planned, reason=reason))
         if candidate.make is None:
             counts, took = row.counts
@@ -236,10 +236,10 @@ class Runner:
             return Record(self.key, replace(planned, done=True), measured)
         evaluation = share.seconds_of_one / (share.steps or candidate.evaluations)
         if evaluation > seconds > 0:
-            reason = f"One evaluation takes about {evaluation:.0f} s, more than is left of the budget."
+            reason = f"One evaluation takes about {evaluation:.0f} s, which is more than the budget has left."
             return Record(self.key, replace(planned, reason=reason), reached=False)
         if seconds <= 0:
-            return Record(self.key, replace(planned, reason="The budget ended before it."), reached=False)
+            return Record(self.key, replace(planned, reason="The budget ran out before this attack."), reached=False)
         make = partial(candidate.make, steps=share.steps) if candidate.shortens else candidate.make
         outcome = fit_all(
             make,
@@ -252,7 +252,7 @@ class Runner:
             folder=self.folder / "runs" / slug(client) / name,
         )
         if not len(outcome.found):
-            return Record(self.key, replace(planned, reason="The budget ended before it."), reached=False)
+            return Record(self.key, replace(planned, reason="The budget ran out before this attack."), reached=False)
         truth = None if row.truth is None else row.truth(outcome.found.ids.tolist())
         measured, rows = measure(
             name,
@@ -264,7 +264,7 @@ class Runner:
             folder=self.folder,
         )
         if not outcome.complete:
-            reason = f"The budget ended after {measured.iterations:.0f} evaluations of {_victims(measured.victims)}."
+            reason = f"The budget ran out after {measured.iterations:.0f} evaluations of {_victims(measured.victims)}."
             return Record(self.key, replace(planned, reason=reason), measured, rows, reached=False)
         return Record(self.key, replace(planned, done=True), measured, rows)
 
@@ -274,13 +274,13 @@ def _victims(number: int) -> str:
 
 
 def _solves(measured: Measured, victims: int) -> bool:
-    """Whether there is nothing left to find."""
+    """Whether an attack reconstructed every image of every victim."""
     figure = measured.metrics.get("success_rate")
     return figure is not None and figure.value == 1 and figure.victims == victims
 
 
 def _line(measured: Measured) -> str:
-    """For the terminal."""
+    """Summarise an attack in one line for the terminal."""
     words = []
     for name, figure in measured.metrics.items():
         if name == "psnr":

@@ -1,4 +1,4 @@
-"""Before any attack: does the simulated client do what the module's own training does, and is the truth a solution?"""
+"""Self-check of a simulated client: it must train like the module, and the truth must be a solution of the attack."""
 
 from __future__ import annotations
 
@@ -22,19 +22,22 @@ from leakage.defenses.encoding import Encoding
 from leakage.inversion.simulation import Simulation, known_to
 from leakage.precision import full_precision
 
-# Relative: what rounding leaves of two ways to compute one gradient, in double and in single precision.
+# The relative difference that rounding leaves between two ways to compute a gradient, in double and single precision.
 _DOUBLE, _SINGLE = 1e-7, 1e-3
-# Of the squared distance at the truth.
+# The largest squared distance at the truth.
 _AT_THE_TRUTH = 1e-10
-# By how much it may exceed the noise that the attacker is told of.
+# With declared noise, the largest ratio of that distance to the noise.
 _ABOVE_NOISE = 3.0
 
 
 def with_module_rate(client: Client, subject: Subject) -> tuple[Client, list[Problem]]:
-    """The client, with the learning rate of the module's own optimizer where it declares none.
+    """Complete a client with the learning rate of the module's own optimizer if it declares none.
+
+    Returns:
+        The client, and a problem if the module does not train with SGD.
 
     Raises:
-        ValueError: several local steps without a rate, and a module that has no plain SGD.
+        ValueError: the client makes several local steps without a learning rate, and the module has no plain SGD.
     """
     if client.local_steps == 1:
         return client, []
@@ -43,7 +46,7 @@ def with_module_rate(client: Client, subject: Subject) -> tuple[Client, list[Pro
     if client.learning_rate is None:
         if not sgd or optimizer is None:
             raise ValueError(
-                f"Expected a `learning_rate` of the client {client.name!r} for its {client.local_steps} local steps, "
+                f"Expected a `learning_rate` for the {client.local_steps} local steps of the client {client.name!r}, "
                 f"as the module's own optimizer is {type(optimizer).__name__ if optimizer else 'none'}, but got None."
             )
         group = optimizer.param_groups[0]
@@ -56,20 +59,20 @@ def with_module_rate(client: Client, subject: Subject) -> tuple[Client, list[Pro
         Problem(
             "replace",
             "configure_optimizers",
-            f"the module trains by {kind}, the client {client.name!r} is declared to take steps of SGD",
-            "Nothing to do, if clients do take such steps.",
-            f"The verdict is for clients of SGD; attacks can't simulate {kind} yet.",
+            f"the module trains with {kind}, but the client {client.name!r} is declared to take steps of SGD",
+            "Nothing to do if clients really take such steps.",
+            f"The verdict is for clients that use SGD; attacks can't simulate {kind} yet.",
         )
     ]
 
 
 @full_precision()
 def self_check(subject: Subject, client: Client, victim: Victim, seed: int) -> list[Check]:
-    """Simulate a client on images of the auditor's own, in up to three ways.
+    """Simulate a client on the auditor's own images and run up to three checks.
 
-    Its gradient must be that of the module's ``training_step``; its local steps those of the module's optimizer, where
-    that is plain SGD; and the attacker's distance at the true images and labels must be zero, but for rounding and
-    noise that is declared.
+    - Its gradient must equal that of the module's ``training_step``.
+    - Its local steps must equal those of the module's optimizer, if that is plain SGD.
+    - The attacker's distance at the true images and labels must be zero, apart from rounding and declared noise.
     """
     images, labels = _images(subject, client.images)
     checks = [_training_step(subject, client, images, labels, seed)]
@@ -98,7 +101,7 @@ def _training_step(subject: Subject, client: Client, images: Tensor, labels: Ten
             theirs = module_gradient(made, images.to(dtype), labels, seed)
             limit = _DOUBLE if dtype == torch.float64 else _SINGLE
             break
-        except RuntimeError as error:  # a module of its own precision
+        except RuntimeError as error:  # the module may fix its precision
             if dtype == torch.float32:
                 return Check(client.name, name, False, None, f"`training_step` fails on other images: {error}")
     victim = Victim(
@@ -111,12 +114,12 @@ def _training_step(subject: Subject, client: Client, images: Tensor, labels: Ten
     ours = victim.gradients(victim.state, images.to(dtype), F.one_hot(labels, victim.protocol.num_classes).to(dtype))
     residual = difference(ours, theirs)
     if residual <= limit:
-        return Check(client.name, name, True, residual, "The simulated client's gradient is that of the module.")
+        return Check(client.name, name, True, residual, "The simulated client's gradient equals that of the module.")
     return Check(client.name, name, False, residual, _explain(ours, theirs))
 
 
 def module_gradient(subject: Subject, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
-    """The gradient of the module's own ``training_step`` for images in [0, 1], by the names of the network."""
+    """Return the gradient of the module's ``training_step`` for images in [0, 1], by the network's parameter names."""
     module, places = subject.module, {own: name for name, own in subject.names.items()}
     parameters = {name: one for name, one in module.named_parameters() if one.requires_grad}
     with seeded(seed), torch.enable_grad():
@@ -129,7 +132,7 @@ def module_gradient(subject: Subject, images: Tensor, labels: Tensor, seed: int)
 
 
 def difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """How far two gradients are apart, relative to the second."""
+    """Distance of two gradients, relative to the length of the second."""
     apart, length = 0.0, 0.0
     for name in {*ours, *theirs}:
         like = theirs.get(name, ours.get(name))
@@ -140,19 +143,19 @@ def difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> floa
 
 
 def _explain(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
-    """Why two gradients differ, if it can be told."""
+    """Explain why two gradients differ, as far as possible."""
     vectors = [torch.cat([side[name].flatten().double() for name in sorted(theirs)]) for side in (ours, theirs)]
     factor = float(vectors[0] @ vectors[1] / vectors[0].square().sum())
     if float((factor * vectors[0] - vectors[1]).norm() / vectors[1].norm()) < _SINGLE:
         return (
-            f"The module's gradient is {factor:.6g} times that of the simulated client: its loss is multiplied, or "
-            "reduced in another way."
+            f"The module's gradient is {factor:.6g} times that of the simulated client: its loss is multiplied by a "
+            "factor, or reduced in another way."
         )
     apart = {name: difference({name: ours[name]}, {name: theirs[name]}) for name in theirs if name in ours}
     worst = max(apart, key=lambda name: apart[name])
     return (
-        f"The module's gradient is another one, most of all that of {worst!r}: `training_step` does more than the loss "
-        "that was recognised, such as an augmentation, a penalty or a random mask."
+        f"The module's gradient differs, most of all for {worst!r}: `training_step` does more than the loss that was "
+        "recognised, such as an augmentation, a penalty or a random mask."
     )
 
 
@@ -161,7 +164,7 @@ def _optimizer(subject: Subject) -> torch.optim.Optimizer | None:
         return None
     try:
         made = copy.deepcopy(subject.module).configure_optimizers()
-    except Exception:  # of a user, and of no use outside of a Trainer
+    except Exception:  # the user's code may need its own Trainer
         return None
     while isinstance(made, list | tuple) and made:
         made = made[0]
@@ -171,7 +174,7 @@ def _optimizer(subject: Subject) -> torch.optim.Optimizer | None:
 
 
 def _local_steps(subject: Subject, client: Client, seed: int) -> list[Check]:
-    """The average of its steps, beside that of the module's own optimizer."""
+    """Compare the average of the client's steps with that of the module's own optimizer."""
     name = "local steps of configure_optimizers"
     made = copy.deepcopy(subject)
     made.module.double()
@@ -180,15 +183,15 @@ def _local_steps(subject: Subject, client: Client, seed: int) -> list[Check]:
     if not isinstance(optimizer, torch.optim.SGD) or client.learning_rate is None:
         return []
     images, labels = _images(subject, client.images)
-    # Without secrets, of which there are none here.
-    told = {**client.training, "reveal_learning_rate": True, "shuffle": False, "defenses": ()}
+    # Without defenses, and with everything known.
+    training = {**client.training, "reveal_learning_rate": True, "shuffle": False, "defenses": ()}
     victim = Victim(
         made.network,
         image_shape=tuple(images.shape[1:]),
         num_images=client.images,
         loss=subject.loss,
         reduction=subject.reduction,
-        **told,
+        **training,
     )
     module = made.module
     optimizer = type(optimizer)(module.parameters(), **_plain(optimizer))
@@ -209,7 +212,7 @@ def _local_steps(subject: Subject, client: Client, seed: int) -> list[Check]:
     ours = victim.gradients(victim.state, images.double(), targets)
     residual = difference(ours, theirs)
     if residual <= _DOUBLE * 100:
-        return [Check(client.name, name, True, residual, "The simulated client's update is that of the module.")]
+        return [Check(client.name, name, True, residual, "The simulated client's update equals that of the module.")]
     return [Check(client.name, name, False, residual, _explain_steps(client, optimizer))]
 
 
@@ -223,46 +226,49 @@ def _explain_steps(client: Client, optimizer: torch.optim.SGD) -> str:
     declared = {"lr": client.learning_rate, "momentum": client.momentum, "weight_decay": client.weight_decay}
     words = {"lr": "learning_rate"}
     differing = [
-        f"{words.get(name, name)}={value:g} is declared and {group[name]:g} in `configure_optimizers`"
+        f"{words.get(name, name)}={value:g} is declared, but `configure_optimizers` has {group[name]:g}"
         for name, value in declared.items()
         if value is not None and value != group[name]
     ]
     if differing:
-        return f"The module's optimizer makes other steps: {'; '.join(differing)}."
-    return "The module's optimizer makes other steps, by options that attacks do not simulate (Nesterov, dampening)."
+        return f"The module's optimizer takes other steps: {'; '.join(differing)}."
+    return "The module's optimizer takes other steps, with options that attacks do not simulate (Nesterov, dampening)."
 
 
 def _truth(client: Client, victim: Victim, images: Tensor, labels: Tensor, seed: int) -> Check:
-    """The attacker's own distance, at the true images and labels."""
+    """Check that the attacker's distance is zero at the true images and labels."""
     name = "distance at the truth"
     made = copy.deepcopy(victim)
     made.model.double()
     shared = made.share(images[None].double(), labels[None], seed=seed)
-    told = made.as_told()
+    known = made.as_told()
     if shared.protocol.shuffle or shared.protocol.learning_rate == "unknown":
-        return Check(client.name, name, True, None, "Not measured: the attacker is not told order or learning rate.")
+        finding = "Not measured: the attacker does not know the order of the images or the learning rate."
+        return Check(client.name, name, True, None, finding)
     if any(isinstance(defense, Encoding) for defense in victim.defenses):
-        return Check(client.name, name, True, None, "Not measured: clients compute with other images than their own.")
+        return Check(
+            client.name, name, True, None, "Not measured: the clients compute their gradient on encoded images."
+        )
     targets = F.one_hot(labels, made.protocol.num_classes).double()
     sent = {key: tensor[0] for key, tensor in shared.gradients.items()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is ignored is told below
-        defenses = known_to(True, told)
-    found = told.gradients(shared.state, images.double(), targets)
-    simulated = Simulation(defenses, told)
+        warnings.simplefilter("ignore")  # the finding below names what attacks ignore
+        defenses = known_to(True, known)
+    found = known.gradients(shared.state, images.double(), targets)
+    simulated = Simulation(defenses, known)
     found = simulated(found, sent, {}, shared.state, images.double(), targets)
     distance = difference(found, sent) ** 2
     if ignored := {type(defense).__name__ for defense in victim.defenses} - {type(one).__name__ for one in defenses}:
-        finding = f"Attacks match the update as if {sorted(ignored)} did nothing: one that knows more may find more."
+        finding = f"Attacks match the update as if {sorted(ignored)} did nothing. Better attacks may find more."
         return Check(client.name, name, True, distance, finding)
     limit = _AT_THE_TRUTH
     if defenses:
         noise = float(relative_noise(defenses, shared)[0]) * sum(tensor.numel() for tensor in sent.values())
         limit = max(limit, _ABOVE_NOISE * noise)
     if distance <= limit:
-        left = "zero, but for rounding" if distance <= _AT_THE_TRUTH else "no more than the declared noise"
+        left = "zero, up to rounding" if distance <= _AT_THE_TRUTH else "no more than the declared noise"
         return Check(client.name, name, True, distance, f"The true images have a distance of {left}.")
     return Check(
         *(client.name, name, False, distance),
-        "The true images do not reproduce the update: something is random that no option declares.",
+        "The true images do not reproduce the update: something is random that was not declared.",
     )

@@ -1,4 +1,4 @@
-"""What is audited: an engineer's LightningModule and data, taken as they are and never changed."""
+"""The subject of an audit: a user's LightningModule and data, used without any change to them."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from torch.utils.data import DataLoader, Dataset
 from leakage.audit.report import Problem
 from leakage.updates.weights import open_weights
 
-#: What a user may bring as data.
+#: The types of data that a user may pass.
 Data = LightningDataModule | DataLoader[Any] | Dataset[Any]
-# Where dicts have their images and labels, most usual first.
+# Keys under which dicts hold images and labels, the most usual first.
 _IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x", "inputs", "input")
 _LABEL_KEYS = ("label", "labels", "target", "targets", "y")
-# Values of all images that are kept in memory.
+# The most values that all images in memory may have together.
 _MOST_VALUES = 2**27
 _LOSSES = {F.cross_entropy: "cross_entropy", F.nll_loss: "cross_entropy", F.mse_loss: "mean_squared_error"}
-# Also seen, so that a problem can name them.
+# Other losses, recorded so that a problem can name them.
 _OTHER_LOSSES = (
     *(F.binary_cross_entropy_with_logits, F.binary_cross_entropy, F.l1_loss, F.smooth_l1_loss, F.huber_loss),
     *(F.kl_div, F.multi_margin_loss, F.cosine_embedding_loss),
@@ -41,7 +41,7 @@ _OTHER_LOSSES = (
 
 @dataclass
 class Batch:
-    """Images and labels of a batch, and the way back to a batch of the same kind with others."""
+    """Images and labels of a batch, and a function that builds such a batch from other images and labels."""
 
     images: Tensor
     labels: Tensor
@@ -53,11 +53,11 @@ class Loss:
     """A loss function that ``training_step`` called.
 
     Attributes:
-        name: of the function.
-        given: its first argument, logits.
-        targets: its second.
-        options: the others, by name.
-        value: what it returned.
+        name: the name of the function.
+        given: its first argument, the logits.
+        targets: its second argument.
+        options: its other arguments, by name.
+        value: the value that it returned.
     """
 
     name: str
@@ -73,16 +73,16 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 @dataclass
 class Subject:
-    """What is audited, made ready.
+    """A module and data, prepared for an audit.
 
     Attributes:
-        module: a copy of the user's, in its modes, without dropout; its ``training_step`` is what clients run.
-        network: images in [0, 1] to logits; part of ``module``, or around it.
-        loss, reduction: as :class:`leakage.Victim` takes them.
-        images, labels: ``(M, C, H, W)`` in [0, 1] and ``(M,)``, from which victims are drawn.
-        own_images, own_labels: the auditor's own, none of the above.
-        to_batch: images in [0, 1] and labels to a batch for ``training_step``.
-        problems: what was found on the way.
+        module: a copy of the user's module, in its modes, without dropout. Clients run its ``training_step``.
+        network: a network from images in [0, 1] to logits. It is a part of ``module``, or wraps it.
+        loss, reduction: the loss and its reduction, as in :class:`leakage.Victim`.
+        images, labels: the images ``(M, C, H, W)`` in [0, 1] and labels ``(M,)`` that victims are drawn from.
+        own_images, own_labels: the auditor's own images and labels, which are not among those above.
+        to_batch: a function that makes a batch for ``training_step`` from images in [0, 1] and labels.
+        problems: the problems that were found.
     """
 
     module: LightningModule
@@ -98,12 +98,12 @@ class Subject:
 
     @property
     def names(self) -> dict[str, str]:
-        """Of each parameter and buffer of the network in the module."""
+        """The module's name for each parameter and buffer of the network, by the network's name."""
         places = {id(tensor): name for name, tensor in _tensors(self.module)}
         return {name: places[id(tensor)] for name, tensor in _tensors(self.network) if id(tensor) in places}
 
     def renamed(self, weights: Any, what: str) -> Any:
-        """A client's weights or update with the network's names, where it has names."""
+        """Return a client's weights or update under the network's names, if the arrays have names."""
         arrays = open_weights(weights, what)
         if not isinstance(arrays.tensors, dict):
             return arrays.tensors
@@ -111,7 +111,7 @@ class Subject:
         return {places.get(name, name): tensor for name, tensor in arrays.tensors.items()}
 
     def module_loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """What the module's own ``training_step`` returns for images in [0, 1]."""
+        """Return the loss of the module's own ``training_step`` for images in [0, 1]."""
         return loss_of(self.module, self.to_batch(images, labels))
 
     @property
@@ -122,7 +122,7 @@ class Subject:
 
 
 class FromUnitRange(nn.Module):
-    """A network for images of another range, as one for images in [0, 1]: ``network(scale * x + offset)``."""
+    """Wrap a network so that it takes images in [0, 1]: it computes ``network(scale * x + offset)``."""
 
     scale: Tensor
     offset: Tensor
@@ -130,25 +130,25 @@ class FromUnitRange(nn.Module):
     def __init__(self, network: nn.Module, scale: Tensor, offset: Tensor) -> None:
         super().__init__()
         self.network = network
-        # Not persistent: no client sends them.
+        # Not persistent, as no client sends them.
         self.register_buffer("scale", scale.view(-1, 1, 1), persistent=False)
         self.register_buffer("offset", offset.view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(N, K)``."""
+        """Return the logits ``(N, K)``."""
         logits: Tensor = self.network(images * self.scale + self.offset)
         return logits
 
 
 class LogitsOfTrainingStep(nn.Module):
-    """The logits that ``training_step`` hands to its loss, where no layer of it takes the images as they are."""
+    """Compute the logits that ``training_step`` passes to its loss, if no layer takes the images unchanged."""
 
     def __init__(self, module: LightningModule, rebuild: Callable[[Tensor, Tensor], Any]) -> None:
         super().__init__()
         self.module, self.rebuild = module, rebuild
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(N, K)``."""
+        """Return the logits ``(N, K)``."""
         labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
         try:
             with _Losses(stop=True):
@@ -165,7 +165,7 @@ class _ReachedLossError(Exception):
 
 
 class _Losses(TorchFunctionMode):
-    """Records the losses that are called within, or stops at the first."""
+    """Record the loss functions that are called in this context, or stop at the first."""
 
     def __init__(self, *, stop: bool = False) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class _Losses(TorchFunctionMode):
 
 
 def training_step(module: LightningModule, batch: Any) -> Any:
-    """Call the module's own, with as many arguments as it takes."""
+    """Call the module's ``training_step`` with as many arguments as it takes."""
     step = module.training_step
     code = getattr(getattr(step, "__func__", step), "__code__", None)
     taken = code.co_argcount - 1 if code is not None else 2
@@ -195,16 +195,16 @@ def training_step(module: LightningModule, batch: Any) -> Any:
 
 
 def loss_of(module: LightningModule, batch: Any) -> Tensor:
-    """The loss that ``training_step`` returns, by itself or in a dict."""
+    """Return the loss of ``training_step``, which returns it directly or in a dict."""
     returned = training_step(module, batch)
     loss = returned.get("loss") if isinstance(returned, Mapping) else returned
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise ValueError(f"Expected `training_step` to return a loss of one number, but got {type(loss).__name__}.")
+        raise ValueError(f"Expected `training_step` to return the loss as one number, but got {type(loss).__name__}.")
     return loss.squeeze()
 
 
 def copy_of(module: LightningModule) -> LightningModule:
-    """A copy on the CPU that logs nothing and has no trainer."""
+    """Copy a module to the CPU, with a Trainer that trains and logs nothing."""
     try:
         copied: LightningModule = copy.deepcopy(module)
     except Exception as error:
@@ -212,7 +212,7 @@ def copy_of(module: LightningModule) -> LightningModule:
     copied = copied.to("cpu")
     copied.zero_grad(set_to_none=True)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    copied.trainer = trainer  # which a training_step may ask for its world size
+    copied.trainer = trainer  # a training_step may need it, for instance for its world size
     silent = cast(Any, copied)
     silent.log = silent.log_dict = lambda *args, **kwargs: None
     return copied
@@ -220,7 +220,7 @@ def copy_of(module: LightningModule) -> LightningModule:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Everything random within follows from the seed; outside, states are as they were."""
+    """Seed all random generators inside the context, and restore their states afterwards."""
     with isolate_rng():
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002 (a user's augmentation may draw from it)
@@ -230,7 +230,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Without Lightning's hints within, which are about training."""
+    """Silence Lightning's hints about training inside the context."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -245,20 +245,20 @@ def quiet_lightning() -> Iterator[None]:
 
 
 class _Collector(LightningModule):
-    """Runs a user's data as in training, with the module's own hooks for batches, and keeps what a step is given."""
+    """Run a user's data as in training, with the module's own hooks for batches, and keep each batch."""
 
     def __init__(self, module: LightningModule, images: int) -> None:
         super().__init__()
-        self.module = [module]  # not a part of this one
+        self.module = [module]  # in a list, so as not to become a submodule
         self.batches: list[Any] = []
         self.missing = images
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The module's own."""
+        """Call the module's own hook."""
         return self.module[0].on_before_batch_transfer(batch, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The module's own."""
+        """Call the module's own hook."""
         return self.module[0].on_after_batch_transfer(batch, dataloader_idx)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -270,20 +270,19 @@ class _Collector(LightningModule):
             self.trainer.should_stop = True
 
     def configure_optimizers(self) -> None:
-        """None."""
+        """Return no optimizer."""
 
 
 def collect(module: LightningModule, data: Data | None, images: int, seed: int) -> list[Any]:
-    """Batches with about so many images, as the module's own training would see them.
+    """Collect batches with about this many images, as the module's own training would see them.
 
     Raises:
-        ValueError: no data, or data that break off.
+        ValueError: there are no data, or no batch of them can be loaded.
     """
     if data is None:
         if not is_overridden("train_dataloader", module):
             raise ValueError(
-                f"Expected `data`, or a module with a `train_dataloader` of its own, but got none with "
-                f"{type(module).__name__}."
+                f"Expected `data`, or a module with a `train_dataloader`, but got neither for {type(module).__name__}."
             )
         data = module.train_dataloader()
     if isinstance(data, Dataset):
@@ -318,7 +317,7 @@ def collect(module: LightningModule, data: Data | None, images: int, seed: int) 
 
 
 def find_images(batch: Any) -> Batch | None:
-    """The images and labels of a batch: a tuple, list or dict of tensors; None if there are none."""
+    """Find the images and labels of a batch, which is a tuple, list or dict of tensors; None if there are none."""
     items: list[tuple[Any, Any]]
     if isinstance(batch, Mapping):
         rank = {key: place for place, key in enumerate((*_IMAGE_KEYS, *_LABEL_KEYS))}
@@ -356,7 +355,7 @@ def find_images(batch: Any) -> Batch | None:
 
 
 def observe(module: LightningModule, batch: Any) -> tuple[Tensor, list[Loss], list[tuple[str, Tensor, Any]]]:
-    """Run ``training_step``: its loss, the loss functions that it called, and what each layer took and gave."""
+    """Run ``training_step`` and return its loss, the loss functions it called, and each layer's input and output."""
     layers: list[tuple[str, Tensor, Any]] = []
 
     def record(name: str) -> Any:
@@ -378,5 +377,5 @@ def observe(module: LightningModule, batch: Any) -> tuple[Tensor, list[Loss], li
 
 
 def most_images(images: Tensor) -> int:
-    """How many such images are kept at most."""
+    """Return the largest number of such images that is kept."""
     return max(1, _MOST_VALUES // max(1, images[0].numel()))

@@ -1,4 +1,4 @@
-"""From figures to a verdict: the user's own thresholds, and bounds for mechanisms that are declared."""
+"""From figures to a verdict: the user's thresholds, and bounds for declared mechanisms."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from leakage.defenses import DPSGD
 from leakage.errors import check_choice
 from leakage.metrics import wilson_interval
 
-#: Of :class:`~leakage.audit.AuditReport.bounds`: δ of the ε that is told.
+#: The δ of the ε that bounds in :class:`~leakage.audit.AuditReport` report.
 DELTA = 1e-5
-#: Metrics from 0 to 1 whose intervals are of shares.
+#: The metrics that are shares, from 0 to 1.
 SHARES = ("label_accuracy", "success_rate", "identified")
 
 
 def check_thresholds(fail_above: Mapping[str, float] | None) -> dict[str, float]:
-    """The limits; a ``ValueError`` for a metric that does not exist, or a limit that none can be at."""
+    """Check limits by metric and return them as floats.
+
+    Raises:
+        ValueError: a metric does not exist, or its limit is out of range.
+    """
     limits = dict(fail_above or {})
     for metric, limit in limits.items():
         check_choice("fail_above", metric, METRICS)
@@ -32,7 +36,7 @@ def check_thresholds(fail_above: Mapping[str, float] | None) -> dict[str, float]
 
 
 def victims_needed(limit: float) -> float:
-    """How many victims must be attacked, and none found, for a share's interval to end at this limit.
+    """Return how many victims it takes for the interval of a share to end at the limit if no victim is found.
 
     Example:
         >>> victims_needed(0.05)
@@ -40,15 +44,16 @@ def victims_needed(limit: float) -> float:
     """
     if limit <= 0:
         return math.inf
-    # The interval around none of n ends at z² / (n + z²).
+    # If none of n victims is found, the interval ends at z² / (n + z²).
     squared = 1 / (1 / wilson_interval(0.0, 1)[1] - 1)
     return math.ceil(squared / limit - squared - 1e-9)
 
 
 def decide(limit: float, figure: Figure, *, reached: bool) -> str:
-    """``"exceeded"`` where the interval lies above the limit, ``"within"`` where it does not reach above it.
+    """Decide on a limit: ``"exceeded"``, ``"within"`` or ``"inconclusive"``.
 
-    Where the budget did not reach an attack, ``"within"`` is ``"inconclusive"``.
+    It is exceeded if the whole interval lies above it. It is within if the whole interval lies at or below it and the
+    budget was enough for all attacks (``reached``). Otherwise it is inconclusive.
     """
     if figure.low > limit:
         return "exceeded"
@@ -58,13 +63,13 @@ def decide(limit: float, figure: Figure, *, reached: bool) -> str:
 def thresholds(
     limits: Mapping[str, float], clients: Sequence[Client], measured: Sequence[Measured], unreached: set[str]
 ) -> list[Threshold]:
-    """Each limit beside each figure that it is for.
+    """Compare each limit with each figure that it applies to.
 
     Args:
-        limits: by metric.
-        clients: of the audit.
-        measured: all that was found.
-        unreached: names of clients with an attack that the budget did not reach.
+        limits: the limits by metric.
+        clients: the clients of the audit.
+        measured: the figures of all attacks.
+        unreached: the names of clients with an attack that the budget did not reach.
     """
     found = []
     for metric, limit in limits.items():
@@ -80,12 +85,12 @@ def thresholds(
 
 
 def bounds(client: Client, fewest_others: int, guessed: Figure | None) -> list[Bound]:
-    """What no attacker can exceed against a client with DP-SGD.
+    """Return bounds that no attacker can exceed against a client with DP-SGD.
 
     Args:
-        client: as declared.
-        fewest_others: images of the rarest class that a reconstruction is compared with.
-        guessed: success of the nearest of the auditor's images, which looks at no gradient.
+        client: the declared client.
+        fewest_others: the number of images of the rarest class that a reconstruction is compared with.
+        guessed: the success rate of guessing the nearest of the auditor's images without a gradient.
     """
     private = next((defense for defense in client.defenses if isinstance(defense, DPSGD)), None)
     if private is None or not private.noise_multiplier or client.local_steps > 1:
@@ -98,14 +103,14 @@ def bounds(client: Client, fewest_others: int, guessed: Figure | None) -> list[B
     kept = [
         Bound(
             *(client.name, mechanism, "identified", gaussian_success_bound(chance, sigma)),
-            f"{source}; a guess is right with probability {chance:.3g}",
+            f"{source}; a guess is right with a probability of {chance:.3g}",
         )
     ]
     if guessed is not None and math.isfinite(guessed.high):
         kept.append(
             Bound(
                 *(client.name, mechanism, "success_rate", gaussian_success_bound(guessed.high, sigma)),
-                f"{source}; the nearest of the auditor's images succeeds with probability {guessed.high:.3g} at most",
+                f"{source}; the auditor's nearest image succeeds with a probability of at most {guessed.high:.3g}",
             )
         )
     return kept

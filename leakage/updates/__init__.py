@@ -1,4 +1,4 @@
-"""Updates of real systems: read as shared gradients, and captured as they leave a client."""
+"""Updates of real systems: read them as shared gradients, and capture them as they leave a client."""
 
 from leakage.updates.flower import CaptureUpdates
 from leakage.updates.reading import read_update

@@ -1,4 +1,4 @@
-"""A mod for Flower's clients that keeps what leaves them: what the server, or who listens, gets to see."""
+"""A client mod for Flower that stores each update that leaves a client, as the server or an eavesdropper sees it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _FORMAT = "leakage.weights"
 
 
 class CaptureUpdates:
-    """A client mod of Flower that writes each update, as it leaves the client, to two files.
+    """A client mod for Flower that writes each update to two files as it leaves the client.
 
-    For each message of training, ``<output>/round-<round>-node-<node>.before.safetensors`` has the arrays that the
-    client was given, ``....after.safetensors`` those that it sends back, by their names where they have some, and else
-    by their place; :func:`~leakage.updates.read_update` reads both. The header of the second has what is sent along
-    (``metrics``: the number of examples, and what else the client tells). Nothing is changed on the way, and what
-    can't be written is a warning, not the end of the client's training.
+    For each training message, ``<output>/round-<round>-node-<node>.before.safetensors`` holds the arrays that the
+    client received, and ``....after.safetensors`` those that it sends back. Arrays are stored by name if they have
+    names, and by index otherwise. :func:`~leakage.updates.read_update` reads both files. The header of the second holds
+    what is sent along (``metrics``: the number of examples, and all else that the client reports). The messages are not
+    changed. If a file can't be written, there is a warning, and the client's training goes on.
 
-    Mods wrap one another in their order: put it **first**, so that it sees what mods for privacy make of the update.
+    Mods wrap one another in their order. Put this one **first**, so that it sees the update after privacy mods.
 
     Args:
-        output: the folder.
+        output: the folder for the files.
 
     Example:
         >>> from flwr.clientapp import ClientApp                      # doctest: +SKIP
@@ -42,13 +42,13 @@ class CaptureUpdates:
         self.output = Path(output)
 
     def __call__(self, message: Any, context: Any, call_next: Callable[[Any, Any], Any]) -> Any:
-        """Hand the message on, and the reply back, and keep the arrays of both."""
+        """Pass the message on and the reply back, and store the arrays of both."""
         if message.metadata.message_type.partition(".")[0] != "train":
             return call_next(message, context)
         try:
-            before = _named(message)  # now: the client may take the arrays out of the message
+            before = _named(message)  # read now, as the client may take the arrays out of the message
         except ValueError as error:
-            warnings.warn(f"An update is not captured: {error}", stacklevel=2)
+            warnings.warn(f"An update was not captured: {error}", stacklevel=2)
             return call_next(message, context)
         stem = f"round-{_round(message)}-node-{message.metadata.dst_node_id}"
         reply = call_next(message, context)
@@ -58,15 +58,15 @@ class CaptureUpdates:
             after = _named(reply)
             stem = self._free(stem)
             write_safetensors(self.output / f"{stem}.before.safetensors", _FORMAT, before)
-            told = {name: dict(record) for name, record in reply.content.metric_records.items()}
-            header = {"metrics": json.dumps(told, default=str)}
+            metrics = {name: dict(record) for name, record in reply.content.metric_records.items()}
+            header = {"metrics": json.dumps(metrics, default=str)}
             write_safetensors(self.output / f"{stem}.after.safetensors", _FORMAT, after, header)
         except (OSError, ValueError) as error:
-            warnings.warn(f"An update is not captured: {error}", stacklevel=2)
+            warnings.warn(f"An update was not captured: {error}", stacklevel=2)
         return reply
 
     def _free(self, stem: str) -> str:
-        """The same, or with a number behind it, if there are files of this name."""
+        """Return the stem, with a number appended if files with this name exist."""
         number, free = 1, stem
         while (self.output / f"{free}.after.safetensors").exists():
             number += 1
@@ -75,10 +75,10 @@ class CaptureUpdates:
 
 
 def _round(message: Any) -> object:
-    """As strategies tell it; else what tells messages apart."""
-    told = [record["server-round"] for record in message.content.config_records.values() if "server-round" in record]
+    """Return the round that the strategy sends, or else an id that distinguishes messages."""
+    rounds = [record["server-round"] for record in message.content.config_records.values() if "server-round" in record]
     metadata = message.metadata
-    return next(iter(told), None) or metadata.group_id or metadata.message_id
+    return next(iter(rounds), None) or metadata.group_id or metadata.message_id
 
 
 def _named(message: Any) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a client of a real system sent, as the shared gradient that attacks take."""
+"""Read what a client of a real system sent as a shared gradient for attacks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from leakage.updates.weights import HOLDS, AnyWeights, Arrays, open_weights
 
 @dataclass
 class Update:
-    """An update as it was read.
+    """An update after reading.
 
     Attributes:
-        shared: what attacks take, of one victim.
-        rounding: name to ``(1, *shape)``: how far each entry of the gradient may be off, since the weights that it is
-            the difference of are rounded.
-        before, after: weights and buffers by the model's names; after is empty if it is not weights that were sent.
+        shared: the shared gradient of one victim, for attacks.
+        rounding: the possible error of each entry of the gradient, which is a difference of rounded weights, by name
+            and in shape ``(1, *shape)``.
+        before, after: weights and buffers by the model's names. ``after`` is empty if the client did not send weights.
         holds: one of :data:`~leakage.updates.weights.HOLDS`.
     """
 
@@ -46,48 +46,49 @@ def read_update(
     holds: str | None = None,
     learning_rate: float | None = None,
 ) -> SharedGradient:
-    r"""The shared gradient behind the update of one client, for :class:`~leakage.datamodules.SharedGradients`.
+    r"""Read the update of one client as a shared gradient, for :class:`~leakage.datamodules.SharedGradients`.
 
-    A client that was given the weights :math:`\theta_0` and sends :math:`\theta_T` after T steps has shared
+    A client that received the weights :math:`\theta_0` and sends :math:`\theta_T` after T steps has shared
 
     .. math:: g = \frac{\theta_0 - \theta_T}{\eta T},
 
-    the gradient for one step, else the average of its steps. Where the victim's protocol says that the attacker is not
-    told the learning rate :math:`\eta`, it is :math:`\theta_0 - \theta_T`.
+    the gradient of its step, or the average gradient of several steps. If the victim's protocol says that the attacker
+    does not know the learning rate :math:`\eta`, it is :math:`\theta_0 - \theta_T`.
 
     ===================================== =======================================================================
-    ``before`` and ``update``             as
+    ``before`` and ``update``             forms
     ===================================== =======================================================================
     PyTorch                               a ``state_dict()``, a module
     files                                 ``.safetensors``; ``.pt``, ``.pth``, ``.bin``, ``.ckpt`` (weights, no code);
                                           ``.npz``
     Flower                                the list of NumPy arrays, ``Parameters``, ``FitRes``, ``ArrayRecord``, and a
                                           ``RecordDict`` or a ``Message`` with one ``ArrayRecord``
-    NVFlare                               ``FLModel``, ``DXO``, ``Shareable``; those that hold differences say so
-    PEFT                                  ``adapter_model.safetensors`` of a model that is itself of PEFT
+    NVFlare                               ``FLModel``, ``DXO``, ``Shareable``; these objects say if they hold
+                                          differences
+    PEFT                                  ``adapter_model.safetensors``, if the model is a PEFT model
     ===================================== =======================================================================
 
-    Arrays without names are taken in the order of ``state_dict()``, BatchNorm's statistics included, or, if there are
-    only as many, in that of ``parameters()`` (all, or those that require gradients). Names may have one prefix more or
-    less than the model's, such as ``module.``. Files never run code.
+    Arrays without names are taken in the order of ``state_dict()``, including BatchNorm's statistics. If their number
+    is that of ``parameters()`` (all, or those that require gradients), they are taken in that order. Names may have one
+    prefix more or less than the model's, such as ``module.``. No code in a file is ever run.
 
     Args:
-        before: the weights that the client was given. Buffers that are missing are the model's.
-        update: what it sent.
-        victim: the client: model, protocol, number of images.
+        before: the weights that the client received. Missing buffers are taken from the model.
+        update: what the client sent.
+        victim: the client, with its model, protocol and number of images.
         holds: what ``update`` holds: ``"weights"`` after training, their ``"difference"`` (after minus before), or the
-            ``"gradient"`` itself (of several steps: their average). By default what the object says, else weights.
-        learning_rate: of a single step, whose protocol has none.
+            ``"gradient"`` itself (for several steps, their average). By default, what the object says, or else weights.
+        learning_rate: the learning rate of a single step, as the protocol of a single step has none.
 
     Returns:
-        One victim's; :meth:`SharedGradient.cat <leakage.SharedGradient.cat>` joins those of one round, and
-        :class:`~leakage.datamodules.SharedGradients` takes a list of any.
+        The shared gradient of one victim. :meth:`SharedGradient.cat <leakage.SharedGradient.cat>` joins those of one
+        round, and :class:`~leakage.datamodules.SharedGradients` takes a list of any.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file or an object of another kind, truncated, arrays of other shapes, names or types than the
-            model's, NaN or infinity, an order that can't be that of the model, a learning rate that is missing or not
-            that of the protocol.
+        FileNotFoundError: a file does not exist.
+        ValueError: a file or object has another form or is truncated; arrays have other shapes, names or types than
+            those of the model, hold NaN or infinity, or can't be in the model's order; or the learning rate is missing
+            or not that of the protocol.
 
     Example:
         >>> import copy
@@ -112,7 +113,7 @@ def read_update(
 def as_read(
     before: AnyWeights, update: AnyWeights, victim: Victim, *, holds: str | None, learning_rate: float | None
 ) -> Update:
-    """The same, with what :func:`leakage.audit.check_update` looks at."""
+    """Read an update like :func:`read_update`, and return all that :func:`leakage.audit.check_update` needs."""
     if not isinstance(victim, Victim):
         raise ValueError(f"Expected `victim` to be a Victim, but got {type(victim).__name__}.")
     if holds is not None:
@@ -122,12 +123,12 @@ def as_read(
     if start.holds not in (None, "weights"):
         raise ValueError(f"Expected `before` to hold weights, but got an object that holds a {start.holds}.")
     if holds and sent.holds and holds != sent.holds:
-        raise ValueError(f"Expected `holds` as the object says, {sent.holds!r}, but got {holds!r}.")
+        raise ValueError(f"Expected `holds` to be {sent.holds!r}, as the object says, but got {holds!r}.")
     holds = holds or sent.holds or "weights"
     if rate is None and holds != "gradient":
         raise ValueError(
             "Expected a `learning_rate`, by which the update of a single step has to be divided, but got None. If the "
-            "attacker is not told it, make the victim with learning_rate='unknown'."
+            "attacker does not know it, create the victim with learning_rate='unknown'."
         )
     given = _named(start, victim, "before")
     after = _named(sent, victim, "update")
@@ -148,7 +149,7 @@ def as_read(
         unit = max(torch.finfo(tensors[name].dtype).eps for tensors in (given, after))
         gradient = {"weights": weight - array, "difference": -array, "gradient": array}[holds]
         by = 1.0 if rate is None or holds == "gradient" else rate
-        # A difference that the client took is of the weights that it trained, of the same precision at best.
+        # If the client computed the difference, it did so from weights of at best the same precision.
         doubt = gradient.abs() if holds == "gradient" else torch.maximum(weight.abs(), (weight - gradient).abs())
         gradients[name] = (gradient / by).to(like.dtype)[None]
         rounding[name] = (unit * doubt / by)[None]
@@ -160,7 +161,7 @@ def as_read(
 
 
 def _rate(victim: Victim, learning_rate: float | None) -> float | None:
-    """By which the difference of the weights is divided to be what was shared; None if nobody tells."""
+    """Return the divisor that turns the difference of weights into what was shared; None if it is not known."""
     protocol = victim.protocol
     if learning_rate is not None:
         check_positive(learning_rate=learning_rate)
@@ -177,7 +178,7 @@ def _rate(victim: Victim, learning_rate: float | None) -> float | None:
 
 
 def _named(arrays: Arrays, victim: Victim, what: str) -> dict[str, Tensor]:
-    """The arrays by the model's names, with its shapes."""
+    """Return the arrays by the model's names, after checking their shapes and values."""
     layout, tensors = victim.layout, arrays.tensors
     named = _by_order(tensors, victim, what) if isinstance(tensors, list) else _by_name(tensors, victim, what)
     whole = {name for name, tensor in victim.state.items() if not tensor.is_floating_point()}
@@ -190,8 +191,8 @@ def _named(arrays: Arrays, victim: Victim, what: str) -> dict[str, Tensor]:
         counts = name in whole or name.endswith("num_batches_tracked")
         if not counts and not tensor.is_floating_point():
             raise ValueError(
-                f"Expected `{what}` with floating-point numbers in {name!r}, but got {tensor.dtype}. Quantised weights "
-                "have to be brought back to the numbers that they stand for."
+                f"Expected `{what}` with floating-point numbers in {name!r}, but got {tensor.dtype}. Dequantise "
+                "quantised weights first."
             )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"Expected `{what}` with finite numbers in {name!r}, but got NaN or inf.")
@@ -210,7 +211,7 @@ def _check_variance(name: str, tensor: Tensor, what: str) -> None:
 
 def _by_order(tensors: list[Tensor], victim: Victim, what: str) -> dict[str, Tensor]:
     parameters = [name for name, _ in victim.model.named_parameters()]
-    orders = {"state_dict()": [*victim.layout], "parameters()": parameters, "those trained": victim.trainable}
+    orders = {"state_dict()": [*victim.layout], "parameters()": parameters, "trained parameters": victim.trainable}
     names = next((names for names in orders.values() if len(names) == len(tensors)), None)
     if names is None:
         lengths = " or ".join(f"{len(names)} ({order})" for order, names in orders.items())
@@ -219,13 +220,13 @@ def _by_order(tensors: list[Tensor], victim: Victim, what: str) -> dict[str, Ten
 
 
 def _hint(tensors: list[Tensor], layout: Mapping[str, torch.Size]) -> str:
-    """Whether it is the order that is wrong."""
+    """Return a hint if only the order of the arrays is wrong, or else an empty text."""
     same = Counter(tuple(tensor.shape) for tensor in tensors) == Counter(map(tuple, layout.values()))
-    return " The shapes are those of the model in another order than that of `state_dict()`." if same else ""
+    return " The model has these shapes, but in another order: that of `state_dict()`." if same else ""
 
 
 def _by_name(tensors: dict[str, Tensor], victim: Victim, what: str) -> dict[str, Tensor]:
-    """With the model's names, whatever prefix either side has."""
+    """Match the arrays with the model's names, whatever prefix either side has."""
     known = victim.layout.keys()
     adapted = {_in_file(name): name for name in known}
     for names in ([*tensors], [adapted.get(name, name) for name in tensors]):
@@ -241,7 +242,7 @@ def _by_name(tensors: dict[str, Tensor], victim: Victim, what: str) -> dict[str,
 
 
 def _other_prefixes(names: list[str], known: list[str]) -> Iterator[list[str]]:
-    """The names with what the model has in front of them, and without what is in front of the model's."""
+    """Yield the names with prefixes added that the model has, and with prefixes removed that it does not have."""
     first = names[0]
     for own in known:
         if own.endswith(f".{first}"):
@@ -253,6 +254,6 @@ def _other_prefixes(names: list[str], known: list[str]) -> Iterator[list[str]]:
 
 
 def _in_file(name: str) -> str:
-    """As PEFT's file of an adapter calls what its model calls with the adapter's name."""
+    """Return the name in PEFT's adapter file for a name in the model, which includes the adapter's name."""
     name = re.sub(r"\.modules_to_save\.[^.]+", "", name)
     return re.sub(r"(\.lora_\w+)\.[^.]+", r"\1", name)

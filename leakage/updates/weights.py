@@ -1,4 +1,4 @@
-"""Arrays as federated systems hold them: files, lists and objects, read without running code."""
+"""Arrays in the forms of federated systems: files, lists and objects, read without running code."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from torch import Tensor, nn
 
 from leakage.files.tensors import shorten
 
-#: What arrays can hold: the weights themselves, the weights after training minus those before, or a gradient.
+#: What arrays can hold: weights, a difference of weights (after training minus before), or a gradient.
 HOLDS = ("weights", "difference", "gradient")
-# What a system hands over: a file, arrays by name or in order, or an object of Flower or NVFlare, which need not be
-# installed.
+# What a system passes: a file, arrays by name or in order, or an object of Flower or NVFlare. Neither needs
+# to be installed.
 AnyWeights: TypeAlias = str | os.PathLike[str] | nn.Module | Mapping[str, Any] | Sequence[Any] | Any
 
 _SAFETENSORS, _NUMPY, _TORCH = (".safetensors",), (".npz",), (".pt", ".pth", ".bin", ".ckpt")
-# Where checkpoints of PyTorch, Lightning and NVFlare keep the weights.
+# The keys under which checkpoints of PyTorch, Lightning and NVFlare keep the weights.
 _INSIDE = ("state_dict", "model_state_dict", "model")
-# As NVFlare calls what its objects hold.
+# NVFlare's names for what its objects hold.
 _NVFLARE = {"WEIGHTS": "weights", "FULL": "weights", "WEIGHT_DIFF": "difference", "DIFF": "difference"}
 
 
 @dataclass
 class Arrays:
-    """What was handed over.
+    """The arrays of an update, or of the weights before it.
 
     Attributes:
-        tensors: by name, or in an order alone.
-        holds: one of :data:`HOLDS`, where the object says so.
+        tensors: the arrays by name, or as a list without names.
+        holds: one of :data:`HOLDS`, or None if the object does not say.
     """
 
     tensors: dict[str, Tensor] | list[Tensor]
@@ -44,15 +44,15 @@ class Arrays:
 
 
 def open_weights(given: AnyWeights, what: str) -> Arrays:
-    """The arrays of anything that :func:`leakage.updates.read_update` takes.
+    """Read the arrays from any form that :func:`leakage.updates.read_update` takes.
 
     Args:
-        given: see there.
-        what: the argument's name, for errors.
+        given: a file, arrays or an object.
+        what: the name of the argument, for errors.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: an object or a file of another kind, truncated, or something else than arrays of real numbers.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file or object has another form, is truncated, or holds anything but arrays of real numbers.
     """
     holds = None
     if isinstance(given, str | os.PathLike):
@@ -71,7 +71,7 @@ def open_weights(given: AnyWeights, what: str) -> Arrays:
 
 
 def _record(given: Any, what: str) -> Any:
-    """What holds the arrays of an object of PyTorch or Flower."""
+    """Return the part of an object of PyTorch or Flower that holds the arrays."""
     if isinstance(given, nn.Module):
         return given.state_dict()
     given = getattr(given, "parameters", given) if hasattr(given, "num_examples") else given  # FitRes
@@ -103,7 +103,7 @@ def _held(kind: object, what: str) -> str:
 def _of_dxo(kind: object, meta: object, what: str) -> str:
     done = meta.get("PROCESSED_ALGORITHM") if isinstance(meta, Mapping) else None
     if done:
-        raise ValueError(f"Expected `{what}` as plain arrays, but got some processed by {str(done)!r}.")
+        raise ValueError(f"Expected `{what}` as plain arrays, but got arrays processed by {str(done)!r}.")
     return _held(kind, what)
 
 
@@ -123,7 +123,7 @@ def _tensors(given: Any, what: str) -> dict[str, Tensor] | list[Tensor]:
 
 
 def _in_order(tensors: dict[str, Tensor]) -> list[Tensor] | None:
-    """The same as a list, if their names are numbers: as Flower calls arrays without names, and ``numpy.savez``."""
+    """Return the arrays as a list if their names are numbers, as in Flower and ``numpy.savez``; otherwise None."""
     places = [re.fullmatch(r"(?:arr_)?(\d+)", name) for name in tensors]
     numbers = {int(place[1]): tensor for place, tensor in zip(places, tensors.values(), strict=True) if place}
     return [numbers[place] for place in range(len(tensors))] if {*numbers} == {*range(len(tensors))} else None
@@ -132,7 +132,7 @@ def _in_order(tensors: dict[str, Tensor]) -> list[Tensor] | None:
 def _tensor(array: Any, what: str, name: object) -> Tensor:
     if not isinstance(array, Tensor | np.ndarray | np.generic) and callable(getattr(array, "numpy", None)):
         try:
-            array = array.numpy()  # Flower's Array, whose own reader takes no pickles either
+            array = array.numpy()  # Flower's Array, which does not read pickles either
         except (ValueError, TypeError, EOFError) as error:
             raise ValueError(f"Expected `{what}` with an array {name!r}, but got: {shorten(error)}") from error
     if isinstance(array, np.ndarray | np.generic):
@@ -159,16 +159,16 @@ def _file(path: Path, what: str) -> Any:
         if path.suffix in _SAFETENSORS:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("format") == "leakage.SharedGradient":
-                    raise ValueError("a shared gradient, which `SharedGradient.load` reads.")
+                    raise ValueError("it is a shared gradient, which `SharedGradient.load` reads.")
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if path.suffix in _NUMPY:
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # What is well formed may still claim types or sizes that there are none of.
+    # A well-formed file may still claim impossible types or sizes.
     except Exception as error:
         raise ValueError(
-            f"Expected a whole file of weights, but got '{path}' which is truncated, of another kind, or holds code, "
-            f"which is never run: {shorten(error)}"
+            f"Expected a complete file of weights, but got '{path}', which is truncated, has another format, or holds "
+            f"code (never run): {shorten(error)}"
         ) from error
     return loaded

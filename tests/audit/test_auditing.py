@@ -127,7 +127,7 @@ def test_what_the_budget_did_not_reach_is_inconclusive(tmp_path: Path) -> None:
     report = audit(Small(), Data(), Client(), fail_above={"success_rate": 0.5}, output=tmp_path, **options)
     assert (report.verdict, report.exit_code) == ("inconclusive", 3)
     assert not report.plan[0].done
-    assert report.plan[0].reason == "The budget ended before it."
+    assert report.plan[0].reason == "The budget ran out before this attack."
 
 
 def test_a_failed_check_ends_the_audit_with_what_was_found(tmp_path: Path) -> None:

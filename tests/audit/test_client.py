@@ -41,7 +41,7 @@ def test_refuses(options: dict[str, object], said: str) -> None:
 
 def test_refuses_clients_of_one_name() -> None:
     assert check_clients([Client(), Client(images=2)])[1].images == 2
-    with pytest.raises(ValueError, match=r"Expected clients of different names, but got \['1 image', '1, image'\]"):
+    with pytest.raises(ValueError, match=r"Expected clients with different names, but got \['1 image', '1, image'\]"):
         check_clients([Client(), Client(images=2, name="1, image")])
     with pytest.raises(ValueError, match="Expected `client` as a Client or a list of them, but got 3"):
         check_clients(3)  # type: ignore[arg-type]

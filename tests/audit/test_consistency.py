@@ -95,7 +95,7 @@ def test_steps_momentum_and_reduction_are_named() -> None:
     model = network()
     one = failed(check_update(model, trained(model, lr=0.01, steps=5), client(model), learning_rate=0.01))
     assert one["last layer"] == "The update is explained by local steps: 5, not 1."
-    assert "is of rank 5" in one["rank"] or "is of rank" in one["rank"]
+    assert "has rank 5" in one["rank"] or "has rank" in one["rank"]
     steps = client(model, local_steps=5, learning_rate=0.01)
     found = failed(check_update(model, trained(model, lr=0.01, steps=5, momentum=0.9), steps))
     assert found["last layer"].endswith("The update is explained by momentum: 0.9, not 0.")
@@ -110,13 +110,13 @@ def test_wrong_number_of_images_is_caught() -> None:
     after = trained(model, 4, lr=RATE)
     for declared in (1, 3):
         found = failed(check_update(model, after, client(model, num_images=declared), learning_rate=RATE))
-        assert "is of rank 4" in found["rank"]
+        assert "has rank 4" in found["rank"]
         assert f"declared {declared} images" in found["rank"]
     # More than there are could be the same images twice, which no gradient tells apart.
     checks = check_update(model, after, client(model, num_images=8), learning_rate=RATE)
     assert not failed(checks)
     (finding,) = [check.finding for check in checks if check.name == "rank"]
-    assert "rank 4 (alike or certain images, or fewer than declared)" in finding
+    assert "rank 4 (images are alike, or predicted with certainty, or fewer than declared)" in finding
 
 
 def test_another_model_is_caught() -> None:
@@ -128,7 +128,7 @@ def test_another_model_is_caught() -> None:
     shared = client(model).share(inputs[None], labels[None])
     elsewhere = dataclasses.replace(shared, state=client(other).state)
     found = failed(check_shared(elsewhere, client(other)))
-    assert "`before` is not where it was taken" in found["last layer"]
+    assert "`before` is from another round or model" in found["last layer"]
     assert not failed(check_shared(shared, client(model)))
 
 
@@ -142,7 +142,7 @@ def test_shuffled_order_of_flower_is_caught() -> None:
         found = failed(
             check_update([before[i] for i in order], [after[i] for i in order], client(model), learning_rate=RATE)
         )
-        assert "another order than that of `state_dict()`" in found["arrays"]
+        assert "in another order: that of `state_dict()`" in found["arrays"]
     # Two biases of one shape, whose exchange no shape tells.
     first, second = names.index("0.bias"), names.index("3.bias")
     order = list(range(len(names)))
@@ -155,34 +155,34 @@ def test_shuffled_order_of_flower_is_caught() -> None:
     assert not failed(check_update(before, after, client(shuffled), learning_rate=RATE))
     swapped = [[arrays[i] for i in order] for arrays in (before, after)]
     found = failed(check_update(*swapped, client(shuffled), learning_rate=RATE))
-    assert "Rows 0, 3 of the gradient of '0.weight' are zero, those of '0.bias' are not" in found["biases"]
+    assert "Rows 0, 3 of the gradient of '0.weight' are zero, but those of '0.bias' are not" in found["biases"]
 
 
 def test_batch_norm_tells_mode_and_steps() -> None:
     model = network(norm=True)
     after = trained(model, 3, lr=0.01, steps=2)
     wrong = failed(check_update(model, after, client(model, num_images=3), learning_rate=0.01))
-    assert wrong["BatchNorm"] == "'1' has counted 2 batches, not the 1 local steps that are declared."
+    assert wrong["BatchNorm"] == "'1' counted 2 batches, but the declared number of local steps is 1."
     evaluated = failed(check_update(model, after, client(network(norm=True).eval(), num_images=3), learning_rate=0.01))
-    assert "Give the model in training mode" in evaluated["BatchNorm"]
+    assert "Put the model in training mode" in evaluated["BatchNorm"]
     after = trained(network(norm=True).eval(), 3, lr=0.01)
     training = failed(check_update(model, after, client(model, num_images=3), learning_rate=0.01))
-    assert "Give the model in evaluation mode" in training["BatchNorm"]
+    assert "Put the model in evaluation mode" in training["BatchNorm"]
 
 
 def test_what_is_trained_and_what_is_frozen() -> None:
     model = network()
     same = failed(check_update(model, model, client(model), learning_rate=RATE))
-    assert same == {"trained": "Nothing has moved: before and after are the same."}
+    assert same == {"trained": "Nothing has changed: before and after are the same."}
     after = trained(model, lr=RATE)
     for name in ("0.weight", "0.bias"):
         after.get_parameter(name).data = model.get_parameter(name).data
     found = failed(check_update(model, after, client(model), learning_rate=RATE))
-    assert "'0.weight' did not move" in found["trained"]
+    assert "'0.weight' did not change" in found["trained"]
     frozen = network()
     frozen[0].requires_grad_(False)
     found = failed(check_update(model, trained(model, lr=RATE), client(frozen), learning_rate=RATE))
-    assert "'0.bias', '0.weight' moved, though frozen" in found["trained"]
+    assert "'0.bias', '0.weight' changed, though they are frozen" in found["trained"]
 
 
 def test_another_loss_and_defenses() -> None:
@@ -192,7 +192,7 @@ def test_another_loss_and_defenses() -> None:
     shared = squared.share(inputs[None], labels[None])
     assert not failed(check_shared(shared, squared))
     found = failed(check_shared(dataclasses.replace(shared, protocol=client(model).protocol), client(model)))
-    assert "the loss is not cross-entropy" in found["bias sum"]
+    assert "the loss is not the cross-entropy" in found["bias sum"]
     noisy = client(model, defenses=[GaussianNoise(0.1)])
     checks = check_shared(noisy.share(inputs[None], labels[None]), noisy)
     assert not failed(checks)

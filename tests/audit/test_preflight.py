@@ -90,7 +90,7 @@ def test_normalised_images_are_those_of_the_file() -> None:
 def test_images_of_an_unknown_scale_are_a_problem() -> None:
     found = problem(inspect(Small(), Data(kind="scaled"))[1], "no Normalize")
     assert found.kind == "replace"
-    assert "relative to that" in found.means
+    assert "refer to that range" in found.means
 
 
 class Many(Small):
@@ -109,7 +109,7 @@ def test_tells_all_problems_at_once() -> None:
     assert kinds == {
         "dropout in training mode": ("replace", "net.3"),
         "BatchNorm in training mode": ("replace", "net.4"),
-        "operations in place": ("replace", "net.2"),
+        "in-place operations": ("replace", "net.2"),
         "frozen parameters": ("replace", "net.1.bias"),
     }
     assert all(one.means and one.fix for one in problems)
@@ -163,7 +163,7 @@ class Failing(Small):
         (Scaled(), "not yet", "more than cross_entropy"),
         (Penalised(), "not yet", "more than cross_entropy"),
         (Smoothed(), "not yet", "label smoothing of 0.1"),
-        (Own(), "not yet", "no function of torch.nn.functional"),
+        (Own(), "not yet", "not a function of torch.nn.functional"),
         (Constant(), "never", "a loss without gradient"),
         (Failing(), "not yet", "RuntimeError: no such thing"),
         (Manual(), "not yet", "manual optimization"),
@@ -181,7 +181,7 @@ def test_says_what_leaves_nothing_to_attack(module: LightningModule, kind: str, 
 def test_refuses_what_is_no_module_and_no_data() -> None:
     with pytest.raises(ValueError, match="Expected `model` to be a LightningModule, but got Linear"):
         inspect(nn.Linear(1, 1))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"Expected `data`, or a module with a `train_dataloader` of its own"):
+    with pytest.raises(ValueError, match=r"Expected `data`, or a module with a `train_dataloader`, but got neither"):
         preflight(Small(), None, [Client()], victims=1, public=1, seed=0)
     with pytest.raises(ValueError, match=r"Expected at least 5 images in the data, .* but got 3"):
         preflight(Small(), Data(number=3), [Client(images=3)], victims=1, public=9, seed=0)

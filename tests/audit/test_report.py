@@ -92,7 +92,9 @@ def test_a_verdict_that_its_thresholds_do_not_give_is_refused(tmp_path):
     made_up_report().save(tmp_path)
     path = tmp_path / "audit.json"
     path.write_text(path.read_text().replace('"verdict": "exceeded"', '"verdict": "within"'))
-    with pytest.raises(ValueError, match=r"Expected `verdict` 'exceeded' in .* as its checks .* but got 'within'"):
+    with pytest.raises(
+        ValueError, match=r"Expected `verdict` 'exceeded' in .* which follows from its checks .* but got 'within'"
+    ):
         AuditReport.load(tmp_path)
 
 

@@ -57,8 +57,8 @@ def test_local_steps_are_those_of_the_module_s_optimizer() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"learning_rate": 0.01}, "learning_rate=0.01 is declared and 0.1 in `configure_optimizers`"),
-        ({"learning_rate": 0.1, "momentum": 0.9}, "momentum=0.9 is declared and 0 in"),
+        ({"learning_rate": 0.01}, "learning_rate=0.01 is declared, but `configure_optimizers` has 0.1"),
+        ({"learning_rate": 0.1, "momentum": 0.9}, "momentum=0.9 is declared, but `configure_optimizers` has 0"),
     ],
 )
 def test_another_rate_than_the_module_s_is_caught(options: dict[str, Any], said: str) -> None:
@@ -87,7 +87,7 @@ class Frozen(Small):
 def test_a_gradient_that_differs_names_the_layer() -> None:
     (check,) = checks_of(Frozen(), Client(images=2))
     assert not check.passed
-    assert "most of all that of '1.weight'" in check.finding
+    assert "most of all for '1.weight'" in check.finding
 
 
 @pytest.mark.parametrize("defense", [Clip(0.1), TopK(0.2), Sign()], ids=str)
@@ -126,7 +126,10 @@ class Adaptive(Small):
 
 
 def test_other_optimizers_than_sgd_need_a_declared_rate() -> None:
-    with pytest.raises(ValueError, match=r"Expected a `learning_rate` of the client '2 images, 3 local steps'.* AdamW"):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected a `learning_rate` for the 3 local steps of the client '2 images, 3 local steps'.* AdamW",
+    ):
         made(Adaptive(), Client(images=2, local_steps=3))
     subject, _ = made(Adaptive(), Client(images=2))
     client, problems = with_module_rate(Client(images=2, local_steps=3, learning_rate=0.1), subject)
@@ -144,4 +147,4 @@ def test_difference_is_relative_and_counts_what_one_side_lacks() -> None:
 def test_clients_who_mix_their_images_have_no_distance_at_the_truth() -> None:
     *_, check = checks_of(Small(), Client(images=4, defenses=[MixUp()]))
     assert (check.name, check.passed, check.residual) == ("distance at the truth", True, None)
-    assert "other images than their own" in check.finding
+    assert "encoded images" in check.finding

@@ -117,7 +117,7 @@ def test_hostile_names_are_shown_as_text(page, html):
 
 def test_the_three_blocks_are_not_mixed(page):
     assert page.words("measured").startswith("Measured What these attacks found at this budget")
-    assert page.words("declared").startswith("Declared What you told the audit")
+    assert page.words("declared").startswith("Declared What you declared")
     assert page.words("combined").startswith("Combined What follows from both")
     assert "at most 5" in page.words("combined")
     assert "at most 5" not in page.words("measured") + page.words("declared")
@@ -178,7 +178,7 @@ def test_clients_without_measurements_have_no_curves(folder):
     assert "Success over threshold" not in page.words("measured")
     assert "No attack measured anything. The audit ended at the self-check." in page.words("measured")
     assert "Nothing was judged: the audit ended at the self-check." in page.words("combined")
-    assert "None was worked out: the audit ended at the self-check." in page.words("combined")
+    assert "None was computed: the audit ended at the self-check." in page.words("combined")
     assert not [attributes for tag, attributes in page.tags if tag == "img"]
 
 
@@ -536,8 +536,8 @@ def test_an_audit_of_nothing_is_written(tmp_path):
     page = Page((tmp_path / "report.html").read_text("utf-8"))
     for section, words in {
         "measured": "No attack measured anything.",
-        "combined": "No bound holds: no mechanism with one was declared.",
-        "preflight": "Nothing stood in the way of the attacks.",
+        "combined": "There is no bound: no mechanism that has one was declared.",
+        "preflight": "Nothing hindered the attacks.",
         "checks": "No self-check ran.",
         "plan": "No attack was planned.",
     }.items():

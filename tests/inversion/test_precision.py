@@ -125,7 +125,7 @@ def closed_form(target: str) -> Callable[[], Any]:
     shared = victim.share(images, labels)
     separated = separate_features(shared, victim, labels)
     return {
-        "clients.victim.vmap": lambda: victim.share(images, labels),
+        "clients.capture.vmap": lambda: victim.share(images, labels),
         "clients.victim.defend": lambda: victim.share(images, labels),
         "labels.inference.last_layer": lambda: infer_labels(shared, victim),
         "closed_form.features._equations": lambda: separate_features(shared, victim, labels),
@@ -138,7 +138,7 @@ def closed_form(target: str) -> Callable[[], Any]:
 @pytest.mark.parametrize(
     "target",
     [
-        "clients.victim.vmap",
+        "clients.capture.vmap",
         "clients.victim.defend",
         "labels.inference.last_layer",
         "closed_form.features._equations",

@@ -128,11 +128,11 @@ def test_mod_that_can_not_write_warns_and_the_client_goes_on(tmp_path: Path) -> 
     (tmp_path / "file").touch()
     model = network()
     app = client(network(), CaptureUpdates(tmp_path / "file"), named=True)
-    with pytest.warns(UserWarning, match="An update is not captured: Expected to write"):
+    with pytest.warns(UserWarning, match="An update was not captured: Expected to write"):
         assert "arrays" in app(message(model), CONTEXT).content
     empty = message(model)
     app = ClientApp(mods=[CaptureUpdates(tmp_path)])
     app.train()(lambda message, context: Message(RecordDict({}), reply_to=message))
     empty.content.array_records.clear()
-    with pytest.warns(UserWarning, match="An update is not captured: Expected `message` with one record of arrays"):
+    with pytest.warns(UserWarning, match="An update was not captured: Expected `message` with one record of arrays"):
         app(empty, CONTEXT)

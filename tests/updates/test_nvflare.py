@@ -42,7 +42,7 @@ def test_what_holds_no_weights_is_refused() -> None:
     encrypted = DXO(DataKind.WEIGHTS, data={"0.weight": b"1"}, meta={MetaKey.PROCESSED_ALGORITHM: "HE"})
     for update, match in (
         (DXO(DataKind.METRICS, data={"loss": 1.0}), "Expected `update` of a kind among .*, but got 'METRICS'"),
-        (encrypted, "Expected `update` as plain arrays, but got some processed by 'HE'"),
+        (encrypted, "Expected `update` as plain arrays, but got arrays processed by 'HE'"),
         (FLModel(metrics={"loss": 1.0}), "Expected `update`"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -154,7 +154,7 @@ def test_files_run_no_code(victim: Victim, model: nn.Module, tmp_path: Path, mon
     torch.save({"0.weight": Spy()}, tmp_path / "zip.pth")
     np.savez(tmp_path / "arrays.npz", np.array([Spy()], dtype=object))
     for name in ("pickle.pt", "zip.pth", "arrays.npz"):
-        with pytest.raises(ValueError, match=r"Expected a whole file of weights, but got .* code, which is never run"):
+        with pytest.raises(ValueError, match=r"Expected a complete file of weights, but got .* code \(never run\)"):
             read_update(model, tmp_path / name, victim, learning_rate=RATE)
     file = io.BytesIO()
     np.save(file, np.array([Spy()], dtype=object), allow_pickle=True)
@@ -201,7 +201,7 @@ def changed(arrays: list[Any], place: int, array: Any) -> list[Any]:
         ),
         (lambda a: changed(a, 0, a[0] * np.nan), "Expected `update` with finite numbers in '0.weight', but got NaN"),
         (lambda a: changed(a, 0, a[0][:1]), r"'0.weight' of shape \(4, 1, 3, 3\), but got \(1, 1, 3, 3\)\.$"),
-        (lambda a: [a[1], a[0], *a[2:]], "of the model in another order than that of `state_dict"),
+        (lambda a: [a[1], a[0], *a[2:]], "in another order: that of `state_dict"),
         (lambda a: changed(a, 0, "text"), "Expected `update` with an array 0, but got str"),
         (lambda a: {"bias": a[0]}, r"Expected `update` with the names of the model, .* but got unknown \['bias'\]"),
         (lambda a: {"0.weight": a[0]}, "Expected `update` with '0.bias', which the victim trains, but got none"),
@@ -212,7 +212,7 @@ def changed(arrays: list[Any], place: int, array: Any) -> list[Any]:
         (lambda a: SimpleNamespace(data={}, data_kind="METRICS"), "of a kind among .*, but got 'METRICS'"),
         (
             lambda a: SimpleNamespace(data={}, data_kind="WEIGHTS", meta={"PROCESSED_ALGORITHM": "HE"}),
-            "Expected `update` as plain arrays, but got some processed by 'HE'",
+            "Expected `update` as plain arrays, but got arrays processed by 'HE'",
         ),
         (lambda a: SimpleNamespace(array_records={}), r"with one record of arrays, but got \[\]"),
         (lambda a: {"0.weight": torch.eye(3).to_sparse()}, "with plain real numbers in '0.weight'"),
@@ -249,7 +249,7 @@ def test_bad_settings(model: nn.Module, victim: Victim, after: nn.Module) -> Non
     difference = SimpleNamespace(data=after.state_dict(), data_kind="WEIGHT_DIFF")
     with pytest.raises(ValueError, match="Expected `before` to hold weights, but got an object that holds a diff"):
         read_update(difference, after, victim, learning_rate=0.1)
-    with pytest.raises(ValueError, match="Expected `holds` as the object says, 'difference', but got 'weights'"):
+    with pytest.raises(ValueError, match="Expected `holds` to be 'difference', as the object says, but got 'weights'"):
         read_update(model, difference, victim, holds="weights", learning_rate=0.1)
     with pytest.raises(ValueError, match=r"Expected `before` with the weights of '0.weight', but got none"):
         read_update({"0.bias": torch.zeros(4)}, after, victim, learning_rate=0.1)

@@ -1,4 +1,4 @@
-"""The files of an audit: a page, JUnit XML, SARIF and a section of a model card."""
+"""Writers of an audit's files: an HTML page, JUnit XML, SARIF and a section for a model card."""
 
 from leakage.audit.writers.junit import junit_xml
 from leakage.audit.writers.model_card import model_card_section

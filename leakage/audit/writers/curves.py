@@ -1,4 +1,4 @@
-"""Success over threshold: the share of images whose PSNR reaches x dB, one chart per client."""
+"""Curves of success over threshold: the share of images whose PSNR reaches x dB, one chart per client."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LOW, HIGH = 0, 60
 #: Thresholds of the table under the chart, dB.
 TABLE = (10, 15, 20, 25, 30, 40, 50, 60)
-# Of the drawing: the plot within its view box.
+# The position and size of the plot in its view box.
 LEFT, TOP, WIDTH, HEIGHT = 46, 24, 410, 206
 _STEPS = np.linspace(LOW, HIGH, 121)
 
@@ -34,9 +34,9 @@ class Curve:
 
 
 def curves(rows: Iterable[VictimRow]) -> list[Curve]:
-    """A line for each attack on one client, in the order of the rows, and the best guesses without gradient last.
+    """Return a line for each attack on one client, in the order of the rows, and last one for the best guesses.
 
-    A score that is not a number reaches no threshold. The band is Wilson's 95 % interval; it counts victims.
+    A score that is NaN reaches no threshold. The band is Wilson's 95 % interval over victims.
     """
     attacks: dict[str, list[VictimRow]] = {}
     for row in rows:
@@ -50,12 +50,12 @@ def curves(rows: Iterable[VictimRow]) -> list[Curve]:
 
 
 def x_of(psnr: float) -> float:
-    """Where a PSNR is in the drawing; at the ends of the axis what lies beyond them."""
+    """Return the x-coordinate of a PSNR, clamped to the ends of the axis."""
     return LEFT + WIDTH * (min(max(psnr, LOW), HIGH) - LOW) / (HIGH - LOW)
 
 
 def y_of(share: float) -> float:
-    """Where a share is in the drawing."""
+    """Return the y-coordinate of a share."""
     return TOP + HEIGHT * (1 - share)
 
 

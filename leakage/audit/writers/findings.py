@@ -1,4 +1,4 @@
-"""What a row of measurements comes to: which leaked most, and whether an attack did better than a guess."""
+"""Conclusions from measurements: which client leaked most, and whether an attack did better than a guess."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 
 def most_leaked_first(rows: Iterable[Measured]) -> list[Measured]:
-    """By the low end of the share of images that were reconstructed, then by PSNR; what has neither comes last."""
+    """Sort by the low end of the share of reconstructed images, then by PSNR; rows with neither come last."""
     return sorted(rows, key=_leaked, reverse=True)
 
 
 def best_guess(row: Measured) -> tuple[str, Figure] | None:
-    """The guess without gradient that has the highest mean PSNR, by name; None without any."""
+    """Return the guess without gradient with the highest mean PSNR, and its name; None if there is no guess."""
     known = {name: figure for name, figure in row.baselines.items() if not math.isnan(figure.value)}
     return max(known.items(), key=lambda item: item[1].value, default=None)
 
 
 def no_better(row: Measured) -> bool:
-    """Whether the mean PSNR of an attack is no better than that of the best guess without gradient."""
+    """Whether an attack has no higher mean PSNR than the best guess without gradient."""
     guess = best_guess(row)
     if guess is None or "psnr" not in row.metrics:
         return False
@@ -34,7 +34,7 @@ def no_better(row: Measured) -> bool:
 
 @dataclass(frozen=True)
 class Side:
-    """A client beside others: what was declared of it, and what leaked most from it."""
+    """A client in a comparison: its declared defenses and accuracy, and the attack that found most."""
 
     client: str
     defenses: list[Any]
@@ -43,9 +43,9 @@ class Side:
 
 
 def side_by_side(report: AuditReport) -> list[Side]:
-    """What each client's defenses leave: none if there is nothing to compare.
+    """Compare what leaks from clients with different defenses; empty if there is nothing to compare.
 
-    ``accuracy`` is what the user declared of the network that such clients train, ``None`` if nothing.
+    ``accuracy`` is the accuracy that the user declared for the network that such clients train, or ``None``.
     """
     clients = report.declared.clients
     if len(clients) < 2 or not any(client.get("defenses") for client in clients):
@@ -59,12 +59,12 @@ def side_by_side(report: AuditReport) -> list[Side]:
 
 
 def defended(report: AuditReport) -> set[str]:
-    """The names of clients with a declared defense."""
+    """Return the names of clients with a declared defense."""
     return {str(client.get("name")) for client in report.declared.clients if client.get("defenses")}
 
 
 def grouped(problems: Iterable[Problem]) -> list[tuple[Problem, list[str]]]:
-    """Problems that are the same in several places once, with the places."""
+    """Group equal problems, and return each with the list of its places."""
     places: dict[tuple[str, ...], tuple[Problem, list[str]]] = {}
     for one in problems:
         places.setdefault((one.kind, one.problem, one.fix, one.means), (one, []))[1].append(one.where)
@@ -72,7 +72,7 @@ def grouped(problems: Iterable[Problem]) -> list[tuple[Problem, list[str]]]:
 
 
 def outcome(planned: Planned, measured: Iterable[Measured]) -> str:
-    """``"ran"``, ``"ended early"`` where the attack was stopped and measured something, or ``"not run"``."""
+    """Return ``"ran"``, ``"ended early"`` if the attack was stopped but measured something, or ``"not run"``."""
     if planned.done:
         return "ran"
     began = any((row.client, row.attack) == (planned.client, planned.attack) for row in measured)

@@ -1,4 +1,4 @@
-"""``junit.xml``: what CI servers show as tests."""
+"""``junit.xml``: the audit as test cases for CI servers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 def junit_xml(report: AuditReport) -> str:
-    """Self-checks and thresholds as test cases of three suites, attacks that did not run to the end as skipped ones.
+    """Write self-checks, thresholds and attacks that did not run to the end as three suites of test cases.
 
     ============================ ===========================================================================
     a failed self-check          ``failure``
-    a threshold that is exceeded ``failure``
-    one that is inconclusive     ``error``: the test could not be carried out. As ``skipped`` a build that reads
-                                 only this file would be green after an audit that decided nothing, while its
-                                 exit code is 3
-    an attack that did not run   ``skipped``: if it leaves a threshold open, that threshold is an ``error``
+    an exceeded threshold        ``failure``
+    an inconclusive threshold    ``error``: the test could not be carried out. With ``skipped``, a build that reads
+                                 only this file would pass after an audit that decided nothing and has exit
+                                 code 3
+    an attack that did not run   ``skipped``. If it leaves a threshold open, that threshold is an ``error``
     ============================ ===========================================================================
     """
     root = ET.Element("testsuites")
@@ -48,7 +48,7 @@ def junit_xml(report: AuditReport) -> str:
 
 
 def _case(suite: ET.Element, client: str, name: str) -> ET.Element:
-    # Dots make packages of a class name.
+    # CI servers read dots in a class name as packages.
     attributes = {"classname": f"leakage.audit.{client.replace('.', '_')}", "name": name, "time": "0"}
     return ET.SubElement(suite, "testcase", {key: words.plain(value) for key, value in attributes.items()})
 
@@ -59,7 +59,7 @@ def _outcome(case: ET.Element, outcome: str, kind: str, message: str) -> None:
 
 
 def _counts(element: ET.Element) -> dict[str, str]:
-    """How many test cases there are, and how many end in which way."""
+    """Count the test cases, and how many end in each way."""
     endings = {"failures": "failure", "errors": "error", "skipped": "skipped"}
     found = {name: sum(1 for _ in element.iter(tag)) for name, tag in endings.items()}
     return {name: str(many) for name, many in {"tests": sum(1 for _ in element.iter("testcase")), **found}.items()}

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 _SCORES = ("success_rate", "identified", "label_accuracy", "psnr")
 
-# What Markdown, HTML within it and GitHub's mentions read as something else than text.
+# Characters with a special meaning in Markdown or in the HTML within it.
 _SPECIAL = re.compile(r"[\\`*_{}\[\]<>#|~$&!]")
 
 
 def model_card_section(report: AuditReport) -> str:
-    """The section: verdict, what was measured, declared and combined, and what was not run; no picture."""
+    """Write the section: the verdict, what was measured, declared and combined, and what did not run; no pictures."""
     measured = [_measured(row) for row in findings.most_leaked_first(report.measured)]
     thresholds = [
         [
@@ -63,7 +63,7 @@ def model_card_section(report: AuditReport) -> str:
         "\n".join(
             [
                 f"- Threat model: {text(report.declared.threat_model) or 'none declared'}",
-                f"- What the attacker knows of the images: {text(report.declared.prior) or 'none declared'}",
+                f"- What the attacker knows about the images: {text(report.declared.prior) or 'none declared'}",
                 *asserted,
             ]
         ),
@@ -72,13 +72,13 @@ def model_card_section(report: AuditReport) -> str:
         _table(["Client", "Mechanism", "Score", "No attacker exceeds", "Source"], bounds),
         "\n".join(["Not run, or ended early:", "", *missed]) if missed else "",
         "\n".join(["What limits the audit:", "", *problems]) if problems else "",
-        "“Not reconstructed” reads “not by these attacks at this budget”.",
+        "“Not reconstructed” means “not by these attacks at this budget”.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def text(words_of_user: object) -> str:
-    r"""A text that Markdown shows as it is, on one line.
+    r"""Escape a text so that Markdown shows it unchanged, on one line.
 
     Example:
         >>> text("a|b <script>")

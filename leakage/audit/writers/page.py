@@ -1,4 +1,4 @@
-"""``report.html``: the audit as one page that needs no network and no script."""
+"""``report.html``: the audit as one page, without network access and scripts."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from leakage.audit.writers.pictures import data_uri
 if TYPE_CHECKING:
     from leakage.audit.report import AuditReport, Measured, VictimRow
 
-# Victims near the median that a gallery shows beside the worst.
+# The number of victims near the median that a gallery shows besides the worst.
 _TYPICAL = 8
-# An address without the punctuation of the sentence that it stands in.
+# A URL without the punctuation of the sentence around it, or code between backticks.
 _MARKED = re.compile(r"(?P<address>https?://[^\s<>\"`]*[^\s<>\"`'.,;:!?)\]}])|`(?P<code>[^`\n]+)`")
 _LINK, _CODE = Markup('<a href="{0}" rel="noreferrer">{0}</a>'), Markup("<code>{0}</code>")
-# In this order.
+# The order in which thresholds are shown.
 DECISIONS = ["exceeded", "inconclusive", "within"]
-# Galleries that are open when the page is.
+# The number of galleries that are open at first.
 _OPEN = 4
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A row of a gallery: a victim's image and its pictures as data URIs."""
+    """An entry of a gallery: the row of a victim's image, and its pictures as data URIs."""
 
     row: VictimRow
     truth: str
@@ -51,15 +51,15 @@ class Gallery:
 
 
 def render_page(report: AuditReport, victims: Sequence[VictimRow], folder: Path) -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        report: what to show.
-        victims: the lines of ``victims.jsonl``; without them there are no curves and no typical victims.
-        folder: where the paths of the pictures start.
+        report: the report to show.
+        victims: the lines of ``victims.jsonl``. Without them there are no curves and no typical victims.
+        folder: the folder that the paths of the pictures are relative to.
 
     Raises:
-        ValueError: a picture's path leads out of the folder.
+        ValueError: the path of a picture leads out of the folder.
     """
     measured = findings.most_leaked_first(report.measured)
     pairs = {(row.client, row.attack) for row in measured}
@@ -101,7 +101,7 @@ def _picture(row: VictimRow, folder: Path) -> Picture:
 
 
 def _value(value: Any) -> str:
-    """What the user declared, in words."""
+    """Format a declared value in words."""
     if value is None:
         return "not given"
     if value in ("", [], {}):
@@ -119,17 +119,17 @@ def _value(value: Any) -> str:
 
 
 def _percent(share: float) -> float:
-    """Where a share is on a bar, from 0 to 100."""
+    """Return the position of a share on a bar, from 0 to 100."""
     return round(100 * min(max(share, 0.0), 1.0), 1)
 
 
 def _breakable(name: str) -> Markup:
-    """A dotted name that may be broken behind its dots."""
+    """Allow line breaks after the dots of a name."""
     return Markup("<wbr>").join(escape(f"{part}.") for part in words.plain(name).split("."))[:-1]
 
 
 def _prose(text: str) -> Markup:
-    """The text with its addresses as links, and what stands between backticks as code."""
+    """Show URLs in a text as links, and text between backticks as code."""
     pieces, end, text = [], 0, words.plain(text)
     for found in _MARKED.finditer(text):
         pieces.append(escape(text[end : found.start()]))

@@ -1,4 +1,4 @@
-"""Pictures of victims within the page itself, as data URIs."""
+"""Pictures of victims as data URIs, which the page contains."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from PIL import Image
 
-# Up to this side every pixel is kept, beyond it the page would be too large to send around: pictures are shown smaller
-# and as JPEG, and the files beside the page keep their pixels.
+# Pictures up to the first size (longer side, pixels) keep every pixel. Larger ones would make the page too large to
+# send, so they are reduced to the second size and stored as JPEG. The files beside the page keep all pixels.
 _EXACT, _SHOWN, _QUALITY = 64, 160, 90
 
 
 def data_uri(folder: Path, path: str) -> str:
-    """A PNG of the folder as a data URI; ``""`` if there is none, or none that can be read.
+    """Return a PNG of the folder as a data URI; ``""`` if it does not exist or can't be read.
 
     Raises:
         ValueError: the path leads out of the folder.
@@ -23,7 +23,7 @@ def data_uri(folder: Path, path: str) -> str:
         return ""
     try:
         file = (folder / path).resolve()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # no file can have such a name
         return ""
     if not file.is_relative_to(folder.resolve()):
         raise ValueError(f"Expected pictures within the audit's folder, but got {path!r}.")
@@ -35,7 +35,7 @@ def data_uri(folder: Path, path: str) -> str:
             else:
                 picture.thumbnail((_SHOWN, _SHOWN))
                 picture.convert("RGB").save(buffer, "JPEG", quality=_QUALITY)
-    # What a broken file raises depends on where it is broken; a page with a gap is better than none.
+    # A broken file raises different errors. A page without one picture is better than no page.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return ""
     return f"data:image/{'png' if exact else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -1,4 +1,4 @@
-"""``audit.sarif``: SARIF 2.1.0, for dashboards of code scanning."""
+"""``audit.sarif``: the audit in SARIF 2.1.0, for code-scanning dashboards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RULES = {
     "threshold-exceeded": (
         "ThresholdExceeded",
         "error",
-        "An attack got more than a threshold allows.",
+        "An attack found more than a threshold allows.",
         "The whole 95 % interval of a measured score lies above a threshold that the user set.",
         "Look at the worst victims in report.html. Larger batches, more local steps and DP-SGD make attacks harder.",
     ),
@@ -31,28 +31,28 @@ _RULES = {
         "SelfCheckFailed",
         "error",
         "Attacker and client do not compute the same.",
-        "At images that are known the attack's objective is not zero, so that finding nothing would prove nothing.",
+        "At known images, the attack's objective is not zero, so finding nothing would prove nothing.",
         "Compare what was declared (learning rate, local steps, reduction of the loss) with what the client does.",
     ),
     "preflight-problem": (
         "PreflightProblem",
         "note",
         "Something about the model or its training limits what the audit can say.",
-        "Preflight found what attacks cannot work with, before any ran.",
-        "The message has the fix, and what it means for the verdict.",
+        "The preflight found something that attacks cannot handle, before any attack ran.",
+        "The message says how to fix it, and what it means for the verdict.",
     ),
 }
 _IDS = list(_RULES)
 
 
 def sarif_log(report: AuditReport) -> dict[str, Any]:
-    """The log: one run, a rule for each kind of finding, a result for each finding.
+    """Write the log: one run with a rule for each kind of finding and a result for each finding.
 
-    Thresholds that are kept are no findings, and are left out: dashboards would show them as alerts. An inconclusive
-    one is a warning, since its rule, that the threshold is shown to hold, is broken.
+    A threshold that is kept is not a finding, as dashboards would show it as an alert. An inconclusive threshold is a
+    warning, as it was not shown to hold.
 
-    A finding is about a client, an attack or a layer: its location is a logical one. Beside it stands ``audit.json``,
-    as code scanning on GitHub refuses files with results that have no physical location.
+    A finding is about a client, an attack or a layer, so its location is a logical one. ``audit.json`` is added as its
+    physical location, since code scanning on GitHub refuses results without one.
     """
     results = [_result(*finding) for finding in _findings(report)]
     rules = [
@@ -85,7 +85,7 @@ def sarif_log(report: AuditReport) -> dict[str, Any]:
 
 
 def _findings(report: AuditReport) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
-    """The rule, the message, and the path to what it is about: names with their kinds."""
+    """Yield each finding: its rule, its message, and the path to its subject as names with their kinds."""
     for check in report.checks:
         if not check.passed:
             text = f"Self-check “{check.name}” failed for client “{check.client}”. {check.finding}"
@@ -114,7 +114,7 @@ def _result(rule: str, text: str, where: list[tuple[str, str]]) -> dict[str, Any
                 "logicalLocations": [{"name": name, "fullyQualifiedName": path, "kind": kind}],
             }
         ],
-        # All stand on the same line of the same file: this tells them apart from audit to audit.
+        # All results have the same line of the same file. The fingerprint tells them apart from audit to audit.
         "partialFingerprints": {
             "primaryLocationLineHash": hashlib.sha256(f"{rule}/{path}".encode()).hexdigest()[:16] + ":1"
         },

@@ -1,4 +1,4 @@
-"""How an audit speaks: names of scores, numbers, verdicts and the one sentence that sums it up."""
+"""The wording of an audit: names of scores, numbers, verdicts and the summary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from leakage.metrics.scores import PSNR_LIMIT
 if TYPE_CHECKING:
     from leakage.audit.report import AuditReport, Figure, Measured, Threshold
 
-#: Scores: their label, the unit, and what an attack did, in words that go before the figure and after it.
+#: Scores: the label, the unit, and the words before and after the figure in a sentence about an attack.
 METRICS = {
     "success_rate": ("Reconstructed", "share", "reconstructed", "of the images of"),
     "identified": ("Identified", "share", "identified", "of the images of"),
@@ -21,15 +21,15 @@ METRICS = {
     "ssim": ("SSIM", "number", "reached a mean SSIM of", "on"),
 }
 
-#: Verdicts: the heading, and what the verdict does not say.
+#: Verdicts: the heading, and the limits of the verdict.
 VERDICTS = {
     "exceeded": (
         "Threshold exceeded",
-        "An attack shows what can be had at the least: other attacks, or more time, may get more.",
+        "An attack shows the least that can be found: other attacks, or more time, may find more.",
     ),
     "within": (
         "Within your thresholds",
-        "This holds for these attacks at this budget and is no guarantee: other attacks, or more time, may get more.",
+        "This holds for these attacks at this budget. It is no guarantee: other attacks, or more time, may find more.",
     ),
     "inconclusive": (
         "Inconclusive",
@@ -37,11 +37,11 @@ VERDICTS = {
     ),
     "failed check": (
         "Self-check failed",
-        "Attacker and client do not compute the same, so whatever the attacks found, or did not find, says nothing.",
+        "Attacker and client do not compute the same, so whatever attacks find, or do not find, says nothing.",
     ),
     "no thresholds": (
         "Measured, not judged",
-        "An attack shows what can be had at the least. Name limits of your own to get a verdict.",
+        "An attack shows the least that can be found. Set your own limits to get a verdict.",
     ),
 }
 
@@ -52,17 +52,17 @@ BASELINES = {
     "nearest": "the nearest public image",
 }
 
-# Not by `strftime`, which speaks the language of the machine.
+# Without `strftime`, whose language depends on the machine.
 _MONTHS = ["January", "February", "March", "April", "May", "June", "July"]
 _MONTHS += ["August", "September", "October", "November", "December"]
 _MINUS, _SPACE = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
-# Control characters but tabs and line ends, lone surrogates, and what turns the direction of text around: names may
-# hold them, XML may not, and readers would be misled.
+# Control characters except tabs and line ends, lone surrogates, and characters that reverse the direction of text.
+# Names may contain them, but XML may not, and they would mislead readers.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 
 
 def plain(text: object) -> str:
-    r"""A text without characters that no reader sees.
+    r"""Replace characters that no reader sees.
 
     Example:
         >>> plain("a\x00b")
@@ -72,7 +72,7 @@ def plain(text: object) -> str:
 
 
 def label(metric: str) -> str:
-    """The name of a score for people.
+    """Return the name of a score for people.
 
     Example:
         >>> label("success_rate"), label("time_to_find")
@@ -82,12 +82,12 @@ def label(metric: str) -> str:
 
 
 def unit(metric: str) -> str:
-    """``"share"``, ``"dB"`` or ``"number"``."""
+    """Return the unit of a score: ``"share"``, ``"dB"`` or ``"number"``."""
     return METRICS[metric][1] if metric in METRICS else "number"
 
 
 def number(value: float, kind: str = "number") -> str:
-    """A number with its unit, rounded, with words for what is none.
+    """Format a number, rounded and with its unit; NaN is ``"none"``.
 
     Example:
         >>> [number(value, "share").replace(chr(160), " ") for value in (0.0, 0.0004, 0.125, 0.9999, 1.0)]
@@ -112,7 +112,7 @@ def number(value: float, kind: str = "number") -> str:
 
 
 def interval(figure: Figure, kind: str = "number") -> str:
-    """The 95 % confidence interval, or why there is none.
+    """Format the 95 % confidence interval, or say why there is none.
 
     Example:
         >>> from leakage.audit.report import Figure
@@ -127,7 +127,7 @@ def interval(figure: Figure, kind: str = "number") -> str:
 
 
 def count(many: int, thing: str) -> str:
-    """A number of things.
+    """Format a number of things.
 
     Example:
         >>> count(1, "victim"), count(1200, "victim")
@@ -137,7 +137,7 @@ def count(many: int, thing: str) -> str:
 
 
 def moment(created: str) -> str:
-    """A time in words, as it is if it is no ISO 8601.
+    """Format an ISO 8601 time in words; return any other text unchanged.
 
     Example:
         >>> moment("2026-01-31T12:00:00+00:00")
@@ -151,7 +151,7 @@ def moment(created: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in the two largest units.
+    """Format a duration in its two largest units.
 
     Example:
         >>> [duration(seconds) for seconds in (0.04, 42.0, 600.0, 3900.0)]
@@ -168,7 +168,7 @@ def duration(seconds: float) -> str:
 
 
 def found(metric: str, attack: str, client: str, figure: Figure) -> str:
-    """What an attack did, as a sentence without its full stop.
+    """Describe what an attack found, as a sentence without its full stop.
 
     Example:
         >>> from leakage.audit.report import Figure
@@ -187,13 +187,13 @@ def found(metric: str, attack: str, client: str, figure: Figure) -> str:
 
 
 def over(threshold: Threshold) -> str:
-    """A threshold that was not kept, in a sentence."""
+    """Describe a threshold that was not kept, in a sentence."""
     limit = number(threshold.limit, unit(threshold.metric))
     return f"{found(threshold.metric, threshold.attack, threshold.client, threshold.figure)}; the limit is {limit}."
 
 
 def summary(report: AuditReport) -> str:
-    """The audit in a few plain words."""
+    """Summarise the audit in a sentence or two."""
     thresholds, verdict = report.thresholds, report.verdict
     if verdict == "failed check":
         check = next(check for check in report.checks if not check.passed)
@@ -223,7 +223,7 @@ def summary(report: AuditReport) -> str:
 
 
 def most_found(measured: list[Measured]) -> str | None:
-    """The highest score that an attack reached, images before labels, as a sentence; None if nothing was measured."""
+    """Describe the highest score that an attack reached, images before labels; None if nothing was measured."""
     for metric in METRICS:
         rows = [row for row in measured if metric in row.metrics and row.metrics[metric].victims]
         if rows:
@@ -233,5 +233,5 @@ def most_found(measured: list[Measured]) -> str | None:
 
 
 def _excess(threshold: Threshold) -> tuple[bool, float]:
-    """Images before all else, then how far above the limit."""
+    """Sort key: scores of images first, then the distance above the limit."""
     return threshold.metric in ("success_rate", "identified"), threshold.figure.low - threshold.limit
