@@ -145,7 +145,7 @@ class Named(nn.Module):
     [
         (["linaer"], r"to name modules of the model, such as \['linear', .*\], but got 'linaer'"),
         ([""], "to name modules of the model, such as .*, but got ''"),
-        (["linear", "activation"], "called once in a forward pass, but got 'activation', which is called again"),
+        (["linear", "activation"], "that are called once in a forward pass, but got 'activation', which is called"),
         (["unused"], r"that are called once in a forward pass, but got \['unused'\], which are not called"),
         (["pair"], "that return a tensor, but got 'pair', which returns tuple"),
         (["named"], "that take a tensor first, but got 'named', which takes none"),
