@@ -30,7 +30,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
     for name in ("leakage/py.typed", "leakage/cli/demo_page.html", "leakage/datamodules/fashion_mnist_sample.png"):
         assert name in held
     kinds = {Path(name).suffix for name in held}
-    assert kinds <= {".py", ".typed", ".png", ".txt", ".html", ".css", ".svg", ".json", ".md"}, "of data, only what it shows"
+    assert kinds <= {".py", ".typed", ".png", ".txt", ".html", ".css", ".svg", ".json", ".md"}, (
+        "of data, only what it shows"
+    )
     assert sum(file.file_size for file in wheel.infolist()) < 5e6
 
 
