@@ -66,7 +66,7 @@ def test_two_images_of_one_label_come_out_exactly(kit: Any) -> None:
 
 
 def test_says_so_where_the_jacobian_has_no_room(kit: Any) -> None:
-    with pytest.warns(UserWarning, match=r"need [\d,]+ bytes, `memory` is 1,000: .*solver='cg'"):
+    with pytest.warns(UserWarning, match=r"need [\d,]+ bytes, but `memory` is 1,000.*solver='cg'"):
         attack = kit.fit(GaussNewtonAttack(start="noise", memory=1000, solver="cholesky"), kit.victims(victims=2))
     kit.assert_successful(attack, 2)
 

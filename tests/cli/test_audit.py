@@ -152,7 +152,7 @@ def test_refuses_other_files(capsys: pytest.CaptureFixture[str]) -> None:
     Path("audit.yaml").write_text(f"{OF_EXAMPLE}client: {{images: 2}}\nclients: [{{images: 1}}]\n")
     assert "Expected either one client (`client`) or several" in refused(capsys, "--config", "audit.yaml")
     Path("best.ckpt").write_bytes(b"no checkpoint")
-    assert "truncated, has another format" in refused(capsys, "--example", "--checkpoint", "best.ckpt")
+    assert "truncated, of another kind" in refused(capsys, "--example", "--checkpoint", "best.ckpt")
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, "best.ckpt")
     assert "Missing key(s) in state_dict" in refused(capsys, "--example", "--checkpoint", "best.ckpt")
 

@@ -352,7 +352,7 @@ def test_own_gradients_of_a_resnet(tmp_path: Path) -> None:
         ),
         (["--data.dataset", "mnist", "--data.root", "none", "--data.download", "false"], "the train split of MNIST in"),
         (["--data.dataset", "imagenet"], "Expected `dataset` to be one of ['mnist', 'fashion_mnist', 'cifar10',"),
-        (["--data.split", "test"], "Expected `split` 'train' with 'sample', which has no test images apart"),
+        (["--data.split", "test"], "Expected `split` 'train' with 'sample', which has no separate test images"),
     ],
 )
 def test_fit_refuses_bad_input_in_one_line(

@@ -81,7 +81,7 @@ def test_fit_resumes_from_a_checkpoint(tmp_path: Path, saved: Path) -> None:
         ),
         (
             ["--model.network", "LeNet"],
-            "Expected a `network` for images (1, 28, 28) and 10 classes, as 'sample' has, but got LeNet",
+            "Expected a `network` for images (1, 28, 28) and 10 classes of 'sample', but got LeNet",
         ),
         (["--model.learning_rate", "1e38", "--model.iterations", "3"], "Expected a finite matching loss"),
     ],

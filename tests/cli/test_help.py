@@ -60,9 +60,9 @@ def test_fit_tells_what_there_is_and_where_the_options_are(
 
 def test_fit_tells_the_options_of_one_class(capsys: pytest.CaptureFixture[str]) -> None:
     said = told(capsys, "fit", "--model", "IDLGAttack", "--help")
-    assert said.startswith("IDLGAttack: iDLG: reads the labels")
+    assert said.startswith("IDLGAttack: iDLG: read the labels")
     assert "  --model.max_evaluations " in said
-    assert "further starts for a victim" in said
+    assert "additional starts for a victim" in said
     assert ":data:`" not in said
     assert "--trainer" not in said
     assert "--data" not in said

@@ -86,8 +86,8 @@ def test_what_a_chain_holds() -> None:
     [
         (LeNet(3, 8, activation="silu"), "got SiLU 'features.1', which is not one-to-one"),
         (behind(nn.GELU()), "got GELU '1', which is not one-to-one"),
-        (behind(nn.MaxPool2d(2), width=64), "got MaxPool2d '1', pooling that forgets"),
-        (ConvNet(3, 8, width=4, norm="none"), "got AveragePooling 'features.2', pooling that forgets"),
+        (behind(nn.MaxPool2d(2), width=64), "got MaxPool2d '1', pooling that loses most"),
+        (ConvNet(3, 8, width=4, norm="none"), "got AveragePooling 'features.2', pooling that loses most"),
         (behind(nn.GroupNorm(2, 4)), "got GroupNorm '1', a norm by the statistics of each image"),
         (behind(nn.BatchNorm2d(4)), r"got BatchNorm2d '1', which normalises by the client's own batch: .*eval\(\)"),
         (behind(nn.LeakyReLU(0.0)), "got LeakyReLU '1', with a negative slope of 0.0, which is not one-to-one"),

@@ -258,7 +258,7 @@ def test_arguments_that_are_not_kept():
         def __init__(self, norm: float, words: str) -> None:
             super().__init__(norm)
 
-    message = r"Expected Forgetful to keep the arguments .* none for \['words'\]\. Keep them"
+    message = r"Expected Forgetful to keep the arguments .* no attribute for \['words'\]\. Assign them"
     with pytest.raises(ValueError, match=message):
         client(Forgetful(1.0, "a"))
 

@@ -31,7 +31,7 @@ def test_writes_both_sides(
         torch.set_num_threads(1)
     assert output.with_suffix(".png").stat().st_size > 0
     said = capsys.readouterr().out
-    assert "MNIST is not found" in said
+    assert "MNIST was not found" in said
     result = json.loads(output.read_text())
     assert result["dataset"] == "sample"
     assert result["victims"] == {"leakage": 3, "plain": 1}

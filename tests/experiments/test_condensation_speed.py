@@ -229,7 +229,7 @@ def test_the_sample_where_there_is_no_fashion_mnist(
     monkeypatch.setattr(speed, "Side", FakeSide)
     output = tmp_path / "speed.json"
     speed.main(["--root", str(tmp_path / "none"), "--output", str(output)])
-    assert "FashionMNIST is not found" in capsys.readouterr().out
+    assert "FashionMNIST was not found" in capsys.readouterr().out
     assert json.loads(output.read_text())["dataset"] == "sample"
 
 

@@ -216,7 +216,10 @@ def test_refuses_before_anything_is_run(
         (["--dataset", "imagenet"], "Expected `dataset` to be one of ['mnist', 'fashion_mnist', 'cifar10', 'cifar100'"),
         (["--dataset", "sample", "--method", "idc"], "invalid choice: 'idc' (choose from"),
         (["--dataset", "sample", "--root", "."], "Expected no `root` with 'sample', but got ."),
-        (["--dataset", "sample", "--benchmark", "mnist"], "Expected no `benchmark` with 'sample', which is no folder"),
+        (
+            ["--dataset", "sample", "--benchmark", "mnist"],
+            "Expected no `benchmark` with 'sample', which is not a folder",
+        ),
         (["--dataset", "sample", "--evaluation", "idc"], "invalid choice: 'idc' (choose from"),
         (["--dataset", "mnist", "--image-size", "9"], "Expected no `image_size` with 'mnist', but got 9"),
         (["--dataset", "sample", "--output", "file/x"], "Expected `output` to be a folder that can be written"),

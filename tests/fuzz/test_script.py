@@ -44,7 +44,7 @@ def test_an_attempt_fails_where_it_should(fuzz: SimpleNamespace, monkeypatch: py
         fuzz.common.attempt(raises(KeyError("x")))
     with pytest.raises(fuzz.common.BrokenError, match="Expected a message of the library"):
         fuzz.common.attempt(raises(ValueError("invalid literal")))
-    with pytest.raises(fuzz.common.BrokenError, match=r"that name 'this\.file'"):
+    with pytest.raises(fuzz.common.BrokenError, match=r"that names 'this\.file'"):
         fuzz.common.attempt(raises(ValueError("Expected a file, but got none")), named="this.file")
     assert fuzz.common.attempt(raises(ValueError("Expected 1 file, but got 2"))).refusal.startswith(
         "ValueError: Expected #"

@@ -90,7 +90,7 @@ def test_one_victim_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(lanes: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    with pytest.raises(MemoryError, match="Take fewer images"):
+    with pytest.raises(MemoryError, match="Use fewer images"):
         choose_lanes(fails, 1000, most=8, device=CPU)
 
 

@@ -333,7 +333,7 @@ def test_names_a_piece_of_another_kind(options: dict[str, Any], message: str) ->
         ({"objective": SquaredDistance() + BatchNormStatistics()}, "a network with BatchNorm in evaluation mode"),
         ({"images": LatentCode(nn.Linear(3, 4), [3])}, r"of the victims' shape \(1, 1, 12, 12\), but got \(1, 4\)"),
         ({"objective": SquaredDistance() + Nowhere()}, r"`modules` to name modules .* such as \[.*but got 'nowhere'"),
-        ({"images": LatentCode(nn.Linear(9, 4), [3])}, r"take codes of shape \(1, 3\)"),
+        ({"images": LatentCode(nn.Linear(9, 4), [3])}, r"accept codes of shape \(1, 3\)"),
         (
             {"images": Pixels(start="rgap"), "labels": JointLabels()},
             "start='auto', 'noise' or 'grey' with labels that are searched",
@@ -424,7 +424,7 @@ class Forgets(Prior):
 
 def test_a_piece_that_forgets_its_arguments_is_refused() -> None:
     """A checkpoint could not tell it from another."""
-    with pytest.raises(ValueError, match=r"Expected Forgets to keep the arguments .* none for \['power'\]"):
+    with pytest.raises(ValueError, match=r"Expected Forgets to keep the arguments .* no attribute for \['power'\]"):
         GradientInversion(objective=SquaredDistance() + Forgets(2.0))
 
 

@@ -269,7 +269,7 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("place", "value"), [("hyper_parameters", {"seed": 1}), ("NoneType", {"victims": 9})])
 def test_a_part_that_an_earlier_run_left_is_named(place: str, value: dict[str, int]) -> None:
     parts = [a_part("a", [[0]], {}, 2), a_part("b", [[1]], {}, 2) | {place: value}]
-    with pytest.raises(ValueError, match=r"but got 'last\.ckpt\.1' of another configuration or of other victims"):
+    with pytest.raises(ValueError, match=r"but got 'last\.ckpt\.1' with another configuration or other victims"):
         take(parts, 0, 2)
 
 

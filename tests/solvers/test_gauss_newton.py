@@ -353,7 +353,7 @@ def test_forms_no_jacobian_without_memory_for_it(solver: str) -> None:
     memory = dense_bytes(12, 12, 8) - (solver == "auto")  # it would fit with one byte more
     options = {"max_products": 3, "damping": 1e-9, "max_evaluations": 8}
     if memory < dense_bytes(12, 12, 8):
-        with pytest.warns(UserWarning, match="need 4,608 bytes, `memory` is 4,607: the attack takes products"):
+        with pytest.warns(UserWarning, match="need 4,608 bytes, but `memory` is 4,607. The attack uses only products"):
             optimizer = single(starts, stiff, solver=solver, memory=memory, **options)
     else:
         optimizer = single(starts, stiff, solver=solver, memory=memory, **options)
