@@ -290,7 +290,8 @@ class Victim:
             fixed |= as_buffers(self.draws, drawn)
         with recorded(self.model, modules) as activations, smoothed(sharpness):
             logits = functional_call(self.model, (weights, fixed), (images,))
-        return self.loss(logits, targets, share, take_penalties(self.model)), activations
+        penalties = take_penalties(self.model) if self.draws else ()
+        return self.loss(logits, targets, share, penalties), activations
 
     def loss(
         self, logits: Tensor, targets: Tensor, share: Tensor | None = None, penalties: Sequence[Tensor] = ()

@@ -24,8 +24,8 @@ class Mixture(Dummy):
 
     together with the images. At the start, each image has the largest weight in one mixture. The search can separate
     images with different labels, but not images with the same label, because any mixtures of them fit equally well.
-    Attacks use this class automatically, whatever their pieces are. Attacks that are not ``adaptive`` find the mixtures
-    instead.
+    Attacks use this class automatically, whatever their pieces are. Attacks that are not ``adaptive`` treat the
+    mixtures as images with a single label.
 
     Args:
         mixes: whether the clients mix their images.
