@@ -31,7 +31,7 @@ class Piece:
     """
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={tell(value)}" for name, value in self._arguments().items())
+        arguments = ", ".join(f"{name}={stable_repr(value)}" for name, value in self._arguments().items())
         return f"{type(self).__name__}({arguments})"
 
     def _arguments(self) -> dict[str, Any]:
@@ -58,12 +58,14 @@ class Piece:
                 value.prepare(like)
 
 
-def tell(value: Any) -> str:
+def stable_repr(value: Any) -> str:
     """Describe a value in a way that is the same in every process: plain values by ``repr``, tensors by a hash.
 
     Example:
-        >>> tell((0, 1.5)), tell(None), tell(torch.zeros(2)) == tell(torch.zeros(2)) != tell(torch.ones(2))
-        ('(0, 1.5)', 'None', True)
+        >>> stable_repr((0, 1.5))
+        '(0, 1.5)'
+        >>> stable_repr(torch.zeros(2)) == stable_repr(torch.zeros(2)) != stable_repr(torch.ones(2))
+        True
     """
     if isinstance(value, nn.Module):
         made = Piece.__repr__(value) if isinstance(value, Piece) else type(value).__name__
@@ -71,16 +73,16 @@ def tell(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"Tensor {tuple(value.shape)} {digest({'': value})}"
     if isinstance(value, list | tuple):
-        items = ", ".join(map(tell, value))
+        items = ", ".join(map(stable_repr, value))
         return f"[{items}]" if isinstance(value, list) else f"({items}{',' if len(value) == 1 else ''})"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name!r}: {tell(entry)}" for name, entry in value.items()) + "}"
+        return "{" + ", ".join(f"{name!r}: {stable_repr(entry)}" for name, entry in value.items()) + "}"
     if dataclasses.is_dataclass(value) and not isinstance(value, Piece | type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return f"{type(value).__name__}({tell(fields)})"
+        return f"{type(value).__name__}({stable_repr(fields)})"
     words = repr(value)
     if words == object.__repr__(value):  # the default repr, which holds an address
-        return f"{type(value).__name__}({tell(vars(value)) if hasattr(value, '__dict__') else ''})"
+        return f"{type(value).__name__}({stable_repr(vars(value)) if hasattr(value, '__dict__') else ''})"
     return words
 
 

@@ -23,7 +23,7 @@ _WIDTH, _HEIGHT, _LINE, _TITLE = 4.6, 3.4, 0.24, 0.4
 # Inches: height of a bar and of the space below all bars, width of the axes and of a letter of a bar's name.
 _BAR, _BELOW, _LENGTH, _LETTER = 0.42, 0.8, 5.2, 0.085
 # Parts below this share of the longest bar show no number.
-_TOLD = 0.09
+_SMALLEST = 0.09
 # Maximum number of ticks on the axis of lanes.
 _TICKS = 8
 # Line styles, which distinguish curves of the same colour.
@@ -131,7 +131,7 @@ def plot_parts(bars: Mapping[str, Mapping[str, float]], *, xlabel: str, title: s
         left = 0.0
         for part, value in parts.items():
             axes.barh(row, value, left=left, height=0.62, color=_LIGHT[names.index(part) % len(_LIGHT)], zorder=2)
-            if value >= _TOLD * longest:
+            if value >= _SMALLEST * longest:
                 axes.text(
                     left + value / 2,
                     row,

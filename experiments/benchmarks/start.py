@@ -28,7 +28,7 @@ from setting import check_file, describe_machine, show_machine, write_result  # 
 from leakage.errors import check_count
 
 MARK = "the moment is "
-TELL = f"import sys, time; print('{MARK}', repr(time.time()), sep='', flush=True)"
+PRINT = f"import sys, time; print('{MARK}', repr(time.time()), sep='', flush=True)"
 DEMO = f"""
 import os, sys
 from leakage.cli.main import load, main
@@ -37,7 +37,7 @@ from leakage.inversion.lanes import Lanes
 evaluate = Lanes.evaluate
 def first(lanes):
     evaluate(lanes)
-    {TELL}
+    {PRINT}
     os._exit(0)
 Lanes.evaluate = first
 main(["demo", "--output", sys.argv[1], "--victims", sys.argv[2]])
@@ -46,12 +46,12 @@ FIRST = "leakage demo, first evaluation"
 SCREEN = "leakage, the first screen"
 # From `import torch` on, each does the work of the one before, and more.
 MOMENTS = {
-    "Python": TELL,
-    SCREEN: f"from leakage.cli.main import main\nmain([])\n{TELL}",
-    "leakage --help": f"from leakage.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    {TELL}",
-    "import torch": f"import torch\n{TELL}",
-    "import leakage": f"from leakage import LeNet, Protocol, SharedGradient, Victim\n{TELL}",
-    "load the command line": f"from leakage.cli.main import load\nload('demo')\n{TELL}",
+    "Python": PRINT,
+    SCREEN: f"from leakage.cli.main import main\nmain([])\n{PRINT}",
+    "leakage --help": f"from leakage.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    {PRINT}",
+    "import torch": f"import torch\n{PRINT}",
+    "import leakage": f"from leakage import LeNet, Protocol, SharedGradient, Victim\n{PRINT}",
+    "load the command line": f"from leakage.cli.main import load\nload('demo')\n{PRINT}",
     FIRST: DEMO,
 }
 

@@ -201,7 +201,7 @@ class Table:
             test_accuracy=network.accuracy,
             images=given.images,
             labels=given.labels,
-            labels_told=not given.infer_labels,
+            labels_revealed=not given.infer_labels,
             local_steps=given.local_steps,
             victims=compared.victims,
             psnr_mean=psnr.value,

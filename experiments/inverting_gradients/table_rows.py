@@ -31,7 +31,7 @@ class TableRow:
         test_accuracy: test accuracy of the network, 0 to 1; None if untrained.
         images: number of images per victim.
         labels: ``"random"``, ``"distinct"`` or ``"equal"``.
-        labels_told: whether the attacker knows the labels.
+        labels_revealed: whether the attacker knows the labels.
         local_steps: number of local steps per victim.
         victims: number of victims.
         psnr_mean: mean PSNR over victims, dB.
@@ -61,7 +61,7 @@ class TableRow:
     test_accuracy: float | None
     images: int
     labels: str
-    labels_told: bool
+    labels_revealed: bool
     local_steps: int
     victims: int
     psnr_mean: float

@@ -154,11 +154,11 @@ def _resume(verdict: Verdict, whole: Job, job: Job) -> Ending:
     return ending
 
 
-def killed(whole: Job, kills: int, tell: Callable[[], Any]) -> Verdict:
+def killed(whole: Job, kills: int, progress: Callable[[], Any]) -> Verdict:
     """Compare an undisturbed run with one that is killed this many times and resumed each time."""
     verdict = Verdict("killed")
     alone = run(whole)
-    tell()
+    progress()
     if alone.code:
         raise RuntimeError(f"Expected the run in '{whole.output}' to succeed, but got: {alone.said[-2000:]}")
     job = replace(whole, output=whole.output.with_name("killed"))
@@ -188,10 +188,10 @@ def killed(whole: Job, kills: int, tell: Callable[[], Any]) -> Verdict:
             repeated += done - ending.first
             resumed += ending.first > 0
             done = max(ending.completed, ending.first)
-        tell()
+        progress()
     verdict.figures |= {"kills": kills, "kinds": dict(Counter(kinds)), "iterations": alone.completed}
     ending = _resume(verdict, whole, job)
-    tell()
+    progress()
     verdict.figures |= {
         "resumed from a checkpoint": resumed + (ending.first > 0),
         "iterations repeated": repeated + done - ending.first,

@@ -44,7 +44,7 @@ from leakage.models.layers import ACTIVATIONS
 from leakage.seeds import derive_seed
 
 # A wrong label counts as detected if the residual grows by more than this factor.
-TOLD = 100.0
+DETECTED = 100.0
 # Options of reach.py that this script fixes.
 _FIXED: dict[str, Any] = {
     "norm": None, "noise": [0.0], "half": False, "infer_labels": False, "lanes": 64, "why": 0, "methods": [],
@@ -71,8 +71,8 @@ class FeaturesRow:
         wrong_ratio_min: minimum over victims of the ratio of the residual with a wrong label to that with the correct
             labels.
         wrong_ratio_median: median over victims of this ratio.
-        wrong_told: share of the victims with a ratio above 100.
-        wrong_told_ci: 95 % Wilson interval of ``wrong_told``.
+        wrong_detected: share of the victims whose wrong label is detected: with a ratio above 100.
+        wrong_detected_ci: 95 % Wilson interval of ``wrong_detected``.
     """
 
     dataset: str
@@ -94,8 +94,8 @@ class FeaturesRow:
     seconds_per_victim: float
     wrong_ratio_min: float
     wrong_ratio_median: float
-    wrong_told: float
-    wrong_told_ci: tuple[float, float]
+    wrong_detected: float
+    wrong_detected_ci: tuple[float, float]
 
 
 def true_features(shared: SharedGradient, victim: Victim, images: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def measure(cell: Cell, given: argparse.Namespace, data: LabelledImages) -> Feat
     worst, residual = torch.cat(errors).amax(1), torch.cat(right)
     ratio = torch.cat(wrong) / residual.clamp(min=torch.finfo(residual.dtype).tiny)
     shares: dict[str, Any] = {}
-    for name, holds in (("below_1e4", worst < 1e-4), ("below_1e2", worst < 1e-2), ("wrong_told", ratio > TOLD)):
+    for name, holds in (("below_1e4", worst < 1e-4), ("below_1e2", worst < 1e-2), ("wrong_detected", ratio > DETECTED)):
         share = float(holds.double().mean())
         shares |= {name: share, f"{name}_ci": wilson_interval(share, len(holds))}
     columns = ("dataset", "network", "norm", "activation", "epochs", "labels", "images")
@@ -190,13 +190,13 @@ def format_table(rows: Sequence[FeaturesRow]) -> str:
     names = ["dataset", "network", "activation", "epochs", "labels"]
     several = [name for name in names if len({getattr(row, name) for row in rows}) > 1]
     header = [*several, "images", "victims", "all < 1e-4", "all < 1e-2", "median error", "median residual", "s/victim"]
-    lines = [[*header, "wrong label: min", "median", f"> {TOLD:g} x"]]
+    lines = [[*header, "wrong label: min", "median", f"> {DETECTED:g} x"]]
     for row in rows:
         line = [str(getattr(row, name)) for name in (*several, "images", "victims")]
         line += [percent(row.below_1e4, row.below_1e4_ci), percent(row.below_1e2, row.below_1e2_ci)]
         line += [f"{row.error_median:.1e}", f"{row.residual_median:.1e}", f"{row.seconds_per_victim:.3f}"]
         line += [f"{row.wrong_ratio_min:.1e}", f"{row.wrong_ratio_median:.1e}"]
-        lines.append([*line, percent(row.wrong_told, row.wrong_told_ci)])
+        lines.append([*line, percent(row.wrong_detected, row.wrong_detected_ci)])
     return align(lines)
 
 

@@ -78,7 +78,7 @@ def audit(
     accelerator: str = "cpu",
     output: str | os.PathLike[str] = "audit",
     command: str = "",
-    tell: Callable[[str], object] | None = None,
+    log: Callable[[str], object] | None = None,
 ) -> AuditReport:
     """Attack clients that train as the module does on the given data, and report what their updates give away.
 
@@ -110,7 +110,7 @@ def audit(
         accelerator: the accelerator for the attacks, as in Lightning's Trainer.
         output: the folder for the report, its pictures and the files needed to resume.
         command: the command that repeats the audit, for the report.
-        tell: a function that is called with each line of progress.
+        log: a function that is called with each line of progress.
 
     Returns:
         The report, which is also written to ``output``.
@@ -138,7 +138,7 @@ def audit(
         seed=seed,
         accelerator=accelerator,
         folder=Path(output),
-        tell=tell or (lambda line: None),
+        log=log or (lambda line: None),
         update=update,
         before=module if before is None else before,
     )
@@ -175,7 +175,7 @@ class _Audit:
     seed: int
     accelerator: str
     folder: Path
-    tell: Callable[[str], object]
+    log: Callable[[str], object]
     update: AnyWeights | None = None
     before: AnyWeights | None = None
 
@@ -212,10 +212,10 @@ class _Audit:
             bounds=[],
             thresholds=[],
         )
-        self.tell("Preflight")
+        self.log("Preflight")
         rows = self._make_ready(module, data, report)
         for problem in report.preflight:
-            self.tell(f"  {problem.kind}: {problem.where}: {problem.problem}")
+            self.log(f"  {problem.kind}: {problem.where}: {problem.problem}")
         if self.update is not None:
             report.checks += [check for row in rows for check in self._take_update(row)]
         runner = Runner(
@@ -225,15 +225,15 @@ class _Audit:
             key=self._key(rows),
             accelerator=self.accelerator,
             success_threshold=self.success_threshold,
-            tell=self.tell,
+            log=self.log,
         )
         runner.check_folder()
         check_output(self.folder)
-        self.tell("Self-check")
+        self.log("Self-check")
         for row in rows:
             report.checks += self_check(row.subject, row.client, row.victim, self.seed)
         for check in report.checks:
-            self.tell(f"  {check.client}: {check.name}: {'' if check.passed else 'FAILED: '}{check.finding}")
+            self.log(f"  {check.client}: {check.name}: {'' if check.passed else 'FAILED: '}{check.finding}")
         passed = all(check.passed for check in report.checks)
         records: list[Record] = runner.run() if passed else []
         report.plan = [record.planned for record in records]
@@ -291,7 +291,7 @@ class _Audit:
     def _row(self, client: Client, subject: Subject, report: AuditReport) -> Row | None:
         number = min(self.victims, len(subject.images) // client.images)
         if number < self.victims:
-            self.tell(f"  {client.name}: only {number} victims, as the data have no more images")
+            self.log(f"  {client.name}: only {number} victims, as the data have no more images")
         self._check_victims(client, number, report)
         victims = Victims(
             TensorDataset(subject.images, subject.labels),
@@ -371,7 +371,7 @@ class _Audit:
         """Return a copy of the module that was trained further by its own optimizer."""
         if not epochs or not isinstance(module, LightningModule):
             return module
-        self.tell(f"  training a copy for {epochs} epochs")
+        self.log(f"  training a copy for {epochs} epochs")
         trained = copy.deepcopy(module)
         trainer = Trainer(
             max_epochs=epochs,

@@ -124,7 +124,7 @@ def _with_steps(kind: Callable[..., GradientInversion], options: dict[str, Any],
 
 def _readable(victim: Victim, auxiliary: Auxiliary | None, seed: int) -> bool:
     try:
-        InferredLabels("auto", auxiliary, seed).check(Target(victim.as_told()))
+        InferredLabels("auto", auxiliary, seed).check(Target(victim.without_secrets()))
     except ValueError:
         return False
     return True

@@ -184,7 +184,7 @@ def fit_all(
 def read_labels(reader: LabelReader, shared: SharedGradient, victim: Victim) -> tuple[Tensor, float]:
     """Read the labels of victims: their counts ``(V, K)`` and the seconds that it took."""
     began = time.monotonic()
-    counts = reader(shared, victim.as_told()).counts
+    counts = reader(shared, victim.without_secrets()).counts
     return counts, time.monotonic() - began
 
 

@@ -109,7 +109,7 @@ class Runner:
         key: the digest that identifies the audit in its files.
         accelerator: the accelerator, as in the Trainer.
         success_threshold: an image counts as reconstructed if its MSE is below this.
-        tell: a function that is called with each line of progress.
+        log: a function that is called with each line of progress.
     """
 
     rows: list[Row]
@@ -118,23 +118,23 @@ class Runner:
     key: str
     accelerator: str
     success_threshold: float
-    tell: Callable[[str], object]
+    log: Callable[[str], object]
     plan: dict[tuple[str, str], Share] = field(default_factory=dict)
     refused: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def run(self) -> list[Record]:
         """Make the plan, print it and run it. Return one record for each client and attack."""
         spent = self._make_plan()
-        self.tell(f"Plan, for {self.budget:.0f} s")
+        self.log(f"Plan, for {self.budget:.0f} s")
         for row in self.rows:
             for candidate in row.candidates:
                 place = row.client.name, candidate.name
                 said = self.refused.get(place) or f"about {self.plan[place].expected_seconds:.0f} s"
-                self.tell(f"  {row.client.name}: {candidate.name}: {said}")
+                self.log(f"  {row.client.name}: {candidate.name}: {said}")
         todo = [(row, candidate) for row in self.rows for candidate in row.candidates]
         todo.sort(key=lambda pair: ATTACKS.index(pair[1].name))
         left = self.budget - spent
-        self.tell("Attacks")
+        self.log("Attacks")
         done: dict[tuple[str, str], Record] = {}
         solved: set[str] = set()
         for number, (row, candidate) in enumerate(todo):
@@ -146,7 +146,7 @@ class Runner:
                 save_record(self.folder, record)
             if record.measured is not None:
                 left -= record.measured.seconds if candidate.make is not None else 0.0  # read while planning
-                self.tell(f"  {_line(record.measured)}")
+                self.log(f"  {_line(record.measured)}")
                 if _solves(record.measured, row.number):
                     solved.add(row.client.name)
             done[place] = record
@@ -188,7 +188,7 @@ class Runner:
                 else:
                     self.plan[client, attack] = Share(**share)
             return float(saved["seconds"])
-        self.tell("Timing a few iterations of each attack")
+        self.log("Timing a few iterations of each attack")
         began = time.monotonic()
         needs: list[tuple[Row, Candidate, float]] = []
         for row in self.rows:

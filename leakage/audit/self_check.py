@@ -241,7 +241,7 @@ def _truth(client: Client, victim: Victim, images: Tensor, labels: Tensor, seed:
     made = copy.deepcopy(victim)
     made.model.double()
     shared = made.share(images[None].double(), labels[None], seed=seed)
-    known = made.as_told()
+    known = made.without_secrets()
     if shared.protocol.shuffle or shared.protocol.learning_rate == "unknown":
         finding = "Not measured: the attacker does not know the order of the images or the learning rate."
         return Check(client.name, name, True, None, finding)

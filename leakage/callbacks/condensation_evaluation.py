@@ -238,7 +238,7 @@ class SyntheticEvaluation(CondensationCallback):
     def _tell(self, trainer: Trainer, condensation: Condensation) -> None:
         bar = trainer.progress_bar_callback
         if isinstance(bar, RunProgressBar):
-            bar.tell(trainer, condensation)
+            bar.update(trainer, condensation)
 
     def _write_all(self, condensation: Condensation) -> None:
         if not self.rows:

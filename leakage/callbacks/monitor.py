@@ -173,7 +173,7 @@ class LeakageMonitor(Callback):
         own = labels[:used].reshape(count, self.images)
         others = images[used : used + _OTHERS]
         victim = Victim(network, image_shape=tuple(images.shape[1:]), num_images=self.images, **self.client)
-        shared = SharedGradients(victim.share(truth, own, seed=trainer.global_step), victim.as_told())
+        shared = SharedGradients(victim.share(truth, own, seed=trainer.global_step), victim.without_secrets())
         found = self._attack(shared, device, begin)
         if not len(found):
             raise ValueError(f"Expected to attack a victim in `budget` = {self.budget:g} seconds, but got none.")

@@ -34,7 +34,7 @@ class RunProgressBar(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, *, name: str = "") -> None:
         super().__init__(refresh_rate, process_position)
         self.name = name
-        self._told = -math.inf
+        self._updated = -math.inf
 
     @abstractmethod
     def count(self, pl_module: LightningModule) -> tuple[int, int]:
@@ -71,14 +71,14 @@ class RunProgressBar(TQDMProgressBar):
         due = self.is_enabled and (batch_idx + 1) % self.refresh_rate == 0
         # Like Lightning's bars, this one goes to standard output.
         pause = _PAUSE if sys.stdout.isatty() else _PAUSE_IN_A_FILE
-        if due and time.monotonic() - self._told >= pause:
-            self.tell(trainer, pl_module)
+        if due and time.monotonic() - self._updated >= pause:
+            self.update(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Update the bar with the scores of the latest validation."""
-        self.tell(trainer, pl_module)
+        self.update(trainer, pl_module)
 
-    def tell(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def update(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Update the bar now, if there is one."""
         bar = self._train_progress_bar
         if bar is None or bar.disable:
@@ -86,7 +86,7 @@ class RunProgressBar(TQDMProgressBar):
         bar.n, _ = self.count(pl_module)
         bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
         bar.refresh()
-        self._told = time.monotonic()
+        self._updated = time.monotonic()
 
 
 class AttackProgressBar(RunProgressBar):
@@ -139,4 +139,4 @@ class AttackProgressBar(RunProgressBar):
         self.val_progress_bar.close()
         self.reset_dataloader_idx_tracker()
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.tell(trainer, pl_module)
+            self.update(trainer, pl_module)

@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,7 +72,9 @@ def audit(arguments: Sequence[str]) -> None:
         for path in _configs(given):
             _check_file(path)
         options = _parse(given)
-        report = run_audit(command=shlex.join(["leakage", "audit", *arguments]), tell=_tell, **options)
+        report = run_audit(
+            command=shlex.join(["leakage", "audit", *arguments]), log=partial(print, flush=True), **options
+        )
     except (ValueError, OSError, argparse.ArgumentError) as error:
         reason = own_words(error)
         if reason is None and not isinstance(error, argparse.ArgumentError | OSError):
@@ -85,10 +88,6 @@ def audit(arguments: Sequence[str]) -> None:
             f"{figure.value:.3g} [{figure.low:.3g}, {figure.high:.3g}], limit {threshold.limit:g}"
         )
     sys.exit(report.exit_code)
-
-
-def _tell(line: str) -> None:
-    print(line, flush=True)
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -149,7 +149,7 @@ def check_local_steps(
         )
 
 
-def told_rate(learning_rate: float | str | None, *, reveal: bool) -> float | str | None:
+def protocol_rate(learning_rate: float | str | None, *, reveal: bool) -> float | str | None:
     """Return the learning rate for a protocol; raise a ``ValueError`` if it is to be secret and there is none."""
     check_flag(reveal_learning_rate=reveal)
     if reveal:

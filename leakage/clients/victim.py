@@ -27,7 +27,7 @@ from leakage.clients.inspection import (
 from leakage.clients.local_steps import Secrets, train
 from leakage.clients.losses import LOSSES
 from leakage.clients.low_rank import evaluate_in_basis
-from leakage.clients.protocol import UNKNOWN, Protocol, told_rate
+from leakage.clients.protocol import UNKNOWN, Protocol, protocol_rate
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.smoothing import smoothed, without_sharpness
 from leakage.defenses.base import Defense, check_defenses, defend
@@ -140,14 +140,14 @@ class Victim:
             loss=loss,
             reduction=reduction,
             local_steps=local_steps,
-            learning_rate=told_rate(learning_rate, reveal=reveal_learning_rate),
+            learning_rate=protocol_rate(learning_rate, reveal=reveal_learning_rate),
             local_batch_size=local_batch_size,
             momentum=momentum,
             weight_decay=weight_decay,
             shuffle=shuffle,
             defenses=tuple(defense.describe() for defense in self.defenses),
         )
-        # Secret like the client's defenses: attacks get a victim without it, see `as_told`.
+        # Secret like the client's defenses: attacks get a victim without it, see `without_secrets`.
         self._hidden_rate = None if reveal_learning_rate else cast(float, learning_rate)
         # Federated systems identify arrays by their order, so this includes what the next lines remove.
         self.layout = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -193,7 +193,7 @@ class Victim:
         victim.protocol = dataclasses.replace(protocol)
         return victim
 
-    def as_told(self) -> Victim:
+    def without_secrets(self) -> Victim:
         """Return a copy with only the attacker's knowledge, without a secret learning rate and defense objects."""
         known = copy.copy(self)
         known.defenses, known._hidden_rate = (), None

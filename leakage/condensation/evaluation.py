@@ -21,7 +21,7 @@ from leakage.condensation.training import NetworkResult, TrainingOptions, evalua
 from leakage.files.text import write_json
 from leakage.metrics.estimates import mean_interval
 from leakage.models import draw_state
-from leakage.pieces import tell
+from leakage.pieces import stable_repr
 from leakage.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -241,5 +241,5 @@ def _digest(images: Tensor, labels: Tensor, data: LabelledImages, network: nn.Mo
     """Hash everything that determines the result of network r, up to the device."""
     first = draw_state(network, derive_seed(options.seed, 0, "evaluation network"))
     tests = [data.test.images, data.test.labels, data.mean, data.std]
-    content = tell([images, labels, *tests, repr(network), first, options])
+    content = stable_repr([images, labels, *tests, repr(network), first, options])
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from leakage.clients.protocol import Protocol, told_rate
+from leakage.clients.protocol import Protocol, protocol_rate
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.datamodules.base import GroundTruth, VictimDataModule
@@ -179,8 +179,8 @@ class Victims(VictimDataModule):
                 f"Expected `learning_rate` as the number that the clients use, but got {learning_rate!r}. To hide it "
                 "from the attacker, pass the number and reveal_learning_rate=False."
             )
-        known_rate = told_rate(learning_rate, reveal=reveal_learning_rate)
-        steps = (local_steps, known_rate, local_batch_size, momentum, weight_decay, shuffle)
+        rate = protocol_rate(learning_rate, reveal=reveal_learning_rate)
+        steps = (local_steps, rate, local_batch_size, momentum, weight_decay, shuffle)
         protocol = Protocol((1, 1, 1), 2, images, loss, reduction, *steps)
         check_choice("split", split, ("train", "test"))
         self.source = Source(

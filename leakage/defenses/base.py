@@ -196,14 +196,14 @@ class Defense(Piece, ABC):
         return {"name": type(self).__name__, **arguments}
 
 
-def known_defenses(told: Sequence[Mapping[str, Any]]) -> tuple[Defense, ...]:
+def known_defenses(descriptions: Sequence[Mapping[str, Any]]) -> tuple[Defense, ...]:
     """Create the defenses that a protocol describes.
 
     The classes of this package are known, and your own classes once they are imported, if their names differ from
     these. The constructors are called with values from a file: they should only check and keep their arguments.
 
     Args:
-        told: the descriptions, as the ``defenses`` of a :class:`leakage.Protocol` hold them.
+        descriptions: the descriptions, as the ``defenses`` of a :class:`leakage.Protocol` hold them.
 
     Raises:
         ValueError: no class has this name, or it does not accept these arguments.
@@ -215,7 +215,7 @@ def known_defenses(told: Sequence[Mapping[str, Any]]) -> tuple[Defense, ...]:
     """
     classes = _subclasses(Defense)
     made = []
-    for description in told:
+    for description in descriptions:
         name = description["name"]
         arguments = {key: value for key, value in description.items() if key != "name"}
         hint = "Import its class, or pass adaptive=False for an attack that ignores the defense."
@@ -238,7 +238,7 @@ def simulate(defenses: Sequence[Defense], gradients: Gradients, shared: Gradient
     return gradients
 
 
-def told_noise(defenses: Sequence[Defense], shared: SharedGradient) -> Tensor:
+def known_noise(defenses: Sequence[Defense], shared: SharedGradient) -> Tensor:
     """Return ``(V,)``, the variance of the noise on one entry of what clients shared; at least that of rounding."""
     protocol, gradients = shared.protocol, shared.gradients
     images = protocol.num_images if protocol.reduction == "mean" else 1
@@ -248,9 +248,9 @@ def told_noise(defenses: Sequence[Defense], shared: SharedGradient) -> Tensor:
 
 
 def relative_noise(defenses: Sequence[Defense], shared: SharedGradient) -> Tensor:
-    """Return ``(V,)``, the variance of :func:`told_noise` divided by the squared norm of what was shared."""
+    """Return ``(V,)``, the variance of :func:`known_noise` divided by the squared norm of what was shared."""
     squares = mean_square(shared.gradients) * entries(shared.gradients)
-    return told_noise(defenses, shared) / torch.where(squares > 0, squares, 1)
+    return known_noise(defenses, shared) / torch.where(squares > 0, squares, 1)
 
 
 def entries(shared: Gradients) -> int:

@@ -31,7 +31,7 @@ from leakage.inversion.search import Queue, Search
 from leakage.inversion.simulation import known_to
 from leakage.metrics import ReconstructionMetrics, VictimScore
 from leakage.objectives import SquaredDistance, Term
-from leakage.pieces import tell
+from leakage.pieces import stable_repr
 from leakage.precision import full_precision
 from leakage.solvers import LBFGS, PerVictimOptimizer, Solver
 
@@ -147,7 +147,7 @@ class GradientInversion(LightningModule):
         options = {name: value for arguments in reversed(given) for name, value in arguments.items()}
         options |= {name: getattr(self, name) for name in _PIECES}
         plain = (str, int, float, bool, type(None))
-        self.save_hyperparameters({name: v if isinstance(v, plain) else tell(v) for name, v in options.items()})
+        self.save_hyperparameters({name: v if isinstance(v, plain) else stable_repr(v) for name, v in options.items()})
 
     def _reset(self) -> None:
         """Reset the state to that of an attack without victims."""
@@ -238,7 +238,7 @@ class GradientInversion(LightningModule):
                 "closed forms need it. Pass accelerator='cpu' to the Trainer."
             )
         self._reset()
-        adaptive, known = self.hparams["adaptive"], datamodule.victim.as_told()
+        adaptive, known = self.hparams["adaptive"], datamodule.victim.without_secrets()
         self._defenses = known_to(adaptive, known)
         victim = self._victim = known if adaptive else known.without_draws()
         self.expected_victims = datamodule.victims

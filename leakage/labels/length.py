@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
-from leakage.defenses.base import Defense, known_defenses, told_noise
+from leakage.defenses.base import Defense, known_defenses, known_noise
 from leakage.labels.auxiliary import KnownFeatures
 from leakage.labels.last_layer import LastLayer, mean_gradient
 
@@ -36,7 +36,7 @@ def noise_of_shortened(shared: SharedGradient) -> Tensor | None:
     protocol, known = shared.protocol, _known(shared.protocol)
     if not any(defense.shortens for defense in known):
         return None
-    noise = told_noise(known, shared)
+    noise = known_noise(known, shared)
     unit = mean_gradient(protocol, torch.ones_like(noise), torch.zeros_like(noise))  # see `last_layer`
     return noise * unit.square()
 

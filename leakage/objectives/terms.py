@@ -16,7 +16,7 @@ from leakage.clients.activations import Activation
 from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.pieces import Piece, State, tell
+from leakage.pieces import Piece, State, stable_repr
 
 Gradients = Mapping[str, Tensor]
 """The gradient of a loss with respect to each parameter, by the parameter's name."""
@@ -219,7 +219,7 @@ class Sum(Term):
         raise NotImplementedError("Expected the parts of a sum to be evaluated one by one.")
 
     def __repr__(self) -> str:
-        words = [f"{'' if weight == 1 else f'{weight:g} * '}{tell(term)}" for weight, term in self.parts()]
+        words = [f"{'' if weight == 1 else f'{weight:g} * '}{stable_repr(term)}" for weight, term in self.parts()]
         return " + ".join(words) or "0"
 
 

@@ -45,7 +45,7 @@ def test_what_leaks_exceeds_the_limit(leaking: tuple[AuditReport, Path, Small]) 
 def test_the_same_call_finds_it_done_and_another_is_refused(leaking: tuple[AuditReport, Path, Small]) -> None:
     report, folder, module = leaking
     lines: list[str] = []
-    again = audit(module, Data(), Client(), output=folder, tell=lines.append, **QUICK)
+    again = audit(module, Data(), Client(), output=folder, log=lines.append, **QUICK)
     assert [one.seconds for one in again.measured] == [one.seconds for one in report.measured]
     assert "Timing a few iterations of each attack" not in lines
     assert again.verdict == "no thresholds"

@@ -307,7 +307,7 @@ def test_moments_of_new_processes(
     start: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bar = "import sys; print('in one line with the ', end='')\n"
-    monkeypatch.setattr(start, "MOMENTS", {"import torch": start.TELL, start.FIRST: bar + start.TELL})
+    monkeypatch.setattr(start, "MOMENTS", {"import torch": start.PRINT, start.FIRST: bar + start.PRINT})
     output = tmp_path / "start.json"
     start.main(["--output", str(output), "--repeats", "2"])
     result = read(output)

@@ -18,7 +18,7 @@ from leakage.inversion.reconstruction import Reconstruction
 
 FEW = ["--dataset", "sample", "--victims", "3", "--others", "40", "--accelerator", "cpu"]
 COLUMNS = {
-    "attack", "protocol", "network", "epochs", "test_accuracy", "images", "labels", "labels_told", "local_steps",
+    "attack", "protocol", "network", "epochs", "test_accuracy", "images", "labels", "labels_revealed", "local_steps",
     "victims", "psnr_mean", "psnr_ci", "ssim_mean", "identified", "identified_ci", "identified_features", "others",
     "baseline_grey", "baseline_mean_colour", "baseline_nearest", "below", "label_accuracy", "iterations",
     "seconds_per_victim", "published_psnr", "learning_rate_error",
@@ -99,7 +99,7 @@ def test_a_trained_network_and_several_images_and_steps(inverting: ModuleType, t
     (row,) = json.loads((output / "summary.json").read_text())
     assert (row["epochs"], row["images"], row["labels"], row["local_steps"]) == (1, 2, "distinct", 2)
     assert row["learning_rate_error"] is None
-    assert row["labels_told"] is False
+    assert row["labels_revealed"] is False
     assert 0 <= row["test_accuracy"] <= 1
     assert 0 <= row["identified_features"] <= 1
     with pytest.raises(SystemExit):

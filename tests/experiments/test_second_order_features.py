@@ -55,7 +55,7 @@ def test_rows(run: tuple[Path, list[str]]) -> None:
     assert [(row["images"], row["victims"], row["labels"]) for row in rows] == [(1, 2, "random"), (2, 2, "random")]
     for row in rows:
         assert (row["network"], row["activation"], row["epochs"], row["own_weights"]) == ("lenet", "sigmoid", 0, True)
-        assert row["below_1e4"] == row["below_1e2"] == row["wrong_told"] == 1
+        assert row["below_1e4"] == row["below_1e2"] == row["wrong_detected"] == 1
         assert row["below_1e4_ci"] == pytest.approx(wilson_interval(1.0, 2))
         assert row["error_median"] < 1e-5
         assert row["residual_median"] < 1e-5
@@ -102,9 +102,9 @@ def test_figures_come_from_all_cohorts(features: ModuleType, tmp_path: Path, mon
     features.main(["--dataset", "sample", "--victims", "3", "--output", str(tmp_path / "out.json")])
     (row,) = rows_of(tmp_path / "out.json")
     assert row["victims"] == 3
-    assert (row["below_1e4"], row["below_1e2"], row["wrong_told"]) == pytest.approx((1 / 3, 2 / 3, 2 / 3))
+    assert (row["below_1e4"], row["below_1e2"], row["wrong_detected"]) == pytest.approx((1 / 3, 2 / 3, 2 / 3))
     assert row["below_1e2_ci"] == pytest.approx(wilson_interval(2 / 3, 3))
-    assert row["wrong_told_ci"] == pytest.approx(wilson_interval(2 / 3, 3))
+    assert row["wrong_detected_ci"] == pytest.approx(wilson_interval(2 / 3, 3))
     assert (row["error_median"], row["residual_median"]) == pytest.approx((1e-3, 1e-6))
     assert (row["wrong_ratio_min"], row["wrong_ratio_median"]) == pytest.approx((50, 1000))
 

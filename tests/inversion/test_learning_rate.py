@@ -161,7 +161,9 @@ def test_a_client_that_does_not_move(kit: Any) -> None:
     shared = victims.share(range(2))
     for gradient in shared.gradients.values():
         gradient[1] = 0
-    attack = kit.fit(IDLGAttack(max_evaluations=100, restarts=0), SharedGradients(shared, victims.victim.as_told()))
+    attack = kit.fit(
+        IDLGAttack(max_evaluations=100, restarts=0), SharedGradients(shared, victims.victim.without_secrets())
+    )
     found = kit.by_id(attack)
     assert found.status.tolist()[1] == 5
     assert abs(found.learning_rate[0] / RATE - 1) < 1e-2

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from leakage.attacks import GradientInversion
 from leakage.dummies import LatentCode, Pixels, Start
 from leakage.objectives import Distance, Prior, SquaredDistance
-from leakage.pieces import tell
+from leakage.pieces import stable_repr
 from leakage.solvers import LBFGS, GaussNewton, SignedAdam, Solver
 from leakage.solvers.solver import EXHAUSTED, settle
 
@@ -135,12 +135,12 @@ def test_an_objective_that_is_one_goes_on_after_a_break(kit: Any, tmp_path: Path
 
 def test_is_told_by_its_arguments_and_by_its_weights() -> None:
     one = Weighted()
-    assert tell(one) == tell(Weighted())
-    assert tell(one) != tell(Weighted(power=3.0))
-    assert "power=3.0" in tell(Weighted(power=3.0))
+    assert stable_repr(one) == stable_repr(Weighted())
+    assert stable_repr(one) != stable_repr(Weighted(power=3.0))
+    assert "power=3.0" in stable_repr(Weighted(power=3.0))
     with torch.no_grad():
         one.weight += 1
-    assert tell(one) != tell(Weighted())
+    assert stable_repr(one) != stable_repr(Weighted())
 
     class Plain(Prior, nn.Module):
         """Without a constructor of its own."""

@@ -120,7 +120,9 @@ def test_the_objective_is_that_of_plain_autograd_in_a_joint_pass_and_without_one
     for joint in (True, False):
         if not joint:
             monkeypatch.setattr(evaluator_module, "has_joint_pass", lambda *_: False)
-        evaluator = Evaluator(victim.as_told(), OBJECTIVES[distance], Pixels(), JointLabels(), defenses=victim.defenses)
+        evaluator = Evaluator(
+            victim.without_secrets(), OBJECTIVES[distance], Pixels(), JointLabels(), defenses=victim.defenses
+        )
         kept = evaluator.begin(shared)
         values, gradients = evaluator(shared, kept, unknowns)
         assert evaluator._joint is (joint and not isinstance(victim.defenses[0], DPSGD))
@@ -143,7 +145,7 @@ def test_noise_is_searched_through_as_if_it_was_not_there(noise: list[Defense], 
     victim, shared, private = share(noise)
     found = []
     for defenses in (victim.defenses, ()):
-        evaluator = Evaluator(victim.as_told(), objective, Pixels(), RevealedLabels(), defenses=defenses)
+        evaluator = Evaluator(victim.without_secrets(), objective, Pixels(), RevealedLabels(), defenses=defenses)
         found.append(evaluator(shared, evaluator.begin(shared), {"images": private}))
         assert evaluator.simulation.changes is False
     assert torch.equal(found[0][0], found[1][0])
@@ -159,7 +161,7 @@ def test_how_victims_are_grouped_does_not_matter(name: str, distance: str) -> No
     def evaluate(some: list[int], at_once: int = 0) -> tuple[Tensor, Tensor]:
         part = shared.select(torch.tensor(some))
         evaluator = Evaluator(
-            victim.as_told(), OBJECTIVES[distance], Pixels(), RevealedLabels(), defenses=victim.defenses
+            victim.without_secrets(), OBJECTIVES[distance], Pixels(), RevealedLabels(), defenses=victim.defenses
         )
         evaluator.at_once = at_once
         values, gradients = evaluator(part, evaluator.begin(part), {"images": unknowns["images"][some]})
@@ -177,7 +179,7 @@ def test_squares_of_the_equations_are_the_objective(name: str) -> None:
     victim, shared, private = share(DEFENSES[name], own=True)
     images = private + 0.3 * draw(VICTIMS, 2, *SHAPE, seed=2)
     for objective in OBJECTIVES.values():
-        evaluator = Evaluator(victim.as_told(), objective, Pixels(), RevealedLabels(), defenses=victim.defenses)
+        evaluator = Evaluator(victim.without_secrets(), objective, Pixels(), RevealedLabels(), defenses=victim.defenses)
         kept = evaluator.begin(shared)
         residuals = evaluator.equations(shared, kept, images.flatten(1))
         expected = evaluator(shared, kept, {"images": images})[0]
@@ -191,7 +193,7 @@ def at(
     victim: Victim, shared: SharedGradient, images: Tensor, objective: Term, rate: float | None = None, **options: Any
 ) -> Tensor:
     """The objective at these images, and maybe a learning rate."""
-    evaluator = Evaluator(victim.as_told(), objective, Pixels(), RevealedLabels(), **options)
+    evaluator = Evaluator(victim.without_secrets(), objective, Pixels(), RevealedLabels(), **options)
     kept = evaluator.begin(shared)
     unknowns = {"images": images}
     if rate is not None:

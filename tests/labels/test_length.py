@@ -152,7 +152,7 @@ def test_defenses_of_others_are_passed_over() -> None:
 def test_a_naive_attacker_reads_labels_as_if_nothing_was_done(knows: bool) -> None:
     victim, shared, truth = clients(8, Clip(0.1), GaussianNoise(1e-7))
     known = victim.defenses if knows else ()
-    evaluator = Evaluator(victim.as_told(), SquaredDistance(), Pixels(), InferredLabels(RULE), defenses=known)
+    evaluator = Evaluator(victim.without_secrets(), SquaredDistance(), Pixels(), InferredLabels(RULE), defenses=known)
     found = evaluator.begin(shared)["labels/probabilities"].sum(1)
     assert (recall(found, truth) > 0.9) == knows
 

@@ -102,7 +102,7 @@ def weight(
         torch.rand(1, images, 1, 28, 28, generator=generator), torch.zeros(1, images).long(), reveal_labels=True
     )
     noise = torch.rand(20, 1, 28, 28, generator=generator)
-    told = victim.as_told()
+    told = victim.without_secrets()
     evaluator = Evaluator(
         told,
         SquaredDistance() + GaussianPrior(Auxiliary(noise)),
@@ -196,7 +196,7 @@ def test_noise_is_in_the_unit_of_what_was_shared(hidden: bool) -> None:
     shared = victim.share(
         torch.rand(1, 1, 1, 28, 28, generator=generator), torch.zeros(1, 1).long(), reveal_labels=True
     )
-    told = victim.as_told()
+    told = victim.without_secrets()
     objective = SquaredDistance() + GaussianPrior(Auxiliary(torch.rand(20, 1, 28, 28, generator=generator)))
     evaluator = Evaluator(told, objective, Pixels(), InferredLabels(), defenses=known_to(True, told))
     squares = sum(float(tensor.double().square().sum()) for tensor in shared.gradients.values())
