@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from weakref import finalize
@@ -11,7 +11,6 @@ import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from leakage.clients.shared_gradient import SharedGradient
 
@@ -34,8 +33,8 @@ def choose_lanes(
 ) -> int:
     """Return how many victims to attack at once: as many as save time and fit into half of the free memory.
 
-    The memory per lane is measured by evaluating one and two lanes, plus ``bytes_per_lane`` of the solver. If starting
-    a lane needs more (``bytes_to_begin``), that value is used. On CPUs, several ``processes`` of one machine share its
+    The memory per lane is measured by evaluating one lane and, if not enough of that size fit, two, plus
+    ``bytes_per_lane`` of the solver. If starting a lane needs more (``bytes_to_begin``), that value is used. On CPUs, several ``processes`` of one machine share its
     memory. There are at most 256 lanes on a CPU and 1,024 on a GPU. Run time is not measured: it varies between runs,
     so the number of lanes would vary too, and with it the rounding of results.
 
@@ -50,7 +49,7 @@ def choose_lanes(
     needed = torch.inf
     try:
         needed = bytes_per_lane + peak_memory(lambda: evaluate(1), device)
-        if most > 1 and needed <= free:
+        if _fitting(free, max(needed, bytes_to_begin)) < most and needed <= free:
             needed = min(needed, bytes_per_lane + peak_memory(lambda: evaluate(2), device) / 2)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -62,9 +61,13 @@ def choose_lanes(
             f"Expected {wanted} for one victim, but got {free:,} bytes of free memory. Use fewer "
             "images, a smaller `history_size` or another device."
         )
-    needed = max(needed, bytes_to_begin)
-    fitting = max(1, int(_SHARE_OF_MEMORY * free / needed))
+    fitting = _fitting(free, max(needed, bytes_to_begin))
     return most if fitting >= most else 2 ** (fitting.bit_length() - 1)
+
+
+def _fitting(free: int, needed: float) -> int:
+    """Return how many lanes that need so many bytes each fit into the share of the free memory, at least 1."""
+    return max(1, int(_SHARE_OF_MEMORY * free / needed))
 
 
 def shared_bytes(shared: SharedGradient) -> int:
@@ -109,16 +112,19 @@ class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = function(*args, **(kwargs or {}))
-        given = {part.untyped_storage().data_ptr() for part in tree_iter((args, kwargs)) if isinstance(part, Tensor)}
-        for tensor in tree_iter(results):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:  # not a view
-                self._count(tensor.untyped_storage())
+        given: set[int] | None = None
+        for tensor in _tensors(results):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() in self._known:
+                continue
+            if given is None:
+                given = {part.untyped_storage().data_ptr() for part in _tensors((args, *(kwargs or {}).values()))}
+            if storage.data_ptr() not in given:  # not a view
+                self._count(storage)
         return results
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         address, size = storage.data_ptr(), storage.nbytes()
-        if address in self._known:
-            return
         self._known.add(address)
         self.now += size
         self.peak = max(self.peak, self.now)
@@ -127,6 +133,15 @@ class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _gone(self, address: int, size: int) -> None:
         self._known.discard(address)
         self.now -= size
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors among the arguments or results of an operator, which are nested in tuples and lists only."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

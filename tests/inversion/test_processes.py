@@ -1,101 +1,125 @@
-"""Victims shared out among real processes, which start as in a user's script."""
+"""Victims shared out among real processes, which start as in a user's script or as torchrun does it."""
 
 from __future__ import annotations
 
+import faulthandler
+import functools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-import textwrap
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from leakage.attacks import IDLGAttack
+from leakage.callbacks import VictimTable
 from leakage.files.checkpoints import WholeCheckpointIO, part_of
+from leakage.inversion.lanes import Lanes
 from leakage.inversion.processes import take_part
 from leakage.inversion.reconstruction import Reconstruction
+from leakage.inversion.strategy import VictimParallel
+from tests.kit import SmallVictims, fit
+from tests.processes import Ended, Running
 
-SCRIPT = textwrap.dedent(
-    """
-    import faulthandler
-    import json
-    import os
-    import sys
-    import torch
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.inversion.test_processes import attack
+
+attack(Path(sys.argv[1]), 2)
+"""
+
+
+class Dies(Callback):
+    """Ends the second process after that many iterations of its own."""
+
+    def __init__(self, dies: int) -> None:
+        self.dies = dies
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.global_rank == 1 and pl_module.iteration == self.dies:
+            os._exit(9)
+
+
+def attack(output: Path, processes: int, resume: Path | str = "", *, dies: int = -1, cramped: int = -1) -> None:
+    """What each process does. The second may find no memory for two lanes, after that many iterations of its own."""
     faulthandler.dump_traceback_later(100, exit=True)
     torch.set_num_threads(1)
-    from datetime import timedelta
-    from pathlib import Path
-    from lightning import Callback
-    from lightning.pytorch.callbacks import ModelCheckpoint
-    from tests.kit import SmallVictims, fit
-    from leakage.attacks import IDLGAttack
-    from leakage.callbacks import VictimTable
-    from leakage.files.checkpoints import WholeCheckpointIO
-    from leakage.inversion.lanes import Lanes
-    from leakage.inversion.strategy import VictimParallel
-    output, processes, resume, dies = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] or None, int(sys.argv[4])
-    cramped = int(sys.argv[5])
-
     attack = IDLGAttack(tolerance=1e-6)
+    original = Lanes.evaluate
 
-    def evaluate(lanes, original=Lanes.evaluate):
+    def evaluate(lanes: Lanes) -> Any:
         if attack.global_rank == 1 and attack.iteration == cramped and len(lanes) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(lanes)
 
-    Lanes.evaluate = evaluate
-
-    class Dies(Callback):
-        def on_train_batch_end(self, trainer, attack, *args):
-            if trainer.global_rank == 1 and attack.iteration == dies:
-                os._exit(9)
-
+    Lanes.evaluate = evaluate  # type: ignore[method-assign]
     keep = ModelCheckpoint(output, filename="{step}", every_n_train_steps=20, save_top_k=-1)
-    options = {"strategy": VictimParallel(timeout=timedelta(seconds=60)), "devices": processes} if processes > 1 else {}
+    options: dict[str, Any] = {}
+    if processes > 1:
+        options = {"strategy": VictimParallel(timeout=timedelta(seconds=60)), "devices": processes}
     fit(
-        attack, SmallVictims(victims=7, lanes=2), ckpt_path=resume, enable_checkpointing=True,
-        callbacks=[keep, VictimTable(output), Dies()], plugins=[WholeCheckpointIO()], **options,
+        attack,
+        SmallVictims(victims=7, lanes=2),
+        ckpt_path=str(resume) or None,
+        enable_checkpointing=True,
+        callbacks=[keep, VictimTable(output), Dies(dies)],
+        plugins=[WholeCheckpointIO()],
+        **options,
     )
     if attack.trainer.is_global_zero:
         attack.finished.save(output / "all.safetensors")
         metrics = {name: float(value) for name, value in attack.trainer.callback_metrics.items()}
         scores = {victim: vars(score) for victim, score in attack.scores.items()}
         (output / "scores.json").write_text(json.dumps({"metrics": metrics, "scores": scores}))
-    """
-)
 
 
-def run(
-    output: Path, processes: int, resume: Path | str = "", *, dies: int = -1, cramped: int = -1
-) -> subprocess.CompletedProcess[str]:
-    """Let the second process die, or find no memory for two lanes, after that many iterations of its own."""
+def run(output: Path, processes: int, resume: Path | str = "", **events: int) -> Ended:
+    """Processes that the test starts, as torchrun does; the first one's end."""
     output.mkdir(exist_ok=True)
-    script = output / "script.py"  # what the Trainer starts again
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    work = functools.partial(attack, output, processes, resume, **events)
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "NODE_RANK": "0"}
+    started = [
+        Running(
+            output / f"said_{rank}.txt", work, environment=places | {"LOCAL_RANK": str(rank)} if processes > 1 else {}
+        )
+        for rank in range(processes)
+    ]
+    ended = [process.end() for process in started]
+    return Ended(max((one.returncode for one in ended), key=abs), "".join(one.said for one in ended))
+
+
+def run_script(output: Path) -> Ended:
+    """A user's script, which the Trainer starts again for the second process."""
+    script = output / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "OMP_NUM_THREADS": "1",
-    }
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    return subprocess.run(
-        [sys.executable, str(script), str(output), str(processes), str(resume), str(dies), str(cramped)],
-        env=environment,
-        capture_output=True,
+    done = subprocess.run(
+        [sys.executable, str(script), str(output)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=240,
         check=False,
     )
+    return Ended(done.returncode, done.stdout)
 
 
-def finished(output: Path, outcome: subprocess.CompletedProcess[str]) -> tuple[Reconstruction, dict[str, Any]]:
+def finished(output: Path, outcome: Ended) -> tuple[Reconstruction, dict[str, Any]]:
     """What the first process has found, after the checks that hold for every run."""
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert outcome.returncode == 0, outcome.said
     found = Reconstruction.load(output / "all.safetensors")
     told: dict[str, Any] = json.loads((output / "scores.json").read_text(encoding="utf-8"))
     assert found.ids.tolist() == list(range(7)), "each victim once, in order"
@@ -122,8 +146,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Runs by one and by two processes, with their checkpoints."""
     folders = {processes: tmp_path_factory.mktemp(f"by_{processes}") for processes in (1, 2)}
     for processes, folder in folders.items():
-        outcome = run(folder, processes)
-        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        outcome = run(folder, 1) if processes == 1 else run_script(folder)
+        assert outcome.returncode == 0, outcome.said
     return folders
 
 
@@ -133,7 +157,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def results(folder: Path) -> tuple[Reconstruction, dict[str, Any]]:
-    return finished(folder, subprocess.CompletedProcess([], 0))
+    return finished(folder, Ended(0, ""))
 
 
 def test_two_processes_find_what_one_finds(folders: dict[int, Path]) -> None:
@@ -190,7 +214,7 @@ def test_parts_of_different_moments_go_together_and_less_memory_ends_nothing(
     shutil.copy(folders[2] / "step=20.ckpt.1", tmp_path / "last.ckpt.1")
     # And there is less memory than there was, for one of the two: they make the same number of steps all the same.
     outcome = run(tmp_path, 2, tmp_path / "last.ckpt", cramped=22)
-    assert "2 lanes do not fit into memory" in outcome.stderr
+    assert "2 lanes do not fit into memory" in outcome.said
     assert_alike(finished(tmp_path, outcome), results(folders[2]))
     assert checkpoints(tmp_path)
     assert all(part_of(path, 1).exists() for path in checkpoints(tmp_path))
