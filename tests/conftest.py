@@ -61,9 +61,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     unstable = [item.nodeid for item in items if re.search(" at 0x[0-9A-Fa-f]{6}", item.nodeid)]
     if unstable:
         raise pytest.UsageError(f"Expected `ids` of parameters that are the same in every process, but got {unstable}.")
-    slow = [TESTS / name for name in SLOW]
+    slow = {TESTS / name for name in SLOW}
     for item in items:
-        if any(item.path.is_relative_to(path) for path in slow):
+        if slow & {item.path, *item.path.parents}:
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))

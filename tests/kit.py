@@ -59,7 +59,7 @@ ATTACKS = [
         needs_linear_last_layer=True,
         needs_cross_entropy=True,
         few=2,
-        # The start by R-GAP leaves nothing to search for; of so few unknowns, Jacobians cost less than products with them.
+        # R-GAP leaves nothing to search for. Jacobians of so few unknowns cost less than products with them.
         defaults={"start": "noise", "solver": "cholesky"},
     ),
 ]

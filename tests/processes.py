@@ -49,9 +49,7 @@ class Running:
         return Ended(code, self.log.read_text(encoding="utf-8") if self.log.exists() else "")
 
 
-def run(
-    log: Path, function: Callable[..., None], *arguments: Any, environment: Mapping[str, str | None] = {}
-) -> Ended:
+def run(log: Path, function: Callable[..., None], *arguments: Any, environment: Mapping[str, str | None] = {}) -> Ended:
     """Call a function in a process of its own, to its end."""
     return Running(log, function, *arguments, environment=environment).end()
 

@@ -22,6 +22,7 @@ from leakage.datamodules import GroundTruth, SharedGradients
 from leakage.models import LeNet
 from leakage.seeds import derive_seed
 from leakage.solvers import STATUS
+from tests.kit import ATTACKS
 
 
 def mlp() -> nn.Module:
@@ -64,6 +65,10 @@ def test_finds_images_and_labels(case: Any, kit: Any) -> None:
     assert bool((found.iterations <= found.evaluations).all())
     # Victims are as different as their images.
     assert bool((found.images[0] - found.images[1]).abs().max() > 0.1)
+    # Victims that are done are not scored again.
+    scored = dict(attack.scores)
+    attack.score_finished()
+    assert all(attack.scores[victim] is score for victim, score in scored.items())
 
 
 def test_an_attack_that_does_nothing_is_not_successful(case: Any, kit: Any) -> None:
@@ -76,8 +81,7 @@ def test_an_attack_that_does_nothing_is_not_successful(case: Any, kit: Any) -> N
         kit.assert_successful(attack, 8)
 
 
-@pytest.mark.parametrize("model", [LeNet(1, 12), mlp()], ids=["LeNet", "Sequential"])
-@pytest.mark.parametrize("weights", ["own", "shared"])
+@pytest.mark.parametrize(("model", "weights"), [(LeNet(1, 12), "shared"), (mlp(), "own")], ids=["LeNet", "Sequential"])
 def test_finds_images_of_other_networks(case: Any, kit: Any, model: nn.Module, weights: str) -> None:
     attack = kit.fit(case.attack(), kit.victims(victims=4, model=model, weights=weights))
     assert sum(score.success for score in attack.scores.values()) >= 3
@@ -99,6 +103,7 @@ def test_two_images_per_victim(case: Any, kit: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The Jacobian and normal equations")
+@pytest.mark.parametrize("case", ATTACKS[1:], ids=str)
 def test_a_large_network_of_torchvision_runs(case: Any, kit: Any) -> None:
     model = torchvision.models.resnet18(num_classes=10).eval()
     model.conv1 = nn.Conv2d(1, 64, 3, bias=False)
@@ -152,12 +157,11 @@ def test_the_same_seed_gives_the_same_bits(lbfgs_case: Any, kit: Any, protocol: 
     assert not torch.equal(kit.by_id(one).images, kit.by_id(other).images)
 
 
-@pytest.mark.parametrize("lanes", [2, "auto"])
-def test_lanes_change_neither_starts_nor_success(case: Any, kit: Any, lanes: int | str) -> None:
+def test_lanes_change_neither_starts_nor_success(case: Any, kit: Any) -> None:
     watches = [Watch(), Watch()]
     few, many = (
         kit.fit(case.attack(), kit.victims(victims=5, lanes=number), callbacks=[watch])
-        for number, watch in zip((lanes, 5), watches, strict=True)
+        for number, watch in zip((2, "auto"), watches, strict=True)
     )
     for attack in (few, many):
         kit.assert_successful(attack, 5)  # each victim exactly once
@@ -286,13 +290,6 @@ def test_validation_scores_on_the_way_and_changes_nothing(case: Any, kit: Any) -
     assert scores.logged[-1]["val/success_rate"] == 1
     low, value, high = (scores.logged[-1][f"val/mse{end}"] for end in ("_low", "", "_high"))
     assert low <= value <= high < 1e-3
-
-
-def test_scores_of_victims_that_are_done_are_not_computed_again(case: Any, kit: Any) -> None:
-    attack = kit.fit(case.attack(), kit.victims(victims=3))
-    scored = dict(attack.scores)
-    attack.score_finished()
-    assert all(attack.scores[victim] is score for victim, score in scored.items())
 
 
 def test_own_gradients_in_files_without_a_truth(case: Any, kit: Any, tmp_path: Path) -> None:

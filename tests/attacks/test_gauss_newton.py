@@ -16,8 +16,8 @@ from leakage.models import ConvNet, LeNet
 
 
 def test_is_exact_to_rounding_from_noise(kit: Any) -> None:
-    attack = kit.fit(GaussNewtonAttack(start="noise"), kit.victims(victims=8))
-    kit.assert_successful(attack, 8)
+    attack = kit.fit(GaussNewtonAttack(start="noise"), kit.victims(victims=4))
+    kit.assert_successful(attack, 4)
     assert max(score.mse for score in attack.scores.values()) < 1e-7
     assert float(kit.by_id(attack).evaluations.double().mean()) < 15
 
@@ -126,10 +126,10 @@ def test_names_a_loss_that_hides_features(kit: Any, attack: Any) -> None:
 @pytest.mark.parametrize("solver", ["cholesky", "cg"])
 def test_the_same_seed_gives_the_same_bits_also_after_a_resume(kit: Any, tmp_path: Path, solver: str) -> None:
     def attack() -> GaussNewtonAttack:
-        return GaussNewtonAttack(start="noise", solver=solver, max_evaluations=4, restarts=1)
+        return GaussNewtonAttack(start="noise", solver=solver, max_evaluations=3, restarts=1)
 
     every = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    victims: dict[str, Any] = {"victims": 5, "lanes": 3}
+    victims: dict[str, Any] = {"victims": 4, "lanes": 3}
     whole = kit.fit(attack(), kit.victims(**victims), enable_checkpointing=True, callbacks=[every])
     for step in range(1, whole.iteration, 3):
         resumed = kit.fit(attack(), kit.victims(**victims), ckpt_path=str(tmp_path / f"step={step}.ckpt"))
@@ -139,7 +139,7 @@ def test_the_same_seed_gives_the_same_bits_also_after_a_resume(kit: Any, tmp_pat
 
 @pytest.mark.slow
 def test_double_precision_goes_further(kit: Any) -> None:
-    options: dict[str, Any] = {"start": "noise", "tolerance": 1e-20}
+    options: dict[str, Any] = {"start": "noise", "solver": "cholesky", "tolerance": 1e-20}
     single = kit.by_id(kit.fit(GaussNewtonAttack(**options), kit.victims(victims=2)))
     double = kit.by_id(kit.fit(GaussNewtonAttack(**options), kit.victims(victims=2), precision="64-true"))
     assert double.images.dtype == torch.float64

@@ -103,11 +103,15 @@ def send(*numbers: int) -> Callable[[], None]:
     return lambda: [os.kill(os.getpid(), number) for number in numbers] and None
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end", "on_validation_batch_start"])
 @pytest.mark.parametrize(
-    ("numbers", "code"),
-    [((signal.SIGTERM,), 143), ((signal.SIGTERM, signal.SIGTERM), 143), ((signal.SIGINT,), 1)],
-    ids=["SIGTERM", "SIGTERM twice", "SIGINT"],
+    ("hook", "numbers", "code"),
+    [
+        ("on_train_batch_start", (signal.SIGTERM, signal.SIGTERM), 143),
+        ("on_train_batch_start", (signal.SIGINT,), 1),
+        ("on_train_batch_end", (signal.SIGTERM,), 143),
+        ("on_validation_batch_start", (signal.SIGTERM,), 143),
+        ("on_validation_batch_start", (signal.SIGINT,), 1),
+    ],
 )
 def test_a_signal_makes_a_checkpoint_of_that_very_step(
     tmp_path: Path, whole: Path, hook: str, numbers: tuple[int, ...], code: int

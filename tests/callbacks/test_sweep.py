@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
 from leakage.cli.main import main
 
@@ -18,6 +17,8 @@ SWEEP = ROOT / "experiments" / "idlg" / "sweep.yaml"
 
 @pytest.fixture
 def sweep() -> dict[str, Any]:
+    from wandb.sdk.launch.sweeps.utils import load_sweep_config  # here, as it imports a lot
+
     config = load_sweep_config(str(SWEEP))
     assert config is not None
     return config
@@ -25,6 +26,8 @@ def sweep() -> dict[str, Any]:
 
 def commands(sweep: dict[str, Any]) -> list[list[str]]:
     """The commands that W&B's agent would run."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
     names = list(sweep["parameters"])
     runs = []
     for values in itertools.product(*(sweep["parameters"][name]["values"] for name in names)):

@@ -121,8 +121,15 @@ def dummies(victim: Victim, generator: torch.Generator) -> tuple[Tensor, Tensor]
     return images, torch.rand(*shape[:2], protocol.num_classes, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("own", "num_images"), [(False, 1), (False, 3), (True, 1), (True, 2)])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "own", "num_images"),
+    [
+        *((name, False, 3) for name in NETWORKS),
+        *((name, True, 2) for name in NETWORKS),
+        ("resnet20", False, 1),
+        ("several", True, 1),
+    ],
+)
 def test_it_gives_what_each_victim_gives_for_itself(
     name: str, own: bool, num_images: int, generator: torch.Generator
 ) -> None:

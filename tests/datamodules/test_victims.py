@@ -1,6 +1,5 @@
 import pickle
 import random
-import subprocess
 import sys
 
 import numpy as np
@@ -14,6 +13,7 @@ from leakage.attacks import IDLGAttack
 from leakage.datamodules import GroundTruth, Victims
 from leakage.models import LeNet
 from leakage.seeds import derive_seed
+from tests import processes
 
 
 def ready(dataset="sample", **kwargs):
@@ -46,14 +46,14 @@ def test_a_victim_is_the_same_however_victims_are_grouped(change):
         torch.testing.assert_close(torch.cat([part.gradients[name] for part in parts])[:7], gradient)
 
 
+def tell() -> None:
+    sys.stdout.write(f"{Victims('sample', victims=3, images=2, seed=5).configuration}\n")
+
+
 @pytest.mark.slow
-def test_a_victim_is_the_same_in_another_process():
+def test_a_victim_is_the_same_in_another_process(tmp_path):
     data = ready(victims=3, images=2, seed=5)
-    code = (
-        "from leakage.datamodules import Victims\nprint(Victims('sample', victims=3, images=2, seed=5).configuration)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == str(data.configuration)
+    assert processes.run(tmp_path / "said.txt", tell) == processes.Ended(0, f"{data.configuration}\n")
 
 
 def test_victims_hold_the_permutation_of_their_seed():

@@ -97,10 +97,10 @@ def test_tuning_finds_what_the_generator_does_not_know(kit: Any) -> None:
     before = copy.deepcopy(generator.state_dict())
     solver = LBFGS(max_evaluations=200, tolerance=1e-10)
 
-    def error(tuning: float, lanes: int = 4) -> Tensor:
+    def error(tuning: float, lanes: int = 2) -> Tensor:
         written = LatentCode(generator, [10], std=0.1, tuning=tuning)
-        attack = kit.fit(GradientInversion(images=written, solver=solver), kit.victims(victims=4, lanes=lanes))
-        return torch.tensor([attack.scores[victim].mse for victim in range(4)])
+        attack = kit.fit(GradientInversion(images=written, solver=solver), kit.victims(victims=2, lanes=lanes))
+        return torch.tensor([attack.scores[victim].mse for victim in range(2)])
 
     known, tuned = error(0.0), error(0.1)
     assert tuned.mean() < 0.1 * known.mean()
@@ -152,8 +152,8 @@ def test_an_attack_of_ones_own_that_tunes_the_generator_finds_what_it_does_not_k
     images = torch.stack([kit.images()[index][0] for index in range(0, 1000, 5)])
     generator = generator_of(images, 10)
     codes = GradientInversion(images=LatentCode(generator, [10], std=0.1), solver=LBFGS(max_evaluations=300))
-    known = mean_error(kit.fit(codes, kit.victims(victims=4)))
-    assert mean_error(kit.fit(GIASAttack(generator, 10), kit.victims(victims=4))) < 0.1 * known
+    known = mean_error(kit.fit(codes, kit.victims(victims=2)))
+    assert mean_error(kit.fit(GIASAttack(generator, 10), kit.victims(victims=2))) < 0.1 * known
     tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
     lengths = {n.name: (n.end_lineno or 0) - n.lineno + 1 for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
     assert lengths["TunedGenerator"] + lengths["GIASAttack"] < 100

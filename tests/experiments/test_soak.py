@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from leakage.inversion.reconstruction import Reconstruction
+from tests import processes
 
 from .conftest import EXPERIMENTS, load
 
@@ -34,20 +34,19 @@ def soak() -> Iterator[ModuleType]:
             sys.modules.pop(f"soak_{name}", None)
 
 
+def run_script(output: Path) -> None:
+    script = EXPERIMENTS / "robustness" / "soak.py"
+    sys.path.insert(0, str(script.parent))
+    sys.argv = [str(script), *SHORT, "--output", str(output)]
+    runpy.run_path(str(script), run_name="__main__")
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In a process of its own, which may be forked."""
     output = tmp_path_factory.mktemp("soak")
-    script = EXPERIMENTS / "robustness" / "soak.py"
-    outcome = subprocess.run(
-        [sys.executable, str(script), *SHORT, "--output", str(output)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr[-3000:]
+    outcome = processes.run(tmp_path_factory.mktemp("said") / "said.txt", run_script, output)
+    assert outcome.returncode == 0, outcome.said[-3000:]
     return output
 
 

@@ -28,7 +28,7 @@ COLUMNS = {
 @pytest.fixture(scope="module")
 def done(tradeoff: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     output = tmp_path_factory.mktemp("tradeoff")
-    asked = ["--defenses", "none", "clip", "--iterations", "120", "--rounds", "2", "--seeds", "2"]
+    asked = ["--defenses", "none", "clip", "--iterations", "60", "--rounds", "2", "--seeds", "2"]
     tradeoff.main([*FEW, *asked, "--output", str(output)])
     return output, json.loads((output / "summary.json").read_text())
 
@@ -72,7 +72,7 @@ def test_it_goes_on_with_more_defenses_and_keeps_what_is_known(
     done: tuple[Path, list[dict[str, Any]]], tradeoff: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, rows = done
-    asked = ["--defenses", "none", "clip", "dp_sgd", "--iterations", "120", "--output", str(output)]
+    asked = ["--defenses", "none", "clip", "dp_sgd", "--iterations", "60", "--output", str(output)]
     with pytest.raises(SystemExit):
         tradeoff.main([*FEW, *asked])
     assert "a folder without results, but got" in capsys.readouterr().err
@@ -96,7 +96,7 @@ def test_it_goes_on_with_more_defenses_and_keeps_what_is_known(
         assert 0 < row["epsilon"] < 5
         assert 1 / 41 < row["bound"] < 0.2
         assert row["identified_ci"][0] < row["bound"], "an attack that beats a bound is a fault"
-    tradeoff.main([*FEW, "--defenses", "none", "--iterations", "120", "--output", str(output), "--resume"])
+    tradeoff.main([*FEW, "--defenses", "none", "--iterations", "60", "--output", str(output), "--resume"])
     (again,) = json.loads((output / "summary.json").read_text())
     assert again["psnr_mean"] == rows[0]["psnr_mean"]
     with pytest.raises(SystemExit):

@@ -80,8 +80,7 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize(("seeds", "own"), [(1, False), (3, True)])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_they_are_those_of_each_for_itself(
     objective: str, seeds: int, own: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from leakage.inversion import memory as lanes_module
 from leakage.inversion.lanes import Lanes
 from leakage.inversion.memory import choose_lanes, is_out_of_memory, peak_memory
 from leakage.solvers import LBFGS, STATUS
+from tests.kit import SmallVictims, fit
 
 CPU = torch.device("cpu")
 
@@ -94,7 +96,9 @@ def test_one_victim_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_lanes(fails, 1000, most=8, device=CPU)
 
 
-def test_one_lane_where_trying_two_fails() -> None:
+def test_one_lane_where_trying_two_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes_module, "free_memory", lambda device: 10_000)  # else two are not tried
+
     def fails(lanes: int) -> None:
         if lanes > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -167,23 +171,28 @@ def test_converged_victims_are_counted_as_they_end(kit: Any) -> None:
     assert max(counts.seen) == run.num_converged
 
 
+@pytest.fixture(scope="module")
+def with_lanes() -> Callable[[int], Any]:
+    """The usual run with so many lanes, made once."""
+    return functools.cache(lambda lanes: fit(IDLGAttack(), SmallVictims(victims=6, lanes=lanes)))
+
+
 # Before the first evaluation; when nothing is done and the progress is told; when some victims are done.
 @pytest.mark.slow
-@pytest.mark.parametrize(("room", "after"), [(4, 0), (4, 11), (3, 20), (1, 30)])
+@pytest.mark.parametrize(("room", "after"), [(2, 0), (2, 11), (3, 20), (1, 30)])
 def test_half_of_the_lanes_go_on_and_nothing_is_lost(
-    kit: Any, room: int, after: int, monkeypatch: pytest.MonkeyPatch
+    kit: Any, room: int, after: int, with_lanes: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = kit.fit(IDLGAttack(), kit.victims(victims=10, lanes=8))
+    usual, few = with_lanes(4), with_lanes(room)
     attack = IDLGAttack()
     without_memory(monkeypatch, room, after)
-    with pytest.warns(UserWarning, match=r"8 lanes do not fit into memory .*continues with at most 4"):
-        kit.fit(attack, kit.victims(victims=10, lanes=8), profiler="simple")  # which counts begins and ends
-    kit.assert_successful(attack, 10)  # each victim exactly once
+    with pytest.warns(UserWarning, match=r"4 lanes do not fit into memory .*continues with at most 2"):
+        kit.fit(attack, kit.victims(victims=6, lanes=4), profiler="simple")  # which counts begins and ends
+    kit.assert_successful(attack, 6)  # each victim exactly once
     assert torch.equal(attack.finished.labels, usual.finished.labels)
     torch.testing.assert_close(attack.finished.images, usual.finished.images, rtol=0, atol=0.1)
     # As in a run that had so few lanes from the beginning: they began anew at the same starts.
-    few = kit.fit(IDLGAttack(), kit.victims(victims=10, lanes=room))
-    assert all(attack.scores[victim].success == few.scores[victim].success for victim in range(10))
+    assert all(attack.scores[victim].success == few.scores[victim].success for victim in range(6))
 
 
 @pytest.mark.filterwarnings("ignore:. lanes do not fit into")

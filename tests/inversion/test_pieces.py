@@ -249,7 +249,7 @@ def test_a_solver_steers_the_network_and_the_priors(kit: Any) -> None:
     "attack",
     [
         lambda: InvertingGradientsAttack(steps=30, restarts=1),
-        lambda: InvertingGradientsAttack(protocol="robust", steps=30),
+        lambda: InvertingGradientsAttack(protocol="robust", steps=13),
         lambda: GradientInversion(
             objective=SquaredDistance() + 1e-3 * TotalVariation() + 1e-3 * L2(),
             labels=JointLabels(),
@@ -271,9 +271,9 @@ def test_a_run_of_pieces_goes_on_bit_for_bit(kit: Any, attack: Any, tmp_path: Pa
         return made
 
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=12, save_top_k=-1)
-    whole = kit.fit(seeded(), kit.victims(victims=5, lanes=3), callbacks=[saver], enable_checkpointing=True)
+    whole = kit.fit(seeded(), kit.victims(victims=4, lanes=3), callbacks=[saver], enable_checkpointing=True)
     assert json.loads(json.dumps(dict(whole.hparams))) == dict(whole.hparams)
-    resumed = kit.fit(seeded(), kit.victims(victims=5, lanes=3), ckpt_path=str(tmp_path / "step=24.ckpt"))
+    resumed = kit.fit(seeded(), kit.victims(victims=4, lanes=3), ckpt_path=str(tmp_path / "step=24.ckpt"))
     kit.assert_same(whole, resumed)
     torch.load(tmp_path / "step=24.ckpt", weights_only=True)
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import csv
+import faulthandler
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from leakage.attacks import DLGAttack, IDLGAttack
+from leakage.callbacks import VictimTable, table
+from leakage.files.checkpoints import WholeCheckpointIO
 from leakage.inversion.reconstruction import Reconstruction
+from tests import processes
+from tests.kit import SmallVictims, fit
+from tests.processes import Ended
 
 PROTOCOLS = ["robust", "published"]
 # More victims than lanes, so that some enter beside others; restarts while others go on.
@@ -25,8 +29,8 @@ VICTIMS: dict[str, Any] = {"victims": 6, "lanes": 4}
 
 def options(protocol: str) -> dict[str, Any]:
     if protocol == "published":
-        return {"protocol": protocol, "max_evaluations": 80}
-    return {"protocol": protocol, "max_evaluations": 40, "restarts": 1}
+        return {"protocol": protocol, "max_evaluations": 50}
+    return {"protocol": protocol, "max_evaluations": 25, "restarts": 1}
 
 
 def checkpoints(folder: Path, every: int) -> ModelCheckpoint:
@@ -101,8 +105,8 @@ def test_resumes_twice_and_in_between_validations(lbfgs_case: Any, kit: Any, tmp
         )
 
     whole = kit.fit(lbfgs_case.attack(**options("robust")), kit.victims(**VICTIMS))
-    run(tmp_path, 20, None)
-    part = run(tmp_path, 50, tmp_path / "last.ckpt")
+    run(tmp_path, 10, None)
+    part = run(tmp_path, 30, tmp_path / "last.ckpt")
     assert 0 < part.iteration < whole.iteration
     resumed = run(tmp_path, -1, tmp_path / "last.ckpt")
     kit.assert_same(whole, resumed)
@@ -129,12 +133,13 @@ def test_a_run_that_is_done_stays_done(case: Any, kit: Any, precision: str, tmp_
     assert again.scores == whole.scores
 
 
-@pytest.fixture
-def checkpoint(kit: Any, tmp_path: Path) -> str:
-    callback = checkpoints(tmp_path, 5)
+@pytest.fixture(scope="module")
+def checkpoint(kit: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    callback = checkpoints(folder, 5)
     attack = IDLGAttack(max_evaluations=12, restarts=0)
     kit.fit(attack, kit.victims(victims=3), enable_checkpointing=True, callbacks=[callback])
-    return str(tmp_path / "step=5.ckpt")
+    return str(folder / "step=5.ckpt")
 
 
 def test_refuses_the_checkpoint_of_another_attack(kit: Any, checkpoint: str) -> None:
@@ -190,65 +195,50 @@ def test_refuses_the_checkpoint_of_another_module(kit: Any, checkpoint: str, tmp
         kit.fit(attack, kit.victims(victims=3), ckpt_path=str(tmp_path / "other.ckpt"))
 
 
-SCRIPT = textwrap.dedent(
-    """
-    import faulthandler
-    import os
-    import signal
-    import sys
-    import torch
+class Hit(Callback):
+    """Kills or interrupts its own process once results are written, before other callbacks act."""
+
+    def __init__(self, output: Path, number: int) -> None:
+        self.output, self.number = output, number
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if (self.output / "reconstructions" / "part_0000.safetensors").exists():
+            os.kill(os.getpid(), self.number)
+
+
+def attack(output: Path, moment: str, resume: Path | str) -> None:
+    """What the process does that hits itself at a moment."""
     faulthandler.dump_traceback_later(100, exit=True)
     torch.set_num_threads(1)
-    from pathlib import Path
-    from lightning import Callback
-    from lightning.pytorch.callbacks import ModelCheckpoint
-    from tests.kit import SmallVictims, fit
-    from leakage.attacks import DLGAttack
-    from leakage.callbacks import VictimTable, table
-    from leakage.files.checkpoints import WholeCheckpointIO
     table._PER_FILE = 3
-    output, moment, resume = Path(sys.argv[1]), sys.argv[2], sys.argv[3] or None
+    hits = {"file": [Hit(output, signal.SIGKILL)], "interrupt": [Hit(output, signal.SIGINT)]}.get(moment, [])
+    whole = torch.save
 
-    def hit(number=signal.SIGKILL):
-        os.kill(os.getpid(), number)
-
-    class Hit(Callback):  # it acts before others do
-        def on_train_batch_end(self, trainer, attack, *args):
-            written = (output / "reconstructions" / "part_0000.safetensors").exists()
-            if moment == "file" and written:
-                hit()
-            if moment == "interrupt" and written:
-                hit(signal.SIGINT)
-
-    def save(content, file, whole=torch.save):
+    def save(content: Any, file: Any) -> None:
         # The one that the run is resumed from; the other is written first.
         if moment == "checkpoint" and content["leakage"]["iteration"] == 8 and "last" in file.name:
             file.write(b"half of it")
             file.flush()
-            hit()
+            os.kill(os.getpid(), signal.SIGKILL)
         whole(content, file)
 
     torch.save = save
     keep = ModelCheckpoint(output, filename="now", every_n_train_steps=2, save_last=True, save_top_k=1)
-    attack = DLGAttack(tolerance=1e-6)
-    fit(attack, SmallVictims(victims=10, lanes=4), callbacks=[Hit(), VictimTable(output), keep],
-        enable_checkpointing=True, plugins=[WholeCheckpointIO()], val_check_interval=25, ckpt_path=resume)
-    attack.finished.save(output / "all.safetensors")
-    """
-)
-
-
-def run(output: Path, moment: str = "", resume: Path | str = "") -> subprocess.CompletedProcess[str]:
-    """In a process of its own, which hits itself at a moment."""
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(output), moment, str(resume)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
+    attack = fit(
+        DLGAttack(tolerance=1e-6),
+        SmallVictims(victims=10, lanes=4),
+        callbacks=[*hits, VictimTable(output), keep],
+        enable_checkpointing=True,
+        plugins=[WholeCheckpointIO()],
+        val_check_interval=25,
+        ckpt_path=str(resume) or None,
     )
+    attack.finished.save(output / "all.safetensors")
+
+
+def run(output: Path, moment: str = "", resume: Path | str = "") -> Ended:
+    """In a process of its own."""
+    return processes.run(output / "said.txt", attack, output, moment, resume)
 
 
 def rows(output: Path) -> list[dict[str, str]]:
@@ -260,7 +250,7 @@ def rows(output: Path) -> list[dict[str, str]]:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole")
     done = run(output)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.said
     return output
 
 
@@ -271,7 +261,7 @@ def test_survives_a_kill(uninterrupted: Path, tmp_path: Path, moment: str) -> No
     assert run(tmp_path, moment).returncode == -signal.SIGKILL
     last = tmp_path / "last.ckpt"
     resumed = run(tmp_path, resume=last)
-    assert resumed.returncode == 0, resumed.stdout
+    assert resumed.returncode == 0, resumed.said
     expected = Reconstruction.load(uninterrupted / "all.safetensors")
     found = Reconstruction.load(tmp_path / "all.safetensors")
     for name, tensor in vars(expected).items():
@@ -283,7 +273,7 @@ def test_survives_a_kill(uninterrupted: Path, tmp_path: Path, moment: str) -> No
 
 @pytest.mark.slow
 def test_an_interrupt_writes_what_is_there(uninterrupted: Path, tmp_path: Path) -> None:
-    said = run(tmp_path, "interrupt").stdout
+    said = run(tmp_path, "interrupt").said
     assert not (tmp_path / "all.safetensors").exists(), "it was over before it could be interrupted"
     assert "Traceback" not in said or "KeyboardInterrupt" in said, said
     expected = {row["victim"]: row for row in rows(uninterrupted)}

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from leakage.metrics import Estimate, MeanOverVictims, ShareOverVictims, mean_interval, wilson_interval
+from tests import processes
 
 METRICS = [MeanOverVictims, ShareOverVictims]
 Metric = MeanOverVictims | ShareOverVictims
@@ -219,7 +220,10 @@ def test_estimates_are_those_of_all_processes(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(compute_in_process, (port, str(tmp_path)), nprocs=2)
+    logs = [tmp_path / "first.txt", tmp_path / "second.txt"]
+    started = [processes.Running(log, compute_in_process, rank, port, str(tmp_path)) for rank, log in enumerate(logs)]
+    ended = [process.end() for process in started]
+    assert [one.returncode for one in ended] == [0, 0], ended
     uneven = (0.625, *mean_interval(torch.tensor([1.0, 0.0, 0.5, 1.0])), 4)
     one_sided = (0.5, *wilson_interval(0.5, 3), 3)
     for rank in range(2):
