@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 from leakage.clients.joint_layers import normalised
 from leakage.clients.joint_pass import JointPass, has_joint_pass
 from leakage.clients.victim import Victim
-from leakage.models import MLP, VGG11, AlexNet, ConvNet, LeNet, ResNet20, ViT
+from leakage.models import MLP, AlexNet, ConvNet, LeNet, ResNet20, ViT
 
 SIZE, CLASSES = 16, 5
 
@@ -87,7 +87,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "convnet batch": lambda: convnet(norm="batch", activation="sigmoid"),
     "resnet20": lambda: ResNet20(3, SIZE, CLASSES, width=4),
     "lenet": lambda: LeNet(3, SIZE, CLASSES),
-    "vgg11": lambda: VGG11(3, 32, CLASSES, norm="batch"),
     "alexnet": lambda: AlexNet(3, SIZE, CLASSES),
     "mlp": lambda: MLP(3, SIZE, CLASSES),
     "in place": InPlace,
@@ -103,8 +102,7 @@ def make(name: str, own: bool, num_images: int, **options: Any) -> tuple[Victim,
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2)
-        size = 32 if name == "vgg11" else SIZE
-        victim = Victim(model, image_shape=(3, size, size), num_images=num_images, **options)
+        victim = Victim(model, image_shape=(3, SIZE, SIZE), num_images=num_images, **options)
         if not own:
             return victim, victim.state
         state = {key: torch.stack([tensor] * 3) for key, tensor in victim.state.items()}

@@ -22,8 +22,7 @@ def made(kind: str, local_steps: int, *, batch: int | None = None, train: bool =
     return Victim(model, image_shape=IMAGE_SHAPE, num_images=4, **steps, **options)
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
-@pytest.mark.parametrize("modules", [(), ("0", "1")])
+@pytest.mark.parametrize(("modules", "seeds"), [((), 1), (("0", "1"), 2)])
 @pytest.mark.parametrize(
     ("kind", "local_steps", "batch", "train"),
     [("conv", 8, None, False), ("conv", 66, 2, False), ("batch_norm", 10, 2, False), ("batch_norm", 12, 2, True)],

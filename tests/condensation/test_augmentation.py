@@ -186,7 +186,7 @@ def test_gradients(generator, name, num_images):
     images = torch.randn(3, 2, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     transform = SiameseAugmentation(name, flip=1.0).draw(generator, num_images)
     assert torch.autograd.gradcheck(transform, images)
-    assert torch.autograd.gradgradcheck(lambda each: transform(each).square(), images)
+    assert torch.autograd.gradgradcheck(lambda each: transform(each).square(), images, fast_mode=True)
 
 
 @every_transform

@@ -113,20 +113,19 @@ def plain_condensation(
     return images
 
 
-@pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize(
-    ("count", "iterations", "reuse", "strategy", "passes"),
+    ("count", "iterations", "reuse", "strategy", "passes", "norm"),
     [
-        (1, 3, 1, None, None),
-        (4, 30, 1, None, None),
-        (2, 12, 2, "color_crop_cutout_flip_scale_rotate", None),
-        (1, 21, 1, None, 1),
-        (1, 21, 1, None, 2),
+        (1, 3, 1, None, None, "batch"),
+        (4, 30, 1, None, None, "instance"),
+        (2, 12, 2, "color_crop_cutout_flip_scale_rotate", None, "batch"),
+        (1, 21, 1, None, 1, "instance"),
+        (1, 21, 1, None, 2, "batch"),
     ],
     ids=["first states", "two passes and a half", "augmentation and reuse", "new networks", "new networks, two passes"],
 )
 def test_is_the_algorithm(
-    kit: Any, norm: str, count: int, iterations: int, reuse: int, strategy: str | None, passes: int | None
+    kit: Any, count: int, iterations: int, reuse: int, strategy: str | None, passes: int | None, norm: str
 ) -> None:
     run = kit.condense(
         count,

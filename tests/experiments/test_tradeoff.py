@@ -184,7 +184,7 @@ def test_sizes_of_the_strengths(tradeoff: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_networks_that_draw_meet_both_attackers_and_are_trained(tradeoff: ModuleType, tmp_path: Path) -> None:
-    asked = ["--defenses", "precode", "--strengths", "0.25", "--iterations", "5", "--rounds", "1", "--seeds", "1"]
+    asked = ["--defenses", "precode", "--strengths", "0.25", "--iterations", "2", "--rounds", "1", "--seeds", "1"]
     tradeoff.main([*FEW, *asked, "--output", str(tmp_path)])
     rows = json.loads((tmp_path / "summary.json").read_text())
     assert [row["adaptive"] for row in rows] == [False, True]
@@ -206,7 +206,7 @@ def test_networks_that_draw_are_the_same_at_every_call(tradeoff: ModuleType) -> 
 
 @pytest.mark.slow
 def test_clients_that_aggregate_are_one_of_more_images(tradeoff: ModuleType, tmp_path: Path) -> None:
-    asked = ["--defenses", "none", "aggregation", "--iterations", "5", "--rounds", "1", "--seeds", "1"]
+    asked = ["--defenses", "none", "aggregation", "--iterations", "2", "--rounds", "1", "--seeds", "1"]
     tradeoff.main([*FEW, *asked, "--output", str(tmp_path)])
     rows = json.loads((tmp_path / "summary.json").read_text())
     told = [(row["defense"], row["strength"], row["images"], row["test_accuracy"] is None) for row in rows]

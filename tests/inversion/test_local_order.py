@@ -18,7 +18,8 @@ from leakage.seeds import derive_seed
 
 # Three passes over four images, two at a time.
 STEPS: dict[str, Any] = {"local_steps": 6, "learning_rate": 0.02, "local_batch_size": 2}
-CLIENTS: dict[str, Any] = {"images": 4, **STEPS, "shuffle": True, "reveal_labels": True}
+# Two passes, so that attacks are quicker.
+CLIENTS: dict[str, Any] = {"images": 4, **STEPS, "local_steps": 4, "shuffle": True, "reveal_labels": True}
 
 
 def mean_psnr(attack: GradientInversion) -> float:
@@ -33,7 +34,7 @@ def supposed_to_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     "make",
     [
         lambda: IDLGAttack(max_evaluations=100, restarts=0),
-        pytest.param(lambda: InvertingGradientsAttack(steps=150, total_variation=1e-3), marks=pytest.mark.slow),
+        pytest.param(lambda: InvertingGradientsAttack(steps=100, total_variation=1e-3), marks=pytest.mark.slow),
     ],
     ids=["idlg", "inverting_gradients"],
 )

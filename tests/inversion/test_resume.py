@@ -29,8 +29,8 @@ VICTIMS: dict[str, Any] = {"victims": 6, "lanes": 4}
 
 def options(protocol: str) -> dict[str, Any]:
     if protocol == "published":
-        return {"protocol": protocol, "max_evaluations": 50}
-    return {"protocol": protocol, "max_evaluations": 25, "restarts": 1}
+        return {"protocol": protocol, "max_evaluations": 30}
+    return {"protocol": protocol, "max_evaluations": 20, "restarts": 1}
 
 
 def checkpoints(folder: Path, every: int) -> ModelCheckpoint:
