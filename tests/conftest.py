@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch starts its threads; processes that tests start have it too. Tensors are tiny, and two processes with one
@@ -73,6 +76,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup() -> None:
     """The same random numbers whatever ran before, also where a test draws them without a generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _packages_stay_what_they_are() -> Iterator[None]:
+    """Every Trainer asks all installed packages for callbacks, which takes a tenth of a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = functools.cache(importlib.metadata.entry_points)
+        patch.setattr("lightning.fabric.utilities.registry.entry_points", found)
+        yield
 
 
 @pytest.fixture

@@ -147,7 +147,8 @@ def test_it_is_told_with_the_reconstruction(kit: Any, tmp_path: Path) -> None:
 
 def test_lanes_change_little(kit: Any) -> None:
     few, many = (
-        kit.by_id(kit.fit(IDLGAttack(restarts=0), kit.victims(victims=2, lanes=lanes, **CLIENTS))) for lanes in (1, 2)
+        kit.by_id(kit.fit(IDLGAttack(max_evaluations=200, restarts=0), kit.victims(victims=2, lanes=lanes, **CLIENTS)))
+        for lanes in (1, 2)
     )
     torch.testing.assert_close(few.learning_rate, many.learning_rate, rtol=1e-3, atol=0)
 
