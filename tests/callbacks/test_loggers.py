@@ -1,10 +1,9 @@
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from leakage.callbacks import Gallery, VictimTable, table
+from leakage.callbacks import Gallery, OfflineSafeWandbLogger, VictimTable, table
 from leakage.callbacks.loggers import log_artifact
+from tests import processes
+from tests.callbacks.conftest import Run
 
 
 def records(file: Path) -> Iterator[Record]:
@@ -201,42 +202,30 @@ def test_loggers_without_pictures_get_the_curves(run) -> None:
     assert "gallery" not in header
 
 
-_SCRIPT = """
-import sys
-
-sys.path.insert(0, sys.argv[1])
-from conftest import Run
-from pathlib import Path
-from leakage.callbacks import Gallery, OfflineSafeWandbLogger
-
-run = Run(Path(sys.argv[2]))
-logger = OfflineSafeWandbLogger(project="leakage", save_dir=run.folder, start_timeout=2.0)
-run.fit(run.attack(), Gallery(run.folder, victims=1), logger=logger)
-assert logger.experiment.offline
-"""
+def log_to_nowhere(folder: Path, key: str | None) -> None:
+    """Nobody listens on port 9."""
+    for name in list(os.environ):
+        if name.startswith("WANDB_"):
+            del os.environ[name]
+    os.environ |= {
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_CONFIG_DIR": str(folder),
+        "NETRC": str(folder / "netrc"),
+    } | ({"WANDB_API_KEY": key} if key else {})
+    run = Run(folder)
+    logger = OfflineSafeWandbLogger(project="leakage", save_dir=folder, start_timeout=2.0)
+    run.fit(run.attack(), Gallery(folder, victims=1), logger=logger)
+    assert logger.experiment.offline
+    atexit._run_exitfuncs()  # as at the end of a script
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["0" * 40, None], ids=["unreachable", "no account"])
 def test_goes_on_offline_when_wandb_cannot_be_used(tmp_path: Path, key: str | None) -> None:
-    # In a process of its own, so that its end is seen too. Nobody listens on port 9.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment |= {
-        "WANDB_BASE_URL": "http://127.0.0.1:9",
-        "WANDB_CONFIG_DIR": str(tmp_path),
-        "NETRC": str(tmp_path / "netrc"),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    } | ({"WANDB_API_KEY": key} if key else {})
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, str(Path(__file__).parent), str(tmp_path)],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "W&B can't be used online" in done.stderr
+    # In a process of its own, so that its end is seen too.
+    done = processes.run(tmp_path / "said.txt", log_to_nowhere, tmp_path, key)
+    assert done.returncode == 0, done.said
+    assert "W&B can't be used online" in done.said
     logged = OfflineRun(tmp_path)
     assert len(logged.values("train/loss")) == 13
     assert len(logged.values("gallery")) == 1

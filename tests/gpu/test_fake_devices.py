@@ -67,7 +67,7 @@ def test_it_refuses_two_devices() -> None:
         lambda: IDLGAttack(max_evaluations=8, **QUICK),
         lambda: IDLGAttack(max_evaluations=4, restarts=1),
         lambda: DLGAttack(max_evaluations=8, **QUICK),
-        lambda: DLGAttack(protocol="published", max_evaluations=3),
+        lambda: DLGAttack(protocol="published", max_evaluations=2),
         lambda: IDLGAttack(distance="cosine", max_evaluations=3, **QUICK),
         lambda: GaussNewtonAttack(),
         lambda: GaussNewtonAttack(start="noise", max_evaluations=3, solver="cg", max_products=5, **QUICK),
