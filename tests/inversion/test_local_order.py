@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakage import LeNet, Protocol, Victim
-from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientInversion, IDLGAttack, InvertingGradientsAttack
+from leakage.attacks import DLGAttack, GaussNewtonAttack, GradientInversion, IDLGAttack
 from leakage.clients.local_steps import Secrets, draw_orders
 from leakage.dummies import LocalOrder
 from leakage.seeds import derive_seed
@@ -30,18 +29,12 @@ def supposed_to_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalOrder, "shape", lambda self, protocol: None)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: IDLGAttack(max_evaluations=100, restarts=0),
-        pytest.param(lambda: InvertingGradientsAttack(steps=100, total_variation=1e-3), marks=pytest.mark.slow),
-    ],
-    ids=["idlg", "inverting_gradients"],
-)
-def test_finds_images_of_an_order_of_its_own(
-    kit: Any, monkeypatch: pytest.MonkeyPatch, make: Callable[[], GradientInversion]
-) -> None:
+def test_finds_images_of_an_order_of_its_own(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nearly as good as of clients in a known order, and far better than if it supposed a wrong one."""
+
+    def make() -> GradientInversion:
+        return IDLGAttack(max_evaluations=100, restarts=0)
+
     searched = mean_psnr(kit.fit(make(), kit.victims(victims=2, **CLIENTS)))
     told = mean_psnr(kit.fit(make(), kit.victims(victims=2, **CLIENTS | {"shuffle": False})))
     supposed_to_take_turns(monkeypatch)
