@@ -13,7 +13,7 @@ from typing import Any
 # A server of its own, and not this process, is forked: it has no threads, and nothing that other tests left behind.
 STARTS = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 if sys.platform == "linux":
-    STARTS.set_forkserver_preload(["lightning", "leakage.attacks", "leakage.callbacks", "leakage.datamodules", "wandb"])
+    STARTS.set_forkserver_preload(["lightning", "leakage.attacks", "leakage.callbacks", "leakage.datamodules"])
 
 
 @dataclass(frozen=True)
