@@ -45,11 +45,11 @@ def test_begins_with_the_layers_where_it_can(kit: Any) -> None:
 
 @pytest.mark.slow
 def test_searches_for_labels_together_with_the_images(kit: Any) -> None:
-    attack = kit.fit(GaussNewtonAttack(joint_labels=True), kit.victims(victims=6))
-    assert sum(score.success == 1 and score.label_accuracy == 1 for score in attack.scores.values()) >= 5
+    attack = kit.fit(GaussNewtonAttack(joint_labels=True), kit.victims(victims=4))
+    assert sum(score.success == 1 and score.label_accuracy == 1 for score in attack.scores.values()) >= 3
     labels = GaussNewtonAttack(joint_labels=True, max_evaluations=1, restarts=0)
-    kit.fit(labels, kit.victims(victims=6))
-    assert sum(score.label_accuracy for score in labels.scores.values()) < 6, "labels were known from the start"
+    kit.fit(labels, kit.victims(victims=4))
+    assert sum(score.label_accuracy for score in labels.scores.values()) < 4, "labels were known from the start"
 
 
 @pytest.mark.parametrize("solver", ["cholesky", "cg"])
@@ -152,7 +152,7 @@ def test_batches_start_with_their_layers_in_any_cohort(kit: Any) -> None:
     options: dict[str, Any] = {"victims": 4, "images": 3, "lanes": 3, "reveal_labels": True}
     attack = kit.fit(GaussNewtonAttack(), kit.victims(**options))
     assert sum(score.success == 1 and score.label_accuracy == 1 for score in attack.scores.values()) >= 3
-    alone = kit.fit(GaussNewtonAttack(), kit.victims(**(options | {"lanes": 1})))
+    alone = kit.fit(GaussNewtonAttack(max_evaluations=1, restarts=0), kit.victims(**(options | {"lanes": 1})))
     assert torch.equal(kit.by_id(alone).labels, kit.by_id(attack).labels)
 
 
@@ -166,7 +166,7 @@ def test_many_local_steps(kit: Any, monkeypatch: pytest.MonkeyPatch, solver: str
         return evaluate(self, *args, **options)
 
     monkeypatch.setattr(Victim, "evaluate", noted)
-    victims = kit.victims(victims=2, local_steps=8, learning_rate=0.1)
+    victims = kit.victims(victims=1, local_steps=8, learning_rate=0.1)
     attack = kit.fit(GaussNewtonAttack(start="noise", solver=solver, max_evaluations=3, restarts=0), victims)
     assert {True, False} <= set(asked)
     start = kit.fit(GaussNewtonAttack(start="noise", solver=solver, max_evaluations=1, restarts=0), victims)

@@ -152,7 +152,7 @@ def test_finds_more_behind_noise() -> None:
     own = Auxiliary(in_unit_range(data.train.images), data.train.labels)
     mse = []
     for prior in (None, GaussianPrior(own)):
-        attack = fit(GaussNewtonAttack(prior=prior, start="noise", max_evaluations=7, restarts=0), victims)
+        attack = fit(GaussNewtonAttack(prior=prior, start="noise", max_evaluations=5, restarts=0), victims)
         mse.append(sum(score.mse for score in attack.scores.values()) / 2)
     assert mse[1] < mse[0] / 2
 
