@@ -33,10 +33,11 @@ def choose_lanes(
 ) -> int:
     """Return how many victims to attack at once: as many as save time and fit into half of the free memory.
 
-    The memory per lane is measured by evaluating one lane and, if not enough of that size fit, two, plus
-    ``bytes_per_lane`` of the solver. If starting a lane needs more (``bytes_to_begin``), that value is used. On CPUs, several ``processes`` of one machine share its
-    memory. There are at most 256 lanes on a CPU and 1,024 on a GPU. Run time is not measured: it varies between runs,
-    so the number of lanes would vary too, and with it the rounding of results.
+    The memory per lane is measured by evaluating one lane and, if fewer than ``most`` of that size fit, two, plus
+    ``bytes_per_lane`` of the solver. If starting a lane needs more (``bytes_to_begin``), that value is used. On CPUs,
+    several ``processes`` of one machine share its memory. There are at most 256 lanes on a CPU and 1,024 on a GPU. Run
+    time is not measured: it varies between runs, so the number of lanes would vary too, and with it the rounding of
+    results.
 
     Returns:
         A number from 1 to ``most``; a power of two if memory is the limit.
