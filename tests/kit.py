@@ -65,6 +65,12 @@ ATTACKS = [
 ]
 
 
+# Attack and protocol are independent of one another.
+IN_PAIRS = pytest.mark.parametrize(
+    ("lbfgs_case", "protocol"), [(SEARCHES[0], "published"), (SEARCHES[1], "robust")], ids=str
+)
+
+
 @pytest.fixture(params=SEARCHES, ids=str)
 def lbfgs_case(request: pytest.FixtureRequest) -> Case:
     """An attack that searches by L-BFGS, in a published protocol and in a robust one."""

@@ -57,7 +57,12 @@ CHEAPER = [
     ),
     ("docs/condensation.md", "images_per_class=10)", "images_per_class=2, iterations=1)", "one network"),
     ("docs/condensation.md", '"cifar10"', '"sample", batch_size=16', "images of the package, in small batches"),
-    ("docs/defenses.md", "(adaptive=adaptive)", "(adaptive=adaptive, max_evaluations=12, restarts=0)", "it ends or not"),
+    (
+        "docs/defenses.md",
+        "(adaptive=adaptive)",
+        "(adaptive=adaptive, max_evaluations=12, restarts=0)",
+        "it ends or not",
+    ),
     ("docs/defenses.md", "max_evaluations=20", "max_evaluations=4", "a search that takes a moment"),
     ("docs/labels.md", "torch.rand(100, 24,", "torch.rand(10, 24,", "fewer victims"),
     ("docs/labels.md", "torch.randint(10, (100, 24))", "torch.randint(10, (10, 24))", "fewer victims"),

@@ -33,7 +33,7 @@ def test_finds_images_of_an_order_of_its_own(kit: Any, monkeypatch: pytest.Monke
     """Nearly as good as of clients in a known order, and far better than if it supposed a wrong one."""
 
     def make() -> GradientInversion:
-        return IDLGAttack(max_evaluations=100, restarts=0)
+        return IDLGAttack(max_evaluations=70, restarts=0)
 
     searched = mean_psnr(kit.fit(make(), kit.victims(victims=2, **CLIENTS)))
     told = mean_psnr(kit.fit(make(), kit.victims(victims=2, **CLIENTS | {"shuffle": False})))

@@ -19,10 +19,9 @@ from leakage.callbacks import VictimTable, table
 from leakage.files.checkpoints import WholeCheckpointIO
 from leakage.inversion.reconstruction import Reconstruction
 from tests import processes
-from tests.kit import SmallVictims, fit
+from tests.kit import IN_PAIRS, SmallVictims, fit
 from tests.processes import Ended
 
-PROTOCOLS = ["robust", "published"]
 # More victims than lanes, so that some enter beside others; restarts while others go on.
 VICTIMS: dict[str, Any] = {"victims": 6, "lanes": 4}
 
@@ -43,7 +42,7 @@ def state(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@IN_PAIRS
 def test_resumes_bit_for_bit_from_the_moments_that_matter(
     lbfgs_case: Any, kit: Any, protocol: str, tmp_path: Path
 ) -> None:
