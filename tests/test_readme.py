@@ -60,8 +60,8 @@ CHEAPER = [
     (
         "docs/defenses.md",
         "(adaptive=adaptive)",
-        "(adaptive=adaptive, max_evaluations=12, restarts=0)",
-        "it ends or not",
+        "(adaptive=adaptive, max_evaluations=9, restarts=0)",
+        "a short search",
     ),
     ("docs/defenses.md", "max_evaluations=20", "max_evaluations=4", "a search that takes a moment"),
     ("docs/labels.md", "torch.rand(100, 24,", "torch.rand(10, 24,", "fewer victims"),
