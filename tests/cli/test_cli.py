@@ -4,6 +4,7 @@ import csv
 import html
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ from leakage.cli.main import main
 from leakage.comparison import FILES
 from leakage.inversion.reconstruction import Reconstruction
 from leakage.models import Generator
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.name for path in (ROOT / "experiments" / "idlg").glob("*.yaml") if path.name != "sweep.yaml")
@@ -286,6 +288,13 @@ def test_a_trained_generator_from_its_file(tmp_path: Path, capsys: pytest.Captur
     assert said == ("leakage fit: error: Expected a safetensors file at 'none.safetensors', but got no such file.\n")
 
 
+def call(folder: Path, *arguments: str) -> None:
+    """As the installed script does, for which the folder is not on the path."""
+    sys.path[:] = filter(None, sys.path)
+    os.chdir(folder)
+    main(arguments)
+
+
 @pytest.mark.slow
 def test_pieces_of_ones_own_by_their_import_path(tmp_path: Path) -> None:
     """From a module in the folder where `leakage` is called, in a file and on the command line."""
@@ -319,11 +328,10 @@ class Signs(Defense):
     }
     config["data"]["init_args"]["defenses"] = [{"class_path": "my_pieces.Signs"}]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    done = processes.run(tmp_path / "said.txt", call, tmp_path, "fit", "--config", "mine.yaml", "--data.victims", "2")
+    assert done.returncode == 0, done.said
     script = Path(sys.executable).parent / "leakage"
-    done = subprocess.run(
-        [script, "fit", "--config", "mine.yaml", "--data.victims", "2"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    assert "leakage fit" in subprocess.run([script], capture_output=True, text=True, check=True).stdout
     (told,) = tmp_path.rglob("hparams.yaml")
     assert "0.01 * Smooth(power=1.5)" in told.read_text(encoding="utf-8")
 

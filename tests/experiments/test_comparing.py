@@ -42,7 +42,7 @@ ROW = Row("idlg", "mnist", "robust", 4, 0, 1.0, (0.5, 1.0), 0.75, (0.3, 0.95), 1
 
 
 def attacks(**options: Any) -> dict[str, Any]:
-    options = {"max_evaluations": 60, "restarts": 0} | options
+    options = {"max_evaluations": 30, "restarts": 0} | options
     return {"dlg": DLGAttack(**options), "idlg": IDLGAttack(**options)}
 
 
@@ -149,8 +149,8 @@ def test_resume_begins_where_there_is_nothing(tmp_path: Path) -> None:
 
 
 def test_resume_refuses_another_configuration(done: Path) -> None:
-    with pytest.raises(ValueError, match=r"one that differs in `attack.max_evaluations`: 60 there, 61 here"):
-        run(done, methods=attacks(max_evaluations=61), resume=True)
+    with pytest.raises(ValueError, match=r"one that differs in `attack.max_evaluations`: 30 there, 31 here"):
+        run(done, methods=attacks(max_evaluations=31), resume=True)
     with pytest.raises(ValueError, match=r"`data.victims`: 4 there, 5 here"):
         run(done, victims=Victims("sample", victims=5, lanes=3), resume=True)
     with pytest.raises(ValueError, match=r"`attack.class`: 'IDLGAttack' there, 'DLGAttack' here"):
