@@ -197,14 +197,14 @@ def test_restarts_stay_within_their_budget_and_the_best_start_is_kept(case: Any,
     attacks = [
         kit.fit(
             case.attack(max_evaluations=case.few, restarts=restarts, tolerance=1e-12, restart_above=1e-12),
-            kit.victims(victims=4),
+            kit.victims(victims=8),
         )
         for restarts in (0, 1, 2)
     ]
     found = [kit.by_id(attack) for attack in attacks]
     for restarts, one in enumerate(found):
-        assert one.restarts.tolist() == [restarts] * 4
-        assert one.evaluations.tolist() == [case.few * (restarts + 1)] * 4
+        assert one.restarts.tolist() == [restarts] * 8
+        assert one.evaluations.tolist() == [case.few * (restarts + 1)] * 8
     for fewer, more in itertools.pairwise(found):
         assert bool((more.loss <= fewer.loss).all())
         # Where a further start was no better, the earlier result is still there.
