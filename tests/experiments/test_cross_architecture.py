@@ -221,7 +221,7 @@ def test_lenet_with_relu_learns(cross: ModuleType) -> None:
     data = LabelledImages("sample")
     network = cross.lenet_relu(1, (28, 28), 10)
     options = {"network": network, "networks": 1, "device": "cpu", "progress": False}
-    assert evaluate(random_images(data, 10), data, epochs=300, **options).mean > 0.4
+    assert evaluate(random_images(data, 10), data, epochs=150, **options).mean > 0.4
 
 
 def rows_of(cross: ModuleType) -> list[Any]:

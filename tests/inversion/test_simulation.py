@@ -109,8 +109,7 @@ def of_victim(shared: SharedGradient, victim: int) -> tuple[dict[str, Tensor], d
     return state, {name: tensor[victim] for name, tensor in shared.gradients.items()}
 
 
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("distance", OBJECTIVES)
+@pytest.mark.parametrize(("distance", "own"), [("squared", False), ("cosine", True)])
 @pytest.mark.parametrize("name", DEFENSES)
 def test_the_objective_is_that_of_plain_autograd_in_a_joint_pass_and_without_one(
     name: str, distance: str, own: bool, monkeypatch: pytest.MonkeyPatch
@@ -251,7 +250,7 @@ def test_it_is_zero_at_the_truth_where_the_learning_rate_is_not_told(name: str, 
 def test_an_attack_finds_all_images_if_it_knows_the_defense_and_none_if_it_does_not(kit: Any, defense: Defense) -> None:
     naive, adaptive = (
         kit.fit(
-            GaussNewtonAttack(adaptive=adaptive, restarts=0, max_evaluations=30),
+            GaussNewtonAttack(adaptive=adaptive, restarts=0, max_evaluations=30, solver="cholesky"),
             kit.victims(victims=2, defenses=[defense]),
         )
         for adaptive in (False, True)
