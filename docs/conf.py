@@ -1,5 +1,6 @@
 """Sphinx's configuration: ``sphinx-build -W --keep-going docs build/docs`` builds the site, without a network."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,8 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
+# Longer signatures have a line for each parameter.
+python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True  # else attributes that are properties appear twice
@@ -36,6 +39,14 @@ html_theme = "furo"
 html_title = "leakage"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_favicon = "_static/favicon.svg"
 html_copy_source = False
 html_show_sphinx = False
+# Where GitHub builds the site, pages link to their source.
+if repository := os.environ.get("GITHUB_REPOSITORY"):
+    html_theme_options = {
+        "source_repository": f"{os.environ['GITHUB_SERVER_URL']}/{repository}/",
+        "source_branch": "main",
+        "source_directory": "docs/",
+    }
 copybutton_exclude = ".linenos, .gp, .go"

@@ -1,4 +1,4 @@
-"""Filters for distracting messages of other libraries: two advertisements and two warnings.
+"""Filters for distracting messages of other libraries: two advertisements and three warnings.
 
 Importing attacks or condensation suppresses these messages, and no others::
 
@@ -6,8 +6,10 @@ Importing attacks or condensation suppresses these messages, and no others::
     💡 Tip: For seamless cloud uploads and versioning, try installing ...
     Starting from v1.9.0, `tensorboardX` has been removed as a dependency ... pip install ...
     `isinstance(treespec, LeafSpec)` is deprecated, use ...
+    `torch.jit.script` is deprecated. Please switch to ...
 
-The last one can only be fixed in Lightning. All other messages and warnings of Lightning are shown as usual.
+The last two can only be fixed in Lightning and in torch, which calls `torch.jit.script` at the first forward-mode
+derivative. All other messages and warnings are shown as usual.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ _ADVERTISEMENT = "💡 Tip: For seamless cloud"
 _WARNINGS = (
     r"Starting from v1\.9\.0, `tensorboardX` has been removed as a dependency",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"`torch\.jit\.script` is (deprecated|not supported)",
 )
 
 

@@ -19,12 +19,14 @@ from leakage.datamodules import Victims
 
 SCRIPT = """
 from lightning import Trainer
-from leakage.attacks import IDLGAttack
-from leakage.callbacks import AttackProgressBar
+from leakage.attacks import GaussNewtonAttack
+from leakage.callbacks import AttackProgressBar, Gallery, VictimTable
 from leakage.datamodules import Victims
 
-trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[AttackProgressBar()])
-trainer.fit(IDLGAttack(max_evaluations=2, restarts=0), datamodule=Victims("sample", victims=2))
+trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[AttackProgressBar(), Gallery(), VictimTable()])
+# From a random start it takes forward-mode derivatives, at the first of which torch warns.
+attack = GaussNewtonAttack(start="noise", max_evaluations=2, restarts=0)
+trainer.fit(attack, datamodule=Victims("sample", victims=2))
 """
 
 
@@ -54,6 +56,9 @@ def test_only_what_is_named_is_left_out(caplog: pytest.LogCaptureFixture) -> Non
             rank_zero_info("💡 Tip: something else")
             rank_zero_info("GPU available: True")
         warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated, use `...` instead.", FutureWarning, stacklevel=1)
+        warnings.warn(
+            "`torch.jit.script` is deprecated. Please switch to `torch.compile`.", FutureWarning, stacklevel=1
+        )
         warnings.warn("Starting from v1.9.0, `tensorboardX` has been removed as a dependency of", stacklevel=1)
         warnings.warn("`another` is deprecated", FutureWarning, stacklevel=1)
     assert [record.getMessage() for record in caplog.records] == ["💡 Tip: something else", "GPU available: True"]

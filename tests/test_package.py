@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import re
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,13 +14,24 @@ import yaml
 import leakage
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# What a workflow of GitHub knows when a tag starts it.
+TAGGED = {
+    "GITHUB_SERVER_URL": "https://github.com",
+    "GITHUB_REPOSITORY": "someone/leakage",
+    "GITHUB_REF_TYPE": "tag",
+    "GITHUB_REF_NAME": "v0.2.0",
+}
+HOME = "https://github.com/someone/leakage"
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     from hatchling.builders.wheel import WheelBuilder
 
-    (path,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path_factory.mktemp("dist")), versions=["standard"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("GITHUB_REF_TYPE", raising=False)
+        (path,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path_factory.mktemp("dist")), versions=["standard"])
     return zipfile.ZipFile(path)
 
 
@@ -38,16 +50,53 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
 
 def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     (name,) = [name for name in wheel.namelist() if name.endswith("/METADATA")]
-    told = email.message_from_bytes(wheel.read(name))
-    assert told["Name"] == "leakage"
-    assert told["Version"] == leakage.__version__
-    assert told["License-Expression"] == "MIT"
-    required = {re.split(r"[^\w-]", line)[0] for line in told.get_all("Requires-Dist", []) if "extra ==" not in line}
+    metadata = email.message_from_bytes(wheel.read(name))
+    assert metadata["Name"] == "leakage"
+    assert metadata["Version"] == leakage.__version__
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata.get_payload(decode=True) == README.encode(), "a local build knows no address"
+    assert "Project-URL" not in metadata
+    required = {
+        re.split(r"[^\w-]", line)[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line
+    }
     assert {"jinja2", "lightning", "torch", "torchmetrics", "torchvision", "wandb"} <= required
     licences = [name for name in wheel.namelist() if ".dist-info/licenses/" in name]
     assert len(licences) == 2, "that of the project, and that of the bundled images"
     (scripts,) = [name for name in wheel.namelist() if name.endswith("/entry_points.txt")]
     assert "leakage = leakage.__main__:main" in wheel.read(scripts).decode()
+
+
+def test_a_release_links_to_where_it_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hatchling.builders.sdist import SdistBuilder
+    from hatchling.builders.wheel import WheelBuilder
+
+    with monkeypatch.context() as patch:
+        for name, value in TAGGED.items():
+            patch.setenv(name, value)
+        (path,) = SdistBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    monkeypatch.delenv("GITHUB_REF_TYPE", raising=False)
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = tmp_path / f"leakage-{leakage.__version__}"
+    assert {entry.name for entry in source.iterdir()} == {
+        *(".gitignore", "CHANGELOG.md", "CITATION.cff", "LICENSE", "PKG-INFO", "README.md"),
+        *("hatch_build.py", "leakage", "pyproject.toml"),
+    }
+    # A wheel is built from the sdist, without these variables.
+    metadata = WheelBuilder(str(source)).metadata.core
+    assert metadata.urls == {
+        "Homepage": HOME,
+        "Documentation": "https://someone.github.io/leakage/",
+        "Changelog": f"{HOME}/blob/v0.2.0/CHANGELOG.md",
+        "Issues": f"{HOME}/issues",
+    }
+    assert "](https://github.com/someone/leakage/raw/v0.2.0/docs/front.png)\n" in metadata.readme
+    links = re.findall(r"\]\((.*?)\)", metadata.readme)
+    assert len(links) > 20
+    assert [link for link in links if not link.startswith("https://")] == []
+    files = [link.removeprefix(f"{HOME}/").split("/", 2)[2] for link in links if link.startswith(f"{HOME}/")]
+    assert [name for name in files if not (ROOT / name.partition("#")[0]).is_file()] == []
+    assert re.sub(rf"{HOME}/(raw|blob)/v0\.2\.0/", "", metadata.readme) == README, "and nothing else changes"
 
 
 def test_the_version_is_the_same_everywhere() -> None:

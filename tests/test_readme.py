@@ -115,7 +115,6 @@ FOREIGN = {
 }
 # Files in commands that the reader has.
 READERS_FILES = {
-    "run.yaml": "experiments/idlg/sample.yaml",
     "audit.yaml": "experiments/audit/sample.yaml",
     "mypackage.MyModule": "leakage.audit.example.ExampleModule",
     "mypackage.MyData": "leakage.audit.example.ExampleData",

@@ -27,6 +27,7 @@ from leakage.audit import audit as run_audit
 from leakage.audit.auditing import seconds_of
 from leakage.audit.verdict import check_thresholds
 from leakage.cli import quiet
+from leakage.cli.audit_help import HELP
 from leakage.cli.fit import check_config
 from leakage.cli.refusals import explain, listed, one_line, own_words
 from leakage.errors import check_choice, check_count, check_positive
@@ -66,6 +67,9 @@ _CLIENT = [field.name for field in fields(Client)]
 
 def audit(arguments: Sequence[str]) -> None:
     """Attack clients that train as your module does, and report what their updates give away."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP, end="")
+        return
     quiet()
     try:
         given = _normalised(arguments)
@@ -149,39 +153,27 @@ def _limits(words: Sequence[str]) -> str:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="leakage audit",
-        description=f"{audit.__doc__} Exit code: 0 within the limits (or none set), 1 exceeded, 2 an error or a failed "
-        "self-check, 3 inconclusive. Run the same command again to continue an audit that was stopped.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="a YAML file of these options")
-    parser.add_argument("--example", action="store_true", help="audit a LeNet on bundled images, in about a minute")
-    parser.add_subclass_arguments(LightningModule, "model", required=False, help="your LightningModule")
-    parser.add_argument("--checkpoint", type=str | None, help="checkpoint of Lightning's Trainer with the weights")
-    parser.add_subclass_arguments(
-        LightningDataModule, "data", required=False, help="your DataModule (default: the module's train_dataloader)"
-    )
-    parser.add_class_arguments(Client, "client", help="a client")
-    parser.add_argument("--clients", type=list[Client] | None, help="several clients in one audit, given in a file")
+    """Create the parser; its options are described in :data:`leakage.cli.audit_help.HELP`."""
+    parser = ArgumentParser(prog="leakage audit", exit_on_error=False, add_help=False)
+    parser.add_argument("--config", action="config")
+    parser.add_subclass_arguments(LightningModule, "model", required=False)
+    parser.add_argument("--checkpoint", type=str | None)
+    parser.add_subclass_arguments(LightningDataModule, "data", required=False)
+    parser.add_class_arguments(Client, "client")
     add = parser.add_argument
-    add("--budget", type=str | float, default="10m", help="time for all attacks (default: %(default)s)")
-    add("--fail_above", type=dict[str, float] | None, help="limits, such as success_rate=0.05 identified=0.2")
-    add("--victims", type=int, default=100, help="maximum number per client (default: %(default)s)")
-    add("--attacks", type=list[str] | None, help=f"attacks to run (default: all that apply): {', '.join(ATTACKS)}")
-    add("--threat_model", type=str, default="D", help="letter A to H of Carletti et al. 2025 (default: %(default)s)")
-    add("--update", type=str | None, help="a file with the update of a real client, to be audited")
-    add("--before", type=str | None, help="a file with the weights before this update (default: the model's)")
-    add("--asserted", type=dict[str, str] | None, help="further statements about the clients, by topic, in words")
-    add(
-        "--success_threshold",
-        type=float,
-        default=1e-3,
-        help="MSE of a rebuilt image (default: %(default)s)",
-    )
-    add("--seed", type=int, default=0, help="seed of all random numbers (default: %(default)s)")
-    add("--accelerator", type=str, default="cpu", help="device of the attacks (default: %(default)s)")
-    add("--output", type=str, default="audit", help="folder of the report (default: %(default)s)")
+    add("--clients", type=list[Client] | None)
+    add("--budget", type=str | float, default="10m")
+    add("--fail_above", type=dict[str, float] | None)
+    add("--victims", type=int, default=100)
+    add("--attacks", type=list[str] | None)
+    add("--threat_model", type=str, default="D")
+    add("--update", type=str | None)
+    add("--before", type=str | None)
+    add("--asserted", type=dict[str, str] | None)
+    add("--success_threshold", type=float, default=1e-3)
+    add("--seed", type=int, default=0)
+    add("--accelerator", type=str, default="cpu")
+    add("--output", type=str, default="audit")
     return parser
 
 
@@ -189,9 +181,7 @@ def _parse(given: Sequence[str]) -> dict[str, Any]:
     """Parse the arguments of :func:`leakage.audit.audit` from those of the command line."""
     parser = _parser()
     unknown = [
-        word
-        for word in given
-        if word.startswith("--") and _top(word) not in (*_CHECKS, "config", "help", "print_config")
+        word for word in given if word.startswith("--") and _top(word) not in (*_CHECKS, "config", "print_config")
     ]
     if unknown:
         raise ValueError(f"Expected an option, one of {listed(_CHECKS, _top(unknown[0]))}, but got `{unknown[0]}`.")

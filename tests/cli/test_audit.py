@@ -95,7 +95,7 @@ def test_weights_are_those_of_a_checkpoint(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("", "Expected `--model` with the import path of your LightningModule, but got none."),
+        ("--budget 1m", "Expected `--model` with the import path of your LightningModule, but got none."),
         ("--modle x", "(did you mean `model`?), but got `--modle`."),
         ("--model no_such.Module", "No module named 'no_such'."),
         ("--model json.loads", "but got 'json.loads', which is not a LightningModule."),

@@ -1,17 +1,20 @@
-"""The first screen, and what `--help` tells."""
+"""The first screen, and what `--help` prints."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 
 import pytest
 
 import leakage
+from leakage.audit import ATTACKS, Client, audit
+from leakage.cli.audit import _CHECKS
 from leakage.cli.main import main
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What is told, and nothing on standard error, where refusals go."""
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What is printed, and nothing on standard error, where refusals go."""
     with contextlib.suppress(SystemExit):
         main(arguments)
     said = capsys.readouterr()
@@ -20,7 +23,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_the_first_screen_is_short_and_leads_on(capsys: pytest.CaptureFixture[str]) -> None:
-    said = told(capsys)
+    said = printed(capsys)
     lines = said.splitlines()
     assert lines[0] == f"leakage {leakage.__version__}: what a shared gradient gives away"
     assert len(lines) <= 24, "fits a terminal"
@@ -28,24 +31,42 @@ def test_the_first_screen_is_short_and_leads_on(capsys: pytest.CaptureFixture[st
     for command in ("demo", "fit", "evaluate"):
         assert f"  leakage {command} " in said
     assert "  leakage fit --model IDLGAttack --help " in said
-    assert said in told(capsys, "--help")
+    assert said in printed(capsys, "--help")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert told(capsys, "--version") == f"leakage {leakage.__version__}\n"
+    assert printed(capsys, "--version") == f"leakage {leakage.__version__}\n"
 
 
-def test_commands_tell_their_options(capsys: pytest.CaptureFixture[str]) -> None:
-    said = told(capsys, "demo", "--help")
+def test_commands_list_their_options(capsys: pytest.CaptureFixture[str]) -> None:
+    said = printed(capsys, "demo", "--help")
     assert all(option in said for option in ("--output", "--victims", "--seed"))
-    assert "--network" in told(capsys, "evaluate", "--help")
+    assert "--network" in printed(capsys, "evaluate", "--help")
+
+
+def test_audit_lists_its_options_and_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    said = printed(capsys, "audit", "--help")
+    assert said == printed(capsys, "audit") == printed(capsys, "audit", "--example", "-h")
+    assert len(said.splitlines()) < 70
+    assert max(map(len, said.splitlines())) <= 80
+    words = " ".join(said.split())
+    own, client = inspect.signature(audit).parameters, inspect.signature(Client).parameters
+    options = {name: own.get(name) for name in _CHECKS} | {f"client.{name}": one for name, one in client.items()}
+    for name, option in options.items():
+        _, found, text = words.partition(f"--{name} ")
+        assert found or name in ("client", "clients"), name
+        default = None if option is None else option.default
+        if type(default) in (int, float, str) and default != "":
+            number = f"{default:g}" if isinstance(default, float) else default
+            assert f"(default: {number})" in text.partition(" --")[0], name
+    assert [attack for attack in ATTACKS if attack not in words] == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["--config", "run.yaml", "--help"]])
-def test_fit_tells_what_there_is_and_where_the_options_are(
+def test_fit_lists_what_there_is_and_where_the_options_are(
     capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    said = told(capsys, "fit", *arguments)
+    said = printed(capsys, "fit", *arguments)
     assert all(option in said for option in ("--config", "--model", "--data", "--trainer.OPTION", "--ckpt_path"))
     attacks, condensations = said.partition("\nattacks:\n")[2].split("\ncondensations")
     first = [line.split()[0] for line in attacks.splitlines() if line[2:3].strip()]
@@ -58,8 +79,8 @@ def test_fit_tells_what_there_is_and_where_the_options_are(
     assert len(said.splitlines()) < 80
 
 
-def test_fit_tells_the_options_of_one_class(capsys: pytest.CaptureFixture[str]) -> None:
-    said = told(capsys, "fit", "--model", "IDLGAttack", "--help")
+def test_fit_lists_the_options_of_one_class(capsys: pytest.CaptureFixture[str]) -> None:
+    said = printed(capsys, "fit", "--model", "IDLGAttack", "--help")
     assert said.startswith("IDLGAttack: iDLG: read the labels")
     assert "  --model.max_evaluations " in said
     assert "additional starts for a victim" in said
@@ -68,8 +89,8 @@ def test_fit_tells_the_options_of_one_class(capsys: pytest.CaptureFixture[str]) 
     assert "--data" not in said
 
 
-def test_fit_tells_the_options_of_two_classes(capsys: pytest.CaptureFixture[str]) -> None:
-    said = told(capsys, "fit", "--model=leakage.attacks.GradientInversion", "--data", "Victims", "-h")
+def test_fit_lists_the_options_of_two_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    said = printed(capsys, "fit", "--model=leakage.attacks.GradientInversion", "--data", "Victims", "-h")
     attack, _, victims = said.partition("\nVictims: ")
     words = " ".join(attack.split())
     assert "one of Adam, Continuation, GaussNewton, LBFGS, " in words
@@ -80,14 +101,14 @@ def test_fit_tells_the_options_of_two_classes(capsys: pytest.CaptureFixture[str]
     assert "torchvision" not in words.partition("--data.victims")[0]
 
 
-def test_fit_tells_the_options_of_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
-    said = told(capsys, "fit", "--trainer.help")
+def test_fit_lists_the_options_of_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
+    said = printed(capsys, "fit", "--trainer.help")
     assert "  --trainer.max_epochs " in said
     assert "--model" not in said
 
 
-def test_fit_tells_the_options_of_a_class_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
-    said = told(capsys, "fit", "--model", "leakage.inversion.gradient_inversion.GradientInversion", "--help")
+def test_fit_lists_the_options_of_a_class_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    said = printed(capsys, "fit", "--model", "leakage.inversion.gradient_inversion.GradientInversion", "--help")
     assert "  --model.solver " in said
 
 
