@@ -35,7 +35,7 @@ from leakage.datamodules import Victims
 from leakage.datamodules.base import GroundTruth
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.files.whole import check_output
-from leakage.labels import Auxiliary, LabelReader
+from leakage.labels import LabelReader
 from leakage.metrics import SUCCESS_THRESHOLD, ShareOverVictims, baseline_guesses, score
 from leakage.pieces import digest
 from leakage.updates import read_update
@@ -326,8 +326,7 @@ class _Audit:
         )
         # Large networks take long on many images.
         small = sum(parameter.numel() for parameter in subject.network.parameters()) <= _SMALL
-        some = slice(None if small else _FEW)
-        own = Auxiliary(subject.own_images[some], subject.own_labels[some]) if surrogate else None
+        own = subject.auxiliary(None if small else _FEW) if surrogate else None
         self._configurations.append(victims.configuration)
         return Row(
             client=client,

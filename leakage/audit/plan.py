@@ -86,7 +86,7 @@ def candidates(
     """
     for name in chosen or ():
         check_choice("attacks", name, ATTACKS)
-    auxiliary = Auxiliary(subject.own_images, subject.own_labels) if surrogate else None
+    auxiliary = subject.auxiliary() if surrogate else None
     common: dict[str, Any] = {"seed": seed, "success_threshold": success_threshold}
     readable = client.reveal_labels or _readable(victim, auxiliary, seed)
     found = [Candidate("labels", None)] if readable and not client.reveal_labels else []

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
 from leakage.audit.report import Problem
+from leakage.labels import Auxiliary
 from leakage.updates.weights import open_weights
 
 #: The types of data that a user may pass.
@@ -114,11 +116,27 @@ class Subject:
         """Return the loss of the module's own ``training_step`` for images in [0, 1]."""
         return loss_of(self.module, self.to_batch(images, labels))
 
-    @property
+    @cached_property
     def num_classes(self) -> int:
         """The number of logits."""
         with torch.no_grad():
             return int(self.network(self.own_images[:2]).shape[1])
+
+    def auxiliary(self, most: int | None = None) -> Auxiliary:
+        """Return the auditor's images, for attackers who have similar ones.
+
+        They come with labels only if there are at least two images of every class, as label rules need.
+
+        Args:
+            most: the largest number of images. The first two of every class come first.
+        """
+        labels, counts = self.own_labels, self.own_labels.bincount(minlength=self.num_classes)
+        ranked = labels.argsort(stable=True)
+        place = torch.empty_like(ranked)  # the place of each image among those of its class
+        place[ranked] = torch.arange(len(ranked)) - (counts.cumsum(0) - counts)[labels[ranked]]
+        rows = (place >= 2).long().argsort(stable=True)[:most]
+        kept = labels[rows].bincount(minlength=self.num_classes)
+        return Auxiliary(self.own_images[rows], labels[rows] if bool((kept >= 2).all()) else None)
 
 
 class FromUnitRange(nn.Module):
