@@ -18,7 +18,6 @@ from leakage.audit.subject import (
     _LOSSES,
     Batch,
     Data,
-    FromUnitRange,
     LogitsOfTrainingStep,
     Loss,
     Subject,
@@ -94,14 +93,13 @@ def preflight(
     if call is None:
         return None, problems
     network = _network(copied, first, call, layers)
-    images, labels, scale, offset = _unit_range(batches, data, problems)
-    if scale is not None and offset is not None:
-        network = FromUnitRange(network, scale, offset)
+    images, labels, normalise = _unit_range(batches, data, problems)
+    if normalise is not None:
+        network = nn.Sequential(normalise, network)
     reduction = call.options.get("reduction", "mean")
 
     def to_batch(new_images: Tensor, new_labels: Tensor) -> Any:
-        own = new_images if scale is None or offset is None else _restored(new_images, scale, offset)
-        return first.rebuild(own, new_labels)
+        return first.rebuild(new_images if normalise is None else normalise(new_images), new_labels)
 
     own = _own_images(len(images), public, max(client.images for client in clients))
     subject = Subject(
@@ -249,8 +247,8 @@ def _network(module: LightningModule, batch: Batch, call: Loss, layers: list[tup
 
 def _unit_range(
     batches: list[Any], data: Data | None, problems: list[Problem]
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return all images in [0, 1], their labels, and scale and offset that map the images back (None if not needed)."""
+) -> tuple[Tensor, Tensor, transforms.Normalize | None]:
+    """Return all images in [0, 1], their labels, and what maps the images back (None if nothing has to)."""
     parts = [part for part in map(find_images, batches) if part is not None]
     shape = parts[0].images.shape[1:]
     other = next((tuple(part.images.shape[1:]) for part in parts if part.images.shape[1:] != shape), None)
@@ -266,17 +264,16 @@ def _unit_range(
         raise ValueError("Expected images of finite numbers, but got NaN or infinity.")
     channels = images.shape[1]
     if whole:
-        return images / 255, labels, torch.full((channels,), 255.0), torch.zeros(channels)
+        return images / 255, labels, _normalise(torch.zeros(channels), torch.full((channels,), 1 / 255))
     if bool(((images >= 0) & (images <= 1)).all()):
-        return images, labels, None, None
+        return images, labels, None
     for mean, std in _normalisations(data):
         if len(mean) not in (1, channels):
             continue
-        scale, offset = (std.expand(channels).clone(), mean.expand(channels).clone())
-        # x' = (x - mean) / std, so that x' = x / std - mean / std.
-        plain = images * scale.view(-1, 1, 1) + offset.view(-1, 1, 1)
+        mean, std = mean.expand(channels), std.expand(channels)
+        plain = images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
         if bool(((plain >= -_OUTSIDE) & (plain <= 1 + _OUTSIDE)).all()):
-            return plain.clamp(0, 1), labels, 1 / scale, -offset / scale
+            return plain.clamp(0, 1), labels, _normalise(mean, std)
     low, high = images.amin((0, 2, 3)), images.amax((0, 2, 3))
     span = (high - low).clamp(min=1e-6)
     problems.append(
@@ -288,11 +285,13 @@ def _unit_range(
             "Each channel is mapped to [0, 1] by its range. PSNR and the success threshold refer to that range.",
         )
     )
-    return ((images - low.view(-1, 1, 1)) / span.view(-1, 1, 1)).clamp(0, 1), labels, span, low
+    plain = ((images - low.view(-1, 1, 1)) / span.view(-1, 1, 1)).clamp(0, 1)
+    return plain, labels, _normalise(-low / span, 1 / span)
 
 
-def _restored(images: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    return images * scale.view(-1, 1, 1).to(images) + offset.view(-1, 1, 1).to(images)
+def _normalise(mean: Tensor, std: Tensor) -> transforms.Normalize:
+    # Closed-form attacks invert this transform as a layer.
+    return transforms.Normalize(mean.tolist(), std.tolist())
 
 
 def _normalisations(data: Data | None) -> list[tuple[Tensor, Tensor]]:

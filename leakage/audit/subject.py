@@ -79,7 +79,8 @@ class Subject:
 
     Attributes:
         module: a copy of the user's module, in its modes, without dropout. Clients run its ``training_step``.
-        network: a network from images in [0, 1] to logits. It is a part of ``module``, or wraps it.
+        network: a network from images in [0, 1] to logits: a part of ``module``, with a ``Normalize`` before it if the
+            module takes images in another range.
         loss, reduction: the loss and its reduction, as in :class:`leakage.Victim`.
         images, labels: the images ``(M, C, H, W)`` in [0, 1] and labels ``(M,)`` that victims are drawn from.
         own_images, own_labels: the auditor's own images and labels, which are not among those above.
@@ -137,25 +138,6 @@ class Subject:
         rows = (place >= 2).long().argsort(stable=True)[:most]
         kept = labels[rows].bincount(minlength=self.num_classes)
         return Auxiliary(self.own_images[rows], labels[rows] if bool((kept >= 2).all()) else None)
-
-
-class FromUnitRange(nn.Module):
-    """Wrap a network so that it takes images in [0, 1]: it computes ``network(scale * x + offset)``."""
-
-    scale: Tensor
-    offset: Tensor
-
-    def __init__(self, network: nn.Module, scale: Tensor, offset: Tensor) -> None:
-        super().__init__()
-        self.network = network
-        # Not persistent, as no client sends them.
-        self.register_buffer("scale", scale.view(-1, 1, 1), persistent=False)
-        self.register_buffer("offset", offset.view(-1, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits ``(N, K)``."""
-        logits: Tensor = self.network(images * self.scale + self.offset)
-        return logits
 
 
 class LogitsOfTrainingStep(nn.Module):
@@ -362,7 +344,7 @@ def find_images(batch: Any) -> Batch | None:
         for key, value in items:
             same = isinstance(value, Tensor) and value.ndim and len(value) == len(found)
             values[key] = value[rows] if same else value
-        values[place] = new_images.to(found.dtype) if found.dtype == torch.uint8 else new_images
+        values[place] = new_images.round().to(found.dtype) if found.dtype == torch.uint8 else new_images
         values[labels[0]] = new_labels.view(number, *labels[1].shape[1:])
         if isinstance(batch, Mapping):
             return values
