@@ -138,7 +138,8 @@ def prepare_layers(module: LightningModule) -> list[Problem]:
             layer.dropout, layer.training = 0.0, True
     report(
         *("replace", random, "dropout in training mode", "Nothing to do: the audit runs without dropout."),
-        "Real clients draw a mask that no attacker knows. What they share gives away no more than what was audited.",
+        "The verdict is for clients without dropout. Do not rely on dropout to hide more: attackers can search for the "
+        "masks together with the images.",
     )
     mixing = [name for name, layer in named.items() if isinstance(layer, _BatchNorm) and layer.training]
     report(

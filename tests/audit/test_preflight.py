@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -8,10 +9,13 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakage import Victim
 from leakage.audit import Client
+from leakage.audit.plan import candidates
 from leakage.audit.preflight import NO_VERDICT, preflight
 from leakage.audit.report import Problem
 from leakage.audit.subject import LogitsOfTrainingStep, Subject, find_images
+from leakage.closed_form.inverses import find_chain
 from tests.audit.modules import Data, Images, Inside, Manual, OfDicts, Scaled, Small, Smoothed, normalised
 
 
@@ -85,6 +89,34 @@ def test_normalised_images_are_those_of_the_file() -> None:
     apart = torch.cdist(subject.own_images.flatten(1), plain.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
     distances = apart.amin(1)
     assert float(distances.max()) < 1e-4
+
+
+def test_closed_forms_see_through_the_normalisation() -> None:
+    subject = subject_of(Small(), normalised())
+    links = find_chain(Victim(subject.network, image_shape=tuple(subject.images.shape[1:])))
+    assert [type(link.module).__name__ for link in links] == ["Normalize", "Linear", "Sigmoid", "Linear"]
+
+
+def test_attackers_have_labels_only_of_all_classes() -> None:
+    subject, _ = inspect(Small(), Data(number=400), public=200)
+    assert subject is not None
+    few = subject.auxiliary(20)
+    assert few.labels is not None
+    assert few.labels.bincount().tolist() == [2] * 10
+    assert len(subject.auxiliary()) == len(subject.own_images)
+    assert subject.auxiliary(19).labels is None
+    some = dataclasses.replace(subject, own_labels=subject.own_labels.clamp(max=8))
+    assert some.auxiliary().labels is None
+
+
+def test_second_order_comes_last_on_a_network_with_kinks() -> None:
+    for layer, place in ((nn.Sigmoid(), 2), (nn.ReLU(), 3)):
+        subject = subject_of(Small(layer))
+        victim = Victim(subject.network, image_shape=tuple(subject.images.shape[1:]))
+        names = [one.name for one in candidates(subject, Client(), victim, seed=0, success_threshold=1e-3)]
+        assert names[:2] == ["labels", "rgap"]
+        assert names.index("gauss_newton") == place
+        assert len(names) == 4
 
 
 def test_images_of_an_unknown_scale_are_a_problem() -> None:
