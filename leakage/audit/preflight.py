@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -83,7 +84,8 @@ def preflight(
         return None, problems
     try:
         with seeded(seed):
-            loss, calls, layers = observe(copied, first.rebuild(first.images, first.labels))
+            # In a copy, whose metrics keep results of this step.
+            loss, calls, layers = observe(copy.deepcopy(copied), first.rebuild(first.images, first.labels))
     except Exception as error:
         said = f"it fails outside of `Trainer.fit`: {type(error).__name__}: {error}"
         fix = "Change it so that it needs nothing but the batch and the module."

@@ -253,7 +253,7 @@ class Runner:
             return Record(self.key, replace(planned, done=True), measured)
         evaluation = share.seconds_of_one / (share.steps or candidate.evaluations)
         if evaluation > seconds > 0:
-            reason = f"One evaluation takes about {evaluation:.0f} s, which is more than the budget has left."
+            reason = f"One evaluation takes about {evaluation:.0f} s, which is more than the budget allows it."
             return Record(self.key, replace(planned, reason=reason), reached=False)
         if seconds <= 0:
             return Record(self.key, replace(planned, reason="The budget ran out before this attack."), reached=False)
