@@ -141,7 +141,7 @@ def format_table(rows: Sequence[DecisionRow]) -> str:
         for name in ("exceeded", "within", "inconclusive"):
             low, high = wilson_interval(row.decisions[name] / row.audits, row.audits)
             share = row.decisions[name] / row.audits
-            cells.append(f"{share:.0%} [{100 * low:.0f}, {100 * high:.0f}] ({row.promised[name]:.1%})")
+            cells.append(f"{share:.1%} [{100 * low:.0f}, {100 * high:.0f}] ({row.promised[name]:.1%})")
         lines.append(f"| {row.rate:.1%} | {row.limit:.0%} | {row.audits} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
