@@ -216,7 +216,7 @@ def _loss_call(loss: Tensor, calls: list[Loss], problems: list[Problem]) -> Loss
         refuse(f"the loss {call.name}", known)
         return None
     if call.options.get("weight") is not None:
-        refuse("a loss with class weights", "Audit without class weights: they only change the length of the steps.")
+        refuse("a loss with class weights", "Audit without class weights: they only weight the images of a batch.")
         return None
     if call.options.get("label_smoothing"):
         refuse(f"label smoothing of {call.options['label_smoothing']}", "Audit with label_smoothing=0.")

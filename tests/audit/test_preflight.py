@@ -174,6 +174,16 @@ class Penalised(Small):
         return super().training_step(batch, batch_idx) + 0.01 * sum(one.square().sum() for one in self.parameters())
 
 
+class Weighted(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1], weight=torch.arange(1.0, 11.0))
+
+
+class Binary(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self(batch[0]), F.one_hot(batch[1], 10).float())
+
+
 class Own(Small):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return self(batch[0]).square().mean()
@@ -195,6 +205,8 @@ class Failing(Small):
         (Scaled(), "not yet", "more than cross_entropy"),
         (Penalised(), "not yet", "more than cross_entropy"),
         (Smoothed(), "not yet", "label smoothing of 0.1"),
+        (Weighted(), "not yet", "a loss with class weights"),
+        (Binary(), "not yet", "the loss binary_cross_entropy_with_logits"),
         (Own(), "not yet", "not a function of torch.nn.functional"),
         (Constant(), "never", "a loss without gradient"),
         (Failing(), "not yet", "RuntimeError: no such thing"),
