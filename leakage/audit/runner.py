@@ -281,7 +281,9 @@ class Runner:
             folder=self.folder,
         )
         if not outcome.complete:
-            reason = f"The budget ran out after {measured.iterations:.0f} evaluations of {_victims(measured.victims)}."
+            number = round(measured.iterations)
+            evaluations = "one evaluation" if number == 1 else f"{number} evaluations"
+            reason = f"The budget ran out after {evaluations} of {_victims(measured.victims)}."
             return Record(self.key, replace(planned, reason=reason), measured, rows, reached=False)
         return Record(self.key, replace(planned, done=True), measured, rows)
 
