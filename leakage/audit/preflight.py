@@ -116,7 +116,7 @@ def preflight(
         to_batch=to_batch,
         problems=problems,
     )
-    return (subject if _attackable(subject, problems) else None), problems
+    return (subject if _attackable(subject, problems, call.name) else None), problems
 
 
 _LOSSES_BY_NAME = {function.__name__: name for function, name in _LOSSES.items()}
@@ -329,7 +329,7 @@ def _own_images(available: int, public: int, images: int) -> int:
     return own
 
 
-def _attackable(subject: Subject, problems: list[Problem]) -> bool:
+def _attackable(subject: Subject, problems: list[Problem], loss: str) -> bool:
     """Whether a client can be simulated; if not, or with limits, a problem is added."""
     try:
         victim = Victim(
@@ -344,10 +344,13 @@ def _attackable(subject: Subject, problems: list[Problem]) -> bool:
         problems.append(Problem("not yet", type(subject.network).__name__, str(error), fix, NO_VERDICT))
         return False
     if victim.classifier is None or not any(name.startswith(victim.classifier) for name in victim.trainable):
+        kind, fix = "not yet", "Nothing to do."
+        if loss == "nll_loss":
+            kind = "replace"
+            fix = "Return logits, and use cross_entropy in place of log_softmax and nll_loss: the loss is the same."
         problems.append(
             Problem(
-                *("not yet", victim.logits_from, "logits that do not come from a trained linear layer"),
-                "Nothing to do.",
+                *(kind, victim.logits_from, "logits that do not come from a trained linear layer", fix),
                 "Labels are searched for instead of read off, and found less often. Audit with reveal_labels as well.",
             )
         )

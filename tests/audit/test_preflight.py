@@ -222,6 +222,20 @@ def test_says_what_leaves_nothing_to_attack(module: LightningModule, kind: str, 
     assert problems[-1].means == NO_VERDICT
 
 
+class OfLogProbabilities(Small):
+    def forward(self, images: Tensor) -> Tensor:
+        return F.log_softmax(self.net(images), 1)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.nll_loss(self(batch[0]), batch[1])
+
+
+def test_log_probabilities_hide_the_last_layer() -> None:
+    found = problem(inspect(OfLogProbabilities())[1], "trained linear layer")
+    assert (found.kind, found.where) == ("replace", "Linear 'net.3' and operations after it")
+    assert "use cross_entropy in place of log_softmax and nll_loss" in found.fix
+
+
 def test_refuses_what_is_no_module_and_no_data() -> None:
     with pytest.raises(ValueError, match="Expected `model` to be a LightningModule, but got Linear"):
         inspect(nn.Linear(1, 1))  # type: ignore[arg-type]
