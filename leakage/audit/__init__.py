@@ -1,6 +1,6 @@
 """Audit training for gradient leakage: :func:`audit` attacks clients that train the way a LightningModule does."""
 
-from leakage.audit.auditing import THREAT_MODELS, audit
+from leakage.audit.auditing import audit
 from leakage.audit.bounds import (
     approximate_success_bound,
     gaussian_renyi_epsilon,
@@ -12,6 +12,7 @@ from leakage.audit.client import Client
 from leakage.audit.consistency import check_shared, check_update
 from leakage.audit.plan import ATTACKS
 from leakage.audit.report import AuditReport
+from leakage.audit.threat_models import THREAT_MODELS
 
 __all__ = [
     "ATTACKS",

@@ -25,34 +25,23 @@ from leakage.audit.consistency import check_update
 from leakage.audit.measuring import fewest_others
 from leakage.audit.plan import ATTACKS, candidates
 from leakage.audit.preflight import NO_VERDICT, preflight
-from leakage.audit.report import VERSION, AuditReport, Check, Declared, Figure, Problem, write_victims
+from leakage.audit.report import VERSION, AuditReport, Check, Declared, Figure, Planned, Problem, write_victims
 from leakage.audit.run import Record
 from leakage.audit.runner import Row, Runner
 from leakage.audit.self_check import self_check, with_module_rate
 from leakage.audit.subject import Data, Subject, quiet_lightning, seeded
+from leakage.audit.threat_models import THREAT_MODELS, problems_of
 from leakage.audit.verdict import SHARES, bounds, check_thresholds, thresholds, victims_needed
 from leakage.datamodules import Victims
 from leakage.datamodules.base import GroundTruth
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.files.whole import check_output
-from leakage.labels import Auxiliary, LabelReader
+from leakage.labels import LabelReader
 from leakage.metrics import SUCCESS_THRESHOLD, ShareOverVictims, baseline_guesses, score
 from leakage.pieces import digest
 from leakage.updates import read_update
 from leakage.updates.weights import AnyWeights, open_weights
 
-#: What an attacker knows and may do, after Carletti et al., *SoK: Gradient Inversion Attacks in Federated Learning*,
-#: USENIX Security 2025.
-THREAT_MODELS = {
-    "A": "eavesdropper: sees updates",
-    "B": "informed eavesdropper: sees updates, knows the task",
-    "C": "parameter-aware eavesdropper: sees updates, knows the task and how clients train",
-    "D": "data-enhanced eavesdropper: sees updates, knows how clients train, has images of the same kind",
-    "E": "statistical-informed eavesdropper: as D, and knows statistics of the client's own data",
-    "F": "active manipulator: sees updates, knows how clients train, changes the model that it sends",
-    "G": "data-enhanced manipulator: as F, and has images of the same kind",
-    "H": "active client manipulator: as G, and chooses which clients take part",
-}
 # The number of images that the auditor keeps.
 _PUBLIC = 1000
 # Networks with at most this many weights read labels with all images of the auditor; larger ones, with a few.
@@ -205,7 +194,7 @@ class _Audit:
             budget_seconds=self.budget,
             command=command,
             declared=Declared(f"{self.threat_model}: {THREAT_MODELS[self.threat_model]}", "", [], asserted),
-            preflight=self._of_threat_model(),
+            preflight=problems_of(self.threat_model),
             checks=[],
             plan=[],
             measured=[],
@@ -236,7 +225,7 @@ class _Audit:
             self.log(f"  {check.client}: {check.name}: {'' if check.passed else 'FAILED: '}{check.finding}")
         passed = all(check.passed for check in report.checks)
         records: list[Record] = runner.run() if passed else []
-        report.plan = [record.planned for record in records]
+        report.plan = [record.planned for record in records] or _not_run(rows)
         report.measured = [record.measured for record in records if record.measured is not None]
         unreached = {record.planned.client for record in records if not record.reached}
         if passed:
@@ -248,20 +237,6 @@ class _Audit:
         return report
 
     # Before the attacks.
-
-    def _of_threat_model(self) -> list[Problem]:
-        """Return the problem that no attack here does more than observe, if the declared attacker does."""
-        if self.threat_model in "ABCD":
-            return []
-        knows, changes = "knows statistics of the client's data", "changes the model that it sends"
-        does = knows if self.threat_model == "E" else changes
-        return [
-            Problem(
-                *("not yet", "threat_model", f"an attacker who {does}"),
-                "Inspect the models that clients receive before they train on them.",
-                "The verdict is for attackers who only observe (threat model D). The declared one may find more.",
-            )
-        ]
 
     def _make_ready(self, module: LightningModule, data: Data | None, report: AuditReport) -> list[Row]:
         """Return a row for each client; add a failed check to the report for a client that can't be attacked."""
@@ -326,8 +301,7 @@ class _Audit:
         )
         # Large networks take long on many images.
         small = sum(parameter.numel() for parameter in subject.network.parameters()) <= _SMALL
-        some = slice(None if small else _FEW)
-        own = Auxiliary(subject.own_images[some], subject.own_labels[some]) if surrogate else None
+        own = subject.auxiliary(None if small else _FEW) if surrogate else None
         self._configurations.append(victims.configuration)
         return Row(
             client=client,
@@ -412,6 +386,12 @@ class _Audit:
         nearest = baseline_guesses(truth.images, row.subject.own_images)["nearest"]
         scores = score(nearest, truth.labels, truth.images, truth.labels)
         return Figure(*ShareOverVictims()((scores.mse < self.success_threshold).double().mean(1)))
+
+
+def _not_run(rows: Sequence[Row]) -> list[Planned]:
+    """Return the attacks that would have been planned if all checks had passed."""
+    names = [(row.client.name, candidate.name) for row in rows for candidate in row.candidates]
+    return [Planned(*place, math.nan, False, "A check failed, so nothing was attacked.") for place in names]
 
 
 def _truth(victims: Victims, places: Sequence[int]) -> GroundTruth:

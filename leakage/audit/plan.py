@@ -19,13 +19,15 @@ from leakage.attacks import (
 )
 from leakage.audit.client import Client
 from leakage.audit.subject import Subject
+from leakage.clients.smoothing import has_kinks
 from leakage.clients.victim import Victim
 from leakage.dummies import InferredLabels, Target
 from leakage.errors import check_choice
 from leakage.labels import Auxiliary
 from leakage.objectives import GaussianPrior
 
-#: The attacks of an audit, in the order in which they run: those without a search come first.
+#: The attacks of an audit. Those without a search come first. On a network with kinks, such as ReLU, ``gauss_newton``
+#: comes after the other searches, as it finds less there.
 ATTACKS = ("labels", "rgap", "gauss_newton", "inverting_gradients", "grad_inversion", "dlg")
 # Steps of a search with Adam: the number in the papers, and the fewest that are worth a run.
 _MOST_STEPS, _FEWEST_STEPS = 4800, 300
@@ -86,7 +88,7 @@ def candidates(
     """
     for name in chosen or ():
         check_choice("attacks", name, ATTACKS)
-    auxiliary = Auxiliary(subject.own_images, subject.own_labels) if surrogate else None
+    auxiliary = subject.auxiliary() if surrogate else None
     common: dict[str, Any] = {"seed": seed, "success_threshold": success_threshold}
     readable = client.reveal_labels or _readable(victim, auxiliary, seed)
     found = [Candidate("labels", None)] if readable and not client.reveal_labels else []
@@ -97,7 +99,10 @@ def candidates(
     newton |= common if readable else common | {"joint_labels": True}
     if victim.defenses and surrogate and (prior := _prior(subject)) is not None:
         newton |= {"prior": prior, "restarts": 0}
-    found.append(Candidate("gauss_newton", partial(GaussNewtonAttack, **newton), _NEWTON, passes=150))
+    second_order = Candidate("gauss_newton", partial(GaussNewtonAttack, **newton), _NEWTON, passes=150)
+    kinked = has_kinks(victim.model, subject.own_images[:2])
+    if not kinked:
+        found.append(second_order)
     if readable:
         found.append(_inverting_gradients(victim, common))
         if any(isinstance(layer, _BatchNorm) and layer.track_running_stats for layer in victim.model.modules()):
@@ -105,6 +110,8 @@ def candidates(
             found.append(Candidate("grad_inversion", made, _MOST_STEPS, shortens=True))
     else:
         found.append(Candidate("dlg", partial(DLGAttack, restarts=_RESTARTS, **common), 2000))
+    if kinked:
+        found.append(second_order)
     return [candidate for candidate in found if chosen is None or candidate.name in chosen]
 
 

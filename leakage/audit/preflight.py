@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -18,7 +19,6 @@ from leakage.audit.subject import (
     _LOSSES,
     Batch,
     Data,
-    FromUnitRange,
     LogitsOfTrainingStep,
     Loss,
     Subject,
@@ -84,7 +84,8 @@ def preflight(
         return None, problems
     try:
         with seeded(seed):
-            loss, calls, layers = observe(copied, first.rebuild(first.images, first.labels))
+            # In a copy, whose metrics keep results of this step.
+            loss, calls, layers = observe(copy.deepcopy(copied), first.rebuild(first.images, first.labels))
     except Exception as error:
         said = f"it fails outside of `Trainer.fit`: {type(error).__name__}: {error}"
         fix = "Change it so that it needs nothing but the batch and the module."
@@ -94,14 +95,13 @@ def preflight(
     if call is None:
         return None, problems
     network = _network(copied, first, call, layers)
-    images, labels, scale, offset = _unit_range(batches, data, problems)
-    if scale is not None and offset is not None:
-        network = FromUnitRange(network, scale, offset)
+    images, labels, normalise = _unit_range(batches, data, problems)
+    if normalise is not None:
+        network = nn.Sequential(normalise, network)
     reduction = call.options.get("reduction", "mean")
 
     def to_batch(new_images: Tensor, new_labels: Tensor) -> Any:
-        own = new_images if scale is None or offset is None else _restored(new_images, scale, offset)
-        return first.rebuild(own, new_labels)
+        return first.rebuild(new_images if normalise is None else normalise(new_images), new_labels)
 
     own = _own_images(len(images), public, max(client.images for client in clients))
     subject = Subject(
@@ -116,7 +116,7 @@ def preflight(
         to_batch=to_batch,
         problems=problems,
     )
-    return (subject if _attackable(subject, problems) else None), problems
+    return (subject if _attackable(subject, problems, call.name) else None), problems
 
 
 _LOSSES_BY_NAME = {function.__name__: name for function, name in _LOSSES.items()}
@@ -140,7 +140,8 @@ def prepare_layers(module: LightningModule) -> list[Problem]:
             layer.dropout, layer.training = 0.0, True
     report(
         *("replace", random, "dropout in training mode", "Nothing to do: the audit runs without dropout."),
-        "Real clients draw a mask that no attacker knows. What they share gives away no more than what was audited.",
+        "The verdict is for clients without dropout. Do not rely on dropout to hide more: attackers can search for the "
+        "masks together with the images.",
     )
     mixing = [name for name, layer in named.items() if isinstance(layer, _BatchNorm) and layer.training]
     report(
@@ -215,7 +216,7 @@ def _loss_call(loss: Tensor, calls: list[Loss], problems: list[Problem]) -> Loss
         refuse(f"the loss {call.name}", known)
         return None
     if call.options.get("weight") is not None:
-        refuse("a loss with class weights", "Audit without class weights: they only change the length of the steps.")
+        refuse("a loss with class weights", "Audit without class weights: they only weight the images of a batch.")
         return None
     if call.options.get("label_smoothing"):
         refuse(f"label smoothing of {call.options['label_smoothing']}", "Audit with label_smoothing=0.")
@@ -249,8 +250,8 @@ def _network(module: LightningModule, batch: Batch, call: Loss, layers: list[tup
 
 def _unit_range(
     batches: list[Any], data: Data | None, problems: list[Problem]
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return all images in [0, 1], their labels, and scale and offset that map the images back (None if not needed)."""
+) -> tuple[Tensor, Tensor, transforms.Normalize | None]:
+    """Return all images in [0, 1], their labels, and what maps the images back (None if nothing has to)."""
     parts = [part for part in map(find_images, batches) if part is not None]
     shape = parts[0].images.shape[1:]
     other = next((tuple(part.images.shape[1:]) for part in parts if part.images.shape[1:] != shape), None)
@@ -266,17 +267,16 @@ def _unit_range(
         raise ValueError("Expected images of finite numbers, but got NaN or infinity.")
     channels = images.shape[1]
     if whole:
-        return images / 255, labels, torch.full((channels,), 255.0), torch.zeros(channels)
+        return images / 255, labels, _normalise(torch.zeros(channels), torch.full((channels,), 1 / 255))
     if bool(((images >= 0) & (images <= 1)).all()):
-        return images, labels, None, None
+        return images, labels, None
     for mean, std in _normalisations(data):
         if len(mean) not in (1, channels):
             continue
-        scale, offset = (std.expand(channels).clone(), mean.expand(channels).clone())
-        # x' = (x - mean) / std, so that x' = x / std - mean / std.
-        plain = images * scale.view(-1, 1, 1) + offset.view(-1, 1, 1)
+        mean, std = mean.expand(channels), std.expand(channels)
+        plain = images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
         if bool(((plain >= -_OUTSIDE) & (plain <= 1 + _OUTSIDE)).all()):
-            return plain.clamp(0, 1), labels, 1 / scale, -offset / scale
+            return plain.clamp(0, 1), labels, _normalise(mean, std)
     low, high = images.amin((0, 2, 3)), images.amax((0, 2, 3))
     span = (high - low).clamp(min=1e-6)
     problems.append(
@@ -288,11 +288,13 @@ def _unit_range(
             "Each channel is mapped to [0, 1] by its range. PSNR and the success threshold refer to that range.",
         )
     )
-    return ((images - low.view(-1, 1, 1)) / span.view(-1, 1, 1)).clamp(0, 1), labels, span, low
+    plain = ((images - low.view(-1, 1, 1)) / span.view(-1, 1, 1)).clamp(0, 1)
+    return plain, labels, _normalise(-low / span, 1 / span)
 
 
-def _restored(images: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    return images * scale.view(-1, 1, 1).to(images) + offset.view(-1, 1, 1).to(images)
+def _normalise(mean: Tensor, std: Tensor) -> transforms.Normalize:
+    # Closed-form attacks invert this transform as a layer.
+    return transforms.Normalize(mean.tolist(), std.tolist())
 
 
 def _normalisations(data: Data | None) -> list[tuple[Tensor, Tensor]]:
@@ -327,7 +329,7 @@ def _own_images(available: int, public: int, images: int) -> int:
     return own
 
 
-def _attackable(subject: Subject, problems: list[Problem]) -> bool:
+def _attackable(subject: Subject, problems: list[Problem], loss: str) -> bool:
     """Whether a client can be simulated; if not, or with limits, a problem is added."""
     try:
         victim = Victim(
@@ -342,10 +344,13 @@ def _attackable(subject: Subject, problems: list[Problem]) -> bool:
         problems.append(Problem("not yet", type(subject.network).__name__, str(error), fix, NO_VERDICT))
         return False
     if victim.classifier is None or not any(name.startswith(victim.classifier) for name in victim.trainable):
+        kind, fix = "not yet", "Nothing to do."
+        if loss == "nll_loss":
+            kind = "replace"
+            fix = "Return logits, and use cross_entropy in place of log_softmax and nll_loss: the loss is the same."
         problems.append(
             Problem(
-                *("not yet", victim.logits_from, "logits that do not come from a trained linear layer"),
-                "Nothing to do.",
+                *(kind, victim.logits_from, "logits that do not come from a trained linear layer", fix),
                 "Labels are searched for instead of read off, and found less often. Audit with reveal_labels as well.",
             )
         )

@@ -13,7 +13,6 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from leakage.attacks import GradientInversion
 from leakage.audit.client import slug
@@ -24,7 +23,6 @@ from leakage.datamodules import SharedGradients
 from leakage.files.records import from_json, to_json
 from leakage.files.text import write_json, write_text
 from leakage.inversion.reconstruction import Reconstruction
-from leakage.labels import LabelReader
 
 # Evaluations of the trial that measures how long an attack takes. The first one also includes the set-up.
 _TRIED = 2
@@ -164,9 +162,11 @@ def fit_all(
             if done and fitting < 1:
                 break
             number = max(1, min(size, fitting, victims - done))
+            began = time.monotonic()
             shared = share(range(done, done + number))
+            left -= time.monotonic() - began
             outcome = fit(make(), shared, victim, accelerator=accelerator, seconds=left)
-            part, took = outcome.found, outcome.seconds
+            part, took = outcome.found, time.monotonic() - began
             if not outcome.complete:
                 if done:
                     break
@@ -179,13 +179,6 @@ def fit_all(
         if not complete:
             break
     return Outcome(Reconstruction.cat(parts), spent, complete)
-
-
-def read_labels(reader: LabelReader, shared: SharedGradient, victim: Victim) -> tuple[Tensor, float]:
-    """Read the labels of victims: their counts ``(V, K)`` and the seconds that it took."""
-    began = time.monotonic()
-    counts = reader(shared, victim.without_secrets()).counts
-    return counts, time.monotonic() - began
 
 
 def save_record(folder: Path, record: Record) -> None:

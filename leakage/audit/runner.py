@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,13 +17,12 @@ from torch import Tensor
 
 from leakage.audit.client import Client, slug
 from leakage.audit.measuring import measure, measure_labels
-from leakage.audit.plan import ATTACKS, Candidate, Share, share_out
+from leakage.audit.plan import Candidate, Share, share_out
 from leakage.audit.report import Measured, Planned
 from leakage.audit.run import (
     Record,
     fit_all,
     load_record,
-    read_labels,
     save_record,
     seconds_of_one,
 )
@@ -33,8 +33,8 @@ from leakage.datamodules.base import GroundTruth
 from leakage.files.text import write_text
 from leakage.labels import LabelReader
 
-# The number of victims whose updates are computed at once.
-_CAPTURED_AT_ONCE = 32
+# The number of victims whose labels are read at once.
+_READ_AT_ONCE = 32
 # There is a trial only if one evaluation is expected to take at most this share of the budget.
 _TRIAL_SHARE = 0.05
 
@@ -52,6 +52,8 @@ class Row:
         truth: a function that returns what these victims hold; None if nobody knows.
         candidates: the attacks, in the order in which they run.
         reader: the reader of labels.
+        counts: the label counts ``(K,)`` that an attacker reads, for as many victims as were read.
+        reading_seconds: the seconds that this took.
     """
 
     client: Client
@@ -62,22 +64,29 @@ class Row:
     truth: Callable[[Sequence[int]], GroundTruth] | None
     candidates: list[Candidate]
     reader: LabelReader
+    counts: list[Tensor] = field(default_factory=list)
+    reading_seconds: float = 0.0
 
     @property
     def reads_labels(self) -> bool:
         """Whether labels are read off the shared gradients."""
         return any(candidate.name == "labels" for candidate in self.candidates)
 
-    @cached_property
-    def counts(self) -> tuple[Tensor, float]:
-        """The label counts ``(V, K)`` that an attacker reads for all victims, and the seconds that it took."""
-        parts, seconds = [], 0.0
-        for start in range(0, self.number, _CAPTURED_AT_ONCE):
-            shared = self.capture(range(start, min(start + _CAPTURED_AT_ONCE, self.number)))
-            counts, took = read_labels(self.reader, shared, self.victim)
-            parts.append(counts)
-            seconds += took
-        return torch.cat(parts), seconds
+    def read_labels(self, most: int, seconds: float = math.inf) -> int:
+        """Read the labels of the first victims, of at least one, and return of how many they are known.
+
+        Args:
+            most: the number of victims.
+            seconds: the time after which no more labels are read, with the time of earlier calls.
+        """
+        while len(self.counts) < min(most, self.number) and (not self.counts or self.reading_seconds < seconds):
+            # The reader learns what it needs with the first victim.
+            stop = min(len(self.counts) + _READ_AT_ONCE, most, self.number) if self.counts else 1
+            began = time.monotonic()
+            shared = self.capture(range(len(self.counts), stop))
+            self.counts += self.reader(shared, self.victim.without_secrets()).counts
+            self.reading_seconds += time.monotonic() - began
+        return len(self.counts)
 
     @cached_property
     def seconds_of_a_pass(self) -> float:
@@ -92,7 +101,8 @@ class Row:
         shared = self.capture(places)
         if not reads or shared.labels is not None:
             return shared
-        counts = self.counts[0][list(places)]
+        self.read_labels(max(places) + 1)
+        counts = torch.stack([self.counts[place] for place in places])
         every = torch.arange(counts.shape[1]).repeat(len(counts))
         labels = every.repeat_interleave(counts.flatten().cpu()).view(len(counts), -1)
         return replace(shared, labels=labels)
@@ -132,7 +142,7 @@ class Runner:
                 said = self.refused.get(place) or f"about {self.plan[place].expected_seconds:.0f} s"
                 self.log(f"  {row.client.name}: {candidate.name}: {said}")
         todo = [(row, candidate) for row in self.rows for candidate in row.candidates]
-        todo.sort(key=lambda pair: ATTACKS.index(pair[1].name))
+        todo.sort(key=lambda pair: pair[0].candidates.index(pair[1]))  # the first of all clients, then the second, ...
         left = self.budget - spent
         self.log("Attacks")
         done: dict[tuple[str, str], Record] = {}
@@ -145,7 +155,7 @@ class Runner:
                 record = self._run_one(row, candidate, max(left - later, 0.0), solved)
                 save_record(self.folder, record)
             if record.measured is not None:
-                left -= record.measured.seconds if candidate.make is not None else 0.0  # read while planning
+                left -= record.measured.seconds
                 self.log(f"  {_line(record.measured)}")
                 if _solves(record.measured, row.number):
                     solved.add(row.client.name)
@@ -197,7 +207,8 @@ class Runner:
                     needs.append((row, candidate, self._seconds(row, candidate)))
                 except (ValueError, RuntimeError, MemoryError) as error:
                     self.refused[row.client.name, candidate.name] = f"It can't run here: {error}"
-        spent = time.monotonic() - began
+        # What reading labels took counts as that attack's time.
+        spent = time.monotonic() - began - sum(row.reading_seconds for row in self.rows)
         pairs = [(candidate, seconds) for _, candidate, seconds in needs]
         shares = share_out(max(self.budget - spent, 0.0), pairs, [row.number for row, _, _ in needs])
         for (row, candidate, _), share in zip(needs, shares, strict=True):
@@ -212,7 +223,10 @@ class Runner:
     def _seconds(self, row: Row, candidate: Candidate) -> float:
         """Return the seconds of one evaluation for one victim."""
         if candidate.make is None:
-            return row.counts[1] / row.number  # read all labels now, as other attacks need them
+            row.read_labels(1)
+            first = row.reading_seconds
+            read = row.read_labels(1 + _READ_AT_ONCE, _TRIAL_SHARE * self.budget)
+            return (row.reading_seconds - first) / (read - 1) if read > 1 else first
         shared = row.share([0], reads=row.reads_labels)
         if (seconds := candidate.passes * row.seconds_of_a_pass) > _TRIAL_SHARE * self.budget:
             return seconds  # a good enough estimate
@@ -230,13 +244,16 @@ class Runner:
             reason = "Not needed: an earlier attack reconstructed every image."
             return Record(self.key, replace(planned, reason=reason))
         if candidate.make is None:
-            counts, took = row.counts
-            truth = None if row.truth is None else row.truth(range(row.number))
-            measured = measure_labels(row.client, truth, counts, took)
+            read = row.read_labels(row.number, seconds)
+            truth = None if row.truth is None else row.truth(range(read))
+            measured = measure_labels(row.client, truth, torch.stack(row.counts), row.reading_seconds)
+            if read < row.number:
+                reason = f"The budget ran out after {_victims(read)}."
+                return Record(self.key, replace(planned, reason=reason), measured, reached=False)
             return Record(self.key, replace(planned, done=True), measured)
         evaluation = share.seconds_of_one / (share.steps or candidate.evaluations)
         if evaluation > seconds > 0:
-            reason = f"One evaluation takes about {evaluation:.0f} s, which is more than the budget has left."
+            reason = f"One evaluation takes about {evaluation:.0f} s, which is more than the budget allows it."
             return Record(self.key, replace(planned, reason=reason), reached=False)
         if seconds <= 0:
             return Record(self.key, replace(planned, reason="The budget ran out before this attack."), reached=False)
@@ -264,7 +281,9 @@ class Runner:
             folder=self.folder,
         )
         if not outcome.complete:
-            reason = f"The budget ran out after {measured.iterations:.0f} evaluations of {_victims(measured.victims)}."
+            number = round(measured.iterations)
+            evaluations = "one evaluation" if number == 1 else f"{number} evaluations"
+            reason = f"The budget ran out after {evaluations} of {_victims(measured.victims)}."
             return Record(self.key, replace(planned, reason=reason), measured, rows, reached=False)
         return Record(self.key, replace(planned, done=True), measured, rows)
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
 from leakage.audit.report import Problem
+from leakage.labels import Auxiliary
 from leakage.updates.weights import open_weights
 
 #: The types of data that a user may pass.
@@ -77,7 +79,8 @@ class Subject:
 
     Attributes:
         module: a copy of the user's module, in its modes, without dropout. Clients run its ``training_step``.
-        network: a network from images in [0, 1] to logits. It is a part of ``module``, or wraps it.
+        network: a network from images in [0, 1] to logits: a part of ``module``, with a ``Normalize`` before it if the
+            module takes images in another range.
         loss, reduction: the loss and its reduction, as in :class:`leakage.Victim`.
         images, labels: the images ``(M, C, H, W)`` in [0, 1] and labels ``(M,)`` that victims are drawn from.
         own_images, own_labels: the auditor's own images and labels, which are not among those above.
@@ -114,30 +117,27 @@ class Subject:
         """Return the loss of the module's own ``training_step`` for images in [0, 1]."""
         return loss_of(self.module, self.to_batch(images, labels))
 
-    @property
+    @cached_property
     def num_classes(self) -> int:
         """The number of logits."""
         with torch.no_grad():
             return int(self.network(self.own_images[:2]).shape[1])
 
+    def auxiliary(self, most: int | None = None) -> Auxiliary:
+        """Return the auditor's images, for attackers who have similar ones.
 
-class FromUnitRange(nn.Module):
-    """Wrap a network so that it takes images in [0, 1]: it computes ``network(scale * x + offset)``."""
+        They come with labels only if there are at least two images of every class, as label rules need.
 
-    scale: Tensor
-    offset: Tensor
-
-    def __init__(self, network: nn.Module, scale: Tensor, offset: Tensor) -> None:
-        super().__init__()
-        self.network = network
-        # Not persistent, as no client sends them.
-        self.register_buffer("scale", scale.view(-1, 1, 1), persistent=False)
-        self.register_buffer("offset", offset.view(-1, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits ``(N, K)``."""
-        logits: Tensor = self.network(images * self.scale + self.offset)
-        return logits
+        Args:
+            most: the largest number of images. The first two of every class come first.
+        """
+        labels, counts = self.own_labels, self.own_labels.bincount(minlength=self.num_classes)
+        ranked = labels.argsort(stable=True)
+        place = torch.empty_like(ranked)  # the place of each image among those of its class
+        place[ranked] = torch.arange(len(ranked)) - (counts.cumsum(0) - counts)[labels[ranked]]
+        rows = (place >= 2).long().argsort(stable=True)[:most]
+        kept = labels[rows].bincount(minlength=self.num_classes)
+        return Auxiliary(self.own_images[rows], labels[rows] if bool((kept >= 2).all()) else None)
 
 
 class LogitsOfTrainingStep(nn.Module):
@@ -344,7 +344,7 @@ def find_images(batch: Any) -> Batch | None:
         for key, value in items:
             same = isinstance(value, Tensor) and value.ndim and len(value) == len(found)
             values[key] = value[rows] if same else value
-        values[place] = new_images.to(found.dtype) if found.dtype == torch.uint8 else new_images
+        values[place] = new_images.round().to(found.dtype) if found.dtype == torch.uint8 else new_images
         values[labels[0]] = new_labels.view(number, *labels[1].shape[1:])
         if isinstance(batch, Mapping):
             return values

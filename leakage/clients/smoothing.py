@@ -44,6 +44,19 @@ def smoothed(sharpness: Tensor | None, *, jointly: bool = False) -> contextlib.A
     return contextlib.nullcontext() if sharpness is None else _Smoothed(sharpness, jointly)
 
 
+@torch.no_grad()
+def has_kinks(network: Callable[[Tensor], Tensor], images: Tensor) -> bool:
+    """Whether a network computes its outputs for these images with a function of the table in :func:`smoothed`.
+
+    Example:
+        >>> has_kinks(torch.nn.ReLU(), torch.randn(2, 3)), has_kinks(torch.nn.GELU(), torch.randn(2, 3))
+        (True, False)
+    """
+    plain = network(images)
+    with smoothed(torch.ones(()).to(images)):
+        return not torch.equal(network(images), plain)
+
+
 def without_sharpness(buffers: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
     """Separate the buffers of a network from the sharpness passed along with them (None if there is none)."""
     own = dict(buffers)

@@ -123,11 +123,13 @@ def test_too_few_victims_are_told_beforehand(tmp_path: Path) -> None:
 
 
 def test_what_the_budget_did_not_reach_is_inconclusive(tmp_path: Path) -> None:
-    options = {**QUICK, "budget": 1e-3, "attacks": ["gauss_newton"]}
+    options = {**QUICK, "budget": 1e-3, "attacks": ["labels", "gauss_newton"]}
     report = audit(Small(), Data(), Client(), fail_above={"success_rate": 0.5}, output=tmp_path, **options)
     assert (report.verdict, report.exit_code) == ("inconclusive", 3)
-    assert not report.plan[0].done
-    assert report.plan[0].reason == "The budget ran out before this attack."
+    assert not any(one.done for one in report.plan)
+    reasons = ["The budget ran out after one victim.", "The budget ran out before this attack."]
+    assert [one.reason for one in report.plan] == reasons
+    assert report.measured[0].victims == 1  # labels are read within the budget, too
 
 
 def test_a_failed_check_ends_the_audit_with_what_was_found(tmp_path: Path) -> None:
@@ -139,6 +141,7 @@ def test_a_failed_check_ends_the_audit_with_what_was_found(tmp_path: Path) -> No
     report = audit(Small(), Data(), wrong, output=tmp_path / "rate", **QUICK)
     assert report.verdict == "failed check"
     assert not report.measured
+    assert [(one.done, one.reason) for one in report.plan] == [(False, "A check failed, so nothing was attacked.")]
 
 
 def test_clients_are_rows_and_training_goes_before(tmp_path: Path) -> None:
@@ -177,10 +180,25 @@ def test_a_captured_update_is_attacked_where_it_fits(tmp_path: Path) -> None:
     assert report.measured[1].metrics == {}
 
     foreign = update_of(other, (image[None], torch.tensor([label])))
-    for name, given in {"another model's": foreign, "a wrong rate": update}.items():
-        told = client if name == "another model's" else Client(learning_rate=0.01)
-        report = audit(module, Data(), told, update=given, output=tmp_path / name, **QUICK)
-        assert report.verdict == "failed check", name
+    # As Flower sends them, without names.
+    arrays, before = ([tensor.numpy() for tensor in state.values()] for state in (update, module.state_dict()))
+    wrong: dict[str, tuple[dict[str, Any], Client, str]] = {
+        "another model": ({"update": foreign}, client, "the arrays are in another order"),
+        "another rate": (
+            {"update": update},
+            Client(learning_rate=0.01),
+            "a learning rate that is 10 times the declared",
+        ),
+        "another order": (
+            {"update": arrays[::-1], "before": before},
+            client,
+            "in another order: that of `state_dict()`",
+        ),
+    }
+    for name, (given, declared, said) in wrong.items():
+        report = audit(module, Data(), declared, output=tmp_path / name, **given, **QUICK)
+        assert (report.verdict, report.exit_code) == ("failed check", 2), name
+        assert any(said in check.finding for check in report.checks if not check.passed), report.checks
         assert report.measured == []
     with pytest.raises(ValueError, match="Expected one client with `update`, but got 2"):
         audit(module, Data(), [client, Client(images=2)], update=update, output=tmp_path / "two", **QUICK)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -8,10 +9,13 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakage import Victim
 from leakage.audit import Client
+from leakage.audit.plan import candidates
 from leakage.audit.preflight import NO_VERDICT, preflight
 from leakage.audit.report import Problem
 from leakage.audit.subject import LogitsOfTrainingStep, Subject, find_images
+from leakage.closed_form.inverses import find_chain
 from tests.audit.modules import Data, Images, Inside, Manual, OfDicts, Scaled, Small, Smoothed, normalised
 
 
@@ -87,6 +91,34 @@ def test_normalised_images_are_those_of_the_file() -> None:
     assert float(distances.max()) < 1e-4
 
 
+def test_closed_forms_see_through_the_normalisation() -> None:
+    subject = subject_of(Small(), normalised())
+    links = find_chain(Victim(subject.network, image_shape=tuple(subject.images.shape[1:])))
+    assert [type(link.module).__name__ for link in links] == ["Normalize", "Linear", "Sigmoid", "Linear"]
+
+
+def test_attackers_have_labels_only_of_all_classes() -> None:
+    subject, _ = inspect(Small(), Data(number=400), public=200)
+    assert subject is not None
+    few = subject.auxiliary(20)
+    assert few.labels is not None
+    assert few.labels.bincount().tolist() == [2] * 10
+    assert len(subject.auxiliary()) == len(subject.own_images)
+    assert subject.auxiliary(19).labels is None
+    some = dataclasses.replace(subject, own_labels=subject.own_labels.clamp(max=8))
+    assert some.auxiliary().labels is None
+
+
+def test_second_order_comes_last_on_a_network_with_kinks() -> None:
+    for layer, place in ((nn.Sigmoid(), 2), (nn.ReLU(), 3)):
+        subject = subject_of(Small(layer))
+        victim = Victim(subject.network, image_shape=tuple(subject.images.shape[1:]))
+        names = [one.name for one in candidates(subject, Client(), victim, seed=0, success_threshold=1e-3)]
+        assert names[:2] == ["labels", "rgap"]
+        assert names.index("gauss_newton") == place
+        assert len(names) == 4
+
+
 def test_images_of_an_unknown_scale_are_a_problem() -> None:
     found = problem(inspect(Small(), Data(kind="scaled"))[1], "no Normalize")
     assert found.kind == "replace"
@@ -142,6 +174,16 @@ class Penalised(Small):
         return super().training_step(batch, batch_idx) + 0.01 * sum(one.square().sum() for one in self.parameters())
 
 
+class Weighted(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1], weight=torch.arange(1.0, 11.0))
+
+
+class Binary(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self(batch[0]), F.one_hot(batch[1], 10).float())
+
+
 class Own(Small):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return self(batch[0]).square().mean()
@@ -163,6 +205,8 @@ class Failing(Small):
         (Scaled(), "not yet", "more than cross_entropy"),
         (Penalised(), "not yet", "more than cross_entropy"),
         (Smoothed(), "not yet", "label smoothing of 0.1"),
+        (Weighted(), "not yet", "a loss with class weights"),
+        (Binary(), "not yet", "the loss binary_cross_entropy_with_logits"),
         (Own(), "not yet", "not a function of torch.nn.functional"),
         (Constant(), "never", "a loss without gradient"),
         (Failing(), "not yet", "RuntimeError: no such thing"),
@@ -176,6 +220,20 @@ def test_says_what_leaves_nothing_to_attack(module: LightningModule, kind: str, 
     assert problems[-1].kind == kind
     assert said in problems[-1].problem
     assert problems[-1].means == NO_VERDICT
+
+
+class OfLogProbabilities(Small):
+    def forward(self, images: Tensor) -> Tensor:
+        return F.log_softmax(self.net(images), 1)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.nll_loss(self(batch[0]), batch[1])
+
+
+def test_log_probabilities_hide_the_last_layer() -> None:
+    found = problem(inspect(OfLogProbabilities())[1], "trained linear layer")
+    assert (found.kind, found.where) == ("replace", "Linear 'net.3' and operations after it")
+    assert "use cross_entropy in place of log_softmax and nll_loss" in found.fix
 
 
 def test_refuses_what_is_no_module_and_no_data() -> None:

@@ -4,6 +4,7 @@ import json
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,6 +91,18 @@ def test_weights_are_those_of_a_checkpoint(capsys: pytest.CaptureFixture[str]) -
     plain = ("--example", "--victims", "2", "--attacks", '["labels"]')
     # The folder holds an audit of other weights.
     assert "Expected `output` without another audit" in refused(capsys, *plain, "--output", "with")
+
+
+def test_an_update_in_another_order_fails_the_check(capsys: pytest.CaptureFixture[str]) -> None:
+    arrays = [tensor.numpy() for tensor in ExampleModule().state_dict().values()]
+    np.savez("before.npz", *arrays)
+    np.savez("after.npz", *(array + 0.01 for array in reversed(arrays)))
+    options = ("--example", "--update", "after.npz", "--before", "before.npz", "--client.learning_rate", "0.1")
+    assert ended(*options, "--output", "out") == 2
+    assert "in another order: that of `state_dict()`" in capsys.readouterr().out
+    report = AuditReport.load("out")
+    assert report.verdict == "failed check"
+    assert not any(one.done for one in report.plan)
 
 
 @pytest.mark.parametrize(

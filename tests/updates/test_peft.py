@@ -16,7 +16,7 @@ from leakage.labels import infer_labels
 from leakage.updates import read_update
 from tests.updates.clients import IMAGE_SHAPE, images, network
 
-peft = pytest.importorskip("peft", reason="needs PEFT: pip install peft")
+peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'leakage[peft]'")
 
 
 def test_adapters_give_labels_and_features(tmp_path: Path) -> None:
