@@ -1,9 +1,10 @@
 """Defenses: what a client does to its gradient before it shares it, and how an attacker who knows them responds."""
 
+from leakage.defenses.ats import ATS
 from leakage.defenses.base import Client, Defense, Size, known_defenses, size_sent
 from leakage.defenses.clip import Clip
 from leakage.defenses.dp_sgd import DPSGD
-from leakage.defenses.encoding import Encoding
+from leakage.defenses.encoding import Encoding, encoded
 from leakage.defenses.gaussian_noise import GaussianNoise
 from leakage.defenses.half_precision import HalfPrecision
 from leakage.defenses.laplace_noise import LaplaceNoise
@@ -16,6 +17,7 @@ from leakage.defenses.soteria import Soteria
 from leakage.defenses.top_k import TopK
 
 __all__ = [
+    "ATS",
     "DPSGD",
     "PRECODE",
     "Client",
@@ -33,6 +35,7 @@ __all__ = [
     "Soteria",
     "TopK",
     "VariationalBottleneck",
+    "encoded",
     "known_defenses",
     "size_sent",
 ]
