@@ -7,6 +7,8 @@ from leakage.defenses.dp_sgd import DPSGD
 from leakage.defenses.encoding import Encoding, encoded
 from leakage.defenses.gaussian_noise import GaussianNoise
 from leakage.defenses.half_precision import HalfPrecision
+from leakage.defenses.instahide import InstaHide
+from leakage.defenses.instahide_decoding import decode_instahide
 from leakage.defenses.laplace_noise import LaplaceNoise
 from leakage.defenses.mixup import MixUp
 from leakage.defenses.precode import PRECODE, VariationalBottleneck
@@ -26,6 +28,7 @@ __all__ = [
     "Encoding",
     "GaussianNoise",
     "HalfPrecision",
+    "InstaHide",
     "LaplaceNoise",
     "MixUp",
     "Quantise",
@@ -35,6 +38,7 @@ __all__ = [
     "Soteria",
     "TopK",
     "VariationalBottleneck",
+    "decode_instahide",
     "encoded",
     "known_defenses",
     "size_sent",
