@@ -46,7 +46,7 @@ def capture(
     if (orders := draw_orders(protocol, ids, seed)) is not None:
         own["order"] = orders.to(images.device)
     if victim.draws:
-        rows = protocol.local_steps * (protocol.local_batch_size or protocol.num_images)
+        rows = protocol.local_steps * protocol.step_size
         own["drawn"] = draw(victim.draws, rows, ids, seed).to(images)
 
     def steps(state: dict[str, Tensor], images: Tensor, targets: Tensor, own: dict[str, Tensor]) -> dict[str, Tensor]:
