@@ -115,7 +115,7 @@ class Unsimulated(Clip):
     [
         (True, [], [], None),
         (False, [], [], None),
-        *[(True, [defense], [0], None) for defense in STOCK if not isinstance(defense, MixUp)],  # of several images
+        *[(True, [defense], [0], None) for defense in STOCK if not isinstance(defense, Encoding)],
         (True, [Clip(1.0), TopK(0.5), Quantise(8)], [0, 1, 2], None),
         (True, [TopK(0.5), GaussianNoise(0.1)], [1], r"\['TopK'\]"),
         (True, [Quantise(8), Clip(1.0)], [0, 1], None),
