@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from leakage.clients.protocol import Protocol
-from leakage.defenses.base import Sparse
+from leakage.defenses.random_pruning import RandomPruning
+from leakage.defenses.top_k import TopK
 from leakage.labels.auxiliary import KnownFeatures
 from leakage.labels.last_layer import LastLayer
 from leakage.labels.length import known_to_attackers
@@ -18,7 +19,7 @@ _ITERATIONS = 3
 
 def leave_out(protocol: Protocol) -> bool:
     """Return whether clients are known to leave out entries of their gradients."""
-    return any(isinstance(defense, Sparse) for defense in known_to_attackers(protocol))
+    return any(isinstance(defense, TopK | RandomPruning) for defense in known_to_attackers(protocol))
 
 
 def complete(layer: LastLayer, known: KnownFeatures) -> LastLayer:
