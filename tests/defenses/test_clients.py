@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from leakage import Victim
 from leakage.clients.local_steps import draw_orders
 from leakage.defenses import DPSGD, Clip, Defense, Soteria, known_defenses
-from leakage.defenses.base import told_noise
+from leakage.defenses.base import known_noise
 from leakage.dummies import Pixels, RevealedLabels
 from leakage.inversion.evaluator import Evaluator
 from leakage.inversion.simulation import stepping
@@ -184,10 +184,10 @@ def test_dp_sgd_in_local_steps_is_what_the_optimizer_does(options, shuffle):
         moved = (model.get_parameter(name) - parameter).detach() / (0.3 * 4)
         torch.testing.assert_close(shared.gradients[name][0], moved)
     if not shuffle:
-        attacker = stepping(victim.as_told(), victim.defenses)
+        attacker = stepping(victim.without_secrets(), victim.defenses)
         simulated = attacker.gradients(shared.state, images[0], F.one_hot(labels[0], CLASSES).double())
         torch.testing.assert_close(flat(simulated), flat({name: part[0] for name, part in shared.gradients.items()}))
-        plain = victim.as_told().gradients(shared.state, images[0], F.one_hot(labels[0], CLASSES).double())
+        plain = victim.without_secrets().gradients(shared.state, images[0], F.one_hot(labels[0], CLASSES).double())
         assert float((flat(plain) - flat(simulated)).norm()) > 0.1 * float(flat(simulated).norm())
 
 
@@ -196,7 +196,7 @@ def test_dp_sgd_adds_new_noise_in_each_step_and_the_attacker_knows_how_much(opti
     given = {"model": network("mlp", bias=True), **STEPS, "learning_rate": 1e-9, **options}
     noisy, plain = (client(DPSGD(sigma, 0.2), **given).share(*private(8, 4)) for sigma in (0.5, 0.0))
     noise = torch.cat([(noisy.gradients[name] - plain.gradients[name]).flatten(1) for name in plain.gradients], 1)
-    known = told_noise(known_defenses(noisy.protocol.defenses), noisy)
+    known = known_noise(known_defenses(noisy.protocol.defenses), noisy)
     assert float(noise.square().mean()) == pytest.approx(float(known[0]), rel=0.1)
     if not options:
         assert float(noise.std()) == pytest.approx(0.5 * 0.2 / 2 / 4**0.5, rel=0.05)
@@ -213,7 +213,7 @@ def test_an_attack_knows_of_clipping_in_each_step(shuffle):
         unknowns["order"] = 60 * F.one_hot(order.view(1, 2, 2, 2), 4).sum(3).double()
     values = []
     for known in (victim.defenses, ()):
-        evaluator = Evaluator(victim.as_told(), SquaredDistance(), Pixels(), RevealedLabels(), defenses=known)
+        evaluator = Evaluator(victim.without_secrets(), SquaredDistance(), Pixels(), RevealedLabels(), defenses=known)
         values.append(float(evaluator(shared, evaluator.begin(shared), unknowns)[0]))
     assert values[0] < 1e-9
     assert values[1] > 1e-3
