@@ -14,7 +14,7 @@ def test_more_encodings_give_more_away(instahide: ModuleType, tmp_path: Path) ->
     instahide.main(asked)
     few, many = json.loads((tmp_path / "summary.json").read_text())
     assert [(row["encodings"], row["images"], row["victims"]) for row in (few, many)] == [(10, 10, 1), (80, 10, 1)]
-    assert few["psnr_mean"] < 18
+    assert few["psnr_mean"] < 22
     assert few["success_rate"] == 0
     assert many["psnr_mean"] > few["psnr_mean"] + 5
     assert many["success_ci"][0] <= many["success_rate"] <= many["success_ci"][1]

@@ -249,7 +249,14 @@ def row_of(
 ) -> Any:  # fmt: skip
     fields = dict.fromkeys(COLUMNS, 0.0)
     pairs = dict.fromkeys(("psnr_ci", "success_ci", "identified_ci", "test_accuracy_ci"), (0.0, 0.0))
-    given = {"defense": name, "strength": strength, "adaptive": bool(known), "psnr_mean": psnr, "baseline": baseline}
+    given = {
+        "defense": name,
+        "attack": "idlg",
+        "strength": strength,
+        "adaptive": bool(known),
+        "psnr_mean": psnr,
+        "baseline": baseline,
+    }
     return tradeoff.TradeoffRow(**{**fields, **pairs, **given, "bytes": 1, "test_accuracy": accuracy})
 
 
