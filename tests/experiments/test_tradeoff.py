@@ -248,7 +248,7 @@ def row_of(
     accuracy: float | None = 0.7,
 ) -> Any:  # fmt: skip
     fields = dict.fromkeys(COLUMNS, 0.0)
-    pairs = dict.fromkeys(("psnr_ci", "success_ci", "identified_ci", "test_accuracy_ci"), (0.0, 0.0))
+    pairs: dict[str, Any] = dict.fromkeys(("psnr_ci", "success_ci", "identified_ci", "test_accuracy_ci"), (0.0, 0.0))
     given = {
         "defense": name,
         "attack": "idlg",
