@@ -18,7 +18,8 @@ are `--seeds` starts, and the learning rate is chosen for the defense on held-ou
 shows the cost of the defense. A star marks a PSNR that is not above that of the best guess without any gradient (a grey
 image, the image's own mean colour, the nearest training image). An image is *identified* if its reconstruction is
 nearer to it than to any of `--others` training images of its class. For DP-SGD, the table also has epsilon and the
-bound on this share.
+bound on this share. Scores compare with the clients' original images, also where the clients encode them (MixUp, ATS);
+`psnr_encoded` of `summary.json` compares with the encoded images.
 
 Files in the output folder: `summary.json`, with an entry for each defense, strength, attack and kind of attacker;
 `attackers.png`; with `--rounds`, also `tradeoff.png`; and the folder `cells`, with a comparison of attacks for each
@@ -43,6 +44,7 @@ from typing import Any
 import torch
 from defended_training import Federation, accuracy_under, suitable_rate  # three modules in this folder
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tradeoff_defenses import DEFENSES
 from tradeoff_rows import TradeoffRow, format_table, plot_attackers, plot_tradeoff
 
@@ -51,7 +53,7 @@ from leakage.audit.bounds import gaussian_success_bound
 from leakage.cli import quiet
 from leakage.comparison import Row, read_reconstructions
 from leakage.datamodules import GroundTruth, LabelledImages, Victims, in_unit_range
-from leakage.defenses import DPSGD, Defense, size_sent
+from leakage.defenses import DPSGD, Defense, Encoding, encoded, size_sent
 from leakage.errors import check_count, check_share
 from leakage.files.text import write_json
 from leakage.files.whole import check_output
@@ -279,6 +281,11 @@ class Tradeoff:
         images = found.images[torch.arange(len(truth))[:, None], scores.order]
         psnr = MeanOverVictims()(scores.psnr.mean(1))
         share = ShareOverVictims()(self._identified(images, truth))
+        against = None
+        if any(isinstance(defense, Encoding) for defense in cell.defenses):
+            targets = F.one_hot(truth.labels, self.data.num_classes).to(truth.images)
+            used, _ = encoded(cell.defenses, truth.images, targets, truth.ids.tolist(), given.seed)
+            against = float(score(found.images, found.labels, used, truth.labels).psnr.mean())
         if cell.clients not in self.baselines:
             guesses = baseline_guesses(truth.images, self.public).values()
             self.baselines[cell.clients] = max(
@@ -302,6 +309,7 @@ class Tradeoff:
             victims=compared.victims,
             psnr_mean=psnr.value,
             psnr_ci=(psnr.low, psnr.high),
+            psnr_encoded=against,
             mse_median=compared.mse_median,
             success_rate=compared.success_rate,
             success_ci=compared.success_rate_ci,

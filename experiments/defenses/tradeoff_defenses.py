@@ -10,6 +10,7 @@ from functools import partial
 from torch import nn
 
 from leakage.defenses import (
+    ATS,
     DPSGD,
     PRECODE,
     Clip,
@@ -55,11 +56,14 @@ class Kind:
 
     def named(self, strength: float) -> str:
         """Return the name of the defense with its strength."""
-        if isinstance(self.label, dict):
-            words = self.label.get(strength, f"{strength:g}")
-        else:
-            words = self.label.format(s=strength, i=1 / strength if strength else 0, p=100 * strength)
+        words = self.short(strength)
         return f"{self.written}, {words}" if words else self.written
+
+    def short(self, strength: float) -> str:
+        """Return the name of a strength."""
+        if isinstance(self.label, dict):
+            return self.label.get(strength, f"{strength:g}")
+        return self.label.format(s=strength, i=1 / strength if strength else 0, p=100 * strength)
 
 
 def _pruned(kind: Callable[[float], Defense], share: float) -> list[Defense]:
@@ -73,6 +77,9 @@ def _with_dropout(network: nn.Module, share: float) -> nn.Module:
     changed.set_submodule(name, nn.Sequential(nn.Dropout(share), changed.get_submodule(name)))
     return changed
 
+
+# Policies of the paper, for ResNet-20 and CIFAR-100; the default is both together.
+_POLICIES = {1.0: ATS().policies[0], 2.0: ATS().policies[1]}
 
 DEFENSES: dict[str, Kind] = {
     "none": Kind(lambda strength: [], (0.0,), "nothing", ""),
@@ -108,6 +115,10 @@ DEFENSES: dict[str, Kind] = {
     "precode": Kind(
         lambda strength: [], (1 / 256, 1 / 32, 1 / 8), "PRECODE", "{i:g} numbers",
         network=lambda network, strength: PRECODE(network, round(1 / strength)),
+    ),
+    "ats": Kind(
+        lambda strength: [ATS(_POLICIES.get(strength, ATS().policies))], (1.0, 2.0, 3.0), "ATS",
+        {1.0: "policy 3-1-7", 2.0: "policy 43-18-18", 3.0: "both policies"},
     ),
     "soteria": Kind(lambda strength: [Soteria(strength)], (0.4, 0.8, 0.95), "Soteria", "{p:g} % of the features"),
 }  # fmt: skip

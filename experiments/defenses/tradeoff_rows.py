@@ -5,15 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from tradeoff_defenses import DEFENSES  # in this folder
 
 from leakage.comparison import align
 from leakage.plots import COLOURS, INK, PALE, new_figure
 
-_MARKERS = "osD^vP*X<>ph"
+_COLUMNS = 4
+_SHADE = "#E8E8E8"
+_ATTACKERS = ("does not know the defense", "knows the defense")
+_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": PALE, "linestyle": "--", "marker": "o", "markersize": 3.5, "linewidth": 1.1},
+    {"color": COLOURS[0], "linestyle": "-", "marker": "o", "markersize": 4.5, "linewidth": 1.6},
+)
+_PLAIN: dict[str, Any] = {"color": INK, "marker": "x", "markersize": 6, "linestyle": ""}
 
 
 @dataclass
@@ -42,6 +52,7 @@ class TradeoffRow:
         label_accuracy: share of the images with the right label.
         test_accuracy: test accuracy of networks trained under the defense, 0 to 1; None if none was trained.
         test_accuracy_ci: its 95 % interval, by Student's t, for the learning rate chosen with the first network.
+        psnr_encoded: mean PSNR against the encoded images if the defense encodes images, dB; else None.
         learning_rate: learning rate of this training, chosen from a few for the defense; None if none was trained.
         bytes: number of bytes that a client sends.
         epsilon: epsilon of one step of DP-SGD in which every image takes part, at ``delta``; None without noise of a
@@ -79,6 +90,7 @@ class TradeoffRow:
     test_accuracy: float | None = None
     test_accuracy_ci: tuple[float, float] | None = None
     learning_rate: float | None = None
+    psnr_encoded: float | None = None
 
 
 def format_table(rows: Sequence[TradeoffRow]) -> str:
@@ -111,7 +123,9 @@ def format_table(rows: Sequence[TradeoffRow]) -> str:
                 ),
             ]
         )
-    note = f"The best guess without any gradient has {rows[0].baseline:.1f} dB; * marks attacks that do not beat it."
+    guesses = sorted({f"{row.baseline:.1f}" for row in rows}, key=float)
+    guess = guesses[0] if len(guesses) == 1 else f"{guesses[0]} to {guesses[-1]}"
+    note = f"The best guess without any gradient has {guess} dB; * marks attacks that do not beat it."
     return "\n".join([align(lines), "", note])
 
 
@@ -136,10 +150,11 @@ def plot_attackers(rows: Sequence[TradeoffRow], title: str) -> Figure:
         both = [found.get((defense, strength, adaptive)) for adaptive in (False, True)]
         values = [max(row.psnr_mean, 0.0) for row in both if row is not None]
         axes.plot([min(values), max(values)], [place, place], color=PALE, linewidth=1.2, zorder=1)
+        guess = next(row.baseline for row in both if row is not None)
+        axes.plot([guess, guess], [place - 0.5, place + 0.5], ":", color=INK, linewidth=1)
         for row, colour, marker in zip(both, COLOURS, "os", strict=False):
             if row is not None:
                 axes.plot(max(row.psnr_mean, 0.0), place, marker, color=colour, markersize=5, zorder=2)
-    axes.axvline(rows[0].baseline, color=INK, linestyle=":", linewidth=1)
     names = [DEFENSES[defense].named(strength) for defense, strength in cells]
     axes.set_yticks(range(len(cells)), names, fontsize=8)
     axes.invert_yaxis()
@@ -148,9 +163,7 @@ def plot_attackers(rows: Sequence[TradeoffRow], title: str) -> Figure:
     axes.set_title(title, fontsize=10, color=INK)
     handles = [
         Line2D([], [], color=colour, marker=marker, linestyle="", label=label)
-        for colour, marker, label in zip(
-            COLOURS, "os", ("does not know the defense", "knows the defense"), strict=False
-        )
+        for colour, marker, label in zip(COLOURS, "os", _ATTACKERS, strict=False)
     ]
     handles.append(Line2D([], [], color=INK, linestyle=":", label="best guess without any gradient"))
     figure.legend(handles=handles, fontsize=8, frameon=False, loc="outside lower center", ncols=3)
@@ -158,27 +171,62 @@ def plot_attackers(rows: Sequence[TradeoffRow], title: str) -> Figure:
 
 
 def plot_tradeoff(rows: Sequence[TradeoffRow], title: str) -> Figure:
-    """Plot privacy against accuracy: a curve over the strengths of each defense, for both attackers."""
-    found = best(rows)
-    figure = new_figure(7.6, 4.6)
-    figure.set_layout_engine("constrained")
-    axes = figure.subplots()
+    """Plot privacy against accuracy, one panel per defense: a curve over its strengths for each kind of attacker.
+
+    A cross marks clients without a defense, if they are among the rows. In the shaded area, an attack is no better than
+    the best guess without any gradient.
+    """
+    found = {key: row for key, row in sorted(best(rows).items()) if row.test_accuracy is not None}
     names = list(dict.fromkeys(row.defense for row in rows if row.test_accuracy is not None))
-    for place, name in enumerate(names):
-        colour, marker = COLOURS[place % len(COLOURS)], _MARKERS[place % len(_MARKERS)]
-        for adaptive, style in ((True, "-"), (False, ":")):
-            points = [
-                (100 * row.test_accuracy, max(row.psnr_mean, 0.0))
-                for (defense, _, known), row in sorted(found.items(), key=lambda item: item[0][1])
-                if defense == name and known == adaptive and row.test_accuracy is not None
-            ]
-            if points:
-                label = DEFENSES[name].written if adaptive or name == "none" else None
-                axes.plot(*zip(*points, strict=True), style, marker=marker, color=colour, markersize=5, label=label)
-    axes.axhline(rows[0].baseline, color=INK, linestyle="--", linewidth=1, label="best guess without any gradient")
-    axes.set_xlabel("test accuracy of networks trained under the defense, % (right is better)", color=INK)
-    axes.set_ylim(bottom=-1)
-    axes.set_ylabel("PSNR of the images found, dB, 0 for less (lower is better)", color=INK)
-    axes.set_title(f"{title}\nsolid: the attacker knows the defense; dotted: it does not", fontsize=10, color=INK)
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    plain = next((row for (name, *_), row in found.items() if name == "none"), None)
+    names = [name for name in names if name != "none"] or names
+    columns = min(_COLUMNS, len(names))
+    lines = -(-len(names) // columns)
+    figure = new_figure(0.6 + 2.1 * max(columns, 3), 1.3 + 1.75 * lines)
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes, name in zip(panels, names, strict=False):
+        own = [row for (defense, *_), row in found.items() if defense == name]
+        axes.axhspan(-10, sum(row.baseline for row in own) / len(own), color=_SHADE, zorder=0, linewidth=0)
+        for adaptive in (False, True):
+            curve = [row for row in own if row.adaptive == adaptive]
+            points = [(100 * (row.test_accuracy or 0.0), max(row.psnr_mean, 0.0)) for row in curve]
+            if not points:
+                continue
+            axes.plot(*zip(*points, strict=True), **_STYLES[adaptive])
+            if adaptive:
+                _name_ends(axes, [DEFENSES[name].short(row.strength) for row in curve], points)
+        if plain is not None and name != "none":
+            axes.plot(100 * (plain.test_accuracy or 0.0), max(plain.psnr_mean, 0.0), **_PLAIN)
+        axes.set_title(DEFENSES[name].written, fontsize=9, color=INK, pad=3)
+        axes.tick_params(labelsize=7)
+        axes.margins(0.12)
+        axes.set_ylim(-9, max(max(row.psnr_mean for row in found.values()), 20) + 8)
+        axes.tick_params(labelbottom=True)
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    figure.supxlabel("test accuracy of networks trained under the defense, % (right is better)", fontsize=9, color=INK)
+    figure.supylabel("PSNR of the images found, dB, 0 for less (lower is better)", fontsize=9, color=INK)
+    handles = [Line2D([], [], label=label, **_STYLES[adaptive]) for adaptive, label in enumerate(_ATTACKERS)]
+    handles += [Line2D([], [], label="no defense", **_PLAIN)] * (plain is not None)
+    handles.append(Patch(color=_SHADE, label="no better than a guess without the gradient"))
+    legend: dict[str, Any] = {
+        "title": title,
+        "title_fontsize": 10,
+        "loc": "outside upper center",
+        "ncols": 4 if columns > 2 else 2,
+    }
+    figure.legend(handles=handles, fontsize=8, frameon=False, **legend)
     return figure
+
+
+def _name_ends(axes: Axes, names: Sequence[str], points: Sequence[tuple[float, float]]) -> None:
+    """Write the weakest and the strongest strength next to the ends of a curve, the upper one above."""
+    ends = sorted({0, len(points) - 1}, key=lambda place: -points[place][1])
+    for place, offset in zip(ends, (4, -10), strict=False):
+        x, y = points[place]
+        right = x > 45  # most accuracies are high: write to the left of them
+        axes.annotate(
+            names[place], (x, y), xytext=(-5 if right else 5, offset), textcoords="offset points", fontsize=7,
+            color=INK, ha="right" if right else "left",
+        )  # fmt: skip

@@ -19,7 +19,7 @@ from leakage.audit.subject import Subject, loss_of, seeded
 from leakage.clients.victim import Victim
 from leakage.defenses.base import relative_noise
 from leakage.defenses.encoding import Encoding
-from leakage.inversion.simulation import Simulation, known_to
+from leakage.inversion.simulation import Simulation, known_to, stepping
 from leakage.precision import full_precision
 
 # The relative difference that rounding leaves between two ways to compute a gradient, in double and single precision.
@@ -254,7 +254,7 @@ def _truth(client: Client, victim: Victim, images: Tensor, labels: Tensor, seed:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the finding below names what attacks ignore
         defenses = known_to(True, known)
-    found = known.gradients(shared.state, images.double(), targets)
+    found = stepping(known, defenses).gradients(shared.state, images.double(), targets)
     simulated = Simulation(defenses, known)
     found = simulated(found, sent, {}, shared.state, images.double(), targets)
     distance = difference(found, sent) ** 2

@@ -93,23 +93,25 @@ def bounds(client: Client, fewest_others: int, guessed: Figure | None) -> list[B
         guessed: the success rate of guessing the nearest of the auditor's images without a gradient.
     """
     private = next((defense for defense in client.defenses if isinstance(defense, DPSGD)), None)
-    if private is None or not private.noise_multiplier or client.local_steps > 1:
+    if private is None or not private.noise_multiplier:
         return []
     sigma = private.noise_multiplier
-    epsilon = private.epsilon(1, 1.0, DELTA)
-    mechanism = f"{private!r}, one release: ε = {epsilon:.3g} at δ = {DELTA:g}"
+    uses = client.local_steps * (client.local_batch_size or client.images) // client.images  # of each image
+    epsilon = private.epsilon(uses, 1.0, DELTA)
+    releases = "one release" if uses == 1 else f"{uses} steps with each image"
+    mechanism = f"{private!r}, {releases}: ε = {epsilon:.3g} at δ = {DELTA:g}"
     source = "Hayes, Mahloujifar and Balle 2023, https://arxiv.org/abs/2302.07225"
     chance = min(1.0, client.images / (fewest_others + 1))
     kept = [
         Bound(
-            *(client.name, mechanism, "identified", gaussian_success_bound(chance, sigma)),
+            *(client.name, mechanism, "identified", gaussian_success_bound(chance, sigma, uses)),
             f"{source}; a guess is right with a probability of {chance:.3g}",
         )
     ]
     if guessed is not None and math.isfinite(guessed.high):
         kept.append(
             Bound(
-                *(client.name, mechanism, "success_rate", gaussian_success_bound(guessed.high, sigma)),
+                *(client.name, mechanism, "success_rate", gaussian_success_bound(guessed.high, sigma, uses)),
                 f"{source}; the auditor's nearest image succeeds with a probability of at most {guessed.high:.3g}",
             )
         )

@@ -46,11 +46,12 @@ def capture(
     if (orders := draw_orders(protocol, ids, seed)) is not None:
         own["order"] = orders.to(images.device)
     if victim.draws:
-        rows = protocol.local_steps * (protocol.local_batch_size or protocol.num_images)
+        rows = protocol.local_steps * protocol.step_size
         own["drawn"] = draw(victim.draws, rows, ids, seed).to(images)
 
     def steps(state: dict[str, Tensor], images: Tensor, targets: Tensor, own: dict[str, Tensor]) -> dict[str, Tensor]:
-        return victim.evaluate(state, images, targets, secrets=Secrets(rate, **own))[0]
+        secrets = Secrets(rate, order=own.get("order"), drawn=own.get("drawn"))
+        return victim.evaluate(state, images, targets, secrets=secrets)[0]
 
     of_all = vmap(steps, in_dims=(0 if own_weights else None, 0, 0, 0), chunk_size=_AT_ONCE)
     with torch.no_grad():

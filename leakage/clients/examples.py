@@ -19,19 +19,25 @@ _AT_ONCE = 16
 
 
 def clipped_examples(
-    victim: Victim, state: Mapping[str, Tensor], images: Tensor, targets: Tensor, norm: float
+    victim: Victim,
+    state: Mapping[str, Tensor],
+    images: Tensor,
+    targets: Tensor,
+    norm: float,
+    shares: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    r"""Sum the clipped gradients of one victim's images, :math:`\sum_n g_n \min(1, C / \lVert g_n \rVert_2)`.
+    r"""Sum the clipped gradients of the images of one step, :math:`\sum_n g_n \min(1, C / \lVert g_n \rVert_2)`.
 
-    If the loss is a mean over images, the sum is divided by N. The result is twice differentiable and works under
-    ``vmap``.
+    If the loss is a mean over images, the sum is divided by the size of the step. The result is twice differentiable
+    and works under ``vmap``.
 
     Args:
-        victim: a victim with one local step, whose network treats each image independently.
+        victim: a victim whose network treats each image independently.
         state: weights and buffers by name.
         images: ``(N, C, H, W)``.
         targets: class probabilities ``(N, K)``.
         norm: C.
+        shares: ``(N,)``, how much of each image is in the step, by default all.
     """
     fixed, sharpness = without_sharpness({name: state[name] for name in state if name not in victim.trainable})
     weights = {name: state[name] for name in victim.trainable}
@@ -45,8 +51,11 @@ def clipped_examples(
         return shortened(grad(loss)(weights, image, target), norm)
 
     found = vmap(clipped, chunk_size=_AT_ONCE)(images, targets)
-    reduce = torch.mean if victim.protocol.reduction == "mean" else torch.sum
-    return {name: reduce(tensor, 0) for name, tensor in found.items()}
+    if shares is None:
+        reduce = torch.mean if victim.protocol.reduction == "mean" else torch.sum
+        return {name: reduce(tensor, 0) for name, tensor in found.items()}
+    size = 1 if victim.protocol.reduction == "sum" else victim.protocol.step_size
+    return {name: torch.tensordot(shares, tensor, 1) / size for name, tensor in found.items()}
 
 
 def shortened(gradients: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:

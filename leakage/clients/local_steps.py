@@ -41,12 +41,14 @@ class Secrets:
             step then takes all images. Differentiable.
         drawn: ``(steps * images of a step, D)``, the random numbers of modules for the images of all steps
             (:mod:`leakage.models.drawing`). Differentiable. It also applies to a single step.
+        noise: what is added to the gradient of each step, name to ``(steps, *shape)``.
     """
 
     learning_rate: float | Tensor | None = None
     order: Tensor | None = None
     shares: Tensor | None = None
     drawn: Tensor | None = None
+    noise: dict[str, Tensor] | None = None
 
 
 def train(
@@ -80,7 +82,8 @@ def train(
     rate = protocol.known_rate if secrets.learning_rate is None else secrets.learning_rate
     if not isinstance(rate, Tensor):
         rate = torch.full((), rate, dtype=images.dtype, device=images.device)
-    given = (*data, rate, {name: own for name in ("shares", "drawn") if (own := getattr(secrets, name)) is not None})
+    names = "shares", "drawn", "noise"
+    given = (*data, rate, {name: own for name in names if (own := getattr(secrets, name)) is not None})
 
     def steps(
         span: range,
@@ -110,6 +113,8 @@ def train(
                 share = own["shares"][start] if "shares" in own else None
                 drawn = own["drawn"][start * size : (start + 1) * size] if "drawn" in own else None
                 taken, seen = step_gradients(weights, buffers, images[batch], targets[batch], watched, share, drawn)
+                if "noise" in own:
+                    taken = {name: taken[name] + own["noise"][name][start] for name in taken}
                 if protocol.weight_decay:
                     taken = {name: taken[name] + protocol.weight_decay * weights[name] for name in taken}
                 if velocity:

@@ -88,6 +88,11 @@ class Protocol:
         self.defenses = _plain(self.defenses)
 
     @property
+    def step_size(self) -> int:
+        """The number of images in one step."""
+        return self.local_batch_size or self.num_images
+
+    @property
     def known_rate(self) -> float:
         """The learning rate of several steps if the attacker knows it; otherwise 0."""
         return 0.0 if self.learning_rate is None or isinstance(self.learning_rate, str) else self.learning_rate

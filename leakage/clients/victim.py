@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from leakage.clients.activations import Activation, check_names, recorded
 from leakage.clients.capture import capture
+from leakage.clients.examples import clipped_examples
 from leakage.clients.inspection import (
     black_images,
     check_no_statistics,
@@ -24,7 +25,7 @@ from leakage.clients.inspection import (
     inspect_model,
     take_affine_apart,
 )
-from leakage.clients.local_steps import Secrets, train
+from leakage.clients.local_steps import Secrets, draw_orders, train
 from leakage.clients.losses import LOSSES
 from leakage.clients.low_rank import evaluate_in_basis
 from leakage.clients.protocol import UNKNOWN, Protocol, protocol_rate
@@ -149,6 +150,7 @@ class Victim:
         )
         # Secret like the client's defenses: attacks get a victim without it, see `without_secrets`.
         self._hidden_rate = None if reveal_learning_rate else cast(float, learning_rate)
+        self._example_norm: float | None = None
         # Federated systems identify arrays by their order, so this includes what the next lines remove.
         self.layout = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self.model = copy.deepcopy(model)
@@ -204,6 +206,12 @@ class Victim:
         plain = copy.copy(self)
         plain.draws = {}
         return plain
+
+    def clipping(self, norm: float) -> Victim:
+        """Return a copy that clips the gradient of each image to a norm, in each of its local steps (DP-SGD)."""
+        private = copy.copy(self)
+        private._example_norm = norm
+        return private
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -272,7 +280,23 @@ class Victim:
             found = step_gradients(weights, fixed, images, targets, modules, None, secrets.drawn)
             return found
         data = fixed, images, targets
-        return train(step_gradients, protocol, data, weights, modules, secrets, sparing=sparing)
+        steps = step_gradients if self._example_norm is None else self._clipped
+        return train(steps, protocol, data, weights, modules, secrets, sparing=sparing)
+
+    def _clipped(
+        self,
+        weights: dict[str, Tensor],
+        fixed: dict[str, Tensor],
+        images: Tensor,
+        targets: Tensor,
+        modules: Sequence[str],
+        share: Tensor | None,
+        drawn: Tensor | None,
+    ) -> tuple[dict[str, Tensor], dict[str, Activation]]:
+        """Return the gradients of one step, clipped for each image, and the activations of its forward pass."""
+        assert self._example_norm is not None
+        activations = self._loss(weights, fixed, images, targets, modules, share, drawn)[1] if modules else {}
+        return clipped_examples(self, {**fixed, **weights}, images, targets, self._example_norm, share), activations
 
     def _loss(
         self,
@@ -311,7 +335,7 @@ class Victim:
         total = losses.sum() if share is None else (share * losses).sum()
         if protocol.reduction == "sum":
             return total
-        return losses.mean() if share is None else total / (protocol.local_batch_size or protocol.num_images)
+        return losses.mean() if share is None else total / (protocol.step_size)
 
     @property
     def mixes_images(self) -> bool:
@@ -326,7 +350,7 @@ class Victim:
         check_names(self.model, modules)
         with torch.no_grad(), recorded(self.model, modules):
             protocol = self.protocol
-            size = protocol.local_batch_size or protocol.num_images
+            size = protocol.step_size
             self.model(black_images(self.model, protocol.image_shape, size))
 
     @full_precision()
@@ -393,7 +417,7 @@ class Victim:
         )
         shared.check()
         if self.defenses:
-            shared.gradients = defend(self, shared, images, targets, seed)
+            shared.gradients = defend(self, shared, images, targets, draw_orders(protocol, ids.tolist(), seed), seed)
         return shared
 
     def fingerprint(self) -> str:

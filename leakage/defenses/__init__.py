@@ -1,11 +1,14 @@
 """Defenses: what a client does to its gradient before it shares it, and how an attacker who knows them responds."""
 
+from leakage.defenses.ats import ATS
 from leakage.defenses.base import Client, Defense, Size, known_defenses, size_sent
 from leakage.defenses.clip import Clip
 from leakage.defenses.dp_sgd import DPSGD
-from leakage.defenses.encoding import Encoding
+from leakage.defenses.encoding import Encoding, encoded
 from leakage.defenses.gaussian_noise import GaussianNoise
 from leakage.defenses.half_precision import HalfPrecision
+from leakage.defenses.instahide import InstaHide
+from leakage.defenses.instahide_decoding import decode_instahide
 from leakage.defenses.laplace_noise import LaplaceNoise
 from leakage.defenses.mixup import MixUp
 from leakage.defenses.precode import PRECODE, VariationalBottleneck
@@ -16,6 +19,7 @@ from leakage.defenses.soteria import Soteria
 from leakage.defenses.top_k import TopK
 
 __all__ = [
+    "ATS",
     "DPSGD",
     "PRECODE",
     "Client",
@@ -24,6 +28,7 @@ __all__ = [
     "Encoding",
     "GaussianNoise",
     "HalfPrecision",
+    "InstaHide",
     "LaplaceNoise",
     "MixUp",
     "Quantise",
@@ -33,6 +38,8 @@ __all__ = [
     "Soteria",
     "TopK",
     "VariationalBottleneck",
+    "decode_instahide",
+    "encoded",
     "known_defenses",
     "size_sent",
 ]

@@ -17,6 +17,7 @@ from leakage.pieces import Piece
 from leakage.seeds import derive_seed
 
 if TYPE_CHECKING:  # a victim has defenses
+    from leakage.clients.protocol import Protocol
     from leakage.clients.shared_gradient import SharedGradient
     from leakage.clients.victim import Victim
 
@@ -38,12 +39,14 @@ class Client:
         state: weights and buffers by name.
         images: ``(N, C, H, W)``.
         targets: class probabilities ``(N, K)``.
+        order: indices of the images of all local steps if the client shuffles them, else None.
     """
 
     victim: Victim
     state: Mapping[str, Tensor]
     images: Tensor
     targets: Tensor
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ class Defense(Piece, ABC):
         """
         return gradients
 
-    def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
+    def noise_variance(self, shared: Gradients, images: float) -> Tensor | float:
         """Estimate the variance of the noise that :meth:`simulate` does not explain; 0 by default.
 
         It is the variance of one entry of the difference between what is shared and what :meth:`simulate` returns for
@@ -145,7 +148,8 @@ class Defense(Piece, ABC):
 
         Args:
             shared: what V clients shared, name to ``(V, *shape)``.
-            images: number of images that a client averages over; 1 if it sums.
+            images: number of images that a client averages over; 1 if it sums. With local steps, whose noises average
+                out, it is as much larger as the noise on their average is smaller.
 
         Returns:
             ``(V,)``, or one number for all victims.
@@ -241,10 +245,18 @@ def simulate(defenses: Sequence[Defense], gradients: Gradients, shared: Gradient
 def known_noise(defenses: Sequence[Defense], shared: SharedGradient) -> Tensor:
     """Return ``(V,)``, the variance of the noise on one entry of what clients shared; at least that of rounding."""
     protocol, gradients = shared.protocol, shared.gradients
-    images = protocol.num_images if protocol.reduction == "mean" else 1
+    images = (protocol.step_size if protocol.reduction == "mean" else 1) * _less_noise(protocol)
     least = _LEAST_NOISE**2 * mean_square(gradients)
     added = sum(defense.noise_variance(gradients, images) for defense in defenses)
     return torch.maximum(least, added + torch.zeros_like(least))
+
+
+def _less_noise(protocol: Protocol) -> float:
+    """Return by what factor the noise of single steps is larger than that on their average."""
+    steps, momentum = protocol.local_steps, protocol.momentum
+    # The noise of a step is also in the later steps, by momentum.
+    through = [(1 - momentum ** (steps - step)) / (1 - momentum) for step in range(steps)]
+    return steps / math.hypot(*through)
 
 
 def relative_noise(defenses: Sequence[Defense], shared: SharedGradient) -> Tensor:
@@ -333,7 +345,9 @@ def check_defenses(defenses: Sequence[Defense]) -> tuple[Defense, ...]:
     return tuple(defenses)
 
 
-def defend(victim: Victim, shared: SharedGradient, images: Tensor, targets: Tensor, seed: int) -> dict[str, Tensor]:
+def defend(
+    victim: Victim, shared: SharedGradient, images: Tensor, targets: Tensor, orders: Tensor | None, seed: int
+) -> dict[str, Tensor]:
     """Apply all defenses to the gradients of V clients, one client at a time.
 
     The client's id, ``seed`` and the position of a defense decide what it draws.
@@ -343,6 +357,7 @@ def defend(victim: Victim, shared: SharedGradient, images: Tensor, targets: Tens
         shared: the gradients before the defenses.
         images: ``(V, N, C, H, W)``.
         targets: class probabilities ``(V, N, K)``.
+        orders: ``(V, images of all steps)``, the order of the images if clients shuffle them.
         seed: seed of the draws.
 
     Returns:
@@ -355,7 +370,8 @@ def defend(victim: Victim, shared: SharedGradient, images: Tensor, targets: Tens
     for row, number in enumerate(shared.ids.tolist()):
         gradients = {name: tensor[row] for name, tensor in shared.gradients.items()}
         state = {name: tensor[row] for name, tensor in shared.state.items()} if shared.own_weights else shared.state
-        client = Client(victim, state, images[row], targets[row])
+        order = None if orders is None else orders[row].to(images.device)
+        client = Client(victim, state, images[row], targets[row], order)
         for place, defense in enumerate(victim.defenses):
             generator = torch.Generator().manual_seed(derive_seed(seed, number, f"defense {place}"))
             defended = defense.for_client(client)(gradients, generator)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from leakage.clients.examples import clipped_examples, shortened
+from leakage.clients.local_steps import Secrets
 from leakage.defenses.base import Client, Defense, Gradients
 from leakage.errors import check_not_negative, check_positive
 
@@ -18,24 +19,24 @@ if TYPE_CHECKING:  # a victim has defenses
 
 
 class DPSGD(Defense):
-    r"""One step of DP-SGD: clips the gradient of each image to norm C, and adds noise to their sum.
+    r"""DP-SGD: clips the gradient of each image to norm C, and adds noise to their sum.
 
     .. math:: \tilde g = \frac{1}{N} \Bigl( \sum_n g_n \min\bigl(1, C / \lVert g_n \rVert_2\bigr) +
         \sigma C \, \epsilon \Bigr), \qquad \epsilon \sim N(0, I)
 
-    If the client's loss is a sum, there is no division by N. DPSGD must be the first of a client's defenses, because it
-    starts from the images.
+    If the client's loss is a sum, there is no division by N. With local steps, every step does this with its own images
+    and new noise. DPSGD must be the first of a client's defenses, because it starts from the images.
 
-    An attacker who knows the defense clips in the same way. The noise protects only as long as the seed of
-    :meth:`leakage.Victim.share` is secret and each round has a different seed.
+    An attacker who knows the defense clips in the same way, in each step. The noise protects only as long as the seed
+    of :meth:`leakage.Victim.share` is secret and each round has a different seed.
 
     Args:
         noise_multiplier: :math:`\sigma`, at least 0; 0 clips without noise.
         norm: C, positive.
 
     Raises:
-        ValueError: an argument is out of its range, or the client has several local steps, a secret learning rate,
-            BatchNorm that mixes images, modules that draw random numbers, or another defense before this one.
+        ValueError: an argument is out of its range, or the client has a secret learning rate, BatchNorm that mixes
+            images, modules that draw random numbers, or another defense before this one.
 
     References:
         Abadi et al., *Deep Learning with Differential Privacy*, CCS 2016, https://arxiv.org/abs/1607.00133.
@@ -59,16 +60,14 @@ class DPSGD(Defense):
         self._client: Client | None = None
 
     def check(self, victim: Victim, defenses: Sequence[Defense]) -> None:
-        """Raise a ``ValueError`` unless clients take one step on independent images, with DPSGD as first defense."""
+        """Raise a ``ValueError`` unless clients have independent images, with DPSGD as first defense."""
         protocol = victim.protocol
-        if protocol.local_steps > 1:
-            raise ValueError(f"Expected clients of one step for DPSGD, but got local_steps={protocol.local_steps}.")
-        if protocol.learning_rate is not None:
+        if isinstance(protocol.learning_rate, str):
             raise ValueError(
                 "Expected clients that share a gradient for DPSGD, as its noise has the units of a gradient, but got "
                 "reveal_learning_rate=False, with which they share an update."
             )
-        if victim.mixes_images and protocol.num_images > 1:
+        if victim.mixes_images and protocol.step_size > 1:
             raise ValueError(
                 "Expected a network that treats each image independently for DPSGD, but got BatchNorm that normalises "
                 "by the client's own batch: there is no gradient of a single image. Call `model.eval()`, or use "
@@ -98,14 +97,26 @@ class DPSGD(Defense):
             gradients = shortened(gradients, self.norm)
         else:
             protocol = client.victim.protocol
+            images = protocol.step_size if protocol.reduction == "mean" else 1
+            if protocol.local_steps > 1:
+                return self._in_steps(client, gradients, std / images, generator)
             gradients = clipped_examples(client.victim, client.state, client.images, client.targets, self.norm)
-            images = protocol.num_images if protocol.reduction == "mean" else 1
         return {
             name: tensor + std / images * torch.randn(tensor.shape, generator=generator).to(tensor)
             for name, tensor in gradients.items()
         }
 
-    def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
+    def _in_steps(self, client: Client, like: Gradients, std: float, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return the average of the client's local steps, each clipped for each image and with new noise."""
+        steps = client.victim.protocol.local_steps
+        noise = {
+            name: std * torch.randn(steps, *tensor.shape, generator=generator).to(tensor)
+            for name, tensor in like.items()
+        }
+        secrets, private = Secrets(order=client.order, noise=noise), client.victim.clipping(self.norm)
+        return private.evaluate(client.state, client.images, client.targets, secrets=secrets)[0]
+
+    def noise_variance(self, shared: Gradients, images: float) -> Tensor | float:
         """Return the variance of the noise on the mean over the images."""
         return (self.noise_multiplier * self.norm / images) ** 2
 
@@ -116,6 +127,9 @@ class DPSGD(Defense):
 
     def epsilon(self, steps: int, sample_rate: float, delta: float, accountant: str = "prv") -> float:
         r"""Return :math:`\varepsilon` of training with such steps, computed by an accountant of Opacus.
+
+        A client that takes T local steps on batches of B of its N images uses each image T B / N times. Its update has
+        the :math:`\varepsilon` of ``steps=T * B // N`` with ``sample_rate=1.0``.
 
         Args:
             steps: number of training steps.

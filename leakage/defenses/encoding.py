@@ -48,9 +48,33 @@ class Encoding(Defense):
 def encoded(
     defenses: Sequence[Defense], images: Tensor, targets: Tensor, ids: Sequence[int], seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Encode the images ``(V, N, C, H, W)`` and class probabilities ``(V, N, K)`` of V clients."""
+    """Return what V clients compute their gradients on: their images and class probabilities after all encodings.
+
+    Scores compare reconstructions with the original images. An auditor who also compares them with the encoded images
+    gets these here, from the ``seed`` that was passed to :meth:`leakage.Victim.share`.
+
+    Args:
+        defenses: the defenses of the clients.
+        images: ``(V, N, C, H, W)``, values in [0, 1].
+        targets: class probabilities ``(V, N, K)``.
+        ids: the victims' ids.
+        seed: the seed of the draws; the seed of :class:`leakage.datamodules.Victims`, for its victims.
+
+    Returns:
+        Images and class probabilities of the same shapes.
+
+    Raises:
+        ValueError: an encoding returns other shapes.
+
+    Example:
+        >>> from leakage.defenses import ATS, Clip
+        >>> images, targets = torch.rand(1, 2, 1, 8, 8), torch.ones(1, 2, 1)
+        >>> changed, _ = encoded([ATS("invert"), Clip(1.0)], images, targets, ids=[0], seed=0)
+        >>> torch.equal(changed, 1 - images)
+        True
+    """
     encodings = [(place, each) for place, each in enumerate(defenses) if isinstance(each, Encoding)]
-    if not encodings:
+    if not encodings or not len(images):
         return images, targets
     pairs = []
     for row, number in enumerate(ids):

@@ -38,7 +38,7 @@ class Noise(Defense):
             name: tensor + std * self.draw(tensor.shape, generator).to(tensor) for name, tensor in gradients.items()
         }
 
-    def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
+    def noise_variance(self, shared: Gradients, images: float) -> Tensor | float:
         """Return the variance of the noise; with ``relative``, estimated from the mean square of the noisy gradient."""
         variance = self.std**2
         return variance / (1 + variance) * mean_square(shared) if self.relative else variance

@@ -42,7 +42,7 @@ class HalfPrecision(Defense):
         largest = torch.finfo(dtype).max
         return {name: tensor.clamp(-largest, largest).to(dtype).to(tensor) for name, tensor in gradients.items()}
 
-    def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
+    def noise_variance(self, shared: Gradients, images: float) -> Tensor | float:
         """Estimate the variance of the rounding errors, which are proportional to the entries."""
         return torch.finfo(_DTYPES[self.dtype]).eps ** 2 / 24 * mean_square(shared)
 

@@ -85,7 +85,7 @@ class Quantise(Defense):
             found[name] = within(tensor, low, high, shared[name])
         return found
 
-    def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
+    def noise_variance(self, shared: Gradients, images: float) -> Tensor | float:
         """Return the variance of rounding errors if they average out; else a small one, as only intervals are known."""
         if not self.averages_out:
             return interval_variance(shared)

@@ -57,7 +57,7 @@ class Sign(Defense):
             found[name] = shared[name] + wrong * torch.where(size > 0, size, 1.0)
         return found
 
-    def noise_variance(self, shared: Gradients, images: int) -> Tensor | float:
+    def noise_variance(self, shared: Gradients, images: float) -> Tensor | float:
         """Return a small variance, because only the side of zero is known for each entry."""
         return interval_variance(shared)
 

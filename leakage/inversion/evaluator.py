@@ -26,7 +26,7 @@ from leakage.dummies.learning_rate import LearningRate
 from leakage.dummies.local_order import LocalOrder
 from leakage.dummies.mixture import Mixture
 from leakage.inversion.memory import peak_memory
-from leakage.inversion.simulation import Simulation, as_known
+from leakage.inversion.simulation import Simulation, as_known, stepping
 from leakage.inversion.sums import added, joined, of_lanes, parted, seen, sum_in_a_pass, through, weighted
 from leakage.objectives.distances import LengthDistance
 from leakage.objectives.terms import Batched, Distance, Point, Term
@@ -59,6 +59,7 @@ class Evaluator:
         low_rank: bool = False,
         defenses: Sequence[Defense] = (),
     ) -> None:
+        victim = stepping(victim, defenses)
         self.victim, self.images, self.labels, self.learning_rate = victim, images, labels, LearningRate()
         self.order, self.drawn = LocalOrder(), Drawn(victim.draws)
         self.mixture = Mixture(any(isinstance(each, Encoding) and each.mixes for each in defenses))

@@ -64,6 +64,14 @@ def as_known(defenses: Sequence[Defense], shared: SharedGradient, victim: Victim
     return replace(shared, protocol=protocol), victim
 
 
+def stepping(victim: Victim, defenses: Sequence[Defense]) -> Victim:
+    """Return the victim as an attacker simulates it, who knows what the defenses change inside of local steps."""
+    for defense in defenses:
+        if defense.example_norm is not None and victim.protocol.local_steps > 1:
+            return victim.clipping(defense.example_norm)
+    return victim
+
+
 class Simulation:
     """The clients' defenses, applied to the gradients of the dummies.
 
@@ -76,7 +84,9 @@ class Simulation:
         self.defenses = [each for each in defenses if each.is_simulated and not each.averages_out]
         norms = [defense.example_norm for defense in defenses if defense.example_norm is not None]
         self._norm = norms[0] if norms else None
-        if self._norm is not None and victim.protocol.num_images == 1:
+        if self._norm is not None and victim.protocol.local_steps > 1:
+            self._norm = None  # clipped in each step, see `stepping`
+        elif self._norm is not None and victim.protocol.num_images == 1:
             self.defenses.insert(0, Clip(self._norm))  # equivalent for one image, and cheaper
             self._norm = None
         self.per_image = self._norm is not None

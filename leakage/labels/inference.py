@@ -12,6 +12,7 @@ from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_choice, check_count
 from leakage.labels.auxiliary import Auxiliary
+from leakage.labels.completion import complete, leave_out
 from leakage.labels.counts import LabelCounts
 from leakage.labels.last_layer import last_layer
 from leakage.labels.length import noise_of_shortened, restore_length
@@ -77,7 +78,9 @@ class LabelReader:
 
     If clients are known to shorten their gradients (:class:`~leakage.defenses.Clip`,
     :class:`~leakage.defenses.DPSGD`) and share both gradients of the last layer, the gradients are first scaled to the
-    length at which the label counts become whole numbers (:func:`leakage.labels.length.restore_length`).
+    length at which the label counts become whole numbers (:func:`leakage.labels.length.restore_length`). Entries known
+    to be left out (:class:`~leakage.defenses.TopK`, :class:`~leakage.defenses.RandomPruning`) are filled
+    in (:func:`leakage.labels.completion.complete`).
 
     The reader keeps what ``auto`` chose and what ``posterior`` learnt, and uses it for all victims with the same
     network, protocol and number of images. It learns again only for another network, so the result for a victim does
@@ -190,9 +193,11 @@ class LabelReader:
         elif rule == "auto" and shared.own_weights:  # there is no single network to simulate
             rule = next(name for name in _WITHOUT_SIMULATION if name in usable)
         by_length = rule == "auto" or not RULES[rule].by_direction
+        if met["weight"] is None and leave_out(shared.protocol):
+            known.layer = complete(layer, known.features)
         noise = noise_of_shortened(shared) if by_length and met["weight"] is None and met["bias"] is None else None
         if noise is not None:
-            known.layer = restore_length(layer, known.features, noise)
+            known.layer = restore_length(known.layer, known.features, noise)
         learns = rule == "auto" or RULES[rule].learns
         if learns:
             self._recognise(shared, victim, met)

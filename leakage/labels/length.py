@@ -33,7 +33,7 @@ def noise_of_shortened(shared: SharedGradient) -> Tensor | None:
 
     Return None if the clients are not known to shorten their gradients.
     """
-    protocol, known = shared.protocol, _known(shared.protocol)
+    protocol, known = shared.protocol, known_to_attackers(shared.protocol)
     if not any(defense.shortens for defense in known):
         return None
     noise = known_noise(known, shared)
@@ -120,7 +120,7 @@ def _log_probability(count: int, predictions: Tensor, push: Tensor, noise: Tenso
     return near + ways + torch.stack(mixed).logsumexp(0) + (classes - 1) * factors.log()
 
 
-def _known(protocol: Protocol) -> list[Defense]:
+def known_to_attackers(protocol: Protocol) -> list[Defense]:
     """Return the defenses that can be rebuilt from the protocol; custom defenses are left out."""
     found: list[Defense] = []
     for defense in protocol.defenses:

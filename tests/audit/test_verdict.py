@@ -89,6 +89,12 @@ def test_bounds_are_of_declared_mechanisms_alone() -> None:
     assert "ε = " in told.mechanism
     stronger = bounds(Client(images=2, defenses=[DPSGD(40.0, norm=1.0)]), 99, None)
     assert 0.02 < stronger[0].value < told.value
+    # Four steps on both images have the bound of half the noise; with one image each, every image is used twice.
+    steps = {"images": 2, "local_steps": 4, "learning_rate": 0.1, "defenses": [DPSGD(8.0, norm=1.0)]}
+    assert bounds(Client(**steps), 99, None)[0].value == pytest.approx(told.value)
+    halves = bounds(Client(local_batch_size=1, **steps), 99, None)[0]
+    assert stronger[0].value < halves.value < told.value
+    assert "2 steps with each image: ε = " in halves.mechanism
 
 
 def test_little_attacks_get_what_they_ask_for_and_the_rest_is_shared_out() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from typing import Any
@@ -9,9 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from leakage import Victim
-from leakage.defenses import DPSGD, Clip, Defense, Soteria
+from leakage.clients.local_steps import draw_orders
+from leakage.defenses import DPSGD, Clip, Defense, Soteria, known_defenses
+from leakage.defenses.base import known_noise
+from leakage.dummies import Pixels, RevealedLabels
+from leakage.inversion.evaluator import Evaluator
+from leakage.inversion.simulation import stepping
+from leakage.objectives import SquaredDistance
 from tests.clients.networks import CLASSES, IMAGE_SHAPE, network, one_at_a_time, private
 
 Gradients = dict[str, Tensor]
@@ -118,7 +126,6 @@ def test_dp_sgd_of_gradients_alone_is_that_of_one_image(norm):
 @pytest.mark.parametrize(
     ("defenses", "options", "message"),
     [
-        ([DPSGD(1.0, 1.0)], {"local_steps": 2, "learning_rate": 0.1}, r"one step for DPSGD, but got local_steps=2\."),
         (
             [DPSGD(1.0, 1.0)],
             {"model": network("batch_norm", bias=True).train(), "num_images": 2},
@@ -143,11 +150,73 @@ def test_dp_sgd_of_gradients_alone_is_that_of_one_image(norm):
         ([DPSGD(1.0, 1.0), DPSGD(1.0, 1.0)], {}, "DPSGD once, as the first of `defenses`"),
         ([DPSGD(1.0, 1.0)] * 2, {}, "DPSGD once, as the first of `defenses`"),
     ],
-    ids=["steps", "batch norm", "batch norm without statistics", "rate", "second", "two", "one twice"],
+    ids=["batch norm", "batch norm without statistics", "rate", "second", "two", "one twice"],
 )
 def test_clients_that_dp_sgd_is_not_for(defenses, options, message):
     with pytest.raises(ValueError, match=rf"^Expected (clients of |clients that )?{message}"):
         client(*defenses, **options)
+
+
+STEPS = {"num_images": 4, "local_steps": 4, "local_batch_size": 2, "learning_rate": 0.3}
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "weight_decay": 0.1}, {"reduction": "sum"}], ids=str)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_dp_sgd_in_local_steps_is_what_the_optimizer_does(options, shuffle):
+    model, (images, labels) = network("mlp", bias=True), private(1, 4)
+    victim = client(DPSGD(0.0, 0.7), model=model, shuffle=shuffle, **STEPS, **options)
+    shared = victim.share(images, labels, seed=3)
+    orders = draw_orders(victim.protocol, [0], 3)
+    order = orders[0].tolist() if orders is not None else [0, 1, 2, 3] * 2
+    by = copy.deepcopy(model)
+    rest = {name: options.get(name, 0) for name in ("momentum", "weight_decay")}
+    optimizer = torch.optim.SGD(by.parameters(), 0.3, **rest)
+    for start in range(0, 8, 2):
+        batch = order[start : start + 2]
+        state = {name: tensor.detach().clone() for name, tensor in by.state_dict().items()}
+        found = clipped_one_by_one(
+            model, state, images[0][batch], labels[0][batch], 0.7, reduction=options.get("reduction", "mean")
+        )
+        for name, parameter in by.named_parameters():
+            parameter.grad = found[name]
+        optimizer.step()
+    for name, parameter in by.named_parameters():
+        moved = (model.get_parameter(name) - parameter).detach() / (0.3 * 4)
+        torch.testing.assert_close(shared.gradients[name][0], moved)
+    if not shuffle:
+        attacker = stepping(victim.without_secrets(), victim.defenses)
+        simulated = attacker.gradients(shared.state, images[0], F.one_hot(labels[0], CLASSES).double())
+        torch.testing.assert_close(flat(simulated), flat({name: part[0] for name, part in shared.gradients.items()}))
+        plain = victim.without_secrets().gradients(shared.state, images[0], F.one_hot(labels[0], CLASSES).double())
+        assert float((flat(plain) - flat(simulated)).norm()) > 0.1 * float(flat(simulated).norm())
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.8}, {"reduction": "sum"}], ids=str)
+def test_dp_sgd_adds_new_noise_in_each_step_and_the_attacker_knows_how_much(options):
+    given = {"model": network("mlp", bias=True), **STEPS, "learning_rate": 1e-9, **options}
+    noisy, plain = (client(DPSGD(sigma, 0.2), **given).share(*private(8, 4)) for sigma in (0.5, 0.0))
+    noise = torch.cat([(noisy.gradients[name] - plain.gradients[name]).flatten(1) for name in plain.gradients], 1)
+    known = known_noise(known_defenses(noisy.protocol.defenses), noisy)
+    assert float(noise.square().mean()) == pytest.approx(float(known[0]), rel=0.1)
+    if not options:
+        assert float(noise.std()) == pytest.approx(0.5 * 0.2 / 2 / 4**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_attack_knows_of_clipping_in_each_step(shuffle):
+    images, labels = private(1, 4)
+    victim = client(DPSGD(0.0, 0.7), model=network("mlp", bias=True), shuffle=shuffle, **STEPS)
+    shared = victim.share(images, labels, reveal_labels=True)
+    unknowns = {"images": images}
+    if shuffle:  # logits of the true order
+        (order,) = draw_orders(victim.protocol, [0], 0)
+        unknowns["order"] = 60 * F.one_hot(order.view(1, 2, 2, 2), 4).sum(3).double()
+    values = []
+    for known in (victim.defenses, ()):
+        evaluator = Evaluator(victim.without_secrets(), SquaredDistance(), Pixels(), RevealedLabels(), defenses=known)
+        values.append(float(evaluator(shared, evaluator.begin(shared), unknowns)[0]))
+    assert values[0] < 1e-9
+    assert values[1] > 1e-3
 
 
 # -- epsilon

@@ -15,12 +15,14 @@ from leakage import LeNet, Protocol, Victim
 from leakage.attacks import IDLGAttack
 from leakage.datamodules import SharedGradients
 from leakage.defenses import (
+    ATS,
     DPSGD,
     Clip,
     Defense,
     Encoding,
     GaussianNoise,
     HalfPrecision,
+    InstaHide,
     LaplaceNoise,
     MixUp,
     Quantise,
@@ -38,9 +40,11 @@ from tests.kit import fit
 
 STOCK = [
     DPSGD(0.5, norm=2.0),
+    ATS("rotate 20, invert"),
     Clip(1.0),
     GaussianNoise(0.1, relative=True),
     HalfPrecision("float16"),
+    InstaHide(private=4, largest=0.5),
     LaplaceNoise(0.2),
     MixUp(2.0),
     Quantise(5, stochastic=True),
@@ -111,7 +115,7 @@ class Unsimulated(Clip):
     [
         (True, [], [], None),
         (False, [], [], None),
-        *[(True, [defense], [0], None) for defense in STOCK if not isinstance(defense, MixUp)],  # of several images
+        *[(True, [defense], [0], None) for defense in STOCK if not isinstance(defense, Encoding)],
         (True, [Clip(1.0), TopK(0.5), Quantise(8)], [0, 1, 2], None),
         (True, [TopK(0.5), GaussianNoise(0.1)], [1], r"\['TopK'\]"),
         (True, [Quantise(8), Clip(1.0)], [0, 1], None),
@@ -222,7 +226,7 @@ def test_no_less_is_said_to_be_sent_than_there_is_to_tell(defense):
     ("defenses", "options", "message"),
     [
         ([Soteria(0.5, layer="nowhere")], {}, r"`layer` of Soteria .* one of \['1', '3'\], but got 'nowhere'"),
-        ([DPSGD(0.1, 1.0)], {"local_steps": 2, "learning_rate": 0.1}, "clients of one step for DPSGD"),
+        ([DPSGD(0.1, 1.0)], {"learning_rate": "unknown"}, "clients that share a gradient for DPSGD"),
         ([Clip(1.0), DPSGD(0.1, 1.0)], {}, "DPSGD once, as the first"),
     ],
 )

@@ -58,3 +58,8 @@ def dp_bound() -> Iterator[ModuleType]:
         for folder in ("defenses", "inverting_gradients"):
             patch.syspath_prepend(EXPERIMENTS / folder)
         yield load("defenses/dp_bound.py")
+
+
+@pytest.fixture(scope="session")
+def instahide() -> ModuleType:
+    return load("defenses/instahide.py")

@@ -21,7 +21,7 @@ COLUMNS = {
     "defense", "strength", "attack", "adaptive", "network", "epochs", "images", "victims", "psnr_mean", "psnr_ci",
     "mse_median", "success_rate", "success_ci", "success_threshold", "identified", "identified_ci", "others",
     "baseline", "label_accuracy", "test_accuracy", "test_accuracy_ci", "learning_rate", "bytes", "epsilon", "delta",
-    "bound", "seconds_per_victim",
+    "bound", "seconds_per_victim", "psnr_encoded",
 }  # fmt: skip
 
 
@@ -214,6 +214,50 @@ def test_clients_that_aggregate_are_one_of_more_images(tradeoff: ModuleType, tmp
     assert told == [("none", 0.0, 1, False), *more]
     assert len({row["bytes"] for row in rows}) == 1
     assert len({row["baseline"] for row in rows}) == 4  # each of the images that it is about
+
+
+@pytest.mark.slow
+def test_images_that_clients_change_are_found_as_they_were_changed(tradeoff: ModuleType, tmp_path: Path) -> None:
+    asked = ["--defenses", "ats", "--strengths", "1", "--attackers", "adaptive", "--iterations", "60"]
+    tradeoff.main([*FEW, *asked, "--output", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "summary.json").read_text())
+    assert row["psnr_mean"] < 15 < 25 < row["psnr_encoded"]
+
+
+def test_a_panel_for_each_defense_and_the_names_of_its_ends(tradeoff: ModuleType) -> None:
+    rows = [row_of(tradeoff, "none", 0.0, False, 50.0)]
+    rows += [row_of(tradeoff, "clip", strength, known, 50.0 * known) for strength in (0.1, 1, 10) for known in (0, 1)]
+    rows += [row_of(tradeoff, "top_k", 0.9, known, 20.0 * known, baseline=9.0) for known in (0, 1)]
+    rows += [row_of(tradeoff, "soteria", 0.8, True, 20.0, accuracy=None)]
+    panels = [axes for axes in tradeoff.plot_tradeoff(rows, "title").axes if axes.axison]
+    assert [axes.get_title() for axes in panels] == ["clipping", "top-k"]
+    assert [sorted(text.get_text() for text in axes.texts) for axes in panels] == [
+        ["norm 0.1", "norm 10"],
+        ["90 % left out"],
+    ]
+    shaded = [axes.patches[0].get_y() + axes.patches[0].get_height() for axes in panels]
+    assert shaded == [pytest.approx(16.0), pytest.approx(9.0)]
+    naive, adaptive, _ = panels[0].lines
+    assert (naive.get_linestyle(), adaptive.get_linestyle()) == ("--", "-")
+    assert (max(naive.get_ydata()), min(adaptive.get_ydata())) == (0.0, 50.0)
+    assert "9.0 to 16.0 dB" in tradeoff.format_table(rows)
+
+
+def row_of(
+    tradeoff: ModuleType, name: str, strength: float, known: bool, psnr: float, baseline: float = 16.0,
+    accuracy: float | None = 0.7,
+) -> Any:  # fmt: skip
+    fields = dict.fromkeys(COLUMNS, 0.0)
+    pairs: dict[str, Any] = dict.fromkeys(("psnr_ci", "success_ci", "identified_ci", "test_accuracy_ci"), (0.0, 0.0))
+    given = {
+        "defense": name,
+        "attack": "idlg",
+        "strength": strength,
+        "adaptive": bool(known),
+        "psnr_mean": psnr,
+        "baseline": baseline,
+    }
+    return tradeoff.TradeoffRow(**{**fields, **pairs, **given, "bytes": 1, "test_accuracy": accuracy})
 
 
 def test_refuses_half_a_client(tradeoff: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
