@@ -280,6 +280,11 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         help="images to train on (default: 6000, or half of them if there are fewer than 12000)",
     )
+    add(
+        "--test-images",
+        action="store_true",
+        help="victims hold test images (default: training images that no network saw)",
+    )
     add("--victims", type=int, default=32, help="victims per cell (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of victims, networks, starts and wrong labels (default: %(default)s)")
     add("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")

@@ -60,6 +60,11 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     add("--half", action="store_true", help="also use gradients without noise, rounded to float16")
     add("--methods", nargs="+", choices=METHODS, default=["gauss_newton", "idlg"], help="default: gauss_newton idlg")
+    add(
+        "--test-images",
+        action="store_true",
+        help="victims hold test images (default: training images that no network saw)",
+    )
     add("--victims", type=int, default=20, help="victims per cell (default: %(default)s)")
     add(
         "--infer-labels", action="store_true", help="infer labels from the gradient; by default the attacker knows them"

@@ -128,7 +128,7 @@ def make_victims(cell: Cell, given: argparse.Namespace, data: LabelledImages, ne
     """Return the victims of a cell."""
     defenses: list[Defense] = [GaussianNoise(cell.noise, relative=True)] if cell.noise else []
     return Victims(
-        Subset(data.train, network.images.tolist()),
+        data.test if given.test_images else Subset(data.train, network.images.tolist()),
         num_classes=data.num_classes,
         labels="single-class" if cell.labels == "equal" else None,
         victims=given.victims,

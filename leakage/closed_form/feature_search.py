@@ -16,22 +16,23 @@ from leakage.seeds import derive_seed
 from leakage.solvers.linear import least_squares, select_lanes
 from leakage.solvers.normal_equations import judge_steps
 
-# Number of starts per victim in each round; victims whose equations hold to rounding need no further round.
-ROUNDS = (2, 6, 24)
+# Number of starts per victim in each round, for up to 16 images and for more; victims whose equations hold to rounding
+# need no further round.
+ROUNDS, ROUNDS_OF_MANY = (2, 6, 24), (1, 1)
 # Equations hold to rounding if the error is below the first number, in units of rounding (the third number is the limit
 # of float64), or below the second number if two starts agree on the error: a probability near one has lost digits that
 # the equations can't recover.
 _ROUNDING, _AGREEING, _LEAST = 16.0, 50.0, 1e-12
-# A search ends after this many steps, or after this many slow steps in a row; a step is slow if it leaves more than
-# this share of the error.
-_STEPS, _SLOW_STEPS, _SLOW_SHARE = 200, 8, 1 - 1e-3
+# A search ends after this many steps (the second number is for many images), or after this many slow steps in a row; a
+# step is slow if it leaves more than this share of the error.
+_STEPS, _STEPS_OF_MANY, _SLOW_STEPS, _SLOW_SHARE = 200, 100, 8, 1 - 1e-3
 # Damping of the first step.
 _DAMPING = 0.1
 # Largest number of images for which normal equations are built.
-_DIRECT = 16
+MOST_DIRECT = 16
 # By conjugate gradients: precision of a step and of its correction by the second derivative, and the most products with
 # the Jacobian for one of them.
-_TOLERANCE, _TOLERANCE_OF_TURN, _PRODUCTS, _PRODUCTS_PER_IMAGE = 1e-2, 1e-1, 50, 4
+_TOLERANCE, _TOLERANCE_OF_TURN, _PRODUCTS = 1e-2, 1e-1, 100
 # Linear solutions in turn before the search, and what they add to the diagonal.
 _LINEAR_STEPS, _RIDGE = 4, 1e-6
 # Deltas of two images count as different from this share of their mean square.
@@ -111,7 +112,7 @@ class _Linearised:
         self.inputs = equations.inputs(point)
         self.residuals = self.deltas.mT @ self.inputs - equations.target * equations.row_weights[..., None]
         self._gram = self.deltas @ self.deltas.mT
-        self.direct = point.shape[1] <= _DIRECT
+        self.direct = point.shape[1] <= MOST_DIRECT
         if self.direct:
             matrix = _ridged(self.normal(), damping + torch.finfo(point.dtype).eps)
         else:
@@ -124,9 +125,8 @@ class _Linearised:
         """Return the step ``(L, N, N)`` that makes the errors change by ``given``; the tolerance is that of CG."""
         if self.direct:
             return cholesky_solve(self._product_with_transpose(given)[..., None], self._factor).view_as(self.point)
-        most = _PRODUCTS + _PRODUCTS_PER_IMAGE * self.point.shape[1]
         parts = [given, torch.zeros_like(self.point).flatten(1)]
-        found = least_squares(self, parts, tolerance=tolerance, max_products=most)
+        found = least_squares(self, parts, tolerance=tolerance, max_products=_PRODUCTS)
         return torch.where(torch.isfinite(found.x), found.x, 0.0).view_as(self.point)
 
     def product(self, x: Tensor) -> list[Tensor]:
@@ -180,7 +180,7 @@ def solve(equations: FeatureEquations, seeds: Sequence[int], rounds: Sequence[in
         their errors; and ``(V,)``, whether they hold to rounding.
     """
     victims, count = equations.mean.shape
-    at_once = max(1, _MEMORY // (32 * count**4 if count <= _DIRECT else 160 * equations.target[0].numel()))
+    at_once = max(1, _MEMORY // (32 * count**4 if count <= MOST_DIRECT else 160 * equations.target[0].numel()))
     best = equations.mean.new_zeros(victims, count, count)
     least = equations.mean.new_full((victims,), torch.inf)
     solved = torch.zeros_like(least, dtype=torch.bool)
@@ -195,7 +195,7 @@ def solve(equations: FeatureEquations, seeds: Sequence[int], rounds: Sequence[in
             numbers = [*range(first, first + starts)] * len(part)
             begin = start(equations[lanes], linear[lanes], [seeds[lane] for lane in lanes.tolist()], numbers)
             found = [
-                search(equations[lanes[some]], begin[some])
+                search(equations[lanes[some]], begin[some], steps=_STEPS if count <= MOST_DIRECT else _STEPS_OF_MANY)
                 for some in torch.split(torch.arange(len(lanes), device=lanes.device), at_once)
             ]
             unknowns = torch.cat([unknowns for unknowns, _ in found]).view(len(part), starts, count, count)
@@ -257,7 +257,7 @@ def start(equations: FeatureEquations, linear: Tensor, seeds: Sequence[int], num
     return torch.stack(starts)
 
 
-def search(equations: FeatureEquations, unknowns: Tensor, *, steps: int = _STEPS) -> tuple[Tensor, Tensor]:
+def search(equations: FeatureEquations, unknowns: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
     """Run Levenberg-Marquardt with geodesic acceleration in L searches.
 
     Args:

@@ -14,7 +14,7 @@ from leakage.clients.losses import LOSSES
 from leakage.clients.low_rank import row_space
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.closed_form.feature_search import ROUNDS, FeatureEquations, solve
+from leakage.closed_form.feature_search import MOST_DIRECT, ROUNDS, ROUNDS_OF_MANY, FeatureEquations, solve
 from leakage.errors import check_count
 from leakage.precision import full_precision
 from leakage.seeds import derive_seed
@@ -152,7 +152,8 @@ def _separate(shared: SharedGradient, victim: Victim, labels: Tensor, seed: int)
     equations, basis, gradient = feature_equations(shared, victim, labels)
     known = shared.protocol.num_images == 1 and equations.has_bias
     seeds = [derive_seed(seed, victim, "features") for victim in shared.ids.tolist()]
-    unknowns = equations.mean[:, None] if known else solve(equations, seeds, ROUNDS)[0]
+    rounds = ROUNDS if shared.protocol.num_images <= MOST_DIRECT else ROUNDS_OF_MANY
+    unknowns = equations.mean[:, None] if known else solve(equations, seeds, rounds)[0]
     unknowns = _in_order(unknowns, labels)
     deltas = equations.deltas(unknowns)
     features = unknowns * equations.size[:, None, None] @ basis

@@ -174,7 +174,7 @@ def test_products_are_those_of_the_jacobian(loss: str, bias: bool, monkeypatch: 
     unknowns, step = torch.randn(2, VICTIMS, 3, 3, dtype=torch.float64, generator=generator)
     damping = torch.tensor([0.0, 1e-3, 0.1], dtype=torch.float64)
     direct = _Linearised(equations, unknowns, damping)
-    monkeypatch.setattr(feature_search, "_DIRECT", 0)
+    monkeypatch.setattr(feature_search, "MOST_DIRECT", 0)
     products = _Linearised(equations, unknowns, damping)
     given = torch.randn(direct.residuals.shape, dtype=torch.float64, generator=generator)
     (moved, _), pulled = products.product(step.flatten(1)), products.transposed([given, 0 * step.flatten(1)])
@@ -202,7 +202,7 @@ def test_many_images_by_conjugate_gradients(repeated: bool) -> None:
     separated = separate_features(shared, victim, labels)
     features = model[:-1](images[0].double())[None]
     error = torch.cdist(separated.features, features).amin(2) / features.norm(dim=2)
-    assert feature_search._DIRECT < 20
+    assert feature_search.MOST_DIRECT < 20
     assert (separated.residual < 1e-9).all()
     assert (error < 1e-6).all()
 
