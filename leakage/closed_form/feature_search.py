@@ -107,7 +107,7 @@ class _Linearised:
 
     def __init__(self, equations: FeatureEquations, point: Tensor, damping: Tensor) -> None:
         self.equations, self.point, self.damping = equations, point, damping
-        deltas, self._pull = vjp(equations.by_logits, equations.logits(point))
+        deltas, self._pull = vjp(equations.by_logits, equations.logits(point))[:2]
         self.deltas = deltas * equations.row_weights[:, None]
         self.inputs = equations.inputs(point)
         self.residuals = self.deltas.mT @ self.inputs - equations.target * equations.row_weights[..., None]
@@ -131,14 +131,14 @@ class _Linearised:
 
     def product(self, x: Tensor) -> list[Tensor]:
         moved = x.view_as(self.point)
-        # The derivatives of delta by the logits are symmetric, so the transposed product is the product.
-        bent = self._pull(moved @ self.equations.weight.mT)[0] * self.equations.row_weights[:, None]
+        bent = self._bend(moved @ self.equations.weight.mT) * self.equations.row_weights[:, None]
         change = bent.mT @ self.inputs
         change[..., : moved.shape[2]] += self.deltas.mT @ moved
         return [change, self._root * x]
 
     def transposed(self, parts: list[Tensor]) -> Tensor:
-        return self._product_with_transpose(parts[0]) + self._root * parts[1]
+        gradient: Tensor = self._product_with_transpose(parts[0]) + self._root * parts[1]
+        return gradient
 
     def precondition(self, x: Tensor) -> Tensor:
         return cholesky_solve(x.view_as(self.point), self._factor).flatten(1)
@@ -146,17 +146,23 @@ class _Linearised:
     def select(self, lanes: Tensor) -> _Linearised:
         return _Linearised(self.equations[lanes], self.point[lanes], self.damping[lanes])
 
+    def _bend(self, direction: Tensor) -> Tensor:
+        """Return how the deltas change with the logits along a direction; the derivative is its own transpose."""
+        bent: Tensor = self._pull(direction)[0]
+        return bent
+
     def _product_with_transpose(self, errors: Tensor) -> Tensor:
         weighted = errors * self.equations.row_weights[..., None]
-        bent = self._pull(self.inputs @ weighted.mT)[0] @ self.equations.weight
-        return (bent + self.deltas @ errors[..., : self.point.shape[2]]).flatten(1)
+        bent = self._bend(self.inputs @ weighted.mT) @ self.equations.weight
+        gradient: Tensor = (bent + self.deltas @ errors[..., : self.point.shape[2]]).flatten(1)
+        return gradient
 
     def normal(self) -> Tensor:
         r"""Return ``(L, N * N, N * N)``, :math:`J^\top J`, from products of small matrices, without building J."""
         searches, count, width = self.point.shape
-        pulled = vmap(
-            lambda direction: self._pull(direction[:, None].expand_as(self.deltas))[0], in_dims=2, out_dims=3
-        )(self.equations.weight)
+        pulled = vmap(lambda direction: self._bend(direction[:, None].expand_as(self.deltas)), in_dims=2, out_dims=3)(
+            self.equations.weight
+        )
         derivatives = (pulled * self.equations.row_weights[:, None, :, None]).transpose(1, 2).flatten(2)  # (L, K, N N)
         product = (derivatives.mT @ derivatives).view(searches, count, width, count, width)
         product = product * (self.inputs @ self.inputs.mT)[:, :, None, :, None]
