@@ -11,19 +11,27 @@ from torch.nn import functional as F
 
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.closed_form.feature_search import FeatureEquations, linear_start, search, solve, start
+from leakage.closed_form.feature_search import (
+    FeatureEquations,
+    holds_to_rounding,
+    linear_start,
+    search,
+    solve,
+    start,
+)
 from leakage.closed_form.features import check_separable, feature_equations
 from leakage.errors import check_count
 from leakage.precision import full_precision
 from leakage.seeds import derive_seed
 
-# Starts for labels that may be right, in rounds.
-_ROUNDS = (2, 6)
+# Starts for the given labels, and, in rounds, for labels that may be right where the stages below found none.
+_STARTS, _ROUNDS = 2, (2, 6)
 # Of all labels that could replace wrong ones, those with the least errors at the linear start are searched for some
-# steps, and those that are best then, from all starts.
-_BRIEFLY, _STEPS, _THOROUGHLY = 96, 12, 8
-# Labels whose errors at the linear start are computed at once.
-_AT_ONCE = 1024
+# steps, the best of them for some more, and so on: how many labels, and how many steps. The best of the last ones get
+# further starts, together with the given labels.
+_STAGES = ((96, 12), (32, 24), (8, 64))
+# Numbers of the equations of all labels whose errors are computed at once.
+_NUMBERS = 2**20
 
 
 @dataclass
@@ -92,15 +100,18 @@ def correct_labels(
     check_count(0, most=most, seed=seed)
     equations, _, _ = feature_equations(shared, victim, labels)
     seeds = [derive_seed(seed, own, "labels") for own in shared.ids.tolist()]
-    verified = solve(equations, seeds, _ROUNDS)[2]
+    verified = solve(equations, seeds, [_STARTS])[2]
     found, changed = labels.clone(), torch.zeros(len(labels), dtype=torch.long)
     for row in torch.where(~verified)[0].tolist():
         one = equations[torch.tensor([row], device=verified.device)]
-        beam = labels[row : row + 1].to(verified.device)
-        for count in range(1, most + 1):
-            beam, holds = _fitting(one, _neighbours(beam, labels[row], victim.protocol.num_classes), seeds[row])
-            if holds:
-                found[row], verified[row], changed[row] = beam[0].to(found), True, count
+        given = labels[row].to(verified.device)
+        beam = given[None]
+        for _ in range(most):
+            candidates = _neighbours(beam, given, victim.protocol.num_classes)
+            beam, verified[row] = _fitting(one, given, candidates, seeds[row])
+            if verified[row]:
+                found[row] = beam[0].to(found)
+                changed[row] = (found[row] != labels[row]).sum()
                 break
     return CorrectedLabels(found, verified, changed)
 
@@ -119,25 +130,38 @@ def _neighbours(beam: Tensor, given: Tensor, num_classes: int) -> Tensor:
     return torch.tensor([*found.values()], device=beam.device)
 
 
-def _fitting(victim: FeatureEquations, candidates: Tensor, seed: int) -> tuple[Tensor, bool]:
-    """Return the labels ``(B, N)`` that fit the equations best, the best first, and whether it holds to rounding."""
+def _fitting(victim: FeatureEquations, given: Tensor, candidates: Tensor, seed: int) -> tuple[Tensor, bool]:
+    """Return the labels ``(B, N)`` that fit the equations best, the best first, and whether they hold to rounding."""
 
     def equations(labels: Tensor) -> FeatureEquations:
         lanes = victim[torch.zeros(len(labels), dtype=torch.long, device=labels.device)]
         return dataclasses.replace(lanes, labels=F.one_hot(labels, victim.labels.shape[2]).to(victim.labels))
 
-    def best(labels: Tensor, errors: Tensor, most: int) -> Tensor:
-        order = torch.where(errors.isfinite(), errors, torch.inf).argsort(stable=True)
-        return labels[order[:most]]
+    found = []
+    for part in torch.split(candidates, max(1, _NUMBERS // victim.target.numel())):
+        lanes = equations(part)
+        linear = linear_start(lanes)
+        found.append((linear, lanes.costs(linear)))
+    unknowns, errors = (torch.cat(each) for each in zip(*found, strict=True))
+    order = _ascending(errors)[: _STAGES[0][0]]
+    candidates, unknowns = candidates[order], unknowns[order]
+    unknowns = start(equations(candidates), unknowns, [seed] * len(candidates), [0] * len(candidates))
+    for most, steps in _STAGES:
+        candidates, unknowns = candidates[:most], unknowns[:most]
+        lanes = equations(candidates)
+        unknowns, errors = search(lanes, unknowns, steps=steps)
+        order = _ascending(errors)
+        candidates, unknowns, errors = candidates[order], unknowns[order], errors[order]
+        if bool(holds_to_rounding(victim, errors[:1, None])):
+            return candidates, True
+    some = torch.cat([given[None], candidates])  # further starts may show that nothing is wrong
+    for number, count in enumerate(_ROUNDS):
+        seeds = [derive_seed(seed, number, "round")] * len(some)
+        _, errors, holds = solve(equations(some), seeds, [count])
+        if holds.any():
+            return some[_ascending(torch.where(holds, errors, torch.inf))], True
+    return some[1:][_ascending(errors[1:])], False
 
-    parts = [equations(part) for part in torch.split(candidates, _AT_ONCE)]
-    costs = torch.cat([part.costs(linear_start(part)) for part in parts])
-    candidates = best(candidates, costs, _BRIEFLY)
-    if len(candidates) > _THOROUGHLY:
-        some = equations(candidates)
-        begin = start(some, linear_start(some), [seed] * len(candidates), [0] * len(candidates))
-        candidates = best(candidates, search(some, begin, steps=_STEPS)[1], _THOROUGHLY)
-    _, errors, holds = solve(equations(candidates), [seed] * len(candidates), _ROUNDS)
-    errors = torch.where(holds, errors, errors + 1)
-    order = errors.argsort(stable=True)
-    return candidates[order], bool(holds[order[0]])
+
+def _ascending(errors: Tensor) -> Tensor:
+    return torch.where(errors.isfinite(), errors, torch.inf).argsort(stable=True)
