@@ -173,19 +173,23 @@ class _Linearised:
         return product.reshape(searches, count * width, count * width)
 
 
-def solve(equations: FeatureEquations, seeds: Sequence[int], rounds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def solve(
+    equations: FeatureEquations, seeds: Sequence[int], rounds: Sequence[int], *, steps: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Search from several starts, until the equations hold to rounding.
 
     Args:
         equations: those of V victims.
         seeds: a seed for the starts of each victim.
         rounds: number of starts per victim in each round.
+        steps: largest number of steps of a search, by default as many as are useful.
 
     Returns:
         ``(V, N, N)``, the coordinates of all features, from the start whose equations hold best; ``(V,)``, the norm of
         their errors; and ``(V,)``, whether they hold to rounding.
     """
     victims, count = equations.mean.shape
+    steps = steps or (_STEPS if count <= MOST_DIRECT else _STEPS_OF_MANY)
     at_once = max(1, _MEMORY // (32 * count**4 if count <= MOST_DIRECT else 160 * equations.target[0].numel()))
     best = equations.mean.new_zeros(victims, count, count)
     least = equations.mean.new_full((victims,), torch.inf)
@@ -201,7 +205,7 @@ def solve(equations: FeatureEquations, seeds: Sequence[int], rounds: Sequence[in
             numbers = [*range(first, first + starts)] * len(part)
             begin = start(equations[lanes], linear[lanes], [seeds[lane] for lane in lanes.tolist()], numbers)
             found = [
-                search(equations[lanes[some]], begin[some], steps=_STEPS if count <= MOST_DIRECT else _STEPS_OF_MANY)
+                search(equations[lanes[some]], begin[some], steps=steps)
                 for some in torch.split(torch.arange(len(lanes), device=lanes.device), at_once)
             ]
             unknowns = torch.cat([unknowns for unknowns, _ in found]).view(len(part), starts, count, count)

@@ -26,6 +26,8 @@ from leakage.seeds import derive_seed
 
 # Starts for the given labels, and, in rounds, for labels that may be right where the stages below found none.
 _STARTS, _ROUNDS = 2, (2, 6)
+# The most steps of a search from one of them; with wrong labels, there is no end.
+_STEPS = 80
 # Of all labels that could replace wrong ones, those with the least errors at the linear start are searched for some
 # steps, the best of them for some more, and so on: how many labels, and how many steps. The best of the last ones get
 # further starts, together with the given labels.
@@ -100,7 +102,7 @@ def correct_labels(
     check_count(0, most=most, seed=seed)
     equations, _, _ = feature_equations(shared, victim, labels)
     seeds = [derive_seed(seed, own, "labels") for own in shared.ids.tolist()]
-    verified = solve(equations, seeds, [_STARTS])[2]
+    verified = solve(equations, seeds, [_STARTS], steps=_STEPS)[2]
     found, changed = labels.clone(), torch.zeros(len(labels), dtype=torch.long)
     for row in torch.where(~verified)[0].tolist():
         one = equations[torch.tensor([row], device=verified.device)]
@@ -157,7 +159,7 @@ def _fitting(victim: FeatureEquations, given: Tensor, candidates: Tensor, seed: 
     some = torch.cat([given[None], candidates])  # further starts may show that nothing is wrong
     for number, count in enumerate(_ROUNDS):
         seeds = [derive_seed(seed, number, "round")] * len(some)
-        _, errors, holds = solve(equations(some), seeds, [count])
+        _, errors, holds = solve(equations(some), seeds, [count], steps=_STEPS)
         if holds.any():
             return some[_ascending(torch.where(holds, errors, torch.inf))], True
     return some[1:][_ascending(errors[1:])], False

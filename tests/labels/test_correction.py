@@ -38,9 +38,8 @@ def wrong(labels: Tensor, places: int) -> Tensor:
     return labels
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_wrong_label_is_found_and_replaced(dtype: torch.dtype) -> None:
-    victim, shared = setting(dtype=dtype)
+def test_a_wrong_label_is_found_and_replaced() -> None:
+    victim, shared = setting(dtype=torch.float32)
     given = wrong(truth(), 1)
     given[0] = truth()[0]
     found = correct_labels(shared, victim, given)
@@ -58,23 +57,20 @@ def test_one_image() -> None:
 
 
 def test_two_wrong_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    victim, shared = setting()
-    given = wrong(truth(), 2)[:1]
     monkeypatch.setattr(correction, "_ROUNDS", (1,))
-    one = correct_labels(shared.select(torch.tensor([0])), victim, given)
-    assert torch.equal(one.labels, given)
-    assert (one.verified.tolist(), one.changed.tolist()) == ([False], [0])
-    both = correct_labels(shared.select(torch.tensor([0])), victim, given, most=2)
-    assert torch.equal(both.labels.sort(1).values, truth()[:1].sort(1).values)
-    assert (both.verified.tolist(), both.changed.tolist()) == ([True], [2])
+    victim, shared = setting()
+    found = correct_labels(shared.select(torch.tensor([0])), victim, wrong(truth(), 2)[:1], most=2)
+    assert torch.equal(found.labels.sort(1).values, truth()[:1].sort(1).values)
+    assert (found.verified.tolist(), found.changed.tolist()) == ([True], [2])
 
 
 def test_what_the_gradient_does_not_verify_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(correction, "_ROUNDS", (1,))
     victim, shared = setting(2)
+    shared = shared.select(torch.tensor([0]))
     shared.gradients = {name: gradient + 1e-3 * gradient.abs().sqrt() for name, gradient in shared.gradients.items()}
-    found = correct_labels(shared, victim, truth(2))
-    assert torch.equal(found.labels, truth(2))
+    found = correct_labels(shared, victim, truth(2)[:1])
+    assert torch.equal(found.labels, truth(2)[:1])
     assert not found.verified.any()
     untouched = correct_labels(setting(2)[1], victim, wrong(truth(2), 1), most=0)
     assert torch.equal(untouched.labels, wrong(truth(2), 1))
