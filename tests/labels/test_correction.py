@@ -16,7 +16,7 @@ from leakage.labels import LabelReader, correct_labels, correction
 from leakage.labels.counts import LabelCounts
 from tests.labels.by_hand import images_and_labels, network
 
-CLASSES, COUNT, VICTIMS = 6, 3, 3
+CLASSES, COUNT, VICTIMS = 6, 3, 2
 
 
 def setting(count: int = COUNT, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Victim, SharedGradient]:
@@ -45,17 +45,18 @@ def test_a_wrong_label_is_found_and_replaced() -> None:
     found = correct_labels(shared, victim, given)
     assert torch.equal(found.labels.sort(1).values, truth().sort(1).values)
     assert found.verified.tolist() == [True] * VICTIMS
-    assert found.changed.tolist() == [0, 1, 1]
+    assert found.changed.tolist() == [0, 1]
     assert torch.equal(found.labels[0], given[0])
     assert ((found.labels != given).sum(1) <= 1).all()
 
 
 def test_one_image() -> None:
     victim, shared = setting(1)
-    found = correct_labels(shared, victim, (truth(1) + 2) % CLASSES)
-    assert torch.equal(found.labels, truth(1))
+    found = correct_labels(shared.select(torch.tensor([0])), victim, (truth(1)[:1] + 2) % CLASSES)
+    assert torch.equal(found.labels, truth(1)[:1])
 
 
+@pytest.mark.slow
 def test_two_wrong_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(correction, "_ROUNDS", (1,))
     victim, shared = setting()
@@ -81,13 +82,14 @@ def test_inferred_labels_are_corrected_before_the_search(monkeypatch: pytest.Mon
     victim, shared = setting()
 
     def misread(reader: LabelReader, shared: SharedGradient, victim: Victim) -> LabelCounts:
-        counts = torch.nn.functional.one_hot(wrong(truth(), 1), CLASSES).sum(1)
+        counts = torch.nn.functional.one_hot(wrong(truth(), 1)[:1], CLASSES).sum(1)
         return LabelCounts(counts, counts.double(), counts > 0, "auto")
 
     monkeypatch.setattr(LabelReader, "__call__", misread)
+    shared = shared.select(torch.tensor([0]))
     for correct in (False, True):
         kept = InferredLabels(correct=correct).begin(shared, victim)["probabilities"]
-        right = torch.nn.functional.one_hot(truth(), CLASSES).sum(1)
+        right = torch.nn.functional.one_hot(truth()[:1], CLASSES).sum(1)
         assert torch.equal(kept.sum(1).long(), right) == correct
 
 
@@ -95,7 +97,7 @@ def test_bad_input() -> None:
     victim, shared = setting()
     with pytest.raises(ValueError, match="Expected `most` to be a whole number of at least 0, but got -1"):
         correct_labels(shared, victim, truth(), most=-1)
-    with pytest.raises(ValueError, match=r"Expected `labels` of shape \(3, 3\), but got \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"Expected `labels` of shape \(2, 3\), but got \(2, 2\)"):
         correct_labels(shared, victim, truth()[:, :2])
     squares, gradient = setting(loss="mean_squared_error")
     with pytest.raises(ValueError, match=r"Expected a victim with loss 'cross_entropy', .* got loss 'mean_squared_err"):
