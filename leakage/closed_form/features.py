@@ -101,8 +101,9 @@ def separate_features(shared: SharedGradient, victim: Victim, labels: Tensor, *,
 
     .. math:: \sum_n \delta_n(a_n) \, a_n^\top = N g_W R^\top, \qquad \sum_n \delta_n(a_n) = N g_b .
 
-    They are solved by Levenberg-Marquardt with geodesic acceleration, from random starts around the batch's mean
-    feature; the result whose equations hold best is returned. As the rounding of a gradient is relative, the equations
+    They are solved by Levenberg-Marquardt with geodesic acceleration, by conjugate gradients for more than 16 images.
+    Starts are the solution with the deltas of the batch's mean feature, and random features around this mean; the
+    result whose equations hold best is returned. As the rounding of a gradient is relative, the equations
     of each class are divided by the norm of its row of :math:`g_W`, which also makes the basis far more accurate.
 
     The deltas of N images must be linearly independent. N must therefore be below the number of classes with
