@@ -94,7 +94,7 @@ MADE = {
         "Rounded().is_simulated",
         "sum(score.mse for score in informed.scores.values()) < 0.02",  # without the prior 0.07
     ],
-    "docs/labels.md": ["inferred.labels.shape == (10, 24)"],
+    "docs/labels.md": ["inferred.labels.shape == (10, 24)", "corrected.labels.tolist() == [[0, 3, 3, 7]]"],
     "docs/real_networks.md": ["attack.solver.evaluations == 600"],
     "docs/updates.md": [
         "attack.finished.labels.tolist() == [[3]]",

@@ -7,7 +7,7 @@ Recovered features are paired one-to-one with the true features of the victim, a
 image counts as found if the error of its features is below 1e-4 or 1e-2 of their length. The attacker knows the network
 and the labels. The auditor computes the true features from the true images in double precision. Then one random label
 of each victim is replaced by another class. The ratio of the residual with this label to the residual with the correct
-labels measures how well wrong labels can be detected.
+labels measures how well wrong labels can be detected. With `--correct`, `correct_labels` looks for the wrong label.
 
 Small untrained networks are drawn anew for each victim. Trained networks are shared, and were not trained on the
 victims' images. Run times are those of `separate_features` with the correct labels.
@@ -38,18 +38,18 @@ from leakage.comparison import align
 from leakage.datamodules import LABELLED_DATASETS, LabelledImages
 from leakage.files.text import write_json
 from leakage.files.whole import check_output
+from leakage.labels import correct_labels
 from leakage.labels.last_layer import last_layer
-from leakage.metrics import match, wilson_interval
-from leakage.models.layers import ACTIVATIONS
+from leakage.metrics import match, mean_interval, wilson_interval
+from leakage.models.layers import ACTIVATIONS, NORMS
 from leakage.seeds import derive_seed
 
 # A wrong label counts as detected if the residual grows by more than this factor.
 DETECTED = 100.0
 # Options of reach.py that this script fixes.
 _FIXED: dict[str, Any] = {
-    "norm": None, "noise": [0.0], "half": False, "infer_labels": False, "lanes": 64, "why": 0, "methods": [],
-    "max_steps": None, "max_evaluations": None, "restarts": None, "train_images": None, "learning_rate": None,
-    "accelerator": "auto",
+    "noise": [0.0], "half": False, "infer_labels": False, "lanes": 64, "why": 0, "methods": [],
+    "max_steps": None, "max_evaluations": None, "restarts": None, "learning_rate": None, "accelerator": "auto",
 }  # fmt: skip
 
 
@@ -63,6 +63,11 @@ class FeaturesRow:
         test_accuracy: test accuracy of a trained network, 0 to 1; None if untrained.
         below_1e4: share of the victims whose features all have an error below 1e-4 of their length.
         below_1e4_ci: 95 % Wilson interval of ``below_1e4``.
+        below_1e3: share of the victims whose features all have an error below 1e-3 of their length.
+        below_1e3_ci: 95 % Wilson interval of ``below_1e3``.
+        images_below_1e3: share of all images whose features have an error below 1e-3 of their length.
+        images_below_1e3_ci: 95 % interval of ``images_below_1e3`` over the victims, by Student's t.
+        alone: share of all images that are the only ones of their class in their batch.
         below_1e2: share of the victims whose features all have an error below 1e-2 of their length.
         below_1e2_ci: 95 % Wilson interval of ``below_1e2``.
         error_median: median over victims of the error of their worst image.
@@ -73,6 +78,10 @@ class FeaturesRow:
         wrong_ratio_median: median over victims of this ratio.
         wrong_detected: share of the victims whose wrong label is detected: with a ratio above 100.
         wrong_detected_ci: 95 % Wilson interval of ``wrong_detected``.
+        corrected: share of the victims with a wrong label whose labels are all right after `correct_labels`; None if
+            not measured.
+        corrected_ci: 95 % Wilson interval of ``corrected``.
+        corrected_seconds: mean run time of `correct_labels` per victim.
     """
 
     dataset: str
@@ -87,6 +96,11 @@ class FeaturesRow:
     test_accuracy: float | None
     below_1e4: float
     below_1e4_ci: tuple[float, float]
+    below_1e3: float
+    below_1e3_ci: tuple[float, float]
+    images_below_1e3: float
+    images_below_1e3_ci: tuple[float, float]
+    alone: float
     below_1e2: float
     below_1e2_ci: tuple[float, float]
     error_median: float
@@ -96,6 +110,9 @@ class FeaturesRow:
     wrong_ratio_median: float
     wrong_detected: float
     wrong_detected_ci: tuple[float, float]
+    corrected: float | None = None
+    corrected_ci: tuple[float, float] | None = None
+    corrected_seconds: float | None = None
 
 
 def true_features(shared: SharedGradient, victim: Victim, images: Tensor) -> Tensor:
@@ -140,7 +157,7 @@ def measure(cell: Cell, given: argparse.Namespace, data: LabelledImages) -> Feat
     victims = make_victims(cell, given, data, network)
     victims.setup("fit")
     victim = victims.victim
-    errors, right, wrong, seconds = [], [], [], 0.0
+    errors, right, wrong, alone, corrected, seconds, corrected_seconds = [], [], [], [], [], 0.0, 0.0
     for truth in victims.val_dataloader():  # in batches
         shared = victims.share(truth.ids.tolist())
         began = time.perf_counter()
@@ -150,10 +167,19 @@ def measure(cell: Cell, given: argparse.Namespace, data: LabelledImages) -> Feat
         right.append(separated.residual)
         labels = with_a_wrong_label(truth.labels, truth.ids, victim.protocol.num_classes, given.seed)
         wrong.append(separate_features(shared, victim, labels, seed=given.seed).residual)
+        alone.append((truth.labels[:, :, None] == truth.labels[:, None]).sum(2) == 1)
+        if given.correct:
+            began = time.perf_counter()
+            found = correct_labels(shared, victim, labels, seed=given.seed)
+            corrected_seconds += time.perf_counter() - began
+            corrected.append((found.labels.sort(1).values == truth.labels.sort(1).values).all(1))
+    small = torch.cat(errors) < 1e-3
     worst, residual = torch.cat(errors).amax(1), torch.cat(right)
     ratio = torch.cat(wrong) / residual.clamp(min=torch.finfo(residual.dtype).tiny)
     shares: dict[str, Any] = {}
-    for name, holds in (("below_1e4", worst < 1e-4), ("below_1e2", worst < 1e-2), ("wrong_detected", ratio > DETECTED)):
+    measured = {"below_1e4": worst < 1e-4, "below_1e3": worst < 1e-3, "below_1e2": worst < 1e-2}
+    measured |= {"wrong_detected": ratio > DETECTED, **({"corrected": torch.cat(corrected)} if corrected else {})}
+    for name, holds in measured.items():
         share = float(holds.double().mean())
         shares |= {name: share, f"{name}_ci": wilson_interval(share, len(holds))}
     columns = ("dataset", "network", "norm", "activation", "epochs", "labels", "images")
@@ -162,6 +188,10 @@ def measure(cell: Cell, given: argparse.Namespace, data: LabelledImages) -> Feat
         victims=len(worst),
         own_weights=network.own,
         test_accuracy=network.accuracy,
+        images_below_1e3=float(small.double().mean()),
+        images_below_1e3_ci=mean_interval(small.double().mean(1)),
+        alone=float(torch.cat(alone).double().mean()),
+        corrected_seconds=corrected_seconds / len(worst) if corrected else None,
         error_median=float(worst.quantile(0.5)),
         residual_median=float(residual.quantile(0.5)),
         seconds_per_victim=seconds / len(worst),
@@ -189,14 +219,30 @@ def format_table(rows: Sequence[FeaturesRow]) -> str:
 
     names = ["dataset", "network", "activation", "epochs", "labels"]
     several = [name for name in names if len({getattr(row, name) for row in rows}) > 1]
-    header = [*several, "images", "victims", "all < 1e-4", "all < 1e-2", "median error", "median residual", "s/victim"]
-    lines = [[*header, "wrong label: min", "median", f"> {DETECTED:g} x"]]
+    header = [
+        *several,
+        "images",
+        "victims",
+        "all < 1e-4",
+        "all < 1e-3",
+        "images < 1e-3",
+        "all < 1e-2",
+        "median error",
+        "median residual",
+        "s/victim",
+    ]
+    lines = [[*header, "wrong label: min", "median", f"> {DETECTED:g} x", "corrected", "s/victim"]]
     for row in rows:
         line = [str(getattr(row, name)) for name in (*several, "images", "victims")]
-        line += [percent(row.below_1e4, row.below_1e4_ci), percent(row.below_1e2, row.below_1e2_ci)]
+        line += [percent(row.below_1e4, row.below_1e4_ci), percent(row.below_1e3, row.below_1e3_ci)]
+        line += [percent(row.images_below_1e3, row.images_below_1e3_ci), percent(row.below_1e2, row.below_1e2_ci)]
         line += [f"{row.error_median:.1e}", f"{row.residual_median:.1e}", f"{row.seconds_per_victim:.3f}"]
         line += [f"{row.wrong_ratio_min:.1e}", f"{row.wrong_ratio_median:.1e}"]
-        lines.append([*line, percent(row.wrong_detected, row.wrong_detected_ci)])
+        line.append(percent(row.wrong_detected, row.wrong_detected_ci))
+        if row.corrected is None or row.corrected_ci is None:
+            lines.append([*line, "", ""])
+        else:
+            lines.append([*line, percent(row.corrected, row.corrected_ci), f"{row.corrected_seconds:.2f}"])
     return align(lines)
 
 
@@ -226,6 +272,18 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("random", "equal"),
         default=["random"],
         help="labels of a victim (default: random)",
+    )
+    add("--norm", nargs="+", choices=NORMS, help="norm layers of convnet, convnet32 and resnet18 (default: their own)")
+    add("--correct", action="store_true", help="also measure how often a wrong label is replaced by the right one")
+    add(
+        "--train-images",
+        type=int,
+        help="images to train on (default: 6000, or half of them if there are fewer than 12000)",
+    )
+    add(
+        "--test-images",
+        action="store_true",
+        help="victims hold test images (default: training images that no network saw)",
     )
     add("--victims", type=int, default=32, help="victims per cell (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of victims, networks, starts and wrong labels (default: %(default)s)")

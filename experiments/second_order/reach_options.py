@@ -8,7 +8,7 @@ import itertools
 import math
 from pathlib import Path
 
-from reach_victims import WRITTEN, Cell
+from reach_victims import WIDTHS, WRITTEN, Cell
 
 from leakage.attacks import GaussNewtonAttack, GradientInversion, IDLGAttack, RGAPAttack
 from leakage.datamodules import LABELLED_DATASETS
@@ -60,6 +60,11 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     add("--half", action="store_true", help="also use gradients without noise, rounded to float16")
     add("--methods", nargs="+", choices=METHODS, default=["gauss_newton", "idlg"], help="default: gauss_newton idlg")
+    add(
+        "--test-images",
+        action="store_true",
+        help="victims hold test images (default: training images that no network saw)",
+    )
     add("--victims", type=int, default=20, help="victims per cell (default: %(default)s)")
     add(
         "--infer-labels", action="store_true", help="infer labels from the gradient; by default the attacker knows them"
@@ -141,7 +146,7 @@ def make_cells(given: argparse.Namespace, datasets: list[str]) -> list[Cell]:
     for dataset, network, epochs, labels, (noise, half), images in itertools.product(
         datasets, *map(dict.fromkeys, (given.network, given.epochs, given.labels, noises, given.images))
     ):
-        takes = inspect.signature(NETWORKS["lenet" if network == "wide_lenet" else network]).parameters
+        takes = inspect.signature(NETWORKS[WIDTHS.get(network, (network, 0))[0]]).parameters
         norms = (given.norm or [takes["norm"].default]) if "norm" in takes else ["none"]
         for norm, activation in itertools.product(norms, given.activations or [takes["activation"].default]):
             cells.append(Cell(dataset, network, norm, activation, epochs, labels, images, noise, half))

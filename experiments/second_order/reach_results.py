@@ -33,7 +33,7 @@ class ReachRow:
     Attributes:
         method: name of the attack.
         dataset: data set of the images.
-        network: ``"lenet"``, ``"wide_lenet"``, ``"convnet"`` or ``"resnet18"``.
+        network: ``"lenet"``, ``"wide_lenet"``, ``"convnet"``, ``"convnet32"`` or ``"resnet18"``.
         norm: norm layers of the network.
         activation: activation function of the network.
         epochs: number of training epochs, 0 for none.

@@ -24,8 +24,12 @@ from restoration_clients import TorchLeNet
 from restoration_options import TRAINING_IMAGES
 
 # Display names of networks.
-WRITTEN = {"lenet": "LeNet", "wide_lenet": "LeNet-32", "convnet": "ConvNet-3", "resnet18": "ResNet-18"}
-_WIDE = 32
+WRITTEN = {
+    "lenet": "LeNet", "wide_lenet": "LeNet-32", "convnet": "ConvNet-3", "convnet32": "ConvNet-32",
+    "resnet18": "ResNet-18",
+}  # fmt: skip
+# Networks of the library of another width: the name of the library's network, and the number of channels.
+WIDTHS = {"wide_lenet": ("lenet", 32), "convnet32": ("convnet", 32)}
 # Networks with more parameters than this are shared by all victims.
 _SMALL = 2_000_000
 
@@ -90,10 +94,11 @@ def make_network(cell: Cell, given: argparse.Namespace, data: LabelledImages) ->
     options: dict[str, Any] = {"activation": cell.activation}
     if cell.network in ("lenet", "wide_lenet"):
         kind: type[nn.Module] = TorchLeNet if given.init == "torch" else LeNet
-        options |= {"width": _WIDE} if cell.network == "wide_lenet" else {}
     else:
-        kind = NETWORKS[cell.network]
+        kind = NETWORKS[WIDTHS.get(cell.network, (cell.network, 0))[0]]
         options["norm"] = cell.norm
+    if cell.network in WIDTHS:
+        options["width"] = WIDTHS[cell.network][1]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(given.seed)
         network = kind(channels, (height, width), data.num_classes, **options)
@@ -123,7 +128,7 @@ def make_victims(cell: Cell, given: argparse.Namespace, data: LabelledImages, ne
     """Return the victims of a cell."""
     defenses: list[Defense] = [GaussianNoise(cell.noise, relative=True)] if cell.noise else []
     return Victims(
-        Subset(data.train, network.images.tolist()),
+        data.test if given.test_images else Subset(data.train, network.images.tolist()),
         num_classes=data.num_classes,
         labels="single-class" if cell.labels == "equal" else None,
         victims=given.victims,

@@ -7,29 +7,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad
 from torch.nn import functional as F
 
 from leakage.clients.losses import LOSSES
 from leakage.clients.low_rank import row_space
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
+from leakage.closed_form.feature_search import MOST_DIRECT, ROUNDS, ROUNDS_OF_MANY, FeatureEquations, solve
 from leakage.errors import check_count
 from leakage.precision import full_precision
 from leakage.seeds import derive_seed
-from leakage.solvers.linear import select_lanes
-from leakage.solvers.normal_equations import judge_steps
 
-# Number of starts per victim in each round; victims whose equations hold to rounding need no further round.
-_ROUNDS = (2, 6, 24)
-# Equations hold to rounding if the error is below the first number, in units of rounding (the third number is the limit
-# of float64), or below the second number if two starts agree on the error: a probability near one has lost digits that
-# the equations can't recover.
-_ROUNDING, _AGREEING, _LEAST = 16.0, 50.0, 1e-12
-# A search ends after this many steps, or after this many slow steps in a row; a step is slow if it leaves more than
-# this share of the error.
-_STEPS, _SLOW_STEPS, _SLOW_SHARE = 200, 8, 1 - 1e-3
-# Bytes for the normal equations of all searches that run at once, and for the gradients of all victims.
+# What works without features.
+_INSTEAD = (
+    "Without features, use labels as they are inferred and an attack that searches for all images together, such as "
+    "InvertingGradientsAttack."
+)
+# Bytes for the gradients of all victims that are processed at once.
 _MEMORY = 2**28
 
 
@@ -64,17 +59,17 @@ def check_separable(victim: Victim) -> None:
     if protocol.learning_rate is not None:
         raise ValueError(
             "Expected victims of one local step, whose gradient is computed at known weights, but got `local_steps` "
-            f"{protocol.local_steps} and `learning_rate` {protocol.learning_rate!r}."
+            f"{protocol.local_steps} and `learning_rate` {protocol.learning_rate!r}. {_INSTEAD}"
         )
     if not victim.classifier:
         raise ValueError(
             "Expected logits that are the output of an nn.Linear layer, whose gradient holds the features, "
-            f"but got logits from {victim.logits_from}."
+            f"but got logits from {victim.logits_from}. {_INSTEAD}"
         )
     if f"{victim.classifier}.weight" not in victim.trainable:
         raise ValueError(
             f"Expected the weights of the last layer {victim.classifier!r} to share their gradient, "
-            "but got weights that are frozen or belong to another layer too."
+            f"but got weights that are frozen or belong to another layer too. {_INSTEAD}"
         )
     count, classes = protocol.num_images, protocol.num_classes
     has_bias = f"{victim.classifier}.bias" in victim.trainable
@@ -85,7 +80,8 @@ def check_separable(victim: Victim) -> None:
     if count > most:
         raise ValueError(
             f"Expected at most {most} images, as the last layer's gradient ({classes} classes, {width} features, loss "
-            f"{protocol.loss!r}, {'with' if has_bias else 'without'} a bias) can't tell more apart, but got {count}."
+            f"{protocol.loss!r}, {'with' if has_bias else 'without'} a bias) can't tell more apart, but got {count}. "
+            f"{_INSTEAD}"
         )
 
 
@@ -105,8 +101,9 @@ def separate_features(shared: SharedGradient, victim: Victim, labels: Tensor, *,
 
     .. math:: \sum_n \delta_n(a_n) \, a_n^\top = N g_W R^\top, \qquad \sum_n \delta_n(a_n) = N g_b .
 
-    They are solved by Levenberg-Marquardt with geodesic acceleration, from random starts around the batch's mean
-    feature; the result whose equations hold best is returned. As the rounding of a gradient is relative, the equations
+    They are solved by Levenberg-Marquardt with geodesic acceleration, by conjugate gradients for more than 16 images.
+    Starts are the solution with the deltas of the batch's mean feature, and random features around this mean; the
+    result whose equations hold best is returned. As the rounding of a gradient is relative, the equations
     of each class are divided by the norm of its row of :math:`g_W`, which also makes the basis far more accurate.
 
     The deltas of N images must be linearly independent. N must therefore be below the number of classes with
@@ -153,9 +150,11 @@ def separate_features(shared: SharedGradient, victim: Victim, labels: Tensor, *,
 
 def _separate(shared: SharedGradient, victim: Victim, labels: Tensor, seed: int) -> SeparatedFeatures:
     """Do :func:`separate_features` for as many victims as fit into memory."""
-    equations, basis, gradient = _equations(shared, victim, labels)
+    equations, basis, gradient = feature_equations(shared, victim, labels)
     known = shared.protocol.num_images == 1 and equations.has_bias
-    unknowns = equations.mean[:, None] if known else _solve(equations, shared, seed)
+    seeds = [derive_seed(seed, victim, "features") for victim in shared.ids.tolist()]
+    rounds = ROUNDS if shared.protocol.num_images <= MOST_DIRECT else ROUNDS_OF_MANY
+    unknowns = equations.mean[:, None] if known else solve(equations, seeds, rounds)[0]
     unknowns = _in_order(unknowns, labels)
     deltas = equations.deltas(unknowns)
     features = unknowns * equations.size[:, None, None] @ basis
@@ -166,71 +165,9 @@ def _separate(shared: SharedGradient, victim: Victim, labels: Tensor, seed: int)
     return SeparatedFeatures(features, deltas, residual)
 
 
-@dataclass
-class _Equations:
-    r"""The equations of L searches: :math:`\omega_k (\sum_n \delta_{nk} [a_n, 1] - G_k) = 0` for each class k."""
-
-    weight: Tensor  # (L, K, N), W in the coordinates of the features
-    bias: Tensor  # (L, K)
-    labels: Tensor  # (L, N, K), one-hot
-    target: Tensor  # (L, K, N) or, with a bias, (L, K, N + 1): G, the gradients, not divided by N
-    row_weights: Tensor  # (L, K), omega
-    mean: Tensor  # (L, N), the batch's mean feature, of norm about 1
-    strengths: Tensor  # (L, N), singular values of the gradient, from 1 downwards
-    size: Tensor  # (L,), the norm of the mean feature, by which all coordinates are divided
-    loss: str
-
-    def __getitem__(self, searches: Tensor) -> _Equations:
-        return select_lanes(self, searches)
-
-    @property
-    def has_bias(self) -> bool:
-        return self.target.shape[-1] > self.weight.shape[-1]
-
-    def deltas(self, unknowns: Tensor) -> Tensor:
-        """Return ``(L, N, K)``, the gradients of each image's loss by its logits."""
-        return self._by_logits(unknowns @ self.weight.mT + self.bias[:, None])
-
-    def _by_logits(self, logits: Tensor) -> Tensor:
-        gradient: Tensor = grad(lambda logits: LOSSES[self.loss](logits, self.labels).sum())(logits)
-        return gradient
-
-    def errors(self, unknowns: Tensor) -> Tensor:
-        """Return ``(L, K, N)`` or ``(L, K, N + 1)``, the errors of the equations relative to the gradient's norm."""
-        made = self.deltas(unknowns).mT @ self._with_bias(unknowns)
-        return (made - self.target) * self.row_weights[..., None]
-
-    def _with_bias(self, unknowns: Tensor) -> Tensor:
-        return F.pad(unknowns, (0, 1), value=1.0) if self.has_bias else unknowns
-
-    def normal(self, unknowns: Tensor) -> Tensor:
-        r"""Return ``(L, N * N, N * N)``, :math:`J^\top J`, without building the Jacobian J of the errors.
-
-        If image n moves by x, the errors change by :math:`E_n x a_n^\top + \delta_n x^\top`, where E are the
-        derivatives of delta by the features. Products of two such terms are therefore products of small matrices.
-        """
-        searches, count, width = unknowns.shape
-        logits = unknowns @ self.weight.mT + self.bias[:, None]
-
-        def along(direction: Tensor) -> tuple[Tensor, Tensor]:
-            tangent = direction[:, None].expand_as(logits)
-            moved: tuple[Tensor, Tensor] = jvp(self._by_logits, (logits,), (tangent,))  # type: ignore[assignment]
-            return moved
-
-        deltas, derivatives = vmap(along, in_dims=2, out_dims=(0, 3))(self.weight)
-        deltas = deltas[0] * self.row_weights[:, None]
-        derivatives = (derivatives * self.row_weights[:, None, :, None]).transpose(1, 2).flatten(2)  # (L, K, N N)
-        inputs = self._with_bias(unknowns)
-        product = (derivatives.mT @ derivatives).view(searches, count, width, count, width)
-        product = product * (inputs @ inputs.mT)[:, :, None, :, None]
-        mixed = (deltas @ derivatives).view(searches, count, count, width)
-        mixed = torch.einsum("lmni,lnj->lnimj", mixed, unknowns)
-        product += mixed + mixed.permute(0, 3, 4, 1, 2)
-        product.diagonal(dim1=2, dim2=4).add_((deltas @ deltas.mT)[..., None])
-        return product.reshape(searches, count * width, count * width)
-
-
-def _equations(shared: SharedGradient, victim: Victim, labels: Tensor) -> tuple[_Equations, Tensor, Tensor]:
+def feature_equations(
+    shared: SharedGradient, victim: Victim, labels: Tensor
+) -> tuple[FeatureEquations, Tensor, Tensor]:
     """Return the equations of all victims, the basis ``(V, N, D)`` of their features, and g_W summed over images."""
     protocol, layer = shared.protocol, victim.classifier
     scale = protocol.num_images if protocol.reduction == "mean" else 1
@@ -263,7 +200,7 @@ def _equations(shared: SharedGradient, victim: Victim, labels: Tensor) -> tuple[
     if push is not None:
         target = torch.cat([target, total[..., None]], dim=2)
     total_length = (target * row_weights[..., None]).norm(dim=(1, 2))
-    equations = _Equations(
+    equations = FeatureEquations(
         weight=weight @ basis.mT * size[:, None, None],
         bias=bias,
         labels=targets,
@@ -272,47 +209,10 @@ def _equations(shared: SharedGradient, victim: Victim, labels: Tensor) -> tuple[
         mean=mean / size[:, None],
         strengths=strengths / strengths[:, :1].clamp(min=smallest),
         size=size,
+        precision=_precision(torch.cat([tensor.flatten(1) for tensor in shared.gradients.values()], dim=1)),
         loss=protocol.loss,
     )
     return equations, basis, gradient
-
-
-def _solve(equations: _Equations, shared: SharedGradient, seed: int) -> Tensor:
-    """Return ``(V, N, N)``, the coordinates of all features, from the start whose equations hold best."""
-    victims, count = equations.mean.shape
-    precision = _precision(torch.cat([tensor.flatten(1) for tensor in shared.gradients.values()], dim=1))
-    enough = (_ROUNDING * precision).clamp(min=_LEAST)
-    at_once = max(1, _MEMORY // (32 * count**4))
-    best = equations.mean.new_zeros(victims, count, count)
-    least = equations.mean.new_full((victims,), torch.inf)
-    solved = torch.zeros_like(least, dtype=torch.bool)
-    first = 0
-    for starts in _ROUNDS:
-        (unsolved,) = torch.where(~solved)
-        if not len(unsolved):
-            break
-        for part in torch.split(unsolved, max(1, at_once // starts)):
-            some = equations[part.repeat_interleave(starts)]
-            begin = [
-                _start(equations[victim], derive_seed(seed, int(shared.ids[victim]), f"features {first + index}"))
-                for victim in part
-                for index in range(starts)
-            ]
-            found = [
-                _search(some[lanes], torch.stack(begin)[lanes])
-                for lanes in torch.split(torch.arange(len(begin), device=part.device), at_once)
-            ]
-            unknowns = torch.cat([unknowns for unknowns, _ in found]).view(len(part), starts, count, count)
-            errors = torch.cat([errors for _, errors in found]).view(len(part), starts)
-            errors, order = torch.where(errors.isfinite(), errors, torch.inf).sort(dim=1)
-            agree = (errors[:, 1] < 1.01 * errors[:, 0]) & (errors[:, 0] < enough[part] * _AGREEING / _ROUNDING)
-            errors, chosen = errors[:, 0], order[:, 0]
-            solved[part] = (errors < enough[part]) | agree
-            (better,) = torch.where(errors < least[part])
-            best[part[better]] = unknowns[better, chosen[better]]
-            least[part[better]] = errors[better]
-        first += starts
-    return best
 
 
 def _precision(gradients: Tensor) -> Tensor:
@@ -322,54 +222,6 @@ def _precision(gradients: Tensor) -> Tensor:
         exact = (gradients.to(dtype).to(gradients.dtype) == gradients).all(dim=1)
         found = torch.where(exact, torch.finfo(dtype).eps, found)
     return found
-
-
-def _start(victim: _Equations, seed: int) -> Tensor:
-    """Return ``(N, N)``, the mean feature plus noise, in part with the gradient's spread; rescaled without a bias."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(2 * victim.mean.shape, generator=generator, dtype=torch.float64).to(victim.mean)
-    spread, power, stretch = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-    scale = 1.0 if victim.has_bias else 3 ** (2 * stretch - 1)
-    start: Tensor = scale * (victim.mean + 10**-spread * noise * victim.strengths ** (power / 2))
-    return start
-
-
-def _search(equations: _Equations, unknowns: Tensor) -> tuple[Tensor, Tensor]:
-    """Run Levenberg-Marquardt with geodesic acceleration in L searches; return unknowns and final errors ``(L,)``."""
-    unknowns = unknowns.clone()
-    costs = equations.errors(unknowns).square().sum((1, 2))
-    damping, slow = torch.full_like(costs, 0.1), torch.zeros_like(costs)
-    active = torch.arange(len(costs), device=costs.device)
-    for _ in range(_STEPS):
-        some, at = equations[active], unknowns[active]
-        errors, pull = vjp(some.errors, at)  # type: ignore[misc]
-        normal = some.normal(at)
-        diagonal = normal.diagonal(dim1=1, dim2=2)
-        diagonal += (damping[active, None] + torch.finfo(at.dtype).eps) * diagonal.mean(1, keepdim=True)
-        factor, failed = torch.linalg.cholesky_ex(normal)
-
-        def solve(right: Tensor, factor: Tensor = factor) -> Tensor:
-            return torch.cholesky_solve(right.flatten(1)[..., None], factor).view_as(right)
-
-        step = -solve(pull(errors)[0])
-        # First and second derivative of the errors along the step, and the correction by the second derivative.
-        change, bend = jvp(  # type: ignore[misc]
-            lambda at, some=some, step=step: jvp(some.errors, (at,), (step,))[1], (at,), (step,)
-        )
-        turn = -solve(pull(bend)[0]) / 2
-        small = turn.norm(dim=(1, 2)) < 0.375 * step.norm(dim=(1, 2))
-        moved = at + step + torch.where(small[:, None, None], turn, 0.0)
-        reached = torch.where(failed == 0, some.errors(moved).square().sum((1, 2)), torch.inf)
-        promised = -(change * (2 * errors + change)).sum((1, 2))
-        judged = judge_steps(costs[active], reached, promised, damping[active], slow[active], slow_share=_SLOW_SHARE)
-        damping[active], slow[active] = judged.damping, judged.slow
-        unknowns[active] = torch.where(judged.accepted[:, None, None], moved, at)
-        costs[active] = torch.where(judged.accepted, reached, costs[active])
-        ended = (costs[active] <= 1e-30) | (judged.slow >= _SLOW_STEPS) | judged.hopeless
-        active = active[~ended]
-        if not len(active):
-            break
-    return unknowns, costs.sqrt()
 
 
 def _in_order(unknowns: Tensor, labels: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
+from leakage.closed_form import check_separable
 from leakage.dummies.dummy import Labels, Target, widen
-from leakage.errors import check_positive
-from leakage.labels import Auxiliary, LabelReader
+from leakage.errors import check_flag, check_positive
+from leakage.labels import Auxiliary, LabelReader, correct_labels
 from leakage.pieces import State
 
 
@@ -73,11 +74,14 @@ class InferredLabels(_FixedLabels):
         rule: a key of :data:`leakage.labels.RULES` or ``"auto"``.
         auxiliary: the attacker's own images, for the rules that learn from them.
         seed: seed of the rules that draw random numbers.
+        correct: whether the gradient verifies the labels, and one wrong label of a victim is replaced before images are
+            searched for (:func:`leakage.labels.correct_labels`).
 
     Raises:
-        ValueError: the rule is unknown, or ``auxiliary`` is not an :class:`~leakage.labels.Auxiliary`; in ``fit``, if
-            labels are not revealed, the rule can't infer the victims' labels, or the order of the images matters
-            because each local step takes different images (``local_batch_size`` without ``shuffle``).
+        ValueError: the rule is unknown, ``auxiliary`` is not an :class:`~leakage.labels.Auxiliary`, or ``correct`` is
+            not True or False; in ``fit``, if labels are not revealed, the rule can't infer the victims' labels, the
+            last layer's gradient can't verify them, or the order of the images matters because each local step takes
+            different images (``local_batch_size`` without ``shuffle``).
 
     References:
         Zhao, Mopuri and Bilen, *iDLG: Improved Deep Leakage from Gradients*, 2020,
@@ -85,11 +89,14 @@ class InferredLabels(_FixedLabels):
 
     Example:
         >>> InferredLabels("ilrg")
-        InferredLabels(rule='ilrg', auxiliary=None, seed=0)
+        InferredLabels(rule='ilrg', auxiliary=None, seed=0, correct=False)
     """
 
-    def __init__(self, rule: str = "auto", auxiliary: Auxiliary | None = None, seed: int = 0) -> None:
-        self.rule, self.auxiliary, self.seed = rule, auxiliary, seed
+    def __init__(
+        self, rule: str = "auto", auxiliary: Auxiliary | None = None, seed: int = 0, correct: bool = False
+    ) -> None:
+        check_flag(correct=correct)
+        self.rule, self.auxiliary, self.seed, self.correct = rule, auxiliary, seed, correct
         self._reader = LabelReader(rule, auxiliary=auxiliary, seed=seed)
 
     def check(self, target: Target) -> None:
@@ -97,6 +104,8 @@ class InferredLabels(_FixedLabels):
         if target.labels_revealed:
             return
         self._reader.check(target.victim, own_weights=target.own_weights)
+        if self.correct:
+            check_separable(target.victim)
         # If clients shuffle their images, their order does not matter.
         if target.victim.protocol.local_batch_size is not None and not target.victim.protocol.shuffle:
             raise ValueError(
@@ -106,7 +115,8 @@ class InferredLabels(_FixedLabels):
             )
 
     def _labels(self, shared: SharedGradient, victim: Victim) -> Tensor:
-        return self._reader(shared, victim).labels
+        labels = self._reader(shared, victim).labels
+        return correct_labels(shared, victim, labels, seed=self.seed).labels if self.correct else labels
 
     def learnt(self) -> dict[str, Any]:
         """Return the chosen rule and what it learnt."""

@@ -31,7 +31,7 @@ def test_the_published_protocol_has_the_papers_values() -> None:
     assert (images.images.std, images.images.box, images.weight) == (1.0, (0, 1), 0.01)
     solver: Any = attack.solver
     assert (solver.lr, solver.steps, solver.schedule, solver.noise) == (0.1, 20_000, "cosine", 0.2)
-    assert repr(attack.labels) == "InferredLabels(rule='row_minimum', auxiliary=None, seed=0)"
+    assert repr(attack.labels) == "InferredLabels(rule='row_minimum', auxiliary=None, seed=0, correct=False)"
 
 
 def test_values_are_replaced_one_by_one() -> None:

@@ -11,9 +11,11 @@ from torch.func import functional_call
 
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
+from leakage.closed_form import feature_search
 from leakage.closed_form import features as module
-from leakage.closed_form.features import SeparatedFeatures, _equations, separate_features
-from tests.labels.by_hand import images_and_labels, network
+from leakage.closed_form.feature_search import _Linearised
+from leakage.closed_form.features import SeparatedFeatures, feature_equations, separate_features
+from tests.labels.by_hand import images_and_labels, linear, network
 
 CLASSES, VICTIMS = 6, 3
 
@@ -94,7 +96,7 @@ def test_mean_squared_error_lets_images_of_repeated_labels_turn() -> None:
     with pytest.raises(ValueError, match=r"at most one pair of equal labels, .* but got more \(victims \[9\]\)"):
         separate_features(shared, victim, torch.tensor([[1, 2, 1], [3, 3, 3]]))
     # The reason: turn the features of equal labels about their mean.
-    equations, _, _ = _equations(victim.share(images, torch.full((2, 3), 3)), victim, torch.full((2, 3), 3))
+    equations, _, _ = feature_equations(victim.share(images, torch.full((2, 3), 3)), victim, torch.full((2, 3), 3))
     unknowns = torch.randn(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     sine, cosine = torch.tensor(0.7).double().sin(), torch.tensor(0.7).double().cos()
     axis = torch.ones(3, 1, dtype=torch.float64) / 3**0.5
@@ -126,7 +128,7 @@ def test_float32() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_labels_that_are_wrong_leave_a_residual(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ROUNDS", (4,))  # more would not help
+    monkeypatch.setattr(module, "ROUNDS", (4,))  # more would not help
     victim, shared, _, labels = setting(count)
     wrong = labels.clone()
     wrong[:, 0] = (wrong[:, 0] + 1) % CLASSES
@@ -165,16 +167,41 @@ def test_the_seed_only_chooses_starts_and_leaves_the_global_state() -> None:
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mean_squared_error"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_normal_equations_are_those_of_the_jacobian(loss: str, bias: bool) -> None:
+def test_products_are_those_of_the_jacobian(loss: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     victim, shared, _, labels = setting(3, loss=loss, bias=bias)
-    equations, _, _ = _equations(shared, victim, labels)
-    unknowns = torch.randn(VICTIMS, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    product = equations.normal(unknowns)
+    equations, _, _ = feature_equations(shared, victim, labels)
+    generator = torch.Generator().manual_seed(0)
+    unknowns, step = torch.randn(2, VICTIMS, 3, 3, dtype=torch.float64, generator=generator)
+    damping = torch.tensor([0.0, 1e-3, 0.1], dtype=torch.float64)
+    direct = _Linearised(equations, unknowns, damping)
+    monkeypatch.setattr(feature_search, "MOST_DIRECT", 0)
+    products = _Linearised(equations, unknowns, damping)
+    given = torch.randn(direct.residuals.shape, dtype=torch.float64, generator=generator)
+    (moved, _), pulled = products.product(step.flatten(1)), products.transposed([given, 0 * step.flatten(1)])
+    torch.testing.assert_close(direct.residuals, equations.errors(unknowns))
     for index in range(VICTIMS):
         one = equations[torch.tensor([index])]
         jacobian = torch.autograd.functional.jacobian(lambda at, one=one: one.errors(at), unknowns[index : index + 1])
         jacobian = jacobian.reshape(-1, 9)
-        torch.testing.assert_close(product[index], jacobian.T @ jacobian)
+        torch.testing.assert_close(direct.normal()[index], jacobian.T @ jacobian)
+        torch.testing.assert_close(moved[index].flatten(), jacobian @ step[index].flatten())
+        torch.testing.assert_close(pulled[index], jacobian.T @ given[index].flatten())
+        expected = torch.linalg.lstsq(jacobian, given[index].flatten()).solution.view(3, 3)
+        if index == 0:  # without damping
+            torch.testing.assert_close(products.solve(given, 1e-12)[0], expected)
+            torch.testing.assert_close(direct.solve(given, 1e-12)[0], expected)
+
+
+def test_many_images_by_conjugate_gradients() -> None:
+    count = feature_search.MOST_DIRECT + 2
+    victim = Victim(linear(40, 48, scale=0.3).double(), image_shape=(3, 4, 4), num_images=count)
+    images = torch.rand(1, count, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.arange(count)[None].clamp(min=1)  # the first two are of one class
+    separated = separate_features(victim.share(images, labels), victim, labels)
+    features = images.flatten(2)
+    error = torch.cdist(separated.features, features).amin(2) / features.norm(dim=2)
+    assert (separated.residual < 1e-9).all()
+    assert (error < 1e-6).all()
 
 
 def test_a_gradient_of_zeros() -> None:
@@ -192,7 +219,9 @@ def test_more_images_than_the_gradient_tells_apart() -> None:
         ("mean_squared_error", False, 5),
     ):
         victim, shared, _, labels = setting(most + 1, loss=loss, bias=bias)
-        with pytest.raises(ValueError, match=f"Expected at most {most} images, .* but got {most + 1}"):
+        with pytest.raises(
+            ValueError, match=f"Expected at most {most} images, .* but got {most + 1}. Without features, use"
+        ):
             separate_features(shared, victim, labels)
 
 
@@ -214,7 +243,8 @@ def test_logits_that_no_linear_layer_gives() -> None:
     victim = Victim(nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Tanh()), image_shape=(3, 2, 2))
     images, labels = images_and_labels(0, 1, 1, 4)
     with pytest.raises(
-        ValueError, match=r"Expected logits that are the output of an nn.Linear layer, .* operations after it"
+        ValueError,
+        match=r"Expected logits that are the output of an nn.Linear layer, .* operations after it. Without features",
     ):
         separate_features(victim.share(images, labels), victim, labels)
 

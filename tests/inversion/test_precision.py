@@ -128,7 +128,7 @@ def closed_form(target: str) -> Callable[[], Any]:
         "clients.capture.vmap": lambda: victim.share(images, labels),
         "clients.victim.defend": lambda: victim.share(images, labels),
         "labels.inference.last_layer": lambda: infer_labels(shared, victim),
-        "closed_form.features._equations": lambda: separate_features(shared, victim, labels),
+        "closed_form.features.feature_equations": lambda: separate_features(shared, victim, labels),
         "closed_form.layer_by_layer.find_chain": lambda: invert_layers(shared, victim, separated),
         "metrics.scores._ssim": lambda: score(images, labels, images, labels),
     }[target]
@@ -141,7 +141,7 @@ def closed_form(target: str) -> Callable[[], Any]:
         "clients.capture.vmap",
         "clients.victim.defend",
         "labels.inference.last_layer",
-        "closed_form.features._equations",
+        "closed_form.features.feature_equations",
         "closed_form.layer_by_layer.find_chain",
         "metrics.scores._ssim",
     ],
