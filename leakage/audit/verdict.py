@@ -96,7 +96,7 @@ def bounds(client: Client, fewest_others: int, guessed: Figure | None) -> list[B
     if private is None or not private.noise_multiplier:
         return []
     sigma = private.noise_multiplier
-    uses = client.local_steps * (client.local_batch_size or client.images) // client.images  # of each image
+    uses = math.ceil(client.local_steps * (client.local_batch_size or client.images) / client.images)  # of each image
     epsilon = private.epsilon(uses, 1.0, DELTA)
     releases = "one release" if uses == 1 else f"{uses} steps with each image"
     mechanism = f"{private!r}, {releases}: ε = {epsilon:.3g} at δ = {DELTA:g}"
