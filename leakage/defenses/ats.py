@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from leakage.defenses.base import Defense
 from leakage.defenses.encoding import Encoding
@@ -17,22 +16,22 @@ from leakage.defenses.encoding import Encoding
 if TYPE_CHECKING:  # a victim has defenses
     from leakage.clients.victim import Victim
 
-# Transformations of one image with a size, whose sign is drawn; and those without a size.
-_SIZED: dict[str, Callable[[Tensor, float], Any]] = {
-    "rotate": F.rotate,
-    "shear_x": lambda image, size: F.affine(image, 0, [0, 0], 1, [math.degrees(math.atan(size)), 0]),
-    "shear_y": lambda image, size: F.affine(image, 0, [0, 0], 1, [0, math.degrees(math.atan(size))]),
-    "translate_x": lambda image, size: F.affine(image, 0, [round(size * image.shape[-1]), 0], 1, [0, 0]),
-    "translate_y": lambda image, size: F.affine(image, 0, [0, round(size * image.shape[-2])], 1, [0, 0]),
-    "brightness": lambda image, size: F.adjust_brightness(image, 1 + size),
-    "color": lambda image, size: F.adjust_saturation(image, 1 + size),
-    "contrast": lambda image, size: F.adjust_contrast(image, 1 + size),
-    "sharpness": lambda image, size: F.adjust_sharpness(image, 1 + size),
+# Transformations of one image by torchvision's functions, with a size, whose sign is drawn; and those without a size.
+_SIZED: dict[str, Callable[[Any, Tensor, float], Any]] = {
+    "rotate": lambda ops, image, size: ops.rotate(image, size),
+    "shear_x": lambda ops, image, size: ops.affine(image, 0, [0, 0], 1, [math.degrees(math.atan(size)), 0]),
+    "shear_y": lambda ops, image, size: ops.affine(image, 0, [0, 0], 1, [0, math.degrees(math.atan(size))]),
+    "translate_x": lambda ops, image, size: ops.affine(image, 0, [round(size * image.shape[-1]), 0], 1, [0, 0]),
+    "translate_y": lambda ops, image, size: ops.affine(image, 0, [0, round(size * image.shape[-2])], 1, [0, 0]),
+    "brightness": lambda ops, image, size: ops.adjust_brightness(image, 1 + size),
+    "color": lambda ops, image, size: ops.adjust_saturation(image, 1 + size),
+    "contrast": lambda ops, image, size: ops.adjust_contrast(image, 1 + size),
+    "sharpness": lambda ops, image, size: ops.adjust_sharpness(image, 1 + size),
 }
-_PLAIN: dict[str, Callable[[Tensor], Any]] = {
-    "autocontrast": F.autocontrast,
-    "equalize": F.equalize,
-    "invert": F.invert,
+_PLAIN: dict[str, Callable[[Any, Tensor], Any]] = {
+    "autocontrast": lambda ops, image: ops.autocontrast(image),
+    "equalize": lambda ops, image: ops.equalize(image),
+    "invert": lambda ops, image: ops.invert(image),
 }
 _EXAMPLE = "such as 'translate_x 0.45, invert'"
 
@@ -88,15 +87,17 @@ class ATS(Encoding):
 
     def encode(self, images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the changed images and the same class probabilities."""
+        from torchvision.transforms.v2 import functional as ops  # slow to import, and every client imports this file
+
         changed = []
         for image in images:
             policy = self._steps[int(torch.randint(len(self._steps), (), generator=generator))]
             for name, size in policy:
                 if size is None:
-                    image = _PLAIN[name](image)
+                    image = _PLAIN[name](ops, image)
                 else:
                     sign = 2 * int(torch.randint(2, (), generator=generator)) - 1
-                    image = _SIZED[name](image, sign * size)
+                    image = _SIZED[name](ops, image, sign * size)
             changed.append(image)
         return torch.stack(changed), targets
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 from pathlib import Path
 
@@ -178,6 +179,7 @@ def test_refuses_a_module_that_can_t_be_made(
         "    def __init__(self):\n        raise RuntimeError('no GPU here')\n"
     )
     monkeypatch.syspath_prepend(str(Path.cwd()))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # nothing but the audit is to leave files
     said = refused(capsys, "--model", "broken.Broken", "--data", EXAMPLE["data"])
     assert "no GPU here" in said
     assert json.dumps(said).count("\\n") == 0

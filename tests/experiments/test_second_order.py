@@ -195,7 +195,7 @@ def victims_of(module: ModuleType, allowed: torch.Tensor | None = None, **option
     data.setup("fit")
     chosen = {"labels": "random", "images": 1, "noise": 0.0, "half": False} | options
     cell = module.Cell(dataset="noise", network="lenet", norm="none", activation="sigmoid", epochs=0, **chosen)
-    given = argparse.Namespace(victims=4, seed=0, lanes=3, infer_labels=True)
+    given = argparse.Namespace(victims=4, seed=0, lanes=3, infer_labels=True, test_images=False)
     allowed = torch.arange(60) if allowed is None else allowed
     network = module.Network(LeNet(1, 8, 3), allowed, own=True, accuracy=None)
     victims: Victims = module.make_victims(cell, given, data, network)
