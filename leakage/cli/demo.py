@@ -26,7 +26,7 @@ def demo(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("demo"), help="folder of the results (default: %(default)s)"
     )
-    parser.add_argument("--victims", type=int, default=64, help="number of victims, 1 to 1000 (default: %(default)s)")
+    parser.add_argument("--victims", type=int, default=32, help="number of victims, 1 to 1000 (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: %(default)s)")
     given = parser.parse_args(arguments)
     started = time.monotonic()
