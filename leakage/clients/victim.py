@@ -273,15 +273,14 @@ class Victim:
         protocol = self.protocol
         fixed = {name: tensor for name, tensor in state.items() if name not in frozenset(self.trainable)}
         weights = {name: state[name] for name in self.trainable}
-        step_gradients = grad(self._loss, has_aux=True)
+        step_gradients = grad(self._loss, has_aux=True) if self._example_norm is None else self._clipped
         secrets = secrets or Secrets()
         if protocol.local_steps == 1:
             found: tuple[dict[str, Tensor], dict[str, Activation]]
             found = step_gradients(weights, fixed, images, targets, modules, None, secrets.drawn)
             return found
         data = fixed, images, targets
-        steps = step_gradients if self._example_norm is None else self._clipped
-        return train(steps, protocol, data, weights, modules, secrets, sparing=sparing)
+        return train(step_gradients, protocol, data, weights, modules, secrets, sparing=sparing)
 
     def _clipped(
         self,
@@ -335,7 +334,7 @@ class Victim:
         total = losses.sum() if share is None else (share * losses).sum()
         if protocol.reduction == "sum":
             return total
-        return losses.mean() if share is None else total / (protocol.step_size)
+        return losses.mean() if share is None else total / protocol.step_size
 
     @property
     def mixes_images(self) -> bool:

@@ -84,11 +84,11 @@ def test_memory_does_not_grow_with_the_steps():
 
         return peak_memory(lambda: vmap(grad_and_value(objective))(images, targets), torch.device("cpu"))
 
-    few, many, very_many = (needed(steps, sparing=True) for steps in (4, 16, 64))
-    plain = needed(16, sparing=False)
+    few, many, very_many = (needed(steps, sparing=True) for steps in (8, 32, 128))
+    plain = needed(32, sparing=False)
     assert many < 1.3 * few
     assert very_many < 1.3 * few
-    assert plain > 4 * many
+    assert plain > 8 * many
     assert needed(4, sparing=True) == needed(4, sparing=False)
 
 
