@@ -93,7 +93,8 @@ def test_finds_images_of_other_networks(case: Any, kit: Any, model: nn.Module, w
 def test_two_images_per_victim(case: Any, kit: Any) -> None:
     options: dict[str, Any] = {"victims": 3, "images": 2, "reveal_labels": case.infers_labels}
     start = kit.fit(case.attack(max_evaluations=1, restarts=0), kit.victims(**options))
-    attack = kit.fit(case.attack(max_evaluations=200, restarts=0), kit.victims(**options))
+    most = 40 if case.kind is GaussNewtonAttack else 200
+    attack = kit.fit(case.attack(max_evaluations=most, restarts=0), kit.victims(**options))
     before, after = kit.by_id(start), kit.by_id(attack)
     assert after.images.shape == (3, 2, 1, 12, 12)
     assert after.labels.shape == (3, 2)
@@ -108,7 +109,7 @@ def test_two_images_per_victim(case: Any, kit: Any) -> None:
 @pytest.mark.parametrize("case", ATTACKS[1:], ids=str)
 def test_a_large_network_of_torchvision_runs(case: Any, kit: Any) -> None:
     model = torchvision.models.resnet18(num_classes=10).eval()
-    model.conv1 = nn.Conv2d(1, 64, 3, bias=False)
+    model.conv1 = nn.Conv2d(1, 64, 3, stride=2, bias=False)
     before = copy.deepcopy(model.state_dict())
     victims = kit.victims(victims=1, model=model)
     few = {"solver": "cg", "max_products": 2} if case.kind is GaussNewtonAttack else {}
@@ -159,6 +160,7 @@ def test_the_same_seed_gives_the_same_bits(lbfgs_case: Any, kit: Any, protocol: 
     assert not torch.equal(kit.by_id(one).images, kit.by_id(other).images)
 
 
+@pytest.mark.parametrize("case", ATTACKS[1:], ids=str)
 def test_lanes_change_neither_starts_nor_success(case: Any, kit: Any) -> None:
     watches = [Watch(), Watch()]
     few, many = (
@@ -199,10 +201,10 @@ def test_restarts_stay_within_their_budget_and_the_best_start_is_kept(case: Any,
             case.attack(max_evaluations=case.few, restarts=restarts, tolerance=1e-12, restart_above=1e-12),
             kit.victims(victims=8),
         )
-        for restarts in (0, 1, 2)
+        for restarts in (0, 2)
     ]
     found = [kit.by_id(attack) for attack in attacks]
-    for restarts, one in enumerate(found):
+    for restarts, one in zip((0, 2), found, strict=True):
         assert one.restarts.tolist() == [restarts] * 8
         assert one.evaluations.tolist() == [case.few * (restarts + 1)] * 8
     for fewer, more in itertools.pairwise(found):
@@ -212,7 +214,7 @@ def test_restarts_stay_within_their_budget_and_the_best_start_is_kept(case: Any,
         assert torch.equal(more.images[kept], fewer.images[kept])
         assert torch.equal(more.labels[kept], fewer.labels[kept])
         assert not torch.equal(more.images[~kept], fewer.images[~kept]) or bool(kept.all())
-    assert bool((found[2].loss < found[0].loss).any())
+    assert bool((found[1].loss < found[0].loss).any())
 
 
 def test_only_victims_that_ended_above_the_threshold_start_again(kit: Any) -> None:
@@ -258,13 +260,17 @@ def test_never_sees_the_truth(case: Any, kit: Any) -> None:
             return DataLoader([wrong], batch_size=None)  # type: ignore[arg-type]
 
     options: dict[str, Any] = {"victims": 3, "lanes": 2}
-    honest = kit.fit(case.attack(), kit.victims(**options), val_check_interval=7)
-    lied = kit.fit(case.attack(), Lies(**options), val_check_interval=7)
-    kit.assert_same(honest, lied)
-    kit.assert_successful(honest, 3)
-    assert all(score.success == 0 and score.label_accuracy == 0 for score in lied.scores.values())
+    attacks = [
+        kit.fit(case.attack(max_evaluations=5 * case.few, restarts=1), victims(**options), val_check_interval=7)
+        for victims in (kit.victims, Lies)
+    ]
+    kit.assert_same(*attacks)
+    honest, lied = ([attack.scores[victim] for victim in range(3)] for attack in attacks)
+    assert all(score.success == 0 and score.label_accuracy == 0 for score in lied)
+    assert all(score.mse < 0.5 * other.mse for score, other in zip(honest, lied, strict=True))
 
 
+@pytest.mark.parametrize("case", ATTACKS[1:], ids=str)
 def test_validation_scores_on_the_way_and_changes_nothing(case: Any, kit: Any) -> None:
     class Scores(Callback):
         """The scores after each validation."""

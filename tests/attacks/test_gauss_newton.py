@@ -45,11 +45,11 @@ def test_begins_with_the_layers_where_it_can(kit: Any) -> None:
 
 @pytest.mark.slow
 def test_searches_for_labels_together_with_the_images(kit: Any) -> None:
-    attack = kit.fit(GaussNewtonAttack(joint_labels=True), kit.victims(victims=6))
-    assert sum(score.success == 1 and score.label_accuracy == 1 for score in attack.scores.values()) >= 5
+    attack = kit.fit(GaussNewtonAttack(joint_labels=True), kit.victims(victims=4))
+    assert sum(score.success == 1 and score.label_accuracy == 1 for score in attack.scores.values()) >= 3
     labels = GaussNewtonAttack(joint_labels=True, max_evaluations=1, restarts=0)
-    kit.fit(labels, kit.victims(victims=6))
-    assert sum(score.label_accuracy for score in labels.scores.values()) < 6, "labels were known from the start"
+    kit.fit(labels, kit.victims(victims=4))
+    assert sum(score.label_accuracy for score in labels.scores.values()) < 4, "labels were known from the start"
 
 
 @pytest.mark.parametrize("solver", ["cholesky", "cg"])
@@ -140,8 +140,8 @@ def test_the_same_seed_gives_the_same_bits_also_after_a_resume(kit: Any, tmp_pat
 @pytest.mark.slow
 def test_double_precision_goes_further(kit: Any) -> None:
     options: dict[str, Any] = {"start": "noise", "solver": "cholesky", "tolerance": 1e-20}
-    single = kit.by_id(kit.fit(GaussNewtonAttack(**options), kit.victims(victims=2)))
-    double = kit.by_id(kit.fit(GaussNewtonAttack(**options), kit.victims(victims=2), precision="64-true"))
+    single = kit.by_id(kit.fit(GaussNewtonAttack(**options), kit.victims(victims=1)))
+    double = kit.by_id(kit.fit(GaussNewtonAttack(**options), kit.victims(victims=1), precision="64-true"))
     assert double.images.dtype == torch.float64
     assert bool((double.loss < single.loss).all())  # down to the rounding of the shared gradients
 
@@ -149,8 +149,8 @@ def test_double_precision_goes_further(kit: Any) -> None:
 @pytest.mark.slow
 def test_batches_start_with_their_layers_in_any_cohort(kit: Any) -> None:
     """Labels come unsorted, and one cohort after another."""
-    options: dict[str, Any] = {"victims": 4, "images": 3, "lanes": 3, "reveal_labels": True}
-    attack = kit.fit(GaussNewtonAttack(), kit.victims(**options))
+    options: dict[str, Any] = {"victims": 4, "images": 2, "lanes": 3, "reveal_labels": True}
+    attack = kit.fit(GaussNewtonAttack(max_evaluations=30, restarts=0), kit.victims(**options))
     assert sum(score.success == 1 and score.label_accuracy == 1 for score in attack.scores.values()) >= 3
     alone = kit.fit(GaussNewtonAttack(max_evaluations=1, restarts=0), kit.victims(**(options | {"lanes": 1})))
     assert torch.equal(kit.by_id(alone).labels, kit.by_id(attack).labels)

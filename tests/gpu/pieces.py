@@ -60,7 +60,7 @@ RUNS: dict[str, Any] = {
         {
             "images": 2,
             "reveal_labels": True,
-            "local_steps": 4,
+            "local_steps": 2,
             "learning_rate": 0.1,
             "reveal_learning_rate": False,
             "local_batch_size": 1,

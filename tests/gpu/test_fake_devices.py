@@ -66,7 +66,7 @@ def test_it_refuses_two_devices() -> None:
     [
         lambda: IDLGAttack(max_evaluations=8, **QUICK),
         lambda: IDLGAttack(max_evaluations=4, restarts=1),
-        lambda: DLGAttack(protocol="published", max_evaluations=2),
+        lambda: DLGAttack(protocol="published", history_size=3, max_evaluations=1),
         lambda: IDLGAttack(distance="cosine", max_evaluations=3, **QUICK),
         lambda: GaussNewtonAttack(),
         lambda: GaussNewtonAttack(start="noise", max_evaluations=3, solver="cg", max_products=5, **QUICK),
@@ -119,10 +119,10 @@ def test_condenses_there(kind: Callable[..., Condensation], real_images: str) ->
 
 def test_a_resumed_run_is_where_the_trainer_computes(tmp_path: Path) -> None:
     def attack() -> GradientInversion:
-        return IDLGAttack(max_evaluations=16, **QUICK)
+        return IDLGAttack(max_evaluations=9, **QUICK)
 
-    saver = ModelCheckpoint(tmp_path, filename="early", every_n_train_steps=9)
-    fit(attack(), elsewhere=False, callbacks=[saver], enable_checkpointing=True, max_steps=9)
+    saver = ModelCheckpoint(tmp_path, filename="early", every_n_train_steps=5)
+    fit(attack(), elsewhere=False, callbacks=[saver], enable_checkpointing=True, max_steps=5)
     resumed = fit(attack(), elsewhere=True, ckpt_path=str(tmp_path / "early.ckpt"))
     whole = fit(attack(), elsewhere=False)
     torch.testing.assert_close(resumed.finished.images, whole.finished.images, rtol=1e-3, atol=1e-3)

@@ -34,7 +34,6 @@ CLIENTS: dict[str, Any] = {"local_steps": 2, "learning_rate": RATE, "reveal_lear
 ATTACKS: dict[str, tuple[Callable[[], GradientInversion], float, float]] = {
     "idlg": (lambda: IDLGAttack(max_evaluations=200, restarts=0), 1e-3, 50.0),
     "dlg": (lambda: DLGAttack(max_evaluations=300, restarts=0), 1e-2, 50.0),
-    "idlg, published": (lambda: IDLGAttack(protocol="published", max_evaluations=200), 1e-3, 50.0),
     "inverting_gradients": (lambda: InvertingGradientsAttack(steps=100, total_variation=1e-3), 1e-2, 22.0),
     "gauss_newton": (lambda: GaussNewtonAttack(restarts=0, solver="cholesky"), 1e-5, 80.0),
 }

@@ -250,18 +250,18 @@ def test_a_solver_steers_the_network_and_the_priors(kit: Any) -> None:
 @pytest.mark.parametrize(
     "attack",
     [
-        lambda: InvertingGradientsAttack(steps=30, restarts=1),
-        lambda: InvertingGradientsAttack(protocol="robust", steps=13),
+        lambda: InvertingGradientsAttack(steps=15, restarts=1),
+        lambda: InvertingGradientsAttack(protocol="robust", steps=7),
         lambda: GradientInversion(
             objective=SquaredDistance() + 1e-3 * TotalVariation() + 1e-3 * L2(),
             labels=JointLabels(),
-            solver=LBFGS(max_evaluations=30),
+            solver=LBFGS(max_evaluations=15),
         ),
-        lambda: GradientInversion(objective=Manhattan() + 0.1 * Smooth(1.5), solver=Momentum(0.05, 40)),
-        lambda: GradientInversion(solver=Adam(steps=30, noise=0.3), restarts=1),
+        lambda: GradientInversion(objective=Manhattan() + 0.1 * Smooth(1.5), solver=Momentum(0.05, 20)),
+        lambda: GradientInversion(solver=Adam(steps=15, noise=0.3), restarts=1),
         lambda: GradientInversion(
             images=LatentCode(nn.Sequential(nn.Linear(5, 144), nn.Unflatten(1, (1, 12, 12))), [5]),
-            solver=SignedAdam(steps=30),
+            solver=SignedAdam(steps=15),
         ),
     ],
     ids=["InvertingGradients", "robust", "sum", "own", "noise", "latent"],
@@ -272,12 +272,12 @@ def test_a_run_of_pieces_goes_on_bit_for_bit(kit: Any, attack: Any, tmp_path: Pa
         made: GradientInversion = attack()
         return made
 
-    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=12, save_top_k=-1)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
     whole = kit.fit(seeded(), kit.victims(victims=4, lanes=3), callbacks=[saver], enable_checkpointing=True)
     assert json.loads(json.dumps(dict(whole.hparams))) == dict(whole.hparams)
-    resumed = kit.fit(seeded(), kit.victims(victims=4, lanes=3), ckpt_path=str(tmp_path / "step=24.ckpt"))
+    resumed = kit.fit(seeded(), kit.victims(victims=4, lanes=3), ckpt_path=str(tmp_path / "step=12.ckpt"))
     kit.assert_same(whole, resumed)
-    torch.load(tmp_path / "step=24.ckpt", weights_only=True)
+    torch.load(tmp_path / "step=12.ckpt", weights_only=True)
 
 
 def test_noise_is_of_a_victim_and_a_restart_whatever_the_lanes(kit: Any) -> None:
