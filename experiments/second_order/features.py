@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reach_options import check_given, make_cells  # in the folder of this script
-from reach_victims import WRITTEN, Cell, make_network, make_victims
+from reach_options import add_cells, check_given, make_cells  # in the folder of this script
+from reach_victims import Cell, make_network, make_victims
 from restoration_options import TRAINING_IMAGES  # in experiments/labels, which reach_victims has put on the path
 from torch import Tensor
 
@@ -41,7 +41,6 @@ from leakage.files.whole import check_output
 from leakage.labels import correct_labels
 from leakage.labels.last_layer import last_layer
 from leakage.metrics import match, mean_interval, wilson_interval
-from leakage.models.layers import ACTIVATIONS, NORMS
 from leakage.seeds import derive_seed
 
 # A wrong label counts as detected if the residual grows by more than this factor.
@@ -256,40 +255,10 @@ def make_parser() -> argparse.ArgumentParser:
         required=True,
         help=f"one of {', '.join(LABELLED_DATASETS)}, or a folder of images in ImageFolder layout",
     )
-    add("--network", nargs="+", choices=tuple(WRITTEN), default=["lenet"], help="default: lenet")
-    add("--activations", nargs="+", choices=tuple(ACTIVATIONS), help="default: each network's own")
-    add(
-        "--init",
-        choices=("papers", "torch"),
-        default="papers",
-        help="weights of LeNets: from U(-0.5, 0.5) or torch's default initialisation (default: %(default)s)",
-    )
-    add("--epochs", nargs="+", type=int, default=[0], help="training epochs, 0 for none (default: 0)")
-    add("--images", nargs="+", type=int, default=[2], help="images per victim, fewer than classes (default: 2)")
-    add(
-        "--labels",
-        nargs="+",
-        choices=("random", "equal"),
-        default=["random"],
-        help="labels of a victim (default: random)",
-    )
-    add("--norm", nargs="+", choices=NORMS, help="norm layers of convnet, convnet32 and resnet18 (default: their own)")
+    add_cells(parser, images=2)
     add("--correct", action="store_true", help="also measure how often a wrong label is replaced by the right one")
-    add(
-        "--train-images",
-        type=int,
-        help="images to train on (default: 6000, or half of them if there are fewer than 12000)",
-    )
-    add(
-        "--test-images",
-        action="store_true",
-        help="victims hold test images (default: training images that no network saw)",
-    )
     add("--victims", type=int, default=32, help="victims per cell (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of victims, networks, starts and wrong labels (default: %(default)s)")
-    add("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
-    add("--image-size", type=int, help="scale and crop a folder's images to this height and width")
-    add("--networks", type=Path, help="folder that keeps trained networks (default: ~/.cache/leakage/networks)")
     add("--output", type=Path, required=True, help="JSON file")
     add("--force", action="store_true", help="replace the file if it exists")
     parser.set_defaults(**_FIXED)

@@ -33,24 +33,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         help=f"names from {', '.join(LABELLED_DATASETS)}, or folders of images in ImageFolder layout "
         "(<folder>/<class>/<image>)",
     )
-    add("--network", nargs="+", choices=tuple(WRITTEN), default=["lenet"], help="default: lenet")
-    add("--norm", nargs="+", choices=NORMS, help="norm layers of convnet and resnet18 (default: their own)")
-    add("--activations", nargs="+", choices=tuple(ACTIVATIONS), help="default: each network's own")
-    add(
-        "--init",
-        choices=("papers", "torch"),
-        default="papers",
-        help="weights of LeNets: from U(-0.5, 0.5) or torch's default initialisation (default: %(default)s)",
-    )
-    add("--epochs", nargs="+", type=int, default=[0], help="training epochs, 0 for none (default: 0)")
-    add("--images", nargs="+", type=int, default=[1], help="images per victim (default: 1)")
-    add(
-        "--labels",
-        nargs="+",
-        choices=("random", "equal"),
-        default=["random"],
-        help="labels of a victim (default: random)",
-    )
+    add_cells(parser, images=1)
     add(
         "--noise",
         nargs="+",
@@ -60,11 +43,6 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     add("--half", action="store_true", help="also use gradients without noise, rounded to float16")
     add("--methods", nargs="+", choices=METHODS, default=["gauss_newton", "idlg"], help="default: gauss_newton idlg")
-    add(
-        "--test-images",
-        action="store_true",
-        help="victims hold test images (default: training images that no network saw)",
-    )
     add("--victims", type=int, default=20, help="victims per cell (default: %(default)s)")
     add(
         "--infer-labels", action="store_true", help="infer labels from the gradient; by default the attacker knows them"
@@ -85,21 +63,49 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         help="precision of attacks (default: %(default)s)",
     )
     add("--why", type=int, default=2, help="failed victims to diagnose, and as many solved ones (default: %(default)s)")
+    add("--learning-rate", type=float, help="learning rate of the training (default: that of leakage.clients.training)")
+    add("--lanes", type=int, default=64, help="victims attacked at once (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of victims, networks, noise and starts (default: %(default)s)")
+    add("--output", type=Path, required=True, help="folder for results")
+    add("--resume", action="store_true", help="continue the run in the output folder, if there is one")
+    add("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
+    return parser
+
+
+def add_cells(parser: argparse.ArgumentParser, images: int) -> None:
+    """Add the options of networks and images, those of `features.py` too; `images` per victim by default."""
+    add = parser.add_argument
+    add("--network", nargs="+", choices=tuple(WRITTEN), default=["lenet"], help="default: lenet")
+    add("--norm", nargs="+", choices=NORMS, help="norm layers of convnet, convnet32 and resnet18 (default: their own)")
+    add("--activations", nargs="+", choices=tuple(ACTIVATIONS), help="default: each network's own")
+    add(
+        "--init",
+        choices=("papers", "torch"),
+        default="papers",
+        help="weights of LeNets: from U(-0.5, 0.5) or torch's default initialisation (default: %(default)s)",
+    )
+    add("--epochs", nargs="+", type=int, default=[0], help="training epochs, 0 for none (default: 0)")
+    add("--images", nargs="+", type=int, default=[images], help=f"images per victim (default: {images})")
+    add(
+        "--labels",
+        nargs="+",
+        choices=("random", "equal"),
+        default=["random"],
+        help="labels of a victim (default: random)",
+    )
+    add(
+        "--test-images",
+        action="store_true",
+        help="victims hold test images (default: training images that no network saw)",
+    )
     add(
         "--train-images",
         type=int,
         help="images to train on (default: 6000, or half of them if there are fewer than 12000)",
     )
-    add("--learning-rate", type=float, help="learning rate of the training (default: that of leakage.clients.training)")
     add("--networks", type=Path, help="folder that keeps trained networks (default: ~/.cache/leakage/networks)")
-    add("--lanes", type=int, default=64, help="victims attacked at once (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of victims, networks, noise and starts (default: %(default)s)")
-    add("--output", type=Path, required=True, help="folder for results")
-    add("--resume", action="store_true", help="continue the run in the output folder, if there is one")
     add("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     add("--image-size", type=int, help="scale and crop a folder's images to this height and width")
-    add("--accelerator", default="auto", help="as for Lightning's Trainer (default: %(default)s)")
-    return parser
 
 
 def check_given(given: argparse.Namespace) -> None:
