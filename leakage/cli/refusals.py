@@ -21,7 +21,7 @@ from leakage.models import NETWORKS
 _PROBLEM = r"Problem with given class_path '([\w.]+)':\s+(?:Validation failed: )?"
 _UNKNOWN_OPTION = re.compile(_PROBLEM + r"(?:Option|Key) '([\w.]+)' is not")
 _UNKNOWN_TRAINER_OPTION = re.compile(r"(?:does not accept (?:option|nested key) '|arguments: --)trainer\.(\w+)")
-_UNKNOWN_KEY = re.compile(r"does not accept (?:option|nested key) '(\w+)")
+_UNKNOWN_KEY = re.compile(r"(?:does not accept (?:option|nested key) '|^unrecognized arguments: (--))(\w+)")
 _MISSING_KEYS = re.compile(r"^the following arguments are required: ((?:fit\.\w+(?:, )?)+)$")
 _MISSING_OPTION = re.compile(
     _PROBLEM + r"(?:Key \"([\w.]+)\" is required|the following arguments are required: (.*)$)", re.MULTILINE
@@ -46,7 +46,9 @@ def explain(message: str) -> str:
     if unknown := _UNKNOWN_TRAINER_OPTION.search(message):
         return _expected_option(Trainer, unknown[1])
     if unknown := _UNKNOWN_KEY.search(message):
-        return f"Expected one of {listed(_KEYS, unknown[1])}, but got `{unknown[1]}`."
+        dashes, key = unknown[1] or "", unknown[2]
+        keys = [dashes + name for name in ((*_KEYS, "config") if dashes else _KEYS)]
+        return f"Expected one of {listed(keys, dashes + key)}, but got `{dashes + key}`."
     if missing := _MISSING_KEYS.search(message):
         keys = sorted(missing[1].replace("fit.", "").split(", "), reverse=True)
         return f"Expected {' and '.join(f'`--{key}`' for key in keys)}, but got none."

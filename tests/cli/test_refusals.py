@@ -46,6 +46,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             [*CONDENSATION, "--model.network", "ConvNet", "--model.network.widht", "4"],
             r"Expected an option of ConvNet, one of .*width \(did you mean `width`\?\), but got `widht`\.",
         ),
+        (
+            ["--modl", "IDLGAttack"],
+            r"Expected one of --ckpt_path, --config, .*\(did you mean `--model`\?\), but got `--modl`\.",
+        ),
         ([*ATTACK, "--trainer.max_stepp", "3"], r"Expected an option of Trainer, .*`max_steps`\?\), but got"),
         (
             [*ATTACK, "--seed_everything", str(2**32)],
