@@ -10,10 +10,10 @@ anew for each victim; larger or trained networks are shared. The attacker knows 
 given. Attacks simulate the `--local-steps` of SGD with the clients' learning rate and order, or search for these
 (`--hide-learning-rate`, `--shuffle`).
 
-An image is *exact* if its MSE is below 1e-6. An attack that does not beat every baseline (a grey image, each image's own mean colour, the nearest training image) is
-marked in the table and in the pictures. An image is *identified* if its reconstruction is nearer to it than to any of
-`--others` training images. Where the paper has a figure, it is shown beside ours (Inverting Gradients:
-https://arxiv.org/abs/2003.14053, CIFAR-10, one image, 4,800 iterations).
+An image is *exact* if its MSE is below 1e-6. An attack that does not beat every baseline (a grey image, each image's
+own mean colour, the nearest training image) is marked in the table and in the pictures. An image is *identified* if its
+reconstruction is nearer to it than to any of `--others` training images. Where the paper has a figure, it is shown
+beside ours (Inverting Gradients: https://arxiv.org/abs/2003.14053, CIFAR-10, one image, 4,800 iterations).
 
 Files in the output folder: `summary.json`, with a row for each attack; `gallery.png`; `psnr_over_time.png`; and the
 folder `attacks`, written as by `experiments/comparison`. To continue an interrupted run, repeat the command with
@@ -240,7 +240,9 @@ class Table:
         for name, images in flat.items():
             decibels = -10 * (images - own).square().flatten(1).mean(1).log10()
             captions[name] = [f"{value:.1f} dB" if name != "truth" else "" for value in decibels.tolist()]
-        network = NETWORKS_WRITTEN[self.given.network] + (f" with {self.given.activation}" * bool(self.given.activation))
+        network = NETWORKS_WRITTEN[self.given.network] + (
+            f" with {self.given.activation}" * bool(self.given.activation)
+        )
         epochs = f"after {self.given.epochs} epochs" if self.given.epochs else "untrained"
         title = f"{self.data.name}, {network}, {epochs}"
         figure = plot_gallery(

@@ -13,8 +13,8 @@ from leakage.plots import COLOURS, INK, PALE, new_figure
 
 BASELINES = ("grey", "mean_colour", "nearest")
 WRITTEN = {
-    "inverting_gradients": "Inverting Gradients", "continuation": "Continuation", "grad_inversion": "GradInversion", "gias": "GIAS", "dlg": "DLG",
-    "idlg": "iDLG", "gauss_newton": "Gauss-Newton",
+    "inverting_gradients": "Inverting Gradients", "continuation": "Continuation", "grad_inversion": "GradInversion",
+    "gias": "GIAS", "dlg": "DLG", "idlg": "iDLG", "gauss_newton": "Gauss-Newton",
 }  # fmt: skip
 _BASELINES_WRITTEN = {"grey": "grey", "mean_colour": "own mean colour", "nearest": "nearest training image"}
 

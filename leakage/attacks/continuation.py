@@ -15,8 +15,9 @@ from leakage.solvers import Continuation, GaussNewton
 TOTAL_VARIATION, START_STD, EVALUATIONS = 0.2, 0.1, 112
 # Evaluations of a level, and pairs of products with the Jacobian in one of its steps.
 _LEVEL, _PRODUCTS = 4, 40
-# The same for the finish, and the objective at which it ends.
-_FINISH, _MORE_PRODUCTS, _TOLERANCE = 40, 100, 1e-13
+# The finish: evaluations, products after which a Jacobian is formed if there are no kinks, the bytes that it may take,
+# and the objective at which the search ends.
+_FINISH = {"max_evaluations": 40, "max_products": 60, "memory": 2**30, "tolerance": 1e-13}
 
 
 class ContinuationAttack(GradientInversion):
@@ -92,13 +93,13 @@ class ContinuationAttack(GradientInversion):
 
 def continuation(total_variation: float, evaluations: int, start_std: float) -> dict[str, Any]:
     """Return objective, images and solver of a continuation."""
-    newton = partial(GaussNewton, solver="cg", spectrum=False, underdetermined=True)
+    newton = partial(GaussNewton, spectrum=False, underdetermined=True)
     return {
         "objective": CosineDistance() + total_variation * TotalVariation("smooth"),
         "images": Pixels("grey", std=start_std, box=(0, 1)),
         "solver": Continuation(
-            solver=newton(max_evaluations=evaluations, max_products=_PRODUCTS),
+            solver=newton(solver="cg", max_evaluations=evaluations, max_products=_PRODUCTS),
             levels=max(1, evaluations // _LEVEL),
-            finish=newton(max_evaluations=_FINISH, max_products=_MORE_PRODUCTS, tolerance=_TOLERANCE),
+            finish=newton(**_FINISH),
         ),
     }

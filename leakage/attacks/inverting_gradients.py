@@ -48,8 +48,8 @@ class InvertingGradientsAttack(GradientInversion):
         {\lVert \nabla_\theta \ell(f_\theta(x), y) \rVert \, \lVert g^* \rVert} + \alpha \, \mathrm{TV}(x)
 
     ``protocol="published"`` is the paper's protocol for CIFAR-10, with :class:`~leakage.solvers.SignedAdam`; for
-    ImageNet the paper takes 24,000 steps. ``"robust"`` is :class:`ContinuationAttack`: it minimises the same sum by least
-    squares on a smoothed network, and finds more on networks with ReLU.
+    ImageNet the paper takes 24,000 steps. ``"robust"`` is :class:`ContinuationAttack`: it minimises the same sum by
+    least squares on a smoothed network, and finds more on networks with ReLU.
 
     Pieces: :class:`~leakage.objectives.CosineDistance`, :class:`~leakage.objectives.TotalVariation`,
     :class:`~leakage.dummies.Pixels` in a box, :class:`~leakage.dummies.InferredLabels`, and the solver of the protocol.

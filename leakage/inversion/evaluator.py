@@ -139,7 +139,9 @@ class Evaluator:
             num_unknowns=sum(map(math.prod, shapes.values())),
             element_size=element_size,
             written=f"{images} of {protocol.image_shape}{' and their labels' if 'labels' in shapes else ''}",
-            kinked=has_kinks(self.victim.model, black_images(self.victim.model, protocol.image_shape, protocol.step_size)),
+            kinked=has_kinks(
+                self.victim.model, black_images(self.victim.model, protocol.image_shape, protocol.step_size)
+            ),
             exact=not protocol.defenses,
         )
 

@@ -27,10 +27,10 @@ class Continuation(Solver):
     .. math:: s_k = s_0 \, (s_1 / s_0)^{k / (K - 1)}, \qquad w_k = (s_k / s_0)^{-p}
 
     A victim moves to the next level when its search at the current one has ended or has used its share of the
-    evaluations; unused evaluations are left to later levels. With ``finish``, one more level follows: the network as it
-    is, without priors, searched by another solver. There is no finish if a defense has changed the gradients, because without a prior the search
-    would fit the defense. A network without kinks needs no level but the finish. The result is the best iterate of the
-    last level.
+    evaluations; unused evaluations are left to later levels. With ``finish``, one more level follows, searched by
+    another solver: the network as it is, without priors. There is no finish if a defense has changed the gradients,
+    because a search without a prior would fit the defense. A network without kinks needs no level but the finish. The
+    result is the best iterate of the last level.
 
     Args:
         solver: the solver for each level, such as :class:`~leakage.solvers.GaussNewton` or
@@ -39,7 +39,7 @@ class Continuation(Solver):
         sharpness: :math:`(s_0, s_1)`, the first and the last sharpness.
         fading: p, at least 0.
         finish: the solver of the finish, a :class:`~leakage.solvers.GaussNewton` as ``solver`` is; None for no finish.
-            Its evaluations come on top of those of the levels.
+            Its evaluations come on top of those of the levels. ``"auto"`` forms Jacobians only if there are no kinks.
 
     Raises:
         ValueError: if an option is out of range, or if there are more levels than evaluations; in ``fit``, if the
@@ -92,8 +92,10 @@ class Continuation(Solver):
         """Return a copy that is fitted to the problem, and runs only the levels that the problem needs."""
         finish = self.finish if problem.exact else None
         if finish is not None:
+            # A Jacobian ends the search of a network without kinks. With kinks it holds for too short steps.
+            options = {"solver": "cg"} if problem.kinked and finish.solver == "auto" else {}
             total = self.evaluations + finish.max_evaluations
-            finish = dataclasses.replace(finish.fit(problem), max_evaluations=total)
+            finish = dataclasses.replace(finish, max_evaluations=total, **options).fit(problem)
         fitted = dataclasses.replace(self, solver=self.solver.fit(problem), finish=finish)
         fitted._first = self.levels if finish is not None and not problem.kinked else 0
         return fitted
