@@ -1,7 +1,7 @@
 r"""Attacks on networks as used in practice: PSNR of each attack, with baselines that use no gradient.
 
     python experiments/inverting_gradients/table.py --dataset cifar10 --network convnet --victims 20 \
-        --attacks inverting_gradients gauss_newton --iterations 1600 --output results/convnet
+        --attacks inverting_gradients continuation --output results/convnet
     python experiments/inverting_gradients/table.py --dataset data/cifar10 --network resnet18 --epochs 5 --images 4 \
         --attacks inverting_gradients grad_inversion --output results/resnet18
 
@@ -10,10 +10,10 @@ anew for each victim; larger or trained networks are shared. The attacker knows 
 given. Attacks simulate the `--local-steps` of SGD with the clients' learning rate and order, or search for these
 (`--hide-learning-rate`, `--shuffle`).
 
-An attack that does not beat every baseline (a grey image, each image's own mean colour, the nearest training image) is
-marked in the table and in the pictures. An image is *identified* if its reconstruction is nearer to it than to any of
-`--others` training images. Where the paper has a figure, it is shown beside ours (Inverting Gradients:
-https://arxiv.org/abs/2003.14053, CIFAR-10, one image, 4,800 iterations).
+An image is *exact* if its MSE is below 1e-6. An attack that does not beat every baseline (a grey image, each image's
+own mean colour, the nearest training image) is marked in the table and in the pictures. An image is *identified* if its
+reconstruction is nearer to it than to any of `--others` training images. Where the paper has a figure, it is shown
+beside ours (Inverting Gradients: https://arxiv.org/abs/2003.14053, CIFAR-10, one image, 4,800 iterations).
 
 Files in the output folder: `summary.json`, with a row for each attack; `gallery.png`; `psnr_over_time.png`; and the
 folder `attacks`, written as by `experiments/comparison`. To continue an interrupted run, repeat the command with
@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from leakage.attacks import (
+    ContinuationAttack,
     DLGAttack,
     GaussNewtonAttack,
     GIASAttack,
@@ -73,6 +74,8 @@ PROTOCOLS = ("published", "robust")
 LABELS = ("random", "distinct", "equal")
 # Mean PSNR in dB from table 1 of Inverting Gradients, by network and whether it is trained.
 PUBLISHED = {("lenet", False): 18.00, ("lenet", True): 18.08, ("resnet20x4", False): 19.83, ("resnet20x4", True): 13.95}
+# MSE below which an image is exact.
+EXACT = 1e-6
 _SHOWN = 8
 
 
@@ -150,7 +153,7 @@ class Table:
         """Return the attack of this name, with the options of the command line."""
         given = self.given
         options: dict[str, Any] = {"seed": given.seed}
-        options |= {} if name == "gauss_newton" else {"protocol": given.protocol}
+        options |= {} if name in ("continuation", "gauss_newton") else {"protocol": given.protocol}
         if given.iterations is not None:
             limit = "steps" if name in ("inverting_gradients", "grad_inversion", "gias") else "max_evaluations"
             options[limit] = given.iterations
@@ -180,7 +183,9 @@ class Table:
         baselines: dict[str, Tensor],
     ) -> TableRow:
         given = self.given
-        psnr = MeanOverVictims()(score(images, truth.labels, truth.images, truth.labels).psnr.mean(1))
+        scores = score(images, truth.labels, truth.images, truth.labels)
+        psnr = MeanOverVictims()(scores.psnr.mean(1))
+        exact = ShareOverVictims()((scores.mse < EXACT).double().mean(1))
         generator = torch.Generator().manual_seed(derive_seed(given.seed, 0, "others"))
         others = public[torch.randperm(len(public), generator=generator)[: given.others]]
         found = identified(images, truth.images, others).double().mean(1)
@@ -197,6 +202,7 @@ class Table:
             attack=compared.method,
             protocol=compared.protocol,
             network=given.network,
+            activation=given.activation,
             epochs=given.epochs,
             test_accuracy=network.accuracy,
             images=given.images,
@@ -207,6 +213,8 @@ class Table:
             psnr_mean=psnr.value,
             psnr_ci=(psnr.low, psnr.high),
             ssim_mean=compared.ssim_mean,
+            exact=exact.value,
+            exact_ci=(exact.low, exact.high),
             identified=share.value,
             identified_ci=(share.low, share.high),
             identified_features=by_features,
@@ -232,7 +240,9 @@ class Table:
         for name, images in flat.items():
             decibels = -10 * (images - own).square().flatten(1).mean(1).log10()
             captions[name] = [f"{value:.1f} dB" if name != "truth" else "" for value in decibels.tolist()]
-        network = NETWORKS_WRITTEN[self.given.network]
+        network = NETWORKS_WRITTEN[self.given.network] + (
+            f" with {self.given.activation}" * bool(self.given.activation)
+        )
         epochs = f"after {self.given.epochs} epochs" if self.given.epochs else "untrained"
         title = f"{self.data.name}, {network}, {epochs}"
         figure = plot_gallery(
@@ -248,6 +258,7 @@ class Table:
 
 ATTACKS: dict[str, Callable[..., GradientInversion]] = {
     "inverting_gradients": InvertingGradientsAttack,
+    "continuation": ContinuationAttack,
     "grad_inversion": GradInversionAttack,
     "gias": GIASAttack,
     "dlg": DLGAttack,

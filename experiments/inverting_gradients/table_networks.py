@@ -17,6 +17,7 @@ from leakage.clients.training import trained_network
 from leakage.datamodules import LABELLED_DATASETS, LabelledImages, Victims
 from leakage.datamodules.benchmarks import BENCHMARKS
 from leakage.models import VGG11, ConvNet, LeNet, ResNet18, ResNet20, ViT, draw_state
+from leakage.models.layers import ACTIVATIONS
 
 # Each is called with the number of channels, the image size and the number of classes.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -57,6 +58,7 @@ def add_options(parser: argparse.ArgumentParser, *, network: str, victims: int) 
     add("--image-size", type=int, help="scale and crop a folder's images to this height and width")
     add("--root", type=Path, help="folder of the data sets (default: $LEAKAGE_DATA, ~/.cache/leakage)")
     add("--network", choices=tuple(NETWORKS), default=network, help="default: %(default)s")
+    add("--activation", choices=tuple(ACTIVATIONS), help="activation of the network (default: the network's own)")
     add("--epochs", type=int, default=0, help="training epochs of the network, 0 for none (default: %(default)s)")
     add("--train-images", type=int, help="number of images to train the network on (default: all)")
     add(
@@ -110,8 +112,11 @@ def make_network(given: argparse.Namespace, data: LabelledImages, epochs: int) -
         ValueError: if the network does not fit the images.
     """
     channels, height, width = data.image_shape
+    if given.activation is not None and given.network == "vit":
+        raise ValueError(f"Expected no `--activation` with 'vit', which has only GELU, but got {given.activation!r}.")
     with torch.random.fork_rng(devices=[]):
-        network = NETWORKS[given.network](channels, (height, width), data.num_classes)
+        activation = {} if given.activation is None else {"activation": given.activation}
+        network = NETWORKS[given.network](channels, (height, width), data.num_classes, **activation)
     network.load_state_dict(draw_state(network, given.seed), strict=False)
     accuracy = None
     if epochs:

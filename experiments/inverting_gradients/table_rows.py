@@ -13,8 +13,8 @@ from leakage.plots import COLOURS, INK, PALE, new_figure
 
 BASELINES = ("grey", "mean_colour", "nearest")
 WRITTEN = {
-    "inverting_gradients": "Inverting Gradients", "grad_inversion": "GradInversion", "gias": "GIAS", "dlg": "DLG",
-    "idlg": "iDLG", "gauss_newton": "Gauss-Newton",
+    "inverting_gradients": "Inverting Gradients", "continuation": "Continuation", "grad_inversion": "GradInversion",
+    "gias": "GIAS", "dlg": "DLG", "idlg": "iDLG", "gauss_newton": "Gauss-Newton",
 }  # fmt: skip
 _BASELINES_WRITTEN = {"grey": "grey", "mean_colour": "own mean colour", "nearest": "nearest training image"}
 
@@ -27,6 +27,7 @@ class TableRow:
         attack: name of the attack.
         protocol: ``"published"`` or ``"robust"``.
         network: name of the network.
+        activation: activation of the network; None for the network's own.
         epochs: number of training epochs, 0 for none.
         test_accuracy: test accuracy of the network, 0 to 1; None if untrained.
         images: number of images per victim.
@@ -37,6 +38,8 @@ class TableRow:
         psnr_mean: mean PSNR over victims, dB.
         psnr_ci: 95 % confidence interval of ``psnr_mean``, by Student's t.
         ssim_mean: mean SSIM over victims.
+        exact: share of the images with an MSE below 1e-6.
+        exact_ci: 95 % Wilson interval of ``exact``.
         identified: share of the images that are nearer to their reconstruction than any of ``others`` is, by MSE.
         identified_ci: 95 % Wilson interval of ``identified``.
         identified_features: share identified by the trained network's features before its last layer; None if
@@ -57,6 +60,7 @@ class TableRow:
     attack: str
     protocol: str
     network: str
+    activation: str | None
     epochs: int
     test_accuracy: float | None
     images: int
@@ -67,6 +71,8 @@ class TableRow:
     psnr_mean: float
     psnr_ci: tuple[float, float]
     ssim_mean: float
+    exact: float
+    exact_ci: tuple[float, float]
     identified: float
     identified_ci: tuple[float, float]
     identified_features: float | None
@@ -84,7 +90,7 @@ class TableRow:
 
 def format_table(rows: Sequence[TableRow]) -> str:
     """Format the rows as a table for the terminal; a star marks attacks that do not beat every baseline."""
-    lines = [["", "PSNR", "published", "SSIM", "identified", "labels", "iterations", "time"]]
+    lines = [["", "PSNR", "published", "SSIM", "exact", "identified", "labels", "iterations", "time"]]
     for row in rows:
         low, high = row.psnr_ci
         share, (least, most) = row.identified, row.identified_ci
@@ -94,6 +100,7 @@ def format_table(rows: Sequence[TableRow]) -> str:
                 f"{row.psnr_mean:.1f} dB [{low:.1f}, {high:.1f}]",
                 "" if row.published_psnr is None else f"{row.published_psnr:.1f} dB",
                 f"{row.ssim_mean:.3f}",
+                f"{100 * row.exact:.0f} %",
                 f"{100 * share:.0f} % [{100 * least:.0f}, {100 * most:.0f}]",
                 f"{100 * row.label_accuracy:.0f} %",
                 f"{row.iterations:,.0f}",

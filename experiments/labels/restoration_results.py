@@ -24,7 +24,9 @@ _DATASETS = {
     "mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100", "svhn": "SVHN", "sample": "bundled sample",
 }  # fmt: skip
-_ACTIVATIONS = {"relu": "ReLU", "leaky_relu": "leaky ReLU", "sigmoid": "sigmoid", "silu": "SiLU"}
+_ACTIVATIONS = {
+    "relu": "ReLU", "leaky_relu": "leaky ReLU", "gelu": "GELU", "sigmoid": "sigmoid", "silu": "SiLU", "tanh": "tanh",
+}  # fmt: skip
 # Number of batch sizes shown in a plot over another quantity.
 _PANELS = 4
 # The quantities in which cells may differ, with the text of a value; then file and axis label of recall over them.

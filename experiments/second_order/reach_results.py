@@ -22,7 +22,9 @@ from leakage.plots import save_figure
 METHODS_WRITTEN = {
     "gauss_newton": "Gauss-Newton", "rgap": "R-GAP", "idlg": "L-BFGS, robust", "idlg_published": "L-BFGS, published",
 }  # fmt: skip
-_ACTIVATIONS = {"relu": "ReLU", "leaky_relu": "leaky ReLU", "sigmoid": "sigmoid", "silu": "SiLU"}
+_ACTIVATIONS = {
+    "relu": "ReLU", "leaky_relu": "leaky ReLU", "gelu": "GELU", "sigmoid": "sigmoid", "silu": "SiLU", "tanh": "tanh",
+}  # fmt: skip
 THRESHOLDS = {"below_1e6": 1e-6, "below_1e4": FOUND, "below_1e3": 1e-3}
 
 

@@ -1,5 +1,6 @@
 """Attacks: one file per paper, each a choice of pieces for :class:`GradientInversion`."""
 
+from leakage.attacks.continuation import ContinuationAttack
 from leakage.attacks.dlg import DLGAttack
 from leakage.attacks.gauss_newton import GaussNewtonAttack
 from leakage.attacks.gias import GIASAttack
@@ -12,6 +13,7 @@ from leakage.inversion import GradientInversion
 
 __all__ = [
     "PROTOCOLS",
+    "ContinuationAttack",
     "DLGAttack",
     "GIASAttack",
     "GaussNewtonAttack",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from leakage.attacks.continuation import EVALUATIONS, START_STD, TOTAL_VARIATION, continuation
 from leakage.attacks.protocols import chosen_values
 from leakage.dummies import InferredLabels, Pixels
 from leakage.errors import check_not_negative, check_positive
 from leakage.inversion import GradientInversion
 from leakage.labels import Auxiliary
 from leakage.objectives import CosineDistance, TotalVariation
-from leakage.solvers import Continuation, GaussNewton, SignedAdam, Solver
+from leakage.solvers import SignedAdam
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,13 @@ class InvertingGradientsProtocol:
         check_positive(start_std=self.start_std)
 
 
-# For CIFAR-10. The robust values were chosen on training images, see docs/real_networks.md.
+# For CIFAR-10.
 INVERTING_GRADIENTS = {
     "published": InvertingGradientsProtocol(total_variation=1e-2, lr=0.1, steps=4800, start_std=1.0),
-    "robust": InvertingGradientsProtocol(total_variation=2e-1, lr=None, steps=112, start_std=0.1),
+    "robust": InvertingGradientsProtocol(
+        total_variation=TOTAL_VARIATION, lr=None, steps=EVALUATIONS, start_std=START_STD
+    ),
 }
-# Evaluations per level, and pairs of products with the Jacobian per step.
-_STEPS_OF_A_LEVEL, _PRODUCTS = 4, 40
 
 
 class InvertingGradientsAttack(GradientInversion):
@@ -46,10 +48,8 @@ class InvertingGradientsAttack(GradientInversion):
         {\lVert \nabla_\theta \ell(f_\theta(x), y) \rVert \, \lVert g^* \rVert} + \alpha \, \mathrm{TV}(x)
 
     ``protocol="published"`` is the paper's protocol for CIFAR-10, with :class:`~leakage.solvers.SignedAdam`; for
-    ImageNet the paper takes 24,000 steps. ``"robust"`` minimises the same sum, with a differentiable total variation,
-    by least squares: it runs :class:`~leakage.solvers.GaussNewton` on a smoothed network that becomes sharper in
-    levels, while :math:`\alpha` decreases (:class:`~leakage.solvers.Continuation`). Each evaluation then comes with up
-    to 40 products with the Jacobian; 112 such evaluations take as long as the 4,800 published ones.
+    ImageNet the paper takes 24,000 steps. ``"robust"`` is :class:`ContinuationAttack`: it minimises the same sum by
+    least squares on a smoothed network, and finds more on networks with ReLU.
 
     Pieces: :class:`~leakage.objectives.CosineDistance`, :class:`~leakage.objectives.TotalVariation`,
     :class:`~leakage.dummies.Pixels` in a box, :class:`~leakage.dummies.InferredLabels`, and the solver of the protocol.
@@ -100,20 +100,18 @@ class InvertingGradientsAttack(GradientInversion):
         values = chosen_values(INVERTING_GRADIENTS, protocol, **options)
         if protocol == "robust" and lr is not None:
             raise ValueError(f"Expected no `lr` with protocol='robust', which has no learning rate, but got {lr!r}.")
-        solver: Solver
+        pieces: dict[str, Any]
         if values.lr is None:
-            newton = GaussNewton(
-                max_evaluations=values.steps, solver="cg", max_products=_PRODUCTS, spectrum=False, underdetermined=True
-            )
-            solver = Continuation(solver=newton, levels=max(1, values.steps // _STEPS_OF_A_LEVEL))
+            pieces = continuation(values.total_variation, values.steps, values.start_std)
         else:
-            solver = SignedAdam(lr=values.lr, steps=values.steps)
+            pieces = {
+                "objective": CosineDistance() + values.total_variation * TotalVariation(),
+                "images": Pixels(std=values.start_std, box=(0, 1)),
+                "solver": SignedAdam(lr=values.lr, steps=values.steps),
+            }
         super().__init__(
-            objective=CosineDistance()
-            + values.total_variation * TotalVariation("anisotropic" if protocol == "published" else "smooth"),
-            images=Pixels("noise" if protocol == "published" else "grey", std=values.start_std, box=(0, 1)),
+            **pieces,
             labels=InferredLabels(rule, auxiliary, seed),
-            solver=solver,
             restarts=restarts,
             seed=seed,
             success_threshold=success_threshold,

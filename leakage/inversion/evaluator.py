@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from leakage.clients.activations import Activation
+from leakage.clients.inspection import black_images
 from leakage.clients.joint_pass import has_joint_pass
 from leakage.clients.local_steps import Secrets
 from leakage.clients.low_rank import in_basis
 from leakage.clients.shared_gradient import SharedGradient
-from leakage.clients.smoothing import SHARPNESS
+from leakage.clients.smoothing import SHARPNESS, has_kinks
 from leakage.clients.victim import Victim
 from leakage.defenses.base import Defense, relative_noise
 from leakage.defenses.encoding import Encoding
@@ -27,7 +28,17 @@ from leakage.dummies.local_order import LocalOrder
 from leakage.dummies.mixture import Mixture
 from leakage.inversion.memory import peak_memory
 from leakage.inversion.simulation import Simulation, as_known, stepping
-from leakage.inversion.sums import added, joined, of_lanes, parted, seen, sum_in_a_pass, through, weighted
+from leakage.inversion.sums import (
+    added,
+    joined,
+    of_lanes,
+    parted,
+    seen,
+    smooth_and_sharp,
+    sum_in_a_pass,
+    through,
+    weighted,
+)
 from leakage.objectives.distances import LengthDistance
 from leakage.objectives.terms import Batched, Distance, Point, Term
 from leakage.pieces import State
@@ -128,6 +139,10 @@ class Evaluator:
             num_unknowns=sum(map(math.prod, shapes.values())),
             element_size=element_size,
             written=f"{images} of {protocol.image_shape}{' and their labels' if 'labels' in shapes else ''}",
+            kinked=has_kinks(
+                self.victim.model, black_images(self.victim.model, protocol.image_shape, protocol.step_size)
+            ),
+            exact=not protocol.defenses,
         )
 
     def check(self, target: Target) -> None:
@@ -173,6 +188,8 @@ class Evaluator:
     def _needed(self, kept: State) -> State:
         """Leave out entries that change nothing for these victims, and weaken priors as the solver asks."""
         parts = parted(kept)
+        if "sharpness" in (steering := parts.get(STEERING, {})) and bool(steering["sharpness"].isinf().all()):
+            del steering["sharpness"]
         own = {name: term.needed(parts.get(name, {})) for name, (_, term) in self.terms.items()}
         if (fading := parts.get(STEERING, {}).pop("fading", None)) is not None:
             for name, (_, term) in self.terms.items():
@@ -226,6 +243,12 @@ class Evaluator:
 
     def __call__(self, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]) -> tuple[Tensor, State]:
         """Return the objectives ``(V,)`` and their gradients with respect to the unknowns, each ``(V, ...)``."""
+        if groups := smooth_and_sharp(kept):
+            parts = [self(*of_lanes(some, shared, kept, unknowns)) for some in groups]
+            order = torch.cat(groups).argsort()
+            return torch.cat([losses for losses, _ in parts])[order], {
+                name: torch.cat([gradients[name] for _, gradients in parts])[order] for name in unknowns
+            }
         kept = self._needed(kept)
         if self._batched is not None and f"{STEERING}/sharpness" not in kept:
             return self._by_terms(self._batched, shared, kept, unknowns)
@@ -399,6 +422,10 @@ class Evaluator:
 
     def equations(self, shared: SharedGradient, kept: State, points: Tensor) -> Tensor:
         """Return residuals ``(V, M)`` at flattened unknowns ``(V, D)``; their squared norm is the objective."""
+        if groups := smooth_and_sharp(kept):
+            some = [of_lanes(lanes, shared, kept, {"points": points}) for lanes in groups]
+            found = [self.equations(own, kept_of, given["points"]) for own, kept_of, given in some]
+            return torch.cat(found)[torch.cat(groups).argsort()]
         evaluate = vmap(self._residuals, in_dims=_in_dims(shared))
         given = shared.gradients, shared.basis
         residuals: Tensor = evaluate(points, parted(self._needed(kept)), shared.state, given)

@@ -15,6 +15,7 @@ from leakage.clients.victim import Victim
 from leakage.inversion.simulation import Simulation
 from leakage.objectives.terms import Point, Slopes, Term
 from leakage.pieces import State
+from leakage.solvers import STEERING
 
 
 def sum_in_a_pass(
@@ -64,12 +65,21 @@ def seen(point: Point, watched: Sequence[str]) -> Point:
     return replace(point, activations={name: point.activations[name] for name in watched})
 
 
+def smooth_and_sharp(kept: State) -> list[Tensor]:
+    """Return the indices of the victims whose network is smoothed, and of the others; nothing if all are alike."""
+    sharpness = kept.get(f"{STEERING}/sharpness")
+    if sharpness is None:
+        return []
+    groups = [chosen.nonzero().squeeze(1) for chosen in (sharpness.isfinite(), sharpness.isinf())]
+    return groups if all(map(len, groups)) else []
+
+
 def of_lanes(
-    lanes: slice, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]
+    lanes: slice | Tensor, shared: SharedGradient, kept: State, unknowns: Mapping[str, Tensor]
 ) -> tuple[SharedGradient, State, State]:
     """Return the shared gradients, kept entries and unknowns of some lanes."""
     own, values = ({name: tensor[lanes] for name, tensor in part.items()} for part in (kept, unknowns))
-    return shared.piece(lanes), own, values
+    return shared.piece(lanes) if isinstance(lanes, slice) else shared.select(lanes), own, values
 
 
 def through(pairs: Sequence[tuple[Tensor, Tensor | None]], leaves: Mapping[str, Tensor]) -> State:

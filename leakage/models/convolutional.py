@@ -83,7 +83,7 @@ class ConvNet(_Convolutional):
         depth: number of blocks.
         norm: ``"instance"`` (each map of each image), ``"group"`` (4 groups of maps), ``"layer"``
             (all maps of an image), ``"batch"`` or ``"none"``.
-        activation: ``"relu"``, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"gelu"``, ``"silu"``, ``"sigmoid"`` or ``"tanh"``.
         pooling: ``"average"``, ``"max"`` or ``"none"``.
 
     Raises:
@@ -169,7 +169,7 @@ class VGG11(_Convolutional):
     Args:
         channels, image_size, num_classes: as for :class:`ConvNet`; sides of 28 or at least 32 pixels.
         norm: ``"instance"``, ``"group"`` (4 groups), ``"batch"`` or ``"none"``.
-        activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
+        activation: ``"relu"`` as published, ``"leaky_relu"``, ``"gelu"``, ``"silu"``, ``"sigmoid"`` or ``"tanh"``.
 
     Raises:
         ValueError: a size or count is not a whole number of at least 1, images are below 28 pixels, or the norm or

@@ -24,7 +24,7 @@ class LeNet(ImageClassifier):
     Args:
         channels, image_size, num_classes: as for :class:`ConvNet`.
         width: channels of each convolution.
-        activation: ``"sigmoid"`` as published, ``"relu"``, ``"leaky_relu"`` or ``"silu"``.
+        activation: ``"sigmoid"`` as published, ``"relu"``, ``"leaky_relu"``, ``"gelu"``, ``"silu"`` or ``"tanh"``.
 
     Raises:
         ValueError: a size or count is not a whole number of at least 1, or the activation is unknown.

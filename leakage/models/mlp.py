@@ -20,7 +20,7 @@ class MLP(nn.Module):
         channels, image_size, num_classes: as for :class:`ConvNet`.
         width: number of units of each hidden layer.
         depth: number of linear layers, including the one for the logits.
-        activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
+        activation: ``"relu"`` as published, ``"leaky_relu"``, ``"gelu"``, ``"silu"``, ``"sigmoid"`` or ``"tanh"``.
 
     Raises:
         ValueError: a size or count is not a whole number of at least 1, or the activation is unknown.

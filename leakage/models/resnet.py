@@ -74,7 +74,7 @@ class ResNet18(_ResNet):
     Args:
         channels, image_size, num_classes: as for :class:`ConvNet`.
         norm: after each convolution, ``"instance"``, ``"group"`` (4 groups), ``"batch"`` or ``"none"``.
-        activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
+        activation: ``"relu"`` as published, ``"leaky_relu"``, ``"gelu"``, ``"silu"``, ``"sigmoid"`` or ``"tanh"``.
 
     Raises:
         ValueError: a size or count is not a whole number of at least 1, the norm or activation is unknown, or images
@@ -116,7 +116,7 @@ class ResNet20(_ResNet):
         channels, image_size, num_classes: as for :class:`ConvNet`.
         width: channels of the first stage; the others have two and four times as many.
         norm: after each convolution, ``"batch"`` as published, ``"instance"``, ``"group"`` (4 groups) or ``"none"``.
-        activation: ``"relu"`` as published, ``"leaky_relu"``, ``"sigmoid"`` or ``"silu"``.
+        activation: ``"relu"`` as published, ``"leaky_relu"``, ``"gelu"``, ``"silu"``, ``"sigmoid"`` or ``"tanh"``.
 
     Raises:
         ValueError: a size or count is not a whole number of at least 1, the norm or activation is unknown, or images

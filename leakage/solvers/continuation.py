@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from leakage.errors import check_count, check_not_negative, check_pair, check_positive
 from leakage.pieces import State
-from leakage.solvers.solver import DIVERGED, RUNNING, STEERING, Evaluated, Problem, Solver, running
+from leakage.solvers.gauss_newton import GaussNewton
+from leakage.solvers.solver import DIVERGED, EXHAUSTED, RUNNING, STEERING, Evaluated, Problem, Solver, running
 
 _SHARPNESS, _FADING = f"{STEERING}/sharpness", f"{STEERING}/fading"
 
@@ -26,7 +27,10 @@ class Continuation(Solver):
     .. math:: s_k = s_0 \, (s_1 / s_0)^{k / (K - 1)}, \qquad w_k = (s_k / s_0)^{-p}
 
     A victim moves to the next level when its search at the current one has ended or has used its share of the
-    evaluations; unused evaluations are left to later levels. The result is the best iterate of the last level.
+    evaluations; unused evaluations are left to later levels. With ``finish``, one more level follows, searched by
+    another solver: the network as it is, without priors. There is no finish if a defense has changed the gradients,
+    because a search without a prior would fit the defense. A network without kinks needs no level but the finish. The
+    result is the best iterate of the last level.
 
     Args:
         solver: the solver for each level, such as :class:`~leakage.solvers.GaussNewton` or
@@ -34,6 +38,8 @@ class Continuation(Solver):
         levels: K, the number of levels.
         sharpness: :math:`(s_0, s_1)`, the first and the last sharpness.
         fading: p, at least 0.
+        finish: the solver of the finish, a :class:`~leakage.solvers.GaussNewton` as ``solver`` is; None for no finish.
+            Its evaluations come on top of those of the levels. ``"auto"`` forms Jacobians only if there are no kinks.
 
     Raises:
         ValueError: if an option is out of range, or if there are more levels than evaluations; in ``fit``, if the
@@ -55,6 +61,8 @@ class Continuation(Solver):
     levels: int = 14
     sharpness: tuple[float, float] = (2.0, 200.0)
     fading: float = 1.3
+    finish: GaussNewton | None = None
+    _first: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver) or isinstance(self.solver, Continuation):
@@ -67,6 +75,10 @@ class Continuation(Solver):
             raise ValueError(
                 f"Expected `levels` of at most {self.evaluations}, the solver's evaluations, but got {self.levels}."
             )
+        if self.finish is not None and not (type(self.finish) is type(self.solver) is GaussNewton):
+            raise ValueError(
+                f"Expected `finish` and `solver` to be GaussNewton, but got {self.finish!r} and {self.solver!r}."
+            )
 
     @property
     def evaluations(self) -> int:
@@ -77,30 +89,44 @@ class Continuation(Solver):
         return found
 
     def fit(self, problem: Problem) -> Continuation:
-        """Return a copy whose solver is fitted to the problem."""
-        return dataclasses.replace(self, solver=self.solver.fit(problem))
+        """Return a copy that is fitted to the problem, and runs only the levels that the problem needs."""
+        finish = self.finish if problem.exact else None
+        if finish is not None:
+            # A Jacobian ends the search of a network without kinks. With kinks it holds for too short steps.
+            options = {"solver": "cg"} if problem.kinked and finish.solver == "auto" else {}
+            total = self.evaluations + finish.max_evaluations
+            finish = dataclasses.replace(finish, max_evaluations=total, **options).fit(problem)
+        fitted = dataclasses.replace(self, solver=self.solver.fit(problem), finish=finish)
+        fitted._first = self.levels if finish is not None and not problem.kinked else 0
+        return fitted
 
     def _levelled(self, levels: Tensor, like: Tensor) -> State:
         """Return the entries that steer the objective at the victims' levels."""
         first, last = self.sharpness
         ratio = (last / first) ** (levels / max(1, self.levels - 1)).to(like)
-        return {_SHARPNESS: first * ratio, _FADING: ratio**-self.fading}
+        smooth = levels < self.levels
+        return {
+            _SHARPNESS: torch.where(smooth, first * ratio, torch.inf),
+            _FADING: torch.where(smooth, ratio**-self.fading, 0.0),
+        }
 
     def _with_levels(self, state: State, like: Tensor) -> State:
-        levels = torch.zeros(len(like), dtype=torch.long, device=like.device)
+        levels = torch.full((len(like),), self._first, device=like.device)
         return state | {"level": levels} | self._levelled(levels, like)
 
     def fresh(self, like: Tensor) -> State:
-        """Return the solver's fresh state and the level, which starts at 0."""
+        """Return the solver's fresh state and the level, which is the first."""
         return self._with_levels(self.solver.fresh(like), like)
 
     def move(self, lanes: State, at: Evaluated) -> Tensor:
-        """Move by the solver, or to the next level."""
-        was_running = running(lanes)
-        target = self.solver.move(lanes, at)
+        """Move by the solver of the level, or to the next level."""
+        was_running, finishing = running(lanes), lanes["level"] == self.levels
+        target = _moved(self.solver, lanes, at, ~finishing)
+        if self.finish is not None:
+            target = torch.where(finishing[:, None], _moved(self.finish, lanes, at, finishing), target)
         spent = lanes["evaluations"] * self.levels >= (lanes["level"] + 1) * self.evaluations
         further = was_running & (~running(lanes) | spent) & (lanes["status"] != DIVERGED)
-        further &= (lanes["level"] < self.levels - 1) & (lanes["evaluations"] < self.evaluations)
+        further &= lanes["level"] < (self.levels - 1 if self.finish is None else self.levels)
         chosen = further.nonzero().squeeze(1)
         if len(chosen):
             lanes["status"] = torch.where(further, RUNNING, lanes["status"])
@@ -127,3 +153,14 @@ class Continuation(Solver):
     def renew(self, lanes: State, chosen: Tensor, fresh: State) -> None:
         """Replace the state of the lanes at these indices by a fresh one."""
         self.solver.renew(lanes, chosen, fresh)
+
+
+def _moved(solver: Solver, lanes: State, at: Evaluated, chosen: Tensor) -> Tensor:
+    """Return the next points, of which only those of the chosen lanes count; other lanes stay as they are."""
+    if not bool(chosen.any()):
+        return at.point
+    status = lanes["status"]
+    lanes["status"] = torch.where(chosen, status, EXHAUSTED)
+    target = solver.move(lanes, at)
+    lanes["status"] = torch.where(chosen, lanes["status"], status)
+    return target

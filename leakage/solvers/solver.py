@@ -36,6 +36,8 @@ class Problem:
         num_unknowns: D, the number of unknowns of one victim.
         element_size: bytes per element.
         written: description of the unknowns, for messages.
+        kinked: whether the network has kinks that :func:`~leakage.clients.smoothing.smoothed` can smooth.
+        exact: whether no defense has changed the gradients, so that only rounding keeps the distance from zero.
     """
 
     num_images: int = 1
@@ -46,6 +48,8 @@ class Problem:
     num_unknowns: int = 0
     element_size: int = 4
     written: str = ""
+    kinked: bool = True
+    exact: bool = True
 
 
 @dataclass

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from leakage.attacks import InvertingGradientsAttack
+from leakage.attacks import ContinuationAttack, InvertingGradientsAttack
 from leakage.clients.victim import Victim
 from leakage.datamodules import SharedGradients
 from leakage.models import ConvNet
@@ -37,6 +37,9 @@ def test_the_robust_protocol_is_a_continuation_by_least_squares() -> None:
     assert isinstance(solver, Continuation)
     assert isinstance(solver.solver, GaussNewton)
     assert (solver.evaluations, solver.levels) == (70, 17)
+    same = ContinuationAttack(max_evaluations=70)
+    for piece in ("objective", "images", "labels", "solver"):
+        assert repr(getattr(attack, piece)) == repr(getattr(same, piece))
     short: Any = InvertingGradientsAttack(protocol="robust", steps=3).solver
     assert short.levels == 1
 

@@ -149,6 +149,32 @@ def test_smoothed_networks_are_those_of_each_for_itself(
     assert bool((plain[0] - found[False][0]).abs().gt(1e-4).all())
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_victims_without_smoothing_are_evaluated_beside_others(
+    joint: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ConvNet(3, 8, CLASSES, width=4, depth=2, norm="none", pooling="max")
+    victim, shared = share(model, True, generator)
+    images = torch.rand(VICTIMS, 2, *SHAPE, generator=generator, dtype=torch.float64)
+    monkeypatch.setattr(evaluator_module, "has_joint_pass", lambda *_: joint)
+    evaluator = Evaluator(victim, CosineDistance() + 0.1 * TotalVariation("smooth"), Pixels(), RevealedLabels())
+
+    def evaluate(*sharpness: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        steering = {"steering/sharpness": torch.tensor(sharpness).double(), "steering/fading": torch.ones(VICTIMS)}
+        kept = evaluator.begin(shared) | steering
+        losses, gradients = evaluator(shared, kept, {"images": images})
+        return losses, gradients["images"], evaluator.equations(shared, kept, images.flatten(1))
+
+    mixed, smooth, sharp = evaluate(5.0, torch.inf, 30.0), evaluate(5.0, 5.0, 30.0), evaluate(*[torch.inf] * 3)
+    plain, gradients = evaluator(shared, evaluator.begin(shared), {"images": images})
+    torch.testing.assert_close(sharp[:2], (plain, gradients["images"]))
+    torch.testing.assert_close(mixed[2].square().sum(1), mixed[0])
+    for found, with_kinks, without in zip(mixed, sharp, smooth, strict=True):
+        torch.testing.assert_close(found[1], with_kinks[1])
+        torch.testing.assert_close(found[[0, 2]], without[[0, 2]])
+        assert not torch.allclose(without[1], with_kinks[1], rtol=1e-3)
+
+
 def points(scale: float, generator: torch.Generator, near: float) -> Any:
     shared = {"w": torch.randn(VICTIMS, 4, 3, generator=generator), "b": torch.randn(VICTIMS, 4, generator=generator)}
     gradients = {

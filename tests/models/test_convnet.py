@@ -56,7 +56,14 @@ def test_norms_and_poolings(norm, pooling):
 
 @pytest.mark.parametrize(
     ("activation", "function"),
-    [("relu", F.relu), ("leaky_relu", F.leaky_relu), ("sigmoid", torch.sigmoid), ("silu", F.silu)],
+    [
+        ("relu", F.relu),
+        ("leaky_relu", F.leaky_relu),
+        ("sigmoid", torch.sigmoid),
+        ("silu", F.silu),
+        ("gelu", F.gelu),
+        ("tanh", torch.tanh),
+    ],
 )
 def test_activations(activation, function):
     model = ConvNet(1, 8, 3, width=2, depth=1, norm="none", pooling="none", activation=activation)
@@ -68,7 +75,10 @@ def test_activations(activation, function):
     ("options", "message"),
     [
         ({"norm": "spectral"}, r"`norm` to be one of \['batch', 'group', 'instance', 'layer', 'none'\], but got 'sp"),
-        ({"activation": "tanh"}, r"`activation` to be one of \['leaky_relu', 'relu', 'sigmoid', 'silu'\], but got 't"),
+        (
+            {"activation": "elu"},
+            r"`activation` to be one of \['gelu', 'leaky_relu', 'relu', 'sigmoid', 'silu', 'tanh'\]",
+        ),
         ({"pooling": "median"}, r"`pooling` to be one of \['average', 'max', 'none'\], but got 'median'"),
         ({"width": 0}, "`width` to be a whole number of at least 1, but got 0"),
         ({"depth": 1.5}, "`depth` to be a whole number of at least 1, but got 1.5"),

@@ -195,9 +195,9 @@ def test_other_activations_under_vmap(name):
 
 @pytest.mark.parametrize("name", ACTIVATED)
 def test_unknown_activations(name):
-    message = r"^Expected `activation` to be one of \['leaky_relu', 'relu', 'sigmoid', 'silu'\], but got 'tanh'"
+    message = r"^Expected `activation` to be one of \['gelu', 'leaky_relu', 'relu', 'sigmoid', 'silu', 'tanh'\], but"
     with pytest.raises(ValueError, match=message):
-        ACTIVATED[name][0](activation="tanh")
+        ACTIVATED[name][0](activation="elu")
 
 
 @pytest.mark.parametrize("network", [ConvNet, ResNet18, ResNet20])

@@ -14,13 +14,13 @@ SHARPNESS, FADING = "steering/sharpness", "steering/fading"
 GOAL = torch.tensor([[0.3, -2.0], [1.0, 4.0], [0.0, 0.5]]).double()
 
 
-def optimizer_of(solver: Solver) -> PerVictimOptimizer:
+def optimizer_of(solver: Solver, **options: Any) -> PerVictimOptimizer:
     """Least squares of x^3 + s x against what the goal gives without s, with s one over the sharpness."""
 
     def equations(x: torch.Tensor, lanes: torch.Tensor) -> torch.Tensor:
         return x**3 + x / optimizer.lanes[SHARPNESS][lanes, None] - GOAL[lanes] ** 3
 
-    problem = Problem(equations=equations, num_equations=2, num_unknowns=2)
+    problem = Problem(equations=equations, num_equations=2, num_unknowns=2, **options)
     optimizer = PerVictimOptimizer([nn.Parameter(torch.full((3, 2), 1.5).double())], solver, problem)
     return optimizer
 
@@ -78,6 +78,24 @@ def test_steers_by_geometric_levels() -> None:
     assert {STATUS[status] for status in optimizer.status.tolist()} == {"exhausted"}
 
 
+def test_the_finish_has_neither_smoothing_nor_priors() -> None:
+    """Its evaluations come on top, and it starts at the best point of the levels."""
+    newton = GaussNewton(max_evaluations=12, tolerance=1e-20)
+    for kinked, exact, levels in ((True, True, [0, 1, 2, 3]), (False, True, [3]), (True, False, [0, 1, 2])):
+        solver = Continuation(solver=newton, levels=3, sharpness=(0.1, 10.0), finish=GaussNewton(tolerance=1e-20))
+        optimizer = optimizer_of(solver, kinked=kinked, exact=exact)
+        seen = run(optimizer)
+        assert sorted({at[0] for at, _ in seen}) == levels
+        if exact:
+            assert optimizer.lanes[SHARPNESS].tolist() == [torch.inf] * 3
+            assert optimizer.lanes[FADING].tolist() == [0.0] * 3
+            torch.testing.assert_close(optimizer.best()[0], GOAL, rtol=0, atol=1e-3)
+            assert bool((optimizer.best_loss < 1e-10).all())
+        else:
+            assert optimizer.lanes[FADING][0] > 0
+            assert float((optimizer.best()[0] - GOAL).abs().max()) > 1e-3
+
+
 def test_adam_goes_on_over_the_levels() -> None:
     """One level and many are the same where the objective does not look at them."""
     found = []
@@ -133,6 +151,10 @@ def test_a_lane_that_diverges_goes_no_further() -> None:
         ({"sharpness": (0.0, 5.0)}, r"Expected `sharpness\[0\]` to be positive and finite, but got 0.0"),
         ({"sharpness": 5.0}, "Expected `sharpness`"),
         ({"fading": -1.0}, "Expected `fading` of at least 0, but got -1.0"),
+        (
+            {"finish": GaussNewton()},
+            r"Expected `finish` and `solver` to be GaussNewton, but got Gauss.* and SignedAdam",
+        ),
         ({"solver": "adam"}, "Expected `solver` to be another solver, but got 'adam'"),
         ({"solver": Continuation(solver=SignedAdam(steps=20))}, "Expected `solver` to be another solver"),
     ],

@@ -1,0 +1,105 @@
+"""Continuation: least squares on a smoothed network that becomes the real one, and a finish without priors."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from leakage.dummies import InferredLabels, Pixels
+from leakage.inversion import GradientInversion
+from leakage.labels import Auxiliary
+from leakage.objectives import CosineDistance, TotalVariation
+from leakage.solvers import Continuation, GaussNewton
+
+# Chosen on training images of CIFAR-10, see docs/real_networks.md.
+TOTAL_VARIATION, START_STD, EVALUATIONS = 0.2, 0.1, 112
+# Evaluations of a level, and pairs of products with the Jacobian in one of its steps.
+_LEVEL, _PRODUCTS = 4, 40
+# The finish: evaluations, products after which a Jacobian is formed if there are no kinks, the bytes that it may take,
+# and the objective at which the search ends.
+_FINISH = {"max_evaluations": 40, "max_products": 60, "memory": 2**30, "tolerance": 1e-13}
+
+
+class ContinuationAttack(GradientInversion):
+    r"""Continuation: solve the gradient equations of a smoothed network, and follow the solution to the real one.
+
+    .. math:: \min_{x \in [0, 1]} \; 1 - \cos\bigl(\nabla_\theta \ell(f_\theta^{(s)}(x), y), \, g^*\bigr)
+        + \alpha \, w(s) \, \mathrm{TV}(x)
+
+    Gradients of networks with ReLU or max pooling do not show how far a unit is from its kink, so searches get stuck
+    where units have the wrong sign. Here the attacker smooths the kinks (:func:`~leakage.clients.smoothing.smoothed`).
+    The sharpness s grows in levels from 2 to 200, while the weight :math:`\alpha \, w(s)` of the prior fades
+    (:class:`~leakage.solvers.Continuation`). Each level takes a few steps of Levenberg-Marquardt
+    (:class:`~leakage.solvers.GaussNewton`), with up to 40 products with the Jacobian. The last steps, the *finish*, are
+    on the network as it is and without the prior. They keep an image only if it matches the gradient better.
+
+    A network without kinks needs no continuation: all steps are those of the finish, which end at float precision if
+    the gradient determines the image.
+
+    Use it for networks with ReLU and without normalisation. On ResNets it is no better than
+    :class:`InvertingGradientsAttack`. Networks with smooth activations and many images are better attacked by
+    :class:`GaussNewtonAttack`, which also starts layer by layer.
+
+    Pieces: :class:`~leakage.objectives.CosineDistance`, :class:`~leakage.objectives.TotalVariation`,
+    :class:`~leakage.dummies.Pixels` in a box, :class:`~leakage.dummies.InferredLabels`,
+    :class:`~leakage.solvers.Continuation`.
+
+    Shapes: images ``(V, N, C, H, W)`` in [0, 1], labels ``(V, N)``.
+
+    Args:
+        total_variation: :math:`\alpha`, the weight of the prior at the first level.
+        max_evaluations: evaluations of the objective at the levels; the finish takes up to 40 more.
+        start_std: standard deviation of the noise around grey that the search starts from.
+        restarts: additional starts; the one with the lowest objective is kept.
+        rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.
+        seed: seed of the starts, and of label rules that draw random numbers.
+        success_threshold: an image counts as reconstructed if its MSE is below this value.
+        adaptive: see :class:`~leakage.attacks.GradientInversion`.
+
+    Raises:
+        ValueError: if a number is out of range, or a piece raises it.
+
+    References:
+        Allgower and Georg, *Numerical Continuation Methods*, 1990, https://doi.org/10.1007/978-3-642-61257-2; Geiping
+        et al., *Inverting Gradients*, NeurIPS 2020, https://arxiv.org/abs/2003.14053, for the objective.
+
+    Example:
+        >>> ContinuationAttack(max_evaluations=70).solver.levels
+        17
+    """
+
+    def __init__(
+        self,
+        *,
+        total_variation: float = TOTAL_VARIATION,
+        max_evaluations: int = EVALUATIONS,
+        start_std: float = START_STD,
+        restarts: int = 0,
+        rule: str = "auto",
+        auxiliary: Auxiliary | None = None,
+        seed: int = 0,
+        success_threshold: float = 1e-3,
+        adaptive: bool = True,
+    ) -> None:
+        super().__init__(
+            **continuation(total_variation, max_evaluations, start_std),
+            labels=InferredLabels(rule, auxiliary, seed),
+            restarts=restarts,
+            seed=seed,
+            success_threshold=success_threshold,
+            adaptive=adaptive,
+        )
+
+
+def continuation(total_variation: float, evaluations: int, start_std: float) -> dict[str, Any]:
+    """Return objective, images and solver of a continuation."""
+    newton = partial(GaussNewton, spectrum=False, underdetermined=True)
+    return {
+        "objective": CosineDistance() + total_variation * TotalVariation("smooth"),
+        "images": Pixels("grey", std=start_std, box=(0, 1)),
+        "solver": Continuation(
+            solver=newton(solver="cg", max_evaluations=evaluations, max_products=_PRODUCTS),
+            levels=max(1, evaluations // _LEVEL),
+            finish=newton(**_FINISH),
+        ),
+    }

@@ -1,0 +1,60 @@
+"""ContinuationAttack: exact without kinks, with its levels and finish where there are some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from leakage.attacks import ContinuationAttack
+from leakage.defenses import GaussianNoise
+from leakage.models import ConvNet
+from leakage.solvers import GaussNewton
+
+
+@pytest.mark.slow
+def test_networks_without_kinks_give_images_to_float_precision(kit: Any) -> None:
+    """At once: there is nothing to smooth."""
+    torch.manual_seed(0)
+    model = ConvNet(1, 12, 10, width=8, depth=2, norm="none", activation="tanh", pooling="average").eval()
+    attack = kit.fit(ContinuationAttack(), kit.victims(victims=2, model=model, weights="shared"))
+    assert all(score.mse < 1e-6 for score in attack.scores.values()), attack.scores
+    assert max(attack.finished.evaluations) <= 40
+
+
+def test_the_finish_lowers_the_distance_that_the_levels_end_with(kit: Any) -> None:
+    """Not with a defense, which a search without a prior would fit too."""
+    torch.manual_seed(0)
+    model = ConvNet(1, 12, 10, width=8, depth=2, norm="none").eval()
+
+    def short(finish: bool) -> ContinuationAttack:
+        attack = ContinuationAttack(max_evaluations=4)
+        solver: Any = attack.solver
+        solver.solver.max_products = 5
+        solver.finish = GaussNewton(max_evaluations=4, max_products=5) if finish else None
+        return attack
+
+    losses, evaluations = {}, {}
+    for finish in (True, False):
+        attack = short(finish)
+        kit.fit(attack, kit.victims(victims=2, model=model, weights="shared"))
+        losses[finish], evaluations[finish] = attack.finished.loss, attack.finished.evaluations
+    assert bool((losses[True] < losses[False]).all())
+    assert bool((evaluations[False] == 4).all())
+    assert bool((evaluations[True] > 4).all())
+    defended = kit.victims(victims=1, model=model, weights="shared", defenses=[GaussianNoise(1e-4)])
+    assert kit.fit(short(True), defended).finished.evaluations.tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"total_variation": -1.0}, "Expected `weights` of at least 0, but got -1.0"),
+        ({"start_std": 0.0}, "Expected `std` to be positive and finite, but got 0.0"),
+        ({"max_evaluations": 0}, "Expected `max_evaluations` to be a whole number of at least 1, but got 0"),
+    ],
+)
+def test_names_a_bad_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ContinuationAttack(**options)
