@@ -12,8 +12,8 @@ from torchvision.transforms import Normalize
 
 from leakage.clients.chain import Link, find_links
 from leakage.clients.victim import Victim
+from leakage.models.derivatives import ACTIVATIONS
 from leakage.models.layers import AveragePooling
-from leakage.objectives.activations import ACTIVATIONS
 
 # Smallest distance of a sigmoid's or tanh's output from its bounds; reconstructed outputs may overshoot them.
 _MARGIN = 1e-9

@@ -83,7 +83,7 @@ class Evaluator:
         self.terms = {f"objective/{place}": pair for place, pair in enumerate(parts)}
         # Whether the gradient of the last layer is reduced to a basis.
         self.low_rank = low_rank and not victim.draws and all(term.isometric for _, term in self.terms.values())
-        self.watched = {name: tuple(term.watched(victim.model)) for name, (_, term) in self.terms.items()}
+        self.watched = {name: tuple(term.watched(victim)) for name, (_, term) in self.terms.items()}
         self.modules = list(dict.fromkeys(name for names in self.watched.values() for name in names))
         self.at_once = 0  # lanes that autograd evaluates at once; 0 for all
         self._joint: bool | None = None  # whether evaluations are joint passes; None until known
@@ -166,7 +166,7 @@ class Evaluator:
         """Return what the pieces keep for each victim, as empty tensors ``(0, ...)``."""
         protocol = self.victim.protocol
         kept = {name: dummy.state(protocol, dtype) for name, dummy in self.dummies.items()}
-        kept |= {name: term.state(protocol, dtype) for name, (_, term) in self.terms.items()}
+        kept |= {name: term.state(self.victim, dtype) for name, (_, term) in self.terms.items()}
         return joined(kept)
 
     def begin(self, shared: SharedGradient) -> State:
@@ -178,6 +178,8 @@ class Evaluator:
             "labels": self.labels.begin(*as_known(self.defenses, shared, self.victim)),
         }
         kept["learning_rate"] = rate
+        if self.labels.known:
+            shared = replace(shared, labels=self.labels.write_all(None, kept["labels"]).argmax(-1))
         kept |= {name: term.begin(shared, self.victim) for name, (_, term) in self.terms.items()}
         for name in [name for name, (_, term) in self.terms.items() if term.weighed_by_noise]:
             kept[name]["scale"] = kept[name]["scale"] * relative_noise(self.defenses, as_it_came).to(

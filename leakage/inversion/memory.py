@@ -139,7 +139,8 @@ class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors among the arguments or results of an operator, which are nested in tuples and lists only."""
     if isinstance(value, Tensor):
-        yield value
+        if not value._is_zerotensor():  # forward-mode differentiation has such zeros, which take no memory
+            yield value
     elif isinstance(value, tuple | list):
         for part in value:
             yield from _tensors(part)

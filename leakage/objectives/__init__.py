@@ -8,6 +8,7 @@ from leakage.objectives.distances import (
     RowCosineDistance,
     SquaredDistance,
 )
+from leakage.objectives.features import FeatureDistance
 from leakage.objectives.gaussian_prior import GaussianPrior
 from leakage.objectives.priors import L2, BatchNormStatistics, TotalVariation
 from leakage.objectives.terms import ActivationPrior, Distance, Gradients, Point, Prior, Sum, Term
@@ -20,6 +21,7 @@ __all__ = [
     "ChainObjective",
     "CosineDistance",
     "Distance",
+    "FeatureDistance",
     "GaussianPrior",
     "Gradients",
     "LengthDistance",

@@ -20,8 +20,8 @@ from torchvision.transforms import Normalize
 
 from leakage.clients.chain import Link
 from leakage.clients.low_rank import split
+from leakage.models.derivatives import ACTIVATIONS
 from leakage.models.layers import AveragePooling
-from leakage.objectives.activations import ACTIVATIONS
 
 # With fewer channels per group, a matrix product with all patches is faster than a grouped convolution.
 _FEWEST_CHANNELS = 4

@@ -14,8 +14,8 @@ from leakage.clients.chain import Link, find_links
 from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
+from leakage.models.derivatives import ACTIVATIONS
 from leakage.models.layers import AveragePooling
-from leakage.objectives.activations import ACTIVATIONS
 from leakage.objectives.chain_layers import Plan, Step
 
 # On the CPU, the grouped convolutions of oneDNN are fast for these numbers of channels per group and up to several

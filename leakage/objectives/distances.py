@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_flag
@@ -65,7 +64,7 @@ class SquaredDistance(Distance):
         gradients, shared = _in_unit(point, kept)
         return torch.cat([(gradients[name] - wanted).flatten() for name, wanted in shared.items()])
 
-    def state(self, protocol: Protocol, dtype: torch.dtype) -> State:
+    def state(self, victim: Victim, dtype: torch.dtype) -> State:
         """Return empty ``unit`` and ``scale``; the unit is a power of two that scales extreme gradients to about 1."""
         return {name: torch.empty(0, dtype=dtype) for name in ("unit", "scale")} if self.relative else {}
 

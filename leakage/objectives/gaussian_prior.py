@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_count
@@ -123,7 +122,7 @@ class GaussianPrior(Term):
         along = torch.einsum("nd,kdr->nkr", apart, factors) * (own[..., None] * (1 - gains))
         return (own @ sharpness)[:, None] * (apart - torch.einsum("nkr,kdr->nd", along, factors))
 
-    def state(self, protocol: Protocol, dtype: torch.dtype) -> State:
+    def state(self, victim: Victim, dtype: torch.dtype) -> State:
         """Return an empty ``scale``, the weight that follows from the noise."""
         return {"scale": torch.empty(0, dtype=dtype)}
 

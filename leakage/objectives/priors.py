@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from leakage.clients.activations import Activation
@@ -133,17 +133,17 @@ class BatchNormStatistics(ActivationPrior):
         tensor(5.0000)
     """
 
-    def watched(self, model: nn.Module) -> Sequence[str]:
+    def watched(self, victim: Victim) -> Sequence[str]:
         """Return the names of all BatchNorm layers that have running statistics."""
         return [
             name
-            for name, module in model.named_modules()
+            for name, module in victim.model.named_modules()
             if isinstance(module, _BatchNorm) and module.running_mean is not None
         ]
 
     def check(self, victim: Victim) -> None:
         """Raise a ``ValueError`` if the network has no BatchNorm layer with running statistics."""
-        if not self.watched(victim.model):
+        if not self.watched(victim):
             raise ValueError(
                 "Expected a network with BatchNorm in evaluation mode for BatchNormStatistics, which compares with its "
                 f"running statistics, but got {type(victim.model).__name__} without any. Call `model.eval()`, or leave "

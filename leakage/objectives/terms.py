@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from leakage.clients.activations import Activation
-from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.pieces import Piece, State, stable_repr
@@ -119,14 +118,14 @@ class Term(Piece, ABC):
         """Return numbers ``(M,)`` whose squares add up to :meth:`value`."""
         raise NotImplementedError(f"Expected a term that is a sum of squares, but got {self!r}.")
 
-    def watched(self, model: nn.Module) -> Sequence[str]:
+    def watched(self, victim: Victim) -> Sequence[str]:
         """Return the names of the modules whose inputs and outputs the term needs."""
         return ()
 
     def check(self, victim: Victim) -> None:
         """Raise a ``ValueError`` if the term can't be used on such victims."""
 
-    def state(self, protocol: Protocol, dtype: torch.dtype) -> State:
+    def state(self, victim: Victim, dtype: torch.dtype) -> State:
         """Return empty tensors, with zero victims, for what the term keeps of each victim during the search.
 
         An entry ``"scale"`` of shape ``(V,)`` multiplies the term.
@@ -134,7 +133,10 @@ class Term(Piece, ABC):
         return {}
 
     def begin(self, shared: SharedGradient, victim: Victim) -> State:
-        """Return the entries of :meth:`state` for V victims, computed from what they shared."""
+        """Return the entries of :meth:`state` for V victims, computed from what they shared.
+
+        ``shared.labels`` are the labels that victims revealed or that were inferred before the search, or None.
+        """
         return {}
 
     def needed(self, kept: State) -> State:
@@ -304,8 +306,8 @@ class ActivationPrior(Term):
     fades = True
 
     @abstractmethod
-    def watched(self, model: nn.Module) -> Sequence[str]:
-        """Return the names of the modules, as in ``model.named_modules()``."""
+    def watched(self, victim: Victim) -> Sequence[str]:
+        """Return the names of the modules, as in ``victim.model.named_modules()``."""
 
     @abstractmethod
     def __call__(self, activations: Mapping[str, Activation], state: Mapping[str, Tensor]) -> Tensor:

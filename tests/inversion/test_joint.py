@@ -32,7 +32,7 @@ SHAPE, CLASSES, VICTIMS = (3, 8, 8), 5, 3
 class Looking(Term):
     """Looks at everything."""
 
-    def watched(self, model: nn.Module) -> list[str]:
+    def watched(self, victim: Any) -> list[str]:
         return ["features.0"]
 
     def value(self, point: Any, kept: Any) -> Tensor:

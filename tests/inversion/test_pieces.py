@@ -87,7 +87,7 @@ class Halves(Images):
 class Nowhere(ActivationPrior):
     """On a module that is not there."""
 
-    def watched(self, model: nn.Module) -> list[str]:
+    def watched(self, victim: Any) -> list[str]:
         return ["nowhere"]
 
     def __call__(self, activations: Any, state: Any) -> Tensor:
@@ -366,8 +366,8 @@ class Recalls(Prior):
     def __call__(self, images: Tensor) -> Tensor:
         return 0 * images.sum()
 
-    def state(self, protocol: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {"unit": torch.empty(0, *protocol.image_shape, dtype=dtype)} if self.tells else {}
+    def state(self, victim: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"unit": torch.empty(0, *victim.protocol.image_shape, dtype=dtype)} if self.tells else {}
 
     def begin(self, shared: Any, victim: Any) -> dict[str, Tensor]:
         like = next(iter(shared.gradients.values()))
@@ -378,7 +378,7 @@ class Recalls(Prior):
 
 
 class Watches(ActivationPrior):
-    def watched(self, model: nn.Module) -> list[str]:
+    def watched(self, victim: Any) -> list[str]:
         return ["0"]
 
     def __call__(self, activations: Any, state: Any) -> Tensor:

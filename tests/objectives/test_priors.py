@@ -127,7 +127,7 @@ def test_batch_norm_statistics_have_a_slope_at_zero() -> None:
 
 def test_batch_norm_statistics_look_at_layers_with_running_statistics_alone() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.BatchNorm2d(2, track_running_stats=False))
-    assert list(BatchNormStatistics().watched(model)) == ["1"]
+    assert list(BatchNormStatistics().watched(Victim(model, image_shape=(1, 8, 8)))) == ["1"]
 
 
 def test_terms_add_up_with_weights() -> None:
