@@ -17,7 +17,7 @@ TOTAL_VARIATION, START_STD, EVALUATIONS = 0.2, 0.1, 112
 _LEVEL, _PRODUCTS = 4, 40
 # The finish: evaluations, products after which a Jacobian is formed if there are no kinks, the bytes that it may take,
 # and the objective at which the search ends.
-_FINISH = {"max_evaluations": 40, "max_products": 60, "memory": 2**30, "tolerance": 1e-13}
+_FINISH: dict[str, Any] = {"max_evaluations": 40, "max_products": 60, "memory": 2**30, "tolerance": 1e-13}
 
 
 class ContinuationAttack(GradientInversion):
@@ -31,14 +31,14 @@ class ContinuationAttack(GradientInversion):
     The sharpness s grows in levels from 2 to 200, while the weight :math:`\alpha \, w(s)` of the prior fades
     (:class:`~leakage.solvers.Continuation`). Each level takes a few steps of Levenberg-Marquardt
     (:class:`~leakage.solvers.GaussNewton`), with up to 40 products with the Jacobian. The last steps, the *finish*, are
-    on the network as it is and without the prior. They keep an image only if it matches the gradient better.
+    on the network as it is and without the prior. They keep an image only if it matches the gradient better. There is
+    no finish if a defense has changed the gradients.
 
     A network without kinks needs no continuation: all steps are those of the finish, which end at float precision if
     the gradient determines the image.
 
-    Use it for networks with ReLU and without normalisation. On ResNets it is no better than
-    :class:`InvertingGradientsAttack`. Networks with smooth activations and many images are better attacked by
-    :class:`GaussNewtonAttack`, which also starts layer by layer.
+    On ResNets it is no better than :class:`InvertingGradientsAttack`. Batches on networks without kinks are better
+    attacked by :class:`GaussNewtonAttack`, which can start layer by layer.
 
     Pieces: :class:`~leakage.objectives.CosineDistance`, :class:`~leakage.objectives.TotalVariation`,
     :class:`~leakage.dummies.Pixels` in a box, :class:`~leakage.dummies.InferredLabels`,
@@ -48,7 +48,8 @@ class ContinuationAttack(GradientInversion):
 
     Args:
         total_variation: :math:`\alpha`, the weight of the prior at the first level.
-        max_evaluations: evaluations of the objective at the levels; the finish takes up to 40 more.
+        max_evaluations: evaluations of the objective at the levels; the finish takes up to 40 more, and all of them if
+            there are no kinks.
         start_std: standard deviation of the noise around grey that the search starts from.
         restarts: additional starts; the one with the lowest objective is kept.
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.

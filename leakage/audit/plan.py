@@ -120,7 +120,7 @@ def _inverting_gradients(victim: Victim, common: dict[str, Any]) -> Candidate:
     norms = any("Norm" in type(layer).__name__ for layer in victim.model.modules())
     if weights <= _SMALL and not norms and victim.protocol.local_steps == 1:
         made: Callable[..., GradientInversion] = partial(InvertingGradientsAttack, protocol="robust", **common)
-        return Candidate("inverting_gradients", made, 112, passes=100)
+        return Candidate("inverting_gradients", made, 130, passes=100)
     made = partial(_with_steps, InvertingGradientsAttack, common)
     return Candidate("inverting_gradients", made, _MOST_STEPS, shortens=True)
 

@@ -120,7 +120,7 @@ class Evaluator:
 
     def problem(self, equations: Callable[[Tensor, Tensor], Tensor], element_size: int) -> Problem:
         """Return the problem that the solver receives; ``element_size`` is the number of bytes of one element."""
-        protocol, shapes = self.victim.protocol, self.shapes()
+        model, protocol, shapes = self.victim.model, self.victim.protocol, self.shapes()
         pixels = math.prod(shapes["images"]) if "images" in shapes else 0
         project = self.images.project()
 
@@ -139,9 +139,9 @@ class Evaluator:
             num_unknowns=sum(map(math.prod, shapes.values())),
             element_size=element_size,
             written=f"{images} of {protocol.image_shape}{' and their labels' if 'labels' in shapes else ''}",
-            kinked=has_kinks(
-                self.victim.model, black_images(self.victim.model, protocol.image_shape, protocol.step_size)
-            ),
+            # A network that draws random numbers would draw them here.
+            kinked=bool(self.victim.draws)
+            or has_kinks(model, black_images(model, protocol.image_shape, protocol.step_size)),
             exact=not protocol.defenses,
         )
 

@@ -93,9 +93,9 @@ class Continuation(Solver):
         finish = self.finish if problem.exact else None
         if finish is not None:
             # A Jacobian ends the search of a network without kinks. With kinks it holds for too short steps.
-            options = {"solver": "cg"} if problem.kinked and finish.solver == "auto" else {}
+            kind = "cg" if problem.kinked and finish.solver == "auto" else finish.solver
             total = self.evaluations + finish.max_evaluations
-            finish = dataclasses.replace(finish, max_evaluations=total, **options).fit(problem)
+            finish = dataclasses.replace(finish, solver=kind, max_evaluations=total).fit(problem)
         fitted = dataclasses.replace(self, solver=self.solver.fit(problem), finish=finish)
         fitted._first = self.levels if finish is not None and not problem.kinked else 0
         return fitted

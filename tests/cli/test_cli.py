@@ -380,9 +380,9 @@ def test_fit_refuses_bad_input_in_one_line(
         (["--data.victims", "many"], "Expected `victims` of Victims as int, but got 'many'."),
         (
             ["--model", "Nope"],
-            "Expected `--model` to be one of DLGAttack, DistributionMatchingCondensation, GIASAttack, "
-            "GaussNewtonAttack, GradInversionAttack, GradientInversion, GradientMatchingCondensation, IDLGAttack, "
-            "InvertingGradientsAttack, RGAPAttack, or the import path",
+            "Expected `--model` to be one of ContinuationAttack, DLGAttack, DistributionMatchingCondensation, "
+            "GIASAttack, GaussNewtonAttack, GradInversionAttack, GradientInversion, GradientMatchingCondensation, "
+            "IDLGAttack, InvertingGradientsAttack, RGAPAttack, or the import path",
         ),
         (
             ["--data", "torch.nn.Linear"],

@@ -18,9 +18,10 @@ from leakage.inversion.reconstruction import Reconstruction
 
 FEW = ["--dataset", "sample", "--victims", "3", "--others", "40", "--accelerator", "cpu"]
 COLUMNS = {
-    "attack", "protocol", "network", "epochs", "test_accuracy", "images", "labels", "labels_revealed", "local_steps",
-    "victims", "psnr_mean", "psnr_ci", "ssim_mean", "identified", "identified_ci", "identified_features", "others",
-    "baseline_grey", "baseline_mean_colour", "baseline_nearest", "below", "label_accuracy", "iterations",
+    "attack", "protocol", "network", "activation", "epochs", "test_accuracy", "images", "labels", "labels_revealed",
+    "local_steps", "victims", "psnr_mean", "psnr_ci", "ssim_mean", "exact", "exact_ci", "identified", "identified_ci",
+    "identified_features", "others", "baseline_grey", "baseline_mean_colour", "baseline_nearest",
+    "below", "label_accuracy", "iterations",
     "seconds_per_victim", "published_psnr", "learning_rate_error",
 }  # fmt: skip
 
@@ -62,6 +63,7 @@ def test_a_row_for_each_attack_worked_out_from_its_reconstructions(done: tuple[P
         assert row["baseline_nearest"] == pytest.approx(float(-10 * best.log10().mean()), rel=1e-4)
         names = [name for name in ("grey", "mean_colour", "nearest") if row["psnr_mean"] <= row[f"baseline_{name}"]]
         assert row["below"] == names
+        assert row["exact"] == float((mse < 1e-6).double().mean())
         assert row["identified_ci"][0] <= row["identified"] <= row["identified_ci"][1]
         assert row["test_accuracy"] is row["identified_features"] is row["published_psnr"] is None
     for name in ("gallery.png", "psnr_over_time.png"):
@@ -141,6 +143,7 @@ def test_batch_norm_in_training_mode_knows_no_statistics(inverting: ModuleType) 
         (["--victims", "0"], "Expected `victims` to be a whole number of at least 1, but got 0"),
         (["--images", "11", "--labels", "distinct"], "Expected at most 10 images for each victim"),
         (["--local-steps", "2", "--local-learning-rate", "0"], "Expected `local_learning_rate` to be positive"),
+        (["--network", "vit", "--activation", "relu"], "Expected no `--activation` with 'vit', which has only GELU"),
         (["--iterations", "0"], "Expected `steps` to be a whole number of at least 1, but got 0"),
     ],
 )

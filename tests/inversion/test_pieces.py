@@ -31,7 +31,7 @@ from leakage.objectives import (
     SquaredDistance,
     TotalVariation,
 )
-from leakage.solvers import LBFGS, STATUS, Adam, GaussNewton, SignedAdam, Solver, settle
+from leakage.solvers import LBFGS, STATUS, Adam, Continuation, GaussNewton, SignedAdam, Solver, settle
 from tests.kit import mean_error
 
 EXHAUSTED = STATUS.index("exhausted")
@@ -251,7 +251,10 @@ def test_a_solver_steers_the_network_and_the_priors(kit: Any) -> None:
     "attack",
     [
         lambda: InvertingGradientsAttack(steps=15, restarts=1),
-        lambda: InvertingGradientsAttack(protocol="robust", steps=7),
+        lambda: GradientInversion(
+            objective=CosineDistance() + 0.2 * TotalVariation("smooth"),
+            solver=Continuation(solver=GaussNewton(max_evaluations=7, solver="cg", max_products=5), levels=3),
+        ),
         lambda: GradientInversion(
             objective=SquaredDistance() + 1e-3 * TotalVariation() + 1e-3 * L2(),
             labels=JointLabels(),
@@ -264,7 +267,7 @@ def test_a_solver_steers_the_network_and_the_priors(kit: Any) -> None:
             solver=SignedAdam(steps=15),
         ),
     ],
-    ids=["InvertingGradients", "robust", "sum", "own", "noise", "latent"],
+    ids=["InvertingGradients", "levels", "sum", "own", "noise", "latent"],
 )
 def test_a_run_of_pieces_goes_on_bit_for_bit(kit: Any, attack: Any, tmp_path: Path) -> None:
     def seeded() -> GradientInversion:
