@@ -276,9 +276,8 @@ class _Audit:
             seed=self.seed,
             model=subject.network,
             weights="shared",
-            loss=subject.loss,
-            reduction=subject.reduction,
             reveal_labels=client.reveal_labels,
+            **subject.loss,
             **client.training,
         )
         try:

@@ -29,6 +29,7 @@ from leakage.audit.subject import (
     observe,
     seeded,
 )
+from leakage.clients.protocol import Protocol
 from leakage.clients.victim import Victim
 
 # The largest relative difference between two ways to compute the same value in single precision.
@@ -98,7 +99,6 @@ def preflight(
     images, labels, normalise = _unit_range(batches, data, problems)
     if normalise is not None:
         network = nn.Sequential(normalise, network)
-    reduction = call.options.get("reduction", "mean")
 
     def to_batch(new_images: Tensor, new_labels: Tensor) -> Any:
         return first.rebuild(new_images if normalise is None else normalise(new_images), new_labels)
@@ -107,8 +107,7 @@ def preflight(
     subject = Subject(
         module=copied,
         network=network,
-        loss=_LOSSES_BY_NAME[call.name],
-        reduction=str(reduction),
+        loss=_declared(call),
         images=images[own:],
         labels=labels[own:],
         own_images=images[:own],
@@ -116,10 +115,21 @@ def preflight(
         to_batch=to_batch,
         problems=problems,
     )
-    return (subject if _attackable(subject, problems, call.name) else None), problems
+    return (subject if _attackable(subject, problems) else None), problems
 
 
 _LOSSES_BY_NAME = {function.__name__: name for function, name in _LOSSES.items()}
+
+
+def _declared(call: Loss) -> dict[str, Any]:
+    """Return the options of a :class:`leakage.Victim` that trains with this loss."""
+    weights, smoothing = call.options.get("weight"), call.options.get("label_smoothing")
+    return {
+        "loss": _LOSSES_BY_NAME[call.name],
+        "reduction": str(call.options.get("reduction", "mean")),
+        "label_smoothing": float(smoothing or 0.0),
+        "class_weights": None if weights is None else tuple(weights.tolist()),
+    }
 
 
 def prepare_layers(module: LightningModule) -> list[Problem]:
@@ -215,14 +225,13 @@ def _loss_call(loss: Tensor, calls: list[Loss], problems: list[Problem]) -> Loss
     if call.name not in _LOSSES_BY_NAME:
         refuse(f"the loss {call.name}", known)
         return None
-    if call.options.get("weight") is not None:
-        refuse("a loss with class weights", "Audit without class weights: they only weight the images of a batch.")
-        return None
-    if call.options.get("label_smoothing"):
-        refuse(f"label smoothing of {call.options['label_smoothing']}", "Audit with label_smoothing=0.")
-        return None
     if call.given.ndim != 2:
         refuse(f"a loss of outputs {tuple(call.given.shape)} instead of logits (N, K)", known)
+        return None
+    try:
+        Protocol((1, 1, 1), call.given.shape[1], **_declared(call))
+    except ValueError as error:
+        refuse(str(error), "Audit without this option of the loss.")
         return None
     return call
 
@@ -243,9 +252,16 @@ def _network(module: LightningModule, batch: Batch, call: Loss, layers: list[tup
         # Inner layers are recorded before outer ones.
         if gives and takes_images and holds_all and found is None:
             found = modules[name]
+        if takes_images and holds_all and found is None and _ends_in_log_softmax(modules[name], given, call.given):
+            found = cast(nn.Sequential, modules[name])[:-1]
     if found is not None:
         return found
     return LogitsOfTrainingStep(module, batch.rebuild)
+
+
+def _ends_in_log_softmax(module: nn.Module, output: Any, logits: Tensor) -> bool:
+    ends = isinstance(module, nn.Sequential) and len(module) > 1 and isinstance(module[-1], nn.LogSoftmax)
+    return ends and torch.equal(output, logits.log_softmax(1))
 
 
 def _unit_range(
@@ -329,28 +345,28 @@ def _own_images(available: int, public: int, images: int) -> int:
     return own
 
 
-def _attackable(subject: Subject, problems: list[Problem], loss: str) -> bool:
+def _attackable(subject: Subject, problems: list[Problem]) -> bool:
     """Whether a client can be simulated; if not, or with limits, a problem is added."""
     try:
         victim = Victim(
             subject.network,
             image_shape=tuple(subject.images.shape[1:]),
             num_images=2,
-            loss=subject.loss,
-            reduction=subject.reduction,
+            **subject.loss,
         )
     except (ValueError, RuntimeError) as error:
         fix = "Replace the part named in the message by a function of only images and weights."
         problems.append(Problem("not yet", type(subject.network).__name__, str(error), fix, NO_VERDICT))
         return False
     if victim.classifier is None or not any(name.startswith(victim.classifier) for name in victim.trainable):
-        kind, fix = "not yet", "Nothing to do."
-        if loss == "nll_loss":
-            kind = "replace"
-            fix = "Return logits, and use cross_entropy in place of log_softmax and nll_loss: the loss is the same."
         problems.append(
             Problem(
-                *(kind, victim.logits_from, "logits that do not come from a trained linear layer", fix),
+                *(
+                    "not yet",
+                    victim.logits_from,
+                    "logits that do not come from a trained linear layer",
+                    "Nothing to do.",
+                ),
                 "Labels are searched for instead of read off, and found less often. Audit with reveal_labels as well.",
             )
         )

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.nn import functional as F
 
 from leakage.audit.client import Client
 from leakage.audit.report import Check, Problem
@@ -108,10 +107,9 @@ def _training_step(subject: Subject, client: Client, images: Tensor, labels: Ten
         made.network,
         image_shape=tuple(images.shape[1:]),
         num_images=size,
-        loss=subject.loss,
-        reduction=subject.reduction,
+        **subject.loss,
     )
-    ours = victim.gradients(victim.state, images.to(dtype), F.one_hot(labels, victim.protocol.num_classes).to(dtype))
+    ours = victim.gradients(victim.state, images.to(dtype), victim.protocol.targets(labels, dtype))
     residual = difference(ours, theirs)
     if residual <= limit:
         return Check(client.name, name, True, residual, "The simulated client's gradient equals that of the module.")
@@ -189,8 +187,7 @@ def _local_steps(subject: Subject, client: Client, seed: int) -> list[Check]:
         made.network,
         image_shape=tuple(images.shape[1:]),
         num_images=client.images,
-        loss=subject.loss,
-        reduction=subject.reduction,
+        **subject.loss,
         **training,
     )
     module = made.module
@@ -208,7 +205,7 @@ def _local_steps(subject: Subject, client: Client, seed: int) -> list[Check]:
     after = dict(module.named_parameters())
     length = client.learning_rate * client.local_steps
     theirs = {places.get(name, name): (before[name] - after[name].detach()) / length for name in before}
-    targets = F.one_hot(labels, victim.protocol.num_classes).double()
+    targets = victim.protocol.targets(labels, torch.float64)
     ours = victim.gradients(victim.state, images.double(), targets)
     residual = difference(ours, theirs)
     if residual <= _DOUBLE * 100:
@@ -249,7 +246,7 @@ def _truth(client: Client, victim: Victim, images: Tensor, labels: Tensor, seed:
         return Check(
             client.name, name, True, None, "Not measured: the clients compute their gradient on encoded images."
         )
-    targets = F.one_hot(labels, made.protocol.num_classes).double()
+    targets = made.protocol.targets(labels, torch.float64)
     sent = {key: tensor[0] for key, tensor in shared.gradients.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the finding below names what attacks ignore

@@ -34,6 +34,7 @@ _LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 # The most values that all images in memory may have together.
 _MOST_VALUES = 2**27
 _LOSSES = {F.cross_entropy: "cross_entropy", F.nll_loss: "cross_entropy", F.mse_loss: "mean_squared_error"}
+_LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, torch.special.log_softmax, Tensor.log_softmax)
 # Other losses, recorded so that a problem can name them.
 _OTHER_LOSSES = (
     *(F.binary_cross_entropy_with_logits, F.binary_cross_entropy, F.l1_loss, F.smooth_l1_loss, F.huber_loss),
@@ -56,7 +57,7 @@ class Loss:
 
     Attributes:
         name: the name of the function.
-        given: its first argument, the logits.
+        given: the logits: its first argument, or what ``log_softmax`` made into that argument.
         targets: its second argument.
         options: its other arguments, by name.
         value: the value that it returned.
@@ -81,7 +82,7 @@ class Subject:
         module: a copy of the user's module, in its modes, without dropout. Clients run its ``training_step``.
         network: a network from images in [0, 1] to logits: a part of ``module``, with a ``Normalize`` before it if the
             module takes images in another range.
-        loss, reduction: the loss and its reduction, as in :class:`leakage.Victim`.
+        loss: the options of :class:`leakage.Victim` that declare the loss.
         images, labels: the images ``(M, C, H, W)`` in [0, 1] and labels ``(M,)`` that victims are drawn from.
         own_images, own_labels: the auditor's own images and labels, which are not among those above.
         to_batch: a function that makes a batch for ``training_step`` from images in [0, 1] and labels.
@@ -90,8 +91,7 @@ class Subject:
 
     module: LightningModule
     network: nn.Module
-    loss: str
-    reduction: str
+    loss: dict[str, Any]
     images: Tensor
     labels: Tensor
     own_images: Tensor
@@ -171,18 +171,24 @@ class _Losses(TorchFunctionMode):
         super().__init__()
         self.calls: list[Loss] = []
         self.stop = stop
+        self._log_softmax: list[tuple[Tensor, Tensor]] = []  # inputs and outputs
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function in _LOG_SOFTMAX:
+            given, value = kwargs.get("input", args[0] if args else None), function(*args, **kwargs)
+            self._log_softmax.append((given, value))
+            return value
         if function not in _LOSSES and function not in _OTHER_LOSSES:
             return function(*args, **kwargs)
         names = ("input", "target", "weight")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
+        logits = next((before for before, after in self._log_softmax if after is given["input"]), given["input"])
         if self.stop:
-            raise _ReachedLossError(given["input"])
+            raise _ReachedLossError(logits)
         value = function(*args, **kwargs)
         options = {name: option for name, option in given.items() if name not in ("input", "target")}
-        self.calls.append(Loss(function.__name__, given["input"], given["target"], options, value))
+        self.calls.append(Loss(function.__name__, logits, given["target"], options, value))
         return value
 
 
