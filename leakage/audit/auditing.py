@@ -256,6 +256,8 @@ class _Audit:
                 report.checks.append(Check(client.name, "preflight", False, None, finding))
                 report.declared.clients.append(client.describe())
                 continue
+            if client.dropout:
+                found = found.with_dropout()
             completed, problems = with_module_rate(client, found)
             report.preflight += [problem for problem in problems if problem not in report.preflight]
             report.declared.clients.append(completed.describe())
@@ -284,7 +286,11 @@ class _Audit:
             victims.setup("fit")
         except ValueError as error:  # no such client can exist
             report.preflight.append(
-                Problem("never", client.name, str(error), "Declare a client that can train like this.", NO_VERDICT)
+                Problem(
+                    *("not yet" if client.dropout else "never", client.name, str(error)),
+                    "Declare a client that can train like this.",
+                    NO_VERDICT,
+                )
             )
             report.checks.append(Check(client.name, "preflight", False, None, str(error)))
             return None

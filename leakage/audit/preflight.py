@@ -10,6 +10,7 @@ import torch
 from lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torchvision import transforms
 from torchvision.transforms import v2
 
@@ -65,6 +66,7 @@ def preflight(
     if not isinstance(module, LightningModule):
         raise ValueError(f"Expected `model` to be a LightningModule, but got {type(module).__name__}.")
     copied = copy_of(module)
+    dropout = [name for name, layer in copied.named_modules() if isinstance(layer, _DropoutNd) and _is_random(layer)]
     problems = prepare_layers(copied)
     wanted = victims * max(client.images for client in clients) + public
     batches = collect(copied, data, wanted, seed)
@@ -113,6 +115,7 @@ def preflight(
         own_images=images[:own],
         own_labels=labels[:own],
         to_batch=to_batch,
+        dropout=dropout,
         problems=problems,
     )
     return (subject if _attackable(subject, problems) else None), problems
@@ -148,10 +151,17 @@ def prepare_layers(module: LightningModule) -> list[Problem]:
         layer.training = False
         if isinstance(layer, nn.MultiheadAttention):
             layer.dropout, layer.training = 0.0, True
+    dropout = [name for name in random if isinstance(named[name], _DropoutNd)]
     report(
-        *("replace", random, "dropout in training mode", "Nothing to do: the audit runs without dropout."),
-        "The verdict is for clients without dropout. Do not rely on dropout to hide more: attackers can search for the "
-        "masks together with the images.",
+        *("replace", dropout, "dropout in training mode"),
+        "To audit clients that train with dropout, declare them with dropout=True.",
+        "The verdict for other clients is without dropout. Do not rely on dropout to hide more: attacks can search for "
+        "the masks together with the images.",
+    )
+    report(
+        *("replace", [name for name in random if name not in dropout], "layers that drop connections or whole blocks"),
+        "Nothing to do: the audit turns them off, as attacks can't search yet for what they drop.",
+        "The verdict is for clients whose layers drop nothing.",
     )
     mixing = [name for name, layer in named.items() if isinstance(layer, _BatchNorm) and layer.training]
     report(

@@ -152,7 +152,9 @@ class Runner:
             record = load_record(self.folder, *place, self.key)
             if record is None:
                 later = sum(self._expected(other) for other in todo[number + 1 :])
-                record = self._run_one(row, candidate, max(left - later, 0.0), solved)
+                # At least its own share, even if earlier attacks took longer than expected.
+                seconds = max(left - later, min(left, self._expected((row, candidate))), 0.0)
+                record = self._run_one(row, candidate, seconds, solved)
                 save_record(self.folder, record)
             if record.measured is not None:
                 left -= record.measured.seconds

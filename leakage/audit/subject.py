@@ -8,7 +8,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -79,13 +79,14 @@ class Subject:
     """A module and data, prepared for an audit.
 
     Attributes:
-        module: a copy of the user's module, in its modes, without dropout. Clients run its ``training_step``.
+        module: a copy of the user's module, in its modes. Clients run its ``training_step``.
         network: a network from images in [0, 1] to logits: a part of ``module``, with a ``Normalize`` before it if the
             module takes images in another range.
         loss: the options of :class:`leakage.Victim` that declare the loss.
         images, labels: the images ``(M, C, H, W)`` in [0, 1] and labels ``(M,)`` that victims are drawn from.
         own_images, own_labels: the auditor's own images and labels, which are not among those above.
         to_batch: a function that makes a batch for ``training_step`` from images in [0, 1] and labels.
+        dropout: the names of the module's dropout layers, which are turned off.
         problems: the problems that were found.
     """
 
@@ -97,7 +98,23 @@ class Subject:
     own_images: Tensor
     own_labels: Tensor
     to_batch: Callable[[Tensor, Tensor], Any]
+    dropout: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+
+    def with_dropout(self) -> Subject:
+        """Return a copy whose dropout layers are turned on.
+
+        Raises:
+            ValueError: there are no such layers.
+        """
+        if not self.dropout:
+            raise ValueError(
+                "Expected a module with torch.nn.Dropout in training mode for clients with dropout=True, but got none."
+            )
+        module, network = copy.deepcopy((self.module, self.network))
+        for name in self.dropout:
+            module.get_submodule(name).train()
+        return replace(self, module=module, network=network)
 
     @property
     def names(self) -> dict[str, str]:

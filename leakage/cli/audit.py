@@ -63,6 +63,8 @@ _NAMED = (
     ("data", "LightningDataModule", "mypackage.MyData"),
 )
 _CLIENT = [field.name for field in fields(Client)]
+# Those that can be out of range by themselves.
+_ALONE = ("images", "epochs", "reveal_labels", "reveal_learning_rate", "dropout", "name")
 
 
 def audit(arguments: Sequence[str]) -> None:
@@ -325,7 +327,7 @@ def _check_client(node: yaml.MappingNode, path: Path) -> None:
             values[name.value] = _plain(value)
     # An option that is out of range by itself is reported with its own line, any other error with the client's line.
     for name, _ in node.value:
-        if name.value in ("images", "epochs", "reveal_labels", "reveal_learning_rate", "name") and name.value in values:
+        if name.value in _ALONE and name.value in values:
             with _Line(path, name):
                 Client(**{name.value: values[name.value]})
     with _Line(path, node):
