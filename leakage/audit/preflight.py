@@ -15,21 +15,9 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from leakage.audit.client import Client
+from leakage.audit.data import Batch, Data, collect, find_images, most_images, seeded
 from leakage.audit.report import Problem
-from leakage.audit.subject import (
-    _LOSSES,
-    Batch,
-    Data,
-    LogitsOfTrainingStep,
-    Loss,
-    Subject,
-    collect,
-    copy_of,
-    find_images,
-    most_images,
-    observe,
-    seeded,
-)
+from leakage.audit.subject import _LOSSES, LogitsOfTrainingStep, Loss, Subject, copy_of, observe
 from leakage.clients.protocol import Protocol
 from leakage.clients.victim import Victim
 

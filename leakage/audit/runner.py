@@ -48,6 +48,7 @@ class Row:
         subject: the audited network and data.
         victim: the simulated client.
         number: the number of victims.
+        configuration: what the victims' images, networks and losses depend on.
         capture: a function that returns what the victims with some indices share.
         truth: a function that returns what these victims hold; None if nobody knows.
         candidates: the attacks, in the order in which they run.
@@ -60,6 +61,7 @@ class Row:
     subject: Subject
     victim: Victim
     number: int
+    configuration: dict[str, Any]
     capture: Callable[[Sequence[int]], SharedGradient]
     truth: Callable[[Sequence[int]], GroundTruth] | None
     candidates: list[Candidate]

@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from leakage.audit.client import Client
+from leakage.audit.data import seeded
 from leakage.audit.report import Check, Problem
-from leakage.audit.subject import Subject, loss_of, seeded
+from leakage.audit.subject import Subject, loss_of
 from leakage.clients.local_steps import Secrets
 from leakage.clients.victim import Victim
 from leakage.defenses.base import relative_noise

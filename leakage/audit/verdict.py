@@ -56,10 +56,9 @@ def victims_needed(limit: float) -> float:
 def decide(limit: float, figure: Figure, *, reached: bool, share: bool = True) -> str:
     """Decide on a limit: ``"exceeded"``, ``"within"`` or ``"inconclusive"``.
 
-    It is exceeded if the whole interval lies above it. Intervals of few victims are too narrow. So a ``share`` must also
-    be so high that, if the limit were the true rate, at most 5 % of all audits would find as much. It is within if the
-    whole interval lies at or below the limit and the budget was enough for all attacks (``reached``). Otherwise it is
-    inconclusive.
+    It is exceeded if the whole interval lies above it. Intervals of few victims are too narrow, so a ``share`` must
+    also be reached in at most 5 % of all audits if the limit were the true rate. It is within if the whole interval
+    lies at or below the limit and the budget was enough for all attacks (``reached``). Otherwise it is inconclusive.
 
     Example:
         >>> decide(0.2, Figure(1.0, *wilson_interval(1.0, 1), 1), reached=True)

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from leakage import Victim
 from leakage.audit import Client
+from leakage.audit.data import find_images
 from leakage.audit.plan import candidates
 from leakage.audit.preflight import NO_VERDICT, preflight
 from leakage.audit.report import Problem
-from leakage.audit.subject import LogitsOfTrainingStep, Subject, find_images
+from leakage.audit.subject import LogitsOfTrainingStep, Subject
 from leakage.closed_form.inverses import find_chain
 from tests.audit.modules import LOSSES, Data, Images, Inside, Manual, OfDicts, OtherLoss, Scaled, Small, normalised
 
