@@ -137,7 +137,7 @@ class Runner:
     def run(self) -> list[Record]:
         """Make the plan, print it and run it. Return one record for each client and attack."""
         spent = self._make_plan()
-        self.log(f"Plan, for {self.budget:.0f} s")
+        self.log(f"Plan, for {self.budget:.0f} s, of which timing took {spent:.0f} s")
         for row in self.rows:
             for candidate in row.candidates:
                 place = row.client.name, candidate.name
@@ -163,6 +163,8 @@ class Runner:
                 self.log(f"  {_line(record.measured)}")
                 if _solves(record.measured, row.number):
                     solved.add(row.client.name)
+            else:
+                self.log(f"  {': '.join(place)}: not run. {record.planned.reason}")
             done[place] = record
         return [done[row.client.name, candidate.name] for row in self.rows for candidate in row.candidates]
 
@@ -310,5 +312,5 @@ def _line(measured: Measured) -> str:
             words.append(f"psnr {figure.value:.1f} dB")
         elif name != "ssim":
             words.append(f"{name} {figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]")
-    words.append(f"{measured.victims} victims in {measured.seconds:.0f} s")
+    words.append(f"{_victims(measured.victims)} in {measured.seconds:.0f} s")
     return f"{measured.client}: {measured.attack}: {', '.join(words)}"

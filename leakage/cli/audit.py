@@ -89,10 +89,9 @@ def audit(arguments: Sequence[str]) -> None:
     print(f"\n{report.verdict}: {options['output']}")
     for threshold in report.thresholds:
         figure = threshold.figure
-        print(
-            f"  {threshold.decision}: {threshold.metric} of {threshold.client}, {threshold.attack or 'no attack'}: "
-            f"{figure.value:.3g} [{figure.low:.3g}, {figure.high:.3g}], limit {threshold.limit:g}"
-        )
+        found = f"{threshold.attack}: {figure.value:.3g} [{figure.low:.3g}, {figure.high:.3g}]"
+        found = found if threshold.attack else "not measured"
+        print(f"  {threshold.decision}: {threshold.metric} of {threshold.client}, {found}, limit {threshold.limit:g}")
     sys.exit(report.exit_code)
 
 
