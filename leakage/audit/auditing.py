@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 import leakage
@@ -200,6 +200,12 @@ class _Audit:
             bounds=[],
             thresholds=[],
         )
+        try:
+            Trainer(accelerator=self.accelerator, devices=1, logger=False, enable_checkpointing=False)
+        except Exception as error:  # the type depends on the accelerator
+            raise ValueError(
+                f"Expected `accelerator` as the Trainer has it on this machine, but got {self.accelerator!r}: {error}"
+            ) from error
         self.log("Preflight")
         rows = self._make_ready(module, data, report)
         for problem in report.preflight:

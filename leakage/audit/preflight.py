@@ -73,6 +73,7 @@ def preflight(
         fix = "Audit the same network in a module whose `training_step` returns one loss."
         problems.append(Problem("not yet", "training_step", "manual optimization", fix, NO_VERDICT))
         return None, problems
+    images, labels, normalise = _unit_range(batches, data, problems)
     try:
         with seeded(seed):
             # In a copy, whose metrics keep results of this step.
@@ -86,7 +87,6 @@ def preflight(
     if call is None:
         return None, problems
     network = _network(copied, first, call, layers)
-    images, labels, normalise = _unit_range(batches, data, problems)
     if normalise is not None:
         network = nn.Sequential(normalise, network)
 

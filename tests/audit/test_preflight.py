@@ -255,6 +255,9 @@ def test_refuses_what_is_no_module_and_no_data() -> None:
         preflight(Small(), None, [Client()], victims=1, public=1, seed=0)
     with pytest.raises(ValueError, match=r"Expected at least 5 images in the data, .* but got 3"):
         preflight(Small(), Data(number=3), [Client(images=3)], victims=1, public=9, seed=0)
+    nothing = torch.utils.data.TensorDataset(torch.full((9, 1, 12, 12), torch.nan), torch.zeros(9).long())
+    with pytest.raises(ValueError, match="Expected images of finite numbers, but got NaN"):
+        inspect(Small(), nothing)
     with pytest.raises(ValueError, match=r"Expected batches of images \(B, C, H, W\) and labels"):
         inspect(Small(), torch.utils.data.TensorDataset(torch.rand(9, 3), torch.zeros(9)))
 
