@@ -291,7 +291,9 @@ class Runner:
             evaluations = "one evaluation" if number == 1 else f"{number} evaluations"
             reason = f"The budget ran out after {evaluations} of {_victims(measured.victims)}."
             return Record(self.key, replace(planned, reason=reason), measured, rows, reached=False)
-        return Record(self.key, replace(planned, done=True), measured, rows)
+        fewer = f"Its time was enough for {measured.victims} of {row.number} victims."
+        planned = replace(planned, done=True, reason=fewer if measured.victims < row.number else "")
+        return Record(self.key, planned, measured, rows)
 
 
 def _victims(number: int) -> str:
