@@ -76,6 +76,9 @@ class LabelReader:
     (:func:`leakage.labels.last_layer.mean_gradient`). If the learning rate is unknown, so is the length of the average
     gradient, and only ``idlg``, ``row_minimum`` and ``rlg`` can be used.
 
+    Label smoothing and class weights are taken into account by ``idlg``, ``geng``, ``mean_feature`` and ``posterior``,
+    and rule out the other rules.
+
     If clients are known to shorten their gradients (:class:`~leakage.defenses.Clip`,
     :class:`~leakage.defenses.DPSGD`) and share both gradients of the last layer, the gradients are first scaled to the
     length at which the label counts become whole numbers (:func:`leakage.labels.length.restore_length`). Entries known
