@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def test_targets_are_those_of_torch(options):
     expected = torch.nn.functional.cross_entropy(logits, labels, **options)
     torch.testing.assert_close(cross_entropy(logits, targets).mean(), expected)
     torch.testing.assert_close(protocol.counts(targets.mean(0)), labels.bincount().float())
+    assert Protocol(**json.loads(json.dumps(dataclasses.asdict(protocol)))) == protocol, "as read from a file"
 
 
 @pytest.mark.parametrize(
