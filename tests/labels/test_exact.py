@@ -99,6 +99,13 @@ def test_labels_of_other_targets(options: dict[str, Any]) -> None:
         assert torch.minimum(found.counts, counts_of(labels, 10)).sum() >= 0.97 * labels.numel()
     with pytest.raises(ValueError, match="Expected a loss without label smoothing and class weights for rule='llg'"):
         infer_labels(several.share(images, labels), several, rule="llg")
+    unbiased = victim_of(network(0, classes=10, bias=False), 1, **options)
+    shared = unbiased.share(images[:, :1], labels[:, :1])
+    if "class_weights" in options:
+        assert torch.equal(infer_labels(shared, unbiased).labels, labels[:, :1])
+    else:
+        with pytest.raises(ValueError, match="Expected a loss without label smoothing, or both gradients of the last"):
+            infer_labels(shared, unbiased, rule="idlg")
 
 
 def test_one_image_of_each_of_many_networks() -> None:
