@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import sys
 import warnings
@@ -330,12 +329,9 @@ class Tradeoff:
         generator = torch.Generator().manual_seed(derive_seed(self.given.seed, 0, "others"))
         order = torch.randperm(len(self.public), generator=generator)
         labels = self.data.train.labels[order]
-        found = torch.zeros(images.shape[:2], dtype=torch.float64)
-        for victim, place in itertools.product(range(len(images)), range(images.shape[1])):
-            others = order[labels == truth.labels[victim, place]][: self.given.others]
-            pair = images[victim : victim + 1, place : place + 1], truth.images[victim : victim + 1, place : place + 1]
-            found[victim, place] = float(identified(*pair, self.public[others]))
-        return found.mean(1)
+        some = torch.cat([order[labels == label][: self.given.others] for label in labels.unique()])
+        classes = truth.labels, self.data.train.labels[some]
+        return identified(images, truth.images, self.public[some], classes=classes).double().mean(1)
 
     def _accuracies(self, network: Network, cell: Cell) -> dict[str, Any]:
         """Return the test accuracy of networks trained under the defense, and their rate, as fields of a row."""

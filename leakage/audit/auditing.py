@@ -13,23 +13,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 import leakage
 from leakage.audit.client import Client, check_clients
 from leakage.audit.consistency import check_update
+from leakage.audit.data import Data, fit, quiet_lightning, seeded
 from leakage.audit.measuring import fewest_others
 from leakage.audit.plan import ATTACKS, candidates
 from leakage.audit.preflight import NO_VERDICT, preflight
-from leakage.audit.report import VERSION, AuditReport, Check, Declared, Figure, Planned, Problem, write_victims
+from leakage.audit.report import VERSION, AuditReport, Bound, Check, Declared, Figure, Planned, Problem, write_victims
 from leakage.audit.run import Record
 from leakage.audit.runner import Row, Runner
 from leakage.audit.self_check import self_check, with_module_rate
-from leakage.audit.subject import Data, Subject, quiet_lightning, seeded
+from leakage.audit.subject import Subject
 from leakage.audit.threat_models import THREAT_MODELS, problems_of
 from leakage.audit.verdict import SHARES, bounds, check_thresholds, thresholds, victims_needed
 from leakage.datamodules import Victims
@@ -169,7 +169,6 @@ class _Audit:
     before: AnyWeights | None = None
 
     def __post_init__(self) -> None:
-        self._configurations: list[dict[str, Any]] = []
         check_count(victims=self.victims)
         check_count(0, seed=self.seed)
         check_positive(success_threshold=self.success_threshold)
@@ -201,6 +200,12 @@ class _Audit:
             bounds=[],
             thresholds=[],
         )
+        try:
+            Trainer(accelerator=self.accelerator, devices=1, logger=False, enable_checkpointing=False)
+        except Exception as error:  # the type depends on the accelerator
+            raise ValueError(
+                f"Expected `accelerator` as the Trainer has it on this machine, but got {self.accelerator!r}: {error}"
+            ) from error
         self.log("Preflight")
         rows = self._make_ready(module, data, report)
         for problem in report.preflight:
@@ -230,8 +235,7 @@ class _Audit:
         unreached = {record.planned.client for record in records if not record.reached}
         if passed:
             report.thresholds = thresholds(self.limits, self.clients, report.measured, unreached)
-        for row in rows:
-            report.bounds += bounds(row.client, fewest_others(row.subject), self._guessed(row))
+        report.bounds = [bound for row in rows for bound in self._bounds(row)]
         write_victims(self.folder, [victim for record in records for victim in record.rows])
         report.save(self.folder)
         return report
@@ -244,9 +248,14 @@ class _Audit:
         subjects: dict[int, Subject | None] = {}
         for client in self.clients:
             if client.epochs not in subjects:
-                trained = self._trained(module, data, client.epochs)
+                start = module
+                if client.epochs and isinstance(module, LightningModule):
+                    self.log(f"  training a copy for {client.epochs} epochs")
+                    start = copy.deepcopy(module)
+                    with seeded(self.seed):
+                        fit(start, data, max_epochs=client.epochs, accelerator=self.accelerator)
                 counts: dict[str, Any] = {"victims": self.victims, "public": _PUBLIC, "seed": self.seed}
-                subject, problems = preflight(trained, data, self.clients, **counts)
+                subject, problems = preflight(start, data, self.clients, **counts)
                 report.preflight += [problem for problem in problems if problem not in report.preflight]
                 subjects[client.epochs] = subject
                 report.declared = replace(report.declared, prior=self._prior(subject))
@@ -256,6 +265,8 @@ class _Audit:
                 report.checks.append(Check(client.name, "preflight", False, None, finding))
                 report.declared.clients.append(client.describe())
                 continue
+            if client.dropout:
+                found = found.with_dropout()
             completed, problems = with_module_rate(client, found)
             report.preflight += [problem for problem in problems if problem not in report.preflight]
             report.declared.clients.append(completed.describe())
@@ -276,16 +287,19 @@ class _Audit:
             seed=self.seed,
             model=subject.network,
             weights="shared",
-            loss=subject.loss,
-            reduction=subject.reduction,
             reveal_labels=client.reveal_labels,
+            **subject.loss,
             **client.training,
         )
         try:
             victims.setup("fit")
         except ValueError as error:  # no such client can exist
             report.preflight.append(
-                Problem("never", client.name, str(error), "Declare a client that can train like this.", NO_VERDICT)
+                Problem(
+                    *("not yet" if client.dropout else "never", client.name, str(error)),
+                    "Declare a client that can train like this.",
+                    NO_VERDICT,
+                )
             )
             report.checks.append(Check(client.name, "preflight", False, None, str(error)))
             return None
@@ -302,12 +316,12 @@ class _Audit:
         # Large networks take long on many images.
         small = sum(parameter.numel() for parameter in subject.network.parameters()) <= _SMALL
         own = subject.auxiliary(None if small else _FEW) if surrogate else None
-        self._configurations.append(victims.configuration)
         return Row(
             client=client,
             subject=subject,
             victim=victims.victim,
             number=number,
+            configuration=victims.configuration,
             capture=victims.share,
             truth=partial(_truth, victims),
             candidates=made,
@@ -337,32 +351,9 @@ class _Audit:
         checks = check_update(before, update, victim, holds=holds, learning_rate=rate, client=client.name)
         if all(check.passed for check in checks):
             shared = read_update(before, update, victim, holds=holds, learning_rate=rate)
-            self._configurations.append({"update": digest(shared.gradients), "before": digest(shared.state)})
+            row.configuration |= {"update": digest(shared.gradients), "before": digest(shared.state)}
             row.capture, row.truth, row.number = (lambda places: shared), None, 1
         return checks
-
-    def _trained(self, module: LightningModule, data: Data | None, epochs: int) -> LightningModule:
-        """Return a copy of the module that was trained further by its own optimizer."""
-        if not epochs or not isinstance(module, LightningModule):
-            return module
-        self.log(f"  training a copy for {epochs} epochs")
-        trained = copy.deepcopy(module)
-        trainer = Trainer(
-            max_epochs=epochs,
-            accelerator=self.accelerator,
-            devices=1,
-            logger=False,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        loader = DataLoader(data, batch_size=32, shuffle=True) if isinstance(data, torch.utils.data.Dataset) else data
-        kind = "datamodule" if isinstance(data, LightningDataModule) else "train_dataloaders"
-        with seeded(self.seed):
-            trainer.fit(trained, **cast(Any, {kind: loader} if loader is not None else {}))
-        return trained
 
     def _prior(self, subject: Subject | None) -> str:
         if subject is None or self.threat_model < "D":
@@ -374,18 +365,18 @@ class _Audit:
         parts = [
             *(self.seed, self.success_threshold, self.threat_model, self.budget, self.attacks),
             *(json.dumps(row.client.describe(), sort_keys=True) for row in rows),
-            *(json.dumps(configuration, sort_keys=True, default=str) for configuration in self._configurations),
+            *(json.dumps(row.configuration, sort_keys=True, default=str) for row in rows),
         ]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    def _guessed(self, row: Row) -> Figure | None:
-        """Return the success rate of guessing the nearest of the auditor's images; None without ground truth."""
-        if row.truth is None:
-            return None
-        truth = row.truth(range(row.number))
-        nearest = baseline_guesses(truth.images, row.subject.own_images)["nearest"]
-        scores = score(nearest, truth.labels, truth.images, truth.labels)
-        return Figure(*ShareOverVictims()((scores.mse < self.success_threshold).double().mean(1)))
+    def _bounds(self, row: Row) -> list[Bound]:
+        guessed = None  # the success rate of guessing the nearest of the auditor's images
+        if row.truth is not None and row.client.defenses:
+            truth = row.truth(range(row.number))
+            nearest = baseline_guesses(truth.images, row.subject.own_images)["nearest"]
+            scores = score(nearest, truth.labels, truth.images, truth.labels)
+            guessed = Figure(*ShareOverVictims()((scores.mse < self.success_threshold).double().mean(1)))
+        return bounds(row.client, fewest_others(row.subject), guessed)
 
 
 def _not_run(rows: Sequence[Row]) -> list[Planned]:

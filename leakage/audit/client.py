@@ -28,6 +28,8 @@ class Client:
         shuffle: whether the client takes its images in a new order in each pass.
         reveal_learning_rate: whether the attacker knows the learning rate.
         reveal_labels: whether the attacker knows the labels. If not, attacks read them off the update.
+        dropout: whether the client trains with the module's dropout. Attackers do not know its masks, so attacks search
+            for them together with the images. By default, dropout is turned off.
         defenses: objects of :mod:`leakage.defenses` that the client applies to its update, in this order.
         epochs: the number of epochs that a copy of the module is trained for, by its own optimizer, before the attacks.
         name: the name in tables and files. By default, the options in words.
@@ -49,6 +51,7 @@ class Client:
     shuffle: bool = False
     reveal_learning_rate: bool = True
     reveal_labels: bool = False
+    dropout: bool = False
     defenses: Sequence[Defense] = ()
     epochs: int = 0
     name: str = ""
@@ -56,7 +59,8 @@ class Client:
     def __post_init__(self) -> None:
         check_count(images=self.images, local_steps=self.local_steps)
         check_count(0, epochs=self.epochs)
-        check_flag(reveal_labels=self.reveal_labels, reveal_learning_rate=self.reveal_learning_rate)
+        flags = ("reveal_labels", "reveal_learning_rate", "dropout")
+        check_flag(**{name: getattr(self, name) for name in flags})
         if self.learning_rate is not None:
             check_positive(learning_rate=self.learning_rate)
         check_defenses(list(self.defenses) if isinstance(self.defenses, tuple) else self.defenses)
@@ -84,6 +88,8 @@ class Client:
             words.append(f"{self.local_steps} local steps")
         if self.local_batch_size not in (None, self.images):
             words.append(f"batches of {self.local_batch_size}")
+        if self.dropout:
+            words.append("dropout")
         words += [type(defense).__name__ for defense in self.defenses]
         if self.epochs:
             words.append(f"after {self.epochs} epoch{'s' * (self.epochs > 1)}")

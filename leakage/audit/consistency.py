@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.linalg import svdvals, vector_norm
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
@@ -193,7 +192,7 @@ def _of_noise(read: Update, victim: Victim) -> dict[str, Tensor]:
     """Gradients for images of noise: zero where no image has a gradient, as in half of a new adapter."""
     protocol, state = victim.protocol, read.shared.state
     images = natural_noise(protocol.num_images, protocol.image_shape, 0).to(state[victim.trainable[0]])
-    targets = F.one_hot(torch.arange(len(images)) % protocol.num_classes, protocol.num_classes).to(images)
+    targets = protocol.targets(torch.arange(len(images), device=images.device) % protocol.num_classes, images.dtype)
     return victim.evaluate({name: tensor.to(images.device) for name, tensor in state.items()}, images, targets)[0]
 
 

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
-from torch.nn import functional as F
 
 from leakage.clients.protocol import UNKNOWN
 from leakage.clients.shared_gradient import SharedGradient
@@ -132,6 +131,8 @@ class LastLayerTest:
         if self.why_not:
             return self.why_not
         count, classes = self.victim.protocol.num_images, self.victim.protocol.num_classes
+        if self.victim.protocol.label_smoothing:
+            return "smoothed labels make the gradient negative for further classes"
         if count >= classes:
             return f"{count} images may cover all {classes} classes"
         push = self.layer.push[0].double()
@@ -237,7 +238,8 @@ class LastLayerTest:
         push = layer.push[0].double() if protocol.weight_decay else shared.gradients[self.names[1]][0].double()
         feature = _mean_feature(layer)
         start = layer.weight[0].double() @ feature + layer.bias[0].double()
-        label = F.one_hot(push.argmin(), len(push)).to(push)
+        seen = start.softmax(0) - push if protocol.label_smoothing and steps == 1 else -push
+        label = protocol.targets(seen.argmax(), push.dtype)
         scales = _LEARNING.to(push)[:, None] * (1 + feature.square().sum()) if steps > 1 else torch.zeros(1, 1).to(push)
         logits, velocity, total = start.expand(len(scales), -1), torch.zeros_like(start), torch.zeros_like(start)
         momentum = 0.0 if protocol.weight_decay else protocol.momentum

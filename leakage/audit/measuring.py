@@ -104,7 +104,7 @@ def _scored(
     scores = score(found.images, found.labels, truth.images, truth.labels)
     victim = torch.arange(len(truth))[:, None]
     images, labels = found.images[victim, scores.order], found.labels[victim, scores.order]
-    known = identified_of_class(images, truth, subject)
+    known = identified(images, truth.images, subject.own_images, classes=(truth.labels, subject.own_labels))
     guesses = baseline_guesses(truth.images, subject.own_images)
     guessed = torch.stack(
         [score(guesses[kind], truth.labels, truth.images, truth.labels).psnr for kind in _BASELINES]
@@ -173,17 +173,6 @@ def _rows_without_truth(name: str, client: Client, found: Reconstruction, folder
             )
         )
     return rows
-
-
-def identified_of_class(images: Tensor, truth: GroundTruth, subject: Subject) -> Tensor:
-    """Whether each image ``(V, N)`` is identified among the auditor's images of its class, or of all if none."""
-    known = torch.zeros(truth.labels.shape, dtype=torch.bool)
-    for label in sorted({*truth.labels.flatten().tolist()}):
-        others = subject.own_images[subject.own_labels == label]
-        here = truth.labels == label
-        pair = images[here][:, None], truth.images[here][:, None]
-        known[here] = identified(*pair, others if len(others) else subject.own_images)[:, 0]
-    return known
 
 
 def fewest_others(subject: Subject) -> int:

@@ -10,25 +10,15 @@ import torch
 from lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torchvision import transforms
 from torchvision.transforms import v2
 
 from leakage.audit.client import Client
+from leakage.audit.data import Batch, Data, collect, find_images, most_images, seeded
 from leakage.audit.report import Problem
-from leakage.audit.subject import (
-    _LOSSES,
-    Batch,
-    Data,
-    LogitsOfTrainingStep,
-    Loss,
-    Subject,
-    collect,
-    copy_of,
-    find_images,
-    most_images,
-    observe,
-    seeded,
-)
+from leakage.audit.subject import _LOSSES, LogitsOfTrainingStep, Loss, Subject, copy_of, observe
+from leakage.clients.protocol import Protocol
 from leakage.clients.victim import Victim
 
 # The largest relative difference between two ways to compute the same value in single precision.
@@ -64,6 +54,7 @@ def preflight(
     if not isinstance(module, LightningModule):
         raise ValueError(f"Expected `model` to be a LightningModule, but got {type(module).__name__}.")
     copied = copy_of(module)
+    dropout = [name for name, layer in copied.named_modules() if isinstance(layer, _DropoutNd) and _is_random(layer)]
     problems = prepare_layers(copied)
     wanted = victims * max(client.images for client in clients) + public
     batches = collect(copied, data, wanted, seed)
@@ -82,6 +73,7 @@ def preflight(
         fix = "Audit the same network in a module whose `training_step` returns one loss."
         problems.append(Problem("not yet", "training_step", "manual optimization", fix, NO_VERDICT))
         return None, problems
+    images, labels, normalise = _unit_range(batches, data, problems)
     try:
         with seeded(seed):
             # In a copy, whose metrics keep results of this step.
@@ -95,10 +87,8 @@ def preflight(
     if call is None:
         return None, problems
     network = _network(copied, first, call, layers)
-    images, labels, normalise = _unit_range(batches, data, problems)
     if normalise is not None:
         network = nn.Sequential(normalise, network)
-    reduction = call.options.get("reduction", "mean")
 
     def to_batch(new_images: Tensor, new_labels: Tensor) -> Any:
         return first.rebuild(new_images if normalise is None else normalise(new_images), new_labels)
@@ -107,19 +97,30 @@ def preflight(
     subject = Subject(
         module=copied,
         network=network,
-        loss=_LOSSES_BY_NAME[call.name],
-        reduction=str(reduction),
+        loss=_declared(call),
         images=images[own:],
         labels=labels[own:],
         own_images=images[:own],
         own_labels=labels[:own],
         to_batch=to_batch,
+        dropout=dropout,
         problems=problems,
     )
-    return (subject if _attackable(subject, problems, call.name) else None), problems
+    return (subject if _attackable(subject, problems) else None), problems
 
 
 _LOSSES_BY_NAME = {function.__name__: name for function, name in _LOSSES.items()}
+
+
+def _declared(call: Loss) -> dict[str, Any]:
+    """Return the options of a :class:`leakage.Victim` that trains with this loss."""
+    weights, smoothing = call.options.get("weight"), call.options.get("label_smoothing")
+    return {
+        "loss": _LOSSES_BY_NAME[call.name],
+        "reduction": str(call.options.get("reduction", "mean")),
+        "label_smoothing": float(smoothing or 0.0),
+        "class_weights": None if weights is None else tuple(weights.tolist()),
+    }
 
 
 def prepare_layers(module: LightningModule) -> list[Problem]:
@@ -138,10 +139,17 @@ def prepare_layers(module: LightningModule) -> list[Problem]:
         layer.training = False
         if isinstance(layer, nn.MultiheadAttention):
             layer.dropout, layer.training = 0.0, True
+    dropout = [name for name in random if isinstance(named[name], _DropoutNd)]
     report(
-        *("replace", random, "dropout in training mode", "Nothing to do: the audit runs without dropout."),
-        "The verdict is for clients without dropout. Do not rely on dropout to hide more: attackers can search for the "
-        "masks together with the images.",
+        *("replace", dropout, "dropout in training mode"),
+        "To audit clients that train with dropout, declare them with dropout=True.",
+        "The verdict for other clients is without dropout. Do not rely on dropout to hide more: attacks can search for "
+        "the masks together with the images.",
+    )
+    report(
+        *("replace", [name for name in random if name not in dropout], "layers that drop connections or whole blocks"),
+        "Nothing to do: the audit turns them off, as attacks can't search yet for what they drop.",
+        "The verdict is for clients whose layers drop nothing.",
     )
     mixing = [name for name, layer in named.items() if isinstance(layer, _BatchNorm) and layer.training]
     report(
@@ -215,14 +223,13 @@ def _loss_call(loss: Tensor, calls: list[Loss], problems: list[Problem]) -> Loss
     if call.name not in _LOSSES_BY_NAME:
         refuse(f"the loss {call.name}", known)
         return None
-    if call.options.get("weight") is not None:
-        refuse("a loss with class weights", "Audit without class weights: they only weight the images of a batch.")
-        return None
-    if call.options.get("label_smoothing"):
-        refuse(f"label smoothing of {call.options['label_smoothing']}", "Audit with label_smoothing=0.")
-        return None
     if call.given.ndim != 2:
         refuse(f"a loss of outputs {tuple(call.given.shape)} instead of logits (N, K)", known)
+        return None
+    try:
+        Protocol((1, 1, 1), call.given.shape[1], **_declared(call))
+    except ValueError as error:
+        refuse(str(error), "Audit without this option of the loss.")
         return None
     return call
 
@@ -243,9 +250,16 @@ def _network(module: LightningModule, batch: Batch, call: Loss, layers: list[tup
         # Inner layers are recorded before outer ones.
         if gives and takes_images and holds_all and found is None:
             found = modules[name]
+        if takes_images and holds_all and found is None and _ends_in_log_softmax(modules[name], given, call.given):
+            found = cast(nn.Sequential, modules[name])[:-1]
     if found is not None:
         return found
     return LogitsOfTrainingStep(module, batch.rebuild)
+
+
+def _ends_in_log_softmax(module: nn.Module, output: Any, logits: Tensor) -> bool:
+    ends = isinstance(module, nn.Sequential) and len(module) > 1 and isinstance(module[-1], nn.LogSoftmax)
+    return ends and torch.equal(output, logits.log_softmax(1))
 
 
 def _unit_range(
@@ -329,28 +343,28 @@ def _own_images(available: int, public: int, images: int) -> int:
     return own
 
 
-def _attackable(subject: Subject, problems: list[Problem], loss: str) -> bool:
+def _attackable(subject: Subject, problems: list[Problem]) -> bool:
     """Whether a client can be simulated; if not, or with limits, a problem is added."""
     try:
         victim = Victim(
             subject.network,
             image_shape=tuple(subject.images.shape[1:]),
             num_images=2,
-            loss=subject.loss,
-            reduction=subject.reduction,
+            **subject.loss,
         )
     except (ValueError, RuntimeError) as error:
         fix = "Replace the part named in the message by a function of only images and weights."
         problems.append(Problem("not yet", type(subject.network).__name__, str(error), fix, NO_VERDICT))
         return False
     if victim.classifier is None or not any(name.startswith(victim.classifier) for name in victim.trainable):
-        kind, fix = "not yet", "Nothing to do."
-        if loss == "nll_loss":
-            kind = "replace"
-            fix = "Return logits, and use cross_entropy in place of log_softmax and nll_loss: the loss is the same."
         problems.append(
             Problem(
-                *(kind, victim.logits_from, "logits that do not come from a trained linear layer", fix),
+                *(
+                    "not yet",
+                    victim.logits_from,
+                    "logits that do not come from a trained linear layer",
+                    "Nothing to do.",
+                ),
                 "Labels are searched for instead of read off, and found less often. Audit with reveal_labels as well.",
             )
         )

@@ -82,7 +82,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Planned:
-    """An attack of the plan; ``reason`` says why it did not run, and is ``""`` if it ran."""
+    """An attack of the plan; ``reason`` says why it did not run, or not on all victims, and is ``""`` otherwise."""
 
     client: str
     attack: str

@@ -48,6 +48,7 @@ class Row:
         subject: the audited network and data.
         victim: the simulated client.
         number: the number of victims.
+        configuration: what the victims' images, networks and losses depend on.
         capture: a function that returns what the victims with some indices share.
         truth: a function that returns what these victims hold; None if nobody knows.
         candidates: the attacks, in the order in which they run.
@@ -60,6 +61,7 @@ class Row:
     subject: Subject
     victim: Victim
     number: int
+    configuration: dict[str, Any]
     capture: Callable[[Sequence[int]], SharedGradient]
     truth: Callable[[Sequence[int]], GroundTruth] | None
     candidates: list[Candidate]
@@ -135,7 +137,7 @@ class Runner:
     def run(self) -> list[Record]:
         """Make the plan, print it and run it. Return one record for each client and attack."""
         spent = self._make_plan()
-        self.log(f"Plan, for {self.budget:.0f} s")
+        self.log(f"Plan, for {self.budget:.0f} s, of which timing took {spent:.0f} s")
         for row in self.rows:
             for candidate in row.candidates:
                 place = row.client.name, candidate.name
@@ -152,13 +154,17 @@ class Runner:
             record = load_record(self.folder, *place, self.key)
             if record is None:
                 later = sum(self._expected(other) for other in todo[number + 1 :])
-                record = self._run_one(row, candidate, max(left - later, 0.0), solved)
+                # At least its own share, even if earlier attacks took longer than expected.
+                seconds = max(left - later, min(left, self._expected((row, candidate))), 0.0)
+                record = self._run_one(row, candidate, seconds, solved)
                 save_record(self.folder, record)
             if record.measured is not None:
                 left -= record.measured.seconds
                 self.log(f"  {_line(record.measured)}")
                 if _solves(record.measured, row.number):
                     solved.add(row.client.name)
+            else:
+                self.log(f"  {': '.join(place)}: not run. {record.planned.reason}")
             done[place] = record
         return [done[row.client.name, candidate.name] for row in self.rows for candidate in row.candidates]
 
@@ -285,7 +291,9 @@ class Runner:
             evaluations = "one evaluation" if number == 1 else f"{number} evaluations"
             reason = f"The budget ran out after {evaluations} of {_victims(measured.victims)}."
             return Record(self.key, replace(planned, reason=reason), measured, rows, reached=False)
-        return Record(self.key, replace(planned, done=True), measured, rows)
+        fewer = f"Its time was enough for {measured.victims} of {row.number} victims."
+        planned = replace(planned, done=True, reason=fewer if measured.victims < row.number else "")
+        return Record(self.key, planned, measured, rows)
 
 
 def _victims(number: int) -> str:
@@ -306,5 +314,5 @@ def _line(measured: Measured) -> str:
             words.append(f"psnr {figure.value:.1f} dB")
         elif name != "ssim":
             words.append(f"{name} {figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]")
-    words.append(f"{measured.victims} victims in {measured.seconds:.0f} s")
+    words.append(f"{_victims(measured.victims)} in {measured.seconds:.0f} s")
     return f"{measured.client}: {measured.attack}: {', '.join(words)}"

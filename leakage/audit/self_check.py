@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from leakage.audit.client import Client
+from leakage.audit.data import seeded
 from leakage.audit.report import Check, Problem
-from leakage.audit.subject import Subject, loss_of, seeded
+from leakage.audit.subject import Subject, loss_of
+from leakage.clients.local_steps import Secrets
 from leakage.clients.victim import Victim
 from leakage.defenses.base import relative_noise
 from leakage.defenses.encoding import Encoding
 from leakage.inversion.simulation import Simulation, known_to, stepping
+from leakage.models.drawing import as_buffers, draw, take_masks
 from leakage.precision import full_precision
 
 # The relative difference that rounding leaves between two ways to compute a gradient, in double and single precision.
@@ -70,14 +72,14 @@ def with_module_rate(client: Client, subject: Subject) -> tuple[Client, list[Pro
 def self_check(subject: Subject, client: Client, victim: Victim, seed: int) -> list[Check]:
     """Simulate a client on the auditor's own images and run up to three checks.
 
-    - Its gradient must equal that of the module's ``training_step``.
+    - Its gradient must equal that of the module's ``training_step``. Both take the same masks of dropout.
     - Its local steps must equal those of the module's optimizer, if that is plain SGD.
     - The attacker's distance at the true images and labels must be zero, apart from rounding and declared noise.
     """
     images, labels = _images(subject, client.images)
-    checks = [_training_step(subject, client, images, labels, seed)]
+    checks = [_training_step(subject, client, victim, images, labels, seed)]
     if checks[0].passed and client.local_steps > 1:
-        checks += _local_steps(subject, client, seed)
+        checks += _local_steps(subject, client, victim, seed)
     if all(check.passed for check in checks):
         checks.append(_truth(client, victim, images, labels, seed))
     return checks
@@ -88,7 +90,24 @@ def _images(subject: Subject, number: int) -> tuple[Tensor, Tensor]:
     return subject.own_images[rows], subject.own_labels[rows]
 
 
-def _training_step(subject: Subject, client: Client, images: Tensor, labels: Tensor, seed: int) -> Check:
+def _drawn(victim: Victim, seed: int, dtype: torch.dtype) -> Tensor | None:
+    """Return the masks ``(images of all steps, D)`` that the client with the id 0 draws; None without dropout."""
+    rows = victim.protocol.local_steps * victim.protocol.step_size
+    return draw(victim.draws, rows, [0], seed)[0].to(dtype) if victim.draws else None
+
+
+def _mask(network: nn.Module, victim: Victim, drawn: Tensor | None) -> None:
+    """Make the dropout layers of a network use these masks ``(N, D)`` of N images."""
+    if drawn is None:
+        return
+    take_masks(network)
+    for name, mask in as_buffers(victim.draws, drawn).items():
+        network.get_submodule(name.removesuffix("drawn").removesuffix(".")).register_buffer("drawn", mask, False)
+
+
+def _training_step(
+    subject: Subject, client: Client, victim: Victim, images: Tensor, labels: Tensor, seed: int
+) -> Check:
     name = "gradient of training_step"
     size = client.local_batch_size or client.images
     images, labels = images[:size], labels[:size]
@@ -97,6 +116,9 @@ def _training_step(subject: Subject, client: Client, images: Tensor, labels: Ten
         made = copy.deepcopy(subject)
         made.module.to(dtype)
         made.network.to(dtype)
+        drawn = _drawn(victim, seed, dtype)
+        drawn = drawn if drawn is None else drawn[:size]
+        _mask(made.network, victim, drawn)
         try:
             theirs = module_gradient(made, images.to(dtype), labels, seed)
             limit = _DOUBLE if dtype == torch.float64 else _SINGLE
@@ -108,10 +130,10 @@ def _training_step(subject: Subject, client: Client, images: Tensor, labels: Ten
         made.network,
         image_shape=tuple(images.shape[1:]),
         num_images=size,
-        loss=subject.loss,
-        reduction=subject.reduction,
+        **subject.loss,
     )
-    ours = victim.gradients(victim.state, images.to(dtype), F.one_hot(labels, victim.protocol.num_classes).to(dtype))
+    targets = victim.protocol.targets(labels, dtype)
+    ours, _ = victim.evaluate(victim.state, images.to(dtype), targets, secrets=Secrets(drawn=drawn))
     residual = difference(ours, theirs)
     if residual <= limit:
         return Check(client.name, name, True, residual, "The simulated client's gradient equals that of the module.")
@@ -173,7 +195,7 @@ def _optimizer(subject: Subject) -> torch.optim.Optimizer | None:
     return made if isinstance(made, torch.optim.Optimizer) else None
 
 
-def _local_steps(subject: Subject, client: Client, seed: int) -> list[Check]:
+def _local_steps(subject: Subject, client: Client, victim: Victim, seed: int) -> list[Check]:
     """Compare the average of the client's steps with that of the module's own optimizer."""
     name = "local steps of configure_optimizers"
     made = copy.deepcopy(subject)
@@ -189,10 +211,10 @@ def _local_steps(subject: Subject, client: Client, seed: int) -> list[Check]:
         made.network,
         image_shape=tuple(images.shape[1:]),
         num_images=client.images,
-        loss=subject.loss,
-        reduction=subject.reduction,
+        **subject.loss,
         **training,
     )
+    drawn = _drawn(victim, seed, torch.float64)
     module = made.module
     optimizer = type(optimizer)(module.parameters(), **_plain(optimizer))
     places = {own: name for name, own in made.names.items()}
@@ -202,14 +224,15 @@ def _local_steps(subject: Subject, client: Client, seed: int) -> list[Check]:
     with seeded(seed), torch.enable_grad():
         for step in range(client.local_steps):
             part = batches[step % len(batches)]
+            _mask(made.network, victim, drawn if drawn is None else drawn[step * size : (step + 1) * size])
             optimizer.zero_grad()
             loss_of(module, made.to_batch(images[part].double(), labels[part])).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     after = dict(module.named_parameters())
     length = client.learning_rate * client.local_steps
     theirs = {places.get(name, name): (before[name] - after[name].detach()) / length for name in before}
-    targets = F.one_hot(labels, victim.protocol.num_classes).double()
-    ours = victim.gradients(victim.state, images.double(), targets)
+    targets = victim.protocol.targets(labels, torch.float64)
+    ours, _ = victim.evaluate(victim.state, images.double(), targets, secrets=Secrets(drawn=drawn))
     residual = difference(ours, theirs)
     if residual <= _DOUBLE * 100:
         return [Check(client.name, name, True, residual, "The simulated client's update equals that of the module.")]
@@ -249,12 +272,13 @@ def _truth(client: Client, victim: Victim, images: Tensor, labels: Tensor, seed:
         return Check(
             client.name, name, True, None, "Not measured: the clients compute their gradient on encoded images."
         )
-    targets = F.one_hot(labels, made.protocol.num_classes).double()
+    targets = made.protocol.targets(labels, torch.float64)
     sent = {key: tensor[0] for key, tensor in shared.gradients.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the finding below names what attacks ignore
         defenses = known_to(True, known)
-    found = stepping(known, defenses).gradients(shared.state, images.double(), targets)
+    secrets = Secrets(drawn=_drawn(made, seed, torch.float64))
+    found, _ = stepping(known, defenses).evaluate(shared.state, images.double(), targets, secrets=secrets)
     simulated = Simulation(defenses, known)
     found = simulated(found, sent, {}, shared.state, images.double(), targets)
     distance = difference(found, sent) ** 2

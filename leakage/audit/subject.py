@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import copy
-import logging
-import random
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
-import numpy as np
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader, Dataset
 
 from leakage.audit.report import Problem
 from leakage.labels import Auxiliary
 from leakage.updates.weights import open_weights
 
-#: The types of data that a user may pass.
-Data = LightningDataModule | DataLoader[Any] | Dataset[Any]
-# Keys under which dicts hold images and labels, the most usual first.
-_IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x", "inputs", "input")
-_LABEL_KEYS = ("label", "labels", "target", "targets", "y")
-# The most values that all images in memory may have together.
-_MOST_VALUES = 2**27
 _LOSSES = {F.cross_entropy: "cross_entropy", F.nll_loss: "cross_entropy", F.mse_loss: "mean_squared_error"}
+_LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, torch.special.log_softmax, Tensor.log_softmax)
 # Other losses, recorded so that a problem can name them.
 _OTHER_LOSSES = (
     *(F.binary_cross_entropy_with_logits, F.binary_cross_entropy, F.l1_loss, F.smooth_l1_loss, F.huber_loss),
@@ -42,21 +28,12 @@ _OTHER_LOSSES = (
 
 
 @dataclass
-class Batch:
-    """Images and labels of a batch, and a function that builds such a batch from other images and labels."""
-
-    images: Tensor
-    labels: Tensor
-    rebuild: Callable[[Tensor, Tensor], Any]
-
-
-@dataclass
 class Loss:
     """A loss function that ``training_step`` called.
 
     Attributes:
         name: the name of the function.
-        given: its first argument, the logits.
+        given: the logits: its first argument, or what ``log_softmax`` made into that argument.
         targets: its second argument.
         options: its other arguments, by name.
         value: the value that it returned.
@@ -78,26 +55,42 @@ class Subject:
     """A module and data, prepared for an audit.
 
     Attributes:
-        module: a copy of the user's module, in its modes, without dropout. Clients run its ``training_step``.
+        module: a copy of the user's module, in its modes. Clients run its ``training_step``.
         network: a network from images in [0, 1] to logits: a part of ``module``, with a ``Normalize`` before it if the
             module takes images in another range.
-        loss, reduction: the loss and its reduction, as in :class:`leakage.Victim`.
+        loss: the options of :class:`leakage.Victim` that declare the loss.
         images, labels: the images ``(M, C, H, W)`` in [0, 1] and labels ``(M,)`` that victims are drawn from.
         own_images, own_labels: the auditor's own images and labels, which are not among those above.
         to_batch: a function that makes a batch for ``training_step`` from images in [0, 1] and labels.
+        dropout: the names of the module's dropout layers, which are turned off.
         problems: the problems that were found.
     """
 
     module: LightningModule
     network: nn.Module
-    loss: str
-    reduction: str
+    loss: dict[str, Any]
     images: Tensor
     labels: Tensor
     own_images: Tensor
     own_labels: Tensor
     to_batch: Callable[[Tensor, Tensor], Any]
+    dropout: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+
+    def with_dropout(self) -> Subject:
+        """Return a copy whose dropout layers are turned on.
+
+        Raises:
+            ValueError: there are no such layers.
+        """
+        if not self.dropout:
+            raise ValueError(
+                "Expected a module with torch.nn.Dropout in training mode for clients with dropout=True, but got none."
+            )
+        module, network = copy.deepcopy((self.module, self.network))
+        for name in self.dropout:
+            module.get_submodule(name).train()
+        return replace(self, module=module, network=network)
 
     @property
     def names(self) -> dict[str, str]:
@@ -171,18 +164,24 @@ class _Losses(TorchFunctionMode):
         super().__init__()
         self.calls: list[Loss] = []
         self.stop = stop
+        self._log_softmax: list[tuple[Tensor, Tensor]] = []  # inputs and outputs
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function in _LOG_SOFTMAX:
+            given, value = kwargs.get("input", args[0] if args else None), function(*args, **kwargs)
+            self._log_softmax.append((given, value))
+            return value
         if function not in _LOSSES and function not in _OTHER_LOSSES:
             return function(*args, **kwargs)
         names = ("input", "target", "weight")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
+        logits = next((before for before, after in self._log_softmax if after is given["input"]), given["input"])
         if self.stop:
-            raise _ReachedLossError(given["input"])
+            raise _ReachedLossError(logits)
         value = function(*args, **kwargs)
         options = {name: option for name, option in given.items() if name not in ("input", "target")}
-        self.calls.append(Loss(function.__name__, given["input"], given["target"], options, value))
+        self.calls.append(Loss(function.__name__, logits, given["target"], options, value))
         return value
 
 
@@ -218,142 +217,6 @@ def copy_of(module: LightningModule) -> LightningModule:
     return copied
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed all random generators inside the context, and restore their states afterwards."""
-    with isolate_rng():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 (a user's augmentation may draw from it)
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's hints about training inside the context."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning.*")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-class _Collector(LightningModule):
-    """Run a user's data as in training, with the module's own hooks for batches, and keep each batch."""
-
-    def __init__(self, module: LightningModule, images: int) -> None:
-        super().__init__()
-        self.module = [module]  # in a list, so as not to become a submodule
-        self.batches: list[Any] = []
-        self.missing = images
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Call the module's own hook."""
-        return self.module[0].on_before_batch_transfer(batch, dataloader_idx)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Call the module's own hook."""
-        return self.module[0].on_after_batch_transfer(batch, dataloader_idx)
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Keep the batch."""
-        self.batches.append(batch)
-        found = find_images(batch)
-        self.missing -= 1 if found is None else len(found.images)
-        if self.missing <= 0 or found is None:
-            self.trainer.should_stop = True
-
-    def configure_optimizers(self) -> None:
-        """Return no optimizer."""
-
-
-def collect(module: LightningModule, data: Data | None, images: int, seed: int) -> list[Any]:
-    """Collect batches with about this many images, as the module's own training would see them.
-
-    Raises:
-        ValueError: there are no data, or no batch of them can be loaded.
-    """
-    if data is None:
-        if not is_overridden("train_dataloader", module):
-            raise ValueError(
-                f"Expected `data`, or a module with a `train_dataloader`, but got neither for {type(module).__name__}."
-            )
-        data = module.train_dataloader()
-    if isinstance(data, Dataset):
-        data = DataLoader(data, batch_size=32, shuffle=True)
-    collector = _Collector(module, images)
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    given = {"datamodule": data} if isinstance(data, LightningDataModule) else {"train_dataloaders": data}
-    attached = getattr(data, "trainer", None)
-    module.trainer = trainer
-    try:
-        with seeded(seed):
-            trainer.fit(collector, **cast(Any, given))
-    except Exception as error:
-        if not collector.batches:
-            raise ValueError(f"Expected data with images, but got {type(data).__name__}: {error}") from error
-    finally:
-        if isinstance(data, LightningDataModule):
-            data.trainer = attached
-    if not collector.batches:
-        raise ValueError(f"Expected data with images, but got none from {type(data).__name__}.")
-    return collector.batches
-
-
-def find_images(batch: Any) -> Batch | None:
-    """Find the images and labels of a batch, which is a tuple, list or dict of tensors; None if there are none."""
-    items: list[tuple[Any, Any]]
-    if isinstance(batch, Mapping):
-        rank = {key: place for place, key in enumerate((*_IMAGE_KEYS, *_LABEL_KEYS))}
-        items = sorted(batch.items(), key=lambda item: rank.get(item[0], len(rank)))
-    elif isinstance(batch, Sequence) and not isinstance(batch, str):
-        items = list(enumerate(batch))
-    else:
-        return None
-    tensors = [(place, value) for place, value in items if isinstance(value, Tensor)]
-    images = next(((place, value) for place, value in tensors if value.ndim == 4), None)
-    if images is None:
-        return None
-    place, found = images
-    labels = next(
-        ((key, value) for key, value in tensors if key != place and value.ndim in (1, 2) and len(value) == len(found)),
-        None,
-    )
-    if labels is None:
-        return None
-
-    def rebuild(new_images: Tensor, new_labels: Tensor) -> Any:
-        number, rows = len(new_images), torch.arange(len(new_images)) % len(found)
-        values: dict[Any, Any] = {}
-        for key, value in items:
-            same = isinstance(value, Tensor) and value.ndim and len(value) == len(found)
-            values[key] = value[rows] if same else value
-        values[place] = new_images.round().to(found.dtype) if found.dtype == torch.uint8 else new_images
-        values[labels[0]] = new_labels.view(number, *labels[1].shape[1:])
-        if isinstance(batch, Mapping):
-            return values
-        made = [values[key] for key in range(len(batch))]
-        return type(batch)(*made) if hasattr(batch, "_fields") else type(batch)(made)
-
-    return Batch(found, labels[1], rebuild)
-
-
 def observe(module: LightningModule, batch: Any) -> tuple[Tensor, list[Loss], list[tuple[str, Tensor, Any]]]:
     """Run ``training_step`` and return its loss, the loss functions it called, and each layer's input and output."""
     layers: list[tuple[str, Tensor, Any]] = []
@@ -374,8 +237,3 @@ def observe(module: LightningModule, batch: Any) -> tuple[Tensor, list[Loss], li
         for hook in hooks:
             hook.remove()
     return loss, losses.calls, layers
-
-
-def most_images(images: Tensor) -> int:
-    """Return the largest number of such images that is kept."""
-    return max(1, _MOST_VALUES // max(1, images[0].numel()))

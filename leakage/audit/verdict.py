@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from scipy.stats import binom
+
 from leakage.audit.bounds import gaussian_success_bound
 from leakage.audit.client import Client
 from leakage.audit.measuring import METRICS
@@ -17,6 +19,8 @@ from leakage.metrics import wilson_interval
 DELTA = 1e-5
 #: The metrics that are shares, from 0 to 1.
 SHARES = ("label_accuracy", "success_rate", "identified")
+# The largest probability, at the limit, of as many finds as there were, for the limit to count as exceeded.
+_CHANCE = 0.05
 
 
 def check_thresholds(fail_above: Mapping[str, float] | None) -> dict[str, float]:
@@ -49,14 +53,23 @@ def victims_needed(limit: float) -> float:
     return math.ceil(squared / limit - squared - 1e-9)
 
 
-def decide(limit: float, figure: Figure, *, reached: bool) -> str:
+def decide(limit: float, figure: Figure, *, reached: bool, share: bool = True) -> str:
     """Decide on a limit: ``"exceeded"``, ``"within"`` or ``"inconclusive"``.
 
-    It is exceeded if the whole interval lies above it. It is within if the whole interval lies at or below it and the
-    budget was enough for all attacks (``reached``). Otherwise it is inconclusive.
+    It is exceeded if the whole interval lies above it. Intervals of few victims are too narrow, so a ``share`` must
+    also be reached in at most 5 % of all audits if the limit were the true rate. It is within if the whole interval
+    lies at or below the limit and the budget was enough for all attacks (``reached``). Otherwise it is inconclusive.
+
+    Example:
+        >>> decide(0.2, Figure(1.0, *wilson_interval(1.0, 1), 1), reached=True)
+        'inconclusive'
+        >>> decide(0.2, Figure(1.0, *wilson_interval(1.0, 2), 2), reached=True)
+        'exceeded'
     """
     if figure.low > limit:
-        return "exceeded"
+        found = math.floor(figure.value * figure.victims + 1e-9)
+        by_chance = share and binom.sf(found - 1, figure.victims, limit) > _CHANCE
+        return "inconclusive" if by_chance else "exceeded"
     return "within" if figure.high <= limit and reached else "inconclusive"
 
 
@@ -76,8 +89,9 @@ def thresholds(
         for client in clients:
             own = [one for one in measured if one.client == client.name and metric in one.metrics]
             for one in own:
-                decision = decide(limit, one.metrics[metric], reached=client.name not in unreached)
-                found.append(Threshold(metric, limit, client.name, one.attack, one.metrics[metric], decision))
+                figure, reached = one.metrics[metric], client.name not in unreached
+                decision = decide(limit, figure, reached=reached, share=metric in SHARES)
+                found.append(Threshold(metric, limit, client.name, one.attack, figure, decision))
             if not own:
                 nothing = Figure(math.nan, math.nan, math.nan, 0)
                 found.append(Threshold(metric, limit, client.name, "", nothing, "inconclusive"))

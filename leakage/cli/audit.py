@@ -30,6 +30,7 @@ from leakage.cli import quiet
 from leakage.cli.audit_help import HELP
 from leakage.cli.fit import check_config
 from leakage.cli.refusals import explain, listed, one_line, own_words
+from leakage.defenses import Defense
 from leakage.errors import check_choice, check_count, check_positive
 
 _EXAMPLE = {
@@ -63,6 +64,8 @@ _NAMED = (
     ("data", "LightningDataModule", "mypackage.MyData"),
 )
 _CLIENT = [field.name for field in fields(Client)]
+# Those that can be out of range by themselves.
+_ALONE = ("images", "epochs", "reveal_labels", "reveal_learning_rate", "dropout", "name")
 
 
 def audit(arguments: Sequence[str]) -> None:
@@ -87,10 +90,9 @@ def audit(arguments: Sequence[str]) -> None:
     print(f"\n{report.verdict}: {options['output']}")
     for threshold in report.thresholds:
         figure = threshold.figure
-        print(
-            f"  {threshold.decision}: {threshold.metric} of {threshold.client}, {threshold.attack or 'no attack'}: "
-            f"{figure.value:.3g} [{figure.low:.3g}, {figure.high:.3g}], limit {threshold.limit:g}"
-        )
+        found = f"{threshold.attack}: {figure.value:.3g} [{figure.low:.3g}, {figure.high:.3g}]"
+        found = found if threshold.attack else "not measured"
+        print(f"  {threshold.decision}: {threshold.metric} of {threshold.client}, {found}, limit {threshold.limit:g}")
     sys.exit(report.exit_code)
 
 
@@ -199,8 +201,11 @@ def _parse(given: Sequence[str]) -> dict[str, Any]:
         # `instantiate` is the name since jsonargparse 4.49.
         made = getattr(parser, "instantiate", parser.instantiate_classes)(config)
     except Exception as error:  # raised by a user's constructor
+        root: BaseException = error
+        while root.__cause__ or root.__context__:
+            root = root.__cause__ or root.__context__ or root
         raise ValueError(
-            own_words(error) or f"Expected `model`, `data` and clients that can be created, but got {_short(error)}"
+            own_words(error) or f"Expected `model`, `data` and clients that can be created, but got {_short(root)}"
         ) from error
     if made.clients and made.client != Client():
         raise ValueError("Expected either one client (`client`) or several (`clients`), but got both.")
@@ -241,10 +246,11 @@ def _why_not(path: str, kind: str) -> str:
         found = getattr(importlib.import_module(module or path), name)
     except Exception as error:  # raised by a user's module
         return f": {_short(error)}".rstrip(".")
-    return "" if isinstance(found, type) else f", which is not a {kind}"
+    kinds = [base.__name__ for base in found.__mro__] if isinstance(found, type) else []
+    return "" if kind in kinds else f", which is not a {kind}"
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     return one_line(f"{type(error).__name__}: {error}")
 
 
@@ -321,11 +327,14 @@ def _check_client(node: yaml.MappingNode, path: Path) -> None:
                 raise ValueError(
                     f"Expected an option of a client, one of {listed(_CLIENT, name.value)}, but got `{name.value}`."
                 )
-        if name.value != "defenses":
+        if name.value == "defenses":
+            with _Line(path, name):
+                _check_defenses(_plain(value))
+        else:
             values[name.value] = _plain(value)
     # An option that is out of range by itself is reported with its own line, any other error with the client's line.
     for name, _ in node.value:
-        if name.value in ("images", "epochs", "reveal_labels", "reveal_learning_rate", "name") and name.value in values:
+        if name.value in _ALONE and name.value in values:
             with _Line(path, name):
                 Client(**{name.value: values[name.value]})
     with _Line(path, node):
@@ -354,6 +363,19 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"Expected `{name}` with names and values, but got {value!r}.")
     return value
+
+
+def _check_defenses(value: Any) -> None:
+    """Create the defenses; raise the ``ValueError`` of one whose options are out of range."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--defenses", type=list[Defense])
+    try:
+        parser.instantiate_classes(parser.parse_object({"defenses": value}))
+    except argparse.ArgumentError:  # what can't be parsed is reported together with all options
+        return
+    except Exception as error:
+        if reason := own_words(error):
+            raise ValueError(reason) from error
 
 
 def _check_attacks(value: Any) -> None:

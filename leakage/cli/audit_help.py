@@ -30,6 +30,7 @@ what a client does before it shares an update:
   --client.shuffle true               a new order of the images in each pass
   --client.reveal_learning_rate false the attacker does not know the rate
   --client.reveal_labels true         the attacker knows the labels
+  --client.dropout true               train with the module's dropout
   --client.defenses LIST              classes of leakage.defenses; see below
   --client.epochs N                   train a copy of the module first
                                       (default: 0)

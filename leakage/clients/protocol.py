@@ -7,6 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from leakage.clients.losses import LOSSES
 from leakage.errors import check_choice, check_count, check_flag, check_not_negative, check_positive
 from leakage.files.tensors import shorten
@@ -45,6 +49,8 @@ class Protocol:
         weight_decay: weight decay of several steps, at least 0, as in :class:`torch.optim.SGD`.
         defenses: descriptions of the client's defenses, in order, as :meth:`leakage.defenses.Defense.describe` returns
             them: each a dict with a ``"name"``, with values that JSON can hold.
+        label_smoothing, class_weights: options of cross-entropy, as in :class:`torch.nn.CrossEntropyLoss`. See
+            :meth:`targets`.
     """
 
     image_shape: tuple[int, ...]
@@ -59,6 +65,8 @@ class Protocol:
     weight_decay: float = 0.0
     shuffle: bool = False
     defenses: tuple[dict[str, Any], ...] = ()
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.image_shape, list | tuple) or len(self.image_shape) != 3:
@@ -86,6 +94,9 @@ class Protocol:
         if self.local_batch_size == self.num_images:
             self.local_batch_size = None  # one representation, so that equal protocols compare equal
         self.defenses = _plain(self.defenses)
+        self.label_smoothing, self.class_weights = check_targets(
+            self.label_smoothing, self.class_weights, self.loss, self.reduction, self.num_classes, self.shuffle
+        )
 
     @property
     def step_size(self) -> int:
@@ -96,6 +107,40 @@ class Protocol:
     def known_rate(self) -> float:
         """The learning rate of several steps if the attacker knows it; otherwise 0."""
         return 0.0 if self.learning_rate is None or isinstance(self.learning_rate, str) else self.learning_rate
+
+    @property
+    def plain_labels(self) -> bool:
+        """Whether the loss compares predictions with one-hot labels."""
+        return not self.label_smoothing and self.class_weights is None
+
+    def targets(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        r"""Return ``(..., N, K)``, what the loss compares predictions with, for class indices ``(..., N)``.
+
+        These are one-hot labels y. Label smoothing :math:`\varepsilon` makes them
+        :math:`(1 - \varepsilon) \, y + \varepsilon / K`. Class weights w multiply them by :math:`w_{y_n}` over the mean
+        weight of the images in the same step. Cross-entropy with these targets is that of torch with these options.
+
+        Example:
+            >>> Protocol((1, 8, 8), 4, label_smoothing=0.2).targets(torch.tensor([1]), torch.float32)
+            tensor([[0.0500, 0.8500, 0.0500, 0.0500]])
+        """
+        found = F.one_hot(labels.long(), self.num_classes).to(dtype)
+        found = (1 - self.label_smoothing) * found + self.label_smoothing / self.num_classes
+        if self.class_weights is None:
+            return found
+        weights = found.new_tensor(self.class_weights)[labels.long()]
+        of_steps = weights.view(*labels.shape[:-1], -1, self.step_size)
+        weighted: Tensor = found * (of_steps / of_steps.mean(-1, keepdim=True)).view(*labels.shape, 1)
+        return weighted
+
+    def counts(self, targets: Tensor) -> Tensor:
+        """Return the numbers of images ``(..., K)`` of each class behind the mean :meth:`targets` ``(..., K)``."""
+        if self.label_smoothing:
+            targets = (targets - self.label_smoothing / self.num_classes) / (1 - self.label_smoothing)
+        if self.class_weights is not None:
+            targets = targets / targets.new_tensor(self.class_weights)
+            targets = targets / targets.clamp(min=0).sum(-1, keepdim=True).clamp(min=torch.finfo(targets.dtype).tiny)
+        return self.num_images * targets
 
 
 def check_local_steps(
@@ -152,6 +197,37 @@ def check_local_steps(
             f"Expected no `learning_rate` with one local step, where it cancels out, but got {learning_rate!r}. "
             "Leave it out, or set `local_steps`."
         )
+
+
+def check_targets(
+    label_smoothing: float,
+    class_weights: object,
+    loss: str,
+    reduction: str,
+    num_classes: int,
+    shuffle: bool,
+) -> tuple[float, tuple[float, ...] | None]:
+    """Return the options of cross-entropy as plain numbers; raise a ``ValueError`` if they are not possible."""
+    check_not_negative(label_smoothing=label_smoothing)
+    if label_smoothing >= 1:
+        raise ValueError(f"Expected `label_smoothing` below 1, which hides all labels, but got {label_smoothing!r}.")
+    if label_smoothing and (loss != "cross_entropy" or class_weights is not None):
+        other = f"loss {loss!r}" if loss != "cross_entropy" else "class weights"
+        raise ValueError(f"Expected `label_smoothing` with plain 'cross_entropy', but got {other}.")
+    if class_weights is None:
+        return float(label_smoothing), None
+    if not isinstance(class_weights, list | tuple) or len(class_weights) != num_classes:
+        raise ValueError(
+            f"Expected `class_weights` as {num_classes} numbers, one per class, but got {class_weights!r}."
+        )
+    for weight in class_weights:
+        check_positive(class_weights=weight)
+    if (loss, reduction, shuffle) != ("cross_entropy", "mean", False):
+        raise ValueError(
+            "Expected `class_weights` with loss 'cross_entropy', reduction 'mean' and images that are not shuffled, "
+            f"but got {loss!r}, {reduction!r} and shuffle={shuffle}."
+        )
+    return 0.0, tuple(map(float, class_weights))
 
 
 def protocol_rate(learning_rate: float | str | None, *, reveal: bool) -> float | str | None:

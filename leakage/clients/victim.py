@@ -11,7 +11,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
-from torch.nn import functional as F
 
 from leakage.clients.activations import Activation, check_names, recorded
 from leakage.clients.capture import capture
@@ -84,6 +83,9 @@ class Victim:
         reveal_learning_rate: whether the attacker knows :math:`\eta`, also that of a single step.
         defenses: defenses that the client applies, in order, to the gradient (with local steps, to their average)
             before it shares it: objects of :class:`leakage.defenses.Defense`.
+        label_smoothing, class_weights: options of cross-entropy, as in :class:`torch.nn.CrossEntropyLoss`; only one of
+            them, and class weights (K numbers) only with ``reduction="mean"`` and without ``shuffle``. The attacker
+            knows them.
 
     Raises:
         ValueError: the loss or reduction is unknown; the local steps are not possible; ``defenses`` holds other
@@ -132,11 +134,13 @@ class Victim:
         shuffle: bool = False,
         reveal_learning_rate: bool = True,
         defenses: Sequence[Defense] = (),
+        label_smoothing: float = 0.0,
+        class_weights: tuple[float, ...] | None = None,
     ) -> None:
         self.defenses = check_defenses(defenses)
         protocol = Protocol(
             image_shape=image_shape,
-            num_classes=1,  # replaced by that of the model below
+            num_classes=len(class_weights) if isinstance(class_weights, list | tuple) else 1,  # see below
             num_images=num_images,
             loss=loss,
             reduction=reduction,
@@ -147,6 +151,8 @@ class Victim:
             weight_decay=weight_decay,
             shuffle=shuffle,
             defenses=tuple(defense.describe() for defense in self.defenses),
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
         )
         # Secret like the client's defenses: attacks get a victim without it, see `without_secrets`.
         self._hidden_rate = None if reveal_learning_rate else cast(float, learning_rate)
@@ -255,7 +261,7 @@ class Victim:
         Args:
             state: weights and buffers by name, optionally with :data:`~leakage.clients.smoothing.SHARPNESS`.
             images: ``(N, C, H, W)``.
-            targets: class probabilities ``(N, K)``.
+            targets: class probabilities ``(N, K)``, as :meth:`Protocol.targets` returns them.
             modules: names of modules that pass :meth:`check_modules`.
             basis: ``(K, N)``, a basis for the last layer's gradient, for one step. That gradient is then given in its
                 coordinates, with the part outside under a further name, and ``state`` must hold the transposed weights
@@ -402,7 +408,7 @@ class Victim:
         precision = states[self.trainable[0]].dtype
         if images.dtype != precision:
             raise ValueError(f"Expected `images` in the precision of the weights, {precision}, but got {images.dtype}.")
-        targets = F.one_hot(labels.long(), protocol.num_classes).to(images.dtype)
+        targets = protocol.targets(labels, images.dtype)
         ids = torch.arange(len(images)) if ids is None else ids.cpu().long()
         images, targets = encoded(self.defenses, images, targets, ids.tolist(), seed)
         gradients = capture(self, states, own, images, targets, ids.tolist(), hidden, seed)

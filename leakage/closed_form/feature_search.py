@@ -47,7 +47,7 @@ class FeatureEquations:
 
     weight: Tensor  # (L, K, N), W in the coordinates of the features
     bias: Tensor  # (L, K)
-    labels: Tensor  # (L, N, K), one-hot
+    labels: Tensor  # (L, N, K), the targets of the loss
     target: Tensor  # (L, K, N) or, with a bias, (L, K, N + 1): G, the gradients, not divided by N
     row_weights: Tensor  # (L, K), omega
     mean: Tensor  # (L, N), the batch's mean feature, of norm about 1

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.func import grad
-from torch.nn import functional as F
 
 from leakage.clients.losses import LOSSES
 from leakage.clients.low_rank import row_space
@@ -177,7 +176,7 @@ def feature_equations(
     bias = shared.state.get(f"{layer}.bias", torch.zeros_like(weight[..., 0])).double()
     if not shared.own_weights:
         weight, bias = weight.expand_as(gradient), bias.expand_as(gradient[..., 0])
-    targets = F.one_hot(labels.to(gradient.device).long(), protocol.num_classes).double()
+    targets = protocol.targets(labels.to(gradient.device), torch.float64)
     smallest = torch.finfo(gradient.dtype).tiny
     lengths = gradient.norm(dim=2)
     row_weights = torch.where(lengths > 0, 1 / lengths.clamp(min=smallest), 0.0)

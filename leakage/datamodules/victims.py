@@ -35,6 +35,8 @@ _OF_THE_CLIENT = (
     "momentum",
     "weight_decay",
     "shuffle",
+    "label_smoothing",
+    "class_weights",
 )
 # Victims whose images one worker decodes at a time.
 _DECODED_AT_ONCE = 64
@@ -94,6 +96,7 @@ class Victims(VictimDataModule):
             the images.
         reveal_labels: whether the attacker knows the labels.
         defenses: what clients do to their gradients before they share them, see :class:`~leakage.Victim`.
+        label_smoothing, class_weights: options of cross-entropy, see :class:`~leakage.Victim`.
         split: ``"train"`` or ``"test"``, for data sets that have both.
         root: the folder of a named data set; by default the environment variable ``LEAKAGE_DATA``, else
             ``~/.cache/leakage``.
@@ -154,6 +157,8 @@ class Victims(VictimDataModule):
         reveal_learning_rate: bool = True,
         reveal_labels: bool = False,
         defenses: Sequence[Defense] = (),
+        label_smoothing: float = 0.0,
+        class_weights: tuple[float, ...] | None = None,
         split: str = "train",
         root: str | os.PathLike[str] | None = None,
         download: bool = True,
@@ -181,7 +186,9 @@ class Victims(VictimDataModule):
             )
         rate = protocol_rate(learning_rate, reveal=reveal_learning_rate)
         steps = (local_steps, rate, local_batch_size, momentum, weight_decay, shuffle)
-        protocol = Protocol((1, 1, 1), 2, images, loss, reduction, *steps)
+        of_loss: dict[str, Any] = {"label_smoothing": label_smoothing, "class_weights": class_weights}
+        classes = len(class_weights) if isinstance(class_weights, list | tuple) else 2
+        protocol = Protocol((1, 1, 1), classes, images, loss, reduction, *steps, **of_loss)
         check_choice("split", split, ("train", "test"))
         self.source = Source(
             dataset, root=root, download=download, image_size=image_size, channels=channels, num_classes=num_classes

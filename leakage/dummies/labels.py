@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
@@ -19,7 +18,7 @@ from leakage.pieces import State
 
 
 class _FixedLabels(Labels):
-    """Labels that are known before the search, as class probabilities of 0 or 1."""
+    """Labels that are known before the search, as the targets of the loss: 0 or 1 without label smoothing."""
 
     writes_all = True
 
@@ -35,10 +34,10 @@ class _FixedLabels(Labels):
         return {"probabilities": torch.empty(0, protocol.num_images, protocol.num_classes, dtype=dtype)}
 
     def begin(self, shared: SharedGradient, victim: Victim) -> State:
-        """Return ``probabilities``, which are 1 for the label of each image."""
+        """Return ``probabilities``, the targets of the loss for these labels."""
         labels = self._labels(shared, victim) if shared.labels is None else shared.labels
         like = next(iter(shared.gradients.values()))
-        return {"probabilities": F.one_hot(labels.long(), victim.protocol.num_classes).to(like.dtype)}
+        return {"probabilities": victim.protocol.targets(labels, like.dtype)}
 
     def _labels(self, shared: SharedGradient, victim: Victim) -> Tensor:
         raise NotImplementedError
@@ -136,7 +135,7 @@ class JointLabels(Labels):
         std: standard deviation of the normally distributed initial logits, multiplied by three for each restart.
 
     Raises:
-        ValueError: ``std`` is not positive.
+        ValueError: ``std`` is not positive; in ``fit``, if the loss has class weights, which labels decide.
 
     References:
         Zhu, Liu and Han, *Deep Leakage from Gradients*, NeurIPS 2019, https://arxiv.org/abs/1906.08935.
@@ -156,6 +155,14 @@ class JointLabels(Labels):
     def known(self) -> bool:
         """False, because labels are not known before the search."""
         return False
+
+    def check(self, target: Target) -> None:
+        """Raise a ``ValueError`` if the loss has class weights."""
+        if target.victim.protocol.class_weights is not None:
+            raise ValueError(
+                "Expected a loss without `class_weights` for JointLabels, as labels decide how much each image weighs, "
+                "but got class weights. Use InferredLabels, or reveal the labels (reveal_labels=True)."
+            )
 
     def shape(self, protocol: Protocol) -> tuple[int, ...]:
         """Return the shape ``(N, K)``."""

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 from torch.linalg import vector_norm
-from torch.nn import functional as F
 
 from leakage.clients.local_steps import Secrets
 from leakage.clients.protocol import UNKNOWN, Protocol
@@ -72,7 +71,7 @@ class LearningRate(Dummy):
         size = _MADE_UP, protocol.num_images
         images = torch.rand(*size, *protocol.image_shape, generator=generator).to(update)
         labels = torch.randint(protocol.num_classes, size, generator=generator).to(update.device)
-        targets = F.one_hot(labels, protocol.num_classes).to(update)
+        targets = protocol.targets(labels, update.dtype)
 
         def mean_length(state: State) -> Tensor:
             """Return the mean length of the average step of simulated clients with learning rate 0."""

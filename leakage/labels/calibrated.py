@@ -84,7 +84,7 @@ def geng(layer: LastLayer, seed: int) -> Found:
         mean = dummies.features.mean(1)
         along = torch.einsum("vkd,vd->vk", layer.rows, mean.expand(len(layer), -1))
         push = along / mean.square().sum(1, keepdim=True).clamp(min=torch.finfo(along.dtype).tiny)
-    estimates = layer.num_images * (dummies.predictions.mean(1) - push)
+    estimates = layer.protocol.counts(dummies.predictions.mean(1) - push)
     return round_counts(estimates, layer.num_images), estimates, None
 
 
@@ -155,7 +155,7 @@ def mean_feature(layer: LastLayer, known: KnownFeatures) -> Found:
 
 
 def _by_mean_feature(layer: LastLayer, deviations: Tensor) -> Tensor:
-    rows, push, count = layer.rows, layer.push, layer.num_images
+    rows, push = layer.rows, layer.push
     weights = torch.ones_like(push)
     covariance = torch.zeros_like(rows)
     spread = torch.ones_like(push[:, 0])
@@ -169,7 +169,7 @@ def _by_mean_feature(layer: LastLayer, deviations: Tensor) -> Tensor:
         predictions = (logits[:, None] + spread[:, None, None] * apart).softmax(dim=2)
         covariance = torch.einsum("vmk,vmd->vkd", predictions, deviations.expand(len(rows), -1, -1))
         covariance = covariance * (spread / deviations.shape[1])[:, None, None]
-        estimates = count * (predictions.mean(dim=1) - push)
+        estimates = layer.protocol.counts(predictions.mean(dim=1) - push)
         weights = 1 / (estimates.clamp(min=0) + 0.5)
         if iteration:
             rest = rows - push[..., None] * mean[:, None]

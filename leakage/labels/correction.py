@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from leakage.clients.protocol import Protocol
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.closed_form.feature_search import (
@@ -110,7 +110,7 @@ def correct_labels(
         beam = given[None]
         for _ in range(most):
             candidates = _neighbours(beam, given, victim.protocol.num_classes)
-            beam, verified[row] = _fitting(one, given, candidates, seeds[row])
+            beam, verified[row] = _fitting(one, given, candidates, seeds[row], victim.protocol)
             if verified[row]:
                 found[row] = beam[0].to(found)
                 changed[row] = (found[row] != labels[row]).sum()
@@ -132,12 +132,14 @@ def _neighbours(beam: Tensor, given: Tensor, num_classes: int) -> Tensor:
     return torch.tensor([*found.values()], device=beam.device)
 
 
-def _fitting(victim: FeatureEquations, given: Tensor, candidates: Tensor, seed: int) -> tuple[Tensor, bool]:
+def _fitting(
+    victim: FeatureEquations, given: Tensor, candidates: Tensor, seed: int, protocol: Protocol
+) -> tuple[Tensor, bool]:
     """Return the labels ``(B, N)`` that fit the equations best, the best first, and whether they hold to rounding."""
 
     def equations(labels: Tensor) -> FeatureEquations:
         lanes = victim[torch.zeros(len(labels), dtype=torch.long, device=labels.device)]
-        return dataclasses.replace(lanes, labels=F.one_hot(labels, victim.labels.shape[2]).to(victim.labels))
+        return dataclasses.replace(lanes, labels=protocol.targets(labels, victim.labels.dtype))
 
     found = []
     for part in torch.split(candidates, max(1, _NUMBERS // victim.target.numel())):

@@ -27,10 +27,15 @@ def idlg(layer: LastLayer) -> Found:
     and the label is the class whose row points in the opposite direction to all others. With two classes, it is the one
     whose row has a negative sum, which is exact if the features can't be negative.
 
+    With label smoothing, other entries may be negative too. The label is then the largest entry of :math:`p - g_b`,
+    where p is computed from the feature.
+
     Zhao, Mopuri and Bilen, *iDLG*, 2020, https://arxiv.org/abs/2001.02610.
     """
     push = layer.bias_gradient
-    if push is None:
+    if layer.protocol.label_smoothing:
+        push = layer.push - _logits_of_one(layer.midway()).softmax(1).to(layer.push)
+    elif push is None:
         push = _against_the_others(layer.rows)
     elif layer.weight_gradient is not None:
         lowest = push == push.amin(dim=1, keepdim=True)
@@ -160,13 +165,17 @@ def _margins(vectors: np.ndarray) -> np.ndarray:
 
 
 def _largest_logits(layer: LastLayer) -> Tensor:
-    """Return the ranks, from 1, of one image's logits, ``(V, K)``; its feature is the ratio of the gradients."""
+    """Return the ranks, from 1, of one image's logits, ``(V, K)``."""
+    return (1 + _logits_of_one(layer).argsort(dim=1).argsort(dim=1)).to(layer.gradients)
+
+
+def _logits_of_one(layer: LastLayer) -> Tensor:
+    """Return the logits ``(V, K)`` of one image, whose feature is the ratio of the gradients."""
     rows, push = layer.rows.double(), layer.gradients.double()
     largest = push.abs().argmax(dim=1, keepdim=True)
     row = rows.take_along_dim(largest[..., None], dim=1).squeeze(1)
     feature = row / push.gather(1, largest)
-    logits = torch.einsum("vd,vkd->vk", feature, layer.weight.double().expand(len(push), -1, -1)) + layer.bias
-    return (1 + logits.argsort(dim=1).argsort(dim=1)).to(layer.gradients)
+    return torch.einsum("vd,vkd->vk", feature, layer.weight.double().expand(len(push), -1, -1)) + layer.bias
 
 
 def _against_the_others(rows: Tensor) -> Tensor:

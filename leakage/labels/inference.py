@@ -33,8 +33,8 @@ _WITHOUT_SIMULATION = ("mean_feature", "geng", "row_minimum")
 _PREFERRED = ("mean_feature", "ilrg", "geng", "row_minimum", "llg", "llg_star", "llg_plus", "rlu")
 # For `auto`: number of simulated clients, and the share of the auxiliary images that they hold.
 _TRIED_ON, _HELD_OUT = 400, 1 / 4
-# A recall that counts as perfect, the number of rules that must reach it for the posterior to be skipped, and the bonus
-# for the posterior where the images are noise.
+# A recall that counts as perfect, the number of rules that must reach it for the posterior to be skipped (all, if fewer
+# are usable), and the bonus for the posterior where the images are noise.
 _GOOD_ENOUGH, _AGREEING, _MARGIN = 0.99, 3, 0.03
 
 
@@ -75,6 +75,9 @@ class LabelReader:
     the last layer's steps. The effects of momentum and weight decay are removed first
     (:func:`leakage.labels.last_layer.mean_gradient`). If the learning rate is unknown, so is the length of the average
     gradient, and only ``idlg``, ``row_minimum`` and ``rlg`` can be used.
+
+    Label smoothing and class weights are taken into account by ``idlg``, ``geng``, ``mean_feature`` and ``posterior``,
+    and rule out the other rules.
 
     If clients are known to shorten their gradients (:class:`~leakage.defenses.Clip`,
     :class:`~leakage.defenses.DPSGD`) and share both gradients of the last layer, the gradients are first scaled to the
@@ -279,7 +282,7 @@ def _choose(known: Knowledge, usable: list[str]) -> str:
     # The posterior takes longest. It is not learnt if several other rules are already nearly perfect, as they are on an
     # untrained network.
     agreeing = sum(recall >= _GOOD_ENOUGH for recall in recalls.values())
-    if agreeing < _AGREEING and "posterior" in usable:
+    if agreeing < min(_AGREEING, len(recalls)) and "posterior" in usable:
         try_out("posterior")
         # Victims do not hold noise, so prefer the rule that assumes least unless another is clearly better.
         recalls["posterior"] += _MARGIN if known.auxiliary is None else 0

@@ -90,15 +90,15 @@ def _factors(layer: LastLayer, deviations: Tensor, noise: Tensor) -> Tensor:
     ends = math.log(_SHORTEST), math.log(_LONGEST * math.sqrt(count))
     relative = torch.linspace(*ends, _TRIED, dtype=push.dtype, device=push.device).exp()
     tried = (expected[:, None] * relative).clamp(min=1)
-    best = _log_probability(count, predictions, push, noise, tried).argmax(1, keepdim=True)
+    best = _log_probability(layer.protocol, predictions, push, noise, tried).argmax(1, keepdim=True)
     cautious = (expected * (1 - share).clamp(min=0)).clamp(min=1)
     return torch.where(share > _MUCH_NOISE, cautious, tried.gather(1, best).squeeze(1))
 
 
-def _log_probability(count: int, predictions: Tensor, push: Tensor, noise: Tensor, factors: Tensor) -> Tensor:
+def _log_probability(protocol: Protocol, predictions: Tensor, push: Tensor, noise: Tensor, factors: Tensor) -> Tensor:
     """Return the log-probability of the factors ``(V, T)``, up to a constant."""
-    classes = push.shape[1]
-    counts = count * (predictions[:, None] - factors[..., None] * push[:, None])
+    count, classes = protocol.num_images, push.shape[1]
+    counts = protocol.counts(predictions[:, None] - factors[..., None] * push[:, None])
     rough = _ROUGHNESS**2 + (_ROUGHNESS_OF_IMAGES * count) ** 2 + (count * factors) ** 2 * noise[:, None]
     # How near the counts are to whole numbers; this is ignored if the roughness is large.
     places = torch.arange(-2, 3, dtype=counts.dtype, device=counts.device)

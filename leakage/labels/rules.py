@@ -66,20 +66,26 @@ NEEDS = {
     "auxiliary": "`auxiliary` images",
     "shared weights": "victims that share their weights",
     "learning rate": "clients that reveal their learning rate",
+    "plain": "a loss without label smoothing and class weights",
+    "signs": "a loss without label smoothing, or both gradients of the last layer and a known learning rate",
 }
 
 #: Rules by name. Their docstrings cite the papers; ``mean_feature`` and ``posterior`` were developed for this library.
 RULES: dict[str, Rule] = {
-    "idlg": Rule(lambda layer, known: idlg(layer), ("one image",), by_direction=True),
-    "row_minimum": Rule(lambda layer, known: row_minimum(layer), ("weight", "distinct"), by_direction=True),
-    "llg": Rule(lambda layer, known: llg(layer), ("weight", "non-negative")),
-    "llg_star": Rule(lambda layer, known: llg_star(layer, known.seed), ("weight", "non-negative")),
-    "rlg": Rule(lambda layer, known: rlg(layer), ("weight", "fewer"), by_direction=True),
-    "ilrg": Rule(lambda layer, known: ilrg(layer), ("weight", "bias")),
+    "idlg": Rule(lambda layer, known: idlg(layer), ("one image", "signs"), by_direction=True),
+    "row_minimum": Rule(lambda layer, known: row_minimum(layer), ("weight", "distinct", "plain"), by_direction=True),
+    "llg": Rule(lambda layer, known: llg(layer), ("weight", "non-negative", "plain")),
+    "llg_star": Rule(lambda layer, known: llg_star(layer, known.seed), ("weight", "non-negative", "plain")),
+    "rlg": Rule(lambda layer, known: rlg(layer), ("weight", "fewer", "plain"), by_direction=True),
+    "ilrg": Rule(lambda layer, known: ilrg(layer), ("weight", "bias", "plain")),
     "geng": Rule(lambda layer, known: geng(layer, known.seed)),
     "mean_feature": Rule(lambda layer, known: mean_feature(layer, known.features), ("weight", "bias")),
-    "llg_plus": Rule(lambda layer, known: llg_plus(layer, known.features), ("weight", "non-negative", "auxiliary")),
-    "rlu": Rule(lambda layer, known: rlu(layer, known.labelled, known.seed), ("bias", "auxiliary", "shared weights")),
+    "llg_plus": Rule(
+        lambda layer, known: llg_plus(layer, known.features), ("weight", "non-negative", "auxiliary", "plain")
+    ),
+    "rlu": Rule(
+        lambda layer, known: rlu(layer, known.labelled, known.seed), ("bias", "auxiliary", "shared weights", "plain")
+    ),
     "posterior": Rule(lambda layer, known: known.posterior(layer), ("weight", "shared weights"), learns=True),
 }
 
@@ -87,7 +93,10 @@ RULES: dict[str, Rule] = {
 def needs_met(victim: Victim, auxiliary: Auxiliary | None, *, own_weights: bool) -> dict[str, str | None]:
     """Return for every need None if it is met, else the text that follows "but got"."""
     weight, bias = (f"{victim.classifier}.{name}" in victim.trainable for name in ("weight", "bias"))
-    count, classes = victim.protocol.num_images, victim.protocol.num_classes
+    protocol = victim.protocol
+    count, classes = protocol.num_images, protocol.num_classes
+    unknown = repr(UNKNOWN) if protocol.learning_rate == UNKNOWN else None
+    soft = f"label_smoothing={protocol.label_smoothing:g}" if protocol.label_smoothing else "class weights"
     images = f"{count} images and {classes} classes"
     return {
         "weight": None if weight else "frozen ones",
@@ -98,7 +107,9 @@ def needs_met(victim: Victim, auxiliary: Auxiliary | None, *, own_weights: bool)
         "non-negative": None if has_non_negative_features(victim) else "negative ones",
         "auxiliary": None if auxiliary is not None else "none",
         "shared weights": "a network for each" if own_weights else None,
-        "learning rate": repr(UNKNOWN) if victim.protocol.learning_rate == UNKNOWN else None,
+        "learning rate": unknown,
+        "plain": None if protocol.plain_labels else soft,
+        "signs": soft if protocol.label_smoothing and not (weight and bias and unknown is None) else None,
     }
 
 

@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from leakage.labels.auxiliary import LabelledFeatures
 from leakage.labels.last_layer import LastLayer, mean_gradient
@@ -85,7 +84,8 @@ def _train(layer: LastLayer, features: Tensor, labels: Tensor, drawn: Tensor) ->
         inputs = features[batch]
         weight, bias = values
         predictions = (inputs @ weight.mT + bias[:, None]).softmax(dim=2)
-        error = times * (predictions - F.one_hot(labels[batch], layer.num_classes)) / size
+        targets = protocol.targets(labels[batch], predictions.dtype)
+        error = times * (targets.sum(2, keepdim=True) * predictions - targets) / size
         gradients = [error.mT @ inputs, error.sum(1)]
         velocities = [
             protocol.momentum * velocity + gradient + protocol.weight_decay * value

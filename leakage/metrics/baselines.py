@@ -63,7 +63,13 @@ def baseline_guesses(images: Tensor, public: Tensor | None = None) -> dict[str, 
 
 @torch.no_grad()
 @full_precision()
-def identified(reconstructed: Tensor, images: Tensor, others: Tensor, features: nn.Module | None = None) -> Tensor:
+def identified(
+    reconstructed: Tensor,
+    images: Tensor,
+    others: Tensor,
+    features: nn.Module | None = None,
+    classes: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     r"""Return whether each reconstruction is closer to its own private image than to any of M other images.
 
     .. math:: \lVert \phi(\hat x) - \phi(x) \rVert < \min_m \lVert \phi(\hat x) - \phi(o_m) \rVert
@@ -76,6 +82,8 @@ def identified(reconstructed: Tensor, images: Tensor, others: Tensor, features: 
         others: ``(M, C, H, W)``, images of the same kind, none of which may be a private image.
         features: a module from images ``(B, C, H, W)`` to ``(B, ...)``, or None for the pixels. Its mode is not
             changed: call ``eval()`` first.
+        classes: labels of the private images ``(V, N)`` and of the others ``(M,)``, to compare each image only with
+            others of its class, or with all if there are none.
 
     Returns:
         ``(V, N)`` bool; False if the reconstruction contains NaN.
@@ -91,6 +99,14 @@ def identified(reconstructed: Tensor, images: Tensor, others: Tensor, features: 
     """
     check_images(reconstructed, images)
     _check_others("others", others, images)
+    if classes is not None and (shapes := [tuple(one.shape) for one in classes]) != [
+        images.shape[:2],
+        others.shape[:1],
+    ]:
+        raise ValueError(
+            f"Expected `classes` of shapes {[tuple(images.shape[:2]), (len(others),)]}, as the images have, but got "
+            f"{shapes}."
+        )
     dtype = score_dtype(reconstructed, images)
     found, truth, rest = (
         tensor.to(images.device, dtype) for tensor in (reconstructed.flatten(0, 1), images.flatten(0, 1), others)
@@ -100,7 +116,11 @@ def identified(reconstructed: Tensor, images: Tensor, others: Tensor, features: 
         found, truth, rest = (features(tensor) for tensor in (found.nan_to_num(0, 0, 0), truth, rest))
         finite &= torch.isfinite(found).flatten(1).all(1)
     own = (found - truth).square().flatten(1).sum(1)
-    return (finite & (own < _distances(found, rest).amin(1))).view(images.shape[:2])
+    apart = _distances(found, rest)
+    if classes is not None:
+        same = (classes[0].flatten()[:, None] == classes[1]).to(apart.device)
+        apart = torch.where(same | ~same.any(1, keepdim=True), apart, torch.inf)
+    return (finite & (own < apart.amin(1))).view(images.shape[:2])
 
 
 def below_baseline(psnr: float, baselines: Mapping[str, float]) -> list[str]:

@@ -45,9 +45,44 @@ class Scaled(Small):
         return 2 * F.cross_entropy(self(batch[0]), batch[1])
 
 
-class Smoothed(Small):
+class OtherLoss(Small):
+    """Cross-entropy with other options."""
+
+    def __init__(self, *layers: nn.Module, **options: Any) -> None:
+        super().__init__(*layers)
+        self.loss = nn.CrossEntropyLoss(**options)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1], label_smoothing=0.1)
+        return self.loss(self(batch[0]), batch[1])
+
+
+class OfLogProbabilities(Small):
+    """Cross-entropy in two functions, the first in the network or not."""
+
+    def __init__(self, function: Any = None) -> None:
+        super().__init__()
+        self.function = function
+        if function is None:
+            self.net.append(nn.LogSoftmax(1))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        given = self(batch[0])
+        return F.nll_loss(given if self.function is None else self.function(given, 1), batch[1])
+
+
+def dropping() -> Small:
+    """A network with dropout before its last layer."""
+    return Small(nn.Sigmoid(), nn.Dropout(0.3))
+
+
+# The losses of torch that clients can declare.
+LOSSES = [
+    OtherLoss(label_smoothing=0.2),
+    OtherLoss(weight=torch.linspace(0.5, 5, 10)),
+    OfLogProbabilities(),
+    OfLogProbabilities(F.log_softmax),
+    OfLogProbabilities(Tensor.log_softmax),
+]
 
 
 class Hooked(Small):

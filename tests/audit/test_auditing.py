@@ -13,7 +13,7 @@ from leakage.audit import AuditReport, Client, audit
 from leakage.audit.auditing import seconds_of
 from leakage.audit.report import read_victims
 from leakage.defenses import DPSGD
-from tests.audit.modules import Data, Scaled, Small
+from tests.audit.modules import LOSSES, Data, Scaled, Small, dropping
 
 # Of sigmoid networks with 144 pixels and one image, which closed forms read.
 QUICK: dict[str, Any] = {"victims": 6, "budget": "60s", "attacks": ["labels", "rgap"]}
@@ -58,6 +58,22 @@ def test_the_same_call_finds_it_done_and_another_is_refused(leaking: tuple[Audit
     with pytest.raises(ValueError, match="Expected `output` without another audit, but got"):
         audit(trained, Data(), Client(), output=folder, **QUICK)
     assert (folder / "audit.json").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "attack"),
+    [(LOSSES[0], "rgap"), (LOSSES[1], "rgap"), (dropping(), "gauss_newton")],
+    ids=["label smoothing", "class weights", "dropout"],
+)
+def test_other_losses_and_dropout_leak_too(module: Small, attack: str, tmp_path: Path) -> None:
+    client = Client(dropout=attack == "gauss_newton")
+    options = {**QUICK, "victims": 1, "attacks": ["labels", attack]}
+    report = audit(module, Data(), client, **options, output=tmp_path)
+    assert all(check.passed for check in report.checks)
+    labels, found = report.measured
+    assert labels.metrics["label_accuracy"].value == 1
+    assert found.metrics["success_rate"].value == 1
 
 
 class Killed(BaseException):

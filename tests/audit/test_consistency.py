@@ -31,6 +31,8 @@ def test_sound_updates_pass() -> None:
         (network(), 4, {}),
         (network(), 32, {}),
         (network(), 4, {"reduction": "sum"}),
+        (network(), 1, {"label_smoothing": 0.3}),
+        (network(), 4, {"label_smoothing": 0.3}),
         (norm, 3, {}),
         (norm.eval(), 1, {}),
     ]
@@ -60,6 +62,16 @@ def test_sound_updates_of_a_network_that_has_learnt_pass() -> None:
             after = trained(model, count, lr=RATE, steps=steps)
             rate = RATE if steps == 1 else None
             assert not failed(check_update(model, after, victim, learning_rate=rate))
+
+
+def test_a_loss_that_is_not_declared_is_caught() -> None:
+    model = network()
+    smoothed = trained(model, lr=RATE, label_smoothing=0.3)
+    assert "last layer" in failed(check_update(model, smoothed, client(model), learning_rate=RATE))
+    declared = client(model, label_smoothing=0.3)
+    assert "last layer" in failed(check_update(model, trained(model, lr=RATE), declared, learning_rate=RATE))
+    faster = trained(model, lr=10 * RATE, label_smoothing=0.3)
+    assert "10 times the declared" in failed(check_update(model, faster, declared, learning_rate=RATE))["last layer"]
 
 
 def test_wrong_sign_is_named() -> None:

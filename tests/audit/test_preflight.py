@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from leakage import Victim
 from leakage.audit import Client
+from leakage.audit.data import find_images
 from leakage.audit.plan import candidates
 from leakage.audit.preflight import NO_VERDICT, preflight
 from leakage.audit.report import Problem
-from leakage.audit.subject import LogitsOfTrainingStep, Subject, find_images
+from leakage.audit.subject import LogitsOfTrainingStep, Subject
 from leakage.closed_form.inverses import find_chain
-from tests.audit.modules import Data, Images, Inside, Manual, OfDicts, Scaled, Small, Smoothed, normalised
+from tests.audit.modules import LOSSES, Data, Images, Inside, Manual, OfDicts, OtherLoss, Scaled, Small, normalised
 
 
 def inspect(module: LightningModule, data: Any = None, **options: Any) -> tuple[Subject | None, list[Problem]]:
@@ -44,7 +45,8 @@ def test_takes_a_module_and_its_data_as_they_are() -> None:
     assert subject is not None
     # The innermost part that takes images and gives logits, so that closed forms find a chain of layers.
     assert isinstance(subject.network, nn.Sequential)
-    assert (subject.loss, subject.reduction, subject.num_classes) == ("cross_entropy", "mean", 10)
+    plain = {"loss": "cross_entropy", "reduction": "mean", "label_smoothing": 0.0, "class_weights": None}
+    assert (subject.loss, subject.num_classes) == (plain, 10)
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
     assert module._trainer is None
     assert data.trainer is None
@@ -174,11 +176,6 @@ class Penalised(Small):
         return super().training_step(batch, batch_idx) + 0.01 * sum(one.square().sum() for one in self.parameters())
 
 
-class Weighted(Small):
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1], weight=torch.arange(1.0, 11.0))
-
-
 class Binary(Small):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return F.binary_cross_entropy_with_logits(self(batch[0]), F.one_hot(batch[1], 10).float())
@@ -204,8 +201,17 @@ class Failing(Small):
     [
         (Scaled(), "not yet", "more than cross_entropy"),
         (Penalised(), "not yet", "more than cross_entropy"),
-        (Smoothed(), "not yet", "label smoothing of 0.1"),
-        (Weighted(), "not yet", "a loss with class weights"),
+        (
+            OtherLoss(weight=torch.ones(10), label_smoothing=0.1),
+            "not yet",
+            "`label_smoothing` with plain",
+        ),
+        (OtherLoss(weight=torch.ones(10), reduction="sum"), "not yet", "Expected `class_weights` with loss"),
+        (
+            OtherLoss(weight=torch.arange(10.0)),
+            "not yet",
+            "`class_weights` to be positive and finite",
+        ),
         (Binary(), "not yet", "the loss binary_cross_entropy_with_logits"),
         (Own(), "not yet", "not a function of torch.nn.functional"),
         (Constant(), "never", "a loss without gradient"),
@@ -222,18 +228,24 @@ def test_says_what_leaves_nothing_to_attack(module: LightningModule, kind: str, 
     assert problems[-1].means == NO_VERDICT
 
 
-class OfLogProbabilities(Small):
-    def forward(self, images: Tensor) -> Tensor:
-        return F.log_softmax(self.net(images), 1)
+@pytest.mark.parametrize("module", LOSSES)
+def test_losses_of_torch_are_declared(module: LightningModule) -> None:
+    subject, problems = inspect(module)
+    assert problems == []
+    assert subject is not None
+    assert subject.loss["loss"] == "cross_entropy"
+    victim = Victim(subject.network, image_shape=tuple(subject.images.shape[1:]), num_images=3, **subject.loss)
+    assert [type(link.module) for link in find_chain(victim)] == [nn.Linear, nn.Sigmoid, nn.Linear]
 
+
+class OfProbabilities(Small):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return F.nll_loss(self(batch[0]), batch[1])
+        return F.nll_loss(self(batch[0]).softmax(1).log(), batch[1])
 
 
-def test_log_probabilities_hide_the_last_layer() -> None:
-    found = problem(inspect(OfLogProbabilities())[1], "trained linear layer")
-    assert (found.kind, found.where) == ("replace", "Linear 'net.3' and operations after it")
-    assert "use cross_entropy in place of log_softmax and nll_loss" in found.fix
+def test_probabilities_hide_the_last_layer() -> None:
+    found = problem(inspect(OfProbabilities())[1], "trained linear layer")
+    assert (found.kind, found.where) == ("not yet", "Linear 'module.net.3' and operations after it")
 
 
 def test_refuses_what_is_no_module_and_no_data() -> None:
@@ -243,6 +255,9 @@ def test_refuses_what_is_no_module_and_no_data() -> None:
         preflight(Small(), None, [Client()], victims=1, public=1, seed=0)
     with pytest.raises(ValueError, match=r"Expected at least 5 images in the data, .* but got 3"):
         preflight(Small(), Data(number=3), [Client(images=3)], victims=1, public=9, seed=0)
+    nothing = torch.utils.data.TensorDataset(torch.full((9, 1, 12, 12), torch.nan), torch.zeros(9).long())
+    with pytest.raises(ValueError, match="Expected images of finite numbers, but got NaN"):
+        inspect(Small(), nothing)
     with pytest.raises(ValueError, match=r"Expected batches of images \(B, C, H, W\) and labels"):
         inspect(Small(), torch.utils.data.TensorDataset(torch.rand(9, 3), torch.zeros(9)))
 

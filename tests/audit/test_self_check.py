@@ -14,7 +14,7 @@ from leakage.audit.report import Check
 from leakage.audit.self_check import difference, self_check, with_module_rate
 from leakage.audit.subject import Subject
 from leakage.defenses import DPSGD, Clip, Defense, GaussianNoise, MixUp, Sign, TopK
-from tests.audit.modules import Data, Hooked, Inside, Small
+from tests.audit.modules import LOSSES, Data, Hooked, Inside, Small, dropping
 
 
 def made(module: LightningModule, client: Client) -> tuple[Subject, Client]:
@@ -25,18 +25,16 @@ def made(module: LightningModule, client: Client) -> tuple[Subject, Client]:
 
 def checks_of(module: LightningModule, client: Client) -> list[Check]:
     subject, client = made(module, client)
-    victim = Victim(
-        subject.network,
-        image_shape=(1, 12, 12),
-        num_images=client.images,
-        loss=subject.loss,
-        reduction=subject.reduction,
-        **client.training,
-    )
-    return self_check(subject, client, victim, seed=0)
+    subject = subject.with_dropout() if client.dropout else subject
+    return self_check(subject, client, victim_of(subject, client), seed=0)
 
 
-@pytest.mark.parametrize("module", [Small(), Inside(), Small(nn.BatchNorm1d(16), nn.ReLU())], ids=str)
+def victim_of(subject: Subject, client: Client) -> Victim:
+    options = {"image_shape": (1, 12, 12), "num_images": client.images, **subject.loss, **client.training}
+    return Victim(subject.network, **options)
+
+
+@pytest.mark.parametrize("module", [Small(), Inside(), Small(nn.BatchNorm1d(16), nn.ReLU()), *LOSSES])
 def test_a_client_does_what_the_module_does(module: LightningModule) -> None:
     checks = checks_of(module, Client(images=4))
     assert [check.name for check in checks] == ["gradient of training_step", "distance at the truth"]
@@ -47,11 +45,23 @@ def test_a_client_does_what_the_module_does(module: LightningModule) -> None:
 
 
 def test_local_steps_are_those_of_the_module_s_optimizer() -> None:
-    checks = checks_of(Small(learning_rate=0.3), Client(images=4, local_steps=4, local_batch_size=2))
-    assert [check.name for check in checks][1] == "local steps of configure_optimizers"
-    assert all(check.passed for check in checks)
+    for module in (Small(learning_rate=0.3), *LOSSES[:2]):
+        checks = checks_of(module, Client(images=4, local_steps=4, local_batch_size=2))
+        assert [check.name for check in checks][1] == "local steps of configure_optimizers"
+        assert all(check.passed for check in checks)
     _, client = made(Small(learning_rate=0.3), Client(images=4, local_steps=4))
     assert client.learning_rate == 0.3
+
+
+def test_clients_with_dropout_take_the_masks_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client(images=4, local_steps=4, local_batch_size=2, dropout=True)
+    checks = checks_of(dropping(), client)
+    assert len(checks) == 3
+    assert all(check.passed for check in checks)
+    monkeypatch.setattr("leakage.audit.self_check._mask", lambda *given: None)
+    assert [check.passed for check in checks_of(dropping(), client)] == [False], "the module draws its own masks"
+    with pytest.raises(ValueError, match=r"Expected a module with torch.nn.Dropout in training mode .* but got none"):
+        made(Small(), client)[0].with_dropout()
 
 
 @pytest.mark.parametrize(

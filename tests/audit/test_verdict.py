@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from scipy.stats import binom
 
 from leakage.audit import Client
 from leakage.audit.plan import Candidate, share_out
@@ -29,7 +30,20 @@ def measured(client: str, attack: str, **figures: Figure) -> Measured:
     ],
 )
 def test_decides_by_the_interval(low: float, high: float, reached: bool, decision: str) -> None:
-    assert decide(0.05, Figure(0.05, low, high, 10), reached=reached) == decision
+    assert decide(0.05, Figure(0.5, low, high, 10), reached=reached) == decision
+    # A mean, such as PSNR, has no more than its interval.
+    assert decide(0.05, Figure(0.05, low, high, 10), reached=reached, share=False) == decision
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.1, 0.2, 0.5])
+@pytest.mark.parametrize("victims", [1, 2, 3, 5, 8, 20, 100])
+def test_a_limit_is_seldom_exceeded_by_chance(limit: float, victims: int) -> None:
+    chance = 0.0
+    for found in range(victims + 1):
+        figure = Figure(found / victims, *wilson_interval(found / victims, victims), victims)
+        if decide(limit, figure, reached=True) == "exceeded":
+            chance += float(binom.pmf(found, victims, limit))
+    assert chance <= 0.05
 
 
 def test_every_limit_stands_beside_every_figure() -> None:

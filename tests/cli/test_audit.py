@@ -122,6 +122,12 @@ def test_an_update_in_another_order_fails_the_check(capsys: pytest.CaptureFixtur
         ("--example --fail-above success_rate=often", "Expected `--fail-above` as metric=limit, such as"),
         ("--example --fail-above leak=0.1", "Expected `fail_above` to be one of"),
         ("--example --budget 0m", "Expected `budget` as seconds above 0"),
+        (
+            "--example --accelerator warp",
+            "Expected `accelerator` as the Trainer has it on this machine, but got 'warp'",
+        ),
+        ("--model leakage.models.LeNet", "but got 'leakage.models.LeNet', which is not a LightningModule."),
+        ("--example --client.dropout true", "Expected a module with torch.nn.Dropout in training mode"),
         ("--example --checkpoint none.ckpt", "but got 'none.ckpt': no such file."),
         ("--example --update none.safetensors", "none.safetensors"),
         ("--config none.yaml", "Expected `--config` to be a YAML file, but got 'none.yaml', which is not a file."),
@@ -129,6 +135,9 @@ def test_an_update_in_another_order_fails_the_check(capsys: pytest.CaptureFixtur
 )
 def test_refuses_arguments_in_one_line(capsys: pytest.CaptureFixture[str], arguments: str, said: str) -> None:
     assert said in refused(capsys, *arguments.split())
+
+
+CLIP = "{class_path: leakage.defenses.Clip, init_args: {norm: -1}}"
 
 
 @pytest.mark.parametrize(
@@ -146,6 +155,7 @@ def test_refuses_arguments_in_one_line(capsys: pytest.CaptureFixture[str], argum
         ("clients:\n  - images: 1\n  - imags: 3", "(did you mean `images`?), but got `imags`.", 5),
         ("clients:\n  - images: 1\n  - epochs: -3", "Expected `epochs` to be a whole number of at least 0", 5),
         ("client:\n  local_steps: 2\n  momentum: 2", "Expected `momentum` below 1", 4),
+        (f"client:\n  defenses: [{CLIP}]", "Expected `norm` to be positive and finite, but got -1", 4),
     ],
 )
 def test_refuses_fields_with_their_line(capsys: pytest.CaptureFixture[str], text: str, said: str, line: int) -> None:
@@ -160,9 +170,6 @@ def test_refuses_other_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Expected YAML in 'audit.yaml', but got" in refused(capsys, "--config", "audit.yaml")
     Path("audit.yaml").write_text("data: leakage.audit.example.ExampleData\n")
     assert "Expected `--model` with the import path" in refused(capsys, "--config", "audit.yaml")
-    one = "clients: [{images: 1, defenses: [{class_path: leakage.defenses.Clip, init_args: {norm: -1}}]}]\n"
-    Path("audit.yaml").write_text(OF_EXAMPLE + one)
-    assert "Expected `norm` to be positive and finite, but got -1" in refused(capsys, "--config", "audit.yaml")
     Path("audit.yaml").write_text(f"{OF_EXAMPLE}client: {{images: 2}}\nclients: [{{images: 1}}]\n")
     assert "Expected either one client (`client`) or several" in refused(capsys, "--config", "audit.yaml")
     Path("best.ckpt").write_bytes(b"no checkpoint")

@@ -67,6 +67,8 @@ def test_protocol_in_header_as_documented(tmp_path):
         "weight_decay": 0.0,
         "shuffle": False,
         "defenses": [],
+        "label_smoothing": 0.0,
+        "class_weights": None,
     }
     assert {"ids", "labels", "gradients/0.weight", "state/1.running_mean"} <= names
     assert not any(name.startswith("gradients/1.running") for name in names)

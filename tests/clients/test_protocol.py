@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
+import torch
 
 from leakage import Protocol
+from leakage.clients.losses import cross_entropy
 
 LOCAL = Protocol((1, 4, 4), 3, num_images=6, local_steps=4, learning_rate=0.05, local_batch_size=3)
 
@@ -58,6 +61,41 @@ def test_momentum_and_weight_decay_are_numbers_of_one_kind():
 def test_wrong_local_steps(changes, message):
     with pytest.raises(ValueError, match=f"^Expected {message}"):
         dataclasses.replace(LOCAL, **changes)
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.3}, {"weight": torch.tensor([0.5, 1.0, 4.0])}])
+def test_targets_are_those_of_torch(options):
+    known = {"weight": "class_weights"}
+    given = {known.get(name, name): tuple(one.tolist()) if name == "weight" else one for name, one in options.items()}
+    protocol = Protocol((1, 4, 4), 3, num_images=5, **given)
+    labels, logits = torch.tensor([0, 2, 2, 1, 0]), torch.randn(5, 3)
+    targets = protocol.targets(labels, torch.float32)
+    expected = torch.nn.functional.cross_entropy(logits, labels, **options)
+    torch.testing.assert_close(cross_entropy(logits, targets).mean(), expected)
+    torch.testing.assert_close(protocol.counts(targets.mean(0)), labels.bincount().float())
+    assert Protocol(**json.loads(json.dumps(dataclasses.asdict(protocol)))) == protocol, "as read from a file"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 1.0}, "`label_smoothing` below 1, which hides all labels, but got 1.0"),
+        ({"label_smoothing": -0.1}, "`label_smoothing` of at least 0, but got -0.1"),
+        (
+            {"label_smoothing": 0.1, "loss": "mean_squared_error"},
+            "`label_smoothing` with plain 'cross_entropy'",
+        ),
+        ({"class_weights": (1.0, 2.0)}, r"`class_weights` as 3 numbers, one per class, but got \(1.0, 2.0\)"),
+        ({"class_weights": (1.0, 0.0, 1.0)}, "`class_weights` to be positive and finite, but got 0.0"),
+        (
+            {"class_weights": (1.0, 1.0, 1.0), "shuffle": True},
+            "`class_weights` with .* but got .* shuffle=True",
+        ),
+    ],
+)
+def test_options_of_the_loss_that_are_not_possible(options, message):
+    with pytest.raises(ValueError, match=f"^Expected {message}"):
+        dataclasses.replace(LOCAL, **options)
 
 
 def test_a_learning_rate_that_is_not_told():

@@ -350,6 +350,11 @@ def test_names_pieces_that_do_not_fit_the_victims(kit: Any, options: dict[str, A
         kit.fit(GradientInversion(**options), kit.victims(victims=2))
 
 
+def test_labels_that_are_searched_for_need_a_loss_without_class_weights(kit: Any) -> None:
+    with pytest.raises(ValueError, match="Expected a loss without `class_weights` for JointLabels"):
+        kit.fit(GradientInversion(labels=JointLabels()), kit.victims(victims=2, class_weights=(1.0,) * 10))
+
+
 def test_second_order_takes_priors_that_are_sums_of_squares(kit: Any) -> None:
     objective = SquaredDistance() + 1e-9 * L2() + 1e-9 * TotalVariation("squared")
     solver = GaussNewton(max_step=1.0, tolerance=1e-8)

@@ -83,6 +83,31 @@ def test_the_label_of_one_image_after_training(activation: type[nn.Module], bias
     assert torch.equal(infer_labels(victim.share(images, labels), victim).labels, labels)
 
 
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.2}, {"class_weights": tuple(range(1, 11))}], ids=str)
+def test_labels_of_other_targets(options: dict[str, Any]) -> None:
+    sure = network(0, classes=10, scale=30.0)
+    images, labels = images_and_labels(1, 100, 1, 10)
+    predictions = sure(images[:, 0]).softmax(1)
+    assert bool((predictions.gather(1, labels) > 0.9).any()), "smoothing makes the entry of a sure label positive"
+    victim = victim_of(sure, 1, **options)
+    shared = victim.share(images, labels)
+    assert torch.equal(infer_labels(shared, victim).labels, labels)
+    several = victim_of(network(0, classes=10), 8, **options)
+    images, labels = images_and_labels(2, 20, 8, 10)
+    for rule in ("auto", "mean_feature", "geng"):
+        found = infer_labels(several.share(images, labels), several, rule=rule)
+        assert torch.minimum(found.counts, counts_of(labels, 10)).sum() >= 0.97 * labels.numel()
+    with pytest.raises(ValueError, match="Expected a loss without label smoothing and class weights for rule='llg'"):
+        infer_labels(several.share(images, labels), several, rule="llg")
+    unbiased = victim_of(network(0, classes=10, bias=False), 1, **options)
+    shared = unbiased.share(images[:, :1], labels[:, :1])
+    if "class_weights" in options:
+        assert torch.equal(infer_labels(shared, unbiased).labels, labels[:, :1])
+    else:
+        with pytest.raises(ValueError, match="Expected a loss without label smoothing, or both gradients of the last"):
+            infer_labels(shared, unbiased, rule="idlg")
+
+
 def test_one_image_of_each_of_many_networks() -> None:
     victim = Victim(LeNet(3, 8, num_classes=100), image_shape=(3, 8, 8))
     images, labels = images_and_labels(0, 20, 1, 100, (3, 8, 8))

@@ -65,6 +65,21 @@ def test_identified_is_nearest_of_all(by_features: bool) -> None:
     assert 0 < int(found.sum()) < 40, "the case tells both apart"
 
 
+def test_identified_among_images_of_its_class() -> None:
+    images, others = random(20, 2, 1, 3, 3), random(30, 1, 3, 3, seed=1)
+    labels, other_labels = torch.arange(40).view(20, 2) % 5, torch.arange(30) % 4  # none of class 4
+    reconstructed = images + 0.6 * random(20, 2, 1, 3, 3, seed=2)
+    found = identified(reconstructed, images, others, classes=(labels, other_labels))
+    for label in range(5):
+        rivals = others[other_labels == label] if label < 4 else others
+        here = labels == label
+        alone = identified(reconstructed[here][:, None], images[here][:, None], rivals)[:, 0]
+        assert torch.equal(found[here], alone)
+    assert found.sum() > identified(reconstructed, images, others).sum(), "fewer rivals make it easier"
+    with pytest.raises(ValueError, match=r"Expected `classes` of shapes \[\(20, 2\), \(30,\)\], .* \(29,\)"):
+        identified(reconstructed, images, others, classes=(labels, other_labels[1:]))
+
+
 def test_a_guess_that_knows_nothing_identifies_nobody_by_a_tie_or_by_chance() -> None:
     images = random(5, 1, 1, 4, 4)
     assert not bool(identified(random(5, 1, 1, 4, 4, seed=2), images, images.flatten(0, 1)).any())

@@ -38,7 +38,14 @@ def images(count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def trained(
-    model: nn.Module, count: int = 1, *, lr: float = 0.1, steps: int = 1, reduction: str = "mean", **options: Any
+    model: nn.Module,
+    count: int = 1,
+    *,
+    lr: float = 0.1,
+    steps: int = 1,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    **options: Any,
 ) -> nn.Module:
     """The model after some steps of :class:`torch.optim.SGD` on all images."""
     model = copy.deepcopy(model)
@@ -46,7 +53,7 @@ def trained(
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, **options)
     for _ in range(steps):
         optimizer.zero_grad()
-        F.cross_entropy(model(inputs), labels, reduction=reduction).backward()
+        F.cross_entropy(model(inputs), labels, reduction=reduction, label_smoothing=label_smoothing).backward()
         optimizer.step()
     return model
 

@@ -1,0 +1,183 @@
+"""The data of an audit: the batches that a user's training would see."""
+
+from __future__ import annotations
+
+import logging
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+#: The types of data that a user may pass.
+Data = LightningDataModule | DataLoader[Any] | Dataset[Any]
+# Keys under which dicts hold images and labels, the most usual first.
+_IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x", "inputs", "input")
+_LABEL_KEYS = ("label", "labels", "target", "targets", "y")
+# The most values that all images in memory may have together.
+_MOST_VALUES = 2**27
+
+
+@dataclass
+class Batch:
+    """Images and labels of a batch, and a function that builds such a batch from other images and labels."""
+
+    images: Tensor
+    labels: Tensor
+    rebuild: Callable[[Tensor, Tensor], Any]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed all random generators inside the context, and restore their states afterwards."""
+    with isolate_rng():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 (a user's augmentation may draw from it)
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's hints about training inside the context."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class _Collector(LightningModule):
+    """Run a user's data as in training, with the module's own hooks for batches, and keep each batch."""
+
+    def __init__(self, module: LightningModule, images: int) -> None:
+        super().__init__()
+        self.module = [module]  # in a list, so as not to become a submodule
+        self.batches: list[Any] = []
+        self.missing = images
+
+    def on_fit_start(self) -> None:
+        """Show the Trainer to the module, whose hooks may use it."""
+        self.module[0].trainer = self.trainer
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Call the module's own hook."""
+        return self.module[0].on_before_batch_transfer(batch, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Call the module's own hook."""
+        return self.module[0].on_after_batch_transfer(batch, dataloader_idx)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Keep the batch."""
+        self.batches.append(batch)
+        found = find_images(batch)
+        self.missing -= 1 if found is None else len(found.images)
+        if self.missing <= 0 or found is None:
+            self.trainer.should_stop = True
+
+    def configure_optimizers(self) -> None:
+        """Return no optimizer."""
+
+
+def fit(module: LightningModule, data: Data | None, **options: Any) -> None:
+    """Train a module on the data, or on its own ``train_dataloader``, with these options of the Trainer."""
+    if isinstance(data, Dataset):
+        data = DataLoader(data, batch_size=32, shuffle=True)
+    trainer = Trainer(
+        devices=1,
+        logger=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module, data)
+
+
+def collect(module: LightningModule, data: Data | None, images: int, seed: int) -> list[Any]:
+    """Collect batches with about this many images, as the module's own training would see them.
+
+    Raises:
+        ValueError: there are no data, or no batch of them can be loaded.
+    """
+    if data is None:
+        if not is_overridden("train_dataloader", module):
+            raise ValueError(
+                f"Expected `data`, or a module with a `train_dataloader`, but got neither for {type(module).__name__}."
+            )
+        data = module.train_dataloader()
+    collector = _Collector(module, images)
+    attached = getattr(data, "trainer", None)
+    try:
+        with seeded(seed):
+            fit(collector, data, max_epochs=1, accelerator="cpu")
+    except Exception as error:
+        if not collector.batches:
+            raise ValueError(f"Expected data with images, but got {type(data).__name__}: {error}") from error
+    finally:
+        if isinstance(data, LightningDataModule):
+            data.trainer = attached
+    if not collector.batches:
+        raise ValueError(f"Expected data with images, but got none from {type(data).__name__}.")
+    return collector.batches
+
+
+def find_images(batch: Any) -> Batch | None:
+    """Find the images and labels of a batch, which is a tuple, list or dict of tensors; None if there are none."""
+    items: list[tuple[Any, Any]]
+    if isinstance(batch, Mapping):
+        rank = {key: place for place, key in enumerate((*_IMAGE_KEYS, *_LABEL_KEYS))}
+        items = sorted(batch.items(), key=lambda item: rank.get(item[0], len(rank)))
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        items = list(enumerate(batch))
+    else:
+        return None
+    tensors = [(place, value) for place, value in items if isinstance(value, Tensor)]
+    images = next(((place, value) for place, value in tensors if value.ndim == 4), None)
+    if images is None:
+        return None
+    place, found = images
+    labels = next(
+        ((key, value) for key, value in tensors if key != place and value.ndim in (1, 2) and len(value) == len(found)),
+        None,
+    )
+    if labels is None:
+        return None
+
+    def rebuild(new_images: Tensor, new_labels: Tensor) -> Any:
+        number, rows = len(new_images), torch.arange(len(new_images)) % len(found)
+        values: dict[Any, Any] = {}
+        for key, value in items:
+            same = isinstance(value, Tensor) and value.ndim and len(value) == len(found)
+            values[key] = value[rows] if same else value
+        values[place] = new_images.round().to(found.dtype) if found.dtype == torch.uint8 else new_images
+        values[labels[0]] = new_labels.view(number, *labels[1].shape[1:])
+        if isinstance(batch, Mapping):
+            return values
+        made = [values[key] for key in range(len(batch))]
+        return type(batch)(*made) if hasattr(batch, "_fields") else type(batch)(made)
+
+    return Batch(found, labels[1], rebuild)
+
+
+def most_images(images: Tensor) -> int:
+    """Return the largest number of such images that is kept."""
+    return max(1, _MOST_VALUES // max(1, images[0].numel()))
