@@ -8,11 +8,11 @@ from typing import Any
 from leakage.dummies import InferredLabels, Pixels
 from leakage.inversion import GradientInversion
 from leakage.labels import Auxiliary
-from leakage.objectives import CosineDistance, TotalVariation
+from leakage.objectives import CosineDistance, FeatureDistance, Sum, TotalVariation
 from leakage.solvers import Continuation, GaussNewton
 
 # Chosen on training images of CIFAR-10, see docs/real_networks.md.
-TOTAL_VARIATION, START_STD, EVALUATIONS = 0.2, 0.1, 112
+TOTAL_VARIATION, FEATURES, START_STD, EVALUATIONS = 0.2, 0.1, 0.1, 112
 # Evaluations of a level, and pairs of products with the Jacobian in one of its steps.
 _LEVEL, _PRODUCTS = 4, 40
 # The finish: evaluations, products after which a Jacobian is formed if there are no kinks, the bytes that it may take,
@@ -24,7 +24,7 @@ class ContinuationAttack(GradientInversion):
     r"""Continuation: solve the gradient equations of a smoothed network, and follow the solution to the real one.
 
     .. math:: \min_{x \in [0, 1]} \; 1 - \cos\bigl(\nabla_\theta \ell(f_\theta^{(s)}(x), y), \, g^*\bigr)
-        + \alpha \, w(s) \, \mathrm{TV}(x)
+        + \gamma \, d\bigl(h(x), \hat h\bigr) + \alpha \, w(s) \, \mathrm{TV}(x)
 
     Gradients of networks with ReLU or max pooling do not show how far a unit is from its kink, so searches get stuck
     where units have the wrong sign. Here the attacker smooths the kinks (:func:`~leakage.clients.smoothing.smoothed`).
@@ -34,20 +34,25 @@ class ContinuationAttack(GradientInversion):
     on the network as it is and without the prior. They keep an image only if it matches the gradient better. There is
     no finish if a defense has changed the gradients.
 
+    Every image of a batch also matches its own features :math:`\hat h`, which the gradient of the last layer gives away
+    (:class:`~leakage.objectives.FeatureDistance`). Without them, images of a batch blend into one another. Victims
+    whose features can't be separated are searched for without this term.
+
     A network without kinks needs no continuation: all steps are those of the finish, which end at float precision if
     the gradient determines the image.
 
     On ResNets it is no better than :class:`InvertingGradientsAttack`. Batches on networks without kinks are better
     attacked by :class:`GaussNewtonAttack`, which can start layer by layer.
 
-    Pieces: :class:`~leakage.objectives.CosineDistance`, :class:`~leakage.objectives.TotalVariation`,
-    :class:`~leakage.dummies.Pixels` in a box, :class:`~leakage.dummies.InferredLabels`,
-    :class:`~leakage.solvers.Continuation`.
+    Pieces: :class:`~leakage.objectives.CosineDistance`, :class:`~leakage.objectives.FeatureDistance`,
+    :class:`~leakage.objectives.TotalVariation`, :class:`~leakage.dummies.Pixels` in a box,
+    :class:`~leakage.dummies.InferredLabels`, :class:`~leakage.solvers.Continuation`.
 
     Shapes: images ``(V, N, C, H, W)`` in [0, 1], labels ``(V, N)``.
 
     Args:
         total_variation: :math:`\alpha`, the weight of the prior at the first level.
+        features: :math:`\gamma`, the weight of the features; 0 leaves them out.
         max_evaluations: evaluations of the objective at the levels; the finish takes up to 40 more, and all of them if
             there are no kinks.
         start_std: standard deviation of the noise around grey that the search starts from.
@@ -73,6 +78,7 @@ class ContinuationAttack(GradientInversion):
         self,
         *,
         total_variation: float = TOTAL_VARIATION,
+        features: float = FEATURES,
         max_evaluations: int = EVALUATIONS,
         start_std: float = START_STD,
         restarts: int = 0,
@@ -83,7 +89,7 @@ class ContinuationAttack(GradientInversion):
         adaptive: bool = True,
     ) -> None:
         super().__init__(
-            **continuation(total_variation, max_evaluations, start_std),
+            **continuation(total_variation, max_evaluations, start_std, features),
             labels=InferredLabels(rule, auxiliary, seed),
             restarts=restarts,
             seed=seed,
@@ -92,11 +98,16 @@ class ContinuationAttack(GradientInversion):
         )
 
 
-def continuation(total_variation: float, evaluations: int, start_std: float) -> dict[str, Any]:
+def continuation(
+    total_variation: float, evaluations: int, start_std: float, features: float = FEATURES
+) -> dict[str, Any]:
     """Return objective, images and solver of a continuation."""
     newton = partial(GaussNewton, spectrum=False, underdetermined=True)
     return {
-        "objective": CosineDistance() + total_variation * TotalVariation("smooth"),
+        "objective": Sum(
+            [CosineDistance(), FeatureDistance(required=False), TotalVariation("smooth")],
+            [1.0, features, total_variation],
+        ),
         "images": Pixels("grey", std=start_std, box=(0, 1)),
         "solver": Continuation(
             solver=newton(solver="cg", max_evaluations=evaluations, max_products=_PRODUCTS),

@@ -10,6 +10,7 @@ import torch
 from leakage.attacks import ContinuationAttack
 from leakage.defenses import GaussianNoise
 from leakage.models import ConvNet
+from leakage.objectives import FeatureDistance
 from leakage.solvers import GaussNewton
 
 
@@ -58,3 +59,10 @@ def test_the_finish_lowers_the_distance_that_the_levels_end_with(kit: Any) -> No
 def test_names_a_bad_option(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ContinuationAttack(**options)
+
+
+def test_images_match_their_features_unless_told_otherwise() -> None:
+    terms = {weight: type(term) for weight, term in ContinuationAttack().objective.parts()}
+    assert terms[0.1] is FeatureDistance
+    without = ContinuationAttack(features=0.0).objective
+    assert repr(without) == "CosineDistance() + 0.2 * TotalVariation(kind='smooth')"
