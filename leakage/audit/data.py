@@ -48,7 +48,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's hints about training inside the context."""
+    """Silence Lightning's hints about training, and that R-GAP ignores dropout, inside the context."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -56,6 +56,7 @@ def quiet_lightning() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning.*")
+            warnings.filterwarnings("ignore", message="The clients' network draws random numbers")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -357,17 +357,9 @@ def _attackable(subject: Subject, problems: list[Problem]) -> bool:
         problems.append(Problem("not yet", type(subject.network).__name__, str(error), fix, NO_VERDICT))
         return False
     if victim.classifier is None or not any(name.startswith(victim.classifier) for name in victim.trainable):
-        problems.append(
-            Problem(
-                *(
-                    "not yet",
-                    victim.logits_from,
-                    "logits that do not come from a trained linear layer",
-                    "Nothing to do.",
-                ),
-                "Labels are searched for instead of read off, and found less often. Audit with reveal_labels as well.",
-            )
-        )
+        hidden = "logits that do not come from a trained linear layer"
+        means = "Labels are searched for instead of read off, and found less often. Audit with reveal_labels as well."
+        problems.append(Problem("not yet", victim.logits_from, hidden, "Nothing to do.", means))
     return True
 
 
