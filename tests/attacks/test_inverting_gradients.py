@@ -29,7 +29,10 @@ def test_values_are_replaced_one_by_one() -> None:
 
 def test_the_robust_protocol_is_a_continuation_by_least_squares() -> None:
     attack = InvertingGradientsAttack(protocol="robust", steps=70)
-    assert repr(attack.objective) == "CosineDistance() + 0.1 * FeatureDistance(required=False) + 0.2 * TotalVariation(kind='smooth')"
+    assert (
+        repr(attack.objective)
+        == "CosineDistance() + 0.1 * FeatureDistance(required=False) + 0.2 * TotalVariation(kind='smooth')"
+    )
     assert repr(attack.images) == "Pixels(start='grey', std=0.1, box=(0, 1))"
     starts = attack.images.starts(torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1, 1), torch.tensor([0, 1]))
     torch.testing.assert_close(starts.flatten(), torch.tensor([0.4, 0.8]))
