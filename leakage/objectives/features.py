@@ -34,7 +34,8 @@ class FeatureDistance(Term):
 
     Args:
         required: whether to refuse victims whose features can't be separated, such as those of as many images as
-            classes, or of several local steps. If False, the term is 0 for these.
+            classes, or of several local steps. If False, the term is 0 for these, and for single images, which have
+            nothing to be separated from.
 
     Raises:
         ValueError: ``required`` is not True or False; in ``fit``, :func:`~leakage.closed_form.check_separable` refuses
@@ -58,16 +59,16 @@ class FeatureDistance(Term):
 
     def watched(self, victim: Victim) -> Sequence[str]:
         """Return the name of the last layer, if features can be separated."""
-        return () if self._why_not(victim) else [str(victim.classifier)]
+        return [str(victim.classifier)] if self._applies(victim) else ()
 
     def check(self, victim: Victim) -> None:
         """Raise a ``ValueError`` if features are required and can't be separated."""
-        if self.required and (error := self._why_not(victim)):
-            raise error
+        if self.required:
+            check_separable(victim)
 
     def state(self, victim: Victim, dtype: torch.dtype) -> State:
         """Return empty ``features`` ``(0, N, D)`` and ``scale``, or nothing if features can't be separated."""
-        if self._why_not(victim):
+        if not self._applies(victim):
             return {}
         width = victim.state[f"{victim.classifier}.weight"].shape[1]
         return {
@@ -77,7 +78,7 @@ class FeatureDistance(Term):
 
     def begin(self, shared: SharedGradient, victim: Victim) -> State:
         """Return the features of V victims, and a scale of 1 where they explain the gradient, else 0."""
-        if self._why_not(victim):
+        if not self._applies(victim):
             return {}
         if shared.labels is None:
             raise ValueError(
@@ -104,10 +105,11 @@ class FeatureDistance(Term):
         apart: Tensor = (seen.inputs - wanted) / size
         return apart.flatten() / math.sqrt(len(wanted))
 
-    def _why_not(self, victim: Victim) -> ValueError | None:
-        """Return the error of :func:`check_separable`, or None if features can be separated."""
+    def _applies(self, victim: Victim) -> bool:
+        if victim.protocol.num_images == 1 and not self.required:
+            return False
         try:
             check_separable(victim)
-        except ValueError as error:
-            return error
-        return None
+        except ValueError:
+            return False
+        return True

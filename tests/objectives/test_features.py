@@ -91,7 +91,10 @@ def test_victims_without_features() -> None:
     steps = Victim(convnet(), image_shape=(1, 12, 12), num_images=2, local_steps=2, learning_rate=0.1)
     term = FeatureDistance(required=False)
     term.check(steps)
-    assert (term.watched(steps), term.state(steps, torch.float32)) == ((), {})
+    single = Victim(convnet(), image_shape=(1, 12, 12))
+    for victim in (steps, single):
+        assert (term.watched(victim), term.state(victim, torch.float32)) == ((), {})
+    assert FeatureDistance().watched(single) == ["classifier"]
     image = torch.rand(2, 1, 12, 12)
     point = Point(image, torch.zeros(2, 10), {}, {}, {}, {})
     assert float(term.value(point, {})) == 0
