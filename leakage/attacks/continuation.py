@@ -98,9 +98,7 @@ class ContinuationAttack(GradientInversion):
         )
 
 
-def continuation(
-    total_variation: float, evaluations: int, start_std: float, features: float = FEATURES
-) -> dict[str, Any]:
+def continuation(total_variation: float, evaluations: int, start_std: float, features: float) -> dict[str, Any]:
     """Return objective, images and solver of a continuation."""
     newton = partial(GaussNewton, spectrum=False, underdetermined=True)
     return {

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from leakage.attacks.continuation import EVALUATIONS, START_STD, TOTAL_VARIATION, continuation
+from leakage.attacks.continuation import EVALUATIONS, FEATURES, START_STD, TOTAL_VARIATION, continuation
 from leakage.attacks.protocols import chosen_values
 from leakage.dummies import InferredLabels, Pixels
 from leakage.errors import check_not_negative, check_positive
 from leakage.inversion import GradientInversion
 from leakage.labels import Auxiliary
-from leakage.objectives import CosineDistance, TotalVariation
+from leakage.objectives import CosineDistance, FeatureDistance, Sum, TotalVariation
 from leakage.solvers import SignedAdam
 
 
@@ -23,20 +23,21 @@ class InvertingGradientsProtocol:
     """
 
     total_variation: float
+    features: float
     lr: float | None
     steps: int
     start_std: float
 
     def __post_init__(self) -> None:
-        check_not_negative(total_variation=self.total_variation)
+        check_not_negative(total_variation=self.total_variation, features=self.features)
         check_positive(start_std=self.start_std)
 
 
 # For CIFAR-10.
 INVERTING_GRADIENTS = {
-    "published": InvertingGradientsProtocol(total_variation=1e-2, lr=0.1, steps=4800, start_std=1.0),
+    "published": InvertingGradientsProtocol(total_variation=1e-2, features=0.0, lr=0.1, steps=4800, start_std=1.0),
     "robust": InvertingGradientsProtocol(
-        total_variation=TOTAL_VARIATION, lr=None, steps=EVALUATIONS, start_std=START_STD
+        total_variation=TOTAL_VARIATION, features=FEATURES, lr=None, steps=EVALUATIONS, start_std=START_STD
     ),
 }
 
@@ -59,11 +60,13 @@ class InvertingGradientsAttack(GradientInversion):
     Args:
         protocol: ``"published"`` or ``"robust"``.
         total_variation: :math:`\alpha`, from 1e-4 to 1e-1 in the paper; with ``"robust"`` its value at the first level.
+        features: weight of :class:`~leakage.objectives.FeatureDistance`, which keeps the images of a batch apart; the
+            paper has none. About 1 is good with ``"published"``.
         lr: learning rate of :class:`~leakage.solvers.SignedAdam`; ``"robust"`` has none.
         steps: evaluations of the objective.
         restarts: additional starts; the one with the lowest objective is kept.
         start_std: standard deviation of the initial noise, whose mean is 0, or grey with ``"robust"``. If given,
-            ``start_std``, ``total_variation``, ``lr`` and ``steps`` override the protocol's values.
+            ``start_std``, ``total_variation``, ``features``, ``lr`` and ``steps`` override the protocol's values.
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.
         seed: seed of the starts, and of label rules that draw random numbers.
         success_threshold: an image counts as reconstructed if its MSE is below this value.
@@ -86,6 +89,7 @@ class InvertingGradientsAttack(GradientInversion):
         *,
         protocol: str = "published",
         total_variation: float | None = None,
+        features: float | None = None,
         lr: float | None = None,
         steps: int | None = None,
         start_std: float | None = None,
@@ -96,16 +100,19 @@ class InvertingGradientsAttack(GradientInversion):
         success_threshold: float = 1e-3,
         adaptive: bool = True,
     ) -> None:
-        options = {"total_variation": total_variation, "lr": lr, "steps": steps, "start_std": start_std}
-        values = chosen_values(INVERTING_GRADIENTS, protocol, **options)
+        options = {"total_variation": total_variation, "features": features, "lr": lr, "steps": steps}
+        values = chosen_values(INVERTING_GRADIENTS, protocol, **options, start_std=start_std)
         if protocol == "robust" and lr is not None:
             raise ValueError(f"Expected no `lr` with protocol='robust', which has no learning rate, but got {lr!r}.")
         pieces: dict[str, Any]
         if values.lr is None:
-            pieces = continuation(values.total_variation, values.steps, values.start_std)
+            pieces = continuation(values.total_variation, values.steps, values.start_std, values.features)
         else:
             pieces = {
-                "objective": CosineDistance() + values.total_variation * TotalVariation(),
+                "objective": Sum(
+                    [CosineDistance(), FeatureDistance(required=False), TotalVariation()],
+                    [1.0, values.features, values.total_variation],
+                ),
                 "images": Pixels(std=values.start_std, box=(0, 1)),
                 "solver": SignedAdam(lr=values.lr, steps=values.steps),
             }

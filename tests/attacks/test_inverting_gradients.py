@@ -24,6 +24,8 @@ def test_values_are_replaced_one_by_one() -> None:
     attack = InvertingGradientsAttack(total_variation=0.0, lr=0.05, steps=7, start_std=0.5)
     solver: Any = attack.solver
     assert (repr(attack.objective), solver.lr, solver.steps) == ("CosineDistance()", 0.05, 7)
+    with_features = InvertingGradientsAttack(total_variation=0.0, features=1.0)
+    assert repr(with_features.objective) == "CosineDistance() + FeatureDistance(required=False)"
     assert repr(attack.images) == "Pixels(start='noise', std=0.5, box=(0, 1))"
 
 
@@ -75,6 +77,7 @@ def test_robust_finds_more_than_published_for_less_work(kit: Any) -> None:
         ({"protocol": "fast"}, r"Expected `protocol` to be one of \['published', 'robust'\], but got 'fast'"),
         ({"protocol": "robust", "lr": 0.1}, "Expected no `lr` with protocol='robust', .* but got 0.1"),
         ({"total_variation": -1.0}, "Expected `total_variation` of at least 0, but got -1.0"),
+        ({"features": -1.0}, "Expected `features` of at least 0, but got -1.0"),
         ({"start_std": 0.0}, "Expected `start_std` to be positive and finite, but got 0.0"),
         ({"steps": 0}, "Expected `steps` to be a whole number of at least 1, but got 0"),
     ],
