@@ -375,8 +375,8 @@ def test_fit_refuses_bad_input_in_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizer", "SGD"], "nrecognized arguments: --optimizer SGD"),
-        (["--lr_scheduler", "StepLR"], "nrecognized arguments: --lr_scheduler StepLR"),
+        (["--optimizer", "SGD"], "but got `--optimizer`."),
+        (["--lr_scheduler", "StepLR"], "but got `--lr_scheduler`."),
         (["--data.victims", "many"], "Expected `victims` of Victims as int, but got 'many'."),
         (
             ["--model", "Nope"],

@@ -117,4 +117,4 @@ def test_no_help_for_what_there_is_not(capsys: pytest.CaptureFixture[str], name:
     with pytest.raises(SystemExit) as end:
         main(["fit", "--model", name, "--help"])
     assert end.value.code == 2
-    assert "Expected `--model` to be one of DLGAttack, " in capsys.readouterr().err
+    assert "Expected `--model` to be one of ContinuationAttack, DLGAttack, " in capsys.readouterr().err

@@ -126,7 +126,8 @@ def test_batch_norm_statistics_have_a_slope_at_zero() -> None:
 
 
 def test_batch_norm_statistics_look_at_layers_with_running_statistics_alone() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.BatchNorm2d(2, track_running_stats=False))
+    norms = nn.BatchNorm2d(2), nn.BatchNorm2d(2, track_running_stats=False)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), *norms, nn.Flatten(), nn.Linear(72, 10)).eval()
     assert list(BatchNormStatistics().watched(Victim(model, image_shape=(1, 8, 8)))) == ["1"]
 
 
