@@ -201,6 +201,11 @@ class LeakageMonitor(Callback):
     def _copy(self, module: nn.Module, images: Tensor, device: torch.device) -> tuple[nn.Module, Tensor]:
         """Return a copy of the network for images in [0, 1], in evaluation mode, and these images."""
         network = module.get_submodule(self.network)
+        if type(network).forward in (nn.Module.forward, LightningModule.forward):
+            raise ValueError(
+                "Expected a module with `forward`, which returns logits, or its part that has one as `network` (one of "
+                f"{[name for name, _ in network.named_children()]}), but got {type(network).__name__} without it."
+            )
         network = copy.deepcopy(getattr(network, "_orig_mod", network)).to(device, torch.float32)
         if any(isinstance(part, _DropoutNd) and part.training and part.p > 0 for part in network.modules()):
             self._note("dropout is off in the attacked copy")

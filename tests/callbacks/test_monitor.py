@@ -180,6 +180,28 @@ def test_a_failure_is_a_warning_and_training_goes_on() -> None:
     assert all(torch.equal(a, b) for a, b in zip(without.parameters(), module.parameters(), strict=True))
 
 
+class NoForward(LightningModule):
+    """Calls a part of itself, as many modules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Classifier()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_module_without_forward_is_told_to_name_its_network() -> None:
+    with pytest.warns(UserWarning, match=r"or its part that has one as `network` \(one of \['net'\]\), but got NoForw"):
+        fit(LeakageMonitor(every_n_steps=1, attack=QUICK), kind=NoForward, steps=1)
+    named = LeakageMonitor(every_n_steps=1, attack=QUICK, network="net")
+    fit(named, kind=NoForward, steps=1)
+    assert named.history
+
+
 @pytest.mark.parametrize(
     ("batch", "match"),
     [
