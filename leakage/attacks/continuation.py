@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from leakage.dummies import InferredLabels, Pixels
+from leakage.errors import check_not_negative
 from leakage.inversion import GradientInversion
 from leakage.labels import Auxiliary
 from leakage.objectives import CosineDistance, FeatureDistance, Sum, TotalVariation
@@ -100,6 +101,7 @@ class ContinuationAttack(GradientInversion):
 
 def continuation(total_variation: float, evaluations: int, start_std: float, features: float) -> dict[str, Any]:
     """Return objective, images and solver of a continuation."""
+    check_not_negative(total_variation=total_variation, features=features)
     newton = partial(GaussNewton, spectrum=False, underdetermined=True)
     return {
         "objective": Sum(

@@ -51,7 +51,8 @@ def test_the_finish_lowers_the_distance_that_the_levels_end_with(kit: Any) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"total_variation": -1.0}, "Expected `weights` of at least 0, but got -1.0"),
+        ({"total_variation": -1.0}, "Expected `total_variation` of at least 0, but got -1.0"),
+        ({"features": -1.0}, "Expected `features` of at least 0, but got -1.0"),
         ({"start_std": 0.0}, "Expected `std` to be positive and finite, but got 0.0"),
         ({"max_evaluations": 0}, "Expected `max_evaluations` to be a whole number of at least 1, but got 0"),
     ],

@@ -80,11 +80,16 @@ def test_images_of_a_batch_come_apart() -> None:
     assert error(SquaredDistance() + FeatureDistance()) < 0.7 * error(SquaredDistance())
 
 
-@pytest.mark.parametrize("solver", [LBFGS(max_evaluations=3), GaussNewton(max_evaluations=2)], ids=["LBFGS", "GN"])
-def test_every_solver_takes_it(solver: Any) -> None:
-    attack = GradientInversion(objective=SquaredDistance() + FeatureDistance(), solver=solver)
-    found = fit(attack, SmallVictims(victims=2)).finished
-    assert bool(found.loss.isfinite().all())
+@pytest.mark.parametrize("kind", [LBFGS, GaussNewton])
+def test_every_solver_takes_it(kind: Any) -> None:
+    start, end = (
+        fit(
+            GradientInversion(objective=SquaredDistance() + FeatureDistance(), solver=kind(max_evaluations=most)),
+            SmallVictims(victims=2),
+        ).finished.loss
+        for most in (1, 6)
+    )
+    assert bool((end < 0.5 * start).all()), (start, end)
 
 
 def test_victims_without_features() -> None:
