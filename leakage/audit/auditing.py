@@ -279,15 +279,25 @@ class _Audit:
         if number < self.victims:
             self.log(f"  {client.name}: only {number} victims, as the data have no more images")
         self._check_victims(client, number, report)
+        # A captured update comes without labels.
+        revealed = subject.uses == "nothing" or (client.reveal_labels and self.update is None)
+        if not revealed and subject.uses == "numbers":
+            said = "labels that attacks can't search for: numbers, or classes by which the loss can't be differentiated"
+            fix = "Declare the client with reveal_labels=True. The labels then count as known to the attacker."
+            if self.update is not None:
+                fix = "Audit simulated clients instead, as a captured update comes without its labels."
+            report.preflight.append(Problem("not yet", client.name, said, fix, NO_VERDICT))
+            report.checks.append(Check(client.name, "preflight", False, None, f"{said}. {fix}"))
+            return None
         victims = Victims(
             TensorDataset(subject.images, subject.labels),
-            num_classes=max(2, subject.num_classes),
+            num_classes=max(2, subject.num_classes) if subject.loss["label_kind"] == "classes" else None,
             victims=number,
             images=client.images,
             seed=self.seed,
             model=subject.network,
             weights="shared",
-            reveal_labels=client.reveal_labels,
+            reveal_labels=revealed,
             **subject.loss,
             **client.training,
         )
@@ -306,7 +316,7 @@ class _Audit:
         surrogate = self.threat_model >= "D"
         made = candidates(
             subject,
-            client,
+            replace(client, reveal_labels=revealed),
             victims.victim,
             seed=self.seed,
             success_threshold=self.success_threshold,
@@ -351,6 +361,8 @@ class _Audit:
         checks = check_update(before, update, victim, holds=holds, learning_rate=rate, client=client.name)
         if all(check.passed for check in checks):
             shared = read_update(before, update, victim, holds=holds, learning_rate=rate)
+            if row.subject.uses == "nothing":
+                shared = replace(shared, labels=victim.protocol.blank_labels(1))
             row.configuration |= {"update": digest(shared.gradients), "before": digest(shared.state)}
             row.capture, row.truth, row.number = (lambda places: shared), None, 1
         return checks

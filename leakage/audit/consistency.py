@@ -8,13 +8,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.linalg import svdvals, vector_norm
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from leakage.audit.last_layer import LastLayerTest, failed
 from leakage.audit.report import Check
 from leakage.clients.activations import recorded
-from leakage.clients.inspection import black_images
+from leakage.clients.inspection import trial_inputs
+from leakage.clients.losses import OWN
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.labels.auxiliary import natural_noise
@@ -192,7 +194,8 @@ def _of_noise(read: Update, victim: Victim) -> dict[str, Tensor]:
     """Gradients for images of noise: zero where no image has a gradient, as in half of a new adapter."""
     protocol, state = victim.protocol, read.shared.state
     images = natural_noise(protocol.num_images, protocol.image_shape, 0).to(state[victim.trainable[0]])
-    targets = protocol.targets(torch.arange(len(images), device=images.device) % protocol.num_classes, images.dtype)
+    classes = torch.arange(len(images), device=images.device) % protocol.num_classes
+    targets = F.one_hot(classes, protocol.num_classes).to(images)
     return victim.evaluate({name: tensor.to(images.device) for name, tensor in state.items()}, images, targets)[0]
 
 
@@ -248,10 +251,9 @@ def _linear_layers(victim: Victim) -> list[str]:
         )
         for name in layers
     ]
-    images = black_images(victim.model, victim.protocol.image_shape, victim.protocol.num_images)
     try:
         with recorded(victim.model, layers) as seen:
-            victim.model(images)
+            victim.model(*trial_inputs(victim.model, victim.protocol))
     finally:
         for hook in hooks:
             hook.remove()
@@ -269,10 +271,17 @@ def _space(read: Update, name: str, rows: int) -> tuple[Tensor, float]:
     return gradient, unsure
 
 
+def _added(victim: Victim) -> str | None:
+    """Return what adds to the gradient of each layer; None if nothing does."""
+    if victim.protocol.loss == OWN:
+        return "the loss may have terms that add to every gradient"
+    return "weight decay adds to every gradient" if victim.protocol.weight_decay else None
+
+
 def _ranks(read: Update, victim: Victim) -> tuple[bool, float | None, str] | str:
     rows, found = _rows(victim), []
-    if victim.protocol.weight_decay:
-        return "weight decay adds to every gradient"
+    if added := _added(victim):
+        return added
     for layer in _linear_layers(victim):
         name = f"{layer}.weight"
         if min(read.shared.gradients[name].shape[1:]) <= rows:
@@ -299,8 +308,8 @@ def _ranks(read: Update, victim: Victim) -> tuple[bool, float | None, str] | str
 
 def _biases(read: Update, victim: Victim) -> tuple[bool, float | None, str] | str:
     rows, gradients, worst, tested = _rows(victim), read.shared.gradients, 0.0, 0
-    if victim.protocol.weight_decay:
-        return "weight decay adds to every gradient"
+    if added := _added(victim):
+        return added
     linear = set(_linear_layers(victim))
     for layer, module in victim.model.named_modules():
         names = f"{layer}.weight", f"{layer}.bias"

@@ -29,10 +29,10 @@ _MOST_VALUES = 2**27
 
 @dataclass
 class Batch:
-    """Images and labels of a batch, and a function that builds such a batch from other images and labels."""
+    """Images and labels of a batch (None without any), and what builds such a batch from other images and labels."""
 
     images: Tensor
-    labels: Tensor
+    labels: Tensor | None
     rebuild: Callable[[Tensor, Tensor], Any]
 
 
@@ -142,8 +142,10 @@ def collect(module: LightningModule, data: Data | None, images: int, seed: int) 
 
 
 def find_images(batch: Any) -> Batch | None:
-    """Find the images and labels of a batch, which is a tuple, list or dict of tensors; None if there are none."""
+    """Find the images and labels of a batch: a tensor, or a tuple, list or dict of tensors; None without images."""
     items: list[tuple[Any, Any]]
+    if isinstance(batch, Tensor):
+        return Batch(batch, None, lambda images, labels: _like(images, batch)) if batch.ndim == 4 else None
     if isinstance(batch, Mapping):
         rank = {key: place for place, key in enumerate((*_IMAGE_KEYS, *_LABEL_KEYS))}
         items = sorted(batch.items(), key=lambda item: rank.get(item[0], len(rank)))
@@ -160,8 +162,6 @@ def find_images(batch: Any) -> Batch | None:
         ((key, value) for key, value in tensors if key != place and value.ndim in (1, 2) and len(value) == len(found)),
         None,
     )
-    if labels is None:
-        return None
 
     def rebuild(new_images: Tensor, new_labels: Tensor) -> Any:
         number, rows = len(new_images), torch.arange(len(new_images)) % len(found)
@@ -169,14 +169,19 @@ def find_images(batch: Any) -> Batch | None:
         for key, value in items:
             same = isinstance(value, Tensor) and value.ndim and len(value) == len(found)
             values[key] = value[rows] if same else value
-        values[place] = new_images.round().to(found.dtype) if found.dtype == torch.uint8 else new_images
-        values[labels[0]] = new_labels.view(number, *labels[1].shape[1:])
+        values[place] = _like(new_images, found)
+        if labels is not None:
+            values[labels[0]] = new_labels.view(number, *labels[1].shape[1:])
         if isinstance(batch, Mapping):
             return values
         made = [values[key] for key in range(len(batch))]
         return type(batch)(*made) if hasattr(batch, "_fields") else type(batch)(made)
 
-    return Batch(found, labels[1], rebuild)
+    return Batch(found, None if labels is None else labels[1], rebuild)
+
+
+def _like(images: Tensor, found: Tensor) -> Tensor:
+    return images.round().to(found.dtype) if found.dtype == torch.uint8 else images
 
 
 def most_images(images: Tensor) -> int:

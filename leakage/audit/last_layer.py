@@ -131,8 +131,8 @@ class LastLayerTest:
         if self.why_not:
             return self.why_not
         count, classes = self.victim.protocol.num_images, self.victim.protocol.num_classes
-        if self.victim.protocol.label_smoothing:
-            return "smoothed labels make the gradient negative for further classes"
+        if self.victim.protocol.label_smoothing or self.victim.protocol.label_kind != "classes":
+            return "soft labels make the gradient negative for further classes"
         if count >= classes:
             return f"{count} images may cover all {classes} classes"
         push = self.layer.push[0].double()
@@ -154,6 +154,8 @@ class LastLayerTest:
             return "the learning rate is unknown, which leaves the length open"
         if protocol.num_images == protocol.local_steps == 1:
             return self._of_one()
+        if protocol.label_kind != "classes":
+            return "soft labels do not determine how long the update should be"
         # The length of softmax minus one-hot is at most sqrt(2), whatever the images.
         length = _size(self.layer.push)
         if length > math.sqrt(2) * (1.01 + 4 * self.rounding) and not protocol.weight_decay:
@@ -224,7 +226,8 @@ class LastLayerTest:
         r"""Measure how well the steps of a single image explain the gradient of the last layer.
 
         The feature h is the ratio of the rows of the weights' gradient to the entries of the bias' gradient. The
-        label y is at the most negative of these entries. Starting from the logits :math:`z_0 = W h + b`, the steps are
+        label y is at the most negative of these entries; a soft label is :math:`p - \delta`. Starting from the logits
+        :math:`z_0 = W h + b`, the steps are
 
         .. math:: \delta_t = \mathrm{softmax}(z_t) - y, \qquad v_t = \mu v_{t-1} + \delta_t, \qquad
             z_{t+1} = z_t - \eta \kappa \, v_t
@@ -238,8 +241,9 @@ class LastLayerTest:
         push = layer.push[0].double() if protocol.weight_decay else shared.gradients[self.names[1]][0].double()
         feature = _mean_feature(layer)
         start = layer.weight[0].double() @ feature + layer.bias[0].double()
-        seen = start.softmax(0) - push if protocol.label_smoothing and steps == 1 else -push
-        label = protocol.targets(seen.argmax(), push.dtype)
+        soft = protocol.label_kind != "classes"
+        seen = start.softmax(0) - push if (protocol.label_smoothing or soft) and steps == 1 else -push
+        label = _as_probabilities(seen) if soft else protocol.targets(seen.argmax(), push.dtype)
         scales = _LEARNING.to(push)[:, None] * (1 + feature.square().sum()) if steps > 1 else torch.zeros(1, 1).to(push)
         logits, velocity, total = start.expand(len(scales), -1), torch.zeros_like(start), torch.zeros_like(start)
         momentum = 0.0 if protocol.weight_decay else protocol.momentum
@@ -359,3 +363,8 @@ def _mean_feature(layer: LastLayer) -> Tensor:
 
 def _size(tensor: Tensor) -> float:
     return float(vector_norm(tensor.double())) + _TINY
+
+
+def _as_probabilities(label: Tensor) -> Tensor:
+    positive = label.clamp(min=0)
+    return positive / (positive.sum() + _TINY)

@@ -104,7 +104,9 @@ def _scored(
     scores = score(found.images, found.labels, truth.images, truth.labels)
     victim = torch.arange(len(truth))[:, None]
     images, labels = found.images[victim, scores.order], found.labels[victim, scores.order]
-    known = identified(images, truth.images, subject.own_images, classes=(truth.labels, subject.own_labels))
+    others = subject.own_classes
+    classes = None if others is None else (truth.labels, others)
+    known = identified(images, truth.images, subject.own_images, classes=classes)
     guesses = baseline_guesses(truth.images, subject.own_images)
     guessed = torch.stack(
         [score(guesses[kind], truth.labels, truth.images, truth.labels).psnr for kind in _BASELINES]
@@ -117,6 +119,8 @@ def _scored(
         "psnr": _figure(MeanOverVictims, scores.psnr.double().mean(1)),
         "ssim": _figure(MeanOverVictims, scores.ssim.double().mean(1)),
     }
+    if others is None:  # labels are numbers that attackers know
+        del metrics["label_accuracy"]
     baselines = {kind: _figure(MeanOverVictims, one.mean(1)) for kind, one in zip(_BASELINES, guessed, strict=True)}
     best, shown = guessed.argmax(0), _shown(scores)
     rows: list[VictimRow] = []
@@ -132,8 +136,8 @@ def _scored(
                 attack=name,
                 victim=int(truth.ids[row]),
                 image=column,
-                label=int(truth.labels[place]),
-                label_found=int(labels[place]),
+                label=-1 if others is None else int(truth.labels[place]),
+                label_found=-1 if others is None else int(labels[place]),
                 psnr=float(scores.psnr[place]),
                 mse=float(scores.mse[place]),
                 ssim=float(scores.ssim[place]),
@@ -177,7 +181,9 @@ def _rows_without_truth(name: str, client: Client, found: Reconstruction, folder
 
 def fewest_others(subject: Subject) -> int:
     """Number of the auditor's images of the rarest class: a guess identifies at most 1 in this number plus 1."""
-    counts = subject.own_labels.bincount()
+    if (classes := subject.own_classes) is None:
+        return len(subject.own_images)
+    counts = classes.bincount()
     return int(counts[counts > 0].min())
 
 

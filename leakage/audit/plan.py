@@ -19,6 +19,8 @@ from leakage.attacks import (
 )
 from leakage.audit.client import Client
 from leakage.audit.subject import Subject
+from leakage.clients.inspection import with_targets
+from leakage.clients.losses import OWN
 from leakage.clients.smoothing import has_kinks
 from leakage.clients.victim import Victim
 from leakage.dummies import InferredLabels, Target
@@ -91,16 +93,19 @@ def candidates(
     auxiliary = subject.auxiliary() if surrogate else None
     common: dict[str, Any] = {"seed": seed, "success_threshold": success_threshold}
     readable = client.reveal_labels or _readable(victim, auxiliary, seed)
-    found = [Candidate("labels", None)] if readable and not client.reveal_labels else []
+    protocol = victim.protocol
+    counted = readable and not client.reveal_labels and protocol.label_kind == "classes"
+    found = [Candidate("labels", None)] if counted else []
     # For several images, Gauss-Newton starts from R-GAP's solution.
-    if readable and not victim.defenses and client.local_steps == client.images == 1:
+    closed = protocol.loss != OWN and protocol.label_kind == "classes" and client.local_steps == client.images == 1
+    if readable and closed and not victim.defenses:
         found.append(Candidate("rgap", partial(RGAPAttack, **common)))
     newton: dict[str, Any] = {"underdetermined": True, "restarts": _RESTARTS}
     newton |= common if readable else common | {"joint_labels": True}
     if victim.defenses and surrogate and (prior := _prior(subject)) is not None:
         newton |= {"prior": prior, "restarts": 0}
     second_order = Candidate("gauss_newton", partial(GaussNewtonAttack, **newton), _NEWTON, passes=150)
-    kinked = has_kinks(victim.model, subject.own_images[:2])
+    kinked = has_kinks(victim.model, *with_targets(subject.own_images[:2], victim.protocol))
     if not kinked:
         found.append(second_order)
     if readable:
@@ -139,9 +144,11 @@ def _readable(victim: Victim, auxiliary: Auxiliary | None, seed: int) -> bool:
 
 def _prior(subject: Subject) -> GaussianPrior | None:
     """Return a prior fitted to the auditor's images; None if there are too few of them or they are too large."""
-    images, labels = subject.own_images, subject.own_labels
+    images, labels = subject.own_images, subject.own_classes
     if images[0].numel() > _MOST_PIXELS or len(images) < 2 * _OF_A_CLASS:
         return None
+    if labels is None:
+        return GaussianPrior(Auxiliary(images))
     counts = labels.bincount()
     classes = bool((counts[counts > 0] >= _OF_A_CLASS).all()) and len(counts) == subject.num_classes
     return GaussianPrior(Auxiliary(images, labels if classes and bool((counts > 0).all()) else None))

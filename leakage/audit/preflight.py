@@ -16,15 +16,24 @@ from torchvision.transforms import v2
 
 from leakage.audit.client import Client
 from leakage.audit.data import Batch, Data, collect, find_images, most_images, seeded
+from leakage.audit.losses import OwnLoss, declared, known_loss
 from leakage.audit.report import Problem
-from leakage.audit.subject import _LOSSES, LogitsOfTrainingStep, Loss, Subject, copy_of, observe
-from leakage.clients.protocol import Protocol
-from leakage.clients.victim import Victim
+from leakage.audit.subject import LogitsOfTrainingStep, Loss, Subject, copy_of, observe
+from leakage.clients.losses import OWN
+from leakage.clients.protocol import are_probabilities
 
-# The largest relative difference between two ways to compute the same value in single precision.
-_SAME = 1e-4
 # Rounding may move images out of [0, 1] by this much.
 _OUTSIDE = 1e-3
+# The number of images for a trial of a loss.
+_TRIED = 4
+_ONLY_BATCH = "Change it so that it needs nothing but the batch and the module."
+# What a loss that clients can't declare means for the verdict, by what it uses of labels.
+_MEANS = {
+    "nothing": "Closed-form attacks do not apply. The loss does not depend on labels, so there are none to find.",
+    "classes": "Closed-form attacks do not apply. Labels are searched for instead of read off, and found less often: "
+    "audit with reveal_labels as well.",
+    "numbers": "Closed-form attacks do not apply. Labels can't be searched for: audit with reveal_labels.",
+}
 #: What a problem that leaves nothing to attack means for the verdict.
 NO_VERDICT = "Nothing was attacked: there is no verdict."
 
@@ -61,43 +70,64 @@ def preflight(
     first = find_images(batches[0])
     if first is None:
         raise ValueError(
-            "Expected batches of images (B, C, H, W) and labels (B,), as a tuple or a dict of tensors, but got "
+            "Expected batches with images (B, C, H, W), as a tensor or a tuple or dict of tensors, but got "
             f"{_shape_of(batches[0])}."
         )
-    if first.labels.is_floating_point() or first.labels.numel() != len(first.images):
-        shape = tuple(first.labels.shape)
-        fix = "Audit with data that have one class for each image."
-        problems.append(Problem("not yet", "data", f"labels of {first.labels.dtype} {shape}", fix, NO_VERDICT))
-        return None, problems
     if not copied.automatic_optimization:
         fix = "Audit the same network in a module whose `training_step` returns one loss."
         problems.append(Problem("not yet", "training_step", "manual optimization", fix, NO_VERDICT))
         return None, problems
-    images, labels, normalise = _unit_range(batches, data, problems)
+    images, normalise = _unit_range(batches, data, problems)
+    labels, kind = _labels(batches)
+    labels = labels[: len(images)]
     try:
         with seeded(seed):
             # In a copy, whose metrics keep results of this step.
-            loss, calls, layers = observe(copy.deepcopy(copied), first.rebuild(first.images, first.labels))
+            loss, calls, layers = observe(copy.deepcopy(copied), batches[0])
     except Exception as error:
         said = f"it fails outside of `Trainer.fit`: {type(error).__name__}: {error}"
-        fix = "Change it so that it needs nothing but the batch and the module."
-        problems.append(Problem("not yet", "training_step", said, fix, NO_VERDICT))
+        problems.append(Problem("not yet", "training_step", said, _ONLY_BATCH, NO_VERDICT))
         return None, problems
-    call = _loss_call(loss, calls, problems)
-    if call is None:
+    if not loss.requires_grad:
+        problems.append(
+            Problem("never", "training_step", "a loss without gradient", "Let the loss depend on weights.", NO_VERDICT)
+        )
         return None, problems
-    network = _network(copied, first, call, layers)
-    if normalise is not None:
-        network = nn.Sequential(normalise, network)
 
     def to_batch(new_images: Tensor, new_labels: Tensor) -> Any:
+        if uses == "nothing" and first.labels is not None:
+            new_labels = first.labels[torch.arange(len(new_images)) % len(first.labels)]
+        elif new_labels.is_floating_point():
+            new_labels = new_labels.to(new_images.dtype)
         return first.rebuild(new_images if normalise is None else normalise(new_images), new_labels)
 
+    network: nn.Module
+    uses = "numbers" if kind == "values" else "classes"
+    call = known_loss(loss, calls, labels[: len(first.images)], kind)
+    if isinstance(call, Loss):
+        options, num_classes = declared(call, kind), call.given.shape[1]
+        network = _network(copied, first, call, layers)
+        if normalise is not None:
+            network = nn.Sequential(normalise, network)
+    else:
+        options, num_classes = {"loss": OWN, "label_kind": kind}, _number_of_classes(labels, calls)
+        network = OwnLoss(copied, to_batch, num_classes, classes=kind == "classes")
+        try:
+            uses = network.use_of_labels(images[:_TRIED], labels[:_TRIED], seed)
+        except Exception as error:
+            said = f"it fails on other images: {type(error).__name__}: {error}"
+            problems.append(Problem("not yet", "training_step", said, _ONLY_BATCH, NO_VERDICT))
+            return None, problems
+        problems.append(Problem("not yet", "training_step", call, "Nothing to do.", _MEANS[uses]))
+        if uses == "nothing":
+            options, num_classes, labels = options | {"label_kind": "values"}, 1, torch.zeros(len(images), 1)
+            network = OwnLoss(copied, to_batch, 1, classes=False)
     own = _own_images(len(images), public, max(client.images for client in clients))
     subject = Subject(
         module=copied,
         network=network,
-        loss=_declared(call),
+        loss=options,
+        num_classes=num_classes,
         images=images[own:],
         labels=labels[own:],
         own_images=images[:own],
@@ -105,22 +135,9 @@ def preflight(
         to_batch=to_batch,
         dropout=dropout,
         problems=problems,
+        uses=uses,
     )
     return (subject if _attackable(subject, problems) else None), problems
-
-
-_LOSSES_BY_NAME = {function.__name__: name for function, name in _LOSSES.items()}
-
-
-def _declared(call: Loss) -> dict[str, Any]:
-    """Return the options of a :class:`leakage.Victim` that trains with this loss."""
-    weights, smoothing = call.options.get("weight"), call.options.get("label_smoothing")
-    return {
-        "loss": _LOSSES_BY_NAME[call.name],
-        "reduction": str(call.options.get("reduction", "mean")),
-        "label_smoothing": float(smoothing or 0.0),
-        "class_weights": None if weights is None else tuple(weights.tolist()),
-    }
 
 
 def prepare_layers(module: LightningModule) -> list[Problem]:
@@ -199,43 +216,23 @@ def _is_random(layer: nn.Module) -> bool:
     return bool(drops and isinstance(rate, int | float) and rate > 0 and not any(True for _ in layer.children()))
 
 
-def _loss_call(loss: Tensor, calls: list[Loss], problems: list[Problem]) -> Loss | None:
-    """Find the call that computed the loss; None, with a problem, if attacks do not know such a loss."""
-
-    def refuse(problem: str, fix: str) -> None:
-        problems.append(Problem("not yet", "training_step", problem, fix, NO_VERDICT))
-
-    if not loss.requires_grad:
-        problems.append(
-            Problem("never", "training_step", "a loss without gradient", "Let the loss depend on weights.", NO_VERDICT)
-        )
-        return None
-    known = "Use cross-entropy or the mean squared error of logits (N, K) and classes (N,): attacks know no other loss."
-    if not calls:
-        refuse("a loss that is not a function of torch.nn.functional", known)
-        return None
-    same = [call for call in calls if call.value.numel() == 1 and _near(call.value.squeeze(), loss)]
-    if not same:
-        names = ", ".join(sorted({call.name for call in calls}))
-        refuse(f"a loss that is more than {names}, such as a sum or a multiple", known)
-        return None
-    call = same[0]
-    if call.name not in _LOSSES_BY_NAME:
-        refuse(f"the loss {call.name}", known)
-        return None
-    if call.given.ndim != 2:
-        refuse(f"a loss of outputs {tuple(call.given.shape)} instead of logits (N, K)", known)
-        return None
-    try:
-        Protocol((1, 1, 1), call.given.shape[1], **_declared(call))
-    except ValueError as error:
-        refuse(str(error), "Audit without this option of the loss.")
-        return None
-    return call
+def _labels(batches: list[Any]) -> tuple[Tensor, str]:
+    """Return the labels of all images, ``(M,)`` classes or ``(M, K)`` floats, and what they are."""
+    parts = [part for part in map(find_images, batches) if part is not None]
+    found = [part.labels.detach().cpu() for part in parts if part.labels is not None]
+    if len(found) < len(parts):
+        return torch.zeros(sum(len(part.images) for part in parts), 1), "values"
+    if not any(labels.is_floating_point() or labels[0].numel() != 1 for labels in found):
+        return torch.cat([labels.reshape(-1) for labels in found]).long(), "classes"
+    labels = torch.cat([labels.reshape(len(labels), -1) for labels in found]).float()
+    return labels, "probabilities" if are_probabilities(labels) else "values"
 
 
-def _near(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).norm() <= _SAME * other.norm() + 1e-12)
+def _number_of_classes(labels: Tensor, calls: list[Loss]) -> int:
+    if labels.ndim == 2:
+        return labels.shape[1]
+    logits = [call.given.shape[1] for call in calls if call.given.ndim == 2]
+    return max(2, int(labels.max()) + 1, *logits)
 
 
 def _network(module: LightningModule, batch: Batch, call: Loss, layers: list[tuple[str, Tensor, Any]]) -> nn.Module:
@@ -264,33 +261,31 @@ def _ends_in_log_softmax(module: nn.Module, output: Any, logits: Tensor) -> bool
 
 def _unit_range(
     batches: list[Any], data: Data | None, problems: list[Problem]
-) -> tuple[Tensor, Tensor, transforms.Normalize | None]:
-    """Return all images in [0, 1], their labels, and what maps the images back (None if nothing has to)."""
+) -> tuple[Tensor, transforms.Normalize | None]:
+    """Return all images in [0, 1], and what maps the images back (None if nothing has to)."""
     parts = [part for part in map(find_images, batches) if part is not None]
     shape = parts[0].images.shape[1:]
     other = next((tuple(part.images.shape[1:]) for part in parts if part.images.shape[1:] != shape), None)
     if other is not None:
         raise ValueError(f"Expected images of one size, but got {tuple(shape)} and {other}. Resize them.")
     images = torch.cat([part.images.detach().cpu() for part in parts])
-    labels = torch.cat([part.labels.detach().cpu().view(-1) for part in parts]).long()
-    most = most_images(images)
-    images, labels = images[:most], labels[:most]
+    images = images[: most_images(images)]
     whole = images.dtype == torch.uint8
     images = images.float()
     if not bool(images.isfinite().all()):
         raise ValueError("Expected images of finite numbers, but got NaN or infinity.")
     channels = images.shape[1]
     if whole:
-        return images / 255, labels, _normalise(torch.zeros(channels), torch.full((channels,), 1 / 255))
+        return images / 255, _normalise(torch.zeros(channels), torch.full((channels,), 1 / 255))
     if bool(((images >= 0) & (images <= 1)).all()):
-        return images, labels, None
+        return images, None
     for mean, std in _normalisations(data):
         if len(mean) not in (1, channels):
             continue
         mean, std = mean.expand(channels), std.expand(channels)
         plain = images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
         if bool(((plain >= -_OUTSIDE) & (plain <= 1 + _OUTSIDE)).all()):
-            return plain.clamp(0, 1), labels, _normalise(mean, std)
+            return plain.clamp(0, 1), _normalise(mean, std)
     low, high = images.amin((0, 2, 3)), images.amax((0, 2, 3))
     span = (high - low).clamp(min=1e-6)
     problems.append(
@@ -303,7 +298,7 @@ def _unit_range(
         )
     )
     plain = ((images - low.view(-1, 1, 1)) / span.view(-1, 1, 1)).clamp(0, 1)
-    return plain, labels, _normalise(-low / span, 1 / span)
+    return plain, _normalise(-low / span, 1 / span)
 
 
 def _normalise(mean: Tensor, std: Tensor) -> transforms.Normalize:
@@ -346,17 +341,15 @@ def _own_images(available: int, public: int, images: int) -> int:
 def _attackable(subject: Subject, problems: list[Problem]) -> bool:
     """Whether a client can be simulated; if not, or with limits, a problem is added."""
     try:
-        victim = Victim(
-            subject.network,
-            image_shape=tuple(subject.images.shape[1:]),
-            num_images=2,
-            **subject.loss,
-        )
+        victim = subject.victim(num_images=2)
     except (ValueError, RuntimeError) as error:
         fix = "Replace the part named in the message by a function of only images and weights."
-        problems.append(Problem("not yet", type(subject.network).__name__, str(error), fix, NO_VERDICT))
+        where = "training_step" if subject.loss["loss"] == OWN else type(subject.network).__name__
+        problems.append(Problem("not yet", where, str(error), fix, NO_VERDICT))
         return False
-    if victim.classifier is None or not any(name.startswith(victim.classifier) for name in victim.trainable):
+    if subject.loss["loss"] != OWN and (
+        victim.classifier is None or not any(name.startswith(victim.classifier) for name in victim.trainable)
+    ):
         hidden = "logits that do not come from a trained linear layer"
         means = "Labels are searched for instead of read off, and found less often. Audit with reveal_labels as well."
         problems.append(Problem("not yet", victim.logits_from, hidden, "Nothing to do.", means))

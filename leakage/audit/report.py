@@ -100,8 +100,8 @@ class VictimRow:
         attack: the name of the attack.
         victim: the index of the victim.
         image: the index among the victim's images.
-        label: the true class.
-        label_found: the class that the attack found.
+        label: the true class; -1 if labels are not classes, or in a captured update.
+        label_found: the class that the attack found; -1 if labels are not classes.
         psnr: the PSNR in dB.
         mse: the mean squared error for pixels in [0, 1].
         ssim: the structural similarity, from -1 to 1.

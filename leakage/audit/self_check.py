@@ -126,12 +126,7 @@ def _training_step(
         except RuntimeError as error:  # the module may fix its precision
             if dtype == torch.float32:
                 return Check(client.name, name, False, None, f"`training_step` fails on other images: {error}")
-    victim = Victim(
-        made.network,
-        image_shape=tuple(images.shape[1:]),
-        num_images=size,
-        **subject.loss,
-    )
+    victim = made.victim(num_images=size)
     targets = victim.protocol.targets(labels, dtype)
     ours, _ = victim.evaluate(victim.state, images.to(dtype), targets, secrets=Secrets(drawn=drawn))
     residual = difference(ours, theirs)
@@ -207,13 +202,7 @@ def _local_steps(subject: Subject, client: Client, victim: Victim, seed: int) ->
     images, labels = _images(subject, client.images)
     # Without defenses, and with everything known.
     training = {**client.training, "reveal_learning_rate": True, "shuffle": False, "defenses": ()}
-    victim = Victim(
-        made.network,
-        image_shape=tuple(images.shape[1:]),
-        num_images=client.images,
-        **subject.loss,
-        **training,
-    )
+    victim = made.victim(num_images=client.images, **training)
     drawn = _drawn(victim, seed, torch.float64)
     module = made.module
     optimizer = type(optimizer)(module.parameters(), **_plain(optimizer))

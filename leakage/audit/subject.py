@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -15,10 +14,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from leakage.audit.report import Problem
+from leakage.clients.losses import OWN
+from leakage.clients.victim import Victim
 from leakage.labels import Auxiliary
 from leakage.updates.weights import open_weights
 
-_LOSSES = {F.cross_entropy: "cross_entropy", F.nll_loss: "cross_entropy", F.mse_loss: "mean_squared_error"}
+#: The losses of torch that a client can declare, with their names.
+LOSSES = {F.cross_entropy: "cross_entropy", F.nll_loss: "cross_entropy", F.mse_loss: "mean_squared_error"}
 _LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, torch.special.log_softmax, Tensor.log_softmax)
 # Other losses, recorded so that a problem can name them.
 _OTHER_LOSSES = (
@@ -57,18 +59,23 @@ class Subject:
     Attributes:
         module: a copy of the user's module, in its modes. Clients run its ``training_step``.
         network: a network from images in [0, 1] to logits: a part of ``module``, with a ``Normalize`` before it if the
-            module takes images in another range.
-        loss: the options of :class:`leakage.Victim` that declare the loss.
-        images, labels: the images ``(M, C, H, W)`` in [0, 1] and labels ``(M,)`` that victims are drawn from.
+            module takes images in another range; or, with loss ``"own"``, from images and targets to the loss.
+        loss: the options of :class:`leakage.Victim` that declare loss and labels.
+        num_classes: K, the number of logits, or of classes or values in the labels.
+        images, labels: the images ``(M, C, H, W)`` in [0, 1] and labels, ``(M,)`` or ``(M, K)``, that victims are drawn
+            from.
         own_images, own_labels: the auditor's own images and labels, which are not among those above.
         to_batch: a function that makes a batch for ``training_step`` from images in [0, 1] and labels.
         dropout: the names of the module's dropout layers, which are turned off.
         problems: the problems that were found.
+        uses: what the loss uses of labels: ``"classes"`` (or their probabilities), which attacks can search for;
+            ``"numbers"``, which attacks must know; or ``"nothing"``, and labels are then zeros.
     """
 
     module: LightningModule
     network: nn.Module
     loss: dict[str, Any]
+    num_classes: int
     images: Tensor
     labels: Tensor
     own_images: Tensor
@@ -76,6 +83,20 @@ class Subject:
     to_batch: Callable[[Tensor, Tensor], Any]
     dropout: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    uses: str = "classes"
+
+    def victim(self, **client: Any) -> Victim:
+        """Return a client of this subject with further options of :class:`leakage.Victim`."""
+        of_own: dict[str, Any] = {"num_classes": self.num_classes} if self.loss["loss"] == OWN else {}
+        shape = tuple(self.images.shape[1:])
+        return Victim(self.network, image_shape=shape, **self.loss, **of_own, **client)
+
+    @property
+    def own_classes(self) -> Tensor | None:
+        """The most probable class of each of the auditor's images; None if labels are not classes."""
+        if self.loss["label_kind"] == "classes":
+            return self.own_labels
+        return self.own_labels.argmax(1) if self.loss["label_kind"] == "probabilities" else None
 
     def with_dropout(self) -> Subject:
         """Return a copy whose dropout layers are turned on.
@@ -110,12 +131,6 @@ class Subject:
         """Return the loss of the module's own ``training_step`` for images in [0, 1]."""
         return loss_of(self.module, self.to_batch(images, labels))
 
-    @cached_property
-    def num_classes(self) -> int:
-        """The number of logits."""
-        with torch.no_grad():
-            return int(self.network(self.own_images[:2]).shape[1])
-
     def auxiliary(self, most: int | None = None) -> Auxiliary:
         """Return the auditor's images, for attackers who have similar ones.
 
@@ -124,7 +139,9 @@ class Subject:
         Args:
             most: the largest number of images. The first two of every class come first.
         """
-        labels, counts = self.own_labels, self.own_labels.bincount(minlength=self.num_classes)
+        if (labels := self.own_classes) is None:
+            return Auxiliary(self.own_images[:most])
+        counts = labels.bincount(minlength=self.num_classes)
         ranked = labels.argsort(stable=True)
         place = torch.empty_like(ranked)  # the place of each image among those of its class
         place[ranked] = torch.arange(len(ranked)) - (counts.cumsum(0) - counts)[labels[ranked]]
@@ -172,7 +189,7 @@ class _Losses(TorchFunctionMode):
             given, value = kwargs.get("input", args[0] if args else None), function(*args, **kwargs)
             self._log_softmax.append((given, value))
             return value
-        if function not in _LOSSES and function not in _OTHER_LOSSES:
+        if function not in LOSSES and function not in _OTHER_LOSSES:
             return function(*args, **kwargs)
         names = ("input", "target", "weight")
         given = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
-
-from leakage.clients.smoothing import smoothed, without_sharpness
+from torch.func import grad, vmap
 
 if TYPE_CHECKING:  # a victim has defenses
     from leakage.clients.victim import Victim
@@ -39,13 +37,11 @@ def clipped_examples(
         norm: C.
         shares: ``(N,)``, how much of each image is in the step, by default all.
     """
-    fixed, sharpness = without_sharpness({name: state[name] for name in state if name not in victim.trainable})
+    fixed = {name: state[name] for name in state if name not in victim.trainable}
     weights = {name: state[name] for name in victim.trainable}
 
     def loss(weights: dict[str, Tensor], image: Tensor, target: Tensor) -> Tensor:
-        with smoothed(sharpness):
-            logits = functional_call(victim.model, (weights, fixed), (image[None],))
-        return victim.loss(logits, target[None])
+        return victim.step_loss(weights, fixed, image[None], target[None])[0]
 
     def clipped(image: Tensor, target: Tensor) -> dict[str, Tensor]:
         return shortened(grad(loss)(weights, image, target), norm)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from leakage.clients.protocol import Protocol
+from leakage.clients.losses import OWN
+from leakage.clients.protocol import Protocol, check_labels
 from leakage.errors import show_shape
 
 _NORMS = (
@@ -55,16 +56,29 @@ def _normalise(module: nn.Module, plain: nn.Module, inputs: Tensor) -> Tensor:
     return normalised * weight + bias
 
 
-def black_images(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> Tensor:
-    """Return black images for a trial run of a model that takes batches of ``batch_size``."""
+def trial_inputs(model: nn.Module, protocol: Protocol) -> tuple[Tensor, ...]:
+    """Return black images for a trial run of a model, with targets if it computes its own loss."""
     parameter = next(model.parameters())
     # Two images are enough for any larger batch: BatchNorm in training mode refuses only a single value.
-    return torch.zeros(min(batch_size, 2), *image_shape, dtype=parameter.dtype, device=parameter.device)
+    number = min(protocol.step_size, 2)
+    images = torch.zeros(number, *protocol.image_shape, dtype=parameter.dtype, device=parameter.device)
+    return with_targets(images, protocol)
 
 
-def inspect_model(model: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> tuple[str | None, str, int]:
-    """Return the linear layer whose output is the logits (None if there is none), their origin and their number."""
-    images = black_images(model, image_shape, batch_size)
+def with_targets(images: Tensor, protocol: Protocol) -> tuple[Tensor, ...]:
+    """Return images ``(N, C, H, W)``, with targets that favour no class if the model computes its own loss."""
+    if protocol.loss != OWN:
+        return (images,)
+    return images, images.new_full((len(images), protocol.num_classes), 1 / protocol.num_classes)
+
+
+def inspect_model(model: nn.Module, protocol: Protocol) -> tuple[str | None, str, int]:
+    """Return the linear layer whose output is the logits (None if there is none), their origin and their number.
+
+    If the model computes its own loss, it has no known logits, and their number is that of the protocol.
+    """
+    given, own = trial_inputs(model, protocol), protocol.loss == OWN
+    images = given[0]
     outputs: list[tuple[str, Tensor]] = []
 
     def record(name: str) -> Any:
@@ -74,7 +88,7 @@ def inspect_model(model: nn.Module, image_shape: tuple[int, ...], batch_size: in
     hooks = [module.register_forward_hook(record(name)) for name, module in leaves.items()]
     try:
         with torch.no_grad():
-            logits = model(images)
+            logits = model(*given)
     except Exception as error:
         own_batch = any(isinstance(module, _BatchNorm) and module.running_mean is None for module in model.modules())
         if own_batch and "more than 1 value per channel" in str(error):
@@ -83,24 +97,29 @@ def inspect_model(model: nn.Module, image_shape: tuple[int, ...], batch_size: in
                 "without running statistics), but got one: a single image whose map has a single pixel. Choose "
                 "`num_images` (and `local_batch_size`) of at least 2, or larger images, or call `model.eval()`."
             ) from error
-        raise ValueError(
-            f"Expected `model` to take images of shape {show_shape('N', *image_shape)}, but got: {error}"
-        ) from error
+        taken = f"images of shape {show_shape('N', *protocol.image_shape)}{' and targets' if own else ''}"
+        raise ValueError(f"Expected `model` to take {taken}, but got: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+    if own:
+        if not isinstance(logits, Tensor) or logits.ndim:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"Expected `model` with loss {OWN!r} to give the loss as one number, but got {got}.")
+    elif not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         number = "one image" if len(images) == 1 else f"{len(images)} images"
         raise ValueError(f"Expected `model` to give logits of shape (N, K), but got {got} for {number}.")
     try:
         with torch.no_grad():
-            vmap(model)(images[None])
+            vmap(model)(*(tensor[None] for tensor in given))
     except Exception as error:
         raise ValueError(
             "Expected `model` to be a function of images and weights alone that `torch.func.vmap` can run "
             f"(no dropout by `torch.nn.functional`, no statistics updated in the forward pass), but got: {error}"
         ) from error
+    if own:
+        return None, "a loss that the model computes", protocol.num_classes
     if not outputs:
         return None, type(model).__name__, logits.shape[1]
     # An nn.Identity after the linear layer returns the same tensor.
@@ -156,10 +175,4 @@ def check_private(images: Tensor, labels: Tensor, protocol: Protocol) -> None:
             f"Expected `images` as floating-point numbers in [0, 1], but got {images.dtype} from "
             f"{images.min().item()} to {images.max().item()}."
         )
-    if tuple(labels.shape) != tuple(images.shape[:2]):
-        raise ValueError(f"Expected `labels` of shape {tuple(images.shape[:2])}, but got {tuple(labels.shape)}.")
-    if labels.is_floating_point() or not bool(((labels >= 0) & (labels < protocol.num_classes)).all()):
-        raise ValueError(
-            f"Expected `labels` as class indices from 0 to {protocol.num_classes - 1}, but got "
-            f"{labels.dtype} from {labels.min().item()} to {labels.max().item()}."
-        )
+    check_labels(labels, len(images), protocol)

@@ -148,7 +148,7 @@ def has_joint_pass(victim: Victim, state: Mapping[str, Tensor], own_weights: boo
         own_weights: whether ``state`` has a leading victims' dimension.
     """
     protocol = victim.protocol
-    if protocol.local_steps > 1:
+    if protocol.local_steps > 1 or protocol.loss not in LOSSES:
         return False
     if own_weights:
         state = {name: tensor[[0, -1]] for name, tensor in state.items()}

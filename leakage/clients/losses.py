@@ -1,4 +1,7 @@
-"""The training losses of clients."""
+"""The training losses of clients.
+
+With :data:`OWN`, the model computes the loss itself: ``model(images, targets)`` returns it as one number.
+"""
 
 from __future__ import annotations
 
@@ -23,3 +26,5 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": cross_entropy,
     "mean_squared_error": mean_squared_error,
 }
+#: The ``loss`` of clients whose model computes it.
+OWN = "own"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leakage.clients.losses import LOSSES
+from leakage.clients.losses import LOSSES, OWN
 from leakage.errors import check_choice, check_count, check_flag, check_not_negative, check_positive
 from leakage.files.tensors import shorten
 
@@ -19,8 +19,14 @@ from leakage.files.tensors import shorten
 _MOST_VALUES = 2**30
 # Largest number of local steps: an attack differentiates through all of them twice. Federated averaging makes hundreds.
 _MOST_STEPS = 10_000
+# How near to 1 the sum of probabilities must be, since labels may be rounded to half precision.
+_NEAR_ONE = 1e-2
+#: The types of whole numbers.
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Largest number of characters of all descriptions of defenses: error messages repeat them.
 _LONGEST_DEFENSES = 10_000
+#: What the labels of clients are: class indices ``(N,)``, or soft labels or any numbers, both ``(N, K)``.
+LABEL_KINDS = ("classes", "probabilities", "values")
 #: The ``learning_rate`` of a :class:`Protocol` if the attacker does not know it.
 UNKNOWN = "unknown"
 
@@ -33,8 +39,8 @@ class Protocol:
         image_shape: ``(C, H, W)``.
         num_classes: K, the number of logits.
         num_images: N, the number of images behind one gradient.
-        loss: the training loss, a key of :data:`leakage.clients.losses.LOSSES`.
-        reduction: reduction over the images of a step, ``"mean"`` or ``"sum"``.
+        loss: the training loss, a key of :data:`leakage.clients.losses.LOSSES`, or ``"own"``: that of the model.
+        reduction: reduction over the images of a step, ``"mean"`` or ``"sum"``. A model's own loss is reduced already.
         local_steps: number of SGD steps that the client makes before it shares their average; with one step, it shares
             the gradient at the weights that it received. At most 10,000, since every evaluation of an attack simulates
             all of them.
@@ -51,6 +57,9 @@ class Protocol:
             them: each a dict with a ``"name"``, with values that JSON can hold.
         label_smoothing, class_weights: options of cross-entropy, as in :class:`torch.nn.CrossEntropyLoss`. See
             :meth:`targets`.
+        label_kind: what labels are: ``"classes"``, indices from 0 to K - 1; ``"probabilities"`` of all classes (soft
+            labels, as from MixUp or distillation); or ``"values"``, any K numbers, as for several labels per image or
+            regression. Values need the mean squared error or the model's own loss.
     """
 
     image_shape: tuple[int, ...]
@@ -67,6 +76,7 @@ class Protocol:
     defenses: tuple[dict[str, Any], ...] = ()
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None
+    label_kind: str = "classes"
 
     def __post_init__(self) -> None:
         if not isinstance(self.image_shape, list | tuple) or len(self.image_shape) != 3:
@@ -79,7 +89,7 @@ class Protocol:
                 f"Expected `num_images` times `image_shape` of at most 2**30 values, but got {self.num_images} times "
                 f"{self.image_shape}."
             )
-        check_choice("loss", self.loss, LOSSES)
+        check_choice("loss", self.loss, (*LOSSES, OWN))
         check_choice("reduction", self.reduction, ("mean", "sum"))
         check_local_steps(
             self.num_images,
@@ -97,6 +107,25 @@ class Protocol:
         self.label_smoothing, self.class_weights = check_targets(
             self.label_smoothing, self.class_weights, self.loss, self.reduction, self.num_classes, self.shuffle
         )
+        self._check_labels()
+        if self.loss == OWN and (self.reduction == "sum" or self.shuffle):
+            raise ValueError(
+                "Expected no reduction 'sum' and no `shuffle` with loss 'own', a single number for all images of a "
+                f"step, but got {self.reduction!r} and shuffle={self.shuffle}."
+            )
+
+    def _check_labels(self) -> None:
+        check_choice("label_kind", self.label_kind, LABEL_KINDS)
+        if self.label_kind != "classes" and not self.plain_labels:
+            raise ValueError(
+                "Expected `label_kind` 'classes' with `label_smoothing` or `class_weights`, but got "
+                f"{self.label_kind!r}. Smooth or weight the labels themselves."
+            )
+        if self.label_kind == "values" and self.loss == "cross_entropy":
+            raise ValueError(
+                "Expected loss 'mean_squared_error' or 'own' with `label_kind` 'values', but got 'cross_entropy', "
+                "whose labels are classes or probabilities."
+            )
 
     @property
     def step_size(self) -> int:
@@ -114,16 +143,19 @@ class Protocol:
         return not self.label_smoothing and self.class_weights is None
 
     def targets(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        r"""Return ``(..., N, K)``, what the loss compares predictions with, for class indices ``(..., N)``.
+        r"""Return ``(..., N, K)``, what the loss compares predictions with, for labels of this protocol.
 
-        These are one-hot labels y. Label smoothing :math:`\varepsilon` makes them
-        :math:`(1 - \varepsilon) \, y + \varepsilon / K`. Class weights w multiply them by :math:`w_{y_n}` over the mean
-        weight of the images in the same step. Cross-entropy with these targets is that of torch with these options.
+        Probabilities and values are returned as they are. For class indices ``(..., N)``, these are one-hot labels y.
+        Label smoothing :math:`\varepsilon` makes them :math:`(1 - \varepsilon) \, y + \varepsilon / K`. Class weights w
+        multiply them by :math:`w_{y_n}` over the mean weight of the images in the same step. Cross-entropy with these
+        targets is that of torch with these options.
 
         Example:
             >>> Protocol((1, 8, 8), 4, label_smoothing=0.2).targets(torch.tensor([1]), torch.float32)
             tensor([[0.0500, 0.8500, 0.0500, 0.0500]])
         """
+        if self.label_kind != "classes":
+            return labels.to(dtype)
         found = F.one_hot(labels.long(), self.num_classes).to(dtype)
         found = (1 - self.label_smoothing) * found + self.label_smoothing / self.num_classes
         if self.class_weights is None:
@@ -133,6 +165,12 @@ class Protocol:
         weighted: Tensor = found * (of_steps / of_steps.mean(-1, keepdim=True)).view(*labels.shape, 1)
         return weighted
 
+    def blank_labels(self, victims: int) -> Tensor:
+        """Return labels of this kind that say nothing: the first class, or the same number for all."""
+        if self.label_kind == "classes":
+            return torch.zeros(victims, self.num_images, dtype=torch.long)
+        return torch.full((victims, self.num_images, self.num_classes), 1 / self.num_classes)
+
     def counts(self, targets: Tensor) -> Tensor:
         """Return the numbers of images ``(..., K)`` of each class behind the mean :meth:`targets` ``(..., K)``."""
         if self.label_smoothing:
@@ -141,6 +179,36 @@ class Protocol:
             targets = targets / targets.new_tensor(self.class_weights)
             targets = targets / targets.clamp(min=0).sum(-1, keepdim=True).clamp(min=torch.finfo(targets.dtype).tiny)
         return self.num_images * targets
+
+
+def are_probabilities(labels: Tensor) -> bool:
+    """Whether labels ``(..., K)`` are probabilities of at least two classes."""
+    sound = labels.is_floating_point() and labels.shape[-1] > 1 and bool((labels >= 0).all())
+    return sound and bool(((labels.sum(-1) - 1).abs() <= _NEAR_ONE).all())
+
+
+def check_labels(labels: Tensor, victims: int, protocol: Protocol) -> None:
+    """Raise a ``ValueError`` unless these are labels of so many victims of a protocol."""
+    kind = protocol.label_kind
+    of_one = () if kind == "classes" else (protocol.num_classes,)
+    shape = (victims, protocol.num_images, *of_one)
+    if tuple(labels.shape) != shape:
+        raise ValueError(f"Expected `labels` of shape {shape}, but got {tuple(labels.shape)}.")
+    if kind == "classes":
+        if labels.dtype in WHOLE and bool(((labels >= 0) & (labels < protocol.num_classes)).all()):
+            return
+        expected = f"class indices from 0 to {protocol.num_classes - 1}"
+    elif kind == "probabilities":
+        if are_probabilities(labels):
+            return
+        expected = f"probabilities of {protocol.num_classes} classes, which sum to 1"
+    else:
+        if labels.is_floating_point() and bool(labels.isfinite().all()):
+            return
+        expected = "finite floating-point numbers"
+    raise ValueError(
+        f"Expected `labels` as {expected}, but got {labels.dtype} from {labels.min().item()} to {labels.max().item()}."
+    )
 
 
 def check_local_steps(

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leakage.clients.protocol import Protocol
+from leakage.clients.protocol import WHOLE, Protocol, check_labels
 from leakage.errors import show_shape
 from leakage.files.tensors import header_value, read_safetensors, shorten, write_safetensors
 
 _FORMAT = "leakage.SharedGradient"
-_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -32,7 +31,8 @@ class SharedGradient:
         ids: ``(V,)``, whole numbers that identify the victims.
         protocol: what the attacker knows about the clients' computation.
         own_weights: whether ``state`` has a leading victims' dimension.
-        labels: ``(V, N)``, class indices, if the attacker knows them; otherwise None.
+        labels: ``(V, N)``, class indices, or ``(V, N, K)`` (:attr:`Protocol.label_kind`), if the attacker knows them;
+            otherwise None.
         basis: ``(V, K, N)``, used only within an attack: a basis of the columns of the last layer's gradient, which is
             then given in coordinates (:mod:`leakage.clients.low_rank`). None in what is shared.
 
@@ -139,7 +139,7 @@ class SharedGradient:
 
     def check(self) -> None:
         """Raise a ``ValueError`` unless all shapes agree and all numbers are finite."""
-        if self.ids.ndim != 1 or not len(self.ids) or self.ids.dtype not in _WHOLE or bool((self.ids < 0).any()):
+        if self.ids.ndim != 1 or not len(self.ids) or self.ids.dtype not in WHOLE or bool((self.ids < 0).any()):
             raise ValueError(
                 f"Expected `ids` as whole numbers of at least 0 and shape (V,), but got {self.ids.dtype} "
                 f"{tuple(self.ids.shape)}, {self.ids.flatten()[:5].tolist()}."
@@ -159,7 +159,7 @@ class SharedGradient:
                     )
                 if kind == "gradient" and tensor.dtype not in _REAL:
                     raise ValueError(f"Expected the gradient of {name!r} in floating point, but got {tensor.dtype}.")
-                if tensor.dtype not in (*_REAL, *_WHOLE, torch.bool):
+                if tensor.dtype not in (*_REAL, *WHOLE, torch.bool):
                     raise ValueError(f"Expected the {kind} of {name!r} as real numbers, but got {tensor.dtype}.")
                 if tensor.is_floating_point() and not _all_finite(tensor):
                     where = ""
@@ -169,16 +169,7 @@ class SharedGradient:
                         where = f" (victims {bad[:5]}{', ...' if len(bad) > 5 else ''})"
                     raise ValueError(f"Expected finite numbers in the {kind} of {name!r}, but got NaN or inf{where}.")
         if self.labels is not None:
-            expected = (victims, self.protocol.num_images)
-            if tuple(self.labels.shape) != expected:
-                raise ValueError(f"Expected `labels` of shape {expected}, but got {tuple(self.labels.shape)}.")
-            if self.labels.dtype not in _WHOLE:
-                raise ValueError(f"Expected `labels` as whole numbers, but got {self.labels.dtype}.")
-            if not bool(((self.labels >= 0) & (self.labels < self.protocol.num_classes)).all()):
-                raise ValueError(
-                    f"Expected `labels` from 0 to {self.protocol.num_classes - 1}, but got "
-                    f"{self.labels.min().item()} to {self.labels.max().item()}."
-                )
+            check_labels(self.labels, victims, self.protocol)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with the protocol in its header.

@@ -45,16 +45,16 @@ def smoothed(sharpness: Tensor | None, *, jointly: bool = False) -> contextlib.A
 
 
 @torch.no_grad()
-def has_kinks(network: Callable[[Tensor], Tensor], images: Tensor) -> bool:
-    """Whether a network computes its outputs for these images with a function of the table in :func:`smoothed`.
+def has_kinks(network: Callable[..., Tensor], *inputs: Tensor) -> bool:
+    """Whether a network computes its outputs for these inputs with a function of the table in :func:`smoothed`.
 
     Example:
         >>> has_kinks(torch.nn.ReLU(), torch.randn(2, 3)), has_kinks(torch.nn.GELU(), torch.randn(2, 3))
         (True, False)
     """
-    plain = network(images)
-    with smoothed(torch.ones(()).to(images)):
-        return not torch.equal(network(images), plain)
+    plain = network(*inputs)
+    with smoothed(torch.ones(()).to(inputs[0])):
+        return not torch.equal(network(*inputs), plain)
 
 
 def without_sharpness(buffers: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:

@@ -22,6 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import Normalize
 
 from leakage.clients.inspection import inspect_model
+from leakage.clients.protocol import Protocol
 from leakage.datamodules import LabelledImages, in_unit_range
 from leakage.errors import check_choice, check_count, check_positive
 from leakage.files.checkpoints import WholeCheckpointIO
@@ -125,7 +126,7 @@ def trained_network(
     training = CachedTraining(data, epochs, num_images, batch_size, seed, precision, root, accelerator, progress)
     seen = training.seen
     network = copy.deepcopy(model).cpu().float()
-    *_, classes = inspect_model(network.eval(), data.image_shape, 2)
+    *_, classes = inspect_model(network.eval(), Protocol(data.image_shape, 1, 2))
     if classes != data.num_classes:
         raise ValueError(
             f"Expected a `model` with a logit for each of the {data.num_classes} classes of {data.name!r}, but got "

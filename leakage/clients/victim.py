@@ -16,16 +16,16 @@ from leakage.clients.activations import Activation, check_names, recorded
 from leakage.clients.capture import capture
 from leakage.clients.examples import clipped_examples
 from leakage.clients.inspection import (
-    black_images,
     check_no_statistics,
     check_private,
     check_tensors,
     drop_unused_statistics,
     inspect_model,
     take_affine_apart,
+    trial_inputs,
 )
 from leakage.clients.local_steps import Secrets, draw_orders, train
-from leakage.clients.losses import LOSSES
+from leakage.clients.losses import LOSSES, OWN
 from leakage.clients.low_rank import evaluate_in_basis
 from leakage.clients.protocol import UNKNOWN, Protocol, protocol_rate
 from leakage.clients.shared_gradient import SharedGradient
@@ -71,7 +71,10 @@ class Victim:
             images: ``nn.Sequential(torchvision.transforms.Normalize(mean, std), model)``.
         image_shape: ``(C, H, W)``.
         num_images: N, the number of images behind one gradient.
-        loss: the training loss, a key of :data:`leakage.clients.losses.LOSSES`.
+        loss: the training loss, a key of :data:`leakage.clients.losses.LOSSES`; or ``"own"`` for any other loss, which
+            the model computes: ``model(images, targets)`` must then return it as one number for images
+            ``(N, C, H, W)`` and targets ``(N, K)``, as :meth:`Protocol.targets` returns them. Such labels can't be read
+            off the gradient, and closed forms do not apply.
         reduction: reduction over the images of a step, ``"mean"`` or ``"sum"``.
         local_steps: T, number of steps that the client makes, at most 10,000.
         learning_rate: :math:`\eta`, required for several steps; with one step it cancels out. With ``"unknown"``, the
@@ -86,6 +89,8 @@ class Victim:
         label_smoothing, class_weights: options of cross-entropy, as in :class:`torch.nn.CrossEntropyLoss`; only one of
             them, and class weights (K numbers) only with ``reduction="mean"`` and without ``shuffle``. The attacker
             knows them.
+        label_kind: ``"classes"``, ``"probabilities"`` (soft labels) or ``"values"``, see :class:`Protocol`.
+        num_classes: K, only with loss ``"own"``; otherwise the model tells it.
 
     Raises:
         ValueError: the loss or reduction is unknown; the local steps are not possible; ``defenses`` holds other
@@ -136,11 +141,18 @@ class Victim:
         defenses: Sequence[Defense] = (),
         label_smoothing: float = 0.0,
         class_weights: tuple[float, ...] | None = None,
+        label_kind: str = "classes",
+        num_classes: int | None = None,
     ) -> None:
+        if (num_classes is None) != (loss != OWN):
+            raise ValueError(
+                f"Expected `num_classes` with loss {OWN!r}, and only then, but got {num_classes} with {loss!r}."
+            )
         self.defenses = check_defenses(defenses)
         protocol = Protocol(
             image_shape=image_shape,
-            num_classes=len(class_weights) if isinstance(class_weights, list | tuple) else 1,  # see below
+            # The model tells the number below.
+            num_classes=num_classes or (len(class_weights) if isinstance(class_weights, list | tuple) else 1),
             num_images=num_images,
             loss=loss,
             reduction=reduction,
@@ -153,6 +165,7 @@ class Victim:
             defenses=tuple(defense.describe() for defense in self.defenses),
             label_smoothing=label_smoothing,
             class_weights=class_weights,
+            label_kind=label_kind,
         )
         # Secret like the client's defenses: attacks get a victim without it, see `without_secrets`.
         self._hidden_rate = None if reveal_learning_rate else cast(float, learning_rate)
@@ -169,9 +182,8 @@ class Victim:
             raise ValueError(
                 "Expected `model` to have parameters that require gradients, but got none: nothing is shared."
             )
-        batch_size = protocol.local_batch_size or num_images
-        self.classifier, self.logits_from, num_classes = inspect_model(self.model, protocol.image_shape, batch_size)
-        self.draws = find_draws(self.model, black_images(self.model, protocol.image_shape, batch_size))
+        self.classifier, self.logits_from, num_classes = inspect_model(self.model, protocol)
+        self.draws = find_draws(self.model, trial_inputs(self.model, protocol))
         self.model.requires_grad_(False)
         self.protocol = dataclasses.replace(protocol, num_classes=num_classes)
         for defense in self.defenses:
@@ -191,7 +203,8 @@ class Victim:
             >>> Victim.of(LeNet(), Protocol((1, 28, 28), 10, defenses=({"name": "Secret"},))).protocol.defenses
             ({'name': 'Secret'},)
         """
-        options = {name: value for name, value in vars(protocol).items() if name not in ("num_classes", "defenses")}
+        hidden = ("defenses",) if protocol.loss == OWN else ("defenses", "num_classes")
+        options = {name: value for name, value in vars(protocol).items() if name not in hidden}
         victim = cls(model, **options)
         if victim.protocol.num_classes != protocol.num_classes:
             raise ValueError(
@@ -279,7 +292,7 @@ class Victim:
         protocol = self.protocol
         fixed = {name: tensor for name, tensor in state.items() if name not in frozenset(self.trainable)}
         weights = {name: state[name] for name in self.trainable}
-        step_gradients = grad(self._loss, has_aux=True) if self._example_norm is None else self._clipped
+        step_gradients = grad(self.step_loss, has_aux=True) if self._example_norm is None else self._clipped
         secrets = secrets or Secrets()
         if protocol.local_steps == 1:
             found: tuple[dict[str, Tensor], dict[str, Activation]]
@@ -300,27 +313,30 @@ class Victim:
     ) -> tuple[dict[str, Tensor], dict[str, Activation]]:
         """Return the gradients of one step, clipped for each image, and the activations of its forward pass."""
         assert self._example_norm is not None
-        activations = self._loss(weights, fixed, images, targets, modules, share, drawn)[1] if modules else {}
+        activations = self.step_loss(weights, fixed, images, targets, modules, share, drawn)[1] if modules else {}
         return clipped_examples(self, {**fixed, **weights}, images, targets, self._example_norm, share), activations
 
-    def _loss(
+    def step_loss(
         self,
         weights: dict[str, Tensor],
         fixed: dict[str, Tensor],
         images: Tensor,
         targets: Tensor,
-        modules: Sequence[str],
-        share: Tensor | None,
-        drawn: Tensor | None,
+        modules: Sequence[str] = (),
+        share: Tensor | None = None,
+        drawn: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Activation]]:
         """Return the loss of one step, and the activations of its forward pass."""
         fixed, sharpness = without_sharpness(fixed)
         if drawn is not None:
             fixed |= as_buffers(self.draws, drawn)
+        own = self.protocol.loss == OWN
         with recorded(self.model, modules) as activations, smoothed(sharpness):
-            logits = functional_call(self.model, (weights, fixed), (images,))
+            outputs = functional_call(self.model, (weights, fixed), (images, targets) if own else (images,))
         penalties = take_penalties(self.model) if self.draws else ()
-        return self.loss(logits, targets, share, penalties), activations
+        if own:
+            return outputs + sum(penalty.mean() for penalty in penalties), activations
+        return self.loss(outputs, targets, share, penalties), activations
 
     def loss(
         self, logits: Tensor, targets: Tensor, share: Tensor | None = None, penalties: Sequence[Tensor] = ()
@@ -354,9 +370,7 @@ class Victim:
         """
         check_names(self.model, modules)
         with torch.no_grad(), recorded(self.model, modules):
-            protocol = self.protocol
-            size = protocol.step_size
-            self.model(black_images(self.model, protocol.image_shape, size))
+            self.model(*trial_inputs(self.model, self.protocol))
 
     @full_precision()
     def share(
@@ -373,7 +387,7 @@ class Victim:
 
         Args:
             images: ``(V, N, C, H, W)``, values in [0, 1].
-            labels: ``(V, N)``, class indices.
+            labels: ``(V, N)``, class indices, or ``(V, N, K)`` with another :attr:`Protocol.label_kind`.
             states: one network per victim, name to ``(V, *shape)``, as :meth:`fresh_states` returns them. By default
                 all victims share the model's weights.
             ids: ``(V,)``, whole numbers that identify the victims, by default 0 to V - 1.
@@ -412,13 +426,14 @@ class Victim:
         ids = torch.arange(len(images)) if ids is None else ids.cpu().long()
         images, targets = encoded(self.defenses, images, targets, ids.tolist(), seed)
         gradients = capture(self, states, own, images, targets, ids.tolist(), hidden, seed)
+        revealed = labels.long() if protocol.label_kind == "classes" else labels
         shared = SharedGradient(
             gradients=gradients,
             state=states,
             ids=ids,
             protocol=protocol,
             own_weights=own,
-            labels=labels.long() if reveal_labels else None,
+            labels=revealed if reveal_labels else None,
         )
         shared.check()
         if self.defenses:

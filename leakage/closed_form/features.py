@@ -50,9 +50,9 @@ def check_separable(victim: Victim) -> None:
     """Raise a ``ValueError`` unless :func:`separate_features` can separate the images of such victims.
 
     Raises:
-        ValueError: victims take several local steps or have a secret learning rate, the logits are not the output of a
-            linear layer, the weights of the last layer share no gradient, or there are more images than this gradient
-            can tell apart.
+        ValueError: victims take several local steps, have a secret learning rate or labels that are not classes, the
+            logits are not the output of a linear layer, the weights of the last layer share no gradient, or there are
+            more images than this gradient can tell apart.
     """
     protocol = victim.protocol
     if protocol.learning_rate is not None:
@@ -60,6 +60,8 @@ def check_separable(victim: Victim) -> None:
             "Expected victims of one local step, whose gradient is computed at known weights, but got `local_steps` "
             f"{protocol.local_steps} and `learning_rate` {protocol.learning_rate!r}. {_INSTEAD}"
         )
+    if protocol.label_kind != "classes":
+        raise ValueError(f"Expected victims whose labels are classes, but got {protocol.label_kind!r}. {_INSTEAD}")
     if not victim.classifier:
         raise ValueError(
             "Expected logits that are the output of an nn.Linear layer, whose gradient holds the features, "

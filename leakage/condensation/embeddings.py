@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from leakage.clients.activations import recorded
 from leakage.clients.inspection import inspect_model
+from leakage.clients.protocol import Protocol
 from leakage.condensation.matching import REAL_AT_ONCE_ON_CPU, SYNTHETIC_AT_ONCE_ON_CPU, Transform
 
 
@@ -20,7 +21,7 @@ def embedding_layer(network: nn.Module, image_shape: tuple[int, ...]) -> str:
     Raises:
         ValueError: the logits are not the output of a linear layer.
     """
-    name, origin, _ = inspect_model(copy.deepcopy(network).eval(), image_shape, 2)
+    name, origin, _ = inspect_model(copy.deepcopy(network).eval(), Protocol(image_shape, 1, 2))
     if not name:
         raise ValueError(
             "Expected a `network` whose logits are the output of an nn.Linear layer (its inputs are the embedding of "

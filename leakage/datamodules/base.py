@@ -27,12 +27,14 @@ class GroundTruth:
     Attributes:
         ids: ``(B,)``, the victims' numbers.
         images: ``(B, N, C, H, W)``, values in [0, 1].
-        labels: ``(B, N)``, class indices.
+        labels: ``(B, N)``, class indices; for soft labels and values, the index of the largest one.
+        soft: ``(B, N, K)``, labels that are not classes; otherwise None.
     """
 
     ids: Tensor
     images: Tensor
     labels: Tensor
+    soft: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -40,7 +42,8 @@ class GroundTruth:
     @staticmethod
     def cat(parts: Sequence[GroundTruth]) -> GroundTruth:
         """Concatenate the victims of several parts."""
-        return GroundTruth(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+        held = [name for name, value in vars(parts[0]).items() if value is not None]
+        return GroundTruth(**{name: torch.cat([vars(part)[name] for part in parts]) for name in held})
 
 
 class ConfiguredDataModule(LightningDataModule, ABC):

@@ -27,7 +27,7 @@ from leakage.datamodules.benchmarks import (
     read_sheet,
 )
 from leakage.datamodules.folders import find_faces, open_folder, parts_of
-from leakage.errors import check_count, check_image_size
+from leakage.errors import check_count, check_image_size, show_shape
 
 # A name, the path of a folder, or items (image, label).
 AnySource: TypeAlias = str | os.PathLike[str] | Dataset[Any]
@@ -152,8 +152,12 @@ class Source:
             for split in splits:
                 fetch_split(self.benchmark.kind, data_folder(self.root), split)
 
-    def open(self, split: str = "train") -> OpenSource:
+    def open(self, split: str = "train", *, soft: bool = False) -> OpenSource:
         """Open the images of a split, or all images if the data set has no :attr:`parts`.
+
+        Args:
+            split: ``"train"`` or ``"test"``.
+            soft: whether labels are tensors ``(K,)`` instead of classes.
 
         Raises:
             FileNotFoundError: the data set does not exist, or is a folder without class folders or images.
@@ -175,7 +179,7 @@ class Source:
             images = open_folder(folder, image_size=self.image_size, channels=self.channels or 3)
         else:
             images = self.dataset
-        return OpenSource(images, self.name, self.num_classes)
+        return OpenSource(images, self.name, self.num_classes, soft=soft)
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -184,11 +188,18 @@ class Source:
         return {"dataset": name, "image_size": self.image_size, "channels": self.channels}
 
 
-class OpenSource(Dataset[tuple[Tensor, int]]):
-    """Items ``(image, label)``, decoded and checked on access. Images are float32 ``(C, H, W)`` in [0, 1]."""
+class OpenSource(Dataset[tuple[Tensor, Any]]):
+    """Items ``(image, label)``, decoded and checked on access. Images are float32 ``(C, H, W)`` in [0, 1].
 
-    def __init__(self, dataset: Any, name: str, num_classes: int | None = None) -> None:
-        self.dataset, self.name = dataset, name
+    Labels are classes, or with ``soft`` float32 tensors ``(K,)``.
+    """
+
+    def __init__(self, dataset: Any, name: str, num_classes: int | None = None, *, soft: bool = False) -> None:
+        self.dataset, self.name, self.soft, self.num_classes = dataset, name, soft, 0
+        if soft:
+            self.num_classes = len(self.item(0)[1])
+            self.named, self.class_names = False, tuple(map(str, range(self.num_classes)))
+            return
         names = _classes_of(dataset)
         known = self._known_labels = _labels_of(dataset)
         self.named = names is not None
@@ -210,7 +221,7 @@ class OpenSource(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         image, label = self.item(index)
         return in_unit_range(image), label
 
@@ -221,7 +232,7 @@ class OpenSource(Dataset[tuple[Tensor, int]]):
             return self._known_labels
         return torch.tensor([self.item(index)[1] for index in range(len(self))])
 
-    def item(self, index: int) -> tuple[Tensor, int]:
+    def item(self, index: int) -> tuple[Tensor, Any]:
         """Return the image in its own type, uint8 or float32, and its label."""
         item = self.dataset[index]
         if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 2:
@@ -248,6 +259,8 @@ class OpenSource(Dataset[tuple[Tensor, int]]):
                     f"{image.max().item():.4g} in {self.place(index)}. Wrap a network that was trained on normalised "
                     "images: `nn.Sequential(torchvision.transforms.Normalize(mean, std), model)`."
                 )
+        if self.soft:
+            return image, self._soft_label(label, index)
         try:
             number = operator.index(label)
         except TypeError:
@@ -257,6 +270,17 @@ class OpenSource(Dataset[tuple[Tensor, int]]):
                 f"Expected labels from 0 to {self.num_classes - 1}, but got {label!r} in {self.place(index)}."
             )
         return image, number
+
+    def _soft_label(self, label: Any, index: int) -> Tensor:
+        if isinstance(label, Tensor) and label.is_floating_point() and label.ndim == 1:
+            known = self.num_classes or max(1, len(label))
+            if len(label) == known:
+                return label.float()
+        got = f"{label.dtype} {tuple(label.shape)}" if isinstance(label, Tensor) else repr(label)
+        raise ValueError(
+            f"Expected labels as floating-point tensors of shape {show_shape(self.num_classes or 'K')}, but got {got} "
+            f"in {self.place(index)}. For labels that are classes, leave `label_kind` out."
+        )
 
     def place(self, index: int) -> str:
         """Return a name of an image for error messages: its file, or its number."""

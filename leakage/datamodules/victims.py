@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from leakage.clients.losses import OWN
 from leakage.clients.protocol import Protocol, protocol_rate
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
@@ -37,6 +38,7 @@ _OF_THE_CLIENT = (
     "shuffle",
     "label_smoothing",
     "class_weights",
+    "label_kind",
 )
 # Victims whose images one worker decodes at a time.
 _DECODED_AT_ONCE = 64
@@ -88,7 +90,8 @@ class Victims(VictimDataModule):
             :class:`~leakage.LeNet` that fits images and classes.
         weights: ``"own"`` draws a new network for every victim; ``"shared"`` gives all of them the weights of
             ``model``. The default is ``"own"`` without a ``model``, else ``"shared"``.
-        loss: the clients' training loss, a key of :data:`leakage.clients.losses.LOSSES`.
+        loss: the clients' training loss, a key of :data:`leakage.clients.losses.LOSSES`, or ``"own"`` for that of the
+            model, see :class:`~leakage.Victim`.
         reduction: reduction of the loss over the images of a step, ``"mean"`` or ``"sum"``.
         local_steps, learning_rate, local_batch_size, momentum, weight_decay, shuffle: the clients' local training, see
             :class:`~leakage.Victim`.
@@ -97,6 +100,8 @@ class Victims(VictimDataModule):
         reveal_labels: whether the attacker knows the labels.
         defenses: what clients do to their gradients before they share them, see :class:`~leakage.Victim`.
         label_smoothing, class_weights: options of cross-entropy, see :class:`~leakage.Victim`.
+        label_kind: what the labels of a Dataset are: ``"classes"``, or with items (image, tensor ``(K,)``)
+            ``"probabilities"`` or ``"values"``, see :class:`~leakage.Victim`.
         split: ``"train"`` or ``"test"``, for data sets that have both.
         root: the folder of a named data set; by default the environment variable ``LEAKAGE_DATA``, else
             ``~/.cache/leakage``.
@@ -159,6 +164,7 @@ class Victims(VictimDataModule):
         defenses: Sequence[Defense] = (),
         label_smoothing: float = 0.0,
         class_weights: tuple[float, ...] | None = None,
+        label_kind: str = "classes",
         split: str = "train",
         root: str | os.PathLike[str] | None = None,
         download: bool = True,
@@ -187,6 +193,7 @@ class Victims(VictimDataModule):
         rate = protocol_rate(learning_rate, reveal=reveal_learning_rate)
         steps = (local_steps, rate, local_batch_size, momentum, weight_decay, shuffle)
         of_loss: dict[str, Any] = {"label_smoothing": label_smoothing, "class_weights": class_weights}
+        of_loss["label_kind"] = label_kind
         classes = len(class_weights) if isinstance(class_weights, list | tuple) else 2
         protocol = Protocol((1, 1, 1), classes, images, loss, reduction, *steps, **of_loss)
         check_choice("split", split, ("train", "test"))
@@ -197,6 +204,11 @@ class Victims(VictimDataModule):
             raise ValueError(
                 f"Expected `split` 'train' with {self.source.name!r}, which has no separate test images, but got "
                 "'test'."
+            )
+        if label_kind != "classes" and (self.source.kind != "own" or labels is not None):
+            raise ValueError(
+                f"Expected a Dataset whose items have labels (K,), and no `labels`, with `label_kind` {label_kind!r}, "
+                f"but got {self.source.name!r} and {labels!r}."
             )
         self.name = self.source.name
         self.victims = victims
@@ -220,7 +232,7 @@ class Victims(VictimDataModule):
         """Draw the victims' images and build their network. Later calls do nothing."""
         if hasattr(self, "victim"):
             return
-        source = self.source.open(self.split)
+        source = self.source.open(self.split, soft=self.client["label_kind"] != "classes")
         order = self._draw(source)
         first = int(order[0, 0])
         channels, height, width = source[first][0].shape
@@ -229,11 +241,14 @@ class Victims(VictimDataModule):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(self.seed)
                 model = LeNet(channels=channels, image_size=(height, width), num_classes=source.num_classes)
-        victim = Victim(model, image_shape=(channels, height, width), defenses=self.defenses, **self.client)
-        if victim.protocol.num_classes < source.num_classes:
+        of_own: dict[str, Any] = {"num_classes": source.num_classes} if self.client["loss"] == OWN else {}
+        shape = (channels, height, width)
+        victim = Victim(model, image_shape=shape, defenses=self.defenses, **self.client, **of_own)
+        logits = victim.protocol.num_classes
+        if logits < source.num_classes or (source.soft and logits != source.num_classes):
             raise ValueError(
                 f"Expected `model` to have a logit for each of the {source.num_classes} classes of the data set, "
-                f"but got {victim.protocol.num_classes}."
+                f"but got {logits}."
             )
         if self.own_weights:
             victim.fresh_states([self.seed])  # fail now if the weights of a module can't be redrawn
@@ -264,7 +279,7 @@ class Victims(VictimDataModule):
             states = self.victim.fresh_states([derive_seed(self.seed, victim, "weights") for victim in victims])
         return self.victim.share(
             truth.images.to(next(self.victim.model.parameters()).dtype),
-            truth.labels,
+            truth.labels if truth.soft is None else truth.soft,
             states=states,
             ids=truth.ids,
             reveal_labels=self.reveal_labels,
@@ -292,6 +307,7 @@ class Victims(VictimDataModule):
         held = self._images.order.flatten()
         some = held[:: math.ceil(len(held) / _RECOGNISED_BY)].tolist()
         images, labels = zip(*(self._images.source[index] for index in some), strict=True)
+        held = torch.stack([torch.as_tensor(label) for label in labels])
         return super().configuration | {
             **self.source.configuration,
             "split": self.split if self.source.parts else None,
@@ -302,7 +318,7 @@ class Victims(VictimDataModule):
             "weights": "own" if self.own_weights else digest(self.victim.state),
             "reveal_labels": self.reveal_labels,
             "defenses": [repr(defense) for defense in self.defenses],
-            "content": digest({"images": torch.stack(images), "labels": torch.tensor(labels)}),
+            "content": digest({"images": torch.stack(images), "labels": held}),
         }
 
 
@@ -334,8 +350,10 @@ class _VictimImages(Dataset[GroundTruth]):
 
     def __getitem__(self, victim: int) -> GroundTruth:
         images, labels = zip(*(self.source[index] for index in self.order[victim].tolist()), strict=True)
+        soft = torch.stack(labels) if self.source.soft else None
         return GroundTruth(
             ids=torch.tensor([victim]),
             images=torch.stack(images)[None],
-            labels=torch.tensor(labels)[None],
+            labels=torch.tensor(labels)[None] if soft is None else soft.argmax(-1)[None],
+            soft=None if soft is None else soft[None],
         )

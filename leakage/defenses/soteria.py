@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from leakage.clients.activations import recorded
-from leakage.clients.inspection import black_images
+from leakage.clients.inspection import trial_inputs, with_targets
 from leakage.defenses.base import Client, Defense, Gradients, Sparse
 from leakage.errors import check_share
 
@@ -77,7 +77,7 @@ class Soteria(Sparse):
                 f"but got {self.layer!r}."
             )
         with torch.no_grad(), recorded(victim.model, [self.layer]) as seen:
-            victim.model(black_images(victim.model, protocol.image_shape, 1))
+            victim.model(*trial_inputs(victim.model, protocol))
         if seen[self.layer].inputs.ndim != 2:
             raise ValueError(
                 f"Expected `layer` of Soteria to take features of shape (N, D), but got {self.layer!r}, which takes "
@@ -91,7 +91,7 @@ class Soteria(Sparse):
 
         def features(image: Tensor) -> tuple[Tensor, Tensor]:
             with recorded(model, [self.layer]) as seen:
-                functional_call(model, dict(client.state), (image[None],))
+                functional_call(model, dict(client.state), with_targets(image[None], client.victim.protocol))
             found = seen[self.layer].inputs.flatten()
             return found, found
 

@@ -13,7 +13,8 @@ from leakage.clients.victim import Victim
 from leakage.closed_form import check_separable
 from leakage.dummies.dummy import Labels, Target, widen
 from leakage.errors import check_flag, check_positive
-from leakage.labels import Auxiliary, LabelReader, correct_labels
+from leakage.labels import Auxiliary, LabelReader, correct_labels, infer_soft_labels
+from leakage.labels.soft import check_soft_labels
 from leakage.pieces import State
 
 
@@ -67,7 +68,8 @@ class InferredLabels(_FixedLabels):
     """Labels that are inferred from the last layer's gradient before the search, unless they are revealed.
 
     Inferred labels are in ascending order, because the images of a batch have no order. A rule learns about a network
-    once, and checkpoints keep what it learnt.
+    once, and checkpoints keep what it learnt. The soft label of a single image is read without a rule
+    (:func:`leakage.labels.infer_soft_labels`).
 
     Args:
         rule: a key of :data:`leakage.labels.RULES` or ``"auto"``.
@@ -102,6 +104,9 @@ class InferredLabels(_FixedLabels):
         """Raise a ``ValueError`` if labels are not revealed and the rule can't infer them."""
         if target.labels_revealed:
             return
+        if target.victim.protocol.label_kind == "probabilities":
+            check_soft_labels(target.victim)
+            return
         self._reader.check(target.victim, own_weights=target.own_weights)
         if self.correct:
             check_separable(target.victim)
@@ -114,6 +119,8 @@ class InferredLabels(_FixedLabels):
             )
 
     def _labels(self, shared: SharedGradient, victim: Victim) -> Tensor:
+        if victim.protocol.label_kind == "probabilities":
+            return infer_soft_labels(shared, victim)
         labels = self._reader(shared, victim).labels
         return correct_labels(shared, victim, labels, seed=self.seed).labels if self.correct else labels
 
@@ -135,7 +142,8 @@ class JointLabels(Labels):
         std: standard deviation of the normally distributed initial logits, multiplied by three for each restart.
 
     Raises:
-        ValueError: ``std`` is not positive; in ``fit``, if the loss has class weights, which labels decide.
+        ValueError: ``std`` is not positive; in ``fit``, if the loss has class weights, which labels decide, or if
+            labels are values, which need not be probabilities.
 
     References:
         Zhu, Liu and Han, *Deep Leakage from Gradients*, NeurIPS 2019, https://arxiv.org/abs/1906.08935.
@@ -157,7 +165,12 @@ class JointLabels(Labels):
         return False
 
     def check(self, target: Target) -> None:
-        """Raise a ``ValueError`` if the loss has class weights."""
+        """Raise a ``ValueError`` if the loss has class weights or labels are values."""
+        if target.victim.protocol.label_kind == "values":
+            raise ValueError(
+                "Expected labels that are classes or probabilities for JointLabels, but got 'values'. Reveal the "
+                "labels (reveal_labels=True)."
+            )
         if target.victim.protocol.class_weights is not None:
             raise ValueError(
                 "Expected a loss without `class_weights` for JointLabels, as labels decide how much each image weighs, "

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from leakage.clients.activations import Activation
-from leakage.clients.inspection import black_images
+from leakage.clients.inspection import trial_inputs
 from leakage.clients.joint_pass import has_joint_pass
 from leakage.clients.local_steps import Secrets
 from leakage.clients.low_rank import in_basis
@@ -140,8 +140,7 @@ class Evaluator:
             element_size=element_size,
             written=f"{images} of {protocol.image_shape}{' and their labels' if 'labels' in shapes else ''}",
             # A network that draws random numbers would draw them here.
-            kinked=bool(self.victim.draws)
-            or has_kinks(model, black_images(model, protocol.image_shape, protocol.step_size)),
+            kinked=bool(self.victim.draws) or has_kinks(model, *trial_inputs(model, protocol)),
             exact=not protocol.defenses,
         )
 

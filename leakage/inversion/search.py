@@ -214,8 +214,7 @@ class Search:
             return min(cast(int, datamodule.lanes), most)
         sample = datamodule.share(self.queue.waiting[:_SAMPLE]).to(device=lanes.device, dtype=lanes.dtype)
         # The values of labels do not matter here, so none are inferred.
-        sample.labels = torch.zeros(len(sample), sample.protocol.num_images, dtype=torch.long, device=lanes.device)
-
+        sample.labels = sample.protocol.blank_labels(len(sample)).to(lanes.device)
         kept: State = {}
 
         def begin() -> None:

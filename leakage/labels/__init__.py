@@ -5,6 +5,7 @@ from leakage.labels.correction import CorrectedLabels, correct_labels
 from leakage.labels.counts import LabelCounts
 from leakage.labels.inference import LabelReader, infer_labels
 from leakage.labels.rules import NEEDS, RULES
+from leakage.labels.soft import infer_soft_labels
 
 __all__ = [
     "NEEDS",
@@ -15,4 +16,5 @@ __all__ = [
     "LabelReader",
     "correct_labels",
     "infer_labels",
+    "infer_soft_labels",
 ]

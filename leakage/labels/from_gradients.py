@@ -34,7 +34,7 @@ def idlg(layer: LastLayer) -> Found:
     """
     push = layer.bias_gradient
     if layer.protocol.label_smoothing:
-        push = layer.push - _logits_of_one(layer.midway()).softmax(1).to(layer.push)
+        push = layer.push - logits_of_one(layer.midway()).softmax(1).to(layer.push)
     elif push is None:
         push = _against_the_others(layer.rows)
     elif layer.weight_gradient is not None:
@@ -166,10 +166,10 @@ def _margins(vectors: np.ndarray) -> np.ndarray:
 
 def _largest_logits(layer: LastLayer) -> Tensor:
     """Return the ranks, from 1, of one image's logits, ``(V, K)``."""
-    return (1 + _logits_of_one(layer).argsort(dim=1).argsort(dim=1)).to(layer.gradients)
+    return (1 + logits_of_one(layer).argsort(dim=1).argsort(dim=1)).to(layer.gradients)
 
 
-def _logits_of_one(layer: LastLayer) -> Tensor:
+def logits_of_one(layer: LastLayer) -> Tensor:
     """Return the logits ``(V, K)`` of one image, whose feature is the ratio of the gradients."""
     rows, push = layer.rows.double(), layer.gradients.double()
     largest = push.abs().argmax(dim=1, keepdim=True)

@@ -138,15 +138,17 @@ class LabelReader:
             own_weights: whether each victim has its own network.
 
         Raises:
-            ValueError: the loss is not cross-entropy, the logits are not the output of a linear layer, the last
-                layer shares no gradient, the auxiliary images do not fit, or a need of the rule is not met; the
-                message says what to use instead.
+            ValueError: labels are not classes, the loss is not cross-entropy, the logits are not the output of a linear
+                layer, the last layer shares no gradient, the auxiliary images do not fit, or a need of the rule is not
+                met; the message says what to use instead.
         """
         check_needs(self.rule, self._needs_met(victim, own_weights))
 
     def _needs_met(self, victim: Victim, own_weights: bool) -> dict[str, str | None]:
         """Check what every rule needs, then return which further needs are met."""
         protocol, layer = victim.protocol, victim.classifier
+        if protocol.label_kind != "classes":
+            raise ValueError(f"Expected a victim whose labels are classes, but got {protocol.label_kind!r}. {INSTEAD}")
         if protocol.loss != "cross_entropy":
             raise ValueError(
                 "Expected a victim with loss 'cross_entropy', whose gradient is negative only for the true class, "

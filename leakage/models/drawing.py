@@ -72,12 +72,12 @@ def take_masks(model: nn.Module) -> None:
             module.forward = partial(_drop, module)
 
 
-def find_draws(model: nn.Module, images: Tensor) -> dict[str, Draw]:
+def find_draws(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Draw]:
     """Return what the modules of a model draw, by their names.
 
     Args:
         model: a model prepared by :func:`take_masks`.
-        images: images for a trial run.
+        inputs: what the model takes in a trial run.
 
     Raises:
         ValueError: a module that draws is called more than once in a forward pass.
@@ -92,7 +92,7 @@ def find_draws(model: nn.Module, images: Tensor) -> dict[str, Draw]:
     try:
         if hooks:
             with torch.no_grad():
-                model(images)
+                model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()

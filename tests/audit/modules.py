@@ -9,6 +9,7 @@ from lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import Normalize
 
 from leakage.datamodules import Source
@@ -85,6 +86,71 @@ LOSSES = [
 ]
 
 
+class Penalised(Small):
+    """Weight decay as a part of the loss."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 0.01 * sum(one.square().sum() for one in self.parameters())
+
+
+class Binary(Small):
+    """A binary problem for each class, of classes or of several labels."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        labels = batch[1] if batch[1].ndim == 2 else F.one_hot(batch[1], 10)
+        return F.binary_cross_entropy_with_logits(self(batch[0]), labels.float())
+
+
+class Focal(Small):
+    """A loss of its own, with metrics and records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy, self.recorded = MulticlassAccuracy(10), list[float]()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        logits = self(batch[0])
+        each = F.cross_entropy(logits, batch[1], reduction="none")
+        loss = ((1 - (-each).exp()) ** 2 * each).mean()
+        self.log("accuracy", self.accuracy(logits, batch[1]))
+        self.recorded.append(loss.item())
+        return loss
+
+
+class Regression(Small):
+    """One number for each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[-1] = nn.Linear(16, 1)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.mse_loss(self(batch[0]).squeeze(1), batch[1].float())
+
+
+class Autoencoder(Small):
+    """Batches of images alone, or with labels that are not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[-1] = nn.Linear(16, 144)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return F.mse_loss(self(images), images.flatten(1))
+
+
+class Embedded(Small):
+    """Labels choose a vector, so that the loss has no derivative by them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres = nn.Embedding(10, 10)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return (self(batch[0]) - self.centres(batch[1])).square().mean()
+
+
 class Hooked(Small):
     """A loss that says nothing of what becomes of its gradient."""
 
@@ -138,6 +204,11 @@ class Images(Dataset[Any]):
             return {"path": str(index), "weight": torch.tensor(1.0), "label": torch.tensor([label]), "image": image}
         if self.kind == "scaled":
             image = 4 * image - 2
+        if self.kind == "alone":
+            return image
+        if self.kind in ("soft", "several", "numbers"):
+            one, other = F.one_hot(torch.tensor([label, (label + index) % 10]), 10)
+            return image, {"soft": 0.7 * one + 0.3 * other, "several": one | other, "numbers": image.mean()}[self.kind]
         return image, label
 
 

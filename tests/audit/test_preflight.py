@@ -17,7 +17,7 @@ from leakage.audit.preflight import NO_VERDICT, preflight
 from leakage.audit.report import Problem
 from leakage.audit.subject import LogitsOfTrainingStep, Subject
 from leakage.closed_form.inverses import find_chain
-from tests.audit.modules import LOSSES, Data, Images, Inside, Manual, OfDicts, OtherLoss, Scaled, Small, normalised
+from tests.audit.modules import LOSSES, Data, Images, Inside, Manual, OfDicts, Small, normalised
 
 
 def inspect(module: LightningModule, data: Any = None, **options: Any) -> tuple[Subject | None, list[Problem]]:
@@ -46,6 +46,7 @@ def test_takes_a_module_and_its_data_as_they_are() -> None:
     # The innermost part that takes images and gives logits, so that closed forms find a chain of layers.
     assert isinstance(subject.network, nn.Sequential)
     plain = {"loss": "cross_entropy", "reduction": "mean", "label_smoothing": 0.0, "class_weights": None}
+    plain |= {"label_kind": "classes"}
     assert (subject.loss, subject.num_classes) == (plain, 10)
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
     assert module._trainer is None
@@ -171,21 +172,6 @@ def test_tells_shared_and_half_precise_parameters() -> None:
     assert next(half.parameters()).dtype == torch.bfloat16
 
 
-class Penalised(Small):
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) + 0.01 * sum(one.square().sum() for one in self.parameters())
-
-
-class Binary(Small):
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return F.binary_cross_entropy_with_logits(self(batch[0]), F.one_hot(batch[1], 10).float())
-
-
-class Own(Small):
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self(batch[0]).square().mean()
-
-
 class Constant(Small):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return torch.tensor(1.0)
@@ -199,21 +185,6 @@ class Failing(Small):
 @pytest.mark.parametrize(
     ("module", "kind", "said"),
     [
-        (Scaled(), "not yet", "more than cross_entropy"),
-        (Penalised(), "not yet", "more than cross_entropy"),
-        (
-            OtherLoss(weight=torch.ones(10), label_smoothing=0.1),
-            "not yet",
-            "`label_smoothing` with plain",
-        ),
-        (OtherLoss(weight=torch.ones(10), reduction="sum"), "not yet", "Expected `class_weights` with loss"),
-        (
-            OtherLoss(weight=torch.arange(10.0)),
-            "not yet",
-            "`class_weights` to be positive and finite",
-        ),
-        (Binary(), "not yet", "the loss binary_cross_entropy_with_logits"),
-        (Own(), "not yet", "not a function of torch.nn.functional"),
         (Constant(), "never", "a loss without gradient"),
         (Failing(), "not yet", "RuntimeError: no such thing"),
         (Manual(), "not yet", "manual optimization"),
@@ -258,7 +229,9 @@ def test_refuses_what_is_no_module_and_no_data() -> None:
     nothing = torch.utils.data.TensorDataset(torch.full((9, 1, 12, 12), torch.nan), torch.zeros(9).long())
     with pytest.raises(ValueError, match="Expected images of finite numbers, but got NaN"):
         inspect(Small(), nothing)
-    with pytest.raises(ValueError, match=r"Expected batches of images \(B, C, H, W\) and labels"):
+    with pytest.raises(
+        ValueError, match=r"Expected batches with images \(B, C, H, W\), .*, but got \(\(9, 3\), \(9,\)\)"
+    ):
         inspect(Small(), torch.utils.data.TensorDataset(torch.rand(9, 3), torch.zeros(9)))
 
 
@@ -273,5 +246,10 @@ def test_finds_images_in_any_batch() -> None:
         again = find_images(rebuilt)
         assert again is not None
         assert torch.equal(again.labels, labels[2:])
-    assert find_images(images) is None
-    assert find_images({"image": images}) is None
+    for batch in (images, {"image": images}, (images,)):
+        found = find_images(batch)
+        assert found is not None
+        assert found.labels is None
+        assert type(found.rebuild(images[:1], labels)) is type(batch)
+    assert find_images(labels) is None
+    assert find_images({"y": labels}) is None

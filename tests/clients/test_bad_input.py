@@ -67,7 +67,7 @@ def test_logits_that_are_no_tensor():
     [
         (
             {"loss": "hinge"},
-            r"`loss` to be one of \['cross_entropy', 'mean_squared_error'\], but got 'hinge'",
+            r"`loss` to be one of \['cross_entropy', 'mean_squared_error', 'own'\], but got 'hinge'",
         ),
         ({"reduction": "none"}, r"`reduction` to be one of \['mean', 'sum'\], but got 'none'"),
         ({"num_images": 0}, "`num_images` to be a whole number of at least 1, but got 0"),

@@ -69,6 +69,7 @@ def test_protocol_in_header_as_documented(tmp_path):
         "defenses": [],
         "label_smoothing": 0.0,
         "class_weights": None,
+        "label_kind": "classes",
     }
     assert {"ids", "labels", "gradients/0.weight", "state/1.running_mean"} <= names
     assert not any(name.startswith("gradients/1.running") for name in names)
@@ -184,7 +185,7 @@ GOOD = dataclasses.asdict(PROTOCOL)
         (json.dumps(GOOD | {"local_steps": 1.5}), "`local_steps` to be a whole number of at least 1, but got 1.5"),
         (
             json.dumps(GOOD | {"loss": "hinge"}),
-            r"`loss` to be one of \['cross_entropy', 'mean_squared_error'\]",
+            r"`loss` to be one of \['cross_entropy', 'mean_squared_error', 'own'\]",
         ),
         (
             json.dumps(GOOD | {"reduction": "none"}),

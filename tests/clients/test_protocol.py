@@ -91,6 +91,16 @@ def test_targets_are_those_of_torch(options):
             {"class_weights": (1.0, 1.0, 1.0), "shuffle": True},
             "`class_weights` with .* but got .* shuffle=True",
         ),
+        ({"label_kind": "hard"}, "`label_kind` to be one of .*, but got 'hard'"),
+        (
+            {"label_kind": "values"},
+            "loss 'mean_squared_error' or 'own' with `label_kind` 'values', but got 'cross_entropy'",
+        ),
+        (
+            {"label_kind": "probabilities", "label_smoothing": 0.1},
+            "`label_kind` 'classes' with `label_smoothing` or `class_weights`, but got 'probabilities'",
+        ),
+        ({"loss": "own", "reduction": "sum"}, "no reduction 'sum' and no `shuffle` with loss 'own'"),
     ],
 )
 def test_options_of_the_loss_that_are_not_possible(options, message):

@@ -147,9 +147,15 @@ def change(**changes: object) -> Callable[[SharedGradient], SharedGradient]:
             r"state of 'w' to have shape \(3, \.\.\.\), but got \(2, 5\)",
         ),
         (change(labels=torch.zeros(3, dtype=torch.int64)), r"`labels` of shape \(3, 2\), but got \(3,\)"),
-        (change(labels=torch.zeros(3, 2)), r"`labels` as whole numbers, but got torch.float32"),
-        (change(labels=torch.full((3, 2), 3)), "`labels` from 0 to 2, but got 3 to 3"),
-        (change(labels=torch.tensor([[0, 1], [2, -1], [0, 0]])), "`labels` from 0 to 2, but got -1 to 2"),
+        (change(labels=torch.zeros(3, 2)), r"`labels` as class indices from 0 to 2, but got torch.float32"),
+        (
+            change(labels=torch.full((3, 2), 3)),
+            "`labels` as class indices from 0 to 2, but got torch.int64 from 3 to 3",
+        ),
+        (
+            change(labels=torch.tensor([[0, 1], [2, -1], [0, 0]])),
+            "`labels` as class indices from 0 to 2, but got torch.int64 from -1 to 2",
+        ),
     ],
 )
 def test_check(tmp_path, spoil, message):

@@ -272,9 +272,9 @@ def test_bad_labels() -> None:
     victim, shared, _, labels = setting(2)
     with pytest.raises(ValueError, match=r"Expected `labels` of shape \(3, 2\), but got \(3,\)"):
         separate_features(shared, victim, labels[:, 0])
-    with pytest.raises(ValueError, match=r"Expected `labels` from 0 to 5, but got .* to 6"):
+    with pytest.raises(ValueError, match=r"Expected `labels` as class indices from 0 to 5, but got .* to 6"):
         separate_features(shared, victim, labels.clamp(min=6))
-    with pytest.raises(ValueError, match=r"Expected `labels` as whole numbers, but got torch\.float32"):
+    with pytest.raises(ValueError, match=r"Expected `labels` as class indices from 0 to 5, but got torch\.float32"):
         separate_features(shared, victim, labels.float())
 
 

@@ -278,7 +278,7 @@ def test_reveal_labels_is_a_flag():
     ("name", "choices"),
     [
         ("weights", r"\['own', 'shared'\]"),
-        ("loss", r"\['cross_entropy', 'mean_squared_error'\]"),
+        ("loss", r"\['cross_entropy', 'mean_squared_error', 'own'\]"),
         ("reduction", r"\['mean', 'sum'\]"),
     ],
 )

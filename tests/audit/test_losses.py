@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.nn import functional as F
+
+from leakage.audit import Client, audit
+from leakage.audit.losses import OwnLoss
+from leakage.audit.preflight import NO_VERDICT, preflight
+from leakage.audit.report import Problem, read_victims
+from leakage.audit.self_check import self_check
+from leakage.audit.subject import Subject
+from leakage.clients.losses import OWN
+from tests.audit.modules import (
+    Autoencoder,
+    Binary,
+    Data,
+    Embedded,
+    Focal,
+    OtherLoss,
+    Penalised,
+    Regression,
+    Scaled,
+    Small,
+)
+
+
+def inspect(module: LightningModule, data: Any) -> tuple[Subject, Problem]:
+    subject, problems = preflight(module, data, [Client(images=2)], victims=4, public=50, seed=0)
+    assert subject is not None, problems
+    return subject, problems[-1]
+
+
+CASES = [
+    (Scaled(), "tuple", "classes", "more than cross_entropy"),
+    (Penalised(), "tuple", "classes", "more than cross_entropy"),
+    (Focal(), "tuple", "classes", "more than cross_entropy"),
+    (OtherLoss(weight=torch.linspace(0.5, 5, 10), label_smoothing=0.1), "tuple", "classes", "with options"),
+    (OtherLoss(weight=torch.arange(10.0)), "tuple", "classes", "`class_weights` to be positive"),
+    (OtherLoss(label_smoothing=0.1), "soft", "classes", "`label_kind` 'classes' with `label_smoothing`"),
+    (Binary(), "tuple", "classes", "the loss binary_cross_entropy_with_logits"),
+    (Binary(), "several", "numbers", "the loss binary_cross_entropy_with_logits"),
+    (Regression(), "numbers", "numbers", "instead of logits (N, K)"),
+    (Regression(), "tuple", "classes", "instead of logits (N, K)"),
+    (Embedded(), "tuple", "numbers", "not a function of torch.nn.functional"),
+    (Autoencoder(), "tuple", "nothing", "other targets than the labels"),
+    (Autoencoder(), "alone", "nothing", "other targets than the labels"),
+]
+
+
+@pytest.mark.parametrize(("module", "kind", "uses", "said"), CASES, ids=lambda value: type(value).__name__)
+def test_any_loss_is_simulated_as_it_trains(module: LightningModule, kind: str, uses: str, said: str) -> None:
+    subject, problem = inspect(module, Data(kind=kind))
+    assert (subject.loss["loss"], subject.uses) == (OWN, uses)
+    assert (problem.kind, problem.where) == ("not yet", "training_step")
+    assert said in problem.problem
+    client = Client(images=2)
+    checks = self_check(subject, client, subject.victim(num_images=2), seed=0)
+    assert [check.passed for check in checks] == [True, True], checks
+
+
+def test_soft_labels_are_declared() -> None:
+    subject, problems = preflight(Small(), Data(kind="soft"), [Client()], victims=4, public=50, seed=0)
+    assert problems == []
+    assert subject is not None
+    assert (subject.loss["loss"], subject.loss["label_kind"]) == ("cross_entropy", "probabilities")
+    assert torch.equal(subject.own_classes, subject.own_labels.argmax(1))
+
+
+def own_loss(module: LightningModule, batch: Any = None) -> OwnLoss:
+    return OwnLoss(module, batch or (lambda images, labels: (images, labels)), 10, classes=True)
+
+
+LABELS = torch.rand(3, 10, generator=torch.Generator().manual_seed(0)).softmax(1)
+WEIGHT = torch.linspace(0.5, 5, 10)
+
+
+class WithNumbers(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return (self(batch[0]).mean(1) - batch[1].view(-1, 1).squeeze(1).to(torch.float32)).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (Small(), lambda logits: F.cross_entropy(logits, LABELS)),
+        (OtherLoss(reduction="sum"), lambda logits: F.cross_entropy(logits, LABELS, reduction="sum")),
+        (
+            OtherLoss(weight=WEIGHT),
+            lambda logits: -(LABELS * WEIGHT * logits.log_softmax(1)).sum() / (LABELS @ WEIGHT).sum(),
+        ),
+        (OtherLoss(label_smoothing=0.2), lambda logits: F.cross_entropy(logits, LABELS, label_smoothing=0.2)),
+        (Binary(), lambda logits: F.binary_cross_entropy_with_logits(logits, LABELS)),
+        (WithNumbers(), lambda logits: (logits.mean(1) - LABELS @ torch.arange(10.0)).square().sum()),
+    ],
+    ids=["mean", "sum", "weights", "smoothing", "one-hot", "numbers"],
+)
+def test_labels_between_classes_can_be_searched_for(module: Small, expected: Any) -> None:
+    images = torch.rand(3, 1, 12, 12)
+    torch.testing.assert_close(own_loss(module)(images, LABELS), expected(module(images)))
+
+
+@pytest.mark.parametrize("module", [OtherLoss(weight=WEIGHT, label_smoothing=0.2), Focal(), Binary()])
+def test_one_hot_labels_give_the_loss_of_the_module(module: LightningModule) -> None:
+    images, labels = torch.rand(3, 1, 12, 12), torch.tensor([3, 9, 0])
+    expected = module.training_step((images, labels), 0).detach()
+    torch.testing.assert_close(own_loss(module)(images, F.one_hot(labels, 10).float()), expected)
+
+
+def test_records_do_not_grow_and_metrics_do_not_run() -> None:
+    module = Focal()
+    module.recorded.append(1.0)
+    loss = own_loss(module)
+    loss(torch.rand(3, 1, 12, 12), LABELS)
+    assert module.recorded == [1.0]
+    assert not module.accuracy.update_called
+
+
+class Stopping(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        if len(batch[0]) < 16:
+            raise RuntimeError("too few")
+        return 2 * F.cross_entropy(self(batch[0]), batch[1])
+
+
+class Branching(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        return 2 * loss if loss > 1 else loss
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (Stopping(), "it fails on other images: RuntimeError: too few"),
+        (Branching(), "that `torch.func.vmap` can run"),
+    ],
+)
+def test_losses_that_attacks_cannot_run(module: LightningModule, said: str) -> None:
+    subject, problems = preflight(module, Data(), [Client()], victims=4, public=50, seed=0)
+    assert subject is None
+    assert (problems[-1].where, problems[-1].means) == ("training_step", NO_VERDICT)
+    assert said in problems[-1].problem
+
+
+def captured(module: Small, data: Data) -> dict[str, Tensor]:
+    trained = copy.deepcopy(module)
+    image, label = data.images[150]
+    trained.training_step((image[None], torch.as_tensor(label)[None]), 0).backward()
+    trained.configure_optimizers().step()
+    return dict(trained.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "untested"),
+    [
+        (Penalised(), "tuple", {"bias sum", "classes", "rank", "biases", "last layer", "features"}),
+        (Small(), "soft", {"classes"}),
+    ],
+    ids=["another loss", "soft labels"],
+)
+def test_captured_updates_are_checked_and_attacked(
+    module: Small, kind: str, untested: set[str], tmp_path: Path
+) -> None:
+    data = Data(kind=kind)
+    options: dict[str, Any] = {"victims": 1, "budget": "60s", "attacks": ["gauss_newton"], "learning_rate": 0.1}
+    client = Client(learning_rate=options.pop("learning_rate"))
+    report = audit(module, data, client, update=captured(module, data), output=tmp_path, **options)
+    assert all(check.passed for check in report.checks), report.checks
+    assert {check.name for check in report.checks if check.finding.startswith("Not tested")} == untested
+    (row,) = read_victims(tmp_path)
+    assert row.label_found == int(
+        torch.as_tensor(data.images[150][1]).argmax() if kind == "soft" else data.images[150][1]
+    )
+    other = audit(Small(), data, client, update=captured(module, data), output=tmp_path / "other", **options)
+    assert (other.verdict == "failed check") == (kind == "tuple"), "its loss is not that of the declared module"
+
+
+def test_labels_that_must_be_known(tmp_path: Path) -> None:
+    clients = [Client(), Client(reveal_labels=True)]
+    options: dict[str, Any] = {"victims": 2, "budget": "20s", "attacks": ["gauss_newton"], "output": tmp_path}
+    report = audit(Binary(), Data(kind="several"), clients, **options)
+    assert report.verdict == "failed check"
+    (check,) = [check for check in report.checks if not check.passed]
+    assert (check.client, check.name) == ("1 image", "preflight")
+    assert "Declare the client with reveal_labels=True" in check.finding
+    update = captured(Binary(), Data(kind="several"))
+    report = audit(Binary(), Data(kind="several"), clients[1], update=update, **options)
+    assert "a captured update comes without its labels" in report.checks[0].finding
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "found"),
+    [(Penalised(), "tuple", {"label_accuracy", "success_rate"}), (Autoencoder(), "alone", {"success_rate"})],
+)
+def test_images_come_out_behind_any_loss(module: LightningModule, kind: str, found: set[str], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"victims": 2, "budget": "60s", "attacks": ["gauss_newton"], "output": tmp_path}
+    report = audit(module, Data(kind=kind), Client(), fail_above={"success_rate": 0.05}, **options)
+    (measured,) = report.measured
+    assert {"label_accuracy", "success_rate"} & measured.metrics.keys() == found
+    assert all(measured.metrics[name].value == 1 for name in found)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert ("read as" in page, "class -1" in page) == (kind == "tuple", False)
