@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +12,10 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric, MetricCollection
 
 from leakage.audit.data import seeded
+from leakage.audit.relaxed_labels import RelaxedLabels
 from leakage.audit.subject import LOSSES, Loss, loss_of
 from leakage.clients.protocol import Protocol, are_probabilities
 
@@ -25,22 +23,12 @@ _NAMES = {function.__name__: name for function, name in LOSSES.items()}
 # The largest relative difference between two ways to compute the same value in single precision.
 _SAME_VALUE = 1e-4
 
-# Functions whose result stands for the same labels as before.
-_SAME = {
-    *(Tensor.long, Tensor.int, Tensor.to, Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.squeeze),
-    *(Tensor.clone, Tensor.contiguous, Tensor.detach, Tensor.float, Tensor.double),
-    *(torch.flatten, torch.squeeze, torch.reshape),
-}
-# Functions that turn a tensor into numbers, which `torch.func` does not allow. Training steps call them for their logs.
-_NUMBERS = {Tensor.item, Tensor.__float__}
-
 
 class OwnLoss(nn.Module):
     """The loss of a ``training_step``, for a :class:`leakage.Victim` with loss ``"own"``.
 
-    A step that takes labels as classes gets the most probable class of each image. Where it passes them on to
-    ``cross_entropy``, ``nll_loss`` or ``one_hot``, or converts them to floats, the probabilities of the classes (or the
-    mean class) are used instead, so that labels can be searched for.
+    A step that takes labels as classes gets the most probable class of each image, and probabilities where it can use
+    them (:class:`~leakage.audit.relaxed_labels.RelaxedLabels`), so that labels can be searched for.
 
     Args:
         module: a module whose ``training_step`` returns a loss; its metrics are turned off.
@@ -63,7 +51,7 @@ class OwnLoss(nn.Module):
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Return the loss, one number, for images ``(N, C, H, W)`` in [0, 1] and targets ``(N, K)``."""
         labels = targets.detach().argmax(-1) if self.classes else targets
-        with _kept(self.module), _Relaxed(labels, targets):
+        with RelaxedLabels(labels, targets):
             return loss_of(self.module, self.to_batch(images, labels))
 
     def use_of_labels(self, images: Tensor, labels: Tensor, seed: int) -> str:
@@ -90,64 +78,6 @@ def _no_metric(*given: Any, **options: Any) -> Tensor:
 
 def _no_metrics(*given: Any, **options: Any) -> dict[str, Tensor]:
     return {}
-
-
-@contextmanager
-def _kept(module: nn.Module) -> Iterator[None]:
-    """Undo what is added to a module's lists, which would hold the graphs of all evaluations."""
-    held = {name: value for name, value in vars(module).items() if isinstance(value, list | deque)}
-    before = {name: list(value) for name, value in held.items()}
-    try:
-        yield
-    finally:
-        for name, value in held.items():
-            value.clear()
-            value.extend(before[name])
-
-
-class _Relaxed(TorchFunctionMode):
-    """Replace labels by the probabilities ``(N, K)`` of their classes where a loss can use these."""
-
-    def __init__(self, labels: Tensor, targets: Tensor) -> None:
-        super().__init__()
-        # A list, so that no other tensor takes the place of a label. It is empty if labels are the targets.
-        self.held = [] if labels is targets else [labels]
-        self.targets = targets
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function in _NUMBERS:
-            return math.nan
-        given = {id(one) for one in (*args, *kwargs.values())}
-        if not any(id(held) in given for held in self.held):
-            return function(*args, **kwargs)
-        if function is F.one_hot:
-            classes = kwargs.get("num_classes", args[1] if len(args) > 1 else -1)
-            return F.pad(self.targets, (0, max(0, classes - self.targets.shape[1])))
-        if function in (F.cross_entropy, F.nll_loss):
-            return self._cross_entropy(function, *args, **kwargs)
-        value = function(*args, **kwargs)
-        if function in _SAME and value.numel() == self.held[0].numel():
-            if value.is_floating_point():
-                classes = torch.arange(self.targets.shape[1]).to(self.targets)
-                return (self.targets @ classes).to(value).reshape(value.shape)
-            self.held.append(value)
-        return value
-
-    def _cross_entropy(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
-        options = {**dict(zip(names, args, strict=False)), **kwargs}
-        logits, weight, known = options["input"], options.get("weight"), self.targets
-        if logits.shape != known.shape:
-            return function(*args, **kwargs)
-        weights = torch.ones(known.shape[1]).to(known) if weight is None else weight.to(known)
-        smoothing = options.get("label_smoothing", 0.0)
-        likely = logits.log_softmax(1) if function is F.cross_entropy else logits
-        losses = -(((1 - smoothing) * known + smoothing / known.shape[1]) * weights * likely).sum(1)
-        reduction = options.get("reduction", "mean")
-        if reduction == "none":
-            return losses
-        return losses.sum() / (known @ weights).sum() if reduction == "mean" else losses.sum()
 
 
 def known_loss(loss: Tensor, calls: list[Loss], labels: Tensor, kind: str) -> Loss | str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -202,17 +205,42 @@ class _Losses(TorchFunctionMode):
         return value
 
 
+@cache
+def _trainer() -> Trainer:
+    return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+
+
 def training_step(module: LightningModule, batch: Any) -> Any:
     """Call the module's ``training_step`` with as many arguments as it takes."""
+    if module._trainer is None:  # the step may need it, for instance for its world size; copies of modules lose it
+        module.trainer = _trainer()
     step = module.training_step
     code = getattr(getattr(step, "__func__", step), "__code__", None)
     taken = code.co_argcount - 1 if code is not None else 2
     return step(batch, *(0, 0)[: max(0, taken - 1)])
 
 
+@contextmanager
+def _kept(module: nn.Module) -> Iterator[None]:
+    """Undo what is added to a module's lists and dicts, which would hold the graphs of all evaluations."""
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    held = [value for value in own.values() if isinstance(value, list | deque | dict)]
+    held += [
+        one for value in held if isinstance(value, dict) for one in value.values() if isinstance(one, list | deque)
+    ]
+    before = [copy.copy(value) for value in held]
+    try:
+        yield
+    finally:
+        for value, old in zip(held, before, strict=True):
+            value.clear()
+            value.update(old) if isinstance(value, dict) else value.extend(old)
+
+
 def loss_of(module: LightningModule, batch: Any) -> Tensor:
     """Return the loss of ``training_step``, which returns it directly or in a dict."""
-    returned = training_step(module, batch)
+    with _kept(module):
+        returned = training_step(module, batch)
     loss = returned.get("loss") if isinstance(returned, Mapping) else returned
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"Expected `training_step` to return the loss as one number, but got {type(loss).__name__}.")
@@ -220,15 +248,13 @@ def loss_of(module: LightningModule, batch: Any) -> Tensor:
 
 
 def copy_of(module: LightningModule) -> LightningModule:
-    """Copy a module to the CPU, with a Trainer that trains and logs nothing."""
+    """Copy a module to the CPU, where it logs nothing."""
     try:
         copied: LightningModule = copy.deepcopy(module)
     except Exception as error:
         raise ValueError(f"Expected a `model` that can be copied, but got {type(module).__name__}: {error}") from error
     copied = copied.to("cpu")
     copied.zero_grad(set_to_none=True)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    copied.trainer = trainer  # a training_step may need it, for instance for its world size
     silent = cast(Any, copied)
     silent.log = silent.log_dict = lambda *args, **kwargs: None
     return copied

@@ -15,18 +15,19 @@ from leakage.audit.losses import OwnLoss
 from leakage.audit.preflight import NO_VERDICT, preflight
 from leakage.audit.report import Problem, read_victims
 from leakage.audit.self_check import self_check
-from leakage.audit.subject import Subject
+from leakage.audit.subject import Subject, copy_of, loss_of
 from leakage.clients.losses import OWN
 from tests.audit.modules import (
     Autoencoder,
     Binary,
     Data,
-    Embedded,
     Focal,
     OtherLoss,
+    Parity,
     Penalised,
     Regression,
     Scaled,
+    Selecting,
     Small,
 )
 
@@ -48,7 +49,8 @@ CASES = [
     (Binary(), "several", "numbers", "the loss binary_cross_entropy_with_logits"),
     (Regression(), "numbers", "numbers", "instead of logits (N, K)"),
     (Regression(), "tuple", "classes", "instead of logits (N, K)"),
-    (Embedded(), "tuple", "numbers", "not a function of torch.nn.functional"),
+    (Selecting(), "tuple", "classes", "not a function of torch.nn.functional"),
+    (Parity(), "tuple", "numbers", "instead of logits (N, K)"),
     (Autoencoder(), "tuple", "nothing", "other targets than the labels"),
     (Autoencoder(), "alone", "nothing", "other targets than the labels"),
 ]
@@ -74,7 +76,7 @@ def test_soft_labels_are_declared() -> None:
 
 
 def own_loss(module: LightningModule, batch: Any = None) -> OwnLoss:
-    return OwnLoss(module, batch or (lambda images, labels: (images, labels)), 10, classes=True)
+    return OwnLoss(copy_of(module), batch or (lambda images, labels: (images, labels)), 10, classes=True)
 
 
 LABELS = torch.rand(3, 10, generator=torch.Generator().manual_seed(0)).softmax(1)
@@ -97,29 +99,38 @@ class WithNumbers(Small):
         ),
         (OtherLoss(label_smoothing=0.2), lambda logits: F.cross_entropy(logits, LABELS, label_smoothing=0.2)),
         (Binary(), lambda logits: F.binary_cross_entropy_with_logits(logits, LABELS)),
+        (Selecting(), None),
         (WithNumbers(), lambda logits: (logits.mean(1) - LABELS @ torch.arange(10.0)).square().sum()),
     ],
-    ids=["mean", "sum", "weights", "smoothing", "one-hot", "numbers"],
+    ids=["mean", "sum", "weights", "smoothing", "one-hot", "selecting", "numbers"],
 )
 def test_labels_between_classes_can_be_searched_for(module: Small, expected: Any) -> None:
     images = torch.rand(3, 1, 12, 12)
-    torch.testing.assert_close(own_loss(module)(images, LABELS), expected(module(images)))
+    logits = module(images)
+    if isinstance(module, Selecting):
+        apart = (logits - LABELS @ module.centres.weight).square().mean()
+        found = (
+            apart - (logits.softmax(1) * LABELS).sum(1).log().mean() - (logits.log_softmax(1) * LABELS).sum(1).mean()
+        )
+    else:
+        found = expected(logits)
+    torch.testing.assert_close(own_loss(module)(images, LABELS), found)
 
 
-@pytest.mark.parametrize("module", [OtherLoss(weight=WEIGHT, label_smoothing=0.2), Focal(), Binary()])
+@pytest.mark.parametrize("module", [OtherLoss(weight=WEIGHT, label_smoothing=0.2), Focal(), Binary(), Selecting()])
 def test_one_hot_labels_give_the_loss_of_the_module(module: LightningModule) -> None:
     images, labels = torch.rand(3, 1, 12, 12), torch.tensor([3, 9, 0])
-    expected = module.training_step((images, labels), 0).detach()
+    expected = loss_of(copy_of(module), (images, labels)).detach()
     torch.testing.assert_close(own_loss(module)(images, F.one_hot(labels, 10).float()), expected)
 
 
 def test_records_do_not_grow_and_metrics_do_not_run() -> None:
-    module = Focal()
-    module.recorded.append(1.0)
-    loss = own_loss(module)
-    loss(torch.rand(3, 1, 12, 12), LABELS)
-    assert module.recorded == [1.0]
-    assert not module.accuracy.update_called
+    focal, selecting = own_loss(Focal()), own_loss(Selecting())
+    for loss in (focal, selecting):
+        loss(torch.rand(3, 1, 12, 12), LABELS)
+    assert focal.module.recorded == []
+    assert not focal.module.accuracy.update_called
+    assert selecting.module.found == {"losses": []}
 
 
 class Stopping(Small):
