@@ -81,7 +81,7 @@ def audit(
 
     Args:
         module: the module to audit. It is copied and never changed. Clients start from its weights and modes.
-        data: a LightningDataModule, DataLoader or Dataset of images and classes. By default, the module's own
+        data: a LightningDataModule, DataLoader or Dataset of images and labels, if any. By default, the module's own
             ``train_dataloader``.
         client: a client or a list of clients.
         budget: the time for all attacks, in seconds or as ``"90s"``, ``"10m"`` or ``"2h"``.
@@ -289,24 +289,24 @@ class _Audit:
             report.preflight.append(Problem("not yet", client.name, said, fix, NO_VERDICT))
             report.checks.append(Check(client.name, "preflight", False, None, f"{said}. {fix}"))
             return None
-        victims = Victims(
-            TensorDataset(subject.images, subject.labels),
-            num_classes=max(2, subject.num_classes) if subject.loss["label_kind"] == "classes" else None,
-            victims=number,
-            images=client.images,
-            seed=self.seed,
-            model=subject.network,
-            weights="shared",
-            reveal_labels=revealed,
-            **subject.loss,
-            **client.training,
-        )
         try:
+            victims = Victims(
+                TensorDataset(subject.images, subject.labels),
+                num_classes=max(2, subject.num_classes) if subject.loss["label_kind"] == "classes" else None,
+                victims=number,
+                images=client.images,
+                seed=self.seed,
+                model=subject.network,
+                weights="shared",
+                reveal_labels=revealed,
+                **subject.loss,
+                **client.training,
+            )
             victims.setup("fit")
         except ValueError as error:  # no such client can exist
             report.preflight.append(
                 Problem(
-                    *("not yet" if client.dropout else "never", client.name, str(error)),
+                    *("not yet" if client.dropout or subject.has_own_loss else "never", client.name, str(error)),
                     "Declare a client that can train like this.",
                     NO_VERDICT,
                 )
@@ -331,7 +331,7 @@ class _Audit:
             subject=subject,
             victim=victims.victim,
             number=number,
-            configuration=victims.configuration,
+            configuration=victims.configuration | {"gradient": subject.size_of_gradient()},
             capture=victims.share,
             truth=partial(_truth, victims),
             candidates=made,

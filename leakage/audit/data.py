@@ -7,7 +7,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,19 @@ _MOST_VALUES = 2**27
 
 @dataclass
 class Batch:
-    """Images and labels of a batch (None without any), and what builds such a batch from other images and labels."""
+    """A batch with images.
+
+    Attributes:
+        images: ``(B, C, H, W)``.
+        labels: ``(B,)`` or ``(B, K)``; None if there are none.
+        rebuild: a function that builds such a batch from other images and labels. All else is that of this batch.
+        others: this batch with the rows of one further tensor in another order, for each tensor with a row per image.
+    """
 
     images: Tensor
     labels: Tensor | None
     rebuild: Callable[[Tensor, Tensor], Any]
+    others: dict[Any, Any] = field(default_factory=dict)
 
 
 @contextmanager
@@ -145,7 +153,7 @@ def find_images(batch: Any) -> Batch | None:
     """Find the images and labels of a batch: a tensor, or a tuple, list or dict of tensors; None without images."""
     items: list[tuple[Any, Any]]
     if isinstance(batch, Tensor):
-        return Batch(batch, None, lambda images, labels: _like(images, batch)) if batch.ndim == 4 else None
+        return Batch(batch, None, lambda images, labels: images) if batch.ndim == 4 else None
     if isinstance(batch, Mapping):
         rank = {key: place for place, key in enumerate((*_IMAGE_KEYS, *_LABEL_KEYS))}
         items = sorted(batch.items(), key=lambda item: rank.get(item[0], len(rank)))
@@ -158,30 +166,37 @@ def find_images(batch: Any) -> Batch | None:
     if images is None:
         return None
     place, found = images
+    of_images = {key for key, value in tensors if value.ndim and len(value) == len(found)}
     labels = next(
         ((key, value) for key, value in tensors if key != place and value.ndim in (1, 2) and len(value) == len(found)),
         None,
     )
 
     def rebuild(new_images: Tensor, new_labels: Tensor) -> Any:
-        number, rows = len(new_images), torch.arange(len(new_images)) % len(found)
+        rows = torch.arange(len(new_images)) % len(found)
         values: dict[Any, Any] = {}
         for key, value in items:
-            same = isinstance(value, Tensor) and value.ndim and len(value) == len(found)
-            values[key] = value[rows] if same else value
-        values[place] = _like(new_images, found)
+            value = value[rows] if key in of_images else value
+            values[key] = value.to(new_images.device) if isinstance(value, Tensor) else value
+        values[place] = new_images
         if labels is not None:
-            values[labels[0]] = new_labels.view(number, *labels[1].shape[1:])
+            new_labels = new_labels.view(len(new_images), *labels[1].shape[1:])
+            # Numbers in floating point get the precision of the images, all others their own type.
+            dtype = labels[1].dtype
+            values[labels[0]] = new_labels.to(new_images.dtype if dtype.is_floating_point else dtype)
+        return put(values)
+
+    def put(values: dict[Any, Any]) -> Any:
         if isinstance(batch, Mapping):
             return values
         made = [values[key] for key in range(len(batch))]
         return type(batch)(*made) if hasattr(batch, "_fields") else type(batch)(made)
 
-    return Batch(found, None if labels is None else labels[1], rebuild)
-
-
-def _like(images: Tensor, found: Tensor) -> Tensor:
-    return images.round().to(found.dtype) if found.dtype == torch.uint8 else images
+    others = {}
+    for key in of_images - {place, labels[0] if labels is not None else place}:
+        values = dict(items)
+        others[key] = put(values | {key: values[key].roll(1, 0)})
+    return Batch(found, None if labels is None else labels[1], rebuild, others)
 
 
 def most_images(images: Tensor) -> int:

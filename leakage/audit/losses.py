@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,12 +17,14 @@ from torchmetrics import Metric, MetricCollection
 
 from leakage.audit.data import seeded
 from leakage.audit.relaxed_labels import RelaxedLabels
-from leakage.audit.subject import LOSSES, Loss, loss_of
+from leakage.audit.subject import LOSSES, Loss, loss_of, slope_of
 from leakage.clients.protocol import Protocol, are_probabilities
 
 _NAMES = {function.__name__: name for function, name in LOSSES.items()}
-# The largest relative difference between two ways to compute the same value in single precision.
-_SAME_VALUE = 1e-4
+# The largest relative difference between targets that count as the same.
+_SAME_TARGETS = 1e-4
+# The number of seeds that must not change the loss, and the largest number of batches of other labels that are tried.
+_SEEDS, _MOST_TRIALS = 10, 32
 
 
 class OwnLoss(nn.Module):
@@ -51,25 +54,46 @@ class OwnLoss(nn.Module):
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Return the loss, one number, for images ``(N, C, H, W)`` in [0, 1] and targets ``(N, K)``."""
         labels = targets.detach().argmax(-1) if self.classes else targets
+        for part in self.module.modules():
+            if isinstance(part, LightningModule):  # only `part.to()` would tell it
+                part._dtype, part._device = images.dtype, images.device
         with RelaxedLabels(labels, targets):
             return loss_of(self.module, self.to_batch(images, labels))
 
     def use_of_labels(self, images: Tensor, labels: Tensor, seed: int) -> str:
-        """Return what the loss of some images uses of their labels, see :class:`~leakage.audit.subject.Subject`."""
+        """Return what the gradient for some images uses of their labels.
+
+        Returns:
+            See :attr:`leakage.audit.subject.Subject.uses`.
+
+        Raises:
+            ValueError: the loss is not finite, or depends on random numbers.
+        """
+        own = copy.deepcopy(self)  # BatchNorm changes its statistics
         targets = F.one_hot(labels, self.num_classes).to(images) if self.classes else labels.to(images)
+        first = own._slope(images, targets, seed)
+        if not bool(first.isfinite().all()):
+            raise ValueError("the loss is not finite; if metrics of torchmetrics are a part of it, compute it without")
+        if any(not torch.equal(own._slope(images, targets, other), first) for other in range(seed + 1, seed + _SEEDS)):
+            raise ValueError("the loss depends on random numbers other than those of dropout")
         soft = self.classes or are_probabilities(labels)
-        values = []
-        for given in (targets, targets.roll(1, 1) if soft else targets + 1):
-            with seeded(seed), torch.no_grad():
-                values.append(copy.deepcopy(self)(images, given))
-        if torch.equal(*values):
+        if soft:
+            trials = min(_MOST_TRIALS, math.ceil(self.num_classes / len(images)))
+            classes = torch.arange(trials * len(images)).view(trials, -1) % self.num_classes
+            others = list(F.one_hot(classes, self.num_classes).to(images))
+        else:
+            others = [targets + 1, targets.roll(1, 0)]
+        if all(torch.equal(own._slope(images, other, seed), first) for other in others):
             return "nothing"
         if not soft:
             return "numbers"
         even = torch.full_like(targets, 1 / self.num_classes).requires_grad_()
-        with seeded(seed), torch.enable_grad():
-            slope = torch.autograd.grad(copy.deepcopy(self)(images, even), even, allow_unused=True)[0]
+        slope = torch.autograd.grad(own._slope(images, even, seed, further=True), even, allow_unused=True)[0]
         return "numbers" if slope is None or not bool((slope != 0).any()) else "classes"
+
+    def _slope(self, images: Tensor, targets: Tensor, seed: int, *, further: bool = False) -> Tensor:
+        with seeded(seed), torch.enable_grad():
+            return slope_of(self(images, targets), self.module, further=further)
 
 
 def _no_metric(*given: Any, **options: Any) -> Tensor:
@@ -77,7 +101,7 @@ def _no_metric(*given: Any, **options: Any) -> Tensor:
 
 
 def _no_metrics(*given: Any, **options: Any) -> dict[str, Tensor]:
-    return {}
+    return defaultdict(_no_metric)
 
 
 def known_loss(loss: Tensor, calls: list[Loss], labels: Tensor, kind: str) -> Loss | str:
@@ -91,7 +115,7 @@ def known_loss(loss: Tensor, calls: list[Loss], labels: Tensor, kind: str) -> Lo
     """
     if not calls:
         return "a loss that is not a function of torch.nn.functional"
-    same = [call for call in calls if call.value.numel() == 1 and _near(call.value.squeeze(), loss)]
+    same = [call for call in calls if call.value.numel() == 1 and torch.equal(call.value.squeeze(), loss)]
     if not same:
         return (
             f"a loss that is more than {', '.join(sorted({call.name for call in calls}))}, such as a sum or a multiple"
@@ -101,6 +125,8 @@ def known_loss(loss: Tensor, calls: list[Loss], labels: Tensor, kind: str) -> Lo
         return f"the loss {call.name}"
     if call.given.ndim != 2:
         return f"a loss of outputs {tuple(call.given.shape)} instead of logits (N, K)"
+    if kind == "classes" and bool((labels == call.options.get("ignore_index", -100)).any()):
+        return f"the loss {call.name} with ignored labels"
     options = declared(call, kind)
     if options["loss"] == "mean_squared_error" and options["reduction"] == "sum":
         return "the loss mse_loss with reduction 'sum'"
@@ -132,4 +158,4 @@ def declared(call: Loss, kind: str) -> dict[str, Any]:
 
 
 def _near(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).norm() <= _SAME_VALUE * other.norm() + 1e-12)
+    return bool((one - other).norm() <= _SAME_TARGETS * other.norm() + 1e-12)

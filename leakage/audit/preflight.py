@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,21 +19,25 @@ from leakage.audit.client import Client
 from leakage.audit.data import Batch, Data, collect, find_images, most_images, seeded
 from leakage.audit.losses import OwnLoss, declared, known_loss
 from leakage.audit.report import Problem
-from leakage.audit.subject import LogitsOfTrainingStep, Loss, Subject, copy_of, observe
+from leakage.audit.subject import LogitsOfTrainingStep, Loss, Subject, copy_of, direction, loss_of, observe, slope_of
 from leakage.clients.losses import OWN
 from leakage.clients.protocol import are_probabilities
+from leakage.clients.victim import Victim
 
 # Rounding may move images out of [0, 1] by this much.
 _OUTSIDE = 1e-3
 # The number of images for a trial of a loss.
-_TRIED = 4
-_ONLY_BATCH = "Change it so that it needs nothing but the batch and the module."
+_TRIED = 8
+# Labels that are whole numbers below this are classes.
+_MOST_CLASSES = 100_000
+_ONLY_BATCH = "Change it so that it needs nothing but the batch and the module, and leave out what is only for logs."
+_ONE_OF_EACH = "Audit with batches of one tensor of images and one of labels: attacks search for nothing else."
 # What a loss that clients can't declare means for the verdict, by what it uses of labels.
 _MEANS = {
     "nothing": "Closed-form attacks do not apply. The loss does not depend on labels, so there are none to find.",
     "classes": "Closed-form attacks do not apply. Labels are searched for instead of read off, and found less often: "
     "audit with reveal_labels as well.",
-    "numbers": "Closed-form attacks do not apply. Labels can't be searched for: audit with reveal_labels.",
+    "numbers": "Closed-form attacks do not apply, and labels can't be searched for: attackers must know them.",
 }
 #: What a problem that leaves nothing to attack means for the verdict.
 NO_VERDICT = "Nothing was attacked: there is no verdict."
@@ -57,7 +62,7 @@ def preflight(
         The prepared subject, or None if a problem leaves nothing to attack; and the problems.
 
     Raises:
-        ValueError: ``module`` is not a LightningModule, the data have no images or labels, or they have fewer images
+        ValueError: ``module`` is not a LightningModule, the data have no images, or they have fewer images
             than one client holds.
     """
     if not isinstance(module, LightningModule):
@@ -85,8 +90,7 @@ def preflight(
             # In a copy, whose metrics keep results of this step.
             loss, calls, layers = observe(copy.deepcopy(copied), batches[0])
     except Exception as error:
-        said = f"it fails outside of `Trainer.fit`: {type(error).__name__}: {error}"
-        problems.append(Problem("not yet", "training_step", said, _ONLY_BATCH, NO_VERDICT))
+        problems.append(Problem("not yet", "training_step", _failure(error), _ONLY_BATCH, NO_VERDICT))
         return None, problems
     if not loss.requires_grad:
         problems.append(
@@ -94,12 +98,19 @@ def preflight(
         )
         return None, problems
 
-    def to_batch(new_images: Tensor, new_labels: Tensor) -> Any:
+    try:
+        if secret := _further_secrets(copied, first, batches[0], seed):
+            problems.append(Problem("not yet", "data", secret, _ONE_OF_EACH, NO_VERDICT))
+            return None, problems
+    except Exception as error:
+        problems.append(Problem("not yet", "training_step", _failure(error), _ONLY_BATCH, NO_VERDICT))
+        return None, problems
+
+    def to_batch(new_images: Tensor, new_labels: Tensor, dtype: torch.dtype | None = None) -> Any:
+        new_images = new_images if normalise is None else normalise(new_images)
         if uses == "nothing" and first.labels is not None:
             new_labels = first.labels[torch.arange(len(new_images)) % len(first.labels)]
-        elif new_labels.is_floating_point():
-            new_labels = new_labels.to(new_images.dtype)
-        return first.rebuild(new_images if normalise is None else normalise(new_images), new_labels)
+        return first.rebuild(new_images if dtype is None else new_images.round().to(dtype), new_labels)
 
     network: nn.Module
     uses = "numbers" if kind == "values" else "classes"
@@ -115,8 +126,7 @@ def preflight(
         try:
             uses = network.use_of_labels(images[:_TRIED], labels[:_TRIED], seed)
         except Exception as error:
-            said = f"it fails on other images: {type(error).__name__}: {error}"
-            problems.append(Problem("not yet", "training_step", said, _ONLY_BATCH, NO_VERDICT))
+            problems.append(Problem("not yet", "training_step", _failure(error), _ONLY_BATCH, NO_VERDICT))
             return None, problems
         problems.append(Problem("not yet", "training_step", call, "Nothing to do.", _MEANS[uses]))
         if uses == "nothing":
@@ -132,12 +142,30 @@ def preflight(
         labels=labels[own:],
         own_images=images[:own],
         own_labels=labels[:own],
-        to_batch=to_batch,
+        to_batch=partial(to_batch, dtype=torch.uint8) if first.images.dtype == torch.uint8 else to_batch,
         dropout=dropout,
         problems=problems,
         uses=uses,
     )
     return (subject if _attackable(subject, problems) else None), problems
+
+
+def _failure(error: Exception) -> str:
+    return f"it fails in the audit's copy, outside of `Trainer.fit`: {type(error).__name__}: {error}"
+
+
+def _further_secrets(module: LightningModule, first: Batch, batch: Any, seed: int) -> str:
+    """Return which tensors of a batch, besides images and labels, the gradient depends on; empty if there are none."""
+
+    def slope(given: Any) -> Tensor:
+        made = copy.deepcopy(module)
+        with seeded(seed):
+            return slope_of(loss_of(made, given), made)
+
+    plain = slope(batch) if first.others else torch.empty(0)
+    used = [key for key, other in first.others.items() if not torch.equal(slope(other), plain)]
+    names = ", ".join(repr(key) for key in sorted(used, key=str))
+    return f"batches that hold more of each image than labels: the loss depends on {names}" if used else ""
 
 
 def prepare_layers(module: LightningModule) -> list[Problem]:
@@ -222,9 +250,10 @@ def _labels(batches: list[Any]) -> tuple[Tensor, str]:
     found = [part.labels.detach().cpu() for part in parts if part.labels is not None]
     if len(found) < len(parts):
         return torch.zeros(sum(len(part.images) for part in parts), 1), "values"
-    if not any(labels.is_floating_point() or labels[0].numel() != 1 for labels in found):
-        return torch.cat([labels.reshape(-1) for labels in found]).long(), "classes"
-    labels = torch.cat([labels.reshape(len(labels), -1) for labels in found]).float()
+    labels = torch.cat([labels.reshape(len(labels), -1) for labels in found])
+    if labels.shape[1] == 1 and bool(((labels == labels.long()) & (labels >= 0) & (labels < _MOST_CLASSES)).all()):
+        return labels[:, 0].long(), "classes"
+    labels = labels.float()
     return labels, "probabilities" if are_probabilities(labels) else "values"
 
 
@@ -342,18 +371,35 @@ def _attackable(subject: Subject, problems: list[Problem]) -> bool:
     """Whether a client can be simulated; if not, or with limits, a problem is added."""
     try:
         victim = subject.victim(num_images=2)
-    except (ValueError, RuntimeError) as error:
+        depends = _depends_on_images(subject, victim)
+    except Exception as error:  # the module's own
         fix = "Replace the part named in the message by a function of only images and weights."
-        where = "training_step" if subject.loss["loss"] == OWN else type(subject.network).__name__
+        where = "training_step" if subject.has_own_loss else type(subject.network).__name__
         problems.append(Problem("not yet", where, str(error), fix, NO_VERDICT))
         return False
-    if subject.loss["loss"] != OWN and (
+    if not depends:
+        said = "the update can't be differentiated by the images, for example because of `torch.no_grad`"
+        fix = "Freeze weights by `requires_grad_(False)` instead: a frozen layer needs no `torch.no_grad`."
+        problems.append(Problem("not yet", "training_step", said, fix, NO_VERDICT))
+        return False
+    if not subject.has_own_loss and (
         victim.classifier is None or not any(name.startswith(victim.classifier) for name in victim.trainable)
     ):
         hidden = "logits that do not come from a trained linear layer"
         means = "Labels are searched for instead of read off, and found less often. Audit with reveal_labels as well."
         problems.append(Problem("not yet", victim.logits_from, hidden, "Nothing to do.", means))
     return True
+
+
+def _depends_on_images(subject: Subject, victim: Victim) -> bool:
+    rows = torch.arange(victim.protocol.num_images) % len(subject.own_images)
+    images = subject.own_images[rows].clone().requires_grad_()
+    targets = victim.protocol.targets(subject.own_labels[rows], images.dtype)
+    with torch.enable_grad():
+        gradients = victim.gradients(victim.state, images, targets)
+        total = direction(list(gradients.values()))
+        slope = torch.autograd.grad(total, images, allow_unused=True)[0] if total.requires_grad else None
+    return slope is not None and bool((slope != 0).any())
 
 
 def _shape_of(batch: Any) -> str:

@@ -17,14 +17,15 @@ def check_soft_labels(victim: Victim) -> None:
     """Raise a ``ValueError`` unless :func:`infer_soft_labels` can read the labels of such victims.
 
     Raises:
-        ValueError: labels are not probabilities, the loss is not cross-entropy, there are several images or steps, or
-            the last layer is not a linear layer that shares the gradients of its weights and its bias.
+        ValueError: labels are not probabilities, the loss is not cross-entropy, there are several images or steps, or a
+            defense, or the last layer is not a linear layer that shares the gradients of its weights and its bias.
     """
     protocol, layer = victim.protocol, victim.classifier
     needs = {
         "labels that are probabilities": protocol.label_kind == "probabilities" or f"{protocol.label_kind!r}",
         "loss 'cross_entropy'": protocol.loss == "cross_entropy" or f"{protocol.loss!r}",
         "one image per gradient": protocol.num_images == 1 or f"{protocol.num_images}",
+        "no defense": not protocol.defenses or f"{protocol.defenses[0]['name']!r}",
         "one local step": protocol.learning_rate is None or "several, or a secret learning rate",
         "logits that are the output of an nn.Linear layer": bool(layer) or f"logits from {victim.logits_from}",
         "a last layer whose weights and bias both share their gradient": (

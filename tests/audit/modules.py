@@ -9,6 +9,7 @@ from lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import Normalize
 
@@ -106,14 +107,17 @@ class Focal(Small):
 
     def __init__(self) -> None:
         super().__init__()
-        self.accuracy, self.recorded = MulticlassAccuracy(10), list[float]()
+        self.accuracy, self.recorded, self.total = MulticlassAccuracy(10), list[float](), 0.0
+        self.metrics = MetricCollection([MulticlassAccuracy(10)])
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         logits = self(batch[0])
         each = F.cross_entropy(logits, batch[1], reduction="none")
         loss = ((1 - (-each).exp()) ** 2 * each).mean()
         self.log("accuracy", self.accuracy(logits, batch[1]))
+        self.log("other", self.metrics(logits, batch[1])["MulticlassAccuracy"])
         self.recorded.append(loss.item())
+        self.total += float(loss.detach())
         return loss
 
 
@@ -164,6 +168,21 @@ class Parity(Small):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return F.mse_loss(self(batch[0])[:, 0], (batch[1] % 2).float())
+
+
+class Bytes(Small):
+    """Whole-number images, which the step scales."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return 2 * F.cross_entropy(self(batch[0].float() / 255), batch[1])
+
+
+class OneClass(Small):
+    """Is it a bag? One logit, and labels as floats, some of them in a column."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        labels = batch[1].view(-1).float()
+        return F.binary_cross_entropy_with_logits(self(batch[0])[:, 0], (labels - 4) ** 2 / 25)
 
 
 class Hooked(Small):
@@ -217,13 +236,24 @@ class Images(Dataset[Any]):
         image = image if self.transform is None else self.transform(image)
         if self.kind == "dict":
             return {"path": str(index), "weight": torch.tensor(1.0), "label": torch.tensor([label]), "image": image}
+        if self.kind == "weights":
+            return {"weight": image.mean(), "label": torch.tensor([label]), "image": image}
+        if self.kind == "column":
+            return image, torch.tensor([float(label)])
         if self.kind == "scaled":
             image = 4 * image - 2
         if self.kind == "alone":
             return image
-        if self.kind in ("soft", "several", "numbers"):
+        if self.kind in ("soft", "several", "truths", "numbers"):
             one, other = F.one_hot(torch.tensor([label, (label + index) % 10]), 10)
-            return image, {"soft": 0.7 * one + 0.3 * other, "several": one | other, "numbers": image.mean()}[self.kind]
+            several = one | other
+            kinds = {
+                "soft": 0.7 * one + 0.3 * other,
+                "several": several,
+                "truths": several > 0,
+                "numbers": image.mean(),
+            }
+            return image, kinds[self.kind]
         return image, label
 
 

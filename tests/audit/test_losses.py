@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from leakage.clients.losses import OWN
 from tests.audit.modules import (
     Autoencoder,
     Binary,
+    Bytes,
     Data,
     Focal,
+    OneClass,
     OtherLoss,
     Parity,
     Penalised,
@@ -38,6 +42,13 @@ def inspect(module: LightningModule, data: Any) -> tuple[Subject, Problem]:
     return subject, problems[-1]
 
 
+def zero_head(module: Small) -> Small:
+    """Its loss is the same for all labels, but not its gradient."""
+    torch.nn.init.zeros_(module.net[-1].weight)
+    torch.nn.init.zeros_(module.net[-1].bias)
+    return module
+
+
 CASES = [
     (Scaled(), "tuple", "classes", "more than cross_entropy"),
     (Penalised(), "tuple", "classes", "more than cross_entropy"),
@@ -50,9 +61,13 @@ CASES = [
     (Regression(), "numbers", "numbers", "instead of logits (N, K)"),
     (Regression(), "tuple", "classes", "instead of logits (N, K)"),
     (Selecting(), "tuple", "classes", "not a function of torch.nn.functional"),
+    (Bytes(), "uint8", "classes", "more than cross_entropy"),
+    (OneClass(), "column", "classes", "the loss binary_cross_entropy_with_logits"),
+    (zero_head(Binary()), "tuple", "classes", "the loss binary_cross_entropy_with_logits"),
     (Parity(), "tuple", "numbers", "instead of logits (N, K)"),
     (Autoencoder(), "tuple", "nothing", "other targets than the labels"),
     (Autoencoder(), "alone", "nothing", "other targets than the labels"),
+    (Binary(), "truths", "numbers", "the loss binary_cross_entropy_with_logits"),
 ]
 
 
@@ -143,21 +158,72 @@ class Stopping(Small):
 class Branching(Small):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self(batch[0]), batch[1])
-        return 2 * loss if loss > 1 else loss
+        return 2 * loss if loss.item() > 1 else loss
+
+
+class Multiplied(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        return loss * (loss / 2).item()
+
+
+class Frozen(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            features = self.net[:2](batch[0])
+        return F.cross_entropy(self.net[2:](features), batch[1])
+
+
+class Measured(Focal):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        logits = self(batch[0])
+        return F.cross_entropy(logits, batch[1]) / self.accuracy(logits, batch[1])
+
+
+class Lucky(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return (1 + random.random()) * F.cross_entropy(self(batch[0]), batch[1])
+
+
+class Weighted(Small):
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        each = F.cross_entropy(self(batch["image"]), batch["label"][:, 0], reduction="none")
+        return (batch["weight"] * each).mean()
 
 
 @pytest.mark.parametrize(
-    ("module", "said"),
+    ("module", "where", "said"),
     [
-        (Stopping(), "it fails on other images: RuntimeError: too few"),
-        (Branching(), "that `torch.func.vmap` can run"),
+        (Stopping(), "training_step", "outside of `Trainer.fit`: RuntimeError: too few"),
+        (Branching(), "training_step", r"such as `loss.item\(\)`, only for its logs"),
+        (Multiplied(), "training_step", r"such as `loss.item\(\)`, only for its logs"),
+        (Frozen(), "training_step", "the update can't be differentiated by the images"),
+        (Measured(), "training_step", "the loss is not finite; if metrics of torchmetrics"),
+        (Lucky(), "training_step", "depends on random numbers"),
+        (Weighted(), "data", "hold more of each image than labels: the loss depends on 'weight'"),
     ],
+    ids=lambda value: type(value).__name__ if isinstance(value, LightningModule) else None,
 )
-def test_losses_that_attacks_cannot_run(module: LightningModule, said: str) -> None:
-    subject, problems = preflight(module, Data(), [Client()], victims=4, public=50, seed=0)
+def test_losses_that_attacks_cannot_run(module: LightningModule, where: str, said: str) -> None:
+    data = Data(kind="weights" if isinstance(module, Weighted) else "tuple")
+    subject, problems = preflight(module, data, [Client()], victims=4, public=50, seed=0)
     assert subject is None
-    assert (problems[-1].where, problems[-1].means) == ("training_step", NO_VERDICT)
-    assert said in problems[-1].problem
+    assert (problems[-1].where, problems[-1].means) == (where, NO_VERDICT)
+    assert re.search(said, problems[-1].problem)
+
+
+def test_another_loss_is_another_audit(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"victims": 2, "budget": "20s", "attacks": ["gauss_newton"], "output": tmp_path}
+    audit(Scaled(), Data(), Client(), **options)
+    with pytest.raises(ValueError, match="Expected `output` without another audit"):
+        audit(Penalised(), Data(), Client(), **options)
+
+
+def test_secret_orders_need_a_loss_of_each_image(tmp_path: Path) -> None:
+    client = Client(images=2, local_steps=2, local_batch_size=1, shuffle=True, learning_rate=0.1)
+    report = audit(Scaled(), Data(), client, victims=2, budget="20s", output=tmp_path)
+    assert report.verdict == "failed check"
+    assert "no `shuffle` with loss 'own'" in report.checks[0].finding
 
 
 def captured(module: Small, data: Data) -> dict[str, Tensor]:

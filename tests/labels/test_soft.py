@@ -7,6 +7,7 @@ from torch import nn
 from leakage import LeNet, Victim
 from leakage.attacks import IDLGAttack
 from leakage.datamodules import Victims
+from leakage.defenses import Clip
 from leakage.labels import infer_labels, infer_soft_labels
 from tests.kit import fit
 
@@ -45,6 +46,7 @@ def test_a_gradient_of_zero_reveals_nothing() -> None:
         ({"num_images": 2}, "one image per gradient to infer a soft label, but got 2"),
         ({"loss": "mean_squared_error"}, "loss 'cross_entropy' to infer a soft label, but got 'mean_squared_error'"),
         ({"local_steps": 2, "learning_rate": 0.1}, "one local step to infer a soft label, but got several"),
+        ({"defenses": [Clip(0.5)]}, "no defense to infer a soft label, but got 'Clip'"),
         ({"bias": False}, "a last layer whose weights and bias both share their gradient to infer a soft label"),
     ],
 )
