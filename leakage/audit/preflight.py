@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
 import torch
 from lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torchvision import transforms
 from torchvision.transforms import v2
 
 from leakage.audit.client import Client
 from leakage.audit.data import Batch, Data, collect, find_images, most_images, seeded
+from leakage.audit.layers import dropout_of, prepare_layers
 from leakage.audit.losses import OwnLoss, declared, known_loss
 from leakage.audit.report import Problem
 from leakage.audit.subject import LogitsOfTrainingStep, Loss, Subject, copy_of, direction, loss_of, observe, slope_of
@@ -30,8 +30,6 @@ _OUTSIDE = 1e-3
 _TRIED = 8
 # Labels that are whole numbers below this are classes.
 _MOST_CLASSES = 100_000
-_ONLY_BATCH = "Change it so that it needs nothing but the batch and the module, and leave out what is only for logs."
-_ONE_OF_EACH = "Audit with batches of one tensor of images and one of labels: attacks search for nothing else."
 # What a loss that clients can't declare means for the verdict, by what it uses of labels.
 _MEANS = {
     "nothing": "Closed-form attacks do not apply. The loss does not depend on labels, so there are none to find.",
@@ -65,13 +63,47 @@ def preflight(
         ValueError: ``module`` is not a LightningModule, the data have no images, or they have fewer images
             than one client holds.
     """
+    problems: list[Problem] = []
+    try:
+        return _prepare(module, data, clients, problems, victims, public, seed), problems
+    except _StopError as stop:
+        return None, [*problems, stop.problem]
+
+
+class _StopError(Exception):
+    """A problem that leaves nothing to attack."""
+
+    def __init__(self, kind: str, where: str, problem: str, fix: str) -> None:
+        super().__init__(problem)
+        self.problem = Problem(kind, where, problem, fix, NO_VERDICT)
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Report an error of the module's own ``training_step`` as a problem."""
+    try:
+        yield
+    except Exception as error:
+        said = f"it fails in the audit's copy, outside of `Trainer.fit`: {type(error).__name__}: {error}"
+        fix = "Change it so that it needs nothing but the batch and the module, and leave out what is only for logs."
+        raise _StopError("not yet", "training_step", said, fix) from error
+
+
+def _prepare(
+    module: LightningModule,
+    data: Data | None,
+    clients: Sequence[Client],
+    problems: list[Problem],
+    victims: int,
+    public: int,
+    seed: int,
+) -> Subject:
     if not isinstance(module, LightningModule):
         raise ValueError(f"Expected `model` to be a LightningModule, but got {type(module).__name__}.")
     copied = copy_of(module)
-    dropout = [name for name, layer in copied.named_modules() if isinstance(layer, _DropoutNd) and _is_random(layer)]
-    problems = prepare_layers(copied)
-    wanted = victims * max(client.images for client in clients) + public
-    batches = collect(copied, data, wanted, seed)
+    dropout = dropout_of(copied)
+    problems += prepare_layers(copied)
+    batches = collect(copied, data, victims * max(client.images for client in clients) + public, seed)
     first = find_images(batches[0])
     if first is None:
         raise ValueError(
@@ -80,31 +112,21 @@ def preflight(
         )
     if not copied.automatic_optimization:
         fix = "Audit the same network in a module whose `training_step` returns one loss."
-        problems.append(Problem("not yet", "training_step", "manual optimization", fix, NO_VERDICT))
-        return None, problems
+        raise _StopError("not yet", "training_step", "manual optimization", fix)
     images, normalise = _unit_range(batches, data, problems)
     labels, kind = _labels(batches)
     labels = labels[: len(images)]
-    try:
-        with seeded(seed):
-            # In a copy, whose metrics keep results of this step.
-            loss, calls, layers = observe(copy.deepcopy(copied), batches[0])
-    except Exception as error:
-        problems.append(Problem("not yet", "training_step", _failure(error), _ONLY_BATCH, NO_VERDICT))
-        return None, problems
+    with _own_errors(), seeded(seed):
+        # In a copy, whose metrics keep results of this step.
+        loss, calls, layers = observe(copy.deepcopy(copied), batches[0])
     if not loss.requires_grad:
-        problems.append(
-            Problem("never", "training_step", "a loss without gradient", "Let the loss depend on weights.", NO_VERDICT)
-        )
-        return None, problems
-
-    try:
-        if secret := _further_secrets(copied, first, batches[0], seed):
-            problems.append(Problem("not yet", "data", secret, _ONE_OF_EACH, NO_VERDICT))
-            return None, problems
-    except Exception as error:
-        problems.append(Problem("not yet", "training_step", _failure(error), _ONLY_BATCH, NO_VERDICT))
-        return None, problems
+        raise _StopError("never", "training_step", "a loss without gradient", "Let the loss depend on weights.")
+    with _own_errors():
+        further = _further_secrets(copied, first, batches[0], seed)
+    if further:
+        said = f"batches that hold more of each image than labels: the loss depends on {further}"
+        fix = "Audit with batches of one tensor of images and one of labels: attacks search for nothing else."
+        raise _StopError("not yet", "data", said, fix)
 
     def to_batch(new_images: Tensor, new_labels: Tensor, dtype: torch.dtype | None = None) -> Any:
         new_images = new_images if normalise is None else normalise(new_images)
@@ -123,15 +145,12 @@ def preflight(
     else:
         options, num_classes = {"loss": OWN, "label_kind": kind}, _number_of_classes(labels, calls)
         network = OwnLoss(copied, to_batch, num_classes, classes=kind == "classes")
-        try:
+        with _own_errors():
             uses = network.use_of_labels(images[:_TRIED], labels[:_TRIED], seed)
-        except Exception as error:
-            problems.append(Problem("not yet", "training_step", _failure(error), _ONLY_BATCH, NO_VERDICT))
-            return None, problems
-        problems.append(Problem("not yet", "training_step", call, "Nothing to do.", _MEANS[uses]))
         if uses == "nothing":
             options, num_classes, labels = options | {"label_kind": "values"}, 1, torch.zeros(len(images), 1)
             network = OwnLoss(copied, to_batch, 1, classes=False)
+        problems.append(Problem("not yet", "training_step", call, "Nothing to do.", _MEANS[uses]))
     own = _own_images(len(images), public, max(client.images for client in clients))
     subject = Subject(
         module=copied,
@@ -147,11 +166,8 @@ def preflight(
         problems=problems,
         uses=uses,
     )
-    return (subject if _attackable(subject, problems) else None), problems
-
-
-def _failure(error: Exception) -> str:
-    return f"it fails in the audit's copy, outside of `Trainer.fit`: {type(error).__name__}: {error}"
+    _check_attackable(subject, problems)
+    return subject
 
 
 def _further_secrets(module: LightningModule, first: Batch, batch: Any, seed: int) -> str:
@@ -164,84 +180,7 @@ def _further_secrets(module: LightningModule, first: Batch, batch: Any, seed: in
 
     plain = slope(batch) if first.others else torch.empty(0)
     used = [key for key, other in first.others.items() if not torch.equal(slope(other), plain)]
-    names = ", ".join(repr(key) for key in sorted(used, key=str))
-    return f"batches that hold more of each image than labels: the loss depends on {names}" if used else ""
-
-
-def prepare_layers(module: LightningModule) -> list[Problem]:
-    """Replace what hinders attacks in the layers of a copied module, where possible, and list the problems."""
-    problems = []
-
-    def report(kind: str, where: list[str], problem: str, fix: str, means: str) -> None:
-        if where:
-            shown = ", ".join(where[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
-            problems.append(Problem(kind, shown, problem, fix, means))
-
-    named = {name or type(module).__name__: layer for name, layer in module.named_modules()}
-    random = [name for name, layer in named.items() if _is_random(layer)]
-    for name in random:
-        layer = cast(Any, named[name])
-        layer.training = False
-        if isinstance(layer, nn.MultiheadAttention):
-            layer.dropout, layer.training = 0.0, True
-    dropout = [name for name in random if isinstance(named[name], _DropoutNd)]
-    report(
-        *("replace", dropout, "dropout in training mode"),
-        "To audit clients that train with dropout, declare them with dropout=True.",
-        "The verdict for other clients is without dropout. Do not rely on dropout to hide more: attacks can search for "
-        "the masks together with the images.",
-    )
-    report(
-        *("replace", [name for name in random if name not in dropout], "layers that drop connections or whole blocks"),
-        "Nothing to do: the audit turns them off, as attacks can't search yet for what they drop.",
-        "The verdict is for clients whose layers drop nothing.",
-    )
-    mixing = [name for name, layer in named.items() if isinstance(layer, _BatchNorm) and layer.training]
-    report(
-        *("replace", mixing, "BatchNorm in training mode: it normalises by the client's own batch"),
-        "If clients train with running statistics, call `eval()` on these layers and audit again.",
-        "The verdict is for training mode. With running statistics, images are easier to rebuild.",
-    )
-    in_place = [name for name, layer in named.items() if getattr(layer, "inplace", False) is True]
-    for name in in_place:
-        cast(Any, named[name]).inplace = False
-    report(
-        *("replace", in_place, "in-place operations", "Nothing to do: the audit replaces them, with the same results."),
-        "Nothing.",
-    )
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
-    kind = "never" if len(frozen) == len(parameters) else "replace"
-    report(
-        *(kind, frozen, "frozen parameters: clients do not share their gradient"),
-        "If clients train them, set `requires_grad`.",
-        "The verdict is only for updates without these parameters.",
-    )
-    seen: dict[int, str] = {}
-    shared = [name for name, parameter in parameters.items() if seen.setdefault(id(parameter), name) != name]
-    report(
-        *("not yet", shared, "parameters that several layers share", "Nothing to do, or audit with copies of them."),
-        "Closed-form attacks do not apply; the others do.",
-    )
-    half = [name for name, parameter in parameters.items() if parameter.dtype in (torch.float16, torch.bfloat16)]
-    if half:
-        module.float()
-    report(
-        *("replace", half, "half precision", "To include the effect of rounding, add the defense HalfPrecision."),
-        "The audit runs in single precision, where an update gives away at least as much.",
-    )
-    return problems
-
-
-def _is_random(layer: nn.Module) -> bool:
-    if not layer.training:
-        return False
-    if isinstance(layer, nn.MultiheadAttention):
-        return bool(layer.dropout > 0)
-    kind = type(layer).__name__
-    rate = getattr(layer, "p", getattr(layer, "drop_prob", 0.0))
-    drops = "Drop" in kind or kind == "StochasticDepth"
-    return bool(drops and isinstance(rate, int | float) and rate > 0 and not any(True for _ in layer.children()))
+    return ", ".join(repr(key) for key in sorted(used, key=str))
 
 
 def _labels(batches: list[Any]) -> tuple[Tensor, str]:
@@ -367,28 +306,24 @@ def _own_images(available: int, public: int, images: int) -> int:
     return own
 
 
-def _attackable(subject: Subject, problems: list[Problem]) -> bool:
-    """Whether a client can be simulated; if not, or with limits, a problem is added."""
+def _check_attackable(subject: Subject, problems: list[Problem]) -> None:
+    """Stop unless a client can be simulated and its update differentiated; with limits, a problem is added."""
     try:
         victim = subject.victim(num_images=2)
         depends = _depends_on_images(subject, victim)
     except Exception as error:  # the module's own
         fix = "Replace the part named in the message by a function of only images and weights."
         where = "training_step" if subject.has_own_loss else type(subject.network).__name__
-        problems.append(Problem("not yet", where, str(error), fix, NO_VERDICT))
-        return False
+        raise _StopError("not yet", where, str(error), fix) from error
     if not depends:
         said = "the update can't be differentiated by the images, for example because of `torch.no_grad`"
         fix = "Freeze weights by `requires_grad_(False)` instead: a frozen layer needs no `torch.no_grad`."
-        problems.append(Problem("not yet", "training_step", said, fix, NO_VERDICT))
-        return False
-    if not subject.has_own_loss and (
-        victim.classifier is None or not any(name.startswith(victim.classifier) for name in victim.trainable)
-    ):
+        raise _StopError("not yet", "training_step", said, fix)
+    layer = victim.classifier
+    if not subject.has_own_loss and (layer is None or not any(name.startswith(layer) for name in victim.trainable)):
         hidden = "logits that do not come from a trained linear layer"
         means = "Labels are searched for instead of read off, and found less often. Audit with reveal_labels as well."
         problems.append(Problem("not yet", victim.logits_from, hidden, "Nothing to do.", means))
-    return True
 
 
 def _depends_on_images(subject: Subject, victim: Victim) -> bool:
