@@ -206,9 +206,10 @@ def check_labels(labels: Tensor, victims: int, protocol: Protocol) -> None:
         if labels.is_floating_point() and bool(labels.isfinite().all()):
             return
         expected = "finite floating-point numbers"
-    raise ValueError(
-        f"Expected `labels` as {expected}, but got {labels.dtype} from {labels.min().item()} to {labels.max().item()}."
-    )
+    got = f"{labels.dtype}"
+    if labels.numel() and not labels.is_complex():
+        got += f" from {labels.min().item()} to {labels.max().item()}"
+    raise ValueError(f"Expected `labels` as {expected}, but got {got}.")
 
 
 def check_local_steps(
