@@ -85,7 +85,7 @@ def with_tensor(fuzz: SimpleNamespace, path: Path, kind: str, name: str, tensor:
     [
         ("ids", torch.tensor([1 + 1j, 2]), "Expected `ids` as whole numbers .* but got torch.complex64"),
         ("labels", torch.ones(2, 2, dtype=torch.bool), "Expected `labels` as class indices .*, but got torch.bool"),
-        ("labels", torch.ones(2, 2, dtype=torch.complex64), "Expected `labels` as class indices .*, but got torch.comp"),
+        ("labels", torch.ones(2, 2, dtype=torch.complex64), "Expected `labels` as class indices .*, but got torch.c"),
         ("gradients/b", torch.ones(2, 3).to(torch.float8_e5m2), "gradient of 'b' in floating point, but got torch.f"),
         ("state/w", torch.ones(3, 4, dtype=torch.complex64), "state of 'w' as real numbers, but got torch.complex64"),
     ],
