@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -101,8 +101,15 @@ class Link:
         return Geometry(inputs, outputs, kernel, cast(_Pair, layer.stride), dilation, padding, layer.groups)
 
 
+class _ReachedError(Exception):
+    """The last module of a chain was called."""
+
+
 def find_links(
-    victim: Victim, functions: Collection[type[nn.Module]], refused: Callable[[Link], str | None]
+    victim: Victim,
+    functions: Collection[type[nn.Module]],
+    refused: Callable[[Link], str | None],
+    last: str | None = None,
 ) -> list[Link]:
     """Return the modules of a plain chain up to its classifier, without ``Identity``, ``Flatten`` and dropout.
 
@@ -110,6 +117,7 @@ def find_links(
         victim: the victim whose network is searched.
         functions: module types that are allowed between ``Conv2d`` and ``Linear``.
         refused: returns the reason why a link is not supported, or None.
+        last: the layer that ends the chain, whatever follows it; by default the classifier.
 
     Raises:
         ValueError: the network is not such a chain. The message names the module.
@@ -118,18 +126,26 @@ def find_links(
         raise ValueError(
             f"Expected a network whose logits are the output of a linear layer, but got those of {victim.logits_from}."
         )
-    if victim.draws:
-        raise _not_a_chain(f"{sorted(victim.draws)}, which draw random numbers that only the client knows")
+    if last is None:
+        _check_no_draws(victim, victim.draws)
+    last = last or victim.classifier
+    calls = _calls(victim, last)
+    _check_no_draws(victim, [link.name for link in calls])
     links = []
-    for link in _calls(victim):
+    for link in calls:
         if not isinstance(link.module, nn.Identity | nn.Flatten | _DropoutNd):
             if reason := _why_refused(link, victim, functions, refused):
                 names = ", ".join(kind.__name__ for kind in (nn.Conv2d, nn.Linear, *functions))
                 raise _not_a_chain(f"{link}, {reason}. Supported are {names}")
             links.append(link)
-        if link.name == victim.classifier:
+        if link.name == last:
             break
     return links
+
+
+def _check_no_draws(victim: Victim, names: Iterable[str]) -> None:
+    if secret := sorted(victim.draws.keys() & {*names}):
+        raise _not_a_chain(f"{secret}, which draw random numbers that only the client knows")
 
 
 def _why_refused(
@@ -149,8 +165,8 @@ def _why_refused(
 
 
 @torch.no_grad()
-def _calls(victim: Victim) -> list[Link]:
-    """Return the modules without children in the order of their calls."""
+def _calls(victim: Victim, last: str) -> list[Link]:
+    """Return the modules without children in the order of their calls, up to ``last`` unless it is the classifier."""
     like = next(victim.model.parameters())
     noise = torch.rand(2, *victim.protocol.image_shape, generator=torch.Generator().manual_seed(0)).to(like)
     calls: list[Link] = []
@@ -178,12 +194,15 @@ def _calls(victim: Victim) -> list[Link]:
             raise _not_a_chain(f"{Link(name, module, (), ())}, whose output is not a tensor")
         kept.append((output, output._version, output.clone()))
         calls.append(Link(name, module, tuple(inputs[0].shape[1:]), tuple(output.shape[1:])))
+        if name == last != victim.classifier:
+            raise _ReachedError
 
     with contextlib.ExitStack() as hooks:
         for name, module in victim.model.named_modules():
             if not any(True for _ in module.children()):
                 hooks.callback(module.register_forward_pre_hook(partial(before, name)).remove)
                 hooks.callback(module.register_forward_hook(partial(after, name)).remove)
+        hooks.enter_context(contextlib.suppress(_ReachedError))
         victim.model(noise)
     return calls
 

@@ -13,6 +13,7 @@ from torchvision.transforms import Normalize
 from leakage.clients.chain import Link, find_links
 from leakage.clients.victim import Victim
 from leakage.models.derivatives import ACTIVATIONS
+from leakage.models.drawing import Drawing
 from leakage.models.layers import AveragePooling
 
 # Smallest distance of a sigmoid's or tanh's output from its bounds; reconstructed outputs may overshoot them.
@@ -39,6 +40,10 @@ def find_chain(victim: Victim) -> list[Link]:
     positive), ``BatchNorm2d`` in evaluation mode, ``torchvision.transforms.Normalize``, and modules without effect:
     ``Identity``, ``Flatten``, dropout in evaluation mode.
 
+    With one image, a chain may also end at the first layer of a module that draws random numbers, such as the
+    bottleneck of :class:`~leakage.defenses.PRECODE`: the gradient of this layer gives its input away, and what follows
+    does not matter.
+
     Raises:
         ValueError: the network is no such chain, or the classifier is not a linear layer. The message names the module.
 
@@ -47,7 +52,20 @@ def find_chain(victim: Victim) -> list[Link]:
         >>> [link.name for link in find_chain(Victim(LeNet(), image_shape=(1, 28, 28))) if link.is_layer]
         ['features.0', 'features.2', 'features.4', 'classifier']
     """
-    return find_links(victim, (*_INVERSES, nn.BatchNorm2d, Normalize), _why_refused)
+    return find_links(victim, (*_INVERSES, nn.BatchNorm2d, Normalize), _why_refused, _before_draws(victim))
+
+
+def _before_draws(victim: Victim) -> str | None:
+    """Return the layer of a drawing module whose gradient gives the input of a single image away, if there is one."""
+    modules = {name: victim.model.get_submodule(name) for name in victim.draws}
+    layers = [
+        f"{name}.{module.first_layer}"
+        for name, module in modules.items()
+        if isinstance(module, Drawing) and module.first_layer
+    ]
+    if victim.protocol.num_images > 1 or not layers:
+        return None
+    return layers[0] if {f"{layers[0]}.weight", f"{layers[0]}.bias"} <= {*victim.trainable} else None
 
 
 def _why_refused(link: Link) -> str | None:

@@ -187,12 +187,25 @@ def images_by_layers(shared: SharedGradient, victim: Victim, labels: Tensor, *, 
         >>> bool((found - images).abs().max() < 1e-3), usable.tolist()
         (True, [True, True])
     """
-    separated = separate_features(shared, victim, labels, seed=seed)
+    last = find_chain(victim)[-1].name
+    if last == victim.classifier:
+        separated = separate_features(shared, victim, labels, seed=seed)
+    else:
+        separated = _inputs_of(last, shared)
     # With several images, layers are seldom determined, and then further iterations do not help.
     most = _ITERATIONS_OF_BATCHES if shared.protocol.num_images > 1 else _ITERATIONS
     found = invert_layers(shared, victim, separated, max_iterations=most)
     usable = torch.isfinite(found.images).flatten(1).all(1) & torch.isfinite(found.residual)
     return found.images.clamp(0, 1), usable
+
+
+def _inputs_of(layer: str, shared: SharedGradient) -> SeparatedFeatures:
+    """Return the inputs of a linear layer and the gradient of its outputs, for a single image."""
+    weight, outputs = (shared.gradients[f"{layer}.{name}"].double() for name in ("weight", "bias"))
+    outputs = outputs[:, None]
+    features = outputs @ weight / outputs.square().sum(2, keepdim=True)
+    residual = (outputs.mT @ features - weight).norm(dim=(1, 2)) / weight.norm(dim=(1, 2))
+    return SeparatedFeatures(features, outputs, residual)
 
 
 def _at_once(links: list[Link], num_images: int, device: torch.device) -> int:

@@ -21,6 +21,8 @@ class VariationalBottleneck(Drawing):
         weight: :math:`\beta`, weight of the KL divergence in the loss.
     """
 
+    first_layer = "encoder"
+
     def __init__(self, features: int, size: int, weight: float) -> None:
         super().__init__((size,))
         self.weight = weight
@@ -49,7 +51,9 @@ class PRECODE(nn.Module):
 
     PRECODE is part of the model, not one of the client's ``defenses``: ``Victims(model=PRECODE(LeNet()))``. A
     :class:`leakage.Victim` draws the noise. An attacker who knows the defense searches for the noise together with the
-    images (:class:`leakage.dummies.Drawn`); one who does not (``adaptive=False``) assumes that it is 0.
+    images (:class:`leakage.dummies.Drawn`); one who does not (``adaptive=False``) assumes that it is 0. The gradient of
+    E alone gives the features h of a single image away, whatever the noise, and the layers before E the image
+    (:func:`leakage.closed_form.images_by_layers`).
 
     Shapes: inputs and outputs are those of ``network``.
 

@@ -47,9 +47,14 @@ class Drawing(nn.Module):
 
     Args:
         draw_shape: shape of the numbers for one image.
+
+    Attributes:
+        first_layer: name of a linear layer in the module that receives the module's input unchanged; None if there is
+            none.
     """
 
     drawn: Tensor
+    first_layer: str | None = None
 
     def __init__(self, draw_shape: tuple[int, ...]) -> None:
         super().__init__()

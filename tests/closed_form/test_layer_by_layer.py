@@ -15,8 +15,16 @@ from torchvision.transforms import Normalize
 from leakage.clients.chain import Link
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
-from leakage.closed_form import SeparatedFeatures, invert_layers, layer_by_layer, linear_system
+from leakage.closed_form import (
+    SeparatedFeatures,
+    check_layers,
+    images_by_layers,
+    invert_layers,
+    layer_by_layer,
+    linear_system,
+)
 from leakage.closed_form.linear_system import LinearSystem
+from leakage.defenses import PRECODE
 from leakage.models import MLP, ConvNet, LeNet
 
 Case = tuple[SharedGradient, Victim, SeparatedFeatures, Tensor]
@@ -145,6 +153,24 @@ def test_exact_where_determined(name: str, own: bool) -> None:
     assert found.images.dtype == torch.float64
     torch.testing.assert_close(found.images, images, atol=1e-5, rtol=0)
     assert (found.residual < 1e-6).all()
+
+
+def test_noise_behind_the_features_does_not_matter() -> None:
+    """PRECODE: the gradient of the bottleneck's own first layer holds the features of a single image."""
+    model = PRECODE(lenet(), size=6).double()
+    victim = Victim(model, image_shape=(1, 8, 8))
+    images = torch.rand(3, 1, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.tensor([[0], [3], [1]])
+    shared = victim.share(images, labels, states=victim.fresh_states([0, 1, 2]))
+    found, usable = images_by_layers(shared, victim, labels)
+    assert usable.all()
+    torch.testing.assert_close(found, images, atol=1e-4, rtol=0)
+    for refused in (
+        Victim(model, image_shape=(1, 8, 8), num_images=2),
+        Victim(nn.Sequential(nn.Dropout(0.1), model), image_shape=(1, 8, 8)),
+    ):
+        with pytest.raises(ValueError, match=r"plain chain of layers, but got \[.*, which draw random numbers"):
+            check_layers(refused)
 
 
 def test_a_batch_equals_one_victim_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
