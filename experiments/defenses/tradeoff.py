@@ -8,10 +8,11 @@ r"""Privacy against accuracy: what attackers find behind each defense, with and 
 
 The attacks are `gauss_newton`, `idlg`, `inverting_gradients`, and `gauss_newton_prior`, which also uses a prior fitted
 to the training images. Each attack is run twice against every strength of every defense: by a naive attacker, who
-treats what was shared as the gradient, and by an adaptive one, who knows the defense (`--attackers`). Victims hold test
-images. If the network is untrained and has up to half a million weights, each victim has a newly drawn one; larger and
-trained networks are shared. The attacker knows the labels, unless `--infer-labels` is given. Secure aggregation over m
-clients is attacked as one client with m times as many images. It is not part of the training, where it changes nothing.
+treats what was shared as the gradient, and by an adaptive one, who knows the defense (`--attackers`). Where knowledge
+changes nothing, as with noise, one run counts for both. Victims hold test images. If the network is untrained and has
+up to half a million weights, each victim has a newly drawn one; larger and trained networks are shared. The attacker
+knows the labels, unless `--infer-labels` is given. Secure aggregation over m clients is attacked as one client with m
+times as many images. It is not part of the training, where it changes nothing.
 
 With `--rounds`, a network is trained under each defense: every client shares a defended gradient in each round. There
 are `--seeds` starts, and the learning rate is chosen for the defense on held-out training images. The test accuracy
@@ -22,9 +23,10 @@ bound on this share. Scores compare with the clients' original images, also wher
 `psnr_encoded` of `summary.json` compares with the encoded images.
 
 Files in the output folder: `summary.json`, with an entry for each defense, strength, attack and kind of attacker;
-`attackers.png`; with `--rounds`, also `tradeoff.png`; and the folder `cells`, with a comparison of attacks for each
-defense and strength. To continue an interrupted run, repeat the command with `--resume`; it may then have other
-defenses, attacks and rounds, and more seeds. Without `--resume`, a folder that holds results is refused.
+`table.md`, a table of the best attack of each kind of attacker; `attackers.png`; with `--rounds`, also `tradeoff.png`;
+and the folder `cells`, with a comparison of attacks for each defense and strength. To continue an interrupted run,
+repeat the command with `--resume`; it may then have other defenses, attacks and rounds, and more seeds. Without
+`--resume`, a folder that holds results is refused.
 """
 
 from __future__ import annotations
@@ -35,26 +37,26 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from defended_training import Federation, accuracy_under, suitable_rate  # three modules in this folder
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from tradeoff_defenses import DEFENSES
-from tradeoff_rows import TradeoffRow, format_table, plot_attackers, plot_tradeoff
+from tradeoff_defenses import DEFENSES, Cell
+from tradeoff_rows import TradeoffRow, format_page, format_table, plot_attackers, plot_tradeoff
 
 from leakage.attacks import GaussNewtonAttack, GradientInversion, IDLGAttack, InvertingGradientsAttack
 from leakage.audit.bounds import gaussian_success_bound
 from leakage.cli import quiet
 from leakage.comparison import Row, read_reconstructions
 from leakage.datamodules import GroundTruth, LabelledImages, Victims, in_unit_range
-from leakage.defenses import DPSGD, Defense, Encoding, encoded, size_sent
+from leakage.defenses import DPSGD, Encoding, encoded, size_sent
 from leakage.errors import check_count, check_share
-from leakage.files.text import write_json
+from leakage.files.text import write_json, write_text
 from leakage.files.whole import check_output
 from leakage.labels import Auxiliary
 from leakage.metrics import MeanOverVictims, ShareOverVictims, baseline_guesses, identified, mean_interval, score
@@ -93,39 +95,6 @@ _MAY_CHANGE = {
     ),
     *("accelerator", "delta", "iterations", "protocol", "infer_labels"),  # `compare` checks the last three
 }
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A defense at one of its strengths."""
-
-    name: str
-    strength: float
-    defenses: list[Defense]
-
-    @property
-    def key(self) -> str:
-        """The name of its folder."""
-        return f"{self.name}_{self.strength:g}"
-
-    @property
-    def clients(self) -> int:
-        """The number of clients whose gradients are aggregated."""
-        return round(self.strength) if DEFENSES[self.name].aggregates else 1
-
-    @property
-    def can_be_known(self) -> bool:
-        """Whether an adaptive attacker acts differently from a naive one."""
-        return bool(self.defenses) or DEFENSES[self.name].network is not None
-
-    def network(self, model: nn.Module) -> nn.Module:
-        """Return the network that clients train, given the model without the defense."""
-        change = DEFENSES[self.name].network
-        if change is None:
-            return model
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # the same weights at every call
-            return change(model, self.strength)
 
 
 class Tradeoff:
@@ -204,6 +173,7 @@ class Tradeoff:
         epochs = f"after {given.epochs} epochs" if given.epochs else "untrained"
         number = "one image" if given.images == 1 else f"{given.images} images"
         title = f"{self.data.name}, {WRITTEN[given.network]}, {epochs}, {number}, {given.victims} victims"
+        write_text(given.output / "table.md", format_page(rows))
         save_figure(plot_attackers(rows, title), given.output / "attackers.png")
         if given.rounds:
             save_figure(plot_tradeoff(rows, title), given.output / "tradeoff.png")
@@ -245,8 +215,12 @@ class Tradeoff:
 
     def _cell(self, network: Network, cell: Cell) -> list[TradeoffRow]:
         given, folder = self.given, self.given.output / "cells" / cell.key
-        kinds = given.attackers if cell.can_be_known else ATTACKERS[:1]
-        runs = {f"{attack}_{kind}": (attack, kind == "adaptive") for attack in given.attacks for kind in kinds}
+        kinds = [kind for kind in ATTACKERS if kind in given.attackers] if cell.can_be_known else ATTACKERS[:1]
+        runs = {
+            f"{attack}_{kind}": (attack, kind == "adaptive")
+            for attack in given.attacks
+            for kind in (kinds[:1] if self._alike(attack, cell) else kinds)
+        }
         victims = self._victims(network, cell)
         with warnings.catch_warnings():
             # A naive attacker is not supposed to know the defense.
@@ -254,9 +228,22 @@ class Tradeoff:
             compared = self._compare(runs, victims, folder)
         trained = self._accuracies(network, cell)
         truth = GroundTruth.cat(list(victims.val_dataloader()))
-        rows = [self._row(row, *runs[row.method], cell, truth, folder) for row in compared]
+        rows = []
+        for each in compared:
+            row = self._row(each, *runs[each.method], cell, truth, folder)
+            alike = len(kinds) > 1 and self._alike(row.attack, cell)
+            rows += [row, replace(row, adaptive=True)] if alike else [row]
         sent = size_sent(cell.defenses, dict(cell.network(network.model).named_parameters())).bytes
         return [replace(row, bytes=sent, **trained) for row in rows]
+
+    def _alike(self, attack: str, cell: Cell) -> bool:
+        """Return whether the attack of an adaptive attacker is that of a naive one, as the defense averages out."""
+        changes = any(
+            not defense.averages_out or defense.example_norm is not None or isinstance(defense, Encoding)
+            for defense in cell.defenses
+        )
+        uses_noise = attack == "gauss_newton_prior" or self.given.infer_labels
+        return not (changes or uses_noise or DEFENSES[cell.name].network)
 
     def _compare(self, runs: dict[str, tuple[str, bool]], victims: Victims, folder: Path) -> list[Row]:
         given = self.given
@@ -375,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(f"{parser.prog}: error: {error}")
         raise
     print(f"\n{format_table(rows)}\n")
-    for name in ("summary.json", "attackers.png", *["tradeoff.png"] * bool(given.rounds)):
+    for name in ("summary.json", "table.md", "attackers.png", *["tradeoff.png"] * bool(given.rounds)):
         print(given.output / name)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import nn
 
 from leakage.defenses import (
@@ -122,3 +123,36 @@ DEFENSES: dict[str, Kind] = {
     ),
     "soteria": Kind(lambda strength: [Soteria(strength)], (0.4, 0.8, 0.95), "Soteria", "{p:g} % of the features"),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A defense at one of its strengths."""
+
+    name: str
+    strength: float
+    defenses: list[Defense]
+
+    @property
+    def key(self) -> str:
+        """The name of its folder."""
+        return f"{self.name}_{self.strength:g}"
+
+    @property
+    def clients(self) -> int:
+        """The number of clients whose gradients are aggregated."""
+        return round(self.strength) if DEFENSES[self.name].aggregates else 1
+
+    @property
+    def can_be_known(self) -> bool:
+        """Whether an adaptive attacker acts differently from a naive one."""
+        return bool(self.defenses) or DEFENSES[self.name].network is not None
+
+    def network(self, model: nn.Module) -> nn.Module:
+        """Return the network that clients train, given the model without the defense."""
+        change = DEFENSES[self.name].network
+        if change is None:
+            return model
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the same weights at every call
+            return change(model, self.strength)

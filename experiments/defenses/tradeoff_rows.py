@@ -129,6 +129,44 @@ def format_table(rows: Sequence[TradeoffRow]) -> str:
     return "\n".join([align(lines), "", note])
 
 
+def format_page(rows: Sequence[TradeoffRow]) -> str:
+    """Format the best naive and the best adaptive attack of each defense as a Markdown table.
+
+    Where an adaptive attacker finds nine images of ten, and a naive one fewer, the PSNR is bold.
+    """
+    found = best(rows)
+    names = ["the client", "naive: PSNR", "found", "adaptive: PSNR", "95 % interval", "found", "identified", "bytes"]
+    trained = any(row.test_accuracy is not None for row in rows)
+    lines = [names + ["test accuracy"] * trained]
+    lines.append(["---"] * len(lines[0]))
+    for defense, strength in dict.fromkeys((row.defense, row.strength) for row in rows):
+        naive, adaptive = (found.get((defense, strength, kind)) for kind in (False, True))
+        last = adaptive or naive
+        assert last is not None
+        cells = ["", ""] if naive is None else [_psnr(naive), _share(naive.success_rate, naive.success_ci)]
+        broken = adaptive is not None and adaptive.success_rate >= 0.9 > (naive.success_rate if naive else 0.0)
+        mark = "**" if broken else ""
+        cells.append("" if adaptive is None else f"{mark}{_psnr(adaptive)}{mark}")
+        cells.append("[{:.1f}, {:.1f}]".format(*last.psnr_ci))
+        cells.append("" if adaptive is None else _share(adaptive.success_rate, adaptive.success_ci))
+        cells += [_share(last.identified, last.identified_ci), f"{last.bytes:,}"]
+        if trained:
+            accuracy, interval = last.test_accuracy, last.test_accuracy_ci
+            cells.append("not run" if accuracy is None or interval is None else _share(accuracy, interval, 1))
+        lines.append([DEFENSES[defense].named(strength), *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _psnr(row: TradeoffRow) -> str:
+    written = f"{row.psnr_mean:.1f} dB" if row.psnr_mean >= 0 else "below 0 dB"
+    return written + " *" * (row.psnr_mean <= row.baseline)
+
+
+def _share(value: float, interval: tuple[float, float], digits: int = 0) -> str:
+    low, high = (f"{100 * end:.{digits}f}" for end in interval)
+    return f"{100 * value:.{digits}f} % [{low}, {high}]"
+
+
 def best(rows: Sequence[TradeoffRow]) -> dict[tuple[str, float, bool], TradeoffRow]:
     """Return the attack with the best mean PSNR for each defense, strength and kind of attacker."""
     found: dict[tuple[str, float, bool], TradeoffRow] = {}

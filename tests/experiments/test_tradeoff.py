@@ -65,6 +65,11 @@ def test_pictures_and_table(
     assert len(table.splitlines()) == 1 + len(rows) + 2
     starred = [" *" in line for line in table.splitlines()[1 : 1 + len(rows)]]
     assert starred == [row["psnr_mean"] <= row["baseline"] for row in rows]
+    _, _, plain, *clipped = (output / "table.md").read_text().splitlines()
+    assert plain.startswith(f"| nothing | {rows[0]['psnr_mean']:.1f} dB | 100 % [34, 100] |  | [")
+    assert len(clipped) == 3
+    assert all(line.count("** | [") == 1 and "100 % [34, 100]" in line for line in clipped), "only the adaptive one"
+    assert all(f"| {100 * row['test_accuracy']:.1f} % [" in line for row, line in zip(rows[1::2], clipped, strict=True))
 
 
 @pytest.mark.slow
@@ -222,6 +227,34 @@ def test_images_that_clients_change_are_found_as_they_were_changed(tradeoff: Mod
     tradeoff.main([*FEW, *asked, "--output", str(tmp_path)])
     (row,) = json.loads((tmp_path / "summary.json").read_text())
     assert row["psnr_mean"] < 15 < 25 < row["psnr_encoded"]
+
+
+@pytest.mark.slow
+def test_one_run_counts_for_both_attackers_where_knowledge_changes_nothing(
+    tradeoff: ModuleType, tmp_path: Path
+) -> None:
+    def rows(folder: str, *asked: str) -> Any:
+        given = [*FEW, "--strengths", "0.1", "--iterations", "5", "--output", str(tmp_path / folder), *asked]
+        tradeoff.main(given)
+        return json.loads((tmp_path / folder / "summary.json").read_text())
+
+    naive, adaptive = rows("both", "--defenses", "gaussian_noise")
+    assert naive | {"adaptive": True} == adaptive
+    (alone,) = rows("alone", "--defenses", "gaussian_noise", "--attackers", "adaptive")
+    assert alone["psnr_mean"] == naive["psnr_mean"]
+    naive, adaptive = rows("clipped", "--defenses", "dp_sgd")
+    assert naive["psnr_mean"] != adaptive["psnr_mean"]
+
+
+def test_what_has_not_been_run_is_said_in_the_page(tradeoff: ModuleType) -> None:
+    rows = [row_of(tradeoff, "clip", 10.0, known, 20.0 - 30 * (not known)) for known in (0, 1)]
+    rows += [row_of(tradeoff, "soteria", 0.8, True, 12.0, accuracy=None)]
+    clip, soteria = tradeoff.format_page(rows).splitlines()[2:]
+    assert clip.startswith("| clipping, norm 0.1 | below 0 dB * | 0 % [0, 0] | 20.0 dB | [0.0, 0.0] |")
+    assert soteria.startswith("| Soteria, 80 % of the features |  |  | 12.0 dB * |")
+    assert soteria.endswith("| 1 | not run |")
+    rows[1].success_rate = 0.95
+    assert "| **20.0 dB** |" in tradeoff.format_page(rows)
 
 
 def test_a_panel_for_each_defense_and_the_names_of_its_ends(tradeoff: ModuleType) -> None:
