@@ -63,3 +63,11 @@ def dp_bound() -> Iterator[ModuleType]:
 @pytest.fixture(scope="session")
 def instahide() -> ModuleType:
     return load("defenses/instahide.py")
+
+
+@pytest.fixture(scope="session")
+def signs() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in ("defenses", "inverting_gradients"):
+            patch.syspath_prepend(EXPERIMENTS / folder)
+        yield load("defenses/signs.py")
