@@ -137,8 +137,8 @@ def format_page(rows: Sequence[TradeoffRow]) -> str:
     found = best(rows)
     names = ["the client", "naive: PSNR", "found", "adaptive: PSNR", "95 % interval", "found", "identified", "bytes"]
     trained = any(row.test_accuracy is not None for row in rows)
-    lines = [names + ["test accuracy"] * trained]
-    lines.append(["---"] * len(lines[0]))
+    names += ["test accuracy"] * trained
+    lines = []
     for defense, strength in dict.fromkeys((row.defense, row.strength) for row in rows):
         naive, adaptive = (found.get((defense, strength, kind)) for kind in (False, True))
         last = adaptive or naive
@@ -154,7 +154,8 @@ def format_page(rows: Sequence[TradeoffRow]) -> str:
             accuracy, interval = last.test_accuracy, last.test_accuracy_ci
             cells.append("not run" if accuracy is None or interval is None else _share(accuracy, interval, 1))
         lines.append([DEFENSES[defense].named(strength), *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
+    return head + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _psnr(row: TradeoffRow) -> str:
