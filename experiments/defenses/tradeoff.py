@@ -180,7 +180,7 @@ class Tradeoff:
         return rows
 
     def _victims(self, network: Network, cell: Cell) -> Victims:
-        given = self.given
+        given, model = self.given, cell.network(network.model)
         return Victims(
             self.data.test,
             num_classes=self.data.num_classes,
@@ -188,10 +188,10 @@ class Tradeoff:
             images=given.images * cell.clients,
             seed=given.seed,
             lanes=given.lanes,
-            model=cell.network(network.model),
+            model=model,
             weights="own" if network.own else "shared",
             reveal_labels=not given.infer_labels,
-            defenses=cell.defenses,
+            defenses=cell.on(model),
         )
 
     def _attack(self, name: str, *, adaptive: bool) -> GradientInversion:
@@ -333,7 +333,7 @@ class Tradeoff:
         for seed in range(len(accuracies), given.seeds):
             model = copy.deepcopy(cell.network(network.model))
             model.load_state_dict(draw_state(model, derive_seed(given.seed, seed, "federation")), strict=False)
-            setting = model, cell.defenses, self.data
+            setting = model, cell.on(model), self.data
             if known["learning_rate"] is None:
                 known["learning_rate"] = suitable_rate(*setting, federation, seed)
             suited = replace(federation, learning_rate=known["learning_rate"])

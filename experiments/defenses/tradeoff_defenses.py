@@ -71,10 +71,13 @@ def _pruned(kind: Callable[[float], Defense], share: float) -> list[Defense]:
     return [kind(round(1 - share, 12))]
 
 
+def _last_linear(network: nn.Module) -> str:
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
 def _with_dropout(network: nn.Module, share: float) -> nn.Module:
     """Return a copy of a network with dropout before the last linear layer."""
-    changed = copy.deepcopy(network)
-    name = [name for name, module in changed.named_modules() if isinstance(module, nn.Linear)][-1]
+    changed, name = copy.deepcopy(network), _last_linear(network)
     changed.set_submodule(name, nn.Sequential(nn.Dropout(share), changed.get_submodule(name)))
     return changed
 
@@ -147,6 +150,13 @@ class Cell:
     def can_be_known(self) -> bool:
         """Whether an adaptive attacker acts differently from a naive one."""
         return bool(self.defenses) or DEFENSES[self.name].network is not None
+
+    def on(self, network: nn.Module) -> list[Defense]:
+        """Return the defenses of clients with this network, whose last linear layer Soteria prunes."""
+        return [
+            Soteria(defense.share, layer=_last_linear(network)) if isinstance(defense, Soteria) else defense
+            for defense in self.defenses
+        ]
 
     def network(self, model: nn.Module) -> nn.Module:
         """Return the network that clients train, given the model without the defense."""

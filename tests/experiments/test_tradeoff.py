@@ -293,6 +293,17 @@ def row_of(
     return tradeoff.TradeoffRow(**{**fields, **pairs, **given, "bytes": 1, "test_accuracy": accuracy})
 
 
+def test_soteria_prunes_the_last_layer_whatever_its_name(tradeoff: ModuleType) -> None:
+    cell = tradeoff.Cell("soteria", 0.8, tradeoff.DEFENSES["soteria"].make(0.8))
+    model = torch.nn.Sequential(torch.nn.Identity(), network())
+    (soteria,) = cell.on(model)
+    assert (soteria.share, soteria.layer) == (0.8, "1.classifier")
+    victim = Victim(model, image_shape=(1, 28, 28), defenses=[soteria])
+    images = torch.rand(1, 1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    pruned = (victim.share(images, torch.tensor([[3]])).gradients["1.classifier.weight"][0] == 0).all(0)
+    assert pruned.double().mean() == pytest.approx(0.8, abs=0.01)
+
+
 def test_refuses_half_a_client(tradeoff: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for strength in ("1.5", "0"):
         asked = ["--defenses", "aggregation", "--strengths", strength, "--output", str(tmp_path / "out")]
