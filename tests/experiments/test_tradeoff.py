@@ -295,7 +295,7 @@ def row_of(
 
 def test_soteria_prunes_the_last_layer_whatever_its_name(tradeoff: ModuleType) -> None:
     cell = tradeoff.Cell("soteria", 0.8, tradeoff.DEFENSES["soteria"].make(0.8))
-    model = torch.nn.Sequential(torch.nn.Identity(), network())
+    model = torch.nn.Sequential(torch.nn.Identity(), LeNet())
     (soteria,) = cell.on(model)
     assert (soteria.share, soteria.layer) == (0.8, "1.classifier")
     victim = Victim(model, image_shape=(1, 28, 28), defenses=[soteria])
