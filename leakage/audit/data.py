@@ -35,7 +35,7 @@ class Batch:
         images: ``(B, C, H, W)``.
         labels: ``(B,)`` or ``(B, K)``; None if there are none.
         rebuild: a function that builds such a batch from other images and labels. All else is that of this batch.
-        others: this batch with the rows of one further tensor in another order, for each tensor with a row per image.
+        others: this batch with other values in one further tensor, for each such tensor.
     """
 
     images: Tensor
@@ -167,6 +167,8 @@ def find_images(batch: Any) -> Batch | None:
         return None
     place, found = images
     of_images = {key for key, value in tensors if value.ndim and len(value) == len(found)}
+    if not isinstance(batch, Mapping):  # labels follow their images; a number of the image may come before it
+        tensors = [*(pair for pair in tensors if pair[0] > place), *(pair for pair in tensors if pair[0] <= place)]
     labels = next(
         ((key, value) for key, value in tensors if key != place and value.ndim in (1, 2) and len(value) == len(found)),
         None,
@@ -192,11 +194,16 @@ def find_images(batch: Any) -> Batch | None:
         made = [values[key] for key in range(len(batch))]
         return type(batch)(*made) if hasattr(batch, "_fields") else type(batch)(made)
 
-    others = {}
-    for key in of_images - {place, labels[0] if labels is not None else place}:
-        values = dict(items)
-        others[key] = put(values | {key: values[key].roll(1, 0)})
+    known = {place, labels[0] if labels is not None else place}
+    further = {key: value for key, value in tensors if value.ndim and key not in known}
+    others = {key: put(dict(items) | {key: _changed(value)}) for key, value in further.items()}
     return Batch(found, None if labels is None else labels[1], rebuild, others)
+
+
+def _changed(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.bool:
+        return ~tensor
+    return tensor + 1 if tensor.is_floating_point() else (tensor.long() - 1).abs().to(tensor.dtype)
 
 
 def most_images(images: Tensor) -> int:

@@ -13,6 +13,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchmetrics import Metric, MetricCollection
 
 from leakage.audit.data import seeded
@@ -25,6 +26,10 @@ _NAMES = {function.__name__: name for function, name in LOSSES.items()}
 _SAME_TARGETS = 1e-4
 # The number of seeds that must not change the loss, and the largest number of batches of other labels that are tried.
 _SEEDS, _MOST_TRIALS = 10, 32
+
+
+class LossError(ValueError):
+    """The loss can't be simulated."""
 
 
 class OwnLoss(nn.Module):
@@ -67,20 +72,22 @@ class OwnLoss(nn.Module):
             See :attr:`leakage.audit.subject.Subject.uses`.
 
         Raises:
-            ValueError: the loss is not finite, or depends on random numbers.
+            LossError: the loss is not finite, or depends on random numbers.
         """
         own = copy.deepcopy(self)  # BatchNorm changes its statistics
         targets = F.one_hot(labels, self.num_classes).to(images) if self.classes else labels.to(images)
         first = own._slope(images, targets, seed)
         if not bool(first.isfinite().all()):
-            raise ValueError("the loss is not finite; if metrics of torchmetrics are a part of it, compute it without")
+            raise LossError(
+                "a loss that is not finite; if a metric of torchmetrics is a part of it, compute it without"
+            )
         if any(not torch.equal(own._slope(images, targets, other), first) for other in range(seed + 1, seed + _SEEDS)):
-            raise ValueError("the loss depends on random numbers other than those of dropout")
+            raise LossError("a loss that depends on random numbers, other than those of `torch.nn.Dropout`")
         soft = self.classes or are_probabilities(labels)
         if soft:
-            trials = min(_MOST_TRIALS, math.ceil(self.num_classes / len(images)))
-            classes = torch.arange(trials * len(images)).view(trials, -1) % self.num_classes
-            others = list(F.one_hot(classes, self.num_classes).to(images))
+            known = targets.argmax(1)
+            shifts = range(1, min(_MOST_TRIALS + 1, self.num_classes))
+            others = [F.one_hot((known + by) % self.num_classes, self.num_classes).to(images) for by in shifts]
         else:
             others = [targets + 1, targets.roll(1, 0)]
         if all(torch.equal(own._slope(images, other, seed), first) for other in others):
@@ -92,7 +99,7 @@ class OwnLoss(nn.Module):
         return "numbers" if slope is None or not bool((slope != 0).any()) else "classes"
 
     def _slope(self, images: Tensor, targets: Tensor, seed: int, *, further: bool = False) -> Tensor:
-        with seeded(seed), torch.enable_grad():
+        with seeded(seed), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # only it can be differentiated twice
             return slope_of(self(images, targets), self.module, further=further)
 
 
@@ -110,7 +117,7 @@ def known_loss(loss: Tensor, calls: list[Loss], labels: Tensor, kind: str) -> Lo
     Args:
         loss: the loss that ``training_step`` returned.
         calls: the loss functions that it called.
-        labels: the labels of its batch, ``(N,)`` or ``(N, K)``.
+        labels: all labels, ``(M,)`` or ``(M, K)``, those of its batch first.
         kind: what labels are, a member of :data:`leakage.clients.protocol.LABEL_KINDS`.
     """
     if not calls:
@@ -127,6 +134,7 @@ def known_loss(loss: Tensor, calls: list[Loss], labels: Tensor, kind: str) -> Lo
         return f"a loss of outputs {tuple(call.given.shape)} instead of logits (N, K)"
     if kind == "classes" and bool((labels == call.options.get("ignore_index", -100)).any()):
         return f"the loss {call.name} with ignored labels"
+    labels = labels[: len(call.given)]
     options = declared(call, kind)
     if options["loss"] == "mean_squared_error" and options["reduction"] == "sum":
         return "the loss mse_loss with reduction 'sum'"

@@ -11,21 +11,36 @@ from typing import Any, cast
 import torch
 from lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision import transforms
 from torchvision.transforms import v2
 
 from leakage.audit.client import Client
 from leakage.audit.data import Batch, Data, collect, find_images, most_images, seeded
 from leakage.audit.layers import dropout_of, prepare_layers
-from leakage.audit.losses import OwnLoss, declared, known_loss
+from leakage.audit.losses import LossError, OwnLoss, declared, known_loss
+from leakage.audit.relaxed_labels import Unknown
 from leakage.audit.report import Problem
-from leakage.audit.subject import LogitsOfTrainingStep, Loss, Subject, copy_of, direction, loss_of, observe, slope_of
+from leakage.audit.subject import (
+    LogitsOfTrainingStep,
+    Loss,
+    Subject,
+    copy_of,
+    difference,
+    direction,
+    loss_of,
+    observe,
+    slope_of,
+)
 from leakage.clients.losses import OWN
 from leakage.clients.protocol import are_probabilities
 from leakage.clients.victim import Victim
 
 # Rounding may move images out of [0, 1] by this much.
 _OUTSIDE = 1e-3
+# The largest relative difference of a gradient that is computed for several clients at once.
+_SAME_AT_ONCE = 1e-2
 # The number of images for a trial of a loss.
 _TRIED = 8
 # Labels that are whole numbers below this are classes.
@@ -83,6 +98,9 @@ def _own_errors() -> Iterator[None]:
     """Report an error of the module's own ``training_step`` as a problem."""
     try:
         yield
+    except LossError as error:
+        fix = "Audit with a loss that depends on nothing but the batch and the weights."
+        raise _StopError("not yet", "training_step", str(error), fix) from error
     except Exception as error:
         said = f"it fails in the audit's copy, outside of `Trainer.fit`: {type(error).__name__}: {error}"
         fix = "Change it so that it needs nothing but the batch and the module, and leave out what is only for logs."
@@ -136,7 +154,7 @@ def _prepare(
 
     network: nn.Module
     uses = "numbers" if kind == "values" else "classes"
-    call = known_loss(loss, calls, labels[: len(first.images)], kind)
+    call = known_loss(loss, calls, labels, kind)
     if isinstance(call, Loss):
         options, num_classes = declared(call, kind), call.given.shape[1]
         network = _network(copied, first, call, layers)
@@ -179,7 +197,14 @@ def _further_secrets(module: LightningModule, first: Batch, batch: Any, seed: in
             return slope_of(loss_of(made, given), made)
 
     plain = slope(batch) if first.others else torch.empty(0)
-    used = [key for key, other in first.others.items() if not torch.equal(slope(other), plain)]
+
+    def matters(other: Any) -> bool:
+        try:
+            return not torch.equal(slope(other), plain)
+        except Exception:  # other values are not possible there
+            return True
+
+    used = [key for key, other in first.others.items() if matters(other)]
     return ", ".join(repr(key) for key in sorted(used, key=str))
 
 
@@ -316,7 +341,7 @@ def _check_attackable(subject: Subject, problems: list[Problem]) -> None:
         where = "training_step" if subject.has_own_loss else type(subject.network).__name__
         raise _StopError("not yet", where, str(error), fix) from error
     if not depends:
-        said = "the update can't be differentiated by the images, for example because of `torch.no_grad`"
+        said = "an update without a derivative by the images, for example because of `torch.no_grad`, or a loss of zero"
         fix = "Freeze weights by `requires_grad_(False)` instead: a frozen layer needs no `torch.no_grad`."
         raise _StopError("not yet", "training_step", said, fix)
     layer = victim.classifier
@@ -327,13 +352,23 @@ def _check_attackable(subject: Subject, problems: list[Problem]) -> None:
 
 
 def _depends_on_images(subject: Subject, victim: Victim) -> bool:
-    rows = torch.arange(victim.protocol.num_images) % len(subject.own_images)
+    """Return whether an update has a derivative by some image.
+
+    Raises:
+        ValueError: the update of several clients at once is another one.
+    """
+    rows = torch.arange(_TRIED) % len(subject.own_images)
     images = subject.own_images[rows].clone().requires_grad_()
     targets = victim.protocol.targets(subject.own_labels[rows], images.dtype)
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # only it can be differentiated twice
         gradients = victim.gradients(victim.state, images, targets)
         total = direction(list(gradients.values()))
         slope = torch.autograd.grad(total, images, allow_unused=True)[0] if total.requires_grad else None
+    if subject.has_own_loss:
+        with torch.no_grad():
+            at_once = vmap(partial(victim.gradients, victim.state))(images[None], targets[None])
+        if difference({name: one[0] for name, one in at_once.items()}, gradients) > _SAME_AT_ONCE:
+            raise ValueError(Unknown.message)
     return slope is not None and bool((slope != 0).any())
 
 

@@ -11,12 +11,13 @@ from torch.overrides import TorchFunctionMode
 
 # Functions whose result, if it has as many entries, stands for the same labels.
 _SAME = {
-    *(Tensor.long, Tensor.int, Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.clone, Tensor.detach),
-    *(Tensor.contiguous, Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.squeeze, Tensor.unsqueeze),
-    *(torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, Tensor.__getitem__),
+    *(Tensor.long, Tensor.int, Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double),
+    *(Tensor.clone, Tensor.contiguous, Tensor.detach, Tensor.view, Tensor.reshape, Tensor.flatten),
+    *(Tensor.squeeze, Tensor.unsqueeze, Tensor.__getitem__),
+    *(torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze),
 }
 # Functions that turn a tensor into a number, which `torch.func` does not allow. Training steps use them for logs.
-_NUMBERS = {Tensor.item, Tensor.tolist, Tensor.__float__}
+_NUMBERS = {Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__}
 _CASTS = {Tensor.float, Tensor.to, Tensor.type}
 
 
@@ -71,9 +72,9 @@ class RelaxedLabels(TorchFunctionMode):
             tensor, index = options["input"], options["index"]
             if tensor.shape == self.targets.shape and options["dim"] in (1, -1) and index.shape == (len(tensor), 1):
                 return (tensor * self.targets).sum(1, keepdim=True)
-        if function is F.embedding and self._is_label(given[0]):
+        if function is F.embedding and self._is_label(given[0]) and given[1].is_floating_point():
             return self._means(given[1], given[0])
-        if function is Tensor.__getitem__ and self._is_label(index):
+        if function is Tensor.__getitem__ and self._is_label(index) and args[0].is_floating_point():
             return self._means(args[0], args[1])
         value = function(*args, **kwargs)
         if function in _SAME and self._is_label(given[0]) and self._keeps_order(value, index):
@@ -89,7 +90,8 @@ class RelaxedLabels(TorchFunctionMode):
     def _is_diagonal(self, tensor: Tensor, index: Any) -> bool:
         if not isinstance(index, tuple) or len(index) != 2 or not self._is_label(index[1]):
             return False
-        return tensor.shape == self.targets.shape and isinstance(index[0], Tensor) and index[0].ndim == 1
+        rows = isinstance(index[0], list | range) or (isinstance(index[0], Tensor) and index[0].ndim == 1)
+        return tensor.shape == self.targets.shape and rows
 
     def _means(self, table: Tensor, labels: Tensor) -> Tensor:
         found = self.targets @ table[: self.targets.shape[1]].flatten(1).to(self.targets)
@@ -106,15 +108,16 @@ class RelaxedLabels(TorchFunctionMode):
         if logits.shape != known.shape:
             return function(*args, **kwargs)
         weights = torch.ones(known.shape[1]).to(known) if weight is None else weight.to(known)
-        if 0 <= (ignored := options.get("ignore_index", -100)) < len(weights):
-            weights = weights * (torch.arange(len(weights), device=weights.device) != ignored)
         smoothing = options.get("label_smoothing", 0.0)
         likely = logits.log_softmax(1) if function is F.cross_entropy else logits
         losses = -(((1 - smoothing) * known + smoothing / known.shape[1]) * weights * likely).sum(1)
+        sizes, ignored = known @ weights, options.get("ignore_index", -100)
+        if 0 <= ignored < known.shape[1]:
+            losses, sizes = (part * (1 - known[:, ignored]) for part in (losses, sizes))
         reduction = options.get("reduction", "mean")
         if reduction == "none":
             return losses
-        return losses.sum() / (known @ weights).sum() if reduction == "mean" else losses.sum()
+        return losses.sum() / sizes.sum() if reduction == "mean" else losses.sum()
 
 
 class Unknown(float):
@@ -122,7 +125,7 @@ class Unknown(float):
 
     message = (
         "Expected `training_step` to use numbers of tensors, such as `loss.item()`, only for its logs, but got one "
-        "that the loss depends on. Use the tensor itself."
+        "that the loss may depend on. Use the tensor itself."
     )
 
     def _refuse(self, *others: object) -> Any:
@@ -132,13 +135,15 @@ class Unknown(float):
         return self
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _stay
-    __neg__ = __abs__ = _stay
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __neg__ = __abs__ = _stay
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __bool__ = _refuse
     __hash__ = float.__hash__
 
 
-def _number(function: Any, *args: Any, **kwargs: Any) -> Any:
+def _number(function: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     try:
-        return function(*args, **kwargs)
+        return function(tensor, *args, **kwargs)
     except RuntimeError:  # the tensor has a value for each of the clients that run at once
-        return Unknown(0.0)
+        if function is Tensor.__int__:
+            return 0
+        return torch.zeros(tensor.shape).tolist() if tensor.ndim and function is Tensor.tolist else Unknown(0.0)

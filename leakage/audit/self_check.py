@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from leakage.audit.client import Client
 from leakage.audit.data import seeded
 from leakage.audit.report import Check, Problem
-from leakage.audit.subject import Subject, loss_of
+from leakage.audit.subject import Subject, difference, loss_of
 from leakage.clients.local_steps import Secrets
 from leakage.clients.victim import Victim
 from leakage.defenses.base import relative_noise
@@ -148,17 +148,6 @@ def module_gradient(subject: Subject, images: Tensor, labels: Tensor, seed: int)
     return gradients
 
 
-def difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """Distance of two gradients, relative to the length of the second."""
-    apart, length = 0.0, 0.0
-    for name in {*ours, *theirs}:
-        like = theirs.get(name, ours.get(name))
-        assert like is not None
-        one, other = (side.get(name, torch.zeros_like(like)).detach().double() for side in (ours, theirs))
-        apart, length = apart + float((one - other).square().sum()), length + float(other.square().sum())
-    return (apart / length) ** 0.5 if length else float("inf") if apart else 0.0
-
-
 def _explain(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
     """Explain why two gradients differ, as far as possible."""
     vectors = [torch.cat([side[name].flatten().double() for name in sorted(theirs)]) for side in (ours, theirs)]
@@ -249,10 +238,17 @@ def _explain_steps(client: Client, optimizer: torch.optim.SGD) -> str:
 
 def _truth(client: Client, victim: Victim, images: Tensor, labels: Tensor, seed: int) -> Check:
     """Check that the attacker's distance is zero at the true images and labels."""
+    try:
+        return _at_the_truth(client, victim, images.double(), labels, seed)
+    except RuntimeError:  # the module may fix its precision
+        return _at_the_truth(client, victim, images, labels, seed)
+
+
+def _at_the_truth(client: Client, victim: Victim, images: Tensor, labels: Tensor, seed: int) -> Check:
     name = "distance at the truth"
     made = copy.deepcopy(victim)
-    made.model.double()
-    shared = made.share(images[None].double(), labels[None], seed=seed)
+    made.model.to(images.dtype)
+    shared = made.share(images[None], labels[None], seed=seed)
     known = made.without_secrets()
     if shared.protocol.shuffle or shared.protocol.learning_rate == "unknown":
         finding = "Not measured: the attacker does not know the order of the images or the learning rate."
@@ -261,15 +257,15 @@ def _truth(client: Client, victim: Victim, images: Tensor, labels: Tensor, seed:
         return Check(
             client.name, name, True, None, "Not measured: the clients compute their gradient on encoded images."
         )
-    targets = made.protocol.targets(labels, torch.float64)
+    targets = made.protocol.targets(labels, images.dtype)
     sent = {key: tensor[0] for key, tensor in shared.gradients.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the finding below names what attacks ignore
         defenses = known_to(True, known)
-    secrets = Secrets(drawn=_drawn(made, seed, torch.float64))
-    found, _ = stepping(known, defenses).evaluate(shared.state, images.double(), targets, secrets=secrets)
+    secrets = Secrets(drawn=_drawn(made, seed, images.dtype))
+    found, _ = stepping(known, defenses).evaluate(shared.state, images, targets, secrets=secrets)
     simulated = Simulation(defenses, known)
-    found = simulated(found, sent, {}, shared.state, images.double(), targets)
+    found = simulated(found, sent, {}, shared.state, images, targets)
     distance = difference(found, sent) ** 2
     if ignored := {type(defense).__name__ for defense in victim.defenses} - {type(one).__name__ for one in defenses}:
         finding = f"Attacks match the update as if {sorted(ignored)} did nothing. Better attacks may find more."

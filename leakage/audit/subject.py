@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from leakage.audit.data import seeded
 from leakage.audit.report import Problem
 from leakage.clients.losses import OWN
 from leakage.clients.victim import Victim
@@ -137,8 +138,10 @@ class Subject:
 
     def size_of_gradient(self) -> str:
         """Return the length of a gradient in three digits, by which an audit that is resumed recognises the loss."""
-        loss = self.module_loss(self.own_images[:2], self.own_labels[:2])
-        weights = [weight for weight in self.module.parameters() if weight.requires_grad]
+        made = copy.deepcopy(self)  # BatchNorm changes its statistics
+        with seeded(0):
+            loss = made.module_loss(self.own_images[:2], self.own_labels[:2])
+        weights = [weight for weight in made.module.parameters() if weight.requires_grad]
         found = torch.autograd.grad(loss, weights, allow_unused=True)
         return f"{torch.stack([one.norm() for one in found if one is not None]).norm():.2e}"
 
@@ -233,22 +236,28 @@ def training_step(module: LightningModule, batch: Any) -> Any:
     return step(batch, *(0, 0)[: max(0, taken - 1)])
 
 
+@cache
+def _own_names() -> frozenset[str]:
+    return frozenset(vars(LightningModule()))
+
+
 @contextmanager
 def _kept(module: nn.Module) -> Iterator[None]:
-    """Undo what a step notes in a module: records, which would hold the graphs of all evaluations, and counters."""
+    """Undo what a step notes in a module: counters, and records that would hold the graphs of all evaluations."""
     parts = [vars(part) for part in module.modules() if isinstance(part, LightningModule)]
-    plain = [(part, {name: value for name, value in part.items() if isinstance(value, int | float)}) for part in parts]
-    own = [value for part in parts for name, value in part.items() if not name.startswith("_")]
-    held = [value for value in own if isinstance(value, list | deque | dict)]
+    before = [{name: value for name, value in part.items() if name not in _own_names()} for part in parts]
+    held = [value for values in before for value in values.values() if isinstance(value, list | deque | dict)]
     inside = [one for value in held if isinstance(value, dict) for one in value.values()]
     held += [value for value in inside if isinstance(value, list | deque)]
-    before = [copy.copy(value) for value in held]
+    contents = [copy.copy(value) for value in held]
     try:
         yield
     finally:
-        for part, values in plain:
+        for part, values in zip(parts, before, strict=True):
+            for name in part.keys() - values.keys() - _own_names():
+                del part[name]
             part.update(values)
-        for value, old in zip(held, before, strict=True):
+        for value, old in zip(held, contents, strict=True):
             value.clear()
             value.update(old) if isinstance(value, dict) else value.extend(old)
 
@@ -277,6 +286,17 @@ def direction(gradients: Sequence[Tensor]) -> Tensor:
     """Return the sum of gradients times fixed random numbers."""
     generator = torch.Generator().manual_seed(0)
     return torch.stack([(one * torch.randn(one.shape, generator=generator)).sum() for one in gradients]).sum()
+
+
+def difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """Distance of two gradients, relative to the length of the second."""
+    apart, length = 0.0, 0.0
+    for name in {*ours, *theirs}:
+        like = theirs.get(name, ours.get(name))
+        assert like is not None
+        one, other = (side.get(name, torch.zeros_like(like)).detach().double() for side in (ours, theirs))
+        apart, length = apart + float((one - other).square().sum()), length + float(other.square().sum())
+    return (apart / length) ** 0.5 if length else float("inf") if apart else 0.0
 
 
 def copy_of(module: LightningModule) -> LightningModule:

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from leakage.audit import Client, audit
-from leakage.audit.losses import OwnLoss
+from leakage.audit.data import find_images
+from leakage.audit.losses import OwnLoss, known_loss
 from leakage.audit.preflight import NO_VERDICT, preflight
 from leakage.audit.report import Problem, read_victims
 from leakage.audit.self_check import self_check
-from leakage.audit.subject import Subject, copy_of, loss_of
+from leakage.audit.subject import Loss, Subject, copy_of, loss_of
 from leakage.clients.losses import OWN
 from tests.audit.modules import (
     Autoencoder,
@@ -33,6 +34,7 @@ from tests.audit.modules import (
     Scaled,
     Selecting,
     Small,
+    dropping,
 )
 
 
@@ -191,14 +193,21 @@ class Weighted(Small):
         return (batch["weight"] * each).mean()
 
 
+class Powered(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        return loss / (1 + loss.item() ** 2)
+
+
 @pytest.mark.parametrize(
     ("module", "where", "said"),
     [
+        (Powered(), "training_step", r"such as `loss.item\(\)`, only for its logs"),
         (Stopping(), "training_step", "outside of `Trainer.fit`: RuntimeError: too few"),
         (Branching(), "training_step", r"such as `loss.item\(\)`, only for its logs"),
         (Multiplied(), "training_step", r"such as `loss.item\(\)`, only for its logs"),
-        (Frozen(), "training_step", "the update can't be differentiated by the images"),
-        (Measured(), "training_step", "the loss is not finite; if metrics of torchmetrics"),
+        (Frozen(), "training_step", "an update without a derivative by the images"),
+        (Measured(), "training_step", "a loss that is not finite; if a metric of torchmetrics"),
         (Lucky(), "training_step", "depends on random numbers"),
         (Weighted(), "data", "hold more of each image than labels: the loss depends on 'weight'"),
     ],
@@ -210,6 +219,99 @@ def test_losses_that_attacks_cannot_run(module: LightningModule, where: str, sai
     assert subject is None
     assert (problems[-1].where, problems[-1].means) == (where, NO_VERDICT)
     assert re.search(said, problems[-1].problem)
+
+
+class Attention(Small):
+    """Attention whose fast kernel has no second derivative, in a network with plain cross-entropy or twice that."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor, self.attention = factor, torch.nn.TransformerEncoderLayer(12, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(self.attention(images[:, 0]))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return (
+            self.factor * F.cross_entropy(self(batch[0]), batch[1])
+            if self.factor > 1
+            else super().training_step(batch, 0)
+        )
+
+
+class Ignoring(Small):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1], ignore_index=int(self.ignored))
+
+    ignored = 3
+
+
+class Keeping(Small):
+    """Keeps tensors with a graph, and counts."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self.last = self(batch[0])
+        self._right = [*getattr(self, "_right", []), int((self.last.argmax(1) == batch[1]).sum())]
+        self.count = getattr(self, "count", 0) + 1
+        loss = 2 * F.cross_entropy(self.last, batch[1])
+        self.mean = loss.detach() if getattr(self, "mean", None) is None else 0.9 * self.mean + 0.1 * loss
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("module", "own"),
+    [(Attention(1), False), (Attention(2), True), (Ignoring(), True), (Keeping(), True)],
+    ids=["attention", "twice attention", "ignored labels", "keeping"],
+)
+def test_steps_of_many_kinds_are_simulated(module: LightningModule, own: bool) -> None:
+    subject, _ = preflight(module, Data(), [Client()], victims=4, public=50, seed=0)
+    assert subject is not None
+    assert subject.has_own_loss == own
+    checks = self_check(subject, Client(images=6), subject.victim(num_images=6), seed=0)
+    assert [check.passed for check in checks] == [True, True], checks
+    assert copy.deepcopy(subject).size_of_gradient() == subject.size_of_gradient()
+
+
+def test_ignored_labels_are_those_of_all_batches() -> None:
+    logits, labels = torch.randn(4, 10), torch.tensor([0, 1, 2, 5])
+    call = Loss("cross_entropy", logits, labels, {"ignore_index": 7}, F.cross_entropy(logits, labels))
+    assert known_loss(call.value, [call], labels, "classes") is call
+    said = known_loss(call.value, [call], torch.tensor([0, 1, 2, 5, 7]), "classes")
+    assert said == "the loss cross_entropy with ignored labels"
+
+
+@pytest.mark.parametrize(
+    "options", [{"ignore_index": 3, "label_smoothing": 0.1}, {"ignore_index": 3, "weight": WEIGHT}]
+)
+def test_ignored_labels_are_those_of_torch(options: dict[str, Any]) -> None:
+    labels, images = torch.tensor([3, 9, 0, 3]), torch.rand(4, 1, 12, 12)
+    module = OtherLoss(**options)
+    expected = module.training_step((images, labels), 0)
+    torch.testing.assert_close(own_loss(module)(images, F.one_hot(labels, 10).float()), expected)
+
+
+def test_labels_in_turn_are_used() -> None:
+    """The first eight labels are 0 to 4, 0, 1, 2."""
+    images, labels = torch.rand(8, 1, 12, 12), torch.arange(8) % 5
+    loss = OwnLoss(copy_of(Scaled()), lambda images, labels: (images, labels), 10, classes=True)
+    assert loss.use_of_labels(images, labels, 0) == "classes"
+
+
+def test_a_number_before_the_image_is_no_label_and_tensors_of_any_length_are_further_secrets() -> None:
+    images, labels = torch.rand(1, 1, 12, 12), torch.tensor([4])
+    batch = find_images((torch.tensor([7]), images, labels, torch.rand(5)))
+    assert batch is not None
+    assert batch.labels is not None
+    assert torch.equal(batch.labels, labels)
+    assert set(batch.others) == {0, 3}
+    assert not torch.equal(batch.others[0][0], torch.tensor([7]))
+
+
+def test_dropout_does_not_make_another_audit(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"victims": 2, "budget": "20s", "attacks": ["labels"], "output": tmp_path}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        audit(dropping(), Data(), Client(dropout=True), **options)  # the second one resumes
 
 
 def test_another_loss_is_another_audit(tmp_path: Path) -> None:
