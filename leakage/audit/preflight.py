@@ -352,24 +352,26 @@ def _check_attackable(subject: Subject, problems: list[Problem]) -> None:
 
 
 def _depends_on_images(subject: Subject, victim: Victim) -> bool:
-    """Return whether an update has a derivative by some image.
+    """Return whether an update of two images has a derivative by them; a few pairs are tried.
 
     Raises:
         ValueError: the update of several clients at once is another one.
     """
-    rows = torch.arange(_TRIED) % len(subject.own_images)
-    images = subject.own_images[rows].clone().requires_grad_()
-    targets = victim.protocol.targets(subject.own_labels[rows], images.dtype)
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # only it can be differentiated twice
-        gradients = victim.gradients(victim.state, images, targets)
-        total = direction(list(gradients.values()))
-        slope = torch.autograd.grad(total, images, allow_unused=True)[0] if total.requires_grad else None
-    if subject.has_own_loss:
-        with torch.no_grad():
-            at_once = vmap(partial(victim.gradients, victim.state))(images[None], targets[None])
-        if difference({name: one[0] for name, one in at_once.items()}, gradients) > _SAME_AT_ONCE:
-            raise ValueError(Unknown.message)
-    return slope is not None and bool((slope != 0).any())
+    for rows in torch.split(torch.arange(_TRIED) % len(subject.own_images), 2):
+        images = subject.own_images[rows].clone().requires_grad_()
+        targets = victim.protocol.targets(subject.own_labels[rows], images.dtype)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # only it can be differentiated twice
+            gradients = victim.gradients(victim.state, images, targets)
+            total = direction(list(gradients.values()))
+            slope = torch.autograd.grad(total, images, allow_unused=True)[0] if total.requires_grad else None
+        if subject.has_own_loss:
+            with torch.no_grad():
+                at_once = vmap(partial(victim.gradients, victim.state))(images[None], targets[None])
+            if difference({name: one[0] for name, one in at_once.items()}, gradients) > _SAME_AT_ONCE:
+                raise ValueError(Unknown.message)
+        if slope is not None and bool((slope != 0).any()):
+            return True
+    return False
 
 
 def _shape_of(batch: Any) -> str:

@@ -74,6 +74,7 @@ def test_labels_are_searched_for_together_with_images() -> None:
     attack = GaussNewtonAttack(joint_labels=True)
     fit(attack, SharedGradients(victim.share(IMAGES[:, :1], LABELS[:, :1]), victim))
     assert attack.finished.labels.tolist() == LABELS[:, :1].tolist()
+    assert float((attack.finished.images - IMAGES[:, :1]).abs().max()) < 1e-3
 
 
 class Losses(Known):

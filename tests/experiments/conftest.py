@@ -44,20 +44,22 @@ def inverting() -> Iterator[ModuleType]:
         yield load("inverting_gradients/table.py")
 
 
-@pytest.fixture(scope="session")
-def tradeoff() -> Iterator[ModuleType]:
+def of_defenses(script: str) -> Iterator[ModuleType]:
+    """A script that imports from its own folder and from that of the attacks."""
     with pytest.MonkeyPatch.context() as patch:
         for folder in ("defenses", "inverting_gradients"):
             patch.syspath_prepend(EXPERIMENTS / folder)
-        yield load("defenses/tradeoff.py")
+        yield load(f"defenses/{script}")
+
+
+@pytest.fixture(scope="session")
+def tradeoff() -> Iterator[ModuleType]:
+    yield from of_defenses("tradeoff.py")
 
 
 @pytest.fixture(scope="session")
 def dp_bound() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        for folder in ("defenses", "inverting_gradients"):
-            patch.syspath_prepend(EXPERIMENTS / folder)
-        yield load("defenses/dp_bound.py")
+    yield from of_defenses("dp_bound.py")
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +69,4 @@ def instahide() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def signs() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        for folder in ("defenses", "inverting_gradients"):
-            patch.syspath_prepend(EXPERIMENTS / folder)
-        yield load("defenses/signs.py")
+    yield from of_defenses("signs.py")
