@@ -154,6 +154,8 @@ class Table:
         given = self.given
         options: dict[str, Any] = {"seed": given.seed}
         options |= {} if name in ("continuation", "gauss_newton") else {"protocol": given.protocol}
+        if given.total_variation is not None and name in PRIORS:
+            options["total_variation"] = given.total_variation
         if given.iterations is not None:
             limit = "steps" if name in ("inverting_gradients", "grad_inversion", "gias") else "max_evaluations"
             options[limit] = given.iterations
@@ -265,6 +267,8 @@ ATTACKS: dict[str, Callable[..., GradientInversion]] = {
     "idlg": IDLGAttack,
     "gauss_newton": GaussNewtonAttack,
 }
+# Attacks with total variation as a prior.
+PRIORS = ("inverting_gradients", "continuation", "grad_inversion", "gias")
 
 
 class Features(nn.Module):
@@ -315,6 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--attacks", nargs="+", choices=tuple(ATTACKS), default=["inverting_gradients"], help="default: %(default)s")
     add("--protocol", choices=PROTOCOLS, default="published", help="protocol of the attacks (default: %(default)s)")
     add("--iterations", type=int, help="evaluations of the objective per start (default: the protocol's)")
+    add("--total-variation", type=float, help="weight of the prior (default: the protocol's)")
     add("--labels", choices=LABELS, default="random", help="labels of a victim's images (default: %(default)s)")
     add("--local-steps", type=int, default=1, help="local SGD steps, whose sum is shared (default: %(default)s)")
     add(

@@ -6,16 +6,16 @@ from functools import partial
 from typing import Any
 
 from leakage.dummies import InferredLabels, Pixels
-from leakage.errors import check_not_negative
+from leakage.errors import check_count, check_not_negative
 from leakage.inversion import GradientInversion
 from leakage.labels import Auxiliary
 from leakage.objectives import CosineDistance, FeatureDistance, Sum, TotalVariation
-from leakage.solvers import Continuation, GaussNewton
+from leakage.solvers import Continuation, GaussNewton, SignedAdam
 
 # Chosen on training images of CIFAR-10, see docs/real_networks.md.
-TOTAL_VARIATION, FEATURES, START_STD, EVALUATIONS = 0.2, 0.1, 0.1, 112
-# Evaluations of a level, and pairs of products with the Jacobian in one of its steps.
-_LEVEL, _PRODUCTS = 4, 40
+TOTAL_VARIATION, FEATURES, START_STD, START_STEPS, EVALUATIONS = 0.02, 0.1, 0.1, 600, 56
+# First and last sharpness, evaluations of a level, and pairs of products with the Jacobian in one of its steps.
+_SHARPNESS, _LEVEL, _PRODUCTS = (5.0, 200.0), 4, 30
 # The finish: evaluations, products after which a Jacobian is formed if there are no kinks, the bytes that it may take,
 # and the objective at which the search ends.
 _FINISH: dict[str, Any] = {"max_evaluations": 40, "max_products": 60, "memory": 2**30, "tolerance": 1e-13}
@@ -80,8 +80,9 @@ class ContinuationAttack(GradientInversion):
         *,
         total_variation: float = TOTAL_VARIATION,
         features: float = FEATURES,
-        max_evaluations: int = EVALUATIONS,
         start_std: float = START_STD,
+        start_steps: int = START_STEPS,
+        max_evaluations: int = EVALUATIONS,
         restarts: int = 0,
         rule: str = "auto",
         auxiliary: Auxiliary | None = None,
@@ -90,7 +91,7 @@ class ContinuationAttack(GradientInversion):
         adaptive: bool = True,
     ) -> None:
         super().__init__(
-            **continuation(total_variation, max_evaluations, start_std, features),
+            **continuation(total_variation, features, start_std, start_steps, max_evaluations),
             labels=InferredLabels(rule, auxiliary, seed),
             restarts=restarts,
             seed=seed,
@@ -99,9 +100,12 @@ class ContinuationAttack(GradientInversion):
         )
 
 
-def continuation(total_variation: float, evaluations: int, start_std: float, features: float) -> dict[str, Any]:
+def continuation(
+    total_variation: float, features: float, start_std: float, start_steps: int, evaluations: int
+) -> dict[str, Any]:
     """Return objective, images and solver of a continuation."""
     check_not_negative(total_variation=total_variation, features=features)
+    check_count(0, start_steps=start_steps)
     newton = partial(GaussNewton, spectrum=False, underdetermined=True)
     return {
         "objective": Sum(
@@ -112,6 +116,8 @@ def continuation(total_variation: float, evaluations: int, start_std: float, fea
         "solver": Continuation(
             solver=newton(solver="cg", max_evaluations=evaluations, max_products=_PRODUCTS),
             levels=max(1, evaluations // _LEVEL),
+            sharpness=_SHARPNESS,
             finish=newton(**_FINISH),
+            start=SignedAdam(steps=start_steps) if start_steps else None,
         ),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from leakage.attacks.continuation import EVALUATIONS, FEATURES, START_STD, TOTAL_VARIATION, continuation
+from leakage.attacks.continuation import EVALUATIONS, FEATURES, START_STD, START_STEPS, TOTAL_VARIATION, continuation
 from leakage.attacks.protocols import chosen_values
 from leakage.dummies import InferredLabels, Pixels
 from leakage.errors import check_not_negative, check_positive
@@ -49,8 +49,8 @@ class InvertingGradientsAttack(GradientInversion):
         {\lVert \nabla_\theta \ell(f_\theta(x), y) \rVert \, \lVert g^* \rVert} + \alpha \, \mathrm{TV}(x)
 
     ``protocol="published"`` is the paper's protocol for CIFAR-10, with :class:`~leakage.solvers.SignedAdam`; for
-    ImageNet the paper takes 24,000 steps. ``"robust"`` is :class:`ContinuationAttack`: it minimises the same sum by
-    least squares on a smoothed network, and finds more on networks with ReLU.
+    ImageNet the paper takes 24,000 steps. ``"robust"`` is :class:`ContinuationAttack`: after 600 such steps it
+    minimises the same sum by least squares on a smoothed network, and finds more on networks with ReLU.
 
     Pieces: :class:`~leakage.objectives.CosineDistance`, :class:`~leakage.objectives.TotalVariation`,
     :class:`~leakage.dummies.Pixels` in a box, :class:`~leakage.dummies.InferredLabels`, and the solver of the protocol.
@@ -63,7 +63,7 @@ class InvertingGradientsAttack(GradientInversion):
         features: weight of :class:`~leakage.objectives.FeatureDistance`, which keeps the images of a batch apart; the
             paper has none. About 1 is good with ``"published"``.
         lr: learning rate of :class:`~leakage.solvers.SignedAdam`; ``"robust"`` has none.
-        steps: evaluations of the objective.
+        steps: evaluations of the objective; with ``"robust"`` those by least squares.
         restarts: additional starts; the one with the lowest objective is kept.
         start_std: standard deviation of the initial noise, whose mean is 0, or grey with ``"robust"``. If given,
             ``start_std``, ``total_variation``, ``features``, ``lr`` and ``steps`` override the protocol's values.
@@ -106,7 +106,9 @@ class InvertingGradientsAttack(GradientInversion):
             raise ValueError(f"Expected no `lr` with protocol='robust', which has no learning rate, but got {lr!r}.")
         pieces: dict[str, Any]
         if values.lr is None:
-            pieces = continuation(values.total_variation, values.steps, values.start_std, values.features)
+            pieces = continuation(
+                values.total_variation, values.features, values.start_std, START_STEPS, values.steps
+            )
         else:
             pieces = {
                 "objective": Sum(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leakage.errors import check_count, check_not_negative, check_pair, check_positive
 from leakage.pieces import State
+from leakage.solvers.adam import Adam
 from leakage.solvers.gauss_newton import GaussNewton
 from leakage.solvers.solver import DIVERGED, EXHAUSTED, RUNNING, STEERING, Evaluated, Problem, Solver, running
 
@@ -32,6 +33,10 @@ class Continuation(Solver):
     because a search without a prior would fit the defense. A network without kinks needs no level but the finish. The
     result is the best iterate of the last level.
 
+    With ``start``, the levels begin at the best iterate of another search: on the network as it is, with the full
+    weights of priors. Where least squares from noise end in a poor minimum, as on networks with normalisation, Adam
+    leads near enough to the solution.
+
     Args:
         solver: the solver for each level, such as :class:`~leakage.solvers.GaussNewton` or
             :class:`~leakage.solvers.SignedAdam`. Its number of evaluations is the total over all levels.
@@ -40,6 +45,8 @@ class Continuation(Solver):
         fading: p, at least 0.
         finish: the solver of the finish, a :class:`~leakage.solvers.GaussNewton` as ``solver`` is; None for no finish.
             Its evaluations come on top of those of the levels. ``"auto"`` forms Jacobians only if there are no kinks.
+        start: the solver of the search before the levels, an :class:`~leakage.solvers.Adam` if ``solver`` is a
+            :class:`~leakage.solvers.GaussNewton`; None for no such search. Its steps come on top, too.
 
     Raises:
         ValueError: if an option is out of range, or if there are more levels than evaluations; in ``fit``, if the
@@ -62,6 +69,7 @@ class Continuation(Solver):
     sharpness: tuple[float, float] = (2.0, 200.0)
     fading: float = 1.3
     finish: GaussNewton | None = None
+    start: Adam | None = None
     _first: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -79,10 +87,15 @@ class Continuation(Solver):
             raise ValueError(
                 f"Expected `finish` and `solver` to be GaussNewton, but got {self.finish!r} and {self.solver!r}."
             )
+        if self.start is not None and not (isinstance(self.start, Adam) and type(self.solver) is GaussNewton):
+            raise ValueError(
+                "Expected `start` to be Adam or SignedAdam, and `solver` to be GaussNewton, but got "
+                f"{self.start!r} and {self.solver!r}."
+            )
 
     @property
     def evaluations(self) -> int:
-        """Number of evaluations of all levels together."""
+        """Number of evaluations of all levels together, in a fitted copy with those of the start."""
         found: int | None = getattr(self.solver, "steps", getattr(self.solver, "max_evaluations", None))
         if found is None:
             raise ValueError(f"Expected `solver` with `steps` or `max_evaluations`, but got {self.solver!r}.")
@@ -91,23 +104,29 @@ class Continuation(Solver):
     def fit(self, problem: Problem) -> Continuation:
         """Return a copy that is fitted to the problem, and runs only the levels that the problem needs."""
         finish = self.finish if problem.exact else None
+        direct = finish is not None and not problem.kinked
+        start = None if direct else self.start
+        before = start.steps if start else 0
+        solver = self.solver
+        if start and isinstance(solver, GaussNewton):
+            solver = dataclasses.replace(solver, max_evaluations=before + solver.max_evaluations)
         if finish is not None:
             # A Jacobian ends the search of a network without kinks. With kinks it holds for too short steps.
             kind = "cg" if problem.kinked and finish.solver == "auto" else finish.solver
-            total = self.evaluations + finish.max_evaluations
+            total = before + self.evaluations + finish.max_evaluations
             finish = dataclasses.replace(finish, solver=kind, max_evaluations=total).fit(problem)
-        fitted = dataclasses.replace(self, solver=self.solver.fit(problem), finish=finish)
-        fitted._first = self.levels if finish is not None and not problem.kinked else 0
+        fitted = dataclasses.replace(self, solver=solver.fit(problem), finish=finish, start=start)
+        fitted._first = self.levels if direct else -1 if start else 0
         return fitted
 
     def _levelled(self, levels: Tensor, like: Tensor) -> State:
         """Return the entries that steer the objective at the victims' levels."""
         first, last = self.sharpness
         ratio = (last / first) ** (levels / max(1, self.levels - 1)).to(like)
-        smooth = levels < self.levels
+        smooth, starting = levels < self.levels, levels < 0
         return {
-            _SHARPNESS: torch.where(smooth, first * ratio, torch.inf),
-            _FADING: torch.where(smooth, ratio**-self.fading, 0.0),
+            _SHARPNESS: torch.where(smooth & ~starting, first * ratio, torch.inf),
+            _FADING: torch.where(starting, 1.0, torch.where(smooth, ratio**-self.fading, 0.0)),
         }
 
     def _with_levels(self, state: State, like: Tensor) -> State:
@@ -115,16 +134,20 @@ class Continuation(Solver):
         return state | {"level": levels} | self._levelled(levels, like)
 
     def fresh(self, like: Tensor) -> State:
-        """Return the solver's fresh state and the level, which is the first."""
-        return self._with_levels(self.solver.fresh(like), like)
+        """Return the solvers' fresh state and the level, which is the first; -1 is the start."""
+        start = self.start.fresh(like) if self.start else {}
+        return self._with_levels(start | self.solver.fresh(like), like)
 
     def move(self, lanes: State, at: Evaluated) -> Tensor:
         """Move by the solver of the level, or to the next level."""
-        was_running, finishing = running(lanes), lanes["level"] == self.levels
-        target = _moved(self.solver, lanes, at, ~finishing)
-        if self.finish is not None:
-            target = torch.where(finishing[:, None], _moved(self.finish, lanes, at, finishing), target)
-        spent = lanes["evaluations"] * self.levels >= (lanes["level"] + 1) * self.evaluations
+        was_running, level, before = running(lanes), lanes["level"], self.start.steps if self.start else 0
+        starting, finishing = level < 0, level == self.levels
+        target = _moved(self.solver, lanes, at, ~starting & ~finishing)
+        for other, chosen in ((self.start, starting), (self.finish, finishing)):
+            if other is not None:
+                target = torch.where(chosen[:, None], _moved(other, lanes, at, chosen), target)
+        spent = (lanes["evaluations"] - before) * self.levels >= (level + 1) * (self.evaluations - before)
+        spent &= ~starting
         further = was_running & (~running(lanes) | spent) & (lanes["status"] != DIVERGED)
         further &= lanes["level"] < (self.levels - 1 if self.finish is None else self.levels)
         chosen = further.nonzero().squeeze(1)
@@ -140,7 +163,8 @@ class Continuation(Solver):
 
     def largest(self, like: Tensor) -> State:
         """Return the state of lanes at its largest size."""
-        return self._with_levels(self.solver.largest(like), like)
+        start = self.start.largest(like) if self.start else {}
+        return self._with_levels(start | self.solver.largest(like), like)
 
     def match(self, fresh: State, lanes: State) -> State:
         """Give a fresh state the shapes of the present one."""

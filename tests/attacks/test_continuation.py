@@ -30,7 +30,7 @@ def test_the_finish_lowers_the_distance_that_the_levels_end_with(kit: Any) -> No
     model = ConvNet(1, 12, 10, width=8, depth=2, norm="none").eval()
 
     def short(finish: bool) -> ContinuationAttack:
-        attack = ContinuationAttack(max_evaluations=4)
+        attack = ContinuationAttack(max_evaluations=4, start_steps=0)
         solver: Any = attack.solver
         solver.solver.max_products = 5
         solver.finish = GaussNewton(max_evaluations=4, max_products=5) if finish else None
@@ -54,6 +54,7 @@ def test_the_finish_lowers_the_distance_that_the_levels_end_with(kit: Any) -> No
         ({"total_variation": -1.0}, "Expected `total_variation` of at least 0, but got -1.0"),
         ({"features": -1.0}, "Expected `features` of at least 0, but got -1.0"),
         ({"start_std": 0.0}, "Expected `std` to be positive and finite, but got 0.0"),
+        ({"start_steps": -1}, "Expected `start_steps` to be a whole number of at least 0, but got -1"),
         ({"max_evaluations": 0}, "Expected `max_evaluations` to be a whole number of at least 1, but got 0"),
     ],
 )
@@ -65,5 +66,6 @@ def test_names_a_bad_option(options: dict[str, Any], message: str) -> None:
 def test_images_match_their_features_unless_told_otherwise() -> None:
     terms = {weight: type(term) for weight, term in ContinuationAttack().objective.parts()}
     assert terms[0.1] is FeatureDistance
+    assert repr(ContinuationAttack().solver.start).startswith("SignedAdam(steps=600")  # type: ignore[attr-defined]
     without = ContinuationAttack(features=0.0).objective
-    assert repr(without) == "CosineDistance() + 0.2 * TotalVariation(kind='smooth')"
+    assert repr(without) == "CosineDistance() + 0.02 * TotalVariation(kind='smooth')"

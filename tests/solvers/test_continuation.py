@@ -96,6 +96,41 @@ def test_the_finish_has_neither_smoothing_nor_priors() -> None:
             assert float((optimizer.best()[0] - GOAL).abs().max()) > 1e-3
 
 
+def test_the_levels_begin_where_another_search_ended() -> None:
+    """The start sees the network as it is and full priors, and its steps come on top; smooth networks need none."""
+    newton = GaussNewton(max_evaluations=9, tolerance=1e-20)
+    finish = GaussNewton(max_evaluations=4, tolerance=1e-20)
+    solver = Continuation(
+        solver=newton, levels=3, sharpness=(0.1, 10.0), finish=finish, start=SignedAdam(steps=5, lr=0.1)
+    )
+    optimizer = optimizer_of(solver)
+    assert (optimizer.lanes["level"][0], optimizer.lanes[SHARPNESS][0], optimizer.lanes[FADING][0]) == (-1, torch.inf, 1)
+    (x,) = optimizer.param_groups[0]["params"]
+    points = []
+
+    def closure() -> torch.Tensor:
+        points.append(x.detach().clone())
+        losses: torch.Tensor = optimizer.problem.equations(x, torch.arange(3)).square().sum(1)  # type: ignore[misc]
+        x.grad = torch.autograd.grad(losses.sum(), x)[0]
+        return losses
+
+    levels = []
+    while bool(optimizer.running.any()):
+        optimizer.step(closure)
+        levels.append(optimizer.lanes["level"].tolist())
+    assert [level[0] for level in levels[:4]] == [-1] * 4
+    assert levels[4] == [0] * 3
+    assert max(max(level) for level in levels) == 3
+    torch.testing.assert_close((points[1] - points[0]).abs(), torch.full((3, 2), 0.1).double())
+    assert bool((optimizer.evaluations <= 5 + 9 + 4).all())
+    assert bool((optimizer.evaluations > 5 + 3).all())
+    losses = (torch.stack(points[:5]) ** 3 - GOAL**3).square().sum(2)
+    for lane, best in enumerate(losses.argmin(0).tolist()):
+        assert torch.equal(points[5][lane], points[best][lane]), "the best iterate of the start"
+    smooth = optimizer_of(solver, kinked=False)
+    assert smooth.lanes["level"].tolist() == [3] * 3
+
+
 def test_adam_goes_on_over_the_levels() -> None:
     """One level and many are the same where the objective does not look at them."""
     found = []
@@ -154,6 +189,14 @@ def test_a_lane_that_diverges_goes_no_further() -> None:
         (
             {"finish": GaussNewton()},
             r"Expected `finish` and `solver` to be GaussNewton, but got Gauss.* and SignedAdam",
+        ),
+        (
+            {"start": SignedAdam()},
+            "Expected `start` to be Adam or SignedAdam, and `solver` to be GaussNewton, but got SignedAdam.* and Sign",
+        ),
+        (
+            {"solver": GaussNewton(), "start": LBFGS()},
+            r"Expected `start` to be Adam or SignedAdam, and `solver` .* but got LBFGS.* and GaussNewton",
         ),
         ({"solver": "adam"}, "Expected `solver` to be another solver, but got 'adam'"),
         ({"solver": Continuation(solver=SignedAdam(steps=20))}, "Expected `solver` to be another solver"),
