@@ -66,6 +66,6 @@ def test_names_a_bad_option(options: dict[str, Any], message: str) -> None:
 def test_images_match_their_features_unless_told_otherwise() -> None:
     terms = {weight: type(term) for weight, term in ContinuationAttack().objective.parts()}
     assert terms[0.1] is FeatureDistance
-    assert repr(ContinuationAttack().solver.start).startswith("SignedAdam(steps=600")  # type: ignore[attr-defined]
+    assert repr(ContinuationAttack().solver.start).startswith("SignedAdam(lr=0.1, steps=600,")  # type: ignore[attr-defined]
     without = ContinuationAttack(features=0.0).objective
     assert repr(without) == "CosineDistance() + 0.02 * TotalVariation(kind='smooth')"
