@@ -10,6 +10,7 @@ from typing import Any
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from leakage.attacks import (
+    ContinuationAttack,
     DLGAttack,
     GaussNewtonAttack,
     GradientInversion,
@@ -30,11 +31,13 @@ from leakage.objectives import GaussianPrior
 
 #: The attacks of an audit. Those without a search come first. On a network with kinks, such as ReLU, ``gauss_newton``
 #: comes after the other searches, as it finds less there.
-ATTACKS = ("labels", "rgap", "gauss_newton", "inverting_gradients", "grad_inversion", "dlg")
+ATTACKS = ("labels", "rgap", "gauss_newton", "continuation", "inverting_gradients", "grad_inversion", "dlg")
 # Steps of a search with Adam: the number in the papers, and the fewest that are worth a run.
 _MOST_STEPS, _FEWEST_STEPS = 4800, 300
-# Networks with at most this many weights: Inverting Gradients searches by least squares.
+# Networks with at most this many weights: continuation instead of Inverting Gradients.
 _SMALL = 300_000
+# What continuation is expected to need, as evaluations of its least squares.
+_CONTINUED = 130
 # The most values an image may have for a normal distribution to be fitted.
 _MOST_PIXELS = 3072
 # The images a class needs to get its own mean and covariance.
@@ -58,6 +61,7 @@ class Candidate:
         shortens: whether the attack can be made with fewer steps.
         passes: the approximate number of forward and backward passes in one evaluation. It decides whether there is
             time for a trial.
+        trial: a function that returns the attack for this trial; None for ``make``.
     """
 
     name: str
@@ -65,6 +69,7 @@ class Candidate:
     evaluations: int = 1
     shortens: bool = False
     passes: int = 3
+    trial: Callable[[], GradientInversion] | None = None
 
 
 def candidates(
@@ -109,7 +114,16 @@ def candidates(
     if not kinked:
         found.append(second_order)
     if readable:
-        found.append(_inverting_gradients(victim, common))
+        # One of the two, unless the auditor asks for the other.
+        small = _is_small(victim)
+        if small or "continuation" in (chosen or ()):
+            made: Callable[..., GradientInversion] = partial(ContinuationAttack, **common)
+            # The start is so much cheaper than the rest that a trial without it tells more.
+            trial = partial(made, start_steps=0)
+            found.append(Candidate("continuation", made, _CONTINUED, passes=100, trial=trial))
+        if not small or "inverting_gradients" in (chosen or ()):
+            made = partial(_with_steps, InvertingGradientsAttack, common)
+            found.append(Candidate("inverting_gradients", made, _MOST_STEPS, shortens=True))
         if any(isinstance(layer, _BatchNorm) and layer.track_running_stats for layer in victim.model.modules()):
             made = partial(_with_steps, GradInversionAttack, {**common, "seeds": 4, "rule": "auto"})
             found.append(Candidate("grad_inversion", made, _MOST_STEPS, shortens=True))
@@ -120,14 +134,11 @@ def candidates(
     return [candidate for candidate in found if chosen is None or candidate.name in chosen]
 
 
-def _inverting_gradients(victim: Victim, common: dict[str, Any]) -> Candidate:
+def _is_small(victim: Victim) -> bool:
+    """Return whether products with the Jacobian are cheap, and nothing is known to make continuation fail."""
     weights = sum(parameter.numel() for parameter in victim.model.parameters())
-    norms = any("Norm" in type(layer).__name__ for layer in victim.model.modules())
-    if weights <= _SMALL and not norms and victim.protocol.local_steps == 1:
-        made: Callable[..., GradientInversion] = partial(InvertingGradientsAttack, protocol="robust", **common)
-        return Candidate("inverting_gradients", made, 130, passes=100)
-    made = partial(_with_steps, InvertingGradientsAttack, common)
-    return Candidate("inverting_gradients", made, _MOST_STEPS, shortens=True)
+    batch_norm = any(isinstance(layer, _BatchNorm) for layer in victim.model.modules())
+    return weights <= _SMALL and not batch_norm and victim.protocol.local_steps == 1
 
 
 def _with_steps(kind: Callable[..., GradientInversion], options: dict[str, Any], steps: int = 0) -> GradientInversion:

@@ -238,7 +238,7 @@ class Runner:
         shared = row.share([0], reads=row.reads_labels)
         if (seconds := candidate.passes * row.seconds_of_a_pass) > _TRIAL_SHARE * self.budget:
             return seconds  # a good enough estimate
-        return seconds_of_one(candidate.make(), shared, row.victim, accelerator=self.accelerator)
+        return seconds_of_one((candidate.trial or candidate.make)(), shared, row.victim, accelerator=self.accelerator)
 
     # One attack.
 

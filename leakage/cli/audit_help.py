@@ -41,8 +41,9 @@ the attacks:
   --budget TIME             time for all of them: 90s, 10m, 1h (default: 10m)
   --victims N               most victims of a client (default: 100)
   --attacks LIST            (default: all that apply) some of labels, rgap,
-                            gauss_newton, inverting_gradients,
-                            grad_inversion, dlg: '["labels", "rgap"]'
+                            gauss_newton, continuation,
+                            inverting_gradients, grad_inversion,
+                            dlg: '["labels", "rgap"]'
   --success_threshold MSE   below it, an image is rebuilt (default: 0.001)
   --seed SEED               of all random numbers (default: 0)
   --accelerator NAME        as in Lightning's Trainer (default: cpu)
