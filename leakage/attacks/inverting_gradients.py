@@ -106,9 +106,7 @@ class InvertingGradientsAttack(GradientInversion):
             raise ValueError(f"Expected no `lr` with protocol='robust', which has no learning rate, but got {lr!r}.")
         pieces: dict[str, Any]
         if values.lr is None:
-            pieces = continuation(
-                values.total_variation, values.features, values.start_std, START_STEPS, values.steps
-            )
+            pieces = continuation(values.total_variation, values.features, values.start_std, START_STEPS, values.steps)
         else:
             pieces = {
                 "objective": Sum(

@@ -104,7 +104,8 @@ def test_the_levels_begin_where_another_search_ended() -> None:
         solver=newton, levels=3, sharpness=(0.1, 10.0), finish=finish, start=SignedAdam(steps=5, lr=0.1)
     )
     optimizer = optimizer_of(solver)
-    assert (optimizer.lanes["level"][0], optimizer.lanes[SHARPNESS][0], optimizer.lanes[FADING][0]) == (-1, torch.inf, 1)
+    begun = [optimizer.lanes[name].tolist() for name in ("level", SHARPNESS, FADING)]
+    assert begun == [[-1] * 3, [torch.inf] * 3, [1.0] * 3]
     (x,) = optimizer.param_groups[0]["params"]
     points = []
 
