@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,14 @@ from leakage.objectives import CosineDistance, FeatureDistance, Sum, TotalVariat
 from leakage.solvers import Continuation, GaussNewton, SignedAdam
 
 # Chosen on training images of CIFAR-10, see docs/real_networks.md.
-TOTAL_VARIATION, FEATURES, START_STD, START_STEPS, EVALUATIONS = 0.02, 0.1, 0.1, 600, 56
+TOTAL_VARIATION, FEATURES, START_STD, START_STEPS, EVALUATIONS = (0.02, 0.2), 0.1, 0.1, 600, 56
 # First and last sharpness, evaluations of a level, and pairs of products with the Jacobian in one of its steps.
 _SHARPNESS, _LEVEL, _PRODUCTS = (5.0, 200.0), 4, 30
 # The finish: evaluations, products after which a Jacobian is formed if there are no kinks, the bytes that it may take,
 # and the objective at which the search ends.
 _FINISH: dict[str, Any] = {"max_evaluations": 40, "max_products": 60, "memory": 2**30, "tolerance": 1e-13}
+# A victim that ends below this objective is not restarted.
+_SOLVED = 1e-10
 
 
 class ContinuationAttack(GradientInversion):
@@ -29,11 +32,16 @@ class ContinuationAttack(GradientInversion):
 
     Gradients of networks with ReLU or max pooling do not show how far a unit is from its kink, so searches get stuck
     where units have the wrong sign. Here the attacker smooths the kinks (:func:`~leakage.clients.smoothing.smoothed`).
-    The sharpness s grows in levels from 2 to 200, while the weight :math:`\alpha \, w(s)` of the prior fades
+    The sharpness s grows in levels from 5 to 200, while the weight :math:`\alpha \, w(s)` of the prior fades
     (:class:`~leakage.solvers.Continuation`). Each level takes a few steps of Levenberg-Marquardt
-    (:class:`~leakage.solvers.GaussNewton`), with up to 40 products with the Jacobian. The last steps, the *finish*, are
-    on the network as it is and without the prior. They keep an image only if it matches the gradient better. There is
-    no finish if a defense has changed the gradients.
+    (:class:`~leakage.solvers.GaussNewton`), with up to 30 products with the Jacobian. Before them, the *start* takes
+    600 steps of :class:`InvertingGradientsAttack` on the network as it is, with the full prior. After them, the
+    *finish* takes further steps of least squares on the network as it is, without the prior, and keeps an image only
+    if it matches the gradient better.
+
+    Trained networks need a stronger prior than untrained ones. So each victim is searched for twice, with two weights,
+    and the image that matches the gradient better at the end is kept. If a defense has changed the gradients, there
+    is no finish, and both searches have the larger weight.
 
     Every image of a batch also matches its own features :math:`\hat h`, which the gradient of the last layer gives away
     (:class:`~leakage.objectives.FeatureDistance`). Without them, images of a batch blend into one another. Victims
@@ -52,12 +60,14 @@ class ContinuationAttack(GradientInversion):
     Shapes: images ``(V, N, C, H, W)`` in [0, 1], labels ``(V, N)``.
 
     Args:
-        total_variation: :math:`\alpha`, the weight of the prior at the first level.
+        total_variation: :math:`\alpha`, the weight of the prior in the start and at the first level. With several
+            weights there are as many searches; the result with the lowest distance is kept.
         features: :math:`\gamma`, the weight of the features; 0 leaves them out.
         max_evaluations: evaluations of the objective at the levels; the finish takes up to 40 more, and all of them if
             there are no kinks.
         start_std: standard deviation of the noise around grey that the search starts from.
-        restarts: additional starts; the one with the lowest objective is kept.
+        restarts: additional searches, which take the weights in turn; by default one search for each weight. Victims
+            that are solved are not restarted.
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.
         seed: seed of the starts, and of label rules that draw random numbers.
         success_threshold: an image counts as reconstructed if its MSE is below this value.
@@ -78,46 +88,45 @@ class ContinuationAttack(GradientInversion):
     def __init__(
         self,
         *,
-        total_variation: float = TOTAL_VARIATION,
+        total_variation: float | Sequence[float] = TOTAL_VARIATION,
         features: float = FEATURES,
         start_std: float = START_STD,
         start_steps: int = START_STEPS,
         max_evaluations: int = EVALUATIONS,
-        restarts: int = 0,
+        restarts: int | None = None,
         rule: str = "auto",
         auxiliary: Auxiliary | None = None,
         seed: int = 0,
         success_threshold: float = 1e-3,
         adaptive: bool = True,
     ) -> None:
+        weights = (total_variation,) if isinstance(total_variation, int | float) else tuple(total_variation)
+        if not weights:
+            raise ValueError("Expected `total_variation` with at least one weight, but got none.")
+        for weight in weights:
+            check_not_negative(total_variation=weight)
+        check_not_negative(features=features)
+        check_count(0, start_steps=start_steps)
+        newton = partial(GaussNewton, spectrum=False, underdetermined=True)
+        strongest = max(weights)
         super().__init__(
-            **continuation(total_variation, features, start_std, start_steps, max_evaluations),
+            objective=Sum(
+                [CosineDistance(), FeatureDistance(required=False), TotalVariation("smooth")],
+                [1.0, features, strongest],
+            ),
+            images=Pixels("grey", std=start_std, box=(0, 1)),
             labels=InferredLabels(rule, auxiliary, seed),
-            restarts=restarts,
+            solver=Continuation(
+                solver=newton(solver="cg", max_evaluations=max_evaluations, max_products=_PRODUCTS),
+                levels=max(1, max_evaluations // _LEVEL),
+                sharpness=_SHARPNESS,
+                finish=newton(**_FINISH),
+                start=SignedAdam(steps=start_steps) if start_steps else None,
+                strengths=tuple(weight / strongest for weight in weights) if strongest else (1.0,),
+            ),
+            restarts=len(weights) - 1 if restarts is None else restarts,
+            restart_above=_SOLVED,
             seed=seed,
             success_threshold=success_threshold,
             adaptive=adaptive,
         )
-
-
-def continuation(
-    total_variation: float, features: float, start_std: float, start_steps: int, evaluations: int
-) -> dict[str, Any]:
-    """Return objective, images and solver of a continuation."""
-    check_not_negative(total_variation=total_variation, features=features)
-    check_count(0, start_steps=start_steps)
-    newton = partial(GaussNewton, spectrum=False, underdetermined=True)
-    return {
-        "objective": Sum(
-            [CosineDistance(), FeatureDistance(required=False), TotalVariation("smooth")],
-            [1.0, features, total_variation],
-        ),
-        "images": Pixels("grey", std=start_std, box=(0, 1)),
-        "solver": Continuation(
-            solver=newton(solver="cg", max_evaluations=evaluations, max_products=_PRODUCTS),
-            levels=max(1, evaluations // _LEVEL),
-            sharpness=_SHARPNESS,
-            finish=newton(**_FINISH),
-            start=SignedAdam(steps=start_steps) if start_steps else None,
-        ),
-    }

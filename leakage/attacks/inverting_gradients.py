@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from leakage.attacks.continuation import EVALUATIONS, FEATURES, START_STD, START_STEPS, TOTAL_VARIATION, continuation
 from leakage.attacks.protocols import chosen_values
 from leakage.dummies import InferredLabels, Pixels
 from leakage.errors import check_not_negative, check_positive
@@ -17,14 +15,11 @@ from leakage.solvers import SignedAdam
 
 @dataclass(frozen=True)
 class InvertingGradientsProtocol:
-    """Values of a protocol of :class:`InvertingGradientsAttack`; arguments with the same names override them.
-
-    ``lr`` is None for a search by least squares, which has no learning rate.
-    """
+    """Values of a protocol of :class:`InvertingGradientsAttack`; arguments with the same names override them."""
 
     total_variation: float
     features: float
-    lr: float | None
+    lr: float
     steps: int
     start_std: float
 
@@ -36,9 +31,6 @@ class InvertingGradientsProtocol:
 # For CIFAR-10.
 INVERTING_GRADIENTS = {
     "published": InvertingGradientsProtocol(total_variation=1e-2, features=0.0, lr=0.1, steps=4800, start_std=1.0),
-    "robust": InvertingGradientsProtocol(
-        total_variation=TOTAL_VARIATION, features=FEATURES, lr=None, steps=EVALUATIONS, start_std=START_STD
-    ),
 }
 
 
@@ -49,32 +41,32 @@ class InvertingGradientsAttack(GradientInversion):
         {\lVert \nabla_\theta \ell(f_\theta(x), y) \rVert \, \lVert g^* \rVert} + \alpha \, \mathrm{TV}(x)
 
     ``protocol="published"`` is the paper's protocol for CIFAR-10, with :class:`~leakage.solvers.SignedAdam`; for
-    ImageNet the paper takes 24,000 steps. ``"robust"`` is :class:`ContinuationAttack`: after 600 such steps it
-    minimises the same sum by least squares on a smoothed network, and finds more on networks with ReLU.
+    ImageNet the paper takes 24,000 steps. :class:`ContinuationAttack` goes on from there, and finds more on networks
+    with ReLU.
 
     Pieces: :class:`~leakage.objectives.CosineDistance`, :class:`~leakage.objectives.TotalVariation`,
-    :class:`~leakage.dummies.Pixels` in a box, :class:`~leakage.dummies.InferredLabels`, and the solver of the protocol.
+    :class:`~leakage.dummies.Pixels` in a box, :class:`~leakage.dummies.InferredLabels`,
+    :class:`~leakage.solvers.SignedAdam`.
 
     Shapes: images ``(V, N, C, H, W)`` in [0, 1], labels ``(V, N)``.
 
     Args:
-        protocol: ``"published"`` or ``"robust"``.
-        total_variation: :math:`\alpha`, from 1e-4 to 1e-1 in the paper; with ``"robust"`` its value at the first level.
+        protocol: ``"published"``.
+        total_variation: :math:`\alpha`, from 1e-4 to 1e-1 in the paper.
         features: weight of :class:`~leakage.objectives.FeatureDistance`, which keeps the images of a batch apart; the
-            paper has none. About 1 is good with ``"published"``.
-        lr: learning rate of :class:`~leakage.solvers.SignedAdam`; ``"robust"`` has none.
-        steps: evaluations of the objective; with ``"robust"`` those by least squares.
+            paper has none. About 1 is good.
+        lr: learning rate of :class:`~leakage.solvers.SignedAdam`.
+        steps: evaluations of the objective.
         restarts: additional starts; the one with the lowest objective is kept.
-        start_std: standard deviation of the initial noise, whose mean is 0, or grey with ``"robust"``. If given,
-            ``start_std``, ``total_variation``, ``features``, ``lr`` and ``steps`` override the protocol's values.
+        start_std: standard deviation of the initial noise, whose mean is 0. If given, ``start_std``,
+            ``total_variation``, ``features``, ``lr`` and ``steps`` override the protocol's values.
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.
         seed: seed of the starts, and of label rules that draw random numbers.
         success_threshold: an image counts as reconstructed if its MSE is below this value.
         adaptive: see :class:`~leakage.attacks.GradientInversion`.
 
     Raises:
-        ValueError: if the protocol is unknown, a number is out of range, ``lr`` is given with ``"robust"``, or a piece
-            raises it.
+        ValueError: if the protocol is unknown, a number is out of range, or a piece raises it.
 
     References:
         Geiping et al., *Inverting Gradients*, NeurIPS 2020, https://arxiv.org/abs/2003.14053.
@@ -102,23 +94,14 @@ class InvertingGradientsAttack(GradientInversion):
     ) -> None:
         options = {"total_variation": total_variation, "features": features, "lr": lr, "steps": steps}
         values = chosen_values(INVERTING_GRADIENTS, protocol, **options, start_std=start_std)
-        if protocol == "robust" and lr is not None:
-            raise ValueError(f"Expected no `lr` with protocol='robust', which has no learning rate, but got {lr!r}.")
-        pieces: dict[str, Any]
-        if values.lr is None:
-            pieces = continuation(values.total_variation, values.features, values.start_std, START_STEPS, values.steps)
-        else:
-            pieces = {
-                "objective": Sum(
-                    [CosineDistance(), FeatureDistance(required=False), TotalVariation()],
-                    [1.0, values.features, values.total_variation],
-                ),
-                "images": Pixels(std=values.start_std, box=(0, 1)),
-                "solver": SignedAdam(lr=values.lr, steps=values.steps),
-            }
         super().__init__(
-            **pieces,
+            objective=Sum(
+                [CosineDistance(), FeatureDistance(required=False), TotalVariation()],
+                [1.0, values.features, values.total_variation],
+            ),
+            images=Pixels(std=values.start_std, box=(0, 1)),
             labels=InferredLabels(rule, auxiliary, seed),
+            solver=SignedAdam(lr=values.lr, steps=values.steps),
             restarts=restarts,
             seed=seed,
             success_threshold=success_threshold,

@@ -204,7 +204,7 @@ class Lanes:
         self.kept["restarts"][again] += 1
         ids, restarts = self.shared.ids[again.cpu()], self.kept["restarts"][again]
         starts = self._starts(ids, restarts)
-        self.optimizer.restart(again, *starts.values(), seeds=self._seeds(ids, restarts))
+        self.optimizer.restart(again, *starts.values(), seeds=self._seeds(ids, restarts), restarts=restarts)
 
     @torch.no_grad()
     @full_precision()

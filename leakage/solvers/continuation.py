@@ -47,6 +47,8 @@ class Continuation(Solver):
             Its evaluations come on top of those of the levels. ``"auto"`` forms Jacobians only if there are no kinks.
         start: the solver of the search before the levels, an :class:`~leakage.solvers.Adam` if ``solver`` is a
             :class:`~leakage.solvers.GaussNewton`; None for no such search. Its steps come on top, too.
+        strengths: a factor on the weights of priors for each start of a victim, in turn. Without the finish, objectives
+            with different priors can't be compared, so all starts have the largest.
 
     Raises:
         ValueError: if an option is out of range, or if there are more levels than evaluations; in ``fit``, if the
@@ -70,6 +72,7 @@ class Continuation(Solver):
     fading: float = 1.3
     finish: GaussNewton | None = None
     start: Adam | None = None
+    strengths: tuple[float, ...] = (1.0,)
     _first: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -83,6 +86,10 @@ class Continuation(Solver):
             raise ValueError(
                 f"Expected `levels` of at most {self.evaluations}, the solver's evaluations, but got {self.levels}."
             )
+        self.strengths = tuple(self.strengths)
+        if not self.strengths:
+            raise ValueError("Expected `strengths` with at least one factor, but got ().")
+        check_not_negative(**{f"strengths[{place}]": factor for place, factor in enumerate(self.strengths)})
         if self.finish is not None and not (type(self.finish) is type(self.solver) is GaussNewton):
             raise ValueError(
                 f"Expected `finish` and `solver` to be GaussNewton, but got {self.finish!r} and {self.solver!r}."
@@ -115,28 +122,31 @@ class Continuation(Solver):
             kind = "cg" if problem.kinked and finish.solver == "auto" else finish.solver
             total = before + self.evaluations + finish.max_evaluations
             finish = dataclasses.replace(finish, solver=kind, max_evaluations=total).fit(problem)
-        fitted = dataclasses.replace(self, solver=solver.fit(problem), finish=finish, start=start)
+        strengths = self.strengths if finish is not None else (max(self.strengths),)
+        fitted = dataclasses.replace(self, solver=solver.fit(problem), finish=finish, start=start, strengths=strengths)
         fitted._first = self.levels if direct else -1 if start else 0
         return fitted
 
-    def _levelled(self, levels: Tensor, like: Tensor) -> State:
-        """Return the entries that steer the objective at the victims' levels."""
-        first, last = self.sharpness
+    def _with_level(self, state: State, like: Tensor) -> State:
+        """Add the start's state and the entries of the first level to the solver's state."""
+        level = torch.full((len(like),), self._first, device=like.device)
+        lanes = (self.start.fresh(like) if self.start else {}) | state
+        lanes |= {"level": level, "restart": torch.zeros_like(level)}
+        self._level(lanes, like)
+        return lanes
+
+    def _level(self, lanes: State, like: Tensor) -> None:
+        """Set the entries that steer the objective to those of the lanes' levels and starts."""
+        levels, (first, last) = lanes["level"], self.sharpness
         ratio = (last / first) ** (levels / max(1, self.levels - 1)).to(like)
         smooth, starting = levels < self.levels, levels < 0
-        return {
-            _SHARPNESS: torch.where(smooth & ~starting, first * ratio, torch.inf),
-            _FADING: torch.where(starting, 1.0, torch.where(smooth, ratio**-self.fading, 0.0)),
-        }
-
-    def _with_levels(self, state: State, like: Tensor) -> State:
-        levels = torch.full((len(like),), self._first, device=like.device)
-        return state | {"level": levels} | self._levelled(levels, like)
+        lanes[_SHARPNESS] = torch.where(smooth & ~starting, first * ratio, torch.inf)
+        lanes[_FADING] = torch.where(starting, 1.0, torch.where(smooth, ratio**-self.fading, 0.0))
+        lanes[_FADING] *= like.new_tensor(self.strengths)[lanes["restart"] % len(self.strengths)]
 
     def fresh(self, like: Tensor) -> State:
-        """Return the solvers' fresh state and the level, which is the first; -1 is the start."""
-        start = self.start.fresh(like) if self.start else {}
-        return self._with_levels(start | self.solver.fresh(like), like)
+        """Return the solvers' fresh state, the number of the start, and the level: the first one, or -1."""
+        return self._with_level(self.solver.fresh(like), like)
 
     def move(self, lanes: State, at: Evaluated) -> Tensor:
         """Move by the solver of the level, or to the next level."""
@@ -154,7 +164,7 @@ class Continuation(Solver):
         if len(chosen):
             lanes["status"] = torch.where(further, RUNNING, lanes["status"])
             lanes["level"] = lanes["level"] + further
-            lanes |= self._levelled(lanes["level"], at.point)
+            self._level(lanes, at.point)
             target = self.solver.meet_new_objective(lanes, chosen, target)
             lanes["best_loss"] = torch.where(further, torch.inf, lanes["best_loss"])
         return target
@@ -163,8 +173,7 @@ class Continuation(Solver):
 
     def largest(self, like: Tensor) -> State:
         """Return the state of lanes at its largest size."""
-        start = self.start.largest(like) if self.start else {}
-        return self._with_levels(start | self.solver.largest(like), like)
+        return self._with_level(self.solver.largest(like), like)
 
     def match(self, fresh: State, lanes: State) -> State:
         """Give a fresh state the shapes of the present one."""
@@ -177,6 +186,7 @@ class Continuation(Solver):
     def renew(self, lanes: State, chosen: Tensor, fresh: State) -> None:
         """Replace the state of the lanes at these indices by a fresh one."""
         self.solver.renew(lanes, chosen, fresh)
+        self._level(lanes, lanes["best"])
 
 
 def _moved(solver: Solver, lanes: State, at: Evaluated, chosen: Tensor) -> Tensor:

@@ -156,11 +156,12 @@ class PerVictimOptimizer(Optimizer):
             "evaluations": count.clone(),
         }
 
-    def _fresh(self, victims: int, seeds: Tensor | None = None) -> State:
+    def _fresh(self, victims: int, **given: Tensor | None) -> State:
         like = self._like(victims)
         fresh = self._own(like) | self.solver.fresh(like)
-        if seeds is not None and "seed" in fresh:
-            fresh["seed"] = seeds.to(fresh["seed"])
+        for name, tensor in given.items():
+            if tensor is not None and name in fresh:
+                fresh[name] = tensor.to(fresh[name])
         return fresh
 
     @torch.no_grad()
@@ -180,16 +181,25 @@ class PerVictimOptimizer(Optimizer):
             values: starts of the new lanes.
             seeds: ``(new,)``, int64, for a solver that draws random numbers; by default 0.
         """
-        fresh = self.solver.match(self._fresh(len(values[0]), seeds), self.lanes)
+        fresh = self.solver.match(self._fresh(len(values[0]), seed=seeds), self.lanes)
         self._set_lanes({name: torch.cat([tensor, fresh[name]]) for name, tensor in self.lanes.items()})
         for parameter, value in zip(self._params, values, strict=True):
             parameter.data = torch.cat([parameter.data, value.to(parameter.data)])
             parameter.grad = None
 
     @torch.no_grad()
-    def restart(self, chosen: Tensor, *values: Tensor, seeds: Tensor | None = None) -> None:
-        """Restart the lanes at the given indices, with ``values`` and ``seeds`` as in :meth:`extend`."""
-        self.solver.renew(self.lanes, chosen, self._fresh(len(chosen), seeds))
+    def restart(
+        self, chosen: Tensor, *values: Tensor, seeds: Tensor | None = None, restarts: Tensor | None = None
+    ) -> None:
+        """Restart the lanes at the given indices.
+
+        Args:
+            chosen: indices of the lanes.
+            values: starts of these lanes, as in :meth:`extend`.
+            seeds: as in :meth:`extend`.
+            restarts: ``(chosen,)``, int64, how often each lane has been restarted, for a solver that asks for it.
+        """
+        self.solver.renew(self.lanes, chosen, self._fresh(len(chosen), seed=seeds, restart=restarts))
         for parameter, value in zip(self._params, values, strict=True):
             parameter.data[chosen] = value.to(parameter.data)
 

@@ -95,9 +95,9 @@ class Solver(Piece, ABC):
         """Return the state of lanes that have not been evaluated yet, each entry ``(V, ...)``; empty by default.
 
         A solver that draws random numbers adds an entry ``seed (V,)``, int64, which the attack fills with one seed for
-        each victim and restart. A solver can steer the objective by ``"steering/sharpness" (V,)``, the sharpness of
-        :func:`~leakage.clients.smoothing.smoothed` networks, and ``"steering/fading" (V,)``, a factor on the weights of
-        priors.
+        each victim and restart; likewise ``restart (V,)``, the number of restarts so far. A solver can steer the
+        objective by ``"steering/sharpness" (V,)``, the sharpness of :func:`~leakage.clients.smoothing.smoothed`
+        networks, and ``"steering/fading" (V,)``, a factor on the weights of priors.
 
         Args:
             like: ``(V, D)``, a tensor with the shape, precision and device of the unknowns.

@@ -30,7 +30,7 @@ def test_the_finish_lowers_the_distance_that_the_levels_end_with(kit: Any) -> No
     model = ConvNet(1, 12, 10, width=8, depth=2, norm="none").eval()
 
     def short(finish: bool) -> ContinuationAttack:
-        attack = ContinuationAttack(max_evaluations=4, start_steps=0)
+        attack = ContinuationAttack(max_evaluations=4, start_steps=0, restarts=0)
         solver: Any = attack.solver
         solver.solver.max_products = 5
         solver.finish = GaussNewton(max_evaluations=4, max_products=5) if finish else None
@@ -51,6 +51,8 @@ def test_the_finish_lowers_the_distance_that_the_levels_end_with(kit: Any) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"total_variation": (0.1, -1.0)}, "Expected `total_variation` of at least 0, but got -1.0"),
+        ({"total_variation": ()}, "Expected `total_variation` with at least one weight, but got none"),
         ({"total_variation": -1.0}, "Expected `total_variation` of at least 0, but got -1.0"),
         ({"features": -1.0}, "Expected `features` of at least 0, but got -1.0"),
         ({"start_std": 0.0}, "Expected `std` to be positive and finite, but got 0.0"),
@@ -63,9 +65,25 @@ def test_names_a_bad_option(options: dict[str, Any], message: str) -> None:
         ContinuationAttack(**options)
 
 
+def test_each_start_has_its_own_prior_and_the_nearest_is_kept(kit: Any) -> None:
+    """The objectives at the end, without a prior, decide."""
+    torch.manual_seed(0)
+    model = ConvNet(1, 12, 10, width=8, depth=2, norm="none").eval()
+    losses = []
+    for weights in ((5.0,), (5.0, 0.02)):
+        attack = ContinuationAttack(total_variation=weights, max_evaluations=4, start_steps=20)
+        solver: Any = attack.solver
+        solver.solver.max_products = 5
+        solver.finish.max_evaluations = 1
+        kit.fit(attack, kit.victims(victims=2, model=model, weights="shared"))
+        assert attack.finished.restarts.tolist() == [len(weights) - 1] * 2
+        losses.append(attack.finished.loss[attack.finished.ids.argsort()])
+    assert bool((losses[1] < 0.5 * losses[0]).all()), losses
+
+
 def test_images_match_their_features_unless_told_otherwise() -> None:
     terms = {weight: type(term) for weight, term in ContinuationAttack().objective.parts()}
     assert terms[0.1] is FeatureDistance
     assert repr(ContinuationAttack().solver.start).startswith("SignedAdam(lr=0.1, steps=600,")  # type: ignore[attr-defined]
     without = ContinuationAttack(features=0.0).objective
-    assert repr(without) == "CosineDistance() + 0.02 * TotalVariation(kind='smooth')"
+    assert repr(without) == "CosineDistance() + 0.2 * TotalVariation(kind='smooth')"
