@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
 from leakage.cli import quiet
@@ -78,13 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     public = in_unit_range(data.train.images[others[: given.public]])
     labels = torch.arange(data.num_classes).expand(len(truth), -1)
     rows: list[dict[str, Any]] = []
-    for rounds, error in itertools.product(given.rounds, given.errors):
-        found = torch.stack(
-            [
-                decode_instahide(*encode(images, rounds, error, derive_seed(given.seed, victim, "rounds")), public)
-                for victim, images in enumerate(truth)
-            ]
-        )
+    cells = list(itertools.product(given.rounds, given.errors))
+    bar = Tqdm(total=len(cells) * len(truth), file=sys.stderr, desc="Victims", disable=not sys.stderr.isatty())
+    for rounds, error in cells:
+        decoded = []
+        for victim, images in enumerate(truth):
+            encodings = encode(images, rounds, error, derive_seed(given.seed, victim, "rounds"))
+            decoded.append(decode_instahide(*encodings, public))
+            bar.update()
+        found = torch.stack(decoded)
         scores = score(found, labels, truth, labels)
         psnr, success = MeanOverVictims()(scores.psnr.mean(1)), ShareOverVictims()((scores.mse < 1e-3).double().mean(1))
         rows.append(
@@ -100,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             }
         )
         write_json(given.output / "summary.json", rows)
+    bar.close()
     lines = [["encodings", "error", "PSNR, dB", "success"]]
     for row in rows:
         psnr_ci, share_ci = "[{:.1f}, {:.1f}]".format(*row["psnr_ci"]), [100 * share for share in row["success_ci"]]
