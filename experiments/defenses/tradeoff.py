@@ -32,7 +32,6 @@ repeat the command with `--resume`; it may then have other defenses, attacks and
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import warnings
@@ -43,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from defended_training import Federation, accuracy_under, suitable_rate  # three modules in this folder
+from defended_training import Federation, accuracies_under  # three modules in this folder
 from torch import Tensor
 from torch.nn import functional as F
 from tradeoff_defenses import DEFENSES, Cell
@@ -59,8 +58,7 @@ from leakage.errors import check_count, check_share
 from leakage.files.text import write_json, write_text
 from leakage.files.whole import check_output
 from leakage.labels import Auxiliary
-from leakage.metrics import MeanOverVictims, ShareOverVictims, baseline_guesses, identified, mean_interval, score
-from leakage.models import draw_state
+from leakage.metrics import MeanOverVictims, ShareOverVictims, baseline_guesses, identified, score
 from leakage.objectives import GaussianPrior
 from leakage.plots import save_figure
 from leakage.seeds import derive_seed
@@ -326,25 +324,9 @@ class Tradeoff:
         if not given.rounds or cell.clients > 1 or cell.name not in (given.trained or given.defenses):
             return {}
         path = given.output / "cells" / cell.key / f"accuracy_{given.rounds}.json"
-        known: dict[str, Any] = {"learning_rate": None, "accuracies": []}
-        if path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
-        federation, accuracies = Federation(given.rounds), known["accuracies"]
-        for seed in range(len(accuracies), given.seeds):
-            model = copy.deepcopy(cell.network(network.model))
-            model.load_state_dict(draw_state(model, derive_seed(given.seed, seed, "federation")), strict=False)
-            setting = model, cell.on(model), self.data
-            if known["learning_rate"] is None:
-                known["learning_rate"] = suitable_rate(*setting, federation, seed)
-            suited = replace(federation, learning_rate=known["learning_rate"])
-            accuracies.append(accuracy_under(*setting, suited, seed))
-            write_json(path, known)
-        accuracies = accuracies[: given.seeds]
-        return {
-            "test_accuracy": sum(accuracies) / len(accuracies),
-            "test_accuracy_ci": mean_interval(torch.tensor(accuracies, dtype=torch.float64)),
-            "learning_rate": known["learning_rate"],
-        }
+        model = cell.network(network.model)
+        federation = Federation(given.rounds)
+        return accuracies_under(model, cell.on(model), self.data, federation, given.seeds, given.seed, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
