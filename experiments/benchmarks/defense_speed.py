@@ -24,10 +24,10 @@ import torch
 from benchmark_plots import plot_parts
 from lightning import Callback
 from setting import (  # beside this script
+    CLASSES,
     RandomVictims,
     check_file,
     describe_machine,
-    make_network,
     make_trainer,
     show_machine,
     threads,
@@ -37,9 +37,9 @@ from setting import (  # beside this script
 from leakage.attacks import GradientInversion, IDLGAttack, InvertingGradientsAttack
 from leakage.cli import quiet
 from leakage.errors import check_count
-from leakage.models import NETWORKS
 
-sys.path.append(str(Path(__file__).parents[1] / "defenses"))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("defenses", "inverting_gradients")]
+from table_networks import NETWORKS
 from tradeoff_defenses import DEFENSES, Cell
 
 NONE, SIZE, PARTS = "none", 28, ("capturing", "evaluation")
@@ -73,7 +73,9 @@ def make_attack(name: str, evaluations: int, seed: int) -> GradientInversion:
 
 def run(cell: Cell, given: argparse.Namespace) -> dict[str, float]:
     """Capture the gradients of as many victims as lanes, and attack them; returns CPU seconds per victim."""
-    model = make_network(given.network, SIZE)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(given.seed)
+        model = NETWORKS[given.network](1, SIZE, CLASSES).eval()
     victims = RandomVictims(
         victims=given.lanes,
         lanes=given.lanes,
@@ -85,9 +87,13 @@ def run(cell: Cell, given: argparse.Namespace) -> dict[str, float]:
         defenses=cell.on(model),
     )
     victims.setup("fit")
-    victims.share(range(given.lanes))  # the first call is slower
+    drawn = torch.Generator().manual_seed(given.seed)
+    images = torch.rand(given.lanes, given.images, 1, SIZE, SIZE, generator=drawn)
+    labels = torch.randint(CLASSES, (given.lanes, given.images), generator=drawn)
+    client = victims.victim
+    states = client.fresh_states([*range(given.lanes)]) if given.weights == "own" else None
     before = time.process_time()
-    victims.share(range(given.lanes))
+    client.share(images, labels, states=states)
     capturing = time.process_time() - before
     clock = Clock()
     # One more step, since a step lasts until the next begins.
@@ -105,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--output", type=Path, required=True, help="JSON file; the picture is written next to it")
-    add("--network", choices=sorted(NETWORKS), default="lenet", help="(default: %(default)s)")
+    add("--network", choices=tuple(NETWORKS), default="lenet", help="(default: %(default)s)")
     add("--weights", choices=("shared", "own"), default="own", help="(default: %(default)s)")
     add("--attack", choices=ATTACKS, default="idlg", help="(default: %(default)s)")
     add("--images", type=int, default=1, help="per victim (default: %(default)s)")
@@ -138,6 +144,7 @@ def _measure(given: argparse.Namespace) -> None:
         strength = DEFENSES[name].strengths[len(DEFENSES[name].strengths) // 2]
         cells.append(Cell(name, strength, DEFENSES[name].make(strength)))
     found: dict[str, list[dict[str, float]]] = {cell.name: [] for cell in cells}
+    run(cells[0], given)  # warms up
     for turn in range(given.repeats):
         for cell in cells:
             found[cell.name].append(run(cell, given))
