@@ -17,6 +17,7 @@ Files in the output folder: `summary.json`, with an entry for each true rate.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from scipy.stats import binom
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -107,7 +109,7 @@ def repeat(
 ) -> DecisionRow:
     """Run audits of one network, each on its own images, and count their decisions."""
     decisions, found = Counter[str](), 0.0
-    for number in range(audits):
+    for number in Tqdm(range(audits), file=sys.stderr, desc="Audits", disable=not sys.stderr.isatty()):
         own = derive_seed(seed, number, "audit")
         generator = torch.Generator().manual_seed(own)
         drawn = torch.randperm(len(images), generator=generator)[: _IMAGES_PER_VICTIM * victims]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from lightning import Trainer
@@ -18,6 +20,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from leakage.clients.victim import Victim
 from leakage.datamodules import LabelledImages, in_unit_range
 from leakage.defenses import Defense
+from leakage.files.text import write_json
+from leakage.metrics import mean_interval
+from leakage.models import draw_state
 from leakage.seeds import derive_seed
 
 # Number of test images at once.
@@ -146,3 +151,36 @@ def accuracy_under(
     tests = list(zip(data.test.images.split(_TESTED_AT_ONCE), data.test.labels.split(_TESTED_AT_ONCE), strict=True))
     (found,) = trainer.test(module, DataLoader(tests, batch_size=None), verbose=False)  # type: ignore[arg-type]
     return found["accuracy"]
+
+
+def accuracies_under(
+    network: nn.Module,
+    defenses: Sequence[Defense],
+    data: LabelledImages,
+    federation: Federation,
+    seeds: int,
+    seed: int,
+    path: Path,
+) -> dict[str, Any]:
+    """Train networks from ``seeds`` starts; returns the mean test accuracy, its interval and the learning rate.
+
+    The learning rate is chosen with the first start. What is done is kept in the file ``path``, and not done again.
+    """
+    known: dict[str, Any] = {"learning_rate": None, "accuracies": []}
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+    accuracies = known["accuracies"]
+    for start in range(len(accuracies), seeds):
+        model = copy.deepcopy(network)
+        model.load_state_dict(draw_state(model, derive_seed(seed, start, "federation")), strict=False)
+        if known["learning_rate"] is None:
+            known["learning_rate"] = suitable_rate(model, defenses, data, federation, start)
+        suited = replace(federation, learning_rate=known["learning_rate"])
+        accuracies.append(accuracy_under(model, defenses, data, suited, start))
+        write_json(path, known)
+    accuracies = accuracies[:seeds]
+    return {
+        "test_accuracy": sum(accuracies) / len(accuracies),
+        "test_accuracy_ci": mean_interval(torch.tensor(accuracies, dtype=torch.float64)),
+        "learning_rate": known["learning_rate"],
+    }

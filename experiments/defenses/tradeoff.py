@@ -6,13 +6,13 @@ r"""Privacy against accuracy: what attackers find behind each defense, with and 
     python experiments/defenses/tradeoff.py --dataset data/cifar10 --network convnet --victims 10 \
         --defenses none dp_sgd --attacks inverting_gradients --rounds 300 --output results/dp
 
-The attacks are `gauss_newton`, `idlg`, `inverting_gradients`, and `gauss_newton_prior`, which also uses a prior fitted
-to the training images. Each attack is run twice against every strength of every defense: by a naive attacker, who
-treats what was shared as the gradient, and by an adaptive one, who knows the defense (`--attackers`). Where knowledge
-changes nothing, as with noise, one run counts for both. Victims hold test images. If the network is untrained and has
-up to half a million weights, each victim has a newly drawn one; larger and trained networks are shared. The attacker
-knows the labels, unless `--infer-labels` is given. Secure aggregation over m clients is attacked as one client with m
-times as many images. It is not part of the training, where it changes nothing.
+The attacks are `gauss_newton`, `idlg`, `inverting_gradients`, `continuation`, and `gauss_newton_prior`, which also uses
+a prior fitted to the training images. Each attack is run twice against every strength of every defense: by a naive
+attacker, who treats what was shared as the gradient, and by an adaptive one, who knows the defense (`--attackers`).
+Where knowledge changes nothing, as with noise, one run counts for both. Victims hold test images. If the network is
+untrained and has up to half a million weights, each victim has a newly drawn one; larger and trained networks are
+shared. The attacker knows the labels, unless `--infer-labels` is given. Secure aggregation over m clients is attacked
+as one client with m times as many images. It is not part of the training, where it changes nothing.
 
 With `--rounds`, a network is trained under each defense: every client shares a defended gradient in each round. There
 are `--seeds` starts, and the learning rate is chosen for the defense on held-out training images. The test accuracy
@@ -32,7 +32,6 @@ repeat the command with `--resume`; it may then have other defenses, attacks and
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import warnings
@@ -43,13 +42,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from defended_training import Federation, accuracy_under, suitable_rate  # three modules in this folder
+from defended_training import Federation, accuracies_under  # three modules in this folder
 from torch import Tensor
 from torch.nn import functional as F
 from tradeoff_defenses import DEFENSES, Cell
 from tradeoff_rows import TradeoffRow, format_page, format_table, plot_attackers, plot_tradeoff
 
-from leakage.attacks import GaussNewtonAttack, GradientInversion, IDLGAttack, InvertingGradientsAttack
+from leakage.attacks import (
+    ContinuationAttack,
+    GaussNewtonAttack,
+    GradientInversion,
+    IDLGAttack,
+    InvertingGradientsAttack,
+)
 from leakage.audit.bounds import gaussian_success_bound
 from leakage.cli import quiet
 from leakage.comparison import Row, read_reconstructions
@@ -59,8 +64,7 @@ from leakage.errors import check_count, check_share
 from leakage.files.text import write_json, write_text
 from leakage.files.whole import check_output
 from leakage.labels import Auxiliary
-from leakage.metrics import MeanOverVictims, ShareOverVictims, baseline_guesses, identified, mean_interval, score
-from leakage.models import draw_state
+from leakage.metrics import MeanOverVictims, ShareOverVictims, baseline_guesses, identified, score
 from leakage.objectives import GaussianPrior
 from leakage.plots import save_figure
 from leakage.seeds import derive_seed
@@ -71,6 +75,7 @@ from records import holds_results
 from table_networks import WRITTEN, Network, add_attack_options, add_options, make_network
 
 ATTACKS: dict[str, Callable[..., GradientInversion]] = {
+    "continuation": ContinuationAttack,
     "gauss_newton": GaussNewtonAttack,
     "gauss_newton_prior": GaussNewtonAttack,
     "idlg": IDLGAttack,
@@ -201,7 +206,7 @@ class Tradeoff:
             options["underdetermined"] = True
             if name == "gauss_newton_prior":
                 options["prior"] = self._prior
-        else:
+        elif name == "idlg":
             options["protocol"] = given.protocol
         if given.iterations is not None:
             options["steps" if name == "inverting_gradients" else "max_evaluations"] = given.iterations
@@ -326,25 +331,9 @@ class Tradeoff:
         if not given.rounds or cell.clients > 1 or cell.name not in (given.trained or given.defenses):
             return {}
         path = given.output / "cells" / cell.key / f"accuracy_{given.rounds}.json"
-        known: dict[str, Any] = {"learning_rate": None, "accuracies": []}
-        if path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
-        federation, accuracies = Federation(given.rounds), known["accuracies"]
-        for seed in range(len(accuracies), given.seeds):
-            model = copy.deepcopy(cell.network(network.model))
-            model.load_state_dict(draw_state(model, derive_seed(given.seed, seed, "federation")), strict=False)
-            setting = model, cell.on(model), self.data
-            if known["learning_rate"] is None:
-                known["learning_rate"] = suitable_rate(*setting, federation, seed)
-            suited = replace(federation, learning_rate=known["learning_rate"])
-            accuracies.append(accuracy_under(*setting, suited, seed))
-            write_json(path, known)
-        accuracies = accuracies[: given.seeds]
-        return {
-            "test_accuracy": sum(accuracies) / len(accuracies),
-            "test_accuracy_ci": mean_interval(torch.tensor(accuracies, dtype=torch.float64)),
-            "learning_rate": known["learning_rate"],
-        }
+        model = cell.network(network.model)
+        federation = Federation(given.rounds)
+        return accuracies_under(model, cell.on(model), self.data, federation, given.seeds, given.seed, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -377,7 +366,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--strengths", nargs="+", type=float, help="strengths of a single defense (default: up to three of each)")
     add("--attacks", nargs="+", choices=tuple(ATTACKS), default=["gauss_newton"], help="default: %(default)s")
     add("--attackers", nargs="+", choices=ATTACKERS, default=list(ATTACKERS), help="default: both")
-    add("--protocol", choices=("published", "robust"), default="robust", help="attack protocol (default: %(default)s)")
+    add("--protocol", choices=("published", "robust"), default="robust", help="protocol of idlg (default: %(default)s)")
     add("--iterations", type=int, help="evaluations of the objective for each start (default: the protocol's)")
     add("--rounds", type=int, default=0, help="rounds of training under each defense (default: %(default)s, none)")
     add("--trained", nargs="+", choices=tuple(DEFENSES), help="defenses to train under (default: all of `--defenses`)")

@@ -40,7 +40,7 @@ from leakage.files.text import write_json
 from leakage.files.whole import check_output
 from leakage.labels import correct_labels
 from leakage.labels.last_layer import last_layer
-from leakage.metrics import match, mean_interval, wilson_interval
+from leakage.metrics import ShareOverVictims, match, wilson_interval
 from leakage.seeds import derive_seed
 
 # A wrong label counts as detected if the residual grows by more than this factor.
@@ -65,7 +65,7 @@ class FeaturesRow:
         below_1e3: share of the victims whose features all have an error below 1e-3 of their length.
         below_1e3_ci: 95 % Wilson interval of ``below_1e3``.
         images_below_1e3: share of all images whose features have an error below 1e-3 of their length.
-        images_below_1e3_ci: 95 % interval of ``images_below_1e3`` over the victims, by Student's t.
+        images_below_1e3_ci: its 95 % Wilson interval over the victims, which counts victims, not images.
         alone: share of all images that are the only ones of their class in their batch.
         below_1e2: share of the victims whose features all have an error below 1e-2 of their length.
         below_1e2_ci: 95 % Wilson interval of ``below_1e2``.
@@ -181,14 +181,15 @@ def measure(cell: Cell, given: argparse.Namespace, data: LabelledImages) -> Feat
     for name, holds in measured.items():
         share = float(holds.double().mean())
         shares |= {name: share, f"{name}_ci": wilson_interval(share, len(holds))}
+    images = ShareOverVictims()(small.double().mean(1))
     columns = ("dataset", "network", "norm", "activation", "epochs", "labels", "images")
     return FeaturesRow(
         **{name: getattr(cell, name) for name in columns},
         victims=len(worst),
         own_weights=network.own,
         test_accuracy=network.accuracy,
-        images_below_1e3=float(small.double().mean()),
-        images_below_1e3_ci=mean_interval(small.double().mean(1)),
+        images_below_1e3=images.value,
+        images_below_1e3_ci=(images.low, images.high),
         alone=float(torch.cat(alone).double().mean()),
         corrected_seconds=corrected_seconds / len(worst) if corrected else None,
         error_median=float(worst.quantile(0.5)),

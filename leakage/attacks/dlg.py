@@ -21,8 +21,8 @@ class DLGAttack(LBFGSAttack):
     :class:`~leakage.dummies.JointLabels`, :class:`~leakage.solvers.LBFGS` (:class:`~leakage.solvers.PlainLBFGS` with
     ``protocol="published"``).
 
-    Shapes: images ``(V, N, C, H, W)`` (searched without bounds; true images lie in [0, 1]), label
-    logits ``(V, N, K)``.
+    Shapes: images ``(V, N, C, H, W)`` (true images lie in [0, 1]; searched without bounds unless ``box`` is given),
+    label logits ``(V, N, K)``.
 
     Args:
         protocol: ``"robust"`` (this library's) or ``"published"`` (the paper's).

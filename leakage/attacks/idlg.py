@@ -26,7 +26,8 @@ class IDLGAttack(LBFGSAttack):
     :class:`~leakage.dummies.InferredLabels`, :class:`~leakage.solvers.LBFGS` (:class:`~leakage.solvers.PlainLBFGS` with
     ``protocol="published"``).
 
-    Shapes: images ``(V, N, C, H, W)`` (searched without bounds; true images lie in [0, 1]), labels ``(V, N)``.
+    Shapes: images ``(V, N, C, H, W)`` (true images lie in [0, 1]; searched without bounds unless ``box`` is given),
+    labels ``(V, N)``.
 
     Args:
         rule: how labels are inferred, a key of :data:`leakage.labels.RULES` or ``"auto"``.

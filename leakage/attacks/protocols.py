@@ -109,12 +109,15 @@ class LBFGSAttack(GradientInversion):
         restart_above: a victim that ends above this objective may start again, within ``restarts``.
         distance: a key of :data:`leakage.objectives.DISTANCES`; ``"squared"`` is the papers' distance, and the
             only choice with ``protocol="published"``.
+        box: smallest and largest value of a pixel, ``(0, 1)`` for images, to which pixels are clamped after each step;
+            None for no limits, as in the papers. Where little is known of the gradient, as behind signs, it helps.
         start_std, history_size, tolerance, max_evaluations, restarts, spectrum: override the protocol's
             value, see :class:`SearchProtocol`.
 
     Raises:
-        ValueError: if the protocol or distance is unknown, ``protocol="published"`` is given another distance than the
-            papers', or a number is out of range; in ``fit``, if :class:`~leakage.attacks.GradientInversion` raises it.
+        ValueError: if the protocol or distance is unknown, ``protocol="published"`` is given a box or another distance
+            than the papers', or a number is out of range; in ``fit``, if :class:`~leakage.attacks.GradientInversion`
+            raises it.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class LBFGSAttack(GradientInversion):
         success_threshold: float = 1e-3,
         restart_above: float = 1e-5,
         distance: str = "squared",
+        box: tuple[float, float] | None = None,
         start_std: float | None = None,
         history_size: int | None = None,
         tolerance: float | None = None,
@@ -141,11 +145,16 @@ class LBFGSAttack(GradientInversion):
                 f"Expected distance='squared' with protocol='published', as in the papers, but got {distance!r}. Use "
                 "protocol='robust'."
             )
+        if protocol == "published" and box is not None:
+            raise ValueError(
+                f"Expected no `box` with protocol='published', as in the papers, but got {box!r}. Use "
+                "protocol='robust'."
+            )
         options = {"history_size": history_size, "tolerance": tolerance, "max_evaluations": max_evaluations}
         self.search = search_protocol(protocol, start_std=start_std, restarts=restarts, spectrum=spectrum, **options)
         super().__init__(
             objective=SquaredDistance(self.search.relative) if distance == "squared" else DISTANCES[distance](),
-            images=Pixels(std=self.search.start_std),
+            images=Pixels(std=self.search.start_std, box=box),
             labels=labels,
             solver=self.search.solver(),
             restarts=self.search.restarts,

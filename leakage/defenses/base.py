@@ -366,22 +366,26 @@ def defend(
     Raises:
         ValueError: a defense returns other names or shapes, or numbers that are not finite.
     """
-    sent = []
-    for row, number in enumerate(shared.ids.tolist()):
-        gradients = {name: tensor[row] for name, tensor in shared.gradients.items()}
+    numbers, clients = shared.ids.tolist(), []
+    for row in range(len(numbers)):
         state = {name: tensor[row] for name, tensor in shared.state.items()} if shared.own_weights else shared.state
         order = None if orders is None else orders[row].to(images.device)
-        client = Client(victim, state, images[row], targets[row], order)
-        for place, defense in enumerate(victim.defenses):
+        clients.append(Client(victim, state, images[row], targets[row], order))
+    gradients = dict(shared.gradients)
+    for place, defense in enumerate(victim.defenses):
+        sent = []
+        for number, client, *tensors in zip(numbers, clients, *gradients.values(), strict=True):
+            own = dict(zip(gradients, tensors, strict=True))
             generator = torch.Generator().manual_seed(derive_seed(seed, number, f"defense {place}"))
-            defended = defense.for_client(client)(gradients, generator)
-            _check_defended(defense, defended, gradients, number)
-            gradients = {name: defended[name].to(tensor) for name, tensor in gradients.items()}
-        sent.append(gradients)
-    return {name: torch.stack([gradients[name] for gradients in sent]) for name in shared.gradients}
+            defended = defense.for_client(client)(own, generator)
+            _check_defended(defense, defended, own)
+            sent.append(defended)
+        gradients = {name: torch.stack([each[name] for each in sent]).to(like) for name, like in gradients.items()}
+        _check_finite(defense, gradients, numbers)
+    return gradients
 
 
-def _check_defended(defense: Defense, defended: Any, gradients: Gradients, victim: int) -> None:
+def _check_defended(defense: Defense, defended: Any, gradients: Gradients) -> None:
     given = f"Expected {type(defense).__name__} to return"
     if not isinstance(defended, Mapping) or defended.keys() != gradients.keys():
         got = sorted(defended) if isinstance(defended, Mapping) else type(defended).__name__
@@ -391,5 +395,14 @@ def _check_defended(defense: Defense, defended: Any, gradients: Gradients, victi
         if not isinstance(found, Tensor) or found.shape != tensor.shape:
             got = show_shape(*found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"{given} a tensor of shape {show_shape(*tensor.shape)} for {name!r}, but got {got}.")
-        if not bool(torch.isfinite(found.to(tensor)).all()):
-            raise ValueError(f"{given} finite numbers for {name!r}, but got NaN or inf (victim {victim}).")
+
+
+def _check_finite(defense: Defense, gradients: Gradients, numbers: Sequence[int]) -> None:
+    for name, tensor in gradients.items():
+        finite = tensor.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            number = numbers[int(finite.long().argmin())]
+            raise ValueError(
+                f"Expected {type(defense).__name__} to return finite numbers for {name!r}, but got NaN or inf (victim "
+                f"{number})."
+            )

@@ -100,7 +100,10 @@ class DPSGD(Defense):
             images = protocol.step_size if protocol.reduction == "mean" else 1
             if protocol.local_steps > 1:
                 return self._in_steps(client, gradients, std / images, generator)
-            gradients = clipped_examples(client.victim, client.state, client.images, client.targets, self.norm)
+            if len(client.images) == 1:  # the gradient is that of its image
+                gradients = shortened(gradients, self.norm)
+            else:
+                gradients = clipped_examples(client.victim, client.state, client.images, client.targets, self.norm)
         return {
             name: tensor + std / images * torch.randn(tensor.shape, generator=generator).to(tensor)
             for name, tensor in gradients.items()

@@ -91,9 +91,10 @@ class Evaluator:
 
     def forget(self) -> None:
         """Free the memory held for the lanes that were evaluated last."""
-        found = [term.batched(self.victim) for _, term in self.terms.values()]
+        simulate = self.simulation.for_all if self.simulation.changes else None
+        found = [term.batched(self.victim, simulate) for _, term in self.terms.values()]
         ways = [way for way in found if way is not None]
-        plain = self.images.seeds == 1 and not _SECRETS & self.shapes().keys() and not self.simulation.changes
+        plain = self.images.seeds == 1 and not _SECRETS & self.shapes().keys() and not self.simulation.per_image
         self._batched: list[Batched] | None = ways if len(ways) == len(found) and plain else None
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,6 +31,8 @@ _ADDED = 64
 
 class Step(ABC):
     """One module for V victims. All tensors are ``(V, N, *shape)``; each method stores what later methods need."""
+
+    parameters: Sequence[_Parameter] = ()
 
     @abstractmethod
     def forward(self, inputs: Tensor) -> Tensor:

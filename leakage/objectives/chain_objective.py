@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torchvision.transforms import Normalize
 
 from leakage.clients.chain import Link, find_links
@@ -17,6 +18,7 @@ from leakage.clients.victim import Victim
 from leakage.models.derivatives import ACTIVATIONS
 from leakage.models.layers import AveragePooling
 from leakage.objectives.chain_layers import Plan, Step
+from leakage.objectives.terms import Gradients, Simulate
 
 # On the CPU, the grouped convolutions of oneDNN are fast for these numbers of channels per group and up to several
 # times slower for numbers in between, so it is cheaper to add channels of zeros.
@@ -42,8 +44,12 @@ class ChainObjective:
 
     The weights are converted to the layout of the computation once, as long as calls pass the same tensors.
 
+    With ``simulate``, :math:`R = J_s^\top (s(g) - g^*)` and :math:`D = \lVert s(g) - g^* \rVert^2`, with what clients
+    would have shared of g, :math:`s(g)`, and its Jacobian :math:`J_s`.
+
     Args:
         victim: the network, its loss and reduction.
+        simulate: the clients' defenses as an attacker simulates them, see :data:`leakage.objectives.terms.Simulate`.
 
     Raises:
         ValueError: the protocol has several local steps, or the network is not a chain of ``Conv2d`` (zero padding, one
@@ -67,10 +73,10 @@ class ChainObjective:
         True
     """
 
-    def __init__(self, victim: Victim) -> None:
+    def __init__(self, victim: Victim, simulate: Simulate | None = None) -> None:
         if victim.protocol.local_steps != 1:
             raise ValueError(f"Expected `victim` to make one local step, but got {victim.protocol.local_steps}.")
-        self._protocol = victim.protocol
+        self._protocol, self._simulate = victim.protocol, simulate
         self._plans = _plans(victim)
         self._first = next(index for index, plan in enumerate(self._plans) if plan.first)
         self._made_from: list[tuple[Tensor, int]] = []
@@ -106,9 +112,12 @@ class ChainObjective:
         delta = _joined([head.backward(outputs, targets) for head in self._heads])
         for step in reversed(learned):
             delta = step.backward(delta)
-        squares = [step.distances() for step in learned]
-        squares.append([_joined(parts) for parts in zip(*(head.distances() for head in self._heads), strict=True)])
-        distances = torch.stack([square for of_step in squares for square in of_step]).sum(0)
+        if self._simulate is None:
+            squares = [step.distances() for step in learned]
+            squares.append([_joined(parts) for parts in zip(*(head.distances() for head in self._heads), strict=True)])
+            distances = torch.stack([square for of_step in squares for square in of_step]).sum(0)
+        else:
+            distances = self._defend(self._simulate, shared.gradients, unit)
         for step in learned:  # the first is a layer, which ignores its input here: images have no tangent
             outputs = step.tangent(outputs)
         pairs = [head.tangent_backward(outputs) for head in self._heads]
@@ -116,6 +125,26 @@ class ChainObjective:
         for step in reversed(self._steps):
             delta = step.tangent_backward(delta)
         return distances, (2 * delta).contiguous(), 2 * by_targets
+
+    def _defend(self, simulate: Simulate, shared: Gradients, unit: Tensor | None) -> Tensor:
+        """Replace the gradients that layers hold by the residual of what is simulated; returns its squared norms."""
+        held: dict[str, Tensor] = {}
+        for plan, step in zip(self._plans, [*self._steps, self._heads[0].layer], strict=True):
+            names = [f"{plan.name}.{which}" for which in ("weight", "bias")]
+            for name, parameter in zip(names, step.parameters, strict=False):
+                if name in shared:  # without channels of zeros
+                    held[name] = parameter.residual[tuple(map(slice, shared[name].shape))]
+
+        def times(factors: Tensor | None, tensor: Tensor) -> Tensor:
+            return tensor if factors is None else tensor * factors.view(-1, *[1] * (tensor.ndim - 1))
+
+        inverse = None if unit is None else 1 / unit
+        found, pull_back = simulate({name: times(inverse, tensor) for name, tensor in held.items()}, shared)
+        residuals = {name: times(unit, found[name] - shared[name]) for name in held}
+        pulled = pull_back(residuals)
+        for name, tensor in held.items():
+            tensor.copy_(pulled[name] if name in pulled else torch.zeros_like(tensor))
+        return torch.stack([vector_norm(each.flatten(1), dim=1).square() for each in residuals.values()]).sum(0)
 
     def _make_steps(self, shared: SharedGradient, unit: Tensor | None) -> None:
         """Build the network with the victims' weights, again only if a tensor was replaced or changed."""
@@ -128,8 +157,10 @@ class ChainObjective:
             return
         self._steps, self._heads = [], []  # free the old ones first
         state = {name: tensor if shared.own_weights else tensor[None] for name, tensor in shared.state.items()}
-        gradients = shared.gradients
-        if unit is not None:
+        gradients: Gradients = shared.gradients
+        if self._simulate is not None:  # layers then hold gradients, see `_defend`
+            gradients = {name: tensor.new_zeros(()).expand(tensor.shape) for name, tensor in gradients.items()}
+        elif unit is not None:
             gradients = {name: tensor * unit.view(-1, *[1] * (tensor.ndim - 1)) for name, tensor in gradients.items()}
         *plans, last = self._plans
         self._steps = [plan.step(state, gradients) for plan in plans]

@@ -12,7 +12,7 @@ from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_flag
 from leakage.objectives.chain_objective import ChainObjective
-from leakage.objectives.terms import Batched, Distance, Gradients, Point, Slopes
+from leakage.objectives.terms import Batched, Distance, Gradients, Point, Simulate, Slopes
 from leakage.pieces import State
 
 # Norms within these bounds can be squared without scaling: nothing overflows, and nothing that matters underflows.
@@ -91,12 +91,12 @@ class SquaredDistance(Distance):
         largest = _largest(shared.gradients)
         return largest > torch.finfo(largest.dtype).tiny ** 0.5 if self.relative else largest > 0
 
-    def batched(self, victim: Victim) -> Batched | None:
+    def batched(self, victim: Victim, simulate: Simulate | None = None) -> Batched | None:
         """Return an evaluation without double backward, or None if the network is no chain or a subclass differs."""
         if any(getattr(type(self), name) is not getattr(SquaredDistance, name) for name in ("__call__", "value")):
             return None
         try:
-            chain = ChainObjective(victim)
+            chain = ChainObjective(victim, simulate)
         except ValueError:
             return None
         return lambda shared, kept, images, targets: chain(shared, images, targets, kept.get("unit"))

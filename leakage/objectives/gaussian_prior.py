@@ -12,7 +12,7 @@ from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
 from leakage.errors import check_count
 from leakage.labels.auxiliary import Auxiliary
-from leakage.objectives.terms import Batched, Point, Term
+from leakage.objectives.terms import Batched, Point, Simulate, Term
 from leakage.pieces import State
 from leakage.seeds import derive_seed
 
@@ -130,7 +130,7 @@ class GaussianPrior(Term):
         """Return a ``scale`` of one, which is then multiplied by the noise variance."""
         return {"scale": next(iter(shared.gradients.values())).new_ones(len(shared))}
 
-    def batched(self, victim: Victim) -> Batched:
+    def batched(self, victim: Victim, simulate: Simulate | None = None) -> Batched:
         """Return an evaluation for many victims at once, without the network."""
         evaluate = vmap(grad_and_value(self, argnums=(0, 1)))
 

@@ -22,6 +22,10 @@ Gradients = Mapping[str, Tensor]
 # A function of what V victims shared, the term's state, images and class probabilities. It returns the values (V,) and
 # their derivatives by images (V, N, C, H, W) and by class probabilities (V, N, K); the latter are None if zero.
 Batched = Callable[[SharedGradient, State, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+# From gradients of V victims and what they shared: what they would have shared of these gradients, as an attacker
+# simulates their defenses, and a function from derivatives by this to derivatives by the gradients, in which a missing
+# derivative is zero.
+Simulate = Callable[[Gradients, Gradients], tuple[Gradients, Callable[[Gradients], Gradients]]]
 # Derivatives of the values of V victims by the tensors of their points. Keys are ``("images", "")``,
 # ``("targets", "")``, ``("gradients", name)``, and for activations ``("inputs", module)`` and ``("outputs", module)``.
 # A missing derivative is zero.
@@ -147,8 +151,13 @@ class Term(Piece, ABC):
         """Return whether each victim's gradient contains anything that this term can measure, ``(V,)``."""
         return torch.ones(len(shared), dtype=torch.bool)
 
-    def batched(self, victim: Victim) -> Batched | None:
-        """Return a faster function for many victims at once, without the scale, or None if there is none."""
+    def batched(self, victim: Victim, simulate: Simulate | None = None) -> Batched | None:
+        """Return a faster function for many victims at once, without the scale, or None if there is none.
+
+        Args:
+            victim: the victim.
+            simulate: what to do with gradients before they are compared; None for nothing.
+        """
         return None
 
     def parts(self) -> list[tuple[float, Term]]:
@@ -279,7 +288,7 @@ class Prior(Term):
         """Return the prior at this point."""
         return self(point.images)
 
-    def batched(self, victim: Victim) -> Batched | None:
+    def batched(self, victim: Victim, simulate: Simulate | None = None) -> Batched | None:
         """Return an evaluation without the network, or None if a subclass does not depend on images alone."""
         if type(self).value is not Prior.value:
             return None

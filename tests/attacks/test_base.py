@@ -13,6 +13,7 @@ from torch import nn
 
 from leakage.attacks import PROTOCOLS, IDLGAttack
 from leakage.datamodules import SharedGradients, Victims
+from leakage.defenses import Sign
 from leakage.models import LeNet
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -85,6 +86,19 @@ def test_the_spectrum_of_images_saves_evaluations(kit: Any) -> None:
         assert max(score.mse for score in attack.scores.values()) < 1e-3
         evaluations[spectrum] = attack.finished.evaluations.double().mean()
     assert evaluations[True] < evaluations[False]
+
+
+def test_a_box_helps_behind_signs(kit: Any) -> None:
+    means = {}
+    for box in (None, (0, 1)):
+        attack = IDLGAttack(box=box, max_evaluations=40, restarts=0)
+        kit.fit(attack, Victims("sample", victims=4, defenses=[Sign()]))
+        means[box] = sum(score.psnr for score in attack.scores.values()) / 4
+        inside = (attack.finished.images >= 0) & (attack.finished.images <= 1)
+        assert bool(inside.all()) == (box is not None)
+    assert means[0, 1] > means[None] + 1
+    with pytest.raises(ValueError, match=r"Expected no `box` with protocol='published'.* but got \(0, 1\)"):
+        IDLGAttack(box=(0, 1), protocol="published")
 
 
 def test_each_restart_starts_from_a_wider_distribution(case: Any) -> None:

@@ -63,8 +63,8 @@ def dp_bound() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="session")
-def instahide() -> ModuleType:
-    return load("defenses/instahide.py")
+def instahide() -> Iterator[ModuleType]:
+    yield from of_defenses("instahide.py")
 
 
 @pytest.fixture(scope="session")

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from leakage.attacks import IDLGAttack
+from leakage.attacks import IDLGAttack, InvertingGradientsAttack
 from leakage.datamodules import Victims
 from leakage.inversion.lanes import Lanes
 from leakage.solvers import lbfgs
 
 from .conftest import EXPERIMENTS, load
 
+NAMES = ("throughput", "parts", "processes", "start", "defense_speed")
 MACHINE = {"cpu", "system", "cores", "threads", "device", "gpu", "torch", "python"}
 
 
@@ -29,7 +30,7 @@ MACHINE = {"cpu", "system", "cores", "threads", "device", "gpu", "torch", "pytho
 def scripts() -> Iterator[dict[str, ModuleType]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXPERIMENTS / "benchmarks")  # as for a script that is run
-        yield {name: load(f"benchmarks/{name}.py") for name in ("throughput", "parts", "processes", "start")}
+        yield {name: load(f"benchmarks/{name}.py") for name in NAMES}
         sys.modules.pop("setting", None)
 
 
@@ -366,3 +367,34 @@ def test_refuses_at_once(
         scripts[script].main([*arguments, *output])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_defenses_take_turns_with_none(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    script, output, ran = scripts["defense_speed"], tmp_path / "speed.json", []
+    measure = script.run
+
+    def recorded(cell: Any, given: Any) -> dict[str, float]:
+        ran.append((cell.name, measure(cell, given)))
+        return ran[-1][1]
+
+    sizes = ["--threads", "1", "--lanes", "2", "--evaluations", "2", "--repeats", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "run", recorded)
+        script.main(["--output", str(output), "--defenses", "clip", *sizes])
+    assert [name for name, _ in ran] == ["none", *["none", "clip"] * 2]
+    ran = ran[1:]  # without the one that warms up
+    (_, plain), (_, clipped), *_ = ran
+    assert plain.keys() == clipped.keys() == {"capturing", "evaluation"}
+    assert min(*plain.values(), *clipped.values()) > 0
+    rows = {row["defense"]: row for row in read(output)["rows"]}
+    for part in plain:
+        ratios = [ran[place + 1][1][part] / ran[place][1][part] for place in (0, 2)]
+        assert rows["none"][f"{part}_ratio"] == 1
+        assert rows["clip"][f"{part}_ratio"] == pytest.approx(sum(ratios) / 2)
+    assert isinstance(script.make_attack("inverting_gradients", 3, 0), InvertingGradientsAttack)
+
+
+def test_bad_options_of_the_defenses(scripts: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        scripts["defense_speed"].main(["--output", "speed.txt"])
+    assert "Expected `--output` to end with .json, but got 'speed.txt'" in capsys.readouterr().err

@@ -9,9 +9,16 @@ from types import ModuleType
 import pytest
 
 
-def test_more_encodings_give_more_away(instahide: ModuleType, tmp_path: Path) -> None:
+def test_more_encodings_give_more_away(
+    instahide: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    federation = instahide.Federation
+    monkeypatch.setattr(instahide, "Federation", lambda: federation(rounds=2))
     asked = ["--dataset", "sample", "--victims", "1", "--rounds", "1", "8", "--errors", "0", "--output", str(tmp_path)]
-    instahide.main(asked)
+    instahide.main([*asked, "--seeds", "2"])
+    trained = json.loads((tmp_path / "accuracy.json").read_text())["accuracies"]
+    assert len(trained) == 2
+    assert f"test accuracy {50 * sum(trained):.1f} % [" in capsys.readouterr().out
     few, many = json.loads((tmp_path / "summary.json").read_text())
     assert [(row["encodings"], row["images"], row["victims"]) for row in (few, many)] == [(10, 10, 1), (80, 10, 1)]
     assert few["psnr_mean"] < 22

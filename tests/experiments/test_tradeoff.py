@@ -147,6 +147,16 @@ def data() -> LabelledImages:
     return found
 
 
+def test_every_attack_is_made_with_its_evaluations(tradeoff: ModuleType, tmp_path: Path) -> None:
+    asked = ["--dataset", "sample", "--victims", "1", "--others", "9", "--defenses", "none", "--iterations", "7"]
+    given = tradeoff._parser().parse_args([*asked, "--attacks", *tradeoff.ATTACKS, "--output", str(tmp_path)])
+    run = tradeoff.Tradeoff(given)
+    for name, kind in tradeoff.ATTACKS.items():
+        attack = run._attack(name, adaptive=False)
+        assert isinstance(attack, kind)
+        assert "7" in repr(attack.solver)
+
+
 def test_a_round_moves_the_network_by_the_mean_of_what_clients_share(tradeoff: ModuleType) -> None:
     training, images = tradeoff.sys.modules["defended_training"], data()
     federation = training.Federation(rounds=1, clients=3, images=2, learning_rate=0.1, momentum=0.0)

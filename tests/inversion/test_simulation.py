@@ -111,20 +111,25 @@ def of_victim(shared: SharedGradient, victim: int) -> tuple[dict[str, Tensor], d
 
 @pytest.mark.parametrize(("distance", "own"), [("squared", False), ("cosine", True)])
 @pytest.mark.parametrize("name", DEFENSES)
-def test_the_objective_is_that_of_plain_autograd_in_a_joint_pass_and_without_one(
+def test_the_objective_is_that_of_plain_autograd_in_every_pass(
     name: str, distance: str, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     victim, shared, private = share(DEFENSES[name], own)
     unknowns = {"images": private + 0.3 * draw(VICTIMS, 2, *SHAPE, seed=2), "labels": draw(VICTIMS, 2, CLASSES, seed=3)}
-    for joint in (True, False):
-        if not joint:
+    per_image = isinstance(victim.defenses[0], DPSGD)
+    for way in ("chain", "joint", "apart"):
+        if way == "apart":
             monkeypatch.setattr(evaluator_module, "has_joint_pass", lambda *_: False)
         evaluator = Evaluator(
             victim.without_secrets(), OBJECTIVES[distance], Pixels(), JointLabels(), defenses=victim.defenses
         )
+        assert (evaluator._batched is not None) == (distance == "squared" and not per_image)
+        if way != "chain":
+            evaluator._batched = None
         kept = evaluator.begin(shared)
         values, gradients = evaluator(shared, kept, unknowns)
-        assert evaluator._joint is (joint and not isinstance(victim.defenses[0], DPSGD))
+        if evaluator._batched is None:
+            assert evaluator._joint is (way != "apart" and not per_image)
         for row in range(VICTIMS):
             leaves = {key: tensor[row].clone().requires_grad_() for key, tensor in unknowns.items()}
             targets = leaves["labels"].softmax(1)

@@ -11,6 +11,9 @@ from torchvision.transforms import Normalize
 from leakage.clients.low_rank import in_basis
 from leakage.clients.shared_gradient import SharedGradient
 from leakage.clients.victim import Victim
+from leakage.defenses import Clip, Defense, Quantise, RandomPruning, Soteria
+from leakage.defenses.base import simulate as simulated
+from leakage.inversion.simulation import Simulation
 from leakage.models import MLP, ConvNet, LeNet
 from leakage.models.layers import AveragePooling
 from leakage.objectives import SquaredDistance, chain_layers
@@ -57,15 +60,18 @@ def make(
 def check(
     victim: Victim, shared: SharedGradient, images: Tensor, targets: Tensor, given: SharedGradient | None = None
 ) -> None:
-    """Compare with a loop over single victims that differentiates twice."""
-    found = ChainObjective(victim)(shared if given is None else given, images, targets)
+    """Compare with a loop over single victims that differentiates twice, through their defenses."""
+    defenses = victim.defenses
+    simulate = Simulation(defenses, victim).for_all if defenses else None
+    found = ChainObjective(victim, simulate)(shared if given is None else given, images, targets)
     assert [part.shape for part in found] == [images.shape[:1], images.shape, targets.shape]
     for index in range(len(shared)):
         state = {name: tensor[index] if shared.own_weights else tensor for name, tensor in shared.state.items()}
         wanted = {name: tensor[index] for name, tensor in shared.gradients.items()}
 
         def distance(images: Tensor, targets: Tensor, state: object = state, wanted: object = wanted) -> Tensor:
-            return SquaredDistance()(victim.gradients(state, images, targets), wanted)  # type: ignore[arg-type]
+            gradients = victim.gradients(state, images, targets)  # type: ignore[arg-type]
+            return SquaredDistance()(simulated(defenses, gradients, wanted), wanted)  # type: ignore[arg-type]
 
         (by_images, by_targets), value = grad_and_value(distance, argnums=(0, 1))(images[index], targets[index])
         for part, expected in zip(found, (value, by_images, by_targets), strict=True):
@@ -216,6 +222,19 @@ def test_a_unit_that_is_a_power_of_two_scales_exactly(
     unit = torch.tensor([2.0**20, 1.0, 2.0**-5], dtype=dtype)
     plain = ChainObjective(victim)(shared, images, targets)
     for part, scaled in zip(plain, ChainObjective(victim)(shared, images, targets, unit), strict=True):
+        assert torch.equal(scaled, part * unit.square().view(-1, *[1] * (part.ndim - 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["64", "32"])
+@pytest.mark.parametrize("own", [True, False], ids=["own", "shared"])
+@pytest.mark.parametrize("defenses", [[Clip(0.05), RandomPruning(0.5)], [Quantise(4)], [Soteria(0.5)]], ids=repr)
+def test_simulated_defenses(defenses: list[Defense], own: bool, dtype: torch.dtype) -> None:
+    # In single precision, LeNet has added channels.
+    victim, shared, images, targets = make(LeNet(3, 8, 5), num_images=2, own=own, dtype=dtype, defenses=defenses)
+    check(victim, shared, images, targets)
+    unit, simulate = torch.tensor([2.0**20, 1.0, 2.0**-5], dtype=dtype), Simulation(defenses, victim).for_all
+    plain = ChainObjective(victim, simulate)(shared, images, targets)
+    for part, scaled in zip(plain, ChainObjective(victim, simulate)(shared, images, targets, unit), strict=True):
         assert torch.equal(scaled, part * unit.square().view(-1, *[1] * (part.ndim - 1)))
 
 
