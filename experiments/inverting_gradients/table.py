@@ -153,7 +153,7 @@ class Table:
         """Return the attack of this name, with the options of the command line."""
         given = self.given
         options: dict[str, Any] = {"seed": given.seed}
-        options |= {} if name in ("continuation", "gauss_newton") else {"protocol": given.protocol}
+        options |= {"protocol": given.protocol} if name in ("dlg", "idlg") else {}
         if given.total_variation is not None and name in PRIORS:
             options["total_variation"] = given.total_variation
         if given.iterations is not None:
@@ -317,7 +317,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--batch-norm", choices=BATCH_NORM, default="evaluation", help="mode of BatchNorm (default: %(default)s)")
     add("--attacks", nargs="+", choices=tuple(ATTACKS), default=["inverting_gradients"], help="default: %(default)s")
-    add("--protocol", choices=PROTOCOLS, default="published", help="protocol of the attacks (default: %(default)s)")
+    add("--protocol", choices=PROTOCOLS, default="published", help="protocol of dlg and idlg (default: %(default)s)")
     add("--iterations", type=int, help="evaluations of the objective per start (default: the protocol's)")
     add("--total-variation", type=float, help="weight of the prior (default: the protocol's)")
     add("--labels", choices=LABELS, default="random", help="labels of a victim's images (default: %(default)s)")

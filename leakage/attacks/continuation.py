@@ -63,11 +63,12 @@ class ContinuationAttack(GradientInversion):
         total_variation: :math:`\alpha`, the weight of the prior in the start and at the first level. With several
             weights there are as many searches; the result with the lowest distance is kept.
         features: :math:`\gamma`, the weight of the features; 0 leaves them out.
+        start_steps: steps of the start; 0 for none.
         max_evaluations: evaluations of the objective at the levels; the finish takes up to 40 more, and all of them if
             there are no kinks.
         start_std: standard deviation of the noise around grey that the search starts from.
-        restarts: additional searches, which take the weights in turn; by default one search for each weight. Victims
-            that are solved are not restarted.
+        restarts: additional searches, which take the weights in turn; by default one search for each weight; 0
+            for the first weight alone. Victims that are solved are not restarted.
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.
         seed: seed of the starts, and of label rules that draw random numbers.
         success_threshold: an image counts as reconstructed if its MSE is below this value.

@@ -34,7 +34,7 @@ from leakage.objectives import GaussianPrior
 ATTACKS = ("labels", "rgap", "gauss_newton", "continuation", "inverting_gradients", "grad_inversion", "dlg")
 # Steps of a search with Adam: the number in the papers, and the fewest that are worth a run.
 _MOST_STEPS, _FEWEST_STEPS = 4800, 300
-# Networks with at most this many weights: continuation instead of Inverting Gradients.
+# Networks with kinks and at most this many weights: continuation instead of Inverting Gradients.
 _SMALL = 300_000
 # What continuation is expected to need, as evaluations of its least squares.
 _CONTINUED = 130
@@ -115,7 +115,7 @@ def candidates(
         found.append(second_order)
     if readable:
         # One of the two, unless the auditor asks for the other.
-        small = _is_small(victim)
+        small = kinked and _is_small(victim)
         if small or "continuation" in (chosen or ()):
             made: Callable[..., GradientInversion] = partial(ContinuationAttack, **common)
             # The start is so much cheaper than the rest that a trial without it tells more.

@@ -112,7 +112,8 @@ class Continuation(Solver):
         """Return a copy that is fitted to the problem, and runs only the levels that the problem needs."""
         finish = self.finish if problem.exact else None
         direct = finish is not None and not problem.kinked
-        start = None if direct else self.start
+        # It takes all its steps, after which the levels are counted.
+        start = None if direct or self.start is None else dataclasses.replace(self.start, tolerance=0.0)
         before = start.steps if start else 0
         solver = self.solver
         if start and isinstance(solver, GaussNewton):
@@ -166,7 +167,7 @@ class Continuation(Solver):
             lanes["level"] = lanes["level"] + further
             self._level(lanes, at.point)
             target = self.solver.meet_new_objective(lanes, chosen, target)
-            lanes["best_loss"] = torch.where(further, torch.inf, lanes["best_loss"])
+            lanes["outdated"] = lanes["outdated"] | further
         return target
 
     # The solver determines the layout of the state.

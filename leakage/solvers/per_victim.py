@@ -129,7 +129,8 @@ class PerVictimOptimizer(Optimizer):
         lanes = self.lanes
         lanes["evaluations"] += self.running
         finite = torch.isfinite(losses) & torch.isfinite(gradient).all(1)
-        better = finite & (losses < lanes["best_loss"]) & self.running
+        better = finite & ((losses < lanes["best_loss"]) | lanes["outdated"]) & self.running
+        lanes["outdated"] = lanes["outdated"] & ~better
         point = torch.cat([parameter.detach().flatten(1) for parameter in self._params], dim=1)
         torch.where(better[:, None], point, lanes["best"], out=lanes["best"])
         lanes["best_loss"] = torch.where(better, losses, lanes["best_loss"])
@@ -152,6 +153,7 @@ class PerVictimOptimizer(Optimizer):
             "status": torch.full_like(count, RUNNING),
             "best_loss": like.new_full((len(like),), torch.inf),
             "best": torch.zeros_like(like),
+            "outdated": torch.zeros_like(count, dtype=torch.bool),
             "iterations": count,
             "evaluations": count.clone(),
         }

@@ -76,7 +76,8 @@ class Solver(Piece, ABC):
 
     A *lane* is one index into the victims' dimension. To write a solver, implement :meth:`move`, and :meth:`fresh` if
     it has a state. In addition to this state, lanes have ``status (V,)`` (indices into :data:`STATUS`; end a lane with
-    :func:`settle`), ``best_loss (V,)`` and ``best (V, D)`` (the lowest loss so far, and its point), ``iterations (V,)``
+    :func:`settle`), ``best_loss (V,)`` and ``best (V, D)`` (the lowest loss so far, and its point), ``outdated (V,)``
+    (set by a solver that has changed the objective: the next finite loss replaces the lowest), ``iterations (V,)``
     (number of steps, incremented by the solver; changes for ended lanes are undone) and ``evaluations (V,)``.
 
     Example:

@@ -165,6 +165,27 @@ def test_what_counts_is_the_best_of_the_last_level() -> None:
     assert torch.equal(optimizer.best()[0], points[3])
 
 
+def test_a_new_level_keeps_the_best_point_until_it_has_a_loss_of_its_own() -> None:
+    """So a search may end between two levels, and a level that begins with NaN loses nothing."""
+    optimizer = optimizer_of(Continuation(solver=SignedAdam(steps=4), levels=2))
+    (x,) = optimizer.param_groups[0]["params"]
+    points, best = [], []
+    for loss in ([2.0] * 3, [1.0] * 3, [5.0, torch.nan, 5.0], [6.0] * 3):
+
+        def closure(loss: list[float] = loss) -> torch.Tensor:
+            points.append(x.detach().clone())
+            x.grad = torch.ones_like(x)
+            return torch.tensor(loss).double()
+
+        optimizer.step(closure)
+        best.append((optimizer.best_loss.tolist(), optimizer.best()[0].clone()))
+    assert optimizer.lanes["level"].tolist() == [1, 1, 1]
+    assert [losses for losses, _ in best] == [[2.0] * 3, [1.0] * 3, [5.0, 1.0, 5.0], [5.0, 1.0, 5.0]]
+    assert torch.equal(best[1][1], points[1])
+    assert torch.equal(best[3][1][1], points[1][1])
+    assert torch.equal(best[3][1][0], points[2][0])
+
+
 def test_a_lane_that_diverges_goes_no_further() -> None:
     optimizer = optimizer_of(Continuation(solver=SignedAdam(steps=10), levels=5))
     (x,) = optimizer.param_groups[0]["params"]
