@@ -67,6 +67,7 @@ class ContinuationAttack(GradientInversion):
         max_evaluations: evaluations of the objective at the levels; the finish takes up to 40 more, and all of them if
             there are no kinks.
         start_std: standard deviation of the noise around grey that the search starts from.
+        unsmoothed: see :class:`~leakage.solvers.Continuation`: ``"keep"`` or ``"refuse"``.
         restarts: additional searches, which take the weights in turn; by default one search for each weight; 0
             for the first weight alone. Victims that are solved are not restarted.
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.
@@ -94,6 +95,7 @@ class ContinuationAttack(GradientInversion):
         start_std: float = START_STD,
         start_steps: int = START_STEPS,
         max_evaluations: int = EVALUATIONS,
+        unsmoothed: str = "keep",
         restarts: int | None = None,
         rule: str = "auto",
         auxiliary: Auxiliary | None = None,
@@ -123,6 +125,7 @@ class ContinuationAttack(GradientInversion):
                 sharpness=_SHARPNESS,
                 finish=newton(**_FINISH),
                 start=SignedAdam(steps=start_steps) if start_steps else None,
+                unsmoothed=unsmoothed,
                 strengths=tuple(weight / strongest for weight in weights) if strongest else (1.0,),
             ),
             restarts=len(weights) - 1 if restarts is None else restarts,

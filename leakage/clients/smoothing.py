@@ -57,6 +57,20 @@ def has_kinks(network: Callable[..., Tensor], *inputs: Tensor) -> bool:
         return not torch.equal(network(*inputs), plain)
 
 
+@torch.no_grad()
+def kinks_left(network: Callable[..., Tensor], *inputs: Tensor) -> tuple[str, ...]:
+    """Return the names of a network's kinked activations and poolings for which :func:`smoothed` has no smooth version.
+
+    Example:
+        >>> network = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Softshrink(), torch.nn.Hardshrink())
+        >>> kinks_left(network, torch.randn(2, 3))
+        ('softshrink', 'hardshrink')
+    """
+    with _Recorded() as found:
+        network(*inputs)
+    return tuple(dict.fromkeys(found.names))
+
+
 def without_sharpness(buffers: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
     """Separate the buffers of a network from the sharpness passed along with them (None if there is none)."""
     own = dict(buffers)
@@ -84,6 +98,19 @@ class _Smoothed(TorchFunctionMode):
         of_victims = inputs.reshape(-1, len(self.sharpness), *inputs.shape[1:])
         apply = vmap(lambda sharpness, own: smooth(sharpness, own, *more, **given), in_dims=(0, 1), out_dims=1)
         return apply(self.sharpness, of_victims).flatten(0, 1)
+
+
+class _Recorded(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _NOT_SMOOTH:
+            self.names.append(_NOT_SMOOTH[func])
+        return func(*args, **(kwargs or {}))
 
 
 def _beta(sharpness: Tensor, x: Tensor) -> Tensor:
@@ -175,4 +202,25 @@ _SMOOTH: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.hardswish: _hardswish,
     F.max_pool2d: _max_pool2d,
     torch.max_pool2d: _max_pool2d,
+}
+
+# Each function by its name, as users call it.
+_NOT_SMOOTH: dict[Callable[..., Any], str] = {
+    F.threshold: "threshold",
+    F.hardshrink: "hardshrink",
+    F.softshrink: "softshrink",
+    F.rrelu: "rrelu",
+    torch.max_pool1d: "max_pool1d",
+    F.max_pool1d: "max_pool1d",
+    F.max_pool3d: "max_pool3d",
+    torch.max_pool3d: "max_pool3d",
+    F.adaptive_max_pool1d: "adaptive_max_pool1d",
+    F.adaptive_max_pool2d: "adaptive_max_pool2d",
+    F.adaptive_max_pool3d: "adaptive_max_pool3d",
+    torch.abs: "abs",
+    Tensor.abs: "abs",
+    torch.maximum: "maximum",
+    torch.minimum: "minimum",
+    torch.amax: "amax",
+    Tensor.amax: "amax",
 }

@@ -17,7 +17,7 @@ from leakage.clients.joint_pass import has_joint_pass
 from leakage.clients.local_steps import Secrets
 from leakage.clients.low_rank import in_basis
 from leakage.clients.shared_gradient import SharedGradient
-from leakage.clients.smoothing import SHARPNESS, has_kinks
+from leakage.clients.smoothing import SHARPNESS, has_kinks, kinks_left
 from leakage.clients.victim import Victim
 from leakage.defenses.base import Defense, relative_noise
 from leakage.defenses.encoding import Encoding
@@ -142,6 +142,7 @@ class Evaluator:
             written=f"{images} of {protocol.image_shape}{' and their labels' if 'labels' in shapes else ''}",
             # A network that draws random numbers would draw them here.
             kinked=bool(self.victim.draws) or has_kinks(model, *trial_inputs(model, protocol)),
+            kinks_left=() if self.victim.draws else kinks_left(model, *trial_inputs(model, protocol)),
             exact=not protocol.defenses,
         )
 

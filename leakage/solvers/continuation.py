@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from leakage.errors import check_count, check_not_negative, check_pair, check_positive
+from leakage.errors import check_choice, check_count, check_not_negative, check_pair, check_positive
 from leakage.pieces import State
 from leakage.solvers.adam import Adam
 from leakage.solvers.gauss_newton import GaussNewton
 from leakage.solvers.solver import DIVERGED, EXHAUSTED, RUNNING, STEERING, Evaluated, Problem, Solver, running
 
+UNSMOOTHED = ("keep", "refuse")
+"""Values of ``unsmoothed=``: what becomes of kinks that can't be smoothed."""
 _SHARPNESS, _FADING = f"{STEERING}/sharpness", f"{STEERING}/fading"
 
 
@@ -47,12 +50,14 @@ class Continuation(Solver):
             Its evaluations come on top of those of the levels. ``"auto"`` forms Jacobians only if there are no kinks.
         start: the solver of the search before the levels, an :class:`~leakage.solvers.Adam` if ``solver`` is a
             :class:`~leakage.solvers.GaussNewton`; None for no such search. Its steps come on top, too.
+        unsmoothed: what to do with kinks that can't be smoothed, such as those of ``nn.Softshrink``: ``"keep"`` them,
+            with a warning that names them, or ``"refuse"`` the network.
         strengths: a factor on the weights of priors for each start of a victim, in turn. Without the finish, objectives
             with different priors can't be compared, so all starts have the largest.
 
     Raises:
         ValueError: if an option is out of range, or if there are more levels than evaluations; in ``fit``, if the
-            solver raises it.
+            solver raises it, or if kinks can't be smoothed and ``unsmoothed`` is ``"refuse"``.
 
     References:
         Allgower and Georg, *Numerical Continuation Methods*, 1990, https://doi.org/10.1007/978-3-642-61257-2.
@@ -72,6 +77,7 @@ class Continuation(Solver):
     fading: float = 1.3
     finish: GaussNewton | None = None
     start: Adam | None = None
+    unsmoothed: str = "keep"
     strengths: tuple[float, ...] = (1.0,)
     _first: int = field(default=0, init=False)
 
@@ -86,6 +92,7 @@ class Continuation(Solver):
             raise ValueError(
                 f"Expected `levels` of at most {self.evaluations}, the solver's evaluations, but got {self.levels}."
             )
+        check_choice("unsmoothed", self.unsmoothed, UNSMOOTHED)
         self.strengths = tuple(self.strengths)
         if not self.strengths:
             raise ValueError("Expected `strengths` with at least one factor, but got ().")
@@ -110,6 +117,17 @@ class Continuation(Solver):
 
     def fit(self, problem: Problem) -> Continuation:
         """Return a copy that is fitted to the problem, and runs only the levels that the problem needs."""
+        if problem.kinks_left:
+            names = ", ".join(problem.kinks_left)
+            if self.unsmoothed == "refuse":
+                raise ValueError(
+                    f"Expected a network whose kinks can be smoothed, but got one with {names}. Pass "
+                    "unsmoothed='keep' to search with these kinks as they are."
+                )
+            warnings.warn(
+                f"The kinks of {names} can't be smoothed. They stay as they are, and the search may get stuck there.",
+                stacklevel=1,
+            )
         finish = self.finish if problem.exact else None
         direct = finish is not None and not problem.kinked
         # It takes all its steps, after which the levels are counted.

@@ -37,6 +37,7 @@ class Problem:
         element_size: bytes per element.
         written: description of the unknowns, for messages.
         kinked: whether the network has kinks that :func:`~leakage.clients.smoothing.smoothed` can smooth.
+        kinks_left: names of the network's kinked functions that can't be smoothed.
         exact: whether no defense has changed the gradients, so that only rounding keeps the distance from zero.
     """
 
@@ -49,6 +50,7 @@ class Problem:
     element_size: int = 4
     written: str = ""
     kinked: bool = True
+    kinks_left: tuple[str, ...] = ()
     exact: bool = True
 
 

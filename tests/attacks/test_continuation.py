@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from leakage.attacks import ContinuationAttack
 from leakage.defenses import GaussianNoise
@@ -46,6 +47,21 @@ def test_the_finish_lowers_the_distance_that_the_levels_end_with(kit: Any) -> No
     assert bool((evaluations[True] > 4).all())
     defended = kit.victims(victims=1, model=model, weights="shared", defenses=[GaussianNoise(1e-4)])
     assert kit.fit(short(True), defended).finished.evaluations.tolist() == [4]
+
+
+def test_kinks_that_cannot_be_smoothed_are_named_and_kept_or_refused(kit: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 150), nn.ReLU(), nn.Softshrink(0.01), nn.Linear(150, 10))
+    victims = kit.victims(victims=1, model=model, weights="shared")
+    with pytest.raises(
+        ValueError, match=r"kinks can be smoothed, but got one with softshrink\. Pass unsmoothed="
+    ):
+        kit.fit(ContinuationAttack(unsmoothed="refuse"), victims)
+    attack = ContinuationAttack(max_evaluations=4, start_steps=2, restarts=0)
+    attack.solver.finish = None  # type: ignore[attr-defined]
+    with pytest.warns(UserWarning, match=r"The kinks of softshrink can't be smoothed\. They stay as they are"):
+        kit.fit(attack, victims)
+    assert attack.finished.evaluations.tolist() == [6]
 
 
 @pytest.mark.parametrize(
