@@ -53,9 +53,7 @@ def test_kinks_that_cannot_be_smoothed_are_named_and_kept_or_refused(kit: Any) -
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(144, 150), nn.ReLU(), nn.Softshrink(0.01), nn.Linear(150, 10))
     victims = kit.victims(victims=1, model=model, weights="shared")
-    with pytest.raises(
-        ValueError, match=r"kinks can be smoothed, but got one with softshrink\. Pass unsmoothed="
-    ):
+    with pytest.raises(ValueError, match=r"kinks can be smoothed, but got one with softshrink\. Pass unsmoothed="):
         kit.fit(ContinuationAttack(unsmoothed="refuse"), victims)
     attack = ContinuationAttack(max_evaluations=4, start_steps=2, restarts=0)
     attack.solver.finish = None  # type: ignore[attr-defined]
