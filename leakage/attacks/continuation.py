@@ -50,8 +50,8 @@ class ContinuationAttack(GradientInversion):
     A network without kinks needs no continuation: all steps are those of the finish, which end at float precision if
     the gradient determines the image.
 
-    On ResNets it is no better than :class:`InvertingGradientsAttack`. Batches on networks without kinks are better
-    attacked by :class:`GaussNewtonAttack`, which can start layer by layer.
+    On a small ResNet it matches the gradient better than :class:`InvertingGradientsAttack`, but hardly finds more.
+    Batches on networks without kinks are better attacked by :class:`GaussNewtonAttack`, which can start layer by layer.
 
     Pieces: :class:`~leakage.objectives.CosineDistance`, :class:`~leakage.objectives.FeatureDistance`,
     :class:`~leakage.objectives.TotalVariation`, :class:`~leakage.dummies.Pixels` in a box,
