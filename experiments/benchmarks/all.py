@@ -104,6 +104,12 @@ def jobs(minutes: float, device: torch.device) -> list[Job]:
             "Several processes and one process",
         ),
         Job(
+            "defense_speed",
+            "defense_speed.py",
+            ["--lanes", count(16, 4), "--repeats", turns],
+            "Capturing and attacking with each defense and without",
+        ),
+        Job(
             "evaluation_speed",
             "evaluation_speed.py",
             [*on, "--networks", "4", "--epochs", count(20, 2), "--repeats", turns, "--test-images", "200"],
