@@ -176,7 +176,6 @@ class Continuation(Solver):
             if other is not None:
                 target = torch.where(chosen[:, None], _moved(other, lanes, at, chosen), target)
         spent = (lanes["evaluations"] - before) * self.levels >= (level + 1) * (self.evaluations - before)
-        spent &= ~starting
         further = was_running & (~running(lanes) | spent) & (lanes["status"] != DIVERGED)
         further &= lanes["level"] < (self.levels - 1 if self.finish is None else self.levels)
         chosen = further.nonzero().squeeze(1)
