@@ -41,6 +41,8 @@ _PRECISIONS = ("32-true", "64-true")
 _LOGGED_EVERY = 10
 # Steps after which several processes exchange how many victims are done.
 _AGREED_EVERY = 20
+COMBINE = ("best", "mean")
+"""Values of ``combine=``: the result of several starts."""
 _PIECES = {"objective": Term, "images": Images, "labels": Labels, "solver": Solver}
 
 
@@ -77,8 +79,12 @@ class GradientInversion(LightningModule):
         images: how dummy images are parametrised, see :mod:`leakage.dummies`.
         labels: where labels come from, see :mod:`leakage.dummies`.
         solver: how unknowns are moved, see :mod:`leakage.solvers`.
-        restarts: additional starts for a victim that ended above ``restart_above``; the best of all starts is kept.
+        restarts: additional starts for a victim that ended above ``restart_above``.
         restart_above: see ``restarts``; by default every victim is restarted.
+        combine: the result of a victim with several starts. ``"best"`` is the start with the lowest objective L;
+            ``"mean"`` is the mean of the images of all starts with the same labels, weighted by :math:`1/L^2`: where
+            one start fits better than the others, it has all the weight; where many images fit equally well, their
+            mean is nearer to the true one than most of them.
         seed: seed of the starts. Each victim and restart has its own random stream, however victims are grouped.
         success_threshold: an image counts as reconstructed if its MSE is below this value.
         adaptive: whether the attacker takes the defenses in the protocol into account, by applying them to the
@@ -114,6 +120,7 @@ class GradientInversion(LightningModule):
         solver: Solver | None = None,
         restarts: int = 0,
         restart_above: float = 0.0,
+        combine: str = "best",
         seed: int = 0,
         success_threshold: float = 1e-3,
         adaptive: bool = True,
@@ -135,6 +142,7 @@ class GradientInversion(LightningModule):
         check_flag(adaptive=adaptive)
         check_count(0, restarts=restarts, seed=seed)
         check_not_negative(restart_above=restart_above)
+        check_choice("combine", combine, COMBINE)
         self._save_options()
         self.automatic_optimization = False
         self.unknowns = nn.ParameterDict()
@@ -269,7 +277,8 @@ class GradientInversion(LightningModule):
             lambda points, lanes: self.lanes.equations(points, lanes), next(iter(self.unknowns.values())).element_size()
         )
         optimizer = PerVictimOptimizer(self.unknowns.values(), self.solver, problem)
-        self._search.put_lanes(Lanes(evaluator, self.unknowns, optimizer, self.hparams["seed"]))
+        options = {name: self.hparams[name] for name in ("seed", "combine")}
+        self._search.put_lanes(Lanes(evaluator, self.unknowns, optimizer, **options))
         return optimizer
 
     @sdpa_kernel(SDPBackend.MATH)

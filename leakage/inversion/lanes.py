@@ -14,11 +14,12 @@ from leakage.clients.victim import Victim
 from leakage.files.checkpoints import check_like
 from leakage.inversion.evaluator import Evaluator
 from leakage.inversion.reconstruction import Reconstruction
+from leakage.metrics import match
 from leakage.pieces import State
 from leakage.precision import full_precision
 from leakage.seeds import derive_seed
 from leakage.solvers import PerVictimOptimizer
-from leakage.solvers.solver import UNINFORMATIVE, settle
+from leakage.solvers.solver import STEERING, UNINFORMATIVE, settle
 
 
 class Lanes:
@@ -29,9 +30,16 @@ class Lanes:
     """
 
     def __init__(
-        self, evaluator: Evaluator, unknowns: nn.ParameterDict, optimizer: PerVictimOptimizer, seed: int
+        self,
+        evaluator: Evaluator,
+        unknowns: nn.ParameterDict,
+        optimizer: PerVictimOptimizer,
+        *,
+        seed: int,
+        combine: str = "best",
     ) -> None:
         self.evaluator, self.unknowns, self.optimizer, self.seed = evaluator, unknowns, optimizer, seed
+        self.combine = combine
         self.shared: SharedGradient | None = None
         self.kept: State = {}
 
@@ -64,6 +72,8 @@ class Lanes:
             "best_loss": real,
             "best_images": real.new_empty(0, protocol.num_images, *protocol.image_shape),
             "best_labels": whole.new_empty(0, protocol.num_images),
+            # Weight of these images in a mean, in units of that of the best start:
+            "best_weight": real,
         }
 
     # Entering.
@@ -132,6 +142,7 @@ class Lanes:
             "best_loss": images.new_full((len(shared),), torch.inf),
             "best_images": images.detach().clone(),
             "best_labels": labels,
+            "best_weight": images.new_zeros(len(shared)),
         }
         if (rate := evaluator.write_rate(kept, starts)) is not None:
             own["best_learning_rate"] = rate
@@ -193,9 +204,10 @@ class Lanes:
     # Restarting and leaving.
 
     def restart(self, again: Tensor) -> None:
-        """Restart the lanes at these indices; the best result of all starts so far is kept."""
+        """Restart the lanes at these indices; the combined result of all starts so far is kept."""
         assert self.shared is not None
-        so_far = self.best()
+        so_far, weight = self._combined()
+        self.kept["best_weight"][again] = weight[again]
         for name in ("iterations", "evaluations"):
             self.kept[name][again] = getattr(so_far, name)[again]
         for name in ("loss", "images", "labels", "learning_rate"):
@@ -206,31 +218,57 @@ class Lanes:
         starts = self._starts(ids, restarts)
         self.optimizer.restart(again, *starts.values(), seeds=self._seeds(ids, restarts), restarts=restarts)
 
+    def best(self) -> Reconstruction:
+        """Return the result of every lane over all its starts: the best iterates, or their mean."""
+        return self._combined()[0]
+
     @torch.no_grad()
     @full_precision()
-    def best(self) -> Reconstruction:
-        """Return the best iterate of every lane over all its starts, by the attack's own objective."""
+    def _combined(self) -> tuple[Reconstruction, Tensor]:
+        """Return the result of every lane over all its starts, and the weight that it has in a mean."""
         optimizer, kept = self.optimizer, self.kept
         unknowns = dict(zip(self.unknowns, optimizer.best(), strict=True))
         shared, own = cast(SharedGradient, self.shared), self._of_pieces()
         images, targets = self.evaluator.write(own, unknowns, self.evaluator.best_seeds(shared, own, unknowns))
-        newer = optimizer.best_loss < kept["best_loss"]
+        labels, before, loss = self.evaluator.labels.read(targets), kept["best_loss"], self._loss()
+        newer = loss < before
+        ratio = torch.zeros_like(loss)
+        if self.combine == "mean":
+            # The starts of a victim may order images of the same class differently.
+            order, lanes = match(images, kept["best_images"]), torch.arange(len(images), device=images.device)[:, None]
+            order = torch.where(kept["restarts"][:, None] > 0, order, torch.arange(order.shape[1], device=order.device))
+            images, labels = images[lanes, order], labels[lanes, order]
+            ratio = (torch.minimum(loss, before) / torch.maximum(loss, before)).square().nan_to_num(0.0)
+            ratio = torch.where((labels == kept["best_labels"]).all(1), ratio, 0.0)
+        own_weight = torch.where(newer, 1.0, ratio)
+        weight = own_weight + kept["best_weight"] * torch.where(newer, ratio, 1.0)
+        share = (own_weight / weight).nan_to_num(0.0)[:, None, None, None, None]
+        mean = torch.lerp(kept["best_images"], images, share)
         rate = self.evaluator.write_rate(own, unknowns)
-        return Reconstruction(
+        found = Reconstruction(
             ids=shared.ids.to(images.device),
-            images=torch.where(newer[:, None, None, None, None], images, kept["best_images"]),
-            labels=torch.where(newer[:, None], self.evaluator.labels.read(targets), kept["best_labels"]),
-            loss=torch.minimum(optimizer.best_loss, kept["best_loss"]),
+            images=torch.where(share == 1, images, torch.where(share == 0, kept["best_images"], mean)),
+            labels=torch.where(newer[:, None], labels, kept["best_labels"]),
+            loss=torch.minimum(loss, before),
             iterations=kept["iterations"] + optimizer.iterations,
             evaluations=kept["evaluations"] + optimizer.evaluations,
             restarts=kept["restarts"],
             status=optimizer.status,
             learning_rate=None if rate is None else torch.where(newer, rate, kept["best_learning_rate"]),
         )
+        return found, weight
+
+    def _loss(self) -> Tensor:
+        """Return the lowest objective of the present start of every lane, infinity where it can't be compared."""
+        loss: Tensor = self.optimizer.best_loss
+        # A solver that steers the objective ends at the one that all starts share.
+        if any(name.startswith(f"{STEERING}/") for name in self.optimizer.lanes):
+            loss = torch.where(self.optimizer.running & (self.kept["restarts"] > 0), torch.inf, loss)
+        return loss
 
     def best_losses(self) -> Tensor:
         """Return the lowest objective of every lane over all its starts, ``(lanes,)``."""
-        return torch.minimum(self.kept["best_loss"], self.optimizer.best_loss)
+        return torch.minimum(self.kept["best_loss"], self._loss())
 
     def collect(self, lanes: Tensor) -> Reconstruction:
         """Return the best iterates of the lanes at these indices, on the CPU."""

@@ -261,7 +261,7 @@ def test_a_solver_steers_the_network_and_the_priors(kit: Any) -> None:
             solver=LBFGS(max_evaluations=15),
         ),
         lambda: GradientInversion(objective=Manhattan() + 0.1 * Smooth(1.5), solver=Momentum(0.05, 20)),
-        lambda: GradientInversion(solver=Adam(steps=15, noise=0.3), restarts=1),
+        lambda: GradientInversion(solver=Adam(steps=15, noise=0.3), restarts=1, combine="mean"),
         lambda: GradientInversion(
             images=LatentCode(nn.Sequential(nn.Linear(5, 144), nn.Unflatten(1, (1, 12, 12))), [5]),
             solver=SignedAdam(steps=15),

@@ -1,0 +1,121 @@
+"""The result of a victim with several starts: the best of them, or their mean."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from leakage.attacks import GradientInversion
+from leakage.dummies import JointLabels, Pixels, RevealedLabels
+from leakage.solvers import STATUS, Solver, settle
+from leakage.solvers.solver import Evaluated
+
+EXHAUSTED, STARTS = STATUS.index("exhausted"), 3
+
+
+class Stay(Solver):
+    """Ends where it starts, and remembers the points and losses."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def move(self, lanes: dict[str, Tensor], at: Evaluated) -> Tensor:
+        self.seen.append((at.point.clone(), at.losses.clone()))
+        settle(lanes, torch.ones_like(at.losses, dtype=torch.bool), EXHAUSTED)
+        return at.point
+
+
+def run(
+    kit: Any, combine: str, images: int = 1, labels: Any = None, drawn: str | None = None
+) -> tuple[Any, Tensor, Tensor]:
+    """Return what was found, and the points and losses of all starts: ``(starts, victims, ...)``."""
+    torch.manual_seed(0)
+    solver = Stay()
+    attack = GradientInversion(
+        images=Pixels(std=0.3),
+        labels=labels or RevealedLabels(),
+        solver=solver,
+        restarts=STARTS - 1,
+        combine=combine,
+    )
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 10))
+    kit.fit(attack, kit.victims(victims=4, images=images, labels=drawn, model=model, reveal_labels=True))
+    points, losses = (torch.stack(part) for part in zip(*solver.seen, strict=True))
+    return attack.finished, points, losses
+
+
+def test_the_mean_weighs_each_start_by_its_objective(kit: Any) -> None:
+    found, points, losses = run(kit, "mean")
+    weights = losses**-2 / (losses**-2).sum(0)
+    expected = (weights[:, :, None] * points).sum(0)
+    torch.testing.assert_close(found.images.flatten(1), expected)
+    torch.testing.assert_close(found.loss, losses.min(0).values)
+    assert len(weights) == STARTS
+    assert float(weights[1].min()) > 0.01, "the second start counts"
+    best = run(kit, "best")[0].images.flatten(1)
+    assert torch.equal(best, points[losses.argmin(0), torch.arange(4)])
+    assert float((best - expected).abs().max()) > 0.01
+
+
+def test_images_are_matched_before_they_are_averaged(kit: Any) -> None:
+    """Starts may have images of one class in another order."""
+    found, points, losses = run(kit, "mean", images=2, drawn="single-class")
+    for victim in range(4):
+        images, weight = points[0, victim].view(2, -1), losses[0, victim] ** -2
+        best = losses[0, victim]
+        for point, loss in zip(points[1:, victim], losses[1:, victim], strict=True):
+            orders = [point.view(2, -1)[[*order]] for order in itertools.permutations(range(2))]
+            nearest = min(orders, key=lambda other: float((other - images).square().sum()))
+            share = loss**-2 / (weight + loss**-2)
+            images, weight, best = images + share * (nearest - images), weight + loss**-2, min(best, loss)
+        torch.testing.assert_close(found.images[victim].flatten(1), images)
+
+
+def test_starts_with_other_labels_are_left_out(kit: Any) -> None:
+    found, points, losses = run(kit, "mean", labels=JointLabels())
+    pixels = found.images[0].numel()
+    classes = points[..., pixels:].argmax(-1)
+    for victim in range(4):
+        best = int(losses[:, victim].argmin())
+        assert int(found.labels[victim]) == int(classes[best, victim])
+        alone = (classes[:, victim] == classes[best, victim]).sum() == 1
+        same = torch.equal(found.images[victim].flatten(), points[best, victim, :pixels])
+        assert same or not alone
+    assert len(set(classes.flatten().tolist())) > 1
+
+
+class Steered(Stay):
+    """Steers the objective. Its first start stops at once, its next ones search on."""
+
+    def fresh(self, like: Tensor) -> dict[str, Tensor]:
+        return {"steering/fading": torch.zeros(len(like)), "restart": torch.zeros(len(like), dtype=torch.long)}
+
+    def move(self, lanes: dict[str, Tensor], at: Evaluated) -> Tensor:
+        settle(lanes, lanes["restart"] == 0, EXHAUSTED)
+        return at.point - 0.1 * at.gradient
+
+
+def test_a_start_that_still_smooths_does_not_count(kit: Any) -> None:
+    """Its objective is not yet that of the ended ones."""
+    found = []
+    for restarts, combine in ((0, "best"), (1, "best"), (1, "mean")):
+        torch.manual_seed(0)
+        attack = GradientInversion(
+            images=Pixels(std=0.3), labels=RevealedLabels(), solver=Steered(), restarts=restarts, combine=combine
+        )
+        model = nn.Sequential(nn.Flatten(), nn.Linear(144, 10))
+        kit.fit(attack, kit.victims(victims=2, model=model, reveal_labels=True), max_steps=-1 if not restarts else 60)
+        found.append(attack.finished if not restarts else attack.current())
+    for stopped in found[1:]:
+        assert stopped.restarts.tolist() == [1, 1]
+        assert torch.equal(stopped.images, found[0].images)
+        assert torch.equal(stopped.loss, found[0].loss)
+
+
+def test_a_bad_choice_is_named() -> None:
+    with pytest.raises(ValueError, match=r"Expected `combine` to be one of \[.best., .mean.\], but got .median."):
+        GradientInversion(combine="median")
