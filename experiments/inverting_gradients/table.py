@@ -156,6 +156,8 @@ class Table:
         options |= {"protocol": given.protocol} if name in ("dlg", "idlg") else {}
         if given.total_variation is not None and name in PRIORS:
             options["total_variation"] = given.total_variation
+        if given.restarts is not None:
+            options["restarts"] = given.restarts
         if given.iterations is not None:
             limit = "steps" if name in ("inverting_gradients", "grad_inversion", "gias") else "max_evaluations"
             options[limit] = given.iterations
@@ -319,6 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--attacks", nargs="+", choices=tuple(ATTACKS), default=["inverting_gradients"], help="default: %(default)s")
     add("--protocol", choices=PROTOCOLS, default="published", help="protocol of dlg and idlg (default: %(default)s)")
     add("--iterations", type=int, help="evaluations of the objective per start (default: the protocol's)")
+    add("--restarts", type=int, help="additional starts of every victim (default: the protocol's)")
     add("--total-variation", type=float, help="weight of the prior (default: the protocol's)")
     add("--labels", choices=LABELS, default="random", help="labels of a victim's images (default: %(default)s)")
     add("--local-steps", type=int, default=1, help="local SGD steps, whose sum is shared (default: %(default)s)")
