@@ -17,15 +17,16 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmark_plots import plot_parts
-from lightning import Callback
 from setting import (  # beside this script
     CLASSES,
     RandomVictims,
+    Steps,
     check_file,
     describe_machine,
     make_trainer,
@@ -51,17 +52,6 @@ NAMES = (
 ATTACKS = ("idlg", "inverting_gradients")
 # Number of steps before the timed ones, and a tolerance that no loss reaches.
 WARM_UP, TOLERANCE = 2, 1e-30
-
-
-class Clock(Callback):
-    """Record the CPU time when steps begin."""
-
-    def __init__(self) -> None:
-        self.moments: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Record the start of a step."""
-        self.moments.append(time.process_time())
 
 
 def make_attack(name: str, evaluations: int, seed: int) -> GradientInversion:
@@ -95,14 +85,13 @@ def run(cell: Cell, given: argparse.Namespace) -> dict[str, float]:
     before = time.process_time()
     client.share(images, labels, states=states)
     capturing = time.process_time() - before
-    clock = Clock()
+    steps = Steps(time.process_time)
     # One more step, since a step lasts until the next begins.
     attack = make_attack(given.attack, WARM_UP + given.evaluations + 1, given.seed)
-    make_trainer(torch.device("cpu"), clock, limit_val_batches=0).fit(attack, datamodule=victims)
-    steps = [
-        after - begun for begun, after in zip(clock.moments[WARM_UP:-1], clock.moments[WARM_UP + 1 :], strict=True)
-    ]
-    return {"capturing": capturing / given.lanes, "evaluation": statistics.median(steps) / given.lanes}
+    make_trainer(torch.device("cpu"), steps, limit_val_batches=0).fit(attack, datamodule=victims)
+    moments = steps.moments[WARM_UP:]
+    seconds = [after - begun for begun, after in pairwise(moments)]
+    return {"capturing": capturing / given.lanes, "evaluation": statistics.median(seconds) / given.lanes}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

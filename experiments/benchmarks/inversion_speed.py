@@ -28,10 +28,10 @@ from unittest import mock
 
 import torch
 from benchmark_plots import plot_parts
-from lightning import Callback
 from setting import (  # beside this script
     CLASSES,
     RandomVictims,
+    Steps,
     check_file,
     describe_machine,
     find_device,
@@ -107,22 +107,11 @@ class Plain:
         return images.detach()
 
 
-class Clock(Callback):
-    """Record when steps begin, in wall-clock time and in CPU time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.moments: list[tuple[float, float]] = []
-
-    def now(self) -> tuple[float, float]:
-        """Return the current time, after all work of a GPU is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter(), time.process_time()
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Record the start of a step."""
-        self.moments.append(self.now())
+def now(device: torch.device) -> tuple[float, float]:
+    """Return the current time by the wall clock and in CPU time, after all work of a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter(), time.process_time()
 
 
 def make_victims(given: argparse.Namespace) -> RandomVictims:
@@ -181,25 +170,25 @@ def compare(
 
 def run_ours(given: argparse.Namespace, joint: bool) -> tuple[float, float]:
     """Run the library; returns wall-clock and CPU seconds per victim and iteration."""
-    clock = Clock(given.device)
+    steps = Steps(lambda: now(given.device))
     apart = mock.patch.object(evaluator, "has_joint_pass", return_value=False)
     with contextlib.nullcontext() if joint else apart:
         # One more step, since a step lasts until the next begins.
         attack, victims = make_attack(given, WARM_UP + given.iterations + 1), make_victims(given)
-        make_trainer(given.device, clock, limit_val_batches=0).fit(attack, datamodule=victims)
-    pairs = zip(clock.moments[WARM_UP:-1], clock.moments[WARM_UP + 1 :], strict=True)
-    steps = [(after[0] - before[0], after[1] - before[1]) for before, after in pairs]
-    wall, cpu = (statistics.median(part) / given.lanes for part in zip(*steps, strict=True))
+        make_trainer(given.device, steps, limit_val_batches=0).fit(attack, datamodule=victims)
+    pairs = zip(steps.moments[WARM_UP:-1], steps.moments[WARM_UP + 1 :], strict=True)
+    seconds = [(after[0] - before[0], after[1] - before[1]) for before, after in pairs]
+    wall, cpu = (statistics.median(part) / given.lanes for part in zip(*seconds, strict=True))
     return wall, cpu
 
 
 def run_plainly(given: argparse.Namespace, plain: Plain) -> tuple[float, float]:
     """Run the plain loop on the first victims; returns wall-clock and CPU seconds per victim and iteration."""
-    clock, images = Clock(given.device), starts(given)
-    before = clock.now()
+    images = starts(given)
+    before = now(given.device)
     for victim in range(given.plain_victims):
         plain.search(victim, images[victim])
-    after = clock.now()
+    after = now(given.device)
     count = given.plain_victims * plain.steps
     return (after[0] - before[0]) / count, (after[1] - before[1]) / count
 

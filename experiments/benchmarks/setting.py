@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,18 @@ def make_trainer(device: torch.device, *callbacks: Callback, **options: Any) -> 
         callbacks=list(callbacks),
         **options,
     )
+
+
+class Steps(Callback):
+    """Record when training steps begin, by any clock."""
+
+    def __init__(self, now: Callable[[], Any]) -> None:
+        self.now = now
+        self.moments: list[Any] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Record the start of a step."""
+        self.moments.append(self.now())
 
 
 def make_network(name: str, image_size: int) -> nn.Module:

@@ -31,9 +31,9 @@ from unittest import mock
 
 import torch
 from benchmark_plots import plot_over_lanes
-from lightning import Callback
 from setting import (  # beside this script
     RandomVictims,
+    Steps,
     check_file,
     describe_machine,
     find_device,
@@ -124,18 +124,6 @@ class Clock:
         return float(begin.elapsed_time(end)) / 1000
 
 
-class Steps(Callback):
-    """Record when training steps begin."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.moments: list[Any] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Record the start of a step."""
-        self.moments.append(self.clock.now())
-
-
 class UnmeasuredError(Exception):
     """The reason why there is no figure: ``"memory"`` or ``"search"``, and an explanation."""
 
@@ -153,7 +141,7 @@ def attack(cell: Cell, lanes: int, evaluations: int, device: torch.device, seed:
     )
     module = IDLGAttack(seed=seed, max_evaluations=evaluations, tolerance=TOLERANCE, restarts=0)
     clock = Clock(device)
-    steps = Steps(clock)
+    steps = Steps(clock.now)
     objectives: list[tuple[Any, Any]] = []
     evaluate = Lanes.evaluate
 
