@@ -40,9 +40,9 @@ class ContinuationAttack(GradientInversion):
     if it matches the gradient better.
 
     Trained networks need a stronger prior than untrained ones. So each victim is searched for twice, with two weights.
-    The result is the mean of both images, in which the one that matches the gradient better at the end has the larger
-    weight (``combine``). If a defense has changed the gradients, there is no finish, and both searches have the larger
-    weight of the prior.
+    The result is the mean of what both find, in which the image that matches the gradient better at the end has the
+    larger weight (``combine``). If a defense has changed the gradients, there is no finish, and both searches have the
+    larger weight of the prior.
 
     Every image of a batch also matches its own features :math:`\hat h`, which the gradient of the last layer gives away
     (:class:`~leakage.objectives.FeatureDistance`). Without them, images of a batch blend into one another. Victims
@@ -70,7 +70,8 @@ class ContinuationAttack(GradientInversion):
         start_std: standard deviation of the noise around grey that the search starts from.
         unsmoothed: see :class:`~leakage.solvers.Continuation`: ``"keep"`` or ``"refuse"``.
         restarts: additional searches, which take the weights in turn; by default one search for each weight; 0
-            for the first weight alone. Victims that are solved are not restarted. On a small ResNet, 3 find more.
+            for the first weight alone. Victims that are solved are not restarted. On a small ResNet,
+            ``restarts=3`` finds more.
         combine: see :class:`~leakage.attacks.GradientInversion`: ``"mean"`` or ``"best"``.
         rule, auxiliary: see :class:`~leakage.dummies.InferredLabels`.
         seed: seed of the starts, and of label rules that draw random numbers.

@@ -82,9 +82,10 @@ class GradientInversion(LightningModule):
         restarts: additional starts for a victim that ended above ``restart_above``.
         restart_above: see ``restarts``; by default every victim is restarted.
         combine: the result of a victim with several starts. ``"best"`` is the start with the lowest objective L;
-            ``"mean"`` is the mean of the images of all starts with the same labels, weighted by :math:`1/L^2`: where
-            one start fits better than the others, it has all the weight; where many images fit equally well, their
-            mean is nearer to the true one than most of them.
+            ``"mean"`` is the mean of the images of all starts with the same labels as the best one so far, weighted by
+            :math:`1/L^2`: where one start fits better than the others, it has nearly all the weight; where many images
+            fit equally well, their mean is nearer to the true one than most of them. L must be positive, or the best
+            start is kept.
         seed: seed of the starts. Each victim and restart has its own random stream, however victims are grouped.
         success_threshold: an image counts as reconstructed if its MSE is below this value.
         adaptive: whether the attacker takes the defenses in the protocol into account, by applying them to the

@@ -19,7 +19,7 @@ from leakage.pieces import State
 from leakage.precision import full_precision
 from leakage.seeds import derive_seed
 from leakage.solvers import PerVictimOptimizer
-from leakage.solvers.solver import STEERING, UNINFORMATIVE, settle
+from leakage.solvers.solver import DIVERGED, STEERING, UNINFORMATIVE, settle
 
 
 class Lanes:
@@ -36,7 +36,7 @@ class Lanes:
         optimizer: PerVictimOptimizer,
         *,
         seed: int,
-        combine: str = "best",
+        combine: str,
     ) -> None:
         self.evaluator, self.unknowns, self.optimizer, self.seed = evaluator, unknowns, optimizer, seed
         self.combine = combine
@@ -213,6 +213,9 @@ class Lanes:
         for name in ("loss", "images", "labels", "learning_rate"):
             if (tensor := getattr(so_far, name)) is not None:
                 self.kept[f"best_{name}"][again] = tensor[again]
+        # What diverged did not reach the objective that all starts share, so any other start is better.
+        lost = again[self._steered & (self.optimizer.status == DIVERGED)[again] & (self.kept["restarts"] == 0)[again]]
+        self.kept["best_loss"][lost], self.kept["best_weight"][lost] = torch.inf, 0.0
         self.kept["restarts"][again] += 1
         ids, restarts = self.shared.ids[again.cpu()], self.kept["restarts"][again]
         starts = self._starts(ids, restarts)
@@ -231,18 +234,14 @@ class Lanes:
         shared, own = cast(SharedGradient, self.shared), self._of_pieces()
         images, targets = self.evaluator.write(own, unknowns, self.evaluator.best_seeds(shared, own, unknowns))
         labels, before, loss = self.evaluator.labels.read(targets), kept["best_loss"], self._loss()
-        newer = loss < before
-        ratio = torch.zeros_like(loss)
+        alike = torch.zeros_like(loss, dtype=torch.bool)
         if self.combine == "mean":
-            # The starts of a victim may order images of the same class differently.
-            order, lanes = match(images, kept["best_images"]), torch.arange(len(images), device=images.device)[:, None]
-            order = torch.where(kept["restarts"][:, None] > 0, order, torch.arange(order.shape[1], device=order.device))
+            order = self._order(images, labels, targets)
+            lanes = torch.arange(len(order), device=order.device)[:, None]
             images, labels = images[lanes, order], labels[lanes, order]
-            ratio = (torch.minimum(loss, before) / torch.maximum(loss, before)).square().nan_to_num(0.0)
-            ratio = torch.where((labels == kept["best_labels"]).all(1), ratio, 0.0)
-        own_weight = torch.where(newer, 1.0, ratio)
-        weight = own_weight + kept["best_weight"] * torch.where(newer, ratio, 1.0)
-        share = (own_weight / weight).nan_to_num(0.0)[:, None, None, None, None]
+            alike = (labels == kept["best_labels"]).all(1)
+        share, weight = accumulate(loss, before, kept["best_weight"], alike)
+        newer, share = loss < before, share[:, None, None, None, None]
         mean = torch.lerp(kept["best_images"], images, share)
         rate = self.evaluator.write_rate(own, unknowns)
         found = Reconstruction(
@@ -258,13 +257,27 @@ class Lanes:
         )
         return found, weight
 
+    def _order(self, images: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+        """Return ``(V, N)``, which image of the present start belongs to each one of the earlier starts."""
+        # Starts may order images differently, but only those of the same class if labels are known.
+        allowed = labels[:, None] == self.kept["best_labels"][:, :, None]
+        if self.evaluator.labels.known:
+            allowed &= (targets[:, None] == targets[:, :, None]).flatten(3).all(-1)
+        order = match(images, self.kept["best_images"], allowed)
+        return torch.where(self.kept["restarts"][:, None] > 0, order, torch.arange(order.shape[1], device=order.device))
+
     def _loss(self) -> Tensor:
-        """Return the lowest objective of the present start of every lane, infinity where it can't be compared."""
+        """Return the lowest objective of the present start of every lane, infinity where it does not count yet."""
         loss: Tensor = self.optimizer.best_loss
-        # A solver that steers the objective ends at the one that all starts share.
-        if any(name.startswith(f"{STEERING}/") for name in self.optimizer.lanes):
-            loss = torch.where(self.optimizer.running & (self.kept["restarts"] > 0), torch.inf, loss)
-        return loss
+        if self.combine == "best" and not self._steered:
+            return loss
+        failed = self.optimizer.running | (self._steered & (self.optimizer.status == DIVERGED))
+        return torch.where(failed & (self.kept["restarts"] > 0), torch.inf, loss)
+
+    @property
+    def _steered(self) -> bool:
+        """Whether the solver steers the objective, so that objectives can be compared only where a search has ended."""
+        return any(name.startswith(f"{STEERING}/") for name in self.optimizer.lanes)
 
     def best_losses(self) -> Tensor:
         """Return the lowest objective of every lane over all its starts, ``(lanes,)``."""
@@ -294,6 +307,32 @@ class Lanes:
             "kept": self.kept,
             "shared": None if shared is None else {n: v for n, v in vars(shared).items() if n != "protocol"},
         }
+
+
+def accumulate(loss: Tensor, before: Tensor, weight: Tensor, alike: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return the share of a new start in the mean over all starts, and the weight of this mean.
+
+    Start k has the weight :math:`L_k^{-2}`. Weights are in units of that of the best start, so that none overflows.
+
+    Args:
+        loss: L of the new starts, ``(V,)``.
+        before: the lowest L of the earlier starts, infinity if there are none.
+        weight: the weight of their mean, 0 if there are none.
+        alike: whether both may be averaged; otherwise the one with the lower L is kept.
+
+    Returns:
+        The shares from 0 to 1, and the weights, both ``(V,)``.
+
+    Example:
+        >>> two, four = torch.tensor([2.0]), torch.tensor([4.0])
+        >>> accumulate(two, four, torch.ones(1), torch.tensor([True]))
+        (tensor([0.8000]), tensor([1.2500]))
+    """
+    newer, lower, higher = loss < before, torch.minimum(loss, before), torch.maximum(loss, before)
+    ratio = torch.where(alike & (lower > 0), lower / higher, 0.0).square().nan_to_num(0.0)
+    own = torch.where(newer, 1.0, ratio)
+    total = own + weight * torch.where(newer, ratio, 1.0)
+    return (own / total).nan_to_num(0.0), total
 
 
 def restored_lanes(saved: dict[str, Any], victim: Victim, declared: State) -> tuple[SharedGradient | None, State]:

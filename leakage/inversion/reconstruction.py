@@ -23,13 +23,14 @@ class Reconstruction:
         ids: ``(V,)``, victim ids.
         images: ``(V, N, C, H, W)``; true images lie in [0, 1]; reconstructions are not clamped.
         labels: ``(V, N)``, class indices.
-        loss: ``(V,)``, the attack's own objective at ``images``; with the robust protocol, relative to
-            the squared norm of the shared gradient.
+        loss: ``(V,)``, the attack's own objective at ``images``, or the lowest one of all starts if ``images`` are
+            their mean; with the robust protocol, relative to the squared norm of the shared gradient.
         iterations: ``(V,)``, accepted steps, over all restarts.
         evaluations: ``(V,)``, evaluations of the objective and its gradient, over all restarts.
         restarts: ``(V,)``, number of starts after the first.
         status: ``(V,)``, indices into :data:`leakage.solvers.STATUS`.
-        learning_rate: ``(V,)``, recovered learning rate of the clients' local steps; None if the attacker knew it.
+        learning_rate: ``(V,)``, recovered learning rate of the clients' local steps, that of the best start; None if
+            the attacker knew it.
     """
 
     ids: Tensor

@@ -12,7 +12,7 @@ _WORST = 10.0
 
 
 @torch.no_grad()
-def match(reconstructed: Tensor, images: Tensor) -> Tensor:
+def match(reconstructed: Tensor, images: Tensor, allowed: Tensor | None = None) -> Tensor:
     r"""Match every private image of a victim with one reconstruction, at the smallest total MSE.
 
     A gradient does not reveal the order of the images in its batch. So every score first finds
@@ -29,6 +29,8 @@ def match(reconstructed: Tensor, images: Tensor) -> Tensor:
     Args:
         reconstructed: ``(V, N, C, H, W)``, any values.
         images: ``(V, N, C, H, W)``, the private images.
+        allowed: ``(V, N, N)``, whether image n may be matched with reconstruction m, by default always. Other pairs are
+            matched only where it can't be avoided.
 
     Returns:
         ``(V, N)`` int64 on the device of ``images``: the index of the reconstruction that is matched
@@ -50,8 +52,10 @@ def match(reconstructed: Tensor, images: Tensor) -> Tensor:
     victims, per_victim = images.shape[:2]
     if per_victim == 1 or not victims:
         return torch.zeros(victims, per_victim, dtype=torch.int64, device=images.device)
-    costs = _costs(reconstructed.to(images.device), images).cpu().numpy()
-    order = [linear_sum_assignment(cost)[1] for cost in costs]
+    costs = _costs(reconstructed.to(images.device), images)
+    if allowed is not None:
+        costs = costs + 2 * per_victim * _WORST * ~allowed
+    order = [linear_sum_assignment(cost)[1] for cost in costs.cpu().numpy()]
     return torch.from_numpy(np.stack(order)).to(images.device, torch.int64)
 
 

@@ -100,7 +100,8 @@ class Solver(Piece, ABC):
         A solver that draws random numbers adds an entry ``seed (V,)``, int64, which the attack fills with one seed for
         each victim and restart; likewise ``restart (V,)``, the number of restarts so far. A solver can steer the
         objective by ``"steering/sharpness" (V,)``, the sharpness of :func:`~leakage.clients.smoothing.smoothed`
-        networks, and ``"steering/fading" (V,)``, a factor on the weights of priors.
+        networks, and ``"steering/fading" (V,)``, a factor on the weights of priors. All starts of a victim must then
+        end with the same steering, so that their losses can be compared.
 
         Args:
             like: ``(V, D)``, a tensor with the shape, precision and device of the unknowns.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from leakage.attacks import GradientInversion
 from leakage.dummies import JointLabels, Pixels, RevealedLabels
+from leakage.inversion.lanes import accumulate
 from leakage.solvers import STATUS, Solver, settle
 from leakage.solvers.solver import Evaluated
 
@@ -61,18 +62,55 @@ def test_the_mean_weighs_each_start_by_its_objective(kit: Any) -> None:
     assert float((best - expected).abs().max()) > 0.01
 
 
-def test_images_are_matched_before_they_are_averaged(kit: Any) -> None:
-    """Starts may have images of one class in another order."""
-    found, points, losses = run(kit, "mean", images=2, drawn="single-class")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shares_add_up_to_weights_by_inverse_squares_in_any_order(dtype: torch.dtype) -> None:
+    given = {3.0: 0, 0.5: 1, 1.0: 2, torch.inf: 3}
+    for order in itertools.permutations(given):
+        mean, best, weight = torch.zeros(4, dtype=dtype), torch.tensor([torch.inf], dtype=dtype), torch.zeros(1)
+        weight = weight.to(dtype)
+        for loss in order:
+            share, weight = accumulate(torch.tensor([loss], dtype=dtype), best, weight, torch.tensor([True]))
+            mean = mean + share * (torch.eye(4, dtype=dtype)[given[loss]] - mean)
+            best = best.clamp(max=loss)
+        weights = torch.tensor([1 / 9, 4.0, 1.0, 0.0], dtype=dtype)
+        torch.testing.assert_close(mean, weights / weights.sum())
+        torch.testing.assert_close(weight[0], weights.sum() / 4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "before", "alike", "share"),
+    [
+        (2.0, 1.0, False, 0.0),
+        (1.0, 2.0, False, 1.0),
+        (0.0, 1.0, True, 1.0),
+        (0.0, 0.0, True, 0.0),
+        (-2.0, -1.0, True, 1.0),
+        (-1.0, -2.0, True, 0.0),
+        (torch.inf, torch.inf, True, 0.0),
+    ],
+)
+def test_the_best_is_kept_where_there_is_no_mean(loss: float, before: float, alike: bool, share: float) -> None:
+    found, weight = accumulate(torch.tensor([loss]), torch.tensor([before]), torch.ones(1), torch.tensor([alike]))
+    assert found.tolist() == [share]
+    assert weight.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("drawn", ["single-class", "distinct"])
+def test_images_of_one_class_are_matched_before_they_are_averaged(kit: Any, drawn: str) -> None:
+    """Starts may have these in another order, but not those of different classes."""
+    found, points, losses = run(kit, "mean", images=2, drawn=drawn)
+    swapped = False
     for victim in range(4):
         images, weight = points[0, victim].view(2, -1), losses[0, victim] ** -2
-        best = losses[0, victim]
         for point, loss in zip(points[1:, victim], losses[1:, victim], strict=True):
             orders = [point.view(2, -1)[[*order]] for order in itertools.permutations(range(2))]
             nearest = min(orders, key=lambda other: float((other - images).square().sum()))
+            swapped |= nearest is not orders[0]
+            chosen = nearest if drawn == "single-class" else orders[0]
             share = loss**-2 / (weight + loss**-2)
-            images, weight, best = images + share * (nearest - images), weight + loss**-2, min(best, loss)
+            images, weight = images + share * (chosen - images), weight + loss**-2
         torch.testing.assert_close(found.images[victim].flatten(1), images)
+    assert swapped, "the order matters"
 
 
 def test_starts_with_other_labels_are_left_out(kit: Any) -> None:

@@ -261,7 +261,7 @@ def test_a_solver_steers_the_network_and_the_priors(kit: Any) -> None:
             solver=LBFGS(max_evaluations=15),
         ),
         lambda: GradientInversion(objective=Manhattan() + 0.1 * Smooth(1.5), solver=Momentum(0.05, 20)),
-        lambda: GradientInversion(solver=Adam(steps=15, noise=0.3), restarts=1, combine="mean"),
+        lambda: GradientInversion(solver=Adam(steps=8, noise=0.3), restarts=1, combine="mean"),
         lambda: GradientInversion(
             images=LatentCode(nn.Sequential(nn.Linear(5, 144), nn.Unflatten(1, (1, 12, 12))), [5]),
             solver=SignedAdam(steps=15),
@@ -287,7 +287,7 @@ def test_noise_is_of_a_victim_and_a_restart_whatever_the_lanes(kit: Any) -> None
     """But for rounding, within a few steps; the noise is a thousand times that."""
 
     def images(seed: int, lanes: int, noise: float = 0.3) -> Tensor:
-        attack = GradientInversion(solver=Adam(steps=8, noise=noise), restarts=1, seed=seed)
+        attack = GradientInversion(solver=Adam(steps=8, noise=noise), restarts=1, seed=seed, combine="mean")
         return kit.by_id(kit.fit(attack, kit.victims(victims=5, lanes=lanes), precision="64-true")).images
 
     one = images(0, 1)

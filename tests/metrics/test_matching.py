@@ -38,6 +38,15 @@ def test_match_undoes_a_shuffle_victim_by_victim(generator: torch.Generator) -> 
     assert torch.equal(shuffles.gather(1, order), torch.arange(8).expand(20, 8))
 
 
+def test_match_keeps_to_allowed_pairs_where_it_can(generator: torch.Generator) -> None:
+    images = torch.rand(1, 3, 1, 4, 4, generator=generator)
+    shuffled = images[:, [2, 0, 1]]
+    allowed = torch.tensor([[[True, False, False], [False, True, True], [False, True, True]]])
+    assert match(shuffled, images, allowed)[0, 0] == 0
+    assert match(shuffled, images, ~torch.eye(3, dtype=torch.bool)[None]).tolist() == [[1, 2, 0]]
+    assert match(shuffled, images, torch.zeros(1, 3, 3, dtype=torch.bool)).tolist() == [[1, 2, 0]], "none is possible"
+
+
 def test_match_uses_no_reconstruction_twice_where_the_nearest_one_would() -> None:
     images = torch.tensor([0.4, 0.6]).view(1, 2, 1, 1, 1)
     reconstructed = torch.tensor([0.5, 9.0]).view(1, 2, 1, 1, 1)
