@@ -62,6 +62,7 @@ from leakage.dummies.training import trained_generator
 from leakage.errors import check_count, check_positive
 from leakage.files.text import write_json
 from leakage.files.whole import check_output
+from leakage.inversion.gradient_inversion import COMBINE
 from leakage.metrics import MeanOverVictims, ShareOverVictims, baseline_guesses, below_baseline, identified, score
 from leakage.plots import plot_gallery, save_figure
 from leakage.seeds import derive_seed
@@ -158,6 +159,8 @@ class Table:
             options["total_variation"] = given.total_variation
         if given.restarts is not None:
             options["restarts"] = given.restarts
+        if name == "continuation":
+            options["combine"] = given.combine
         if given.iterations is not None:
             limit = "steps" if name in ("inverting_gradients", "grad_inversion", "gias") else "max_evaluations"
             options[limit] = given.iterations
@@ -322,6 +325,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--protocol", choices=PROTOCOLS, default="published", help="protocol of dlg and idlg (default: %(default)s)")
     add("--iterations", type=int, help="evaluations of the objective per start (default: the protocol's)")
     add("--restarts", type=int, help="additional starts of every victim (default: the protocol's)")
+    add(
+        "--combine",
+        choices=COMBINE,
+        help="result of several starts of continuation (default: %(default)s)",
+        default="mean",
+    )
     add("--total-variation", type=float, help="weight of the prior (default: the protocol's)")
     add("--labels", choices=LABELS, default="random", help="labels of a victim's images (default: %(default)s)")
     add("--local-steps", type=int, default=1, help="local SGD steps, whose sum is shared (default: %(default)s)")

@@ -49,9 +49,9 @@ class ContinuationAttack(GradientInversion):
     whose features can't be separated are searched for without this term.
 
     A network without kinks needs no continuation: all steps are those of the finish, which end at float precision if
-    the gradient determines the image.
+    the gradient determines the image well enough.
 
-    On a small ResNet, many images match the gradient nearly as well, and their mean over several searches is better.
+    On a small ResNet, searches get stuck at other images, and the mean of several is mostly better than each.
     Batches on networks without kinks are better attacked by :class:`GaussNewtonAttack`, which can start layer by layer.
 
     Pieces: :class:`~leakage.objectives.CosineDistance`, :class:`~leakage.objectives.FeatureDistance`,
