@@ -325,12 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--protocol", choices=PROTOCOLS, default="published", help="protocol of dlg and idlg (default: %(default)s)")
     add("--iterations", type=int, help="evaluations of the objective per start (default: the protocol's)")
     add("--restarts", type=int, help="additional starts of every victim (default: the protocol's)")
-    add(
-        "--combine",
-        choices=COMBINE,
-        help="result of several starts of continuation (default: %(default)s)",
-        default="mean",
-    )
+    add("--combine", choices=COMBINE, default="mean", help="of the starts of continuation (default: %(default)s)")
     add("--total-variation", type=float, help="weight of the prior (default: the protocol's)")
     add("--labels", choices=LABELS, default="random", help="labels of a victim's images (default: %(default)s)")
     add("--local-steps", type=int, default=1, help="local SGD steps, whose sum is shared (default: %(default)s)")

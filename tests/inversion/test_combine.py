@@ -15,7 +15,7 @@ from leakage.inversion.lanes import accumulate
 from leakage.solvers import STATUS, Solver, settle
 from leakage.solvers.solver import Evaluated
 
-EXHAUSTED, STARTS = STATUS.index("exhausted"), 3
+DIVERGED, EXHAUSTED, STARTS = STATUS.index("diverged"), STATUS.index("exhausted"), 3
 
 
 class Stay(Solver):
@@ -152,6 +152,30 @@ def test_a_start_that_still_smooths_does_not_count(kit: Any) -> None:
         assert stopped.restarts.tolist() == [1, 1]
         assert torch.equal(stopped.images, found[0].images)
         assert torch.equal(stopped.loss, found[0].loss)
+
+
+class Lost(Steered):
+    """Steers the objective. Its first start diverges at once, its next ones end at once."""
+
+    def move(self, lanes: dict[str, Tensor], at: Evaluated) -> Tensor:
+        settle(lanes, lanes["restart"] == 0, DIVERGED)
+        return super(Steered, self).move(lanes, at)
+
+
+@pytest.mark.parametrize("combine", ["best", "mean"])
+def test_a_start_that_diverged_while_it_smooths_gives_way_to_any_other(kit: Any, combine: str) -> None:
+    """Its objective is lower here, but is that of an easier problem."""
+    torch.manual_seed(0)
+    solver = Lost()
+    attack = GradientInversion(
+        images=Pixels(std=0.3), labels=RevealedLabels(), solver=solver, restarts=1, combine=combine
+    )
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 10))
+    found = kit.fit(attack, kit.victims(victims=2, model=model, reveal_labels=True)).finished
+    (_, lost), (points, losses) = solver.seen
+    assert bool((lost < losses).all())
+    assert torch.equal(found.images.flatten(1), points)
+    assert torch.equal(found.loss, losses)
 
 
 def test_a_bad_choice_is_named() -> None:
